@@ -1,0 +1,212 @@
+"""Every option of harli, once: its name, unit, default, help and check.  Standard library only.
+
+``server_args.HarliServerArgs`` turns these fields into SGLang flags (``--harli-…``); the finetune
+service gets them as one JSON document; ``harli set`` changes the ones named in ``LIVE`` at run time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_harli.errors import ConfigError
+
+FLAG_PREFIX = "--harli-"
+# The switch: set by the launcher or by HarliServerArgs when any --harli- option came; children inherit it.
+SWITCH_ENV = "HARLI_ON"
+ENDPOINT_ENV = "HARLI_ENDPOINT"  # the client's default endpoint
+DEFAULT_ENDPOINT = "tcp://127.0.0.1:30100"
+
+_LOOPBACK = re.compile(r"^tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d{1,5})$|^ipc://.+$")
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(b|kb|mb|gb|kib|mib|gib)?\s*$", re.IGNORECASE)
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``"512MiB"``, ``"1.5gb"`` or a plain number of bytes.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    match = _SIZE.match(text)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size: give bytes or a number with KB, MB, GB, KiB, MiB or GiB")
+    return int(float(match[1]) * _UNITS[(match[2] or "b").lower()])
+
+
+def _option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarliOptions:
+    """Resolved options of one server.  Field ``x_y`` is the flag ``--harli-x-y``.
+
+    Raises:
+        ConfigError: naming the flag, the value and what is accepted.
+    """
+
+    finetune: str = _option("on", "Accept finetune jobs; off serves as plain SGLang.", choices=("on", "off"))
+    tpot_slo_ms: float = _option(50.0, "Target time per output token, milliseconds.")
+    ttft_slo_ms: float | None = _option(None, "Target time to first token, milliseconds (default: none).")
+    max_itl_ms: float | None = _option(None, "Cap on any single gap between tokens, milliseconds (default: none).")
+    max_quantum_ms: float | None = _option(
+        None,
+        "Upper bound of a training quantum while a request runs or waits, milliseconds "
+        "(default: twice the TPOT target, or less if --harli-max-itl-ms or --harli-ttft-slo-ms asks for it).",
+    )
+    max_idle_quantum_ms: float | None = _option(
+        None,
+        "Upper bound of a training quantum while nothing is served, milliseconds "
+        "(default: 250, or half of --harli-ttft-slo-ms).",
+    )
+    quantum_rows: int | None = _option(
+        None, "Fix the rows in every training quantum, for bit-identical reruns (default: chosen per quantum)."
+    )
+    finetune_endpoint: str = _option(
+        DEFAULT_ENDPOINT, "ZMQ address of the finetune service; loopback (tcp://127.0.0.1:PORT) or ipc://PATH."
+    )
+    run_dir: str = _option("./harli-runs", "Folder of jobs, data, checkpoints and adapters; one server each.")
+    overlap: str = _option(
+        "auto",
+        "SGLang's overlap scheduling: auto is off on the CPU engine and SGLang's default elsewhere.",
+        choices=("auto", "on", "off"),
+    )
+    max_train_mem: str | None = _option(
+        None, "Memory that training may use, such as 2GiB (default: 10% of the device's, at most 8GiB on a CPU)."
+    )
+    logits_mem: str = _option("64MiB", "Largest logits tensor of a training step; the loss is chunked to fit it.")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            choices = f.metadata["choices"]
+            if choices and getattr(self, f.name) not in choices:
+                raise _bad(f.name, getattr(self, f.name), "one of " + ", ".join(choices))
+        for name in ("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and 0 < value <= 3_600_000):
+                raise _bad(name, value, "a number of milliseconds above 0 and at most 3,600,000")
+        if self.quantum_rows is not None and self.quantum_rows < 1:
+            raise _bad("quantum_rows", self.quantum_rows, "an integer of at least 1")
+        match = _LOOPBACK.match(self.finetune_endpoint)
+        if match is None or (match[2] and not 0 < int(match[2]) < 65536):
+            raise _bad(
+                "finetune_endpoint", self.finetune_endpoint, "tcp://127.0.0.1:PORT (loopback only) or ipc://PATH"
+            )
+        if not self.run_dir:
+            raise _bad("run_dir", self.run_dir, "a folder")
+        for name in ("max_train_mem", "logits_mem"):
+            value = getattr(self, name)
+            if value is not None:
+                try:
+                    size = parse_size(value)
+                except ConfigError as error:
+                    raise _bad(name, value, "a size such as 512MiB or 2GB") from error
+                if size < 2**20:
+                    raise _bad(name, value, "a size of at least 1MiB")
+
+    # ---- resolved values
+    @property
+    def enabled(self) -> bool:
+        return self.finetune == "on"
+
+    @property
+    def busy_quantum_ms(self) -> float:
+        """The bound while a request is running or waiting."""
+        if self.max_quantum_ms is not None:
+            return self.max_quantum_ms
+        bounds = [2 * self.tpot_slo_ms]
+        if self.max_itl_ms is not None:
+            bounds.append(self.max_itl_ms)
+        if self.ttft_slo_ms is not None:
+            bounds.append(self.ttft_slo_ms / 2)
+        return min(bounds)
+
+    @property
+    def idle_quantum_ms(self) -> float:
+        """The bound while nothing is served: the longest that a prompt at an idle server waits."""
+        if self.max_idle_quantum_ms is not None:
+            return self.max_idle_quantum_ms
+        return 250.0 if self.ttft_slo_ms is None else min(250.0, self.ttft_slo_ms / 2)
+
+    @property
+    def logits_bytes(self) -> int:
+        return parse_size(self.logits_mem)
+
+    def train_bytes(self, device_bytes: int, cpu: bool) -> int:
+        """The training memory budget in bytes on a device with ``device_bytes`` of memory."""
+        if self.max_train_mem is not None:
+            return parse_size(self.max_train_mem)
+        share = device_bytes // 10
+        return min(share, 8 * 2**30) if cpu else share
+
+    def replace(self, **changes: Any) -> HarliOptions:
+        return dataclasses.replace(self, **changes)
+
+    # ---- travel
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> HarliOptions:
+        return cls(**json.loads(text))
+
+    @property
+    def absolute_run_dir(self) -> str:
+        return os.path.abspath(os.path.expanduser(self.run_dir))
+
+
+# Options that `harli set` changes while the server runs.
+LIVE = ("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms")
+
+
+def parse_live(name: str, text: str) -> tuple[str, float | None]:
+    """One ``name=value`` of ``harli set`` as (field name, value); ``none`` clears an optional target.
+
+    Raises:
+        ConfigError: unknown name (the accepted ones are listed) or a value that is not a number.
+    """
+    key = name.replace("-", "_")
+    if key not in LIVE:
+        known = ", ".join(n.replace("_", "-") for n in LIVE)
+        raise ConfigError(f"{name!r} cannot be set while the server runs; accepted: {known}", param=name)
+    if text.lower() == "none" and key != "tpot_slo_ms":
+        return key, None
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r}: give a number of milliseconds", param=name) from error
+    HarliOptions(**{key: value})  # the same check as at start-up
+    return key, value
+
+
+def _bad(name: str, value: Any, accepted: str) -> ConfigError:
+    flag = FLAG_PREFIX + name.replace("_", "-")
+    return ConfigError(f"{flag} {value!r} is not accepted: give {accepted}", param=flag)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """What the supervisor tells the finetune service, as one JSON document (environment SERVICE_ENV)."""
+
+    options: HarliOptions
+    model_path: str  # local folder or hub id of the served model
+    tokenizer_path: str
+    served_model_name: str
+    trust_remote_code: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> ServiceConfig:
+        values = json.loads(text)
+        return cls(**{**values, "options": HarliOptions(**values["options"])})
+
+
+SERVICE_ENV = "HARLI_SERVICE_CONFIG"

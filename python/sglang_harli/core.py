@@ -1,0 +1,175 @@
+"""The nouns that every room shares: frozen, small, standard library only."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class JobStatus(enum.StrEnum):
+    """A job's state, in the words of the OpenAI fine-tuning API (plus ``paused``)."""
+
+    VALIDATING_FILES = "validating_files"  # only jobs that come with an uploaded file
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+class SubState(enum.StrEnum):
+    """What a running job is doing; always shown together with a reason."""
+
+    TRAINING = "training"
+    YIELDING = "yielding"  # serving needs the device
+    WAITING_DATA = "waiting_data"
+    WAITING_MEMORY = "waiting_memory"
+    CHECKPOINTING = "checkpointing"
+    PUBLISHING = "publishing"
+
+
+class QuantumKind(enum.StrEnum):
+    """The kinds of training work that the scheduler slots in (design section 5)."""
+
+    EMBED = "embed"
+    FORWARD = "forward"
+    HEAD = "head"  # final norm, logits and loss with their backward, over a chunk of target tokens
+    BACKWARD = "backward"  # one layer: recompute and backward
+    ACCUMULATE = "accumulate"
+    OPTIMIZER = "optimizer"
+    COPY = "copy"  # a tensor of the state into, or out of, shared memory
+    ADAPTER = "adapter"  # a slice of a finished adapter loaded into the serving side
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """What serving is doing at point P.
+
+    Attributes:
+        running: requests in the running decode batch.
+        context_tokens: sum of their context lengths.
+        waiting: requests waiting for prefill, a chunked prefill in progress counted as one.
+    """
+
+    running: int = 0
+    context_tokens: int = 0
+    waiting: int = 0
+
+    @property
+    def idle(self) -> bool:
+        return self.running == 0 and self.waiting == 0
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyEstimate:
+    """Seconds: the expected value, and an upper bound that is seldom exceeded."""
+
+    expected_s: float
+    upper_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class QuantumOffer:
+    """The next quantum of the run and what each size of it would cost.
+
+    Attributes:
+        kind: what the quantum does.
+        candidates: ``(rows, upper_s)`` in rising order of rows; the first is the least that can be
+            run.  Kinds that are not cut by rows offer one candidate.
+        fixed: the split is fixed (``--harli-quantum-rows``, or a kind that is not cut).
+        held_back: how often in a row this offer was refused because of its estimate alone.
+    """
+
+    kind: QuantumKind
+    candidates: tuple[tuple[int, float], ...]
+    fixed: bool = False
+    held_back: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the policy allows now: ``quanta`` 0 or 1 of at most ``rows`` rows, and why."""
+
+    quanta: int
+    rows: int
+    reason: str
+
+
+# ------------------------------------------------------------------ names and places
+ADAPTER_MARK = "-ft-"
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+SUFFIX_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$"
+
+
+def short_id(job_id: str) -> str:
+    """The last eight characters of a job id: what adapter names carry."""
+    return job_id[-8:]
+
+
+def adapter_name(served_name: str, suffix: str | None, job_id: str) -> str:
+    """The name under which a job's adapter is served: ``{base}-ft-{suffix}-{short id}``.
+
+    ``base`` is the last path component of the served model's name; it never holds a colon, which
+    SGLang would read as ``base:adapter``.
+    """
+    base = _UNSAFE.sub("-", served_name.rstrip("/").rsplit("/", 1)[-1]) or "model"
+    middle = f"{suffix}-" if suffix else ""
+    return f"{base}{ADAPTER_MARK}{middle}{short_id(job_id)}"
+
+
+def looks_like_adapter(name: str) -> bool:
+    """Whether a model name has the form of an adapter of ours (so that a miss is a 404)."""
+    return ADAPTER_MARK in name
+
+
+def run_key(run_dir: str) -> str:
+    """A short word that is unique per run directory; names its sockets and shared memory."""
+    return hashlib.sha256(os.path.realpath(run_dir).encode()).hexdigest()[:16]
+
+
+def ipc_dir(run_dir: str) -> Path:
+    """The private folder (mode 0700) of the sockets between a server's processes.
+
+    Not in the run directory itself: a unix socket's path is limited to 107 bytes.
+    """
+    return Path(tempfile.gettempdir()) / f"harli-{os.getuid()}" / run_key(run_dir)
+
+
+def make_ipc_dir(run_dir: str) -> Path:
+    """Create ``ipc_dir`` with mode 0700; refuse one that somebody else owns.
+
+    Raises:
+        PermissionError: the folder belongs to another user or is open to others.
+    """
+    path = ipc_dir(run_dir)
+    for folder in (path.parent, path):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        info = folder.lstat()
+        if info.st_uid != os.getuid() or info.st_mode & 0o077 or not folder.is_dir() or folder.is_symlink():
+            raise PermissionError(f"{folder} must be a folder of uid {os.getuid()} with mode 0700: remove it")
+    return path
+
+
+def scheduler_endpoint(run_dir: str) -> str:
+    """Where the service listens for the scheduler (the service binds, the scheduler connects)."""
+    return f"ipc://{ipc_dir(run_dir)}/scheduler.sock"
+
+
+def http_endpoint(run_dir: str) -> str:
+    """Where the service listens for the HTTP process (the service binds, the HTTP process connects)."""
+    return f"ipc://{ipc_dir(run_dir)}/http.sock"
+
+
+def shm_dir(run_dir: str) -> Path:
+    """The folder in shared memory of this run directory's slots (checkpoints, adapters)."""
+    return Path("/dev/shm") / f"harli-{os.getuid()}-{run_key(run_dir)}"

@@ -1,0 +1,95 @@
+"""The error family: every message says what is wrong, where, and what to do.
+
+Two kinds, and no third: *you must change something* (``HarliError`` and its named children) and
+*not now, try again* (``NotReadyError``).  Each also inherits the stdlib type that a caller would
+expect, and keeps its fields picklable (they cross process borders).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class HarliError(Exception):
+    """Base of all errors that harli raises on purpose.
+
+    Args:
+        message: one sentence naming the thing at fault and the accepted values or the fix.
+        code: a stable snake_case word for scripts (goes over the wire).
+        param: the field or option at fault, where there is one.
+        details: more rows of the same report (for example one per bad data line).
+    """
+
+    code = "error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        details: list[dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or type(self).code
+        self.param = param
+        self.details = details or []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.code, self.param, self.details)
+
+
+def _rebuild(cls: type[HarliError], message: str, code: str, param: str | None, details: list[Any]) -> HarliError:
+    return cls(message, code=code, param=param, details=details)
+
+
+class ConfigError(HarliError, ValueError):
+    """An option or hyperparameter has a value that is not accepted."""
+
+    code = "invalid_value"
+
+
+class UnsupportedError(HarliError, ValueError):
+    """The model, the SGLang version or a SGLang option is not supported together with finetuning."""
+
+    code = "unsupported"
+
+
+class DataError(HarliError, ValueError):
+    """The training file is not acceptable; ``details`` holds one row per line at fault."""
+
+    code = "invalid_data"
+
+
+class NotFoundError(HarliError, KeyError):
+    """No such job."""
+
+    code = "not_found"
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return self.message
+
+
+class StateError(HarliError, RuntimeError):
+    """The job's state does not allow this (for example resuming a finished job)."""
+
+    code = "invalid_state"
+
+
+class ProtocolError(HarliError, ValueError):
+    """A message that is not of the protocol."""
+
+    code = "bad_request"
+
+
+class NotReadyError(HarliError, RuntimeError):
+    """Not now: try again later (the server is starting, or the service is away)."""
+
+    code = "not_ready"
+
+
+class TrainingError(HarliError, RuntimeError):
+    """The run itself failed (out of memory, loss not finite, ...); serving goes on."""
+
+    code = "training_failed"

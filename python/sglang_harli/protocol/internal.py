@@ -1,0 +1,356 @@
+"""Messages between the finetune service, the scheduler and the HTTP process (design section 2).
+
+Frame 0 is a msgpack header (one of the structs below, tagged by its name); arrays follow as raw
+frames (int32, C order).  Every message carries the sender's sequence number.  A run is named by
+(job, attempt): messages of an older attempt are dropped by whoever gets them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct, field
+
+from sglang_harli.protocol.public import Hyperparameters
+
+
+class Message(Struct, kw_only=True, tag=True):
+    seq: int = 0
+
+
+# ------------------------------------------------------------------ shared nouns
+class TensorRef(Struct, frozen=True):
+    """One tensor in a slot: dtype by numpy/torch name (``float32``), offset in bytes (64-aligned)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class SlotRef(Struct, frozen=True, kw_only=True):
+    """A file in the run's folder of shared memory, faulted in by its maker, and what lies in it."""
+
+    path: str
+    nbytes: int
+    tensors: list[TensorRef] = field(default_factory=list)
+
+
+class ServedLimits(Struct, frozen=True, kw_only=True):
+    """What the served model allows a job; goes with the scheduler's hello.
+
+    ``linear_sizes``: per target module the (in, out) features summed over nothing: one layer's; all
+    layers are alike.  Bytes are of the training side.
+    """
+
+    architecture: str
+    model_path: str
+    tokenizer_path: str
+    served_model_name: str
+    dtype: str  # float32, bfloat16, float16
+    device: str  # cpu, cuda
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    linear_sizes: dict[str, tuple[int, int]]
+    max_seq_length: int
+    max_lora_rank: int
+    lora_target_modules: tuple[str, ...]
+    train_memory_bytes: int
+    logits_bytes: int
+
+    def trainable_parameters(self, hp: Hyperparameters) -> int:
+        return self.num_layers * sum(hp.lora_r * sum(self.linear_sizes[m]) for m in hp.target_modules)
+
+    def job_memory_bytes(self, hp: Hyperparameters, longest_row: int) -> int:
+        """Upper estimate of a run's training memory: adapter, gradients (twice with accumulation), Adam's
+        two moments (fp32 each), saved layer inputs of a micro-batch, one layer's working set, logits."""
+        item = 4 if self.dtype == "float32" else 2
+        state = self.trainable_parameters(hp) * 4 * (5 if hp.gradient_accumulation_steps > 1 else 4)
+        saved = (self.num_layers + 2) * hp.batch_size * longest_row * self.hidden_size * item
+        widest = sum(i + o for i, o in self.linear_sizes.values())
+        working = 3 * longest_row * widest * item  # a quantum may be one row
+        return state + saved + working + 3 * self.logits_bytes
+
+
+class RunSpec(Struct, frozen=True, kw_only=True):
+    """What the scheduler needs to know of a job to train it."""
+
+    job: str
+    attempt: int
+    hyperparameters: Hyperparameters
+    total_steps: int
+
+
+class BatchCursor(Struct, frozen=True, kw_only=True):
+    """``step`` counts optimizer steps from 1 over the whole run; ``index`` micro-batches within it."""
+
+    epoch: int
+    step: int
+    index: int
+
+
+# ------------------------------------------------------------------ scheduler -> service
+class Hello(Message):
+    """On every (re)connection.  ``run`` is the (job, attempt, applied step, snapshot in hand) in progress."""
+
+    pid: int
+    rank: int
+    limits: ServedLimits | None  # None: finetuning is not possible here, `refusal` says why
+    refusal: str | None = None
+    job: str | None = None
+    attempt: int = 0
+    step: int = 0
+    next_cursor: BatchCursor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    revision: int = 0
+
+
+class RunStarted(Message):
+    """The run's tensors exist; a snapshot needs ``state_bytes``: answer with SnapshotSlot."""
+
+    job: str
+    attempt: int
+    step: int
+    state_bytes: int
+
+
+class StepDone(Message):
+    """Kept by the scheduler in a bounded ring until acknowledged (Ack.seq)."""
+
+    job: str
+    attempt: int
+    step: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int  # run through the model, padding not counted
+    target_tokens: int
+    seconds: float  # wall time since the step before
+
+
+class SnapshotReady(Message):
+    """The state after ``step`` lies in the slot.  ``meta``: plain values (schedule, RNG, cursor)."""
+
+    job: str
+    attempt: int
+    step: int
+    slot: SlotRef
+    meta: dict[str, Any]
+    reason: str  # every, pause, shutdown, final
+
+
+class RunStopped(Message):
+    """Answer to StopRun: the run's memory is returned; ``step`` is the last one applied."""
+
+    job: str
+    attempt: int
+    step: int
+
+
+class RunFailed(Message):
+    job: str
+    attempt: int
+    step: int
+    code: str
+    message: str
+
+
+class Progress(Message):
+    """Sub-state changes and, about once a second while a run is held, progress within the step."""
+
+    job: str
+    attempt: int
+    step: int
+    sub_state: str
+    reason: str
+    tokens: int  # of the run so far, the micro-batch in flight included
+
+
+class StatusReport(Message):
+    """Answer to StatusRequest; plain values for ``harli status``."""
+
+    request: int
+    serving: dict[str, Any]
+    training: dict[str, Any] | None
+
+
+class OptionsSet(Message):
+    """Answer to SetOptions."""
+
+    request: int
+    outcome: str  # applied, stale, conflict
+    revision: int
+    effective: dict[str, Any]
+    text: str = ""
+
+
+# ------------------------------------------------------------------ service -> scheduler
+class Welcome(Message):
+    """Answer to Hello: the service is there and has read the limits."""
+
+    pid: int
+
+
+class StartRun(Message):
+    """``restore``: the state of checkpoint ``step`` in a slot; the scheduler unmaps it after RunStarted."""
+
+    spec: RunSpec
+    step: int = 0
+    restore: SlotRef | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class MicroBatch(Message):
+    """Frames: input ids and labels (-100: no loss), both flat int32 of sum(lengths) values.
+
+    Labels stand at their own token's position (as in transformers); the trainer shifts them.
+    ``step_target_tokens``: targets of the whole optimizer step, the divisor of its loss (after the
+    shift: a row's first label never counts).  ``rows`` are positions of the rows within the step.
+    """
+
+    job: str
+    attempt: int
+    cursor: BatchCursor
+    micro_batches: int  # in this step
+    lengths: list[int]
+    rows: list[int]
+    step_target_tokens: int
+
+
+class SnapshotSlot(Message):
+    """A faulted-in slot of at least RunStarted.state_bytes; the scheduler owns it until SnapshotReady, and
+    again after SnapshotSaved."""
+
+    job: str
+    attempt: int
+    slot: SlotRef
+
+
+class SnapshotSaved(Message):
+    """The snapshot of ``step`` is durable (or gave up: ``ok`` false); the slot is free again."""
+
+    job: str
+    attempt: int
+    step: int
+    ok: bool = True
+
+
+class StopRun(Message):
+    """Pause or cancel: stop at the next quantum; with ``snapshot``, save the last applied step first."""
+
+    job: str
+    attempt: int
+    snapshot: bool
+
+
+class Ack(Message):
+    """Every message of the scheduler up to ``upto`` has been taken over durably."""
+
+    upto: int
+
+
+class StatusRequest(Message):
+    request: int
+
+
+class SetOptions(Message):
+    request: int
+    values: dict[str, float | None]
+    if_revision: int | None = None
+
+
+# ------------------------------------------------------------------ HTTP process <-> service
+class HttpHello(Message):
+    """From the HTTP process once it can publish (the server answers requests)."""
+
+    pid: int
+    served_model_name: str
+
+
+class ServiceState(Message):
+    """From the service, on change and in answer to HttpHello: gates /health_generate.
+
+    ``endpoint_bound``: the public door is open.  ``scheduler_seen``: a hello has been read.
+    """
+
+    pid: int
+    endpoint_bound: bool
+    scheduler_seen: bool
+    refusal: str | None = None
+
+
+class PublishAdapter(Message):
+    """Make the tensors in ``slot`` servable under ``name`` (PEFT state-dict keys; ``config``: PEFT's
+    adapter_config as SGLang reads it).  May be repeated: a name that is served already answers ok."""
+
+    job: str
+    name: str
+    config: dict[str, Any]
+    slot: SlotRef
+
+
+class AdapterPublished(Message):
+    job: str
+    name: str
+    ok: bool
+    code: str = ""
+    text: str = ""
+
+
+class AdapterWanted(Message):
+    """From the HTTP process: a request names an adapter that SGLang has evicted; publish it again."""
+
+    name: str
+
+
+SchedulerMessage = (
+    Hello
+    | RunStarted
+    | StepDone
+    | SnapshotReady
+    | RunStopped
+    | RunFailed
+    | Progress
+    | StatusReport
+    | OptionsSet
+)
+ServiceMessage = (
+    Welcome
+    | StartRun
+    | MicroBatch
+    | SnapshotSlot
+    | SnapshotSaved
+    | StopRun
+    | Ack
+    | StatusRequest
+    | SetOptions
+)
+HttpMessage = HttpHello | AdapterPublished | AdapterWanted
+ToHttpMessage = ServiceState | PublishAdapter
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders = {
+    "scheduler": msgspec.msgpack.Decoder(SchedulerMessage),
+    "service": msgspec.msgpack.Decoder(ServiceMessage),
+    "http": msgspec.msgpack.Decoder(HttpMessage),
+    "to_http": msgspec.msgpack.Decoder(ToHttpMessage),
+}
+
+
+def encode(message: Message) -> bytes:
+    """The msgpack header of a message."""
+    return _encoder.encode(message)
+
+
+def decode(header: bytes, source: str) -> Any:
+    """A message of ``source``: ``scheduler`` or ``http`` (to the service), ``service`` or ``to_http`` (from it).
+
+    Raises:
+        msgspec.ValidationError, msgspec.DecodeError: not of the protocol (only processes of one server
+        speak it, so this is a bug or a version mix).
+    """
+    return _decoders[source].decode(header)

@@ -1,0 +1,288 @@
+"""The public wire: what clients and the finetune service say to each other over ZMQ (docs/jobs.md).
+
+A message is one JSON frame (``Request`` or ``Reply``) and, for ``submit``, raw frames behind it that
+carry the data file.  ``Event`` replies to a subscription come under the id of its request.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+import orjson
+from msgspec import Meta, Struct, field
+
+from sglang_harli.core import SUFFIX_PATTERN, JobStatus
+from sglang_harli.errors import ConfigError, ProtocolError
+
+VERSION = 1
+VERBS = ("submit", "list", "get", "events", "pause", "resume", "cancel", "status", "set", "unsubscribe")
+MAX_HEADER_BYTES = 1 << 20
+MAX_DATA_BYTES = 4 << 30
+MAX_FRAME_BYTES = 8 << 20  # clients cut a file into frames of this size
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SCHEDULERS = ("linear", "cosine", "constant")
+OVERFLOWS = ("error", "truncate", "drop")
+
+
+class Hyperparameters(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a job may choose; the defaults are those shown by ``harli submit --help``.
+
+    ``batch_size`` counts rows of one micro-batch; an optimizer step holds ``batch_size *
+    gradient_accumulation_steps`` rows.
+    """
+
+    n_epochs: Annotated[int, Meta(ge=1, le=10_000)] = 3
+    learning_rate: Annotated[float, Meta(gt=0, le=10)] = 2e-4
+    lr_scheduler: str = "linear"
+    warmup_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.03
+    batch_size: Annotated[int, Meta(ge=1, le=4096)] = 4
+    gradient_accumulation_steps: Annotated[int, Meta(ge=1, le=4096)] = 1
+    lora_r: Annotated[int, Meta(ge=1, le=1024)] = 16
+    lora_alpha: Annotated[float, Meta(gt=0, le=65536)] = 32.0
+    lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = ALL_LINEAR
+    max_seq_length: Annotated[int, Meta(ge=2)] | None = None  # None: the model's limit
+    weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    max_grad_norm: Annotated[float, Meta(ge=0)] = 1.0  # 0 turns clipping off
+    checkpoint_every: Annotated[int, Meta(ge=0)] = 50  # optimizer steps; 0: on pause and at the end only
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 42
+    on_overflow: str = "error"
+
+    def check(self) -> None:
+        """Raise ConfigError naming the field and the accepted values (also what the types cannot say)."""
+        try:
+            msgspec.convert(msgspec.to_builtins(self), Hyperparameters)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"hyperparameter not accepted: {error}", param=str(error)) from error
+        for name, value, accepted in (
+            ("lr_scheduler", self.lr_scheduler, SCHEDULERS),
+            ("on_overflow", self.on_overflow, OVERFLOWS),
+        ):
+            if value not in accepted:
+                raise ConfigError(f"{name}={value!r} is not accepted: give one of {', '.join(accepted)}", param=name)
+        unknown = [m for m in self.target_modules if m not in ALL_LINEAR]
+        if unknown or not self.target_modules or len(set(self.target_modules)) != len(self.target_modules):
+            raise ConfigError(
+                f"target_modules={list(self.target_modules)!r} is not accepted: give one or more of "
+                f"{', '.join(ALL_LINEAR)}, each once",
+                param="target_modules",
+            )
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B·A: alpha/r, or alpha/sqrt(r) with rsLoRA."""
+        return self.lora_alpha / (self.lora_r**0.5 if self.use_rslora else self.lora_r)
+
+
+def parse_hyperparameters(pairs: dict[str, Any]) -> Hyperparameters:
+    """Hyperparameters from ``key=value`` strings (command line) or JSON values (wire).
+
+    Raises:
+        ConfigError: unknown key (the known ones are listed) or a value out of bounds.
+    """
+    known = {f.name for f in msgspec.structs.fields(Hyperparameters)}
+    for name in pairs:
+        if name not in known:
+            raise ConfigError(
+                f"unknown hyperparameter {name!r}; accepted: {', '.join(sorted(known))}", param=name
+            )
+    values = dict(pairs)
+    targets = values.get("target_modules")
+    if isinstance(targets, str):
+        values["target_modules"] = list(ALL_LINEAR) if targets in ("all", "all-linear") else targets.split(",")
+    if isinstance(values.get("max_seq_length"), str) and values["max_seq_length"].lower() in ("none", ""):
+        values["max_seq_length"] = None
+    try:
+        result = msgspec.convert(values, Hyperparameters, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"hyperparameter not accepted: {error}", param=_path_of(str(error))) from error
+    result.check()
+    return result
+
+
+def _path_of(text: str) -> str | None:
+    return text.rsplit("`$.", 1)[-1].rstrip("`") if "`$." in text else None
+
+
+class JobError(Struct, frozen=True):
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Job(Struct, kw_only=True, omit_defaults=False):
+    """The job object that every door shows (OpenAI's field names where they exist)."""
+
+    id: str
+    object: str = "fine_tuning.job"
+    created_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    status: JobStatus
+    sub_state: str | None = None
+    reason: str | None = None
+    model: str | None = None
+    suffix: str | None = None
+    fine_tuned_model: str | None = None
+    step: int = 0
+    total_steps: int = 0
+    trained_tokens: int = 0
+    loss: float | None = None
+    learning_rate: float | None = None
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    attempt: int = 0
+    hyperparameters: Hyperparameters
+    data: dict[str, Any] = field(default_factory=dict)  # file, rows, tokens, target_tokens, truncated, dropped
+    error: JobError | None = None
+    run_dir: str | None = None
+
+
+class Event(Struct, kw_only=True):
+    """One line of a job's events.jsonl; ``id`` rises without gaps within a job."""
+
+    id: int
+    job: str
+    created_at: float
+    level: str  # info, warn, error
+    type: str  # see EVENT_TYPES
+    message: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+EVENT_TYPES = (
+    "job_created",
+    "data_validated",
+    "queued",
+    "started",
+    "step_metrics",
+    "checkpoint_saved",
+    "paused",
+    "resumed",
+    "sub_state",
+    "adapter_saved",
+    "adapter_published",
+    "warning",
+    "failed",
+    "cancelled",
+    "succeeded",
+)
+
+
+class Request(Struct, kw_only=True):
+    """First frame of a client's message.  ``args`` by verb: docs/jobs.md."""
+
+    v: int
+    id: Annotated[str, Meta(min_length=1, max_length=128)]
+    verb: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+class ErrorBody(Struct, kw_only=True):
+    code: str
+    message: str
+    param: str | None = None
+    details: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Reply(Struct, kw_only=True):
+    """Answer to one request.  Exactly one of ``result``, ``error`` and ``event`` counts."""
+
+    v: int = VERSION
+    id: str
+    ok: bool
+    result: Any = None
+    error: ErrorBody | None = None
+    event: Event | None = None  # pushed under a subscription's id
+
+
+class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
+    """``submit``: raw frames with the JSONL file follow the header."""
+
+    filename: Annotated[str, Meta(max_length=1024)]
+    size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    suffix: Annotated[str, Meta(pattern=SUFFIX_PATTERN)] | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    idempotency_key: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
+
+
+class EventsArgs(Struct, kw_only=True, forbid_unknown_fields=True):
+    """``events``: those with id above ``after``; ``follow`` subscribes (renew within 30 s to keep it)."""
+
+    job: str
+    after: Annotated[int, Meta(ge=0)] = 0
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 1000
+    follow: bool = False
+
+
+class JobArgs(Struct, kw_only=True, forbid_unknown_fields=True):
+    """``get``, ``pause``, ``resume``, ``cancel``."""
+
+    job: str
+
+
+class ListArgs(Struct, kw_only=True, forbid_unknown_fields=True):
+    limit: Annotated[int, Meta(ge=1, le=10_000)] = 100
+    after: str | None = None
+    status: str | None = None
+
+
+class SetArgs(Struct, kw_only=True, forbid_unknown_fields=True):
+    """``set``: live options; ``if_revision`` makes it conditional (stale if another came between)."""
+
+    values: dict[str, float | None]
+    if_revision: int | None = None
+
+
+class SetAnswer(Struct, kw_only=True):
+    """``outcome``: applied, deferred (in force once the scheduler is up), stale (``if_revision`` is not the
+    current one) or conflict (the values contradict each other); ``effective`` is what is in force."""
+
+    outcome: str
+    revision: int
+    effective: dict[str, Any]
+    message: str = ""
+
+
+class StatusAnswer(Struct, kw_only=True):
+    """``status``: the service, the scheduler's view of serving and training, and the queue."""
+
+    service: dict[str, Any]
+    serving: dict[str, Any] | None
+    training: dict[str, Any] | None
+    jobs: dict[str, int]
+    options: dict[str, Any]
+    revision: int
+
+
+def encode(message: Any) -> bytes:
+    """JSON bytes by orjson."""
+    return orjson.dumps(msgspec.to_builtins(message))
+
+
+def decode(data: bytes, kind: type[Any]) -> Any:
+    """JSON bytes as ``kind``.
+
+    Raises:
+        ProtocolError: not JSON, or not of that shape; the message names the path.
+    """
+    if len(data) > MAX_HEADER_BYTES and kind is Request:
+        raise ProtocolError(f"the header has {len(data)} bytes; at most {MAX_HEADER_BYTES} are accepted")
+    try:
+        return msgspec.convert(orjson.loads(data), kind)
+    except orjson.JSONDecodeError as error:
+        raise ProtocolError(f"not JSON: {error}") from error
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise ProtocolError(f"not a valid {kind.__name__}: {error}") from error
+
+
+def convert_args(args: dict[str, Any], kind: type[Any]) -> Any:
+    """A request's ``args`` as ``kind``; ProtocolError names the field."""
+    try:
+        return msgspec.convert(args, kind)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"bad arguments: {error}", param=_path_of(str(error))) from error
