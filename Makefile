@@ -1,0 +1,92 @@
+# Every target sets up its own environment: .venv here, or the folder that HARLI_VENV names.
+# Needed beforehand: Python 3.11 or 3.12, make and a C compiler.
+#
+#   make install   SGLang's full stack at the versions of constraints.txt, and this project, editable
+#   make demo      a model, a server under load, a finetune job, and the taught answer
+#   make test      every test; those that need a GPU are skipped with a reason where there is none
+#   make lint      ruff, the formatter's check and pyright
+#   make bench     the benchmarks that run on a CPU; results under benchmark/results/
+#   make wheel     dist/sglang_harli-*.whl
+#   make lock      constraints.txt from pyproject.toml (UPGRADE=1: newest versions instead of the present ones)
+#
+# Settings: HARLI_VENV, PYTHON (an interpreter instead of the first that fits), PYTEST_ARGS, BENCH_ARGS.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+.DEFAULT_GOAL := install
+.PHONY: install demo test lint bench wheel lock
+
+VENV := $(abspath $(or $(HARLI_VENV),.venv))
+BIN := $(VENV)/bin
+UV := $(BIN)/python -m uv
+STAMP := $(VENV)/.harli-installed
+CODE := python test benchmark
+
+# The environment is current when the stamp says so: by content, because a checkout does not keep times.
+STATE := $(shell cat pyproject.toml constraints.txt | cksum) $(CURDIR)
+ifneq ($(STATE),$(shell cat '$(STAMP)' 2>/dev/null))
+.PHONY: $(STAMP)
+endif
+
+# uv does not read pip's settings: hand it the index that pip is set up with.
+export UV_HTTP_TIMEOUT ?= 300
+PIP_INDEX = $${UV_DEFAULT_INDEX:-$${UV_INDEX_URL:-$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null || true)}}}
+WITH_INDEX = index="$(PIP_INDEX)"; if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi
+
+# What runs here is local: no hub, no telemetry, and no more threads than the tests are sized for.
+RUN_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false \
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	@$(RUN_ENV) exec $(BIN)/python -m sglang_harli.tools.demo
+
+test: $(STAMP)
+	@$(RUN_ENV) $(BIN)/python -m pytest test $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(STAMP)
+	$(RUN_ENV) $(BIN)/python benchmark/bench_start.py $(BENCH_ARGS)
+	$(RUN_ENV) $(BIN)/python benchmark/bench_overhead.py $(BENCH_ARGS)
+
+wheel: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+lock: $(BIN)/uv
+	@$(WITH_INDEX)
+	echo uv | $(UV) pip compile pyproject.toml - --extra dev --universal --python-version 3.11 --quiet \
+		--no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+		$(if $(UPGRADE),--upgrade) --output-file constraints.txt
+	echo "constraints.txt: $$(grep -c == constraints.txt) versions"
+
+# Only `python3.12 --version` tells whether a name on PATH runs: version managers leave shims that do not.
+$(BIN)/uv:
+	@fits='import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'
+	python=
+	for name in $(or $(PYTHON),python3.11 python3.12 python3 python); do
+		if "$$name" -c "$$fits" >/dev/null 2>&1; then python=$$name; break; fi
+	done
+	if [ -z "$$python" ]; then
+		echo "make: no Python 3.11 or 3.12 (with venv and pip) found$(if $(PYTHON), at PYTHON=$(PYTHON)):" \
+			"install one, or name it with PYTHON=/path/to/python3.11" >&2
+		exit 1
+	fi
+	if ! "$(BIN)/python" -m pip --version >/dev/null 2>&1; then
+		echo "$(VENV): a new environment with $$("$$python" --version)"
+		"$$python" -m venv "$(VENV)"
+	fi
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+
+$(STAMP): $(BIN)/uv
+	@$(WITH_INDEX)
+	$(UV) pip install --python "$(BIN)/python" --constraint constraints.txt --editable '.[dev]' setuptools
+	echo '$(STATE)' > "$@"
+
+.ONESHELL:
