@@ -1,0 +1,35 @@
+"""All patches of SGLang: what each changes and the function that registers its runtime half.
+
+Each has a page and an upstream-ready diff of the same name in the top-level folder ``patches/``.
+Leans on nothing of SGLang: the patch modules import it when they are registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change to SGLang's own code.
+
+    Attributes:
+        name: of its page and its diff in ``patches/``.
+        targets: the SGLang files that it changes, relative to the ``sglang`` package.
+        register: puts its hooks into a ``HookRegistry``; they take effect with ``apply_hooks``.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    register: Callable[[Any], None]
+
+
+ALL: tuple[Patch, ...] = ()
+
+
+def register_all(registry: Any) -> None:
+    """Register every patch with SGLang's ``HookRegistry`` (the class, or one of its kind)."""
+    for patch in ALL:
+        patch.register(registry)

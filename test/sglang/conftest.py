@@ -1,0 +1,219 @@
+"""Pieces of a real SGLang on its CPU engine, in this process.
+
+``sglang_runner(model_path, **server_args)`` gives a ``ModelRunner`` that has loaded the model and allocated
+its pools; ``greedy_tokens`` generates with it; ``tiny_model`` writes small random models to disk.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_SWITCH = "SGLANG_USE_CPU_ENGINE"
+_PLATFORM = Path(__file__).parents[2] / "python" / "sglang_harli" / "platforms" / "cpu"
+
+# SGLang decides at import which engine it is; the stand-in for sgl_kernel has to come first on the path.
+os.environ[_SWITCH] = "1"
+for _found in sorted(_PLATFORM.rglob("sgl_kernel/__init__.py")):
+    sys.path.insert(0, str(_found.parents[1]))
+
+ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def pytest_collection_finish() -> None:
+    os.environ.pop(_SWITCH, None)  # tests of other folders start their own servers
+
+
+@pytest.fixture(scope="package", autouse=True)
+def cpu_engine() -> Iterator[None]:
+    """The CPU engine is on while this folder's tests run, with the patches that it needs."""
+    os.environ[_SWITCH] = "1"
+    os.environ.setdefault("SGLANG_DISABLE_TQDM", "1")
+    yield
+    os.environ.pop(_SWITCH, None)
+
+
+@pytest.fixture(scope="session")
+def sglang_patches() -> None:
+    """Every patch of ours, applied to this process as the plugin applies them."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from sglang_harli.patches import catalog
+
+    catalog.register_all(HookRegistry)
+    HookRegistry.apply_hooks()
+
+
+# ------------------------------------------------------------------ models
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """``tiny_model(arch="llama", dtype="float32", seed=0, **config)`` -> folder with a random model.
+
+    Defaults: hidden 64, 2 layers, 4 heads over 2 KV heads, intermediate 96, vocabulary 256; no tokenizer.
+    """
+    made: dict[str, str] = {}
+
+    def make(arch: str = "llama", *, dtype: str = "float32", seed: int = 0, **config: Any) -> str:
+        import torch
+        import transformers
+
+        key = repr((arch, dtype, seed, sorted(config.items())))
+        if key in made:
+            return made[key]
+        values: dict[str, Any] = dict(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=96,
+            vocab_size=256,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.15,  # wide enough that greedy choices are not ties
+        )
+        values.update(config)
+        config_class = {
+            "llama": transformers.LlamaConfig,
+            "mistral": transformers.MistralConfig,
+            "qwen2": transformers.Qwen2Config,
+            "qwen3": transformers.Qwen3Config,
+        }[arch]
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config_class(**values))
+        folder = tmp_path_factory.mktemp(f"{arch}-")
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        made[key] = str(folder)
+        return made[key]
+
+    return make
+
+
+# ------------------------------------------------------------------ runners
+def _server_args(model_path: str, options: dict[str, Any]) -> Any:
+    from sglang.srt.server_args import ServerArgs
+
+    from transformers import AutoConfig
+
+    values: dict[str, Any] = dict(
+        model_path=model_path,
+        device="cpu",
+        dtype=str(AutoConfig.from_pretrained(model_path).dtype).removeprefix("torch."),
+        attention_backend="torch_native",
+        disable_cuda_graph=True,
+        disable_overlap_schedule=True,
+        max_total_tokens=2048,
+        max_running_requests=16,
+        mem_fraction_static=0.1,
+        skip_tokenizer_init=True,
+        log_level="error",
+    )
+    if options.get("enable_lora"):
+        values.update(
+            lora_backend="torch_native",
+            max_lora_rank=16,
+            max_loras_per_batch=4,
+            lora_target_modules=list(ALL_MODULES),
+        )
+    values.update(options)
+    server_args = ServerArgs(**values)
+    server_args.check_lora_server_args()
+    return server_args
+
+
+def _build_runner(server_args: Any) -> Any:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed.parallel_state import destroy_model_parallel
+    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.server_args import PortArgs
+
+    destroy_model_parallel()  # of the runner before: each builds its own groups of one
+    runner = ModelRunner(
+        model_config=ModelConfig.from_server_args(server_args),
+        mem_fraction_static=server_args.mem_fraction_static,
+        gpu_id=0,
+        ps=ParallelState.trivial(dp_rank=None, moe_dp_rank=None),
+        nccl_port=PortArgs.init_new(server_args).nccl_port,
+        server_args=server_args,
+    )
+    runner.alloc_memory_pool()
+    runner.init_attention_backends()
+    runner.init_cuda_graphs()
+    return runner
+
+
+@pytest.fixture(scope="session")
+def sglang_runner(sglang_patches: None) -> Iterator[Callable[..., Any]]:
+    """``sglang_runner(model_path, **server_args)`` -> a real ``ModelRunner`` on the CPU engine.
+
+    ``enable_lora=True`` adds SGLang's LoRA serving (rank 16, all seven modules, 4 slots) unless told
+    otherwise; the dtype is the one that the model was saved in.  Equal arguments give the same runner: tests that load adapters use fresh ids and names.
+    """
+    built: dict[str, Any] = {}
+
+    def make(model_path: str, **server_args: Any) -> Any:
+        key = repr((model_path, sorted(server_args.items())))
+        if key not in built:
+            built[key] = _build_runner(_server_args(model_path, server_args))
+        return built[key]
+
+    yield make
+    import torch.distributed
+    from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    destroy_model_parallel()
+    destroy_distributed_environment()
+
+
+# ------------------------------------------------------------------ generation
+def _greedy(
+    runner: Any, prompts: list[list[int]], max_new_tokens: int, lora_ids: list[str | None] | None = None
+) -> list[list[int]]:
+    import torch
+    from sglang.benchmark.one_batch import decode, extend
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.sampling.sampling_params import SamplingParams
+    from sglang.srt.server_args import set_global_server_args_for_scheduler
+
+    set_global_server_args_for_scheduler(runner.server_args)
+    runner.req_to_token_pool.clear()
+    runner.token_to_kv_pool_allocator.clear()
+    requests = []
+    for index, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=0, max_new_tokens=max_new_tokens)
+        request = Req(
+            rid=str(index),
+            origin_input_text="",
+            origin_input_ids=array.array("q", prompt),
+            sampling_params=params,
+            lora_id=lora_ids[index] if lora_ids else None,
+        )
+        request.full_untruncated_fill_ids = request.origin_input_ids
+        request.logprob_start_len = -1
+        request.set_extend_range(0, len(prompt))
+        requests.append(request)
+    with torch.no_grad():
+        tokens, _, batch = extend(requests, runner)
+        rows = [tokens.tolist()]
+        for _ in range(max_new_tokens - 1):
+            tokens, _ = decode(tokens, batch, runner)
+            rows.append(tokens.tolist())
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def greedy_tokens() -> Callable[..., list[list[int]]]:
+    """``greedy_tokens(runner, prompts, max_new_tokens, lora_ids=None)`` -> new token ids of each prompt.
+
+    The prompts (lists of ids) run as one batch, through prefill and decode of SGLang's own runner; end
+    tokens do not end a row.
+    """
+    return _greedy
