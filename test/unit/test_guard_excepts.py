@@ -1,0 +1,62 @@
+"""Broad excepts stand at exactly three boundaries, where one failure must not take the rest along."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+
+from project_files import PACKAGE, functions, package_files, parse
+
+BROAD = {"Exception", "BaseException"}
+
+# (file in the package, function) -> what fails there, and what must go on.
+BOUNDARIES = {
+    ("managers/co_trainer.py", "CoTrainer.run_quantum"): "a quantum fails its run; serving goes on",
+    ("managers/scheduler.py", "HarliScheduler._handle_control"): "a control message fails; the loop goes on",
+    ("service/app.py", "App.handle"): "one request gets an error reply; the service goes on",
+}
+
+
+def _names(node: ast.expr | None) -> set[str]:
+    if node is None:
+        return {"BaseException"}
+    elements = node.elts if isinstance(node, ast.Tuple) else [node]
+    return {
+        e.attr if isinstance(e, ast.Attribute) else e.id
+        for e in elements
+        if isinstance(e, ast.Attribute | ast.Name)
+    }
+
+
+def _re_raises(handler: ast.ExceptHandler) -> bool:
+    """The handler cleans up and lets the very same exception go on."""
+    return any(isinstance(n, ast.Raise) and n.exc is None for n in handler.body[-1:])
+
+
+def _broad(node: ast.AST) -> Iterator[ast.AST]:
+    """Broad handlers and suppressions of this function, inner functions left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.ExceptHandler) and _names(child.type) & BROAD and not _re_raises(child):
+            yield child
+        suppresses = isinstance(child, ast.Call) and ast.unparse(child.func).endswith("suppress")
+        if suppresses and any(_names(argument) & BROAD for argument in child.args):
+            yield child
+        yield from _broad(child)
+
+
+def test_broad_excepts_are_the_named_boundaries():
+    found: Counter[tuple[str, str]] = Counter()
+    for path in package_files():
+        name = path.relative_to(PACKAGE).as_posix()
+        tree = parse(path)
+        for qualified, node in functions(tree):
+            found[(name, qualified)] += sum(1 for _ in _broad(node))
+        found[(name, "<module>")] += sum(1 for _ in _broad(tree))
+    found = +found
+    assert dict(found) == dict.fromkeys(BOUNDARIES, 1), (
+        "catch the exceptions you expect by name; broad ones stand at the boundaries of BOUNDARIES only.\n"
+        f"unexpected: {sorted(set(found) - set(BOUNDARIES))}, missing: {sorted(set(BOUNDARIES) - set(found))}"
+    )

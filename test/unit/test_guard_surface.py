@@ -1,0 +1,169 @@
+"""The frozen surface: names that users, scripts and dashboards rely on, in one list.
+
+Changing one means editing this list and CHANGELOG.md in the same commit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import msgspec
+import pytest
+from project_files import package_files
+
+from sglang_harli import config, core
+from sglang_harli.protocol import internal, public
+
+# --harli-<name with dashes>: default.
+FLAGS = {
+    "finetune": "on",
+    "tpot_slo_ms": 50.0,
+    "ttft_slo_ms": None,
+    "max_itl_ms": None,
+    "max_quantum_ms": None,
+    "max_idle_quantum_ms": None,
+    "quantum_rows": None,
+    "finetune_endpoint": "tcp://127.0.0.1:30100",
+    "run_dir": "./harli-runs",
+    "overlap": "auto",
+    "max_train_mem": None,
+    "logits_mem": "64MiB",
+}
+LIVE_FLAGS = ("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms")
+ENVIRONMENT = {"HARLI_ON", "HARLI_ENDPOINT", "HARLI_SERVICE_CONFIG"}
+
+PROTOCOL_VERSION = 1
+VERBS = ("submit", "list", "get", "events", "pause", "resume", "cancel", "status", "set", "unsubscribe")
+JOB_STATES = ["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+SUB_STATES = ["training", "yielding", "waiting_data", "waiting_memory", "checkpointing", "publishing"]
+EVENT_TYPES = (
+    *("job_created", "data_validated", "queued", "started", "step_metrics", "checkpoint_saved", "paused"),
+    *("resumed", "sub_state", "adapter_saved", "adapter_published", "warning", "failed", "cancelled"),
+    "succeeded",
+)
+HYPERPARAMETERS = {
+    "n_epochs": 3,
+    "learning_rate": 2e-4,
+    "lr_scheduler": "linear",
+    "warmup_ratio": 0.03,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "lora_r": 16,
+    "lora_alpha": 32.0,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "max_seq_length": None,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "checkpoint_every": 50,
+    "seed": 42,
+    "on_overflow": "error",
+}
+
+# Fields of what goes over a socket: the public messages, then those between a server's processes.
+MESSAGES = {
+    "Request": "v id verb args",
+    "Reply": "v id ok result error event",
+    "ErrorBody": "code message param details",
+    "SubmitArgs": "filename size sha256 suffix hyperparameters idempotency_key",
+    "ListArgs": "limit after status",
+    "JobArgs": "job",
+    "EventsArgs": "job after limit follow",
+    "SetArgs": "values if_revision",
+    "SetAnswer": "outcome revision effective message",
+    "StatusAnswer": "service serving training jobs options revision",
+    "Event": "id job created_at level type message data",
+    "JobError": "code message param",
+    "Job": (
+        "id object created_at started_at finished_at status sub_state reason model suffix fine_tuned_model step "
+        "total_steps trained_tokens loss learning_rate tokens_per_s eta_s attempt hyperparameters data error run_dir"
+    ),
+    "TensorRef": "name dtype shape offset nbytes",
+    "SlotRef": "path nbytes tensors",
+    "RunSpec": "job attempt hyperparameters total_steps",
+    "BatchCursor": "epoch step index",
+    "ServedLimits": (
+        "architecture model_path tokenizer_path served_model_name dtype device vocab_size hidden_size num_layers "
+        "linear_sizes max_seq_length max_lora_rank lora_target_modules train_memory_bytes logits_bytes"
+    ),
+    "Hello": "seq pid rank limits refusal job attempt step next_cursor options revision",
+    "RunStarted": "seq job attempt step state_bytes",
+    "StepDone": "seq job attempt step epoch loss learning_rate grad_norm tokens target_tokens seconds",
+    "SnapshotReady": "seq job attempt step slot meta reason",
+    "RunStopped": "seq job attempt step",
+    "RunFailed": "seq job attempt step code message",
+    "Progress": "seq job attempt step sub_state reason tokens",
+    "StatusReport": "seq request serving training",
+    "OptionsSet": "seq request outcome revision effective text",
+    "Welcome": "seq pid",
+    "StartRun": "seq spec step restore meta",
+    "MicroBatch": "seq job attempt cursor micro_batches lengths rows step_target_tokens",
+    "SnapshotSlot": "seq job attempt slot",
+    "SnapshotSaved": "seq job attempt step ok",
+    "StopRun": "seq job attempt snapshot",
+    "Ack": "seq upto",
+    "StatusRequest": "seq request",
+    "SetOptions": "seq request values if_revision",
+    "HttpHello": "seq pid served_model_name",
+    "ServiceState": "seq pid endpoint_bound scheduler_seen refusal",
+    "PublishAdapter": "seq job name config slot",
+    "AdapterPublished": "seq job name ok code text",
+    "AdapterWanted": "seq name",
+}
+# ------------------------------------------------------------------ end of the list
+
+
+def structs(module) -> dict[str, type[msgspec.Struct]]:
+    own = (v for v in vars(module).values() if isinstance(v, type) and issubclass(v, msgspec.Struct))
+    return {v.__name__: v for v in own if v.__module__ == module.__name__ and v.__name__ != "Message"}
+
+
+def test_flags():
+    assert {f.name: f.default for f in dataclasses.fields(config.HarliOptions)} == FLAGS
+    assert config.FLAG_PREFIX == "--harli-"
+    assert config.LIVE == LIVE_FLAGS
+    assert FLAGS["finetune_endpoint"] == config.DEFAULT_ENDPOINT
+
+
+def test_every_flag_explains_itself():
+    for f in dataclasses.fields(config.HarliOptions):
+        text = f.metadata["help"]
+        assert text.endswith((".", ")")), f"--harli-{f.name}: the help is not a sentence"
+        if f.name.endswith("_ms"):
+            assert "milliseconds" in text, f"--harli-{f.name}: the help does not give the unit"
+
+
+def test_server_args_offer_exactly_these_flags():
+    source = next((p for p in package_files() if p.name == "server_args.py"), None)
+    if source is None:
+        pytest.fail("server_args.py is missing")
+    named = set(re.findall(r"\bharli_[a-z_]+\b", source.read_text()))
+    unknown = {n for n in named if n.removeprefix("harli_") not in {*FLAGS, "options"}}
+    assert not unknown, f"server_args.py names options that HarliOptions does not have: {sorted(unknown)}"
+
+
+def test_environment_variables():
+    named = {name for p in package_files() for name in re.findall(r"\bHARLI_[A-Z_]+\b", p.read_text())}
+    assert named == ENVIRONMENT
+
+
+def test_verbs_states_and_events():
+    assert public.VERSION == PROTOCOL_VERSION
+    assert public.VERBS == VERBS
+    assert [s.value for s in core.JobStatus] == JOB_STATES
+    assert [s.value for s in core.SubState] == SUB_STATES
+    assert public.EVENT_TYPES == EVENT_TYPES
+
+
+def test_hyperparameters():
+    fields = msgspec.structs.fields(public.Hyperparameters)
+    assert {f.name: f.default for f in fields} == HYPERPARAMETERS
+
+
+def test_message_fields():
+    found = {**structs(public), **structs(internal)}
+    found.pop("Hyperparameters")  # its own test
+    names = {name: " ".join(f.name for f in msgspec.structs.fields(kind)) for name, kind in found.items()}
+    assert names == MESSAGES
