@@ -66,19 +66,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
         key = repr((arch, dtype, seed, sorted(config.items())))
         if key in made:
             return made[key]
-        values: dict[str, Any] = dict(
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=96,
-            vocab_size=256,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            bos_token_id=1,
-            eos_token_id=2,
-            initializer_range=0.15,  # wide enough that greedy choices are not ties
-        )
+        values: dict[str, Any] = {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 96,
+            "vocab_size": 256,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "initializer_range": 0.15,  # wide enough that greedy choices are not ties
+        }
         values.update(config)
         config_class = {
             "llama": transformers.LlamaConfig,
@@ -99,22 +99,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 # ------------------------------------------------------------------ runners
 def _server_args(model_path: str, options: dict[str, Any]) -> Any:
     from sglang.srt.server_args import ServerArgs
-
     from transformers import AutoConfig
 
-    values: dict[str, Any] = dict(
-        model_path=model_path,
-        device="cpu",
-        dtype=str(AutoConfig.from_pretrained(model_path).dtype).removeprefix("torch."),
-        attention_backend="torch_native",
-        disable_cuda_graph=True,
-        disable_overlap_schedule=True,
-        max_total_tokens=2048,
-        max_running_requests=16,
-        mem_fraction_static=0.1,
-        skip_tokenizer_init=True,
-        log_level="error",
-    )
+    values: dict[str, Any] = {
+        "model_path": model_path,
+        "device": "cpu",
+        "dtype": str(AutoConfig.from_pretrained(model_path).dtype).removeprefix("torch."),
+        "attention_backend": "torch_native",
+        "disable_cuda_graph": True,
+        "disable_overlap_schedule": True,
+        "max_total_tokens": 2048,
+        "max_running_requests": 16,
+        "mem_fraction_static": 0.1,
+        "skip_tokenizer_init": True,
+        "log_level": "error",
+    }
     if options.get("enable_lora"):
         values.update(
             lora_backend="torch_native",
@@ -166,7 +165,6 @@ def sglang_runner(sglang_patches: None) -> Iterator[Callable[..., Any]]:
         return built[key]
 
     yield make
-    import torch.distributed
     from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
     destroy_model_parallel()
