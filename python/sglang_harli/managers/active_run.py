@@ -1,0 +1,236 @@
+"""The run in progress: its training, its snapshots, and how it stops.
+
+        StartRun ── restore (copy quanta) ── train ──┬─ every N steps: snapshot ── train …
+                                                     ├─ StopRun: [snapshot] ── RunStopped
+                                                     └─ last step: final snapshot ── saved ── released
+
+A snapshot needs the slot, which belongs to the service while it writes: one that falls due then waits
+for the next step boundary, except the last ones (pause, final), which wait for the slot.
+"""
+
+from __future__ import annotations
+
+import time
+
+from sglang_harli.core import SubState
+from sglang_harli.errors import TrainingError
+from sglang_harli.managers.service_link import ServiceLink
+from sglang_harli.managers.snapshots import StateCopier, restorer, state_layout
+from sglang_harli.peft_trainer.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.run import QuantumShape, TrainingRun
+from sglang_harli.protocol import internal
+from sglang_harli.protocol.shared_memory import Slot
+
+
+class ActiveRun:
+    """One job's run in the scheduler.
+
+    Raises:
+        TrainingError: the job does not fit the memory budget.
+        KeyError, OSError: the restore slot is not of this job, or is gone.
+    """
+
+    def __init__(
+        self,
+        base: FrozenBase,
+        start: internal.StartRun,
+        limits: internal.ServedLimits,
+        link: ServiceLink,
+        quantum_rows: int | None,
+    ) -> None:
+        self.spec = start.spec
+        self._link = link
+        self._limits = limits
+        self.training = TrainingRun(
+            base, start.spec, logits_bytes=limits.logits_bytes, quantum_rows=quantum_rows
+        )
+        self._every = start.spec.hyperparameters.checkpoint_every
+        self._saved_step = start.step
+        self._slot: Slot | None = None
+        self._slot_free = False
+        self._copier: StateCopier | None = None
+        self._wanted: str | None = None  # why a snapshot is due: every, pause, final, shutdown
+        self._stopping = False  # pause or cancel: no training quantum any more
+        self._save_first = False  # the stop is a pause
+        self.stopped = False
+        self._last_step_at = time.monotonic()
+        self._restore_meta = start.meta
+        self._unmap = None
+        if start.restore is not None:
+            self._copier, self._unmap = restorer(self.training.state_tensors(), start.restore)
+        else:
+            self._announce(0)
+
+    def _announce(self, step: int) -> None:
+        _, nbytes = state_layout(self.training.state_tensors())
+        self._link.send(
+            internal.RunStarted(job=self.spec.job, attempt=self.spec.attempt, step=step, state_bytes=nbytes)
+        )
+
+    # ---------------------------------------------------------------- what comes next
+    @property
+    def copying(self) -> bool:
+        return self._copier is not None
+
+    def next_shape(self) -> QuantumShape | None:
+        """The next training quantum, or None while the run waits for data, a slot or its end."""
+        if self.training.state_consistent and (self._stopping or self.training.finished):
+            return None
+        return self.training.peek()
+
+    def waiting_for(self) -> tuple[str, str]:
+        if self._stopping or self.training.finished:
+            return SubState.CHECKPOINTING, "waiting for the checkpoint to be written"
+        return SubState.WAITING_DATA, "waiting for the next micro-batch"
+
+    def copy_slice(self) -> int:
+        """One copy quantum; returns the bytes moved."""
+        assert self._copier is not None
+        moved = self._copier.run()
+        if self._copier.done:
+            self._copied()
+        return moved
+
+    def _copied(self) -> None:
+        copier, self._copier = self._copier, None
+        assert copier is not None
+        if not copier.out:
+            self.training.load_meta(self._restore_meta)
+            unmap, self._unmap = self._unmap, None
+            copier = None  # its slices are views into the slot
+            if unmap is not None:
+                unmap()
+            self._announce(self.training.applied_step)
+            return
+        reason, self._wanted = self._wanted or "every", None
+        self._slot_free = False  # the service's until SnapshotSaved
+        self._link.send(
+            internal.SnapshotReady(
+                job=self.spec.job,
+                attempt=self.spec.attempt,
+                step=self.training.applied_step,
+                slot=copier.ref(),
+                meta=self.training.state_meta(),
+                reason=reason,
+            )
+        )
+
+    def after_quantum(self) -> bool:
+        """Send what a step brought; start a snapshot that is due.  True: the run is over, release it."""
+        for metrics in self.training.take_metrics():
+            now_s = time.monotonic()
+            seconds, self._last_step_at = now_s - self._last_step_at, now_s
+            self._link.send(
+                internal.StepDone(
+                    job=self.spec.job,
+                    attempt=self.spec.attempt,
+                    step=metrics.step,
+                    epoch=metrics.epoch,
+                    loss=metrics.loss,
+                    learning_rate=metrics.learning_rate,
+                    grad_norm=metrics.grad_norm,
+                    tokens=metrics.tokens,
+                    target_tokens=metrics.target_tokens,
+                    seconds=seconds,
+                )
+            )
+        if not self.training.state_consistent:
+            return False
+        if self._stopping and not self._save_first:  # cancel waited for the optimizer's slices
+            return self._stop_now()
+        step = self.training.applied_step
+        if self._stopping:
+            self._wanted = "pause"
+        elif self.training.finished:
+            self._wanted = "final"
+        elif self.training.at_step_boundary and self._every and step % self._every == 0 and self._slot_free:
+            self._wanted = "every"
+        self._begin_snapshot()
+        return False
+
+    # ---------------------------------------------------------------- snapshots
+    def take_slot(self, ref: internal.SlotRef) -> None:
+        """The service's slot for snapshots, faulted in."""
+        needed = state_layout(self.training.state_tensors())[1]
+        if ref.nbytes < needed:
+            raise TrainingError(
+                f"the snapshot slot has {ref.nbytes} bytes, {needed} are needed", code="internal"
+            )
+        if self._slot is not None:
+            self._slot.close()
+        self._slot, self._slot_free = Slot.open(ref), True
+        self._begin_snapshot()
+
+    def _begin_snapshot(self) -> None:
+        """Start the copy that is wanted, once the slot is ours and no step is half applied."""
+        if self._wanted is None or self._copier is not None or not self._slot_free or self._slot is None:
+            return
+        if not self.training.state_consistent:
+            return
+        if self.training.applied_step == self._saved_step:
+            self._wanted = None
+            return
+        tensors = self.training.state_tensors()
+        refs, _ = state_layout(tensors)
+        self._copier = StateCopier(tensors, self._slot, refs, out=True)
+
+    def saved(self, message: internal.SnapshotSaved) -> bool:
+        """The service has written a snapshot (or could not); True: the run is over, release it."""
+        self._slot_free = True
+        if message.ok:
+            self._saved_step = max(self._saved_step, message.step)
+        behind = self.training.applied_step > self._saved_step
+        if behind and (self._save_first or self.training.finished) and self.training.state_consistent:
+            self._wanted = "pause" if self._save_first else "final"  # once more, until the service gives up
+            self._begin_snapshot()
+            return False
+        if self._stopping and self.training.state_consistent:
+            return self._stop_now()
+        return self.training.finished and not behind
+
+    def final_snapshot(self) -> bool:
+        """Shutdown: copy the state out at once; True if the service has something to write."""
+        training = self.training
+        self._stopping = self._save_first = True
+        while not training.state_consistent:
+            shape = training.peek()
+            assert shape is not None
+            training.run(shape.rows)
+        self.after_quantum()
+        if self._copier is not None and self._copier.out:
+            self._wanted = "shutdown"
+            self._copier.finish()
+            self._copied()
+        return not self._slot_free and self._slot is not None
+
+    # ---------------------------------------------------------------- stopping
+    def stop(self, snapshot: bool) -> bool:
+        """Pause (with a snapshot) or cancel; True: stopped already, release it."""
+        self._stopping, self._save_first = True, snapshot
+        if self._copier is not None and not (snapshot and self._copier.out):
+            self._copier = None  # cancelled, or still restoring: its checkpoint is the state
+            return self._stop_now()
+        if not self.training.state_consistent:
+            return False  # the optimizer's slices are finished first
+        self.training.drop_micro_batch()
+        if not snapshot or self.training.applied_step == self._saved_step:
+            return self._stop_now()
+        self._wanted = "pause"
+        self._begin_snapshot()
+        return False
+
+    def _stop_now(self) -> bool:
+        self.stopped = True
+        self._link.send(
+            internal.RunStopped(job=self.spec.job, attempt=self.spec.attempt, step=self.training.applied_step)
+        )
+        return True
+
+    def release(self) -> None:
+        """Return the memory; the slot's file is the service's to remove."""
+        self._copier = None
+        self.training.release()
+        if self._slot is not None:
+            self._slot.close()
+        if self._unmap is not None:
+            self._unmap()

@@ -1,0 +1,77 @@
+"""Control requests that reach the scheduler through SGLang's own channel, and what is refused in training.
+
+``DumperControlReqInput`` is SGLang's generic call (a method name and a plain dict); ours begin with
+``harli/`` and never raise: an exception in a handler would end the server.
+Leans on io_struct: DumperControlReqOutput, UpdateWeight…ReqInput and their outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from sglang.srt.managers import io_struct
+
+from sglang_harli.errors import HarliError
+from sglang_harli.protocol.internal import SlotRef
+
+PREFIX = "harli/"
+REFUSAL = (
+    "a finetune job is training on these weights: pause it first (harli pause JOB, or wait for it to end), "
+    "then try again"
+)
+
+_WEIGHT_UPDATES = {
+    io_struct.UpdateWeightFromDiskReqInput: io_struct.UpdateWeightFromDiskReqOutput,
+    io_struct.UpdateWeightsFromDistributedReqInput: io_struct.UpdateWeightsFromDistributedReqOutput,
+    io_struct.UpdateWeightsFromTensorReqInput: io_struct.UpdateWeightsFromTensorReqOutput,
+    io_struct.UpdateWeightsFromIPCReqInput: io_struct.UpdateWeightsFromIPCReqOutput,
+}
+
+
+def guard_weight_updates(dispatcher: Any, training: Callable[[], bool]) -> None:
+    """Answer weight updates with a refusal while a job trains (its base would change under it)."""
+    mapping = dispatcher._mapping
+    for request, output in _WEIGHT_UPDATES.items():
+        mapping[request] = _guarded(mapping[request], output, training)
+
+
+def _guarded(
+    handler: Callable[[Any], Any], output: type[Any], training: Callable[[], bool]
+) -> Callable[[Any], Any]:
+    def handle(recv_req: Any) -> Any:
+        if training():
+            return output(success=False, message=REFUSAL)
+        return handler(recv_req)
+
+    return handle
+
+
+def is_ours(recv_req: Any) -> bool:
+    return recv_req.method.startswith(PREFIX)
+
+
+def answer(trainer: Any, recv_req: Any) -> Any:
+    """Answer one ``harli/…`` call of the HTTP process with a plain dict."""
+    body = recv_req.body or {}
+    try:
+        response = _METHODS[recv_req.method](trainer, body)
+    except KeyError as error:
+        return io_struct.DumperControlReqOutput(success=False, response=[], error=f"unknown: {error}")
+    except (HarliError, OSError, msgspec.ValidationError, ValueError) as error:
+        return io_struct.DumperControlReqOutput(success=False, response=[], error=str(error))
+    return io_struct.DumperControlReqOutput(success=True, response=[response])
+
+
+def _load_adapter(trainer: Any, body: dict[str, Any]) -> dict[str, Any]:
+    slot = msgspec.convert(body["slot"], SlotRef)
+    trainer.loader.begin(body["lora_id"], body["lora_name"], body["config"], slot)
+    return trainer.loader.status(body["lora_id"])
+
+
+_METHODS: dict[str, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
+    "harli/load_adapter": _load_adapter,
+    "harli/load_status": lambda trainer, body: trainer.loader.status(body["lora_id"]),
+    "harli/training": lambda trainer, _: {"training": trainer.training},
+}

@@ -1,0 +1,130 @@
+"""The scheduler's end of the ipc pair to the finetune service (design section 2).
+
+Nothing here blocks: ``poll`` takes what has come, ``send`` queues.  What the service must not miss stays
+in a bounded ring until it is acknowledged, and is sent again when a restarted service says Welcome.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from sglang_harli.protocol import internal
+
+logger = logging.getLogger(__name__)
+
+RING = 4096  # unacknowledged messages kept; a run out of data stops long before
+HELLO_EVERY_S = 1.0
+MAX_PER_POLL = 16  # messages taken per loop turn: bounds the turn
+
+# What the service must take over durably; the rest (progress, status) is stale a moment later.
+KEPT = (
+    internal.RunStarted,
+    internal.StepDone,
+    internal.SnapshotReady,
+    internal.RunStopped,
+    internal.RunFailed,
+)
+
+
+class ServiceLink:
+    """One DEALER socket, connected for the life of the process.
+
+    Args:
+        endpoint: core.scheduler_endpoint(run_dir).
+        make_hello: builds the hello of this moment (limits, run in progress, options).
+    """
+
+    def __init__(self, endpoint: str, make_hello: Callable[[], internal.Hello]) -> None:
+        self._context = zmq.Context(io_threads=1)
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 1000)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self.socket.setsockopt(zmq.SNDHWM, 2 * RING)
+        self.socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a service that is away
+        self.socket.connect(endpoint)
+        self._make_hello = make_hello
+        self._seq = 0
+        self._ring: deque[internal.Message] = deque(maxlen=RING)
+        self.service_pid: int | None = None
+        self._hello_at = 0.0
+
+    # ---------------------------------------------------------------- out
+    def send(self, message: internal.Message) -> None:
+        """Queue a message; kept until acknowledged if it is of the KEPT kinds."""
+        self._seq += 1
+        message.seq = self._seq
+        if isinstance(message, KEPT):
+            self._ring.append(message)
+        if self.service_pid is not None:
+            self._send_now(message)
+
+    def _send_now(self, message: internal.Message) -> bool:
+        try:
+            self.socket.send(internal.encode(message), zmq.NOBLOCK)
+        except zmq.Again:  # away: the ring has what matters
+            return False
+        return True
+
+    def _say_hello(self, now_s: float) -> None:
+        self._hello_at = now_s
+        hello = self._make_hello()
+        self._seq += 1
+        hello.seq = self._seq
+        self._send_now(hello)
+
+    # ---------------------------------------------------------------- in
+    def poll(self) -> list[tuple[internal.Message, list[bytes]]]:
+        """Messages that have come, with their raw frames; an empty list costs about a microsecond."""
+        if self.service_pid is None:
+            now_s = time.monotonic()
+            if now_s - self._hello_at >= HELLO_EVERY_S:
+                self._say_hello(now_s)
+        if not self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            return []
+        messages = []
+        for _ in range(MAX_PER_POLL):
+            try:
+                header, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            try:
+                message = internal.decode(header, "service")
+            except msgspec.MsgspecError as error:
+                logger.error("harli: dropped a message of the finetune service: %s", error)
+                continue
+            if isinstance(message, internal.Welcome):
+                self._welcomed(message)
+            elif isinstance(message, internal.Ack):
+                self._acknowledged(message.upto)
+            else:
+                messages.append((message, frames))
+        return messages
+
+    def _welcomed(self, message: internal.Welcome) -> None:
+        if message.pid == self.service_pid:
+            return
+        restarted = self.service_pid is not None
+        self.service_pid = message.pid
+        if restarted:  # a new service has not read our hello yet
+            self._say_hello(time.monotonic())
+        for kept in self._ring:
+            self._send_now(kept)
+
+    def _acknowledged(self, upto: int) -> None:
+        while self._ring and self._ring[0].seq <= upto:
+            self._ring.popleft()
+
+    @property
+    def unacknowledged(self) -> int:
+        return len(self._ring)
+
+    def close(self) -> None:
+        self.socket.close()
+        self._context.term()

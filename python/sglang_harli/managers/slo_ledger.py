@@ -1,0 +1,127 @@
+"""Deadlines and slack of the running batch (design section 8).  Pure: plain numbers, no torch, no SGLang.
+
+A request's token number ``n`` (counted from 0) is due at ``first_token + n * TPOT target``: TPOT is a
+mean over the request, so a request that is ahead of its target has banked time that training may spend.
+All times are seconds of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Latency targets in seconds, and the bounds of one quantum."""
+
+    tpot_s: float
+    ttft_s: float | None
+    max_itl_s: float | None
+    busy_quantum_s: float
+    idle_quantum_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestClock:
+    """One running request: when its first and its latest token went out, and how many did."""
+
+    first_token_s: float
+    last_token_s: float
+    emitted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slack:
+    """What may be spent before the next decode step starts.
+
+    Attributes:
+        seconds: the least over the batch, after the decode step, the reserve and queued training.
+        bound: which promise is the tightest (``tpot`` or ``itl``), for the reason shown.
+    """
+
+    seconds: float
+    bound: str
+
+
+UNBOUNDED = Slack(float("inf"), "none")
+
+
+def batch_slack(
+    clocks: Iterable[RequestClock],
+    targets: Targets,
+    *,
+    now_s: float,
+    decode_upper_s: float,
+    reserve_s: float,
+    queued_s: float = 0.0,
+) -> Slack:
+    """The slack of a running batch at point P.
+
+    Args:
+        clocks: the running requests that are not finished.
+        decode_upper_s: upper bound of the next decode step.
+        reserve_s: kept back for prefills that arrive while the batch runs; it delays when training
+            starts to spend a request's lead, and takes nothing from the steady state.
+        queued_s: training already launched on the device and not finished (0 on a CPU).
+
+    Returns:
+        Slack(inf, "none") for an empty batch.
+    """
+    tpot, itl = targets.tpot_s, targets.max_itl_s
+    least, bound = float("inf"), "none"
+    for clock in clocks:
+        due = clock.first_token_s + clock.emitted * tpot - reserve_s
+        if due < least:
+            least, bound = due, "tpot"
+        if itl is not None and clock.last_token_s + itl < least:
+            least, bound = clock.last_token_s + itl, "itl"
+    if bound == "none":
+        return UNBOUNDED
+    return Slack(least - now_s - decode_upper_s - queued_s, bound)
+
+
+class PrefillReserve:
+    """How long prefills hold up a running batch: a decaying maximum of recent hold-ups.
+
+    Consecutive prefill batches between two decode steps count as one hold-up, since a running request
+    feels their sum.
+    """
+
+    def __init__(self, half_life_s: float = 5.0) -> None:
+        self.half_life_s = half_life_s
+        self._level = 0.0
+        self._at = 0.0
+        self._open = 0.0
+
+    def prefill(self, seconds: float) -> None:
+        """A prefill batch ran while others were decoding."""
+        self._open += seconds
+
+    def decode(self, now_s: float) -> None:
+        """A decode step ran: the hold-up before it, if any, is over."""
+        if self._open:
+            self._level = max(self.seconds(now_s), self._open)
+            self._at, self._open = now_s, 0.0
+
+    def seconds(self, now_s: float) -> float:
+        if not self._level:
+            return 0.0
+        return self._level * 0.5 ** ((now_s - self._at) / self.half_life_s)
+
+
+class Attainment:
+    """Requests that met the TPOT target, counted as they finish."""
+
+    def __init__(self) -> None:
+        self.finished = 0
+        self.met = 0
+
+    def count(self, clock: RequestClock, tpot_s: float) -> None:
+        self.finished += 1
+        steps = clock.emitted - 1
+        self.met += steps <= 0 or clock.last_token_s - clock.first_token_s <= steps * tpot_s
+
+    @property
+    def share(self) -> float:
+        return self.met / self.finished if self.finished else 1.0

@@ -1,0 +1,140 @@
+"""Copies of a run's state into and out of shared memory, cut into copy quanta (design section 2).
+
+On a CPU a slice is one bounded copy.  On CUDA a slice goes through a small pinned buffer: the device
+copies into it behind the training stream's work, and a later quantum moves the bytes on when the event
+has fired, so that the scheduler's thread never waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sglang_harli.core import QuantumKind
+from sglang_harli.protocol import shared_memory
+from sglang_harli.protocol.internal import SlotRef, TensorRef
+
+SLICE_BYTES = 4 << 20
+KIND = QuantumKind.COPY
+
+
+def state_layout(tensors: list[tuple[str, torch.Tensor]]) -> tuple[list[TensorRef], int]:
+    """Places of the state's tensors in a slot, and the slot's size in bytes."""
+    return shared_memory.layout(
+        (name, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.numel() * t.element_size())
+        for name, t in tensors
+    )
+
+
+@dataclass(slots=True)
+class _Slice:
+    tensor: torch.Tensor  # flat bytes view of the live tensor
+    place: memoryview
+
+
+def _slices(tensors: list[tuple[str, torch.Tensor]], places: dict[str, memoryview]) -> list[_Slice]:
+    cut = []
+    for name, tensor in tensors:
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        place = places[name]
+        for start in range(0, flat.numel(), SLICE_BYTES):
+            cut.append(_Slice(flat[start : start + SLICE_BYTES], place[start : start + SLICE_BYTES]))
+    return cut
+
+
+class StateCopier:
+    """One copy of all state tensors, slice by slice.
+
+    Args:
+        tensors: the live tensors; a copy out reads them, a copy in writes them.
+        slot: the mapped slot.
+        refs: where each lies in the slot.
+        out: True copies the live tensors into the slot, False back.
+
+    Raises:
+        KeyError: the slot lacks a tensor (the checkpoint is of another job or version).
+    """
+
+    def __init__(
+        self,
+        tensors: list[tuple[str, torch.Tensor]],
+        slot: shared_memory.Slot,
+        refs: list[TensorRef],
+        *,
+        out: bool,
+    ) -> None:
+        self.refs = refs
+        self.out = out
+        self._slot = slot
+        sizes = {ref.name: ref.nbytes for ref in refs}
+        for name, tensor in tensors:
+            if sizes[name] != tensor.numel() * tensor.element_size():
+                raise KeyError(f"{name} has {sizes[name]} bytes in the checkpoint")
+        self._todo = _slices(tensors, {ref.name: slot.view(ref) for ref in refs})[::-1]
+        self._cuda = bool(tensors) and tensors[0][1].is_cuda
+        self._staging: torch.Tensor | None = None
+        self._flight: tuple[_Slice, torch.cuda.Event] | None = None
+        if self._cuda:
+            self._staging = torch.empty(SLICE_BYTES, dtype=torch.uint8, pin_memory=True)
+
+    @property
+    def done(self) -> bool:
+        return not self._todo and self._flight is None
+
+    def run(self) -> int:
+        """One copy quantum; returns the bytes moved (0: the device is not there yet)."""
+        if self._cuda:
+            return self._run_cuda()
+        moved = 0
+        while self._todo and moved < SLICE_BYTES:
+            piece = self._todo.pop()
+            here = torch.frombuffer(piece.place, dtype=torch.uint8)
+            if self.out:
+                here.copy_(piece.tensor)
+            else:
+                piece.tensor.copy_(here)
+            moved += piece.tensor.numel()
+        return moved
+
+    def _run_cuda(self) -> int:
+        assert self._staging is not None
+        moved = 0
+        if self._flight is not None:
+            piece, event = self._flight
+            if not event.query():
+                return 0
+            if self.out:
+                torch.frombuffer(piece.place, dtype=torch.uint8).copy_(self._staging[: piece.tensor.numel()])
+            moved, self._flight = piece.tensor.numel(), None
+        if self._todo:
+            piece = self._todo.pop()
+            staged = self._staging[: piece.tensor.numel()]
+            if self.out:
+                staged.copy_(piece.tensor, non_blocking=True)
+            else:
+                staged.copy_(torch.frombuffer(piece.place, dtype=torch.uint8))
+                piece.tensor.copy_(staged, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._flight = (piece, event)
+        return moved
+
+    def finish(self) -> None:
+        """All that is left, now (shutdown only: it waits for the device)."""
+        while not self.done:
+            if self._flight is not None:
+                self._flight[1].synchronize()
+            self.run()
+
+    def ref(self) -> SlotRef:
+        return self._slot.ref(self.refs)
+
+
+def restorer(
+    tensors: list[tuple[str, torch.Tensor]], slot_ref: SlotRef
+) -> tuple[StateCopier, Callable[[], None]]:
+    """A copier from a restore slot into the live tensors, and what unmaps the slot afterwards."""
+    slot = shared_memory.Slot.open(slot_ref)
+    return StateCopier(tensors, slot, slot_ref.tensors, out=False), slot.close

@@ -1,0 +1,237 @@
+"""The policy and the ledger as pure functions: tables, properties, and a small simulation of the loop."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_harli.config import HarliOptions
+from sglang_harli.core import QuantumKind, QuantumOffer, StepLoad
+from sglang_harli.managers import qos_policy
+from sglang_harli.managers.quantum_costs import DecodeCosts, QuantumCosts
+from sglang_harli.managers.serving_side import ServingSide, targets_of
+from sglang_harli.managers.slo_ledger import (
+    UNBOUNDED,
+    Attainment,
+    PrefillReserve,
+    RequestClock,
+    Slack,
+    Targets,
+    batch_slack,
+)
+from sglang_harli.protocol.internal import SetOptions
+
+TARGETS = Targets(tpot_s=0.05, ttft_s=None, max_itl_s=None, busy_quantum_s=0.1, idle_quantum_s=0.25)
+
+
+def offer(*candidates: tuple[int, float], kind: QuantumKind = QuantumKind.BACKWARD) -> QuantumOffer:
+    return QuantumOffer(kind, candidates)
+
+
+def test_a_waiting_prompt_stops_training():
+    decision = qos_policy.decide(
+        StepLoad(running=1, waiting=1), Slack(9.0, "tpot"), offer((1, 0.001)), TARGETS
+    )
+    assert (decision.quanta, decision.reason) == (0, qos_policy.PREFILL_WAITING)
+    assert qos_policy.decide(StepLoad(waiting=1), UNBOUNDED, offer((1, 0.001)), TARGETS).quanta == 0
+
+
+def test_idle_takes_the_largest_that_stays_under_the_idle_bound():
+    decision = qos_policy.decide(StepLoad(), UNBOUNDED, offer((1, 0.1), (2, 0.2), (4, 0.4)), TARGETS)
+    assert (decision.quanta, decision.rows, decision.reason) == (1, 2, qos_policy.IDLE)
+
+
+def test_idle_runs_the_least_quantum_even_when_it_exceeds_the_bound():
+    assert qos_policy.decide(StepLoad(), UNBOUNDED, offer((1, 3.0), (2, 6.0)), TARGETS).rows == 1
+
+
+def test_a_row_over_the_busy_bound_waits_for_idle_time_and_says_so():
+    decision = qos_policy.decide(StepLoad(running=1), Slack(9.0, "tpot"), offer((1, 0.11)), TARGETS)
+    assert (decision.quanta, decision.reason) == (0, qos_policy.TOO_LONG)
+
+
+def test_slack_is_named_by_the_promise_that_is_tightest():
+    decision = qos_policy.decide(StepLoad(running=1), Slack(0.001, "itl"), offer((1, 0.01)), TARGETS)
+    assert decision.reason == qos_policy.NO_SLACK["itl"]
+
+
+@given(
+    running=st.integers(0, 64),
+    waiting=st.integers(0, 3),
+    slack=st.floats(-1, 10),
+    costs=st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=6),
+)
+def test_a_quantum_under_load_never_exceeds_slack_or_bound(running, waiting, slack, costs):
+    candidates = tuple(enumerate(sorted(costs), start=1))
+    decision = qos_policy.decide(
+        StepLoad(running=running, waiting=waiting), Slack(slack, "tpot"), offer(*candidates), TARGETS
+    )
+    assert decision.reason
+    assert decision.quanta in (0, 1)
+    if waiting:
+        assert decision.quanta == 0
+    elif running and decision.quanta:
+        upper = dict(candidates)[decision.rows]
+        assert upper <= slack and upper <= TARGETS.busy_quantum_s
+        assert not any(
+            r > decision.rows and u <= min(slack, 0.1) for r, u in candidates
+        )  # the largest that fits
+
+
+def test_slack_counts_banked_time_decode_reserve_and_queued_training():
+    clock = RequestClock(first_token_s=10.0, last_token_s=10.02, emitted=4)
+    slack = batch_slack([clock], TARGETS, now_s=10.03, decode_upper_s=0.01, reserve_s=0.02, queued_s=0.005)
+    assert math.isclose(slack.seconds, 10.0 + 4 * 0.05 - 10.03 - 0.01 - 0.02 - 0.005)
+    assert slack.bound == "tpot"
+
+
+def test_the_itl_cap_binds_although_time_is_banked():
+    targets = Targets(tpot_s=0.05, ttft_s=None, max_itl_s=0.08, busy_quantum_s=0.1, idle_quantum_s=0.25)
+    clock = RequestClock(first_token_s=0.0, last_token_s=1.0, emitted=100)
+    slack = batch_slack([clock], targets, now_s=1.0, decode_upper_s=0.01, reserve_s=0.0)
+    assert slack.bound == "itl" and math.isclose(slack.seconds, 0.07)
+
+
+def test_an_empty_batch_is_unbounded():
+    assert batch_slack([], TARGETS, now_s=0.0, decode_upper_s=1.0, reserve_s=1.0) == UNBOUNDED
+
+
+def test_the_reserve_is_the_recent_maximum_of_summed_prefills_and_decays():
+    reserve = PrefillReserve(half_life_s=1.0)
+    reserve.prefill(0.02)
+    reserve.prefill(0.03)
+    reserve.decode(now_s=100.0)
+    assert math.isclose(reserve.seconds(100.0), 0.05)
+    reserve.prefill(0.01)
+    reserve.decode(now_s=101.0)
+    assert math.isclose(reserve.seconds(101.0), 0.025)
+
+
+def test_attainment_is_a_mean_over_the_request():
+    attainment = Attainment()
+    attainment.count(RequestClock(0.0, 0.50, 11), 0.05)
+    attainment.count(RequestClock(0.0, 0.51, 11), 0.05)
+    attainment.count(RequestClock(0.0, 0.0, 1), 0.05)  # one token has no gap
+    assert (attainment.finished, attainment.met) == (3, 2)
+
+
+@given(
+    base=st.floats(1e-4, 1e-2),
+    slope=st.floats(1e-6, 1e-3),
+    seed=st.integers(0, 1000),
+)
+def test_costs_learn_a_line_and_bound_it(base, slope, seed):
+    rng = random.Random(seed)
+    costs = QuantumCosts(prior_token_s=1e-4)
+    for n in range(200):
+        tokens = rng.choice((32, 64, 128, 256))
+        seconds = (base + slope * tokens) * rng.uniform(0.95, 1.05)
+        costs.observe(QuantumKind.BACKWARD, tokens, seconds, now_s=float(n), first_of_shape=n < 2)
+    for tokens in (32, 256):
+        estimate = costs.estimate(QuantumKind.BACKWARD, tokens)
+        truth = base + slope * tokens
+        assert 0.8 * truth < estimate.expected_s < 1.25 * truth
+        assert estimate.upper_s >= truth
+
+
+def test_an_estimate_that_alone_holds_training_back_decays_and_comes_back():
+    costs = QuantumCosts(prior_token_s=1e-4)
+    for n in range(20):
+        costs.observe(QuantumKind.FORWARD, 100, 0.2 if n == 5 else 0.02, now_s=float(n), first_of_shape=False)
+    before = costs.estimate(QuantumKind.FORWARD, 100).upper_s
+    for n in range(400):
+        costs.relax(QuantumKind.FORWARD, 20.0 + n / 10)
+    assert costs.estimate(QuantumKind.FORWARD, 100).upper_s < before / 2
+    costs.observe(QuantumKind.FORWARD, 100, 0.02, now_s=61.0, first_of_shape=False)
+    assert costs.estimate(QuantumKind.FORWARD, 100).upper_s > 0.018
+
+
+def test_first_runs_of_a_shape_do_not_enter_once_something_is_known():
+    costs = QuantumCosts(prior_token_s=1e-4)
+    costs.observe(QuantumKind.FORWARD, 10, 0.01, now_s=0.0, first_of_shape=True)
+    level = costs.estimate(QuantumKind.FORWARD, 10)
+    costs.observe(QuantumKind.FORWARD, 10, 5.0, now_s=1.0, first_of_shape=True)
+    assert costs.estimate(QuantumKind.FORWARD, 10) == level
+
+
+def test_decode_estimates_scale_up_from_the_nearest_size_only():
+    decode = DecodeCosts()
+    for _ in range(50):
+        decode.observe(4, 0.010)
+    assert decode.estimate(1).expected_s == decode.estimate(4).expected_s
+    assert math.isclose(decode.estimate(16).expected_s, 4 * decode.estimate(4).expected_s)
+
+
+@given(seed=st.integers(0, 200), arrivals=st.floats(0.2, 4.0))
+def test_no_request_turns_late_when_predictions_hold(seed, arrivals):
+    """A simulation of the loop: decode 10 ms, prefill 15 ms, quanta as predicted.
+
+    A request that serving alone would finish on time is on time with training beside it, as long as the
+    prefills that arrive together are no longer than the reserve that the ledger has seen before: here two,
+    which arrivals at least 50 ms apart guarantee.
+    """
+    rng = random.Random(seed)
+    jobs, at = [], 0.0
+    for _ in range(20):
+        at += 0.05 + rng.expovariate(arrivals)
+        jobs.append((at, rng.randint(2, 40)))
+    alone = _simulate(jobs, train=False)
+    beside = _simulate(jobs, train=True)
+    late = [i for i, (a, b) in enumerate(zip(alone, beside, strict=True)) if a and not b]
+    assert not late
+
+
+def _simulate(jobs: list[tuple[float, int]], *, train: bool) -> list[bool]:
+    decode_s, prefill_s = 0.010, 0.015
+    now, waiting, running, done = 0.0, list(enumerate(jobs)), {}, {}
+    reserve = PrefillReserve(half_life_s=1e9)
+    reserve.prefill(2 * prefill_s)
+    reserve.decode(0.0)
+    quantum = offer((1, 0.012), (2, 0.020), (4, 0.036))
+    while waiting or running:
+        if waiting and waiting[0][1][0] <= now:
+            index, (_, tokens) = waiting.pop(0)
+            now += prefill_s
+            running[index] = [now, now, 1, tokens]
+        elif running:
+            now += decode_s
+            for index, row in list(running.items()):
+                row[1], row[2] = now, row[2] + 1
+                if row[2] >= row[3]:
+                    done[index] = row[1] - row[0] <= (row[2] - 1) * TARGETS.tpot_s
+                    del running[index]
+        elif not train:
+            now = waiting[0][1][0]
+            continue
+        while train:
+            load = StepLoad(running=len(running), waiting=bool(waiting and waiting[0][1][0] <= now))
+            clocks = [RequestClock(r[0], r[1], r[2]) for r in running.values()]
+            slack = batch_slack(
+                clocks, TARGETS, now_s=now, decode_upper_s=decode_s, reserve_s=reserve.seconds(now)
+            )
+            decision = qos_policy.decide(load, slack, quantum, TARGETS)
+            if not decision.quanta or not (waiting or running):
+                break
+            now += dict(quantum.candidates)[decision.rows]
+    return [done[i] for i in range(len(jobs))]
+
+
+def test_set_options_answers_applied_stale_and_conflict():
+    side = ServingSide(HarliOptions())
+    applied = side.set_options(SetOptions(request=1, values={"tpot_slo_ms": 30.0}))
+    assert (applied.outcome, applied.revision, applied.effective["tpot_slo_ms"]) == ("applied", 1, 30.0)
+    assert applied.effective["max_quantum_ms"] == 60.0 and side.targets.tpot_s == 0.03
+    stale = side.set_options(SetOptions(request=2, values={"tpot_slo_ms": 20.0}, if_revision=0))
+    assert (stale.outcome, stale.effective["tpot_slo_ms"]) == ("stale", 30.0)
+    conflict = side.set_options(SetOptions(request=3, values={"max_itl_ms": 10.0}))
+    assert conflict.outcome == "conflict" and side.options.max_itl_ms is None
+    assert side.set_options(SetOptions(request=4, values={"run_dir": 1.0})).outcome == "conflict"
+    assert side.set_options(SetOptions(request=5, values={"tpot_slo_ms": -1.0})).outcome == "conflict"
+
+
+def test_targets_follow_the_options():
+    targets = targets_of(HarliOptions(tpot_slo_ms=40, ttft_slo_ms=100, max_itl_ms=70))
+    assert targets.busy_quantum_s == 0.05 and targets.idle_quantum_s == 0.05
