@@ -1,8 +1,8 @@
 """The run in progress: its training, its snapshots, and how it stops.
 
-        StartRun ── restore (copy quanta) ── train ──┬─ every N steps: snapshot ── train …
-                                                     ├─ StopRun: [snapshot] ── RunStopped
-                                                     └─ last step: final snapshot ── saved ── released
+    StartRun ── draw or restore the adapter ── RunStarted ── train ─┬─ every N steps: snapshot ── train …
+                                                                    ├─ StopRun: [snapshot] ── RunStopped
+                                                                    └─ last step: final snapshot ── saved
 
 A snapshot needs the slot, which belongs to the service while it writes: one that falls due then waits
 for the next step boundary, except the last ones (pause, final), which wait for the slot.
@@ -15,7 +15,7 @@ import time
 from sglang_harli.core import SubState
 from sglang_harli.errors import TrainingError
 from sglang_harli.managers.service_link import ServiceLink
-from sglang_harli.managers.snapshots import StateCopier, restorer, state_layout
+from sglang_harli.managers.snapshots import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.run import QuantumShape, TrainingRun
 from sglang_harli.protocol import internal
@@ -26,8 +26,8 @@ class ActiveRun:
     """One job's run in the scheduler.
 
     Raises:
-        TrainingError: the job does not fit the memory budget.
-        KeyError, OSError: the restore slot is not of this job, or is gone.
+        ConfigError, TrainingError: the job does not fit the model, or its checkpoint is of another job.
+        OSError: the restore slot is gone.
     """
 
     def __init__(
@@ -40,7 +40,6 @@ class ActiveRun:
     ) -> None:
         self.spec = start.spec
         self._link = link
-        self._limits = limits
         self.training = TrainingRun(
             base, start.spec, logits_bytes=limits.logits_bytes, quantum_rows=quantum_rows
         )
@@ -54,17 +53,25 @@ class ActiveRun:
         self._save_first = False  # the stop is a pause
         self.stopped = False
         self._last_step_at = time.monotonic()
-        self._restore_meta = start.meta
-        self._unmap = None
+        self._state_bytes = 0  # of a snapshot; 0 until the adapter is there
+        self._restore: Slot | None = None
         if start.restore is not None:
-            self._copier, self._unmap = restorer(self.training.state_tensors(), start.restore)
-        else:
-            self._announce(0)
+            self._restore = Slot.open(start.restore)
+            self.training.load_state(reader(self._restore, start.restore.tensors), start.meta)
 
-    def _announce(self, step: int) -> None:
-        _, nbytes = state_layout(self.training.state_tensors())
+    def _announce(self) -> None:
+        """The adapter is drawn or restored: the run is there, and asks for its snapshot slot."""
+        if self._restore is not None:
+            self._restore.close()
+            self._restore = None
+        _, self._state_bytes = state_layout(self.training.state_tensors())
         self._link.send(
-            internal.RunStarted(job=self.spec.job, attempt=self.spec.attempt, step=step, state_bytes=nbytes)
+            internal.RunStarted(
+                job=self.spec.job,
+                attempt=self.spec.attempt,
+                step=self.training.applied_step,
+                state_bytes=self._state_bytes,
+            )
         )
 
     # ---------------------------------------------------------------- what comes next
@@ -94,14 +101,6 @@ class ActiveRun:
     def _copied(self) -> None:
         copier, self._copier = self._copier, None
         assert copier is not None
-        if not copier.out:
-            self.training.load_meta(self._restore_meta)
-            unmap, self._unmap = self._unmap, None
-            copier = None  # its slices are views into the slot
-            if unmap is not None:
-                unmap()
-            self._announce(self.training.applied_step)
-            return
         reason, self._wanted = self._wanted or "every", None
         self._slot_free = False  # the service's until SnapshotSaved
         self._link.send(
@@ -117,6 +116,29 @@ class ActiveRun:
 
     def after_quantum(self) -> bool:
         """Send what a step brought; start a snapshot that is due.  True: the run is over, release it."""
+        if not self._state_bytes and self.training.ready:
+            self._announce()
+        self.send_metrics()
+        if not self.training.state_consistent:
+            return False
+        if self._stopping and not self._save_first:  # cancel waited for the optimizer's slices
+            return self._stop_now()
+        step = self.training.applied_step
+        if self._stopping:
+            self._wanted = "pause"
+        elif self.training.finished:
+            self._wanted = "final"
+        elif self._every and step // self._every > self._saved_step // self._every and self._slot_free:
+            self._wanted = "every"
+        self._begin_snapshot()
+        return False
+
+    def send_metrics(self) -> None:
+        """Report the steps whose metrics have reached the host.
+
+        Raises:
+            TrainingError: a step's loss was not finite.
+        """
         for metrics in self.training.take_metrics():
             now_s = time.monotonic()
             seconds, self._last_step_at = now_s - self._last_step_at, now_s
@@ -134,27 +156,13 @@ class ActiveRun:
                     seconds=seconds,
                 )
             )
-        if not self.training.state_consistent:
-            return False
-        if self._stopping and not self._save_first:  # cancel waited for the optimizer's slices
-            return self._stop_now()
-        step = self.training.applied_step
-        if self._stopping:
-            self._wanted = "pause"
-        elif self.training.finished:
-            self._wanted = "final"
-        elif self.training.at_step_boundary and self._every and step % self._every == 0 and self._slot_free:
-            self._wanted = "every"
-        self._begin_snapshot()
-        return False
 
     # ---------------------------------------------------------------- snapshots
     def take_slot(self, ref: internal.SlotRef) -> None:
         """The service's slot for snapshots, faulted in."""
-        needed = state_layout(self.training.state_tensors())[1]
-        if ref.nbytes < needed:
+        if ref.nbytes < self._state_bytes:
             raise TrainingError(
-                f"the snapshot slot has {ref.nbytes} bytes, {needed} are needed", code="internal"
+                f"the snapshot slot has {ref.nbytes} bytes, {self._state_bytes} are needed", code="internal"
             )
         if self._slot is not None:
             self._slot.close()
@@ -167,12 +175,12 @@ class ActiveRun:
             return
         if not self.training.state_consistent:
             return
-        if self.training.applied_step == self._saved_step:
+        if self.training.applied_step == self._saved_step and self._wanted != "final":
             self._wanted = None
             return
         tensors = self.training.state_tensors()
         refs, _ = state_layout(tensors)
-        self._copier = StateCopier(tensors, self._slot, refs, out=True)
+        self._copier = StateCopier(tensors, self._slot, refs)
 
     def saved(self, message: internal.SnapshotSaved) -> bool:
         """The service has written a snapshot (or could not); True: the run is over, release it."""
@@ -191,13 +199,15 @@ class ActiveRun:
     def final_snapshot(self) -> bool:
         """Shutdown: copy the state out at once; True if the service has something to write."""
         training = self.training
+        if not training.ready:
+            return False
         self._stopping = self._save_first = True
         while not training.state_consistent:
             shape = training.peek()
             assert shape is not None
             training.run(shape.rows)
         self.after_quantum()
-        if self._copier is not None and self._copier.out:
+        if self._copier is not None:
             self._wanted = "shutdown"
             self._copier.finish()
             self._copied()
@@ -207,9 +217,10 @@ class ActiveRun:
     def stop(self, snapshot: bool) -> bool:
         """Pause (with a snapshot) or cancel; True: stopped already, release it."""
         self._stopping, self._save_first = True, snapshot
-        if self._copier is not None and not (snapshot and self._copier.out):
-            self._copier = None  # cancelled, or still restoring: its checkpoint is the state
-            return self._stop_now()
+        if not self.training.ready:
+            return self._stop_now()  # nothing is applied; a checkpoint it came from is the state
+        if self._copier is not None and not snapshot:
+            self._copier = None
         if not self.training.state_consistent:
             return False  # the optimizer's slices are finished first
         self.training.drop_micro_batch()
@@ -232,5 +243,5 @@ class ActiveRun:
         self.training.release()
         if self._slot is not None:
             self._slot.close()
-        if self._unmap is not None:
-            self._unmap()
+        if self._restore is not None:
+            self._restore.close()

@@ -32,6 +32,13 @@ logger = logging.getLogger(__name__)
 PROGRESS_EVERY_S = 0.5
 
 
+class _Tick(internal.Message):
+    """Not from the service: collect what the device has finished."""
+
+
+_TICK = _Tick()
+
+
 class CoTrainer:
     """The scheduler's trainer.
 
@@ -77,12 +84,16 @@ class CoTrainer:
             internal.StopRun: self._stop,
             internal.StatusRequest: self._status_request,
             internal.SetOptions: lambda m, _: self.link.send(self._set_options(m)),
+            _Tick: lambda *_: self.run and self.run.send_metrics(),
         }
 
     # ---------------------------------------------------------------- the service's messages
     def poll(self) -> None:
         """Take what the service has sent; called once a loop turn."""
-        for message, frames in self.link.poll():
+        arrived = self.link.poll()
+        if self.run is not None and self.run.training.finished:
+            arrived.append((_TICK, []))  # no quantum comes any more to collect the last metrics behind
+        for message, frames in arrived:
             try:
                 self._handlers[type(message)](message, frames)
             except Exception as error:  # boundary: the control handler in the scheduler

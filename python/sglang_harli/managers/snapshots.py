@@ -1,4 +1,4 @@
-"""Copies of a run's state into and out of shared memory, cut into copy quanta (design section 2).
+"""Copies of a run's state into shared memory, cut into copy quanta (design section 2); and views back.
 
 On a CPU a slice is one bounded copy.  On CUDA a slice goes through a small pinned buffer: the device
 copies into it behind the training stream's work, and a later quantum moves the bytes on when the event
@@ -37,7 +37,7 @@ class _Slice:
 def _slices(tensors: list[tuple[str, torch.Tensor]], places: dict[str, memoryview]) -> list[_Slice]:
     cut = []
     for name, tensor in tensors:
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        flat = tensor.detach().view(-1).view(torch.uint8)
         place = places[name]
         for start in range(0, flat.numel(), SLICE_BYTES):
             cut.append(_Slice(flat[start : start + SLICE_BYTES], place[start : start + SLICE_BYTES]))
@@ -66,7 +66,6 @@ class StateCopier:
         out: bool,
     ) -> None:
         self.refs = refs
-        self.out = out
         self._slot = slot
         sizes = {ref.name: ref.nbytes for ref in refs}
         for name, tensor in tensors:
@@ -90,11 +89,7 @@ class StateCopier:
         moved = 0
         while self._todo and moved < SLICE_BYTES:
             piece = self._todo.pop()
-            here = torch.frombuffer(piece.place, dtype=torch.uint8)
-            if self.out:
-                here.copy_(piece.tensor)
-            else:
-                piece.tensor.copy_(here)
+            torch.frombuffer(piece.place, dtype=torch.uint8).copy_(piece.tensor)
             moved += piece.tensor.numel()
         return moved
 
@@ -105,17 +100,12 @@ class StateCopier:
             piece, event = self._flight
             if not event.query():
                 return 0
-            if self.out:
-                torch.frombuffer(piece.place, dtype=torch.uint8).copy_(self._staging[: piece.tensor.numel()])
+            torch.frombuffer(piece.place, dtype=torch.uint8).copy_(self._staging[: piece.tensor.numel()])
             moved, self._flight = piece.tensor.numel(), None
         if self._todo:
             piece = self._todo.pop()
             staged = self._staging[: piece.tensor.numel()]
-            if self.out:
-                staged.copy_(piece.tensor, non_blocking=True)
-            else:
-                staged.copy_(torch.frombuffer(piece.place, dtype=torch.uint8))
-                piece.tensor.copy_(staged, non_blocking=True)
+            staged.copy_(piece.tensor, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._flight = (piece, event)
@@ -132,9 +122,12 @@ class StateCopier:
         return self._slot.ref(self.refs)
 
 
-def restorer(
-    tensors: list[tuple[str, torch.Tensor]], slot_ref: SlotRef
-) -> tuple[StateCopier, Callable[[], None]]:
-    """A copier from a restore slot into the live tensors, and what unmaps the slot afterwards."""
-    slot = shared_memory.Slot.open(slot_ref)
-    return StateCopier(tensors, slot, slot_ref.tensors, out=False), slot.close
+def reader(slot: shared_memory.Slot, refs: list[TensorRef]) -> Callable[[str], torch.Tensor]:
+    """Tensors of a restore slot by name, as views into it (KeyError: the checkpoint lacks it)."""
+    places = {ref.name: ref for ref in refs}
+
+    def get(name: str) -> torch.Tensor:
+        ref = places[name]
+        return torch.frombuffer(slot.view(ref), dtype=getattr(torch, ref.dtype)).view(ref.shape)
+
+    return get
