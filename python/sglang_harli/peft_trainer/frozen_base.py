@@ -1,0 +1,216 @@
+"""The served weights as a transformers module, without a copy (design section 4).
+
+A skeleton is built on the meta device from the model's own config; each of its parameters is then a
+view into the tensor that SGLang holds: q, k and v are row ranges of ``qkv_proj``, gate and up of
+``gate_up_proj``, and rows or columns that SGLang padded are cut off.
+
+Of SGLang this file knows parameter names, ``base_layer`` (its LoRA wrapper), ``quant_method`` and
+``use_intel_amx_backend`` of its linear modules; nothing is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sglang_harli.errors import UnsupportedError
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DENSE_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+# These rescale their frequencies with the longest position seen: a host sync, and state that is not the step's.
+_MOVING_ROPE = ("dynamic", "longrope")
+_WAY_OUT = "; start with --harli-finetune off to serve this model without finetuning"
+
+
+def _refuse(what: str) -> UnsupportedError:
+    return UnsupportedError(f"cannot finetune on this model: {what}{_WAY_OUT}")
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """A causal LM whose parameters are frozen and, where bound, shared with the server.
+
+    Attributes:
+        model: transformers model in eval mode with sdpa attention.
+        dtype: of its weights and activations.
+        device: where they lie.
+        config: its transformers config, fresh from the model's folder.
+    """
+
+    model: Any
+    dtype: torch.dtype
+    device: torch.device
+    config: Any
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.model.layers
+
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """(in, out) features of each linear of one layer, by its own name such as ``q_proj``."""
+        return {
+            name.rsplit(".", 1)[-1]: (module.in_features, module.out_features)
+            for name, module in self.layers[0].named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a position of this layer attends to, itself included; None: all before it."""
+        window = getattr(self.config, "sliding_window", None)
+        if window is None or self.config.model_type == "llama":
+            return None
+        kinds = getattr(self.config, "layer_types", None)
+        return window if kinds is None or kinds[layer] == "sliding_attention" else None
+
+
+def from_transformers(model: nn.Module) -> FrozenBase:
+    """A bare host: trains on a transformers model's own weights, without SGLang.
+
+    Raises:
+        UnsupportedError: an architecture or rotary embedding that is not supported.
+    """
+    config: Any = model.config
+    _check_config(config)
+    model.requires_grad_(False)
+    model.eval()
+    config._attn_implementation = "sdpa"
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    return FrozenBase(model, weight.dtype, weight.device, config)
+
+
+def bind(sglang_model: nn.Module, model_path: str, *, trust_remote_code: bool = False) -> FrozenBase:
+    """The served model as a transformers module on views of the very same storages.
+
+    Args:
+        sglang_model: ``model_runner.model`` of SGLang, loaded; may be wrapped for LoRA serving.
+        model_path: folder (or hub id) with the model's config; read afresh because SGLang changes its
+            own copy (padded sizes).
+
+    Raises:
+        UnsupportedError: naming the parameter that cannot be bound (packed, quantised, missing, of
+            another shape) or the architecture.
+    """
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    _check_config(config)
+    _check_dense(sglang_model)
+    served = _served_parameters(sglang_model)
+    embed = served.get("model.embed_tokens.weight")
+    if embed is None:
+        raise _refuse("the served model has no parameter model.embed_tokens.weight")
+    if embed.dtype not in DTYPES:
+        raise _refuse(f"model.embed_tokens.weight is {embed.dtype}; accepted: float32, bfloat16, float16")
+    with torch.inference_mode(False):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=embed.dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            )
+        _fill(model, config, served, embed.dtype)
+        # Rotary frequencies are buffers that no checkpoint holds: computed anew by the model's own class.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device=embed.device)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise _refuse(f"{name} of the training model has no counterpart in the served model")
+    model.requires_grad_(False)
+    model.eval()
+    return FrozenBase(model, embed.dtype, embed.device, config)
+
+
+def _check_config(config: Any) -> None:
+    names = getattr(config, "architectures", None) or [type(config).__name__.replace("Config", "ForCausalLM")]
+    if names[0] not in ARCHITECTURES:
+        raise _refuse(f"architecture {names[0]} is not supported (supported: {', '.join(ARCHITECTURES)})")
+    if getattr(config, "quantization_config", None):
+        raise _refuse("its config has a quantization_config; quantised weights are not supported")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in _MOVING_ROPE:
+        raise _refuse(
+            f"rope_type {rope} is not supported (its frequencies change with the length of the input)"
+        )
+
+
+def _check_dense(sglang_model: nn.Module) -> None:
+    for name, module in sglang_model.named_modules():
+        if getattr(module, "use_intel_amx_backend", False):
+            raise _refuse(f"{name}.weight is packed for AMX")
+        method = getattr(module, "quant_method", None)
+        if (
+            method is not None
+            and "weight" in module._parameters
+            and type(method).__name__ not in _DENSE_METHODS
+        ):
+            raise _refuse(f"{name}.weight is quantised or packed ({type(method).__name__})")
+
+
+def _served_parameters(sglang_model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by the name they have without LoRA wrappers."""
+    return {
+        name.replace(".base_layer.", "."): parameter.detach()
+        for name, parameter in sglang_model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _fill(model: Any, config: Any, served: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Give each parameter of the skeleton its view; every served parameter must find a place."""
+    tied = bool(config.tie_word_embeddings)
+    used = {"lm_head.weight"} if tied else set()
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if tied and name == "lm_head.weight":
+            continue
+        source, view = _view(name, tuple(parameter.shape), config, served)
+        if view.dtype != dtype:
+            raise _refuse(f"{source} is {view.dtype} but model.embed_tokens.weight is {dtype}")
+        used.add(source)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(view, requires_grad=False))
+    if tied:
+        model.tie_weights()
+    for name in served:
+        if name not in used:
+            raise _refuse(f"{name} of the served model has no place in {type(model).__name__}")
+
+
+def _view(name: str, shape: tuple[int, ...], config: Any, served: dict[str, Tensor]) -> tuple[str, Tensor]:
+    """(name of the served parameter, view of it) for one parameter of the skeleton."""
+    owner, _, leaf = name.rpartition(".")
+    prefix, _, module = owner.rpartition(".")
+    fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+    fused |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+    source = f"{prefix}.{fused[module]}.{leaf}" if module in fused else name
+    tensor = served.get(source)
+    if tensor is None:
+        raise _refuse(f"the served model has no parameter {source}")
+    if module in ("q_proj", "k_proj", "v_proj"):
+        tensor = _split_qkv(source, module, tensor, config)
+    elif module in ("gate_proj", "up_proj"):
+        half = tensor.shape[0] // 2  # of the padded size: the halves are padded each
+        tensor = tensor[:half] if module == "gate_proj" else tensor[half:]
+    for axis, size in enumerate(shape):
+        if tensor.dim() == len(shape) and tensor.shape[axis] > size and _may_be_padded(module, axis):
+            tensor = tensor.narrow(axis, 0, size)
+    if tuple(tensor.shape) != shape:
+        raise _refuse(f"{source} gives shape {tuple(tensor.shape)} for {name}, which needs {shape}")
+    return source, tensor
+
+
+def _may_be_padded(module: str, axis: int) -> bool:
+    """SGLang pads vocabularies (rows) and, on a CPU, intermediate sizes."""
+    if axis == 0:
+        return module in ("embed_tokens", "lm_head", "gate_proj", "up_proj")
+    return module == "down_proj"
+
+
+def _split_qkv(source: str, module: str, tensor: Tensor, config: Any) -> Tensor:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    if tensor.shape[0] != queries + 2 * keys:
+        raise _refuse(
+            f"{source} has {tensor.shape[0]} rows; {config.num_attention_heads} query and "
+            f"{config.num_key_value_heads} key-value heads of {head} make {queries + 2 * keys}"
+        )
+    start = {"q_proj": 0, "k_proj": queries, "v_proj": queries + keys}[module]
+    return tensor.narrow(0, start, queries if module == "q_proj" else keys)

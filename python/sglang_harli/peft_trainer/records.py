@@ -1,0 +1,138 @@
+"""What a training run says about its work, and the ring in which step metrics reach the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sglang_harli.core import QuantumKind
+from sglang_harli.errors import TrainingError
+from sglang_harli.peft_trainer.optimizer import SMALLEST_SCALE, StepStats
+
+
+@dataclass(frozen=True, slots=True)
+class QuantumShape:
+    """The quantum that comes next.
+
+    Attributes:
+        kind: what it does.
+        rows: the most that may be taken: rows left in the layer; for HEAD blocks of target tokens.
+        row_tokens: tokens that one of them costs (padded); 0 where cost does not depend on tokens.
+        fixed: exactly ``rows`` must be run.
+    """
+
+    kind: QuantumKind
+    rows: int
+    row_tokens: int
+    fixed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class QuantumDone:
+    """What was run: ``tokens`` computed, padding included; ``first_of_shape``: its time misleads."""
+
+    kind: QuantumKind
+    rows: int
+    tokens: int
+    first_of_shape: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One optimizer step.
+
+    Attributes:
+        loss: mean cross-entropy over all target tokens of the step, natural logarithm.
+        learning_rate: the one that the step was taken with.
+        grad_norm: global norm before clipping; inf where fp16 overflowed and the update was skipped.
+        tokens: run through the model, padding not counted.
+        target_tokens: those that the loss counts.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    target_tokens: int
+
+
+@dataclass(slots=True)
+class _Entry:
+    metrics: StepMetrics
+    values: Tensor
+    arrived: Any  # CUDA event of the copy to the host; None: the values are there
+
+    @property
+    def ready(self) -> bool:
+        return self.arrived is None or self.arrived.query()
+
+
+class MetricsRing:
+    """Metrics of finished steps; reading them never waits for the device.
+
+    Args:
+        half: the base computes in fp16, where an overflow skips an update and is no failure.
+    """
+
+    def __init__(self, half: bool) -> None:
+        self._half = half
+        self._entries: deque[_Entry] = deque()
+        self._newest: _Entry | None = None
+
+    def put(self, metrics: StepMetrics, stats: StepStats) -> None:
+        """``metrics`` with everything but loss and gradient norm, which are still on the device."""
+        values, arrived = stats.values, None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._newest = _Entry(metrics, values, arrived)
+        self._entries.append(self._newest)
+
+    def take(self) -> list[StepMetrics]:
+        """Those that have arrived, in order.
+
+        Raises:
+            TrainingError: ``loss_not_finite``; the steps before are handed out first.
+        """
+        taken: list[StepMetrics] = []
+        while self._entries and self._entries[0].ready:
+            entry = self._entries[0]
+            loss, norm, skipped, scale, *_ = entry.values.tolist()
+            broken = not math.isfinite(loss) or (skipped and not self._half) or scale < SMALLEST_SCALE
+            if broken:
+                if taken:
+                    return taken
+                raise _not_finite(entry.metrics, loss)
+            self._entries.popleft()
+            taken.append(dataclasses.replace(entry.metrics, loss=loss, grad_norm=norm))
+        return taken
+
+    def newest_scale(self) -> tuple[float, float, float] | None:
+        """(loss scale, Adam steps, growth count) after the newest step; waits for it.  For snapshots in fp16."""
+        if self._newest is None:
+            return None
+        if self._newest.arrived is not None:
+            self._newest.arrived.synchronize()
+        scale, adam_steps, growth = self._newest.values.tolist()[3:]
+        return scale, adam_steps, growth
+
+
+def _not_finite(metrics: StepMetrics, loss: float) -> TrainingError:
+    what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+    return TrainingError(
+        f"step {metrics.step}: {what}; its update was not applied. Lower learning_rate (now "
+        f"{metrics.learning_rate:g}), raise warmup_ratio or set max_grad_norm (1.0 is usual), and look for "
+        "odd rows in the data",
+        code="loss_not_finite",
+        param="learning_rate",
+    )

@@ -1,0 +1,36 @@
+"""The learning rate of each optimizer step, by transformers' own schedules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import get_scheduler
+
+from sglang_harli.protocol.public import Hyperparameters
+
+_NAMES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+class LearningRate:
+    """A pure function of the step: nothing of it has to be saved.
+
+    Args:
+        hyperparameters: learning_rate, lr_scheduler, warmup_ratio.
+        total_steps: optimizer steps of the whole run; the first ceil(ratio * total) warm up.
+    """
+
+    def __init__(self, hyperparameters: Hyperparameters, total_steps: int) -> None:
+        self.peak = hyperparameters.learning_rate
+        # LambdaLR wants an optimizer; only the factor that it holds is of use here.
+        holder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        self._factor = get_scheduler(
+            _NAMES[hyperparameters.lr_scheduler],
+            holder,
+            num_warmup_steps=math.ceil(hyperparameters.warmup_ratio * total_steps),
+            num_training_steps=total_steps,
+        ).lr_lambdas[0]
+
+    def at(self, step: int) -> float:
+        """The rate that optimizer step ``step`` (counted from 1) is taken with."""
+        return self.peak * self._factor(step - 1)
