@@ -19,6 +19,7 @@ from sglang_harli.errors import ConfigError
 FLAG_PREFIX = "--harli-"
 # The switch: set by the launcher or by HarliServerArgs when any --harli- option came; children inherit it.
 SWITCH_ENV = "HARLI_ON"
+SWITCH_SERVE = "serve"  # its value with --harli-finetune off: only what serving needs is put in place
 ENDPOINT_ENV = "HARLI_ENDPOINT"  # the client's default endpoint
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:30100"
 

@@ -1,0 +1,72 @@
+"""``python -m sglang_harli.launch_server``: SGLang's server, with finetuning, on whatever device there is.
+
+A thin door: it picks the device, puts the CPU engine's stand-in on the path while there is time, turns the
+switch on and calls SGLang's own entry point.  All of it stands under ``__main__``, because SGLang's children
+run this module again.  Leans on SGLang 0.5.16: ``plugins.load_plugins``, ``server_args.prepare_server_args``,
+``launch_server.run_server``, ``utils.kill_process_tree``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serve until told to stop.
+
+    Args:
+        argv: SGLang's arguments and ours (``--help`` shows both).
+
+    Raises:
+        SystemExit: with one sentence, for a device, option or SGLang version that is not accepted.
+    """
+    from sglang_harli.errors import ConfigError
+
+    try:
+        choice = _prepare_environment(argv)
+    except ConfigError as error:
+        raise SystemExit(f"sglang-harli: {error}") from error
+
+    from sglang_harli import plugin
+
+    plugin.supported_version(asked=True)
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    load_plugins()
+    plugin.activate()  # where the package is on the path without being installed, SGLang does not find it
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    HookRegistry.apply_hooks()
+    print(choice, file=sys.stderr, flush=True)
+    server_args = prepare_server_args(list(argv))
+
+    from sglang.launch_server import run_server
+    from sglang.srt.utils import kill_process_tree
+
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _prepare_environment(argv: Sequence[str]) -> object:
+    """Device, stand-in and switch, before sglang is imported; children inherit them."""
+    from sglang_harli.config import SWITCH_ENV
+    from sglang_harli.platforms.cpu import engine
+    from sglang_harli.platforms.device import choose_device
+
+    choice = choose_device(argv)
+    if choice.cpu_engine:
+        engine.turn_on()
+    os.environ[SWITCH_ENV] = "1"
+    plugins = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    if plugins and "harli" not in plugins:
+        os.environ["SGLANG_PLUGINS"] = ",".join([*plugins, "harli"])
+    return choice
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,52 @@
+"""HTTP process: starts the service before SGLang's processes, and proves afterwards that the seam took.
+
+SGLang only logs a hook that could not be applied and then serves plain; so each scheduler rank puts a hello
+into its init info, and a server without it stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sglang_harli.managers import supervisor
+
+KEY = "harli"  # in Scheduler.get_init_info(): {"version": str, "refusal": str | None}
+
+
+def launch(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
+    """Around ``Engine._launch_subprocesses``: the service first, the hello last.
+
+    Raises:
+        SystemExit: a rank did not say hello, or refuses the model.
+    """
+    server_args = kwargs["server_args"] if "server_args" in kwargs else args[0]
+    supervisor.start(server_args)
+    launched = original(cls, *args, **kwargs)
+    _, _, _, schedulers, _ = launched
+    if server_args.node_rank == 0:
+        check_hello(schedulers.scheduler_infos)
+    return launched
+
+
+def check_hello(scheduler_infos: Sequence[dict[str, Any]]) -> None:
+    """Raise SystemExit unless every scheduler rank said hello and can finetune its model."""
+    if not scheduler_infos:
+        raise SystemExit(_missing("no scheduler reported"))
+    for rank, info in enumerate(scheduler_infos):
+        hello = info.get(KEY)
+        if hello is None:
+            raise SystemExit(_missing(f"scheduler {rank} runs without it"))
+        if hello.get("refusal"):
+            raise SystemExit(
+                f"sglang-harli: {hello['refusal']}; serve without finetuning by --harli-finetune off"
+                if "--harli-finetune off" not in hello["refusal"]
+                else f"sglang-harli: {hello['refusal']}"
+            )
+
+
+def _missing(what: str) -> str:
+    return (
+        f"sglang-harli: the plugin did not reach SGLang's scheduler ({what}): install sglang-harli into the environment "
+        "that runs SGLang, let SGLANG_PLUGINS name harli, or serve without finetuning by --harli-finetune off"
+    )

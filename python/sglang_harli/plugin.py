@@ -1,0 +1,229 @@
+"""The seam: everything that is replaced in SGLang, in one table, and when.
+
+SGLang calls ``activate()`` (entry point ``sglang.srt.plugins``) before it parses arguments and again in each
+scheduler process.  It always puts our arguments in the place of SGLang's; the rest only when the switch is
+on.  Leans on SGLang 0.5.16: ``plugins.hook_registry`` and the targets of the table.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sglang_harli.config import FLAG_PREFIX, SWITCH_ENV, SWITCH_SERVE
+from sglang_harli.managers.refusals import refuse_flags, refuse_model
+from sglang_harli.patches import catalog
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_SGLANG = "0.5.16"
+DISTRIBUTION = "sglang-harli"
+
+PLUGIN_NAME = "harli"  # the entry point's name, as SGLANG_PLUGINS spells it
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """One row of the table.
+
+    Attributes:
+        target: what is replaced in SGLang, a dotted path.
+        hook: ours, as ``module:name``, imported when it is installed.
+        kind: a HookType: replace, before, after or around.
+        main: needed in the main process (HTTP and tokenizer), else in the scheduler processes.
+        why: why a replacement is needed.
+    """
+
+    target: str
+    hook: str
+    kind: str
+    main: bool
+    why: str
+
+
+SERVER_ARGS = Replacement(
+    "sglang.srt.server_args.ServerArgs",
+    "sglang_harli.server_args:HarliServerArgs",
+    "replace",
+    True,
+    "our options are flags like SGLang's own, and travel to each of its processes",
+)
+
+# Only with the switch on and --harli-finetune on.  The patches (sglang_harli.patches.catalog) come with the
+# switch alone: a server that enables LoRA, or runs on a CPU, needs them without finetuning too.
+TABLE = (
+    Replacement(
+        "sglang.srt.managers.scheduler.Scheduler",
+        "sglang_harli.managers.scheduler:HarliScheduler",
+        "replace",
+        False,
+        "training quanta run between batches, on the scheduler's thread",
+    ),
+    Replacement(
+        "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
+        "sglang_harli.managers.handshake:launch",
+        "around",
+        True,
+        "the finetune service is up before the model is; the schedulers' hello proves this table",
+    ),
+    Replacement(
+        "sglang.srt.entrypoints.engine.Engine.shutdown",
+        "sglang_harli.managers.supervisor:stop",
+        "before",
+        True,
+        "it kills the service as one of its children, which would be restarted",
+    ),
+    Replacement(
+        "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+        "sglang_harli.managers.http_app:before_setup_and_run",
+        "before",
+        True,
+        "publication of adapters, the health gate and /v1/models/{id} live in the HTTP process",
+    ),
+    *(
+        Replacement(
+            f"sglang.srt.entrypoints.{handler}",
+            f"sglang_harli.managers.model_names:{hook}",
+            kind,
+            True,
+            "a bare adapter name as model is the adapter; a missing one is a 404, never the base's answer",
+        )
+        for handler, hook, kind in (
+            ("openai.serving_base.OpenAIServingBase._resolve_lora_path", "resolve_lora_path", "replace"),
+            (
+                "openai.serving_base.OpenAIServingBase.create_error_response",
+                "create_error_response",
+                "around",
+            ),
+            (
+                "openai.serving_responses.OpenAIServingResponses.create_responses",
+                "create_responses",
+                "around",
+            ),
+            ("anthropic.serving.AnthropicServing.handle_messages", "handle_messages", "around"),
+        )
+    ),
+    Replacement(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter",
+        "sglang_harli.managers.publisher:load_lora_adapter",
+        "around",
+        True,
+        "an adapter of ours that SGLang evicted has no path to be loaded from again",
+    ),
+    Replacement(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter",
+        "sglang_harli.managers.publisher:unload_lora_adapter",
+        "around",
+        True,
+        "an adapter that the operator unloads is not brought back at its next request",
+    ),
+)
+
+
+def activate() -> None:
+    """SGLang's entry point: cheap, idempotent, without a touch of CUDA.
+
+    Raises:
+        SystemExit: harli was asked for, and this SGLang is not the supported one.
+    """
+    if not supported_version(asked=is_on() or _flag_given()):
+        return
+    from sglang_harli.server_args import HarliServerArgs, Seam
+
+    HarliServerArgs.seam = Seam(refuse_flags, refuse_model, install)
+    _register([SERVER_ARGS])
+    engine = sys.modules.get("sglang.srt.entrypoints.engine")
+    if engine is not None:  # it holds the class as an attribute, which the registry does not rebind
+        engine.Engine.server_args_class = HarliServerArgs
+    if is_on() and multiprocessing.parent_process() is not None:
+        # A child of the process whose arguments turned the switch on; there, install() does the rest.
+        _register_patches()
+        if finetuning():
+            _register([row for row in TABLE if not row.main])
+
+
+def install() -> None:
+    """Put the main process's rows in place once its arguments have turned the switch on.
+
+    Raises:
+        SystemExit: a row could not be applied (SGLang itself only logs it).
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    rows = [row for row in TABLE if row.main] if finetuning() else []
+    _register_patches()
+    _register(rows)
+    HookRegistry.apply_hooks()  # skips what is applied already
+    lost = [row.target for row in rows if row.target not in HookRegistry._patched]
+    if lost:
+        raise SystemExit(
+            f"sglang-harli: SGLang did not let {', '.join(lost)} be replaced: see the traceback above"
+        )
+
+
+def is_on() -> bool:
+    """Whether the switch is on; children inherit it."""
+    return bool(os.environ.get(SWITCH_ENV))
+
+
+def finetuning() -> bool:
+    """Whether the whole table is in force, not only what serving needs (``--harli-finetune off``)."""
+    return is_on() and os.environ[SWITCH_ENV] != SWITCH_SERVE
+
+
+def supported_version(*, asked: bool) -> bool:
+    """Whether this is the SGLang that the table was written for.
+
+    Args:
+        asked: harli was asked for by an option, the launcher or a parent process.
+
+    Raises:
+        SystemExit: asked for, and another version: one sentence.
+    """
+    from sglang.version import __version__
+
+    if __version__ == SUPPORTED_SGLANG:
+        return True
+    sentence = f"harli supports sglang {SUPPORTED_SGLANG}, and this is {__version__}"
+    if asked:
+        raise SystemExit(
+            f"{sentence}: pip install sglang=={SUPPORTED_SGLANG}, or serve without any {FLAG_PREFIX} option"
+        )
+    if "version" not in _done:
+        _done.add("version")
+        logger.warning("%s: it stays out of the way", sentence)
+    return False
+
+
+def _flag_given() -> bool:
+    return any(argument.startswith(FLAG_PREFIX) for argument in sys.argv[1:])
+
+
+_done: set[str] = set()  # what this process has registered or said
+
+
+def _register(rows: Iterable[Replacement]) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+    for row in rows:
+        if row.target in _done:
+            continue
+        _done.add(row.target)
+        module, name = row.hook.split(":")
+        hook = getattr(importlib.import_module(module), name)
+        HookRegistry.register(
+            row.target, hook, HookType(row.kind), source=HookSource(PLUGIN_NAME, DISTRIBUTION)
+        )
+
+
+def _register_patches() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    if "patches" not in _done:
+        _done.add("patches")
+        catalog.register_all(HookRegistry)

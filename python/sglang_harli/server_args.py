@@ -1,0 +1,204 @@
+"""SGLang's arguments with ours added, and the defaults that finetuning and the CPU engine need.
+
+Leans on SGLang 0.5.16: ``server_args.ServerArgs`` (``__post_init__``, ``override``,
+``_handle_gpu_memory_settings``, ``get_model_config``) and ``arg_groups.arg_utils`` (A, Arg).
+
+The plugin puts ``HarliServerArgs`` in the place of ``ServerArgs`` in every process.  SGLang's registry then
+rebinds the name ``ServerArgs`` here too, so the base class is only ever reached through ``super()``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import typing
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from sglang.srt.arg_groups.arg_utils import A, Arg
+from sglang.srt.server_args import ServerArgs
+
+from sglang_harli.config import SWITCH_ENV, SWITCH_SERVE, HarliOptions
+from sglang_harli.errors import ConfigError, HarliError
+from sglang_harli.platforms.cpu import defaults as cpu_defaults
+from sglang_harli.platforms.cpu import engine
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "harli_"
+# What a LoRA job trains by default; the embedding and the head are left out on purpose.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Twice to four times a job's default rank; each of SGLang's adapter slots is allocated at this rank.
+MAX_LORA_RANK_CPU = 32
+MAX_LORA_RANK_DEVICE = 64
+
+
+def _on_off(text: str) -> str:
+    """YAML reads a bare ``on`` or ``off`` as a boolean, which ``--config`` passes on as true or false."""
+    return {"true": "on", "false": "off"}.get(text, text)
+
+
+def _annotation(option: dataclasses.Field[Any], type_: Any) -> Any:
+    """One option as SGLang declares its flags; None stands for 'not given'."""
+    help_ = option.metadata["help"]
+    if option.default is not None:
+        help_ = f"{help_.rstrip('.')} (default: {option.default})."
+    choices = option.metadata["choices"]
+    parser = _on_off if choices and "on" in choices else None
+    arg = Arg(help=help_.replace("%", "%%"), choices=list(choices) if choices else None, type_parser=parser)
+    return A[typing.Optional[type_], arg]  # noqa: UP045  (SGLang's flag builder unwraps this form)
+
+
+def _bare_type(type_: Any) -> Any:
+    inner = [t for t in typing.get_args(type_) if t is not type(None)]
+    return inner[0] if inner else type_
+
+
+_TYPES = typing.get_type_hints(HarliOptions)
+_HarliFields: Any = dataclasses.make_dataclass(
+    "_HarliFields",
+    [
+        (PREFIX + f.name, _annotation(f, _bare_type(_TYPES[f.name])), dataclasses.field(default=None))
+        for f in dataclasses.fields(HarliOptions)
+    ],
+    namespace={"__module__": __name__},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seam:
+    """What the plugin contributes to the arguments (it stands above this module).
+
+    Attributes:
+        refuse_flags: raises UnsupportedError for arguments that finetuning does not work with; called
+            before SGLang resolves them.
+        refuse_model: the same for the model, once it is known.
+        install: puts the rest of the table in place, once the switch is on.
+    """
+
+    refuse_flags: Callable[[Any], None]
+    refuse_model: Callable[[Any], None]
+    install: Callable[[], None]
+
+
+@dataclasses.dataclass
+class HarliServerArgs(_HarliFields, ServerArgs):
+    """``ServerArgs`` with one field ``harli_x`` for each option ``x`` of ``HarliOptions``.
+
+    With no such option given, and the switch off, it is SGLang's own class in all it does.  Any option
+    turns the switch on (an environment variable, which children inherit); then the options are checked,
+    what finetuning does not support is refused, and defaults that it needs are filled in and logged.
+
+    Raises:
+        SystemExit: with one sentence, for an option, argument or model that is not accepted (SGLang logs
+            and swallows any other exception of a plugin's).
+    """
+
+    seam: ClassVar[Seam | None] = None
+    _announced: ClassVar[set[str]] = set()
+
+    def __post_init__(self) -> None:
+        given = self._given()
+        if not given and not os.environ.get(SWITCH_ENV):
+            super().__post_init__()
+            return
+        try:
+            options = HarliOptions(**given)
+            os.environ[SWITCH_ENV] = "1" if options.enabled else SWITCH_SERVE
+            for field in dataclasses.fields(options):
+                setattr(self, PREFIX + field.name, getattr(options, field.name))
+            self._prepare(options)
+            super().__post_init__()
+            self._finish(options)
+        except HarliError as error:
+            raise SystemExit(f"sglang-harli: {error}") from error
+
+    def harli_options(self) -> HarliOptions:
+        """The options in force (all defaults where none was given).
+
+        Raises:
+            ConfigError: a value is not accepted.
+        """
+        return HarliOptions(**self._given())
+
+    @property
+    def harli_on(self) -> bool:
+        """Whether any option came, here or from the launcher: whether harli takes part in this server."""
+        return self.harli_finetune is not None  # resolved for good by __post_init__
+
+    def _given(self) -> dict[str, Any]:
+        names = (field.name for field in dataclasses.fields(HarliOptions))
+        values = {name: getattr(self, PREFIX + name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    # ---- before SGLang resolves its arguments
+    def _prepare(self, options: HarliOptions) -> None:
+        if engine.is_on():
+            cpu_defaults.require_kernels()
+            self._default("device", "cpu", f"{engine.CPU_ENGINE_ENV}=1")
+        if self.seam and options.enabled:
+            self.seam.refuse_flags(self)
+        cpu = (self.device or "").split(":")[0] == "cpu"
+        if cpu:
+            for name, value, reason in cpu_defaults.BEFORE_MODEL:
+                self._default(name, value, reason)
+        self._choose_overlap(options, cpu)
+        if options.enabled:
+            self._enable_lora(cpu)
+
+    def _choose_overlap(self, options: HarliOptions, cpu: bool) -> None:
+        if options.overlap == "on" and self.disable_overlap_schedule:
+            raise ConfigError("--harli-overlap on contradicts --disable-overlap-schedule: drop one of them")
+        if options.overlap == "off" or (options.overlap == "auto" and cpu):
+            reason = "--harli-overlap off" if options.overlap == "off" else cpu_defaults.NO_OVERLAP
+            self._default("disable_overlap_schedule", True, reason, unset=False)
+
+    def _enable_lora(self, cpu: bool) -> None:
+        if self.enable_lora is False:
+            raise ConfigError(
+                "finetuned adapters need SGLang's LoRA serving, which enable_lora=False turns off"
+            )
+        self._default("enable_lora", True, "finetuned adapters are served at once")
+        if cpu:
+            self._default("lora_backend", "torch_native", cpu_defaults.TORCH_LORA, unset="csgmv")
+        if self.lora_paths and not (self.max_lora_rank and self.lora_target_modules):
+            return  # SGLang sizes its slots by the adapters given; jobs that do not fit are refused
+        rank = MAX_LORA_RANK_CPU if cpu else MAX_LORA_RANK_DEVICE
+        self._default("max_lora_rank", rank, "holds jobs of the default rank, 16, and larger ones")
+        self._default("lora_target_modules", list(LORA_TARGETS), "all linear layers of attention and MLP")
+
+    # ---- while it does
+    def _handle_gpu_memory_settings(self, gpu_mem: float | None) -> None:
+        # The first place where the device is known and the model's config may be read.
+        if self.harli_on and self.device == "cpu":
+            cpu_defaults.require_kernels()
+            for name, value, reason in cpu_defaults.kv_pool(self):
+                self._default(name, value, reason)
+        super()._handle_gpu_memory_settings(gpu_mem)
+
+    # ---- after
+    def _finish(self, options: HarliOptions) -> None:
+        if self.seam and options.enabled:
+            self.seam.refuse_model(self)
+        if self.seam:
+            self.seam.install()
+        values = ", ".join(f"{f.name}={getattr(options, f.name)!r}" for f in dataclasses.fields(options))
+        bounds = (
+            f"bound of a quantum (ms) busy: {options.busy_quantum_ms:g}, idle: {options.idle_quantum_ms:g}"
+        )
+        self._announce(f"harli options: {values}; {bounds}")
+
+    def _default(self, name: str, value: Any, reason: str, *, unset: Any = None) -> None:
+        """Set an argument that the operator left at SGLang's own default, and say why."""
+        if getattr(self, name) == unset:
+            setattr(self, name, value)
+            flag = "--" + name.replace("_", "-")
+            text = " ".join(value) if isinstance(value, list) else value
+            self._announce(f"harli default: {flag}{'' if value is True else f' {text}'} ({reason})")
+
+    def _announce(self, line: str) -> None:
+        # dataclasses.replace() resolves once more; say each thing once.
+        if line not in self._announced:
+            self._announced.add(line)
+            logger.info("%s", line)
