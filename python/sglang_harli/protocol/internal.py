@@ -275,12 +275,15 @@ class ServiceState(Message):
     """From the service, on change and in answer to HttpHello: gates /health_generate.
 
     ``endpoint_bound``: the public door is open.  ``scheduler_seen``: a hello has been read.
+    ``adapters``: names of the succeeded jobs' adapters, which AdapterWanted brings: after a restart of the
+    server they are known at once and loaded when first asked for.
     """
 
     pid: int
     endpoint_bound: bool
     scheduler_seen: bool
     refusal: str | None = None
+    adapters: list[str] = field(default_factory=list)
 
 
 class PublishAdapter(Message):

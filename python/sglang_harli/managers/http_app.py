@@ -1,0 +1,127 @@
+"""HTTP process: what is added to SGLang's FastAPI app, and the life of the publisher in its event loop.
+
+Routes of ours stand before SGLang's of the same path and end in SGLang's own functions; they pass the same
+ASGI middleware (API keys included), which wraps the router as a whole.
+
+Leans on SGLang's http_server (app, health_generate, available_models, retrieve_model), ModelCard, and on
+Starlette's ``router.lifespan_context``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import ORJSONResponse, PlainTextResponse
+
+from sglang_harli import core
+from sglang_harli.config import HarliOptions
+from sglang_harli.managers import supervisor
+from sglang_harli.managers.publisher import Publisher
+
+logger = logging.getLogger(__name__)
+
+
+def install(app: FastAPI, server_args: Any, tokenizer_manager: Any) -> None:
+    """Add the health gate and the adapters' model routes, and tie the publisher to the app's lifespan.
+
+    Called once, before the app serves.
+
+    Args:
+        app: sglang.srt.entrypoints.http_server.app.
+        server_args: HarliServerArgs.
+        tokenizer_manager: SGLang's TokenizerManager; gets the attribute ``harli_publisher``.
+
+    Raises:
+        SystemExit: the finetune service could not be started at all.
+    """
+    options: HarliOptions = server_args.harli_options()
+    if not options.enabled:
+        return
+    keeper = supervisor.running()
+    if keeper is not None and keeper.gave_up is not None:
+        raise SystemExit(
+            f"sglang-harli: {keeper.gave_up}; its own lines above say why (--harli-finetune off serves without it)"
+        )
+    publisher = Publisher(tokenizer_manager, core.http_endpoint(options.absolute_run_dir))
+    tokenizer_manager.harli_publisher = publisher
+    _follow_lifespan(app, publisher)
+    app.router.routes[:0] = routes(publisher, tokenizer_manager).routes
+
+
+def before_setup_and_run(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
+    """Hook before ``sglang.srt.entrypoints.http_server._setup_and_run_http_server``."""
+    from sglang.srt.entrypoints import http_server
+
+    install(http_server.app, server_args, tokenizer_manager)
+
+
+def _follow_lifespan(app: FastAPI, publisher: Publisher) -> None:
+    original = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(inner: Any) -> AsyncIterator[Any]:
+        async with original(inner) as state:
+            publisher.start()
+            try:
+                yield state
+            finally:
+                await publisher.stop()
+
+    app.router.lifespan_context = lifespan
+
+
+def routes(publisher: Publisher, tokenizer_manager: Any) -> APIRouter:
+    """The routes that stand before SGLang's."""
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.entrypoints.openai.protocol import ModelCard
+
+    router = APIRouter()
+
+    @router.get("/health_generate")
+    async def health_generate(request: Request) -> Response:
+        """SGLang's answer, but 503 until the finetune service and the scheduler have met once.
+
+        Later trouble in finetuning is no trouble of serving: the gate never closes again.
+        """
+        if not publisher.was_ready:
+            return PlainTextResponse(not_ready_reason(publisher), status_code=503)
+        return await http_server.health_generate(request)
+
+    def card(name: str, path: str | None) -> ModelCard:
+        return ModelCard(id=name, root=path, parent=tokenizer_manager.served_model_name)
+
+    @router.get("/v1/models", response_class=ORJSONResponse)
+    async def available_models() -> Any:
+        """SGLang's list (the base and the loaded adapters) and the adapters that load when asked for."""
+        models = await http_server.available_models()
+        for name in publisher.dormant():
+            models.data.append(card(name, tokenizer_manager.lora_ref_cache[name].lora_path))
+        return models
+
+    @router.get("/v1/models/{model:path}", response_class=ORJSONResponse)
+    async def retrieve_model(model: str) -> Any:
+        """An adapter, or SGLang's answer (which knows the base alone)."""
+        ref = tokenizer_manager.lora_registry.get_all_adapters().get(model)
+        if ref is not None:
+            return card(model, ref.lora_path)
+        if model in publisher.dormant():
+            return card(model, tokenizer_manager.lora_ref_cache[model].lora_path)
+        return await http_server.retrieve_model(model)
+
+    return router
+
+
+def not_ready_reason(publisher: Publisher) -> str:
+    """One line for whoever asks why the server is not healthy yet."""
+    keeper = supervisor.running()
+    if keeper is not None and keeper.gave_up is not None:
+        return f"sglang-harli: {keeper.gave_up}\n"
+    if publisher.state is None:
+        return "sglang-harli: waiting for the finetune service\n"
+    if not publisher.state.endpoint_bound:
+        return "sglang-harli: the finetune service has not opened its endpoint yet\n"
+    return "sglang-harli: the finetune service waits for the scheduler's hello\n"

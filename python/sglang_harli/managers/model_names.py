@@ -1,0 +1,114 @@
+"""HTTP process: which model a request's ``model`` names: an adapter, the served base, or nothing.
+
+SGLang reads an adapter only from ``base:adapter`` and serves every other name from the base, silently.
+Here the names of loaded adapters come first, then the served base's names; a name of the form that this
+server gives its adapters and that is neither is a 404; every other name does what SGLang does (clients
+rely on ``"model": "default"``).
+
+Leans on SGLang's OpenAIServingBase (_resolve_lora_path, create_error_response, and handle_request, which
+turns an HTTPException into create_error_response(message=its detail)), OpenAIServingResponses
+.create_responses, AnthropicServing.handle_messages, TokenizerManager.lora_registry and .lora_ref_cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+
+from sglang_harli.core import looks_like_adapter
+
+NOT_FOUND = 404
+BAD_REQUEST = 400
+
+
+class MissingModelText(str):
+    """The message of a missing adapter; its type tells ``create_error_response`` which form to give it."""
+
+
+def missing_model_text(name: str) -> MissingModelText:
+    return MissingModelText(f"The model '{name}' does not exist: GET /v1/models lists the models that do")
+
+
+def missing_model_error(name: str) -> JSONResponse:
+    """A 404 in OpenAI's form, as SGLang answers ``GET /v1/models/{id}``."""
+    return _openai_error(NOT_FOUND, missing_model_text(name), "model_not_found")
+
+
+def _openai_error(status: int, message: str, code: str) -> JSONResponse:
+    error = {"message": message, "type": "invalid_request_error", "param": "model", "code": code}
+    return JSONResponse(status_code=status, content={"error": error})
+
+
+# ------------------------------------------------------------------ the rule
+def is_adapter(tokenizer_manager: Any, name: str) -> bool:
+    """Whether ``name`` is an adapter that answers: loaded, or evicted and loaded again when asked for."""
+    registered = tokenizer_manager.lora_registry.get_all_adapters()
+    return name in registered or name in tokenizer_manager.lora_ref_cache
+
+
+def _is_base(tokenizer_manager: Any, name: str) -> bool:
+    return name in (tokenizer_manager.served_model_name, tokenizer_manager.model_path)
+
+
+def find_adapter(tokenizer_manager: Any, model: str) -> tuple[str | None, bool]:
+    """The adapter that ``model`` names (None: the base answers), and whether it is one that is missing."""
+    if is_adapter(tokenizer_manager, model):
+        return model, False
+    if _is_base(tokenizer_manager, model):
+        return None, False
+    adapter = model.partition(":")[2].strip() or None  # SGLang's base:adapter
+    name = adapter or model
+    if looks_like_adapter(name) and not is_adapter(tokenizer_manager, name):
+        return name, True
+    return adapter, False
+
+
+# ------------------------------------------------------------------ in SGLang's handlers
+def resolve_lora_path(
+    serving: Any, request_model: str, explicit_lora_path: str | list[str | None] | None
+) -> str | list[str | None] | None:
+    """Replaces ``OpenAIServingBase._resolve_lora_path``: the adapter's name, or what the request gave.
+
+    Raises:
+        HTTPException: 404, an adapter of ours that does not exist.
+    """
+    adapter, missing = find_adapter(serving.tokenizer_manager, request_model)
+    if missing:
+        raise HTTPException(NOT_FOUND, detail=missing_model_text(adapter or request_model))
+    return explicit_lora_path if adapter is None else adapter
+
+
+def create_error_response(
+    original: Callable[..., Any], serving: Any, message: str, *args: Any, **kwargs: Any
+) -> Any:
+    """Around ``OpenAIServingBase.create_error_response``: a missing adapter gets OpenAI's own form."""
+    if isinstance(message, MissingModelText):
+        return _openai_error(NOT_FOUND, message, "model_not_found")
+    return original(serving, message, *args, **kwargs)
+
+
+async def create_responses(
+    original: Callable[..., Awaitable[Any]], serving: Any, request: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around ``OpenAIServingResponses.create_responses``, which knows no adapters and would answer as the base."""
+    adapter, missing = find_adapter(serving.tokenizer_manager, request.model)
+    if missing:
+        return missing_model_error(adapter or request.model)
+    if adapter is not None:
+        text = f"/v1/responses does not serve adapters: ask for '{adapter}' at /v1/chat/completions or /v1/completions"
+        return _openai_error(BAD_REQUEST, text, "unsupported_model")
+    return await original(serving, request, *args, **kwargs)
+
+
+async def handle_messages(
+    original: Callable[..., Awaitable[Any]], serving: Any, request: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around ``AnthropicServing.handle_messages``, which would make the 404 an internal error."""
+    adapter, missing = find_adapter(serving.openai_serving_chat.tokenizer_manager, request.model)
+    if missing:
+        text = missing_model_text(adapter or request.model)
+        return serving._error_response(status_code=NOT_FOUND, error_type="not_found_error", message=text)
+    return await original(serving, request, *args, **kwargs)

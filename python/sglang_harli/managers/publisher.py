@@ -1,0 +1,321 @@
+"""HTTP process: a finished adapter becomes servable under its name, and an evicted one comes back.
+
+SGLang's LoRA registry lives in this process, so publication goes through it.  One pair of tasks in the
+server's event loop: one reads what the finetune service sends, the other publishes, one adapter at a time
+(SGLang's ``lora_update_lock`` allows no more).  The scheduler loads the tensors from shared memory in
+slices between batches; only when it is done is the name registered, so no request ever meets half an
+adapter.  Every step may be repeated: a name that is served already answers ok.
+
+Leans on SGLang's TokenizerManager (lora_update_lock, lora_registry, lora_ref_cache, dumper_control,
+_unload_lora_adapter_locked, server_args), LoRARef, DumperControlReqInput, UnloadLoRAAdapterReqInput and
+LoadLoRAAdapterReqOutput; mirrors the bookkeeping of TokenizerControlMixin.load_lora_adapter_from_tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from sglang_harli.core import looks_like_adapter
+from sglang_harli.errors import NotReadyError, UnsupportedError
+from sglang_harli.protocol import internal
+
+logger = logging.getLogger(__name__)
+
+TENSOR_PATH = "__tensor__"  # SGLang's path of an adapter that came as tensors
+HELLO_EVERY_S = 1.0
+# A state that comes this soon after a hello answers it: a restarted service is not up that fast.
+ANSWER_WITHIN_S = 1.5
+POLL_FIRST_S, POLL_LONGEST_S = 0.01, 0.2
+# How long a request waits for an evicted adapter to come back.
+BRING_BACK_S = 60.0
+
+
+class Publisher:
+    """The HTTP process's end of the ipc pair to the finetune service.
+
+    Args:
+        tokenizer_manager: SGLang's; all calls run in its event loop.
+        endpoint: core.http_endpoint(run_dir).
+
+    Attributes:
+        was_ready: the service's door was open and the scheduler's hello had reached it, at least once.
+        state: the latest the service said of itself.
+    """
+
+    def __init__(self, tokenizer_manager: Any, endpoint: str) -> None:
+        self._manager = tokenizer_manager
+        self._endpoint = endpoint
+        self._socket: zmq.asyncio.Socket | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._queue: asyncio.Queue[internal.PublishAdapter] = asyncio.Queue()
+        self._waiting: dict[str, asyncio.Future[str]] = {}  # evicted adapter -> what is wrong, "" when back
+        self._dropped: set[str] = set()  # unloaded by the operator
+        self._seq = 0
+        self._hello_at = 0.0
+        self.state: internal.ServiceState | None = None
+        self.was_ready = False
+
+    # ---------------------------------------------------------------- life
+    def start(self) -> None:
+        """Connect and begin; inside the server's running event loop."""
+        self._context = zmq.asyncio.Context()
+        self._socket = socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a service that is away
+        socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        socket.connect(self._endpoint)
+        self._task = asyncio.create_task(self._run(socket), name="harli-publisher")
+        self._task.add_done_callback(_log_failure)
+
+    async def stop(self) -> None:
+        if self._task is None or self._socket is None:
+            return
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        self._socket.close()
+        self._context.term()
+        self._task = self._socket = None
+
+    async def _run(self, socket: zmq.asyncio.Socket) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._greet())
+            tasks.create_task(self._receive(socket))
+            tasks.create_task(self._publish_queued())
+
+    async def _greet(self) -> None:
+        while self.state is None:
+            await self._say_hello()
+            await asyncio.sleep(HELLO_EVERY_S)
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            header, *_ = await socket.recv_multipart()
+            try:
+                message = internal.decode(header, "to_http")
+            except msgspec.MsgspecError as error:
+                logger.error("harli: dropped a message of the finetune service: %s", error)
+                continue
+            if isinstance(message, internal.ServiceState):
+                await self._take_state(message)
+            else:
+                self._queue.put_nowait(message)
+
+    async def _publish_queued(self) -> None:
+        while True:
+            await self._publish(await self._queue.get())
+
+    # ---------------------------------------------------------------- the service
+    async def _send(self, message: internal.Message) -> None:
+        self._seq += 1
+        message.seq = self._seq
+        assert self._socket is not None
+        try:
+            await self._socket.send(internal.encode(message), zmq.NOBLOCK)
+        except zmq.Again:  # away; it asks again, or is greeted, when it is back
+            logger.debug("harli: %s not sent, the finetune service is away", type(message).__name__)
+
+    async def _say_hello(self) -> None:
+        self._hello_at = time.monotonic()
+        await self._send(
+            internal.HttpHello(pid=os.getpid(), served_model_name=self._manager.served_model_name)
+        )
+
+    async def _take_state(self, state: internal.ServiceState) -> None:
+        before, self.state = self.state, state
+        if state.endpoint_bound and state.scheduler_seen and not self.was_ready:
+            self.was_ready = True
+            logger.info("harli: the finetune service (pid %d) is ready", state.pid)
+        self._remember(state.adapters)
+        if before is not None and before.pid == state.pid:
+            return
+        if before is not None or time.monotonic() - self._hello_at > ANSWER_WITHIN_S:
+            await self._say_hello()  # a service that has not read our hello yet
+        for name in list(self._waiting):
+            await self._send(internal.AdapterWanted(name=name))
+
+    def _remember(self, names: list[str]) -> None:
+        """Adapters of earlier runs of the server: loaded when first asked for, as if they were evicted."""
+        from sglang.srt.lora.lora_registry import LoRARef
+
+        for name in names:
+            if name not in self._dropped and name not in self._manager.lora_ref_cache:
+                self._manager.lora_ref_cache[name] = LoRARef(lora_name=name, lora_path=TENSOR_PATH)
+
+    # ---------------------------------------------------------------- publication
+    async def _publish(self, wanted: internal.PublishAdapter) -> None:
+        answer = internal.AdapterPublished(job=wanted.job, name=wanted.name, ok=True)
+        if wanted.name in self._dropped:
+            answer.text = "unloaded by the operator: not served until the server restarts"
+        else:
+            async with self._manager.lora_update_lock:
+                if wanted.name not in self._manager.lora_registry.get_all_adapters():
+                    try:
+                        await self._load(wanted)
+                    except (UnsupportedError, NotReadyError) as error:
+                        answer.ok, answer.code, answer.text = False, error.code, str(error)
+                        logger.error("harli: adapter %s is not served: %s", wanted.name, error)
+                # Before the eviction, which waits for the requests of the adapter that has to go.
+                await self._answer(answer)
+                await self._evict()
+                return
+        await self._answer(answer)
+
+    async def _answer(self, answer: internal.AdapterPublished) -> None:
+        waiting = self._waiting.get(answer.name)
+        if waiting is not None and not waiting.done():
+            waiting.set_result("" if answer.ok else answer.text)
+        await self._send(answer)
+
+    async def _load(self, wanted: internal.PublishAdapter) -> None:
+        """Have the scheduler load the adapter, then register its name.
+
+        Raises:
+            UnsupportedError: LoRA serving is off or full of pinned adapters, or the adapter does not fit it.
+            NotReadyError: the scheduler does not answer as expected.
+        """
+        from sglang.srt.lora.lora_registry import LoRARef
+
+        self._check_room()
+        # A fresh id each time: SGLang's prefix cache is keyed by it.
+        ref = LoRARef(lora_name=wanted.name, lora_path=TENSOR_PATH)
+        since = time.monotonic()
+        body = {
+            "lora_id": ref.lora_id,
+            "lora_name": wanted.name,
+            "config": wanted.config,
+            "slot": msgspec.to_builtins(wanted.slot),
+        }
+        status = await self._ask("harli/load_adapter", body)
+        wait_s = POLL_FIRST_S
+        while status.get("state") == "loading":
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 1.5, POLL_LONGEST_S)
+            status = await self._ask("harli/load_status", {"lora_id": ref.lora_id})
+        if status.get("state") != "loaded":
+            raise UnsupportedError(status.get("error") or f"unexpected answer {status}", code="load_failed")
+        await self._manager.lora_registry.register(ref)
+        self._manager.lora_ref_cache[wanted.name] = ref
+        logger.info("harli: adapter %s is served (loaded in %.2f s)", wanted.name, time.monotonic() - since)
+
+    def _check_room(self) -> None:
+        arguments = self._manager.server_args
+        if not arguments.enable_lora:
+            raise UnsupportedError(
+                "LoRA serving is off: start the server with --enable-lora", code="lora_disabled"
+            )
+        most = arguments.max_loaded_loras
+        pinned = sum(bool(ref.pinned) for ref in self._manager.lora_registry.get_all_adapters().values())
+        if most is not None and pinned >= most:
+            raise UnsupportedError(
+                f"all --max-loaded-loras {most} places are taken by pinned adapters: unload one or raise it",
+                code="no_room",
+            )
+
+    async def _ask(self, method: str, body: dict[str, Any]) -> dict[str, Any]:
+        """One remote call to the scheduler, over the channel of SGLang's dumper (its only generic one)."""
+        from sglang.srt.managers.io_struct import DumperControlReqInput
+
+        [answer] = await self._manager.dumper_control(DumperControlReqInput(method=method, body=body))
+        if not answer.success:
+            raise NotReadyError(f"{method}: {answer.error}", code="load_failed")
+        return answer.response[0]
+
+    async def _evict(self) -> None:
+        """Unload the least recently used adapters beyond --max-loaded-loras, as SGLang's own loads do."""
+        from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
+
+        most = self._manager.server_args.max_loaded_loras
+        registry = self._manager.lora_registry
+        while most is not None and registry.num_registered_loras > most:
+            name = await registry.lru_lora_name(exclude_pinned=True)
+            if name is None:
+                return
+            logger.info(
+                "harli: unloading the least recently used adapter %s (--max-loaded-loras %d)", name, most
+            )
+            result = await self._manager._unload_lora_adapter_locked(
+                UnloadLoRAAdapterReqInput(lora_name=name)
+            )
+            if not result.success:
+                logger.error("harli: adapter %s could not be unloaded: %s", name, result.error_message)
+                return
+
+    # ---------------------------------------------------------------- evicted adapters
+    async def bring_back(self, name: str, timeout_s: float = BRING_BACK_S) -> str:
+        """Ask the service to publish an evicted adapter again and wait; returns what is wrong, or ``""``."""
+        future = self._waiting.get(name)
+        if future is None:
+            future = self._waiting[name] = asyncio.get_running_loop().create_future()
+            future.add_done_callback(lambda done: self._waiting.pop(name, None))
+            await self._send(internal.AdapterWanted(name=name))
+        try:
+            return await asyncio.wait_for(asyncio.shield(future), timeout_s)
+        except TimeoutError:
+            text = f"the finetune service did not bring it back within {timeout_s:g} s: try again"
+            if not future.done():  # whoever comes next asks anew: this question may have been lost
+                future.set_result(text)
+            return text
+
+    def drop(self, name: str) -> None:
+        """The operator unloaded it: the name answers no more, until the server restarts."""
+        ref = self._manager.lora_ref_cache.get(name)
+        if ref is not None and ref.lora_path == TENSOR_PATH:
+            del self._manager.lora_ref_cache[name]
+            self._dropped.add(name)
+
+    def dormant(self) -> list[str]:
+        """Names of our adapters that answer when asked for but are not loaded now."""
+        loaded = self._manager.lora_registry.get_all_adapters()
+        return [
+            name
+            for name, ref in self._manager.lora_ref_cache.items()
+            if name not in loaded and ref.lora_path == TENSOR_PATH and looks_like_adapter(name)
+        ]
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.critical(
+            "harli: publication has stopped: finished adapters are not served until the server restarts",
+            exc_info=task.exception(),
+        )
+
+
+# ------------------------------------------------------------------ in SGLang's tokenizer manager
+def _is_ours(publisher: Publisher | None, name: str, path: str | None) -> bool:
+    return publisher is not None and path == TENSOR_PATH and looks_like_adapter(name)
+
+
+async def load_lora_adapter(
+    original: Callable[..., Awaitable[Any]], manager: Any, obj: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around ``TokenizerControlMixin.load_lora_adapter``: SGLang brings an evicted adapter back by its path,
+    which ours do not have."""
+    from sglang.srt.managers.io_struct import LoadLoRAAdapterReqOutput
+
+    publisher: Publisher | None = getattr(manager, "harli_publisher", None)
+    if publisher is None or not _is_ours(publisher, obj.lora_name, obj.lora_path):
+        return await original(manager, obj, *args, **kwargs)
+    wrong = await publisher.bring_back(obj.lora_name)
+    return LoadLoRAAdapterReqOutput(success=not wrong, error_message=wrong)
+
+
+async def unload_lora_adapter(
+    original: Callable[..., Awaitable[Any]], manager: Any, obj: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around ``TokenizerControlMixin.unload_lora_adapter`` (the operator's; evictions go another way)."""
+    result = await original(manager, obj, *args, **kwargs)
+    publisher: Publisher | None = getattr(manager, "harli_publisher", None)
+    if result.success and publisher is not None and looks_like_adapter(obj.lora_name):
+        publisher.drop(obj.lora_name)
+    return result

@@ -1,0 +1,249 @@
+"""The finetune service's supervision, with real child processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
+from sglang_harli.errors import StateError, UnsupportedError
+from sglang_harli.managers import supervisor
+from sglang_harli.managers.supervisor import RestartPolicy, RunDirLock, Supervisor, check_endpoint_free
+
+QUICK = RestartPolicy(first_s=0.05, longest_s=0.2, healthy_s=60.0, limit=3)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true in time"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.fixture
+def child_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Writes a module that a child can run with -m."""
+
+    def write(body: str) -> str:
+        (tmp_path / "harli_test_child.py").write_text(body)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        return "harli_test_child"
+
+    return write
+
+
+@pytest.fixture
+def supervised() -> Iterator[Callable[..., Supervisor]]:
+    made: list[Supervisor] = []
+
+    def make(module: str, environment: dict[str, str] | None = None, **policy: float) -> Supervisor:
+        values = {"first_s": 0.05, "longest_s": 0.2, "limit": 3, **policy}
+        made.append(Supervisor(module, environment or {}, policy=RestartPolicy(**values)))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop(grace_s=2)
+
+
+LIVES = "import signal\nsignal.pause()\n"
+HOLDER = """
+import sys
+from sglang_harli.managers.supervisor import RunDirLock
+lock = RunDirLock(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+# ------------------------------------------------------------------ lock
+def test_second_server_on_a_run_dir_is_refused_with_the_holders_pid(tmp_path: Path) -> None:
+    run_dir = str(tmp_path / "runs")
+    command = [sys.executable, "-c", HOLDER, run_dir]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(StateError, match=rf"in use by the server with pid {holder.pid}\b"):
+            RunDirLock(run_dir)
+        holder.kill()
+    lock = RunDirLock(run_dir)  # what a killed server left behind refuses nobody
+    assert Path(lock.path).read_text() == f"{os.getpid()}\n"
+    lock.release()
+
+
+def test_lock_names_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnsupportedError, match=r"--harli-run-dir .*file/runs.*can be written"):
+        RunDirLock(str(tmp_path / "file" / "runs"))
+
+
+# ------------------------------------------------------------------ endpoint
+def test_endpoint_in_use_is_refused_and_free_ones_pass(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(StateError, match=f"{endpoint}: .*in use; give another"):
+            check_endpoint_free(endpoint, grace_s=0.2)
+    check_endpoint_free(endpoint)
+    check_endpoint_free(f"ipc://{tmp_path}/door")
+
+
+# ------------------------------------------------------------------ restarts
+def test_child_is_restarted_when_it_is_killed(child_module, supervised) -> None:
+    keeper = supervised(child_module(LIVES))
+    wait_until(lambda: keeper.pid)
+    first = keeper.pid
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: keeper.pid not in (None, first))
+    assert keeper.starts == 2
+    assert keeper.gave_up is None
+
+
+def test_child_that_keeps_dying_is_given_up(child_module, supervised, caplog) -> None:
+    keeper = supervised(child_module("raise SystemExit(3)\n"))
+    with caplog.at_level(logging.WARNING, logger=supervisor.__name__):
+        wait_until(lambda: keeper.gave_up)
+    assert keeper.starts == 3
+    assert "3 times in a row, the last time with exit code 3" in keeper.gave_up
+    assert "serving goes on without finetuning" in caplog.text
+    assert keeper.pid is None
+
+
+def test_deaths_after_a_healthy_life_do_not_add_up(child_module, supervised) -> None:
+    keeper = supervised(child_module("raise SystemExit(3)\n"), healthy_s=0.0)
+    wait_until(lambda: keeper.starts > 4)
+    assert keeper.gave_up is None
+
+
+@pytest.mark.parametrize(
+    ("deaths", "delay_s"), [(1, 0.5), (2, 1.0), (5, 8.0), (7, 30.0), (8, None), (9, None)]
+)
+def test_back_off_doubles_up_to_its_longest_and_then_gives_up(deaths: int, delay_s: float | None) -> None:
+    assert RestartPolicy().delay_s(deaths) == delay_s
+
+
+# ------------------------------------------------------------------ ends
+def test_stop_ends_the_child_and_starts_no_other(child_module, supervised) -> None:
+    keeper = supervised(child_module(LIVES))
+    wait_until(lambda: keeper.pid)
+    pid = keeper.pid
+    keeper.stop()
+    assert not is_alive(pid)
+    assert keeper.starts == 1
+    assert keeper.pid is None
+
+
+def test_stop_kills_a_child_that_ignores_sigterm(child_module, supervised, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    body = f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen({str(ready)!r}, 'w')\n"
+    keeper = supervised(child_module(body + "while True: signal.pause()\n"))
+    wait_until(ready.exists)
+    pid = keeper.pid
+    keeper.stop(grace_s=0.2)
+    assert not is_alive(pid)
+
+
+SERVER = """
+import signal, sys
+from sglang_harli.managers.supervisor import Supervisor
+keeper = Supervisor("harli_test_child", {})
+keeper.start()
+while keeper.pid is None:
+    pass
+print(keeper.pid, flush=True)
+signal.pause()
+"""
+
+
+def test_child_dies_with_a_killed_server(child_module, tmp_path: Path) -> None:
+    up = tmp_path / "up"
+    child_module(f"open({str(up)!r}, 'w')\n" + LIVES)
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        pid = int(server.stdout.readline())
+        wait_until(up.exists)
+        server.kill()
+    wait_until(lambda: not is_alive(pid))
+
+
+def test_child_whose_server_is_gone_already_does_not_run(child_module, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    module = child_module(f"open({str(ran)!r}, 'w')\n")
+    command = [sys.executable, "-m", "sglang_harli.managers.child_process", "1", module]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "ended before its child was up" in done.stderr
+    assert not ran.exists()
+
+
+# ------------------------------------------------------------------ of a server
+def server_args(run_dir: Path, **options: object) -> SimpleNamespace:
+    values = {"run_dir": str(run_dir), "finetune_endpoint": f"ipc://{run_dir}/door", **options}
+    return SimpleNamespace(
+        harli_options=lambda: HarliOptions(**values),
+        model_path="/models/small",
+        tokenizer_path=None,
+        served_model_name=None,
+        trust_remote_code=False,
+        node_rank=0,
+    )
+
+
+def test_start_gives_the_service_its_configuration_and_no_device(
+    child_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    body = f"""import os
+open({str(told)!r}, 'w').write(os.environ[{SERVICE_ENV!r}] + chr(10) + repr(os.environ['CUDA_VISIBLE_DEVICES']))
+import signal; signal.pause()
+"""
+    monkeypatch.setattr(supervisor, "SERVICE_MODULE", child_module(body))
+    monkeypatch.chdir(tmp_path)
+    supervisor.start(server_args(Path("runs"), tpot_slo_ms=40.0))
+    try:
+        wait_until(lambda: told.exists() and told.read_text().count("\n") == 1)
+        config, devices = told.read_text().split("\n")
+        assert devices == "''"
+        told_config = ServiceConfig.from_json(config)
+        assert told_config.options.run_dir == str(tmp_path / "runs")
+        assert told_config.options.tpot_slo_ms == 40.0
+        assert told_config.model_path == told_config.tokenizer_path == told_config.served_model_name
+        with pytest.raises(
+            SystemExit, match=rf"sglang-harli: .*in use by the server with pid {os.getpid()}\b"
+        ):
+            supervisor.start(server_args(tmp_path / "runs"))
+        keeper = supervisor.running()
+        assert keeper is not None
+        pid = keeper.pid
+    finally:
+        supervisor.stop()
+    assert supervisor.running() is None
+    assert pid is not None
+    assert not is_alive(pid)
+    RunDirLock(str(tmp_path / "runs")).release()
+
+
+def test_start_does_nothing_when_finetuning_is_off(tmp_path: Path) -> None:
+    supervisor.start(server_args(tmp_path / "runs", finetune="off"))
+    assert supervisor.running() is None
+    assert not (tmp_path / "runs").exists()
