@@ -51,20 +51,20 @@ def make_model(
 def _defaults(arch: str) -> dict[str, Any]:
     if arch not in ARCHITECTURES:
         raise ValueError(f"{arch!r} is not one of {', '.join(ARCHITECTURES)}")
-    values: dict[str, Any] = dict(
-        hidden_size=64,
-        intermediate_size=333,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=509,
-        max_position_embeddings=1024,
-        tie_word_embeddings=arch == "qwen2",
-        initializer_range=0.15,  # wide enough that greedy choices are not ties
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    values: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 333,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 509,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": arch == "qwen2",
+        "initializer_range": 0.15,  # wide enough that greedy choices are not ties
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     if arch in ("mistral", "qwen3"):
         values["head_dim"] = 16
     if arch == "mistral":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 # SGLang's own switch of its CPU engine.
@@ -17,7 +17,7 @@ CPU_ENGINE_ENV = "SGLANG_USE_CPU_ENGINE"
 STAND_IN = Path(__file__).resolve().parent / "stand_in"
 
 
-def is_on(environ: MutableMapping[str, str] = os.environ) -> bool:
+def is_on(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether SGLang in this process is, or will be, its CPU engine."""
     return environ.get(CPU_ENGINE_ENV, "0") == "1"
 
@@ -40,7 +40,7 @@ def turn_on(environ: MutableMapping[str, str] = os.environ, path: list[str] | No
         path.insert(0, folder)
 
 
-def without_stand_in(environ: MutableMapping[str, str]) -> dict[str, str]:
+def without_stand_in(environ: Mapping[str, str]) -> dict[str, str]:
     """A copy of ``environ`` for a child that does not run the CPU engine."""
     child = dict(environ)
     rest = [
