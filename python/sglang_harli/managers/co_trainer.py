@@ -11,7 +11,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from sglang_harli.core import Decision, QuantumKind, QuantumOffer, SubState
 from sglang_harli.errors import HarliError, TrainingError
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.active_run import ActiveRun
-from sglang_harli.managers.adapter_loader import AdapterLoader
 from sglang_harli.managers.quantum_clock import DeviceClock, HostClock
 from sglang_harli.managers.quantum_costs import QuantumCosts
 from sglang_harli.managers.service_link import ServiceLink
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
 from sglang_harli.protocol import internal
+
+if TYPE_CHECKING:  # it imports sglang, which a host without a server does not need
+    from sglang_harli.managers.adapter_loader import AdapterLoader
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class CoTrainer:
         base: the served weights as a transformers module.
         limits: sent with the hello; the memory budget is checked again when a run starts.
         link: the ipc pair.
-        loader: loads finished adapters into the serving side, slice by slice.
+        loader: loads finished adapters into the serving side, slice by slice; None on a host that does not serve.
         costs: estimates of quanta.
         clock: measures quanta; on CUDA it also puts them on the stream of SGLang's forwards.
         quantum_rows: a fixed split, or None.
@@ -58,7 +60,7 @@ class CoTrainer:
         base: FrozenBase,
         limits: internal.ServedLimits,
         link: ServiceLink,
-        loader: AdapterLoader,
+        loader: AdapterLoader | None,
         costs: QuantumCosts,
         clock: HostClock | DeviceClock,
         *,
@@ -149,7 +151,11 @@ class CoTrainer:
     @property
     def busy(self) -> bool:
         """Whether there is a run or an adapter to load at all (cheap: asked every loop turn)."""
-        return self.run is not None or self.loader.pending
+        return self.run is not None or self._loading
+
+    @property
+    def _loading(self) -> bool:
+        return self.loader is not None and self.loader.pending
 
     @property
     def training(self) -> bool:
@@ -157,7 +163,7 @@ class CoTrainer:
 
     def offer(self) -> QuantumOffer | None:
         """The next quantum and its price, or None when there is nothing to do now."""
-        if self.loader.pending:
+        if self._loading:
             return self._single(QuantumKind.ADAPTER, 1)
         run = self.run
         if run is None:
@@ -169,7 +175,7 @@ class CoTrainer:
             self._enter(*run.waiting_for())
             return None
         if shape.fixed:
-            tokens = shape.rows * shape.row_tokens
+            tokens = max(shape.rows * shape.row_tokens, 1)
             upper = self.costs.estimate(shape.kind, tokens).upper_s
             return QuantumOffer(shape.kind, ((shape.rows, upper),), True, self._held_back)
         sizes = [r for r in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 1024) if r < shape.rows]
@@ -223,16 +229,17 @@ class CoTrainer:
 
     def _run(self, kind: QuantumKind, rows: int) -> tuple[int, bool]:
         if kind is QuantumKind.ADAPTER:
+            assert self.loader is not None
             self.loader.run_slice()
             return 1, False
         run = self.run
         assert run is not None
-        if kind is QuantumKind.COPY:
+        if run.copying:
             return min(run.copy_slice(), 1), False
         done = run.training.run(rows)
         if run.after_quantum():
             self._release()
-        return done.tokens, done.first_of_shape
+        return max(done.tokens, 1), done.first_of_shape  # kinds that are not cut by rows count as one token
 
     # ---------------------------------------------------------------- ends of a run
     def _release(self) -> None:

@@ -45,32 +45,19 @@ def _slices(tensors: list[tuple[str, torch.Tensor]], places: dict[str, memoryvie
 
 
 class StateCopier:
-    """One copy of all state tensors, slice by slice.
+    """One copy of all state tensors into a slot, slice by slice.
 
     Args:
-        tensors: the live tensors; a copy out reads them, a copy in writes them.
+        tensors: the live tensors (contiguous).
         slot: the mapped slot.
         refs: where each lies in the slot.
-        out: True copies the live tensors into the slot, False back.
-
-    Raises:
-        KeyError: the slot lacks a tensor (the checkpoint is of another job or version).
     """
 
     def __init__(
-        self,
-        tensors: list[tuple[str, torch.Tensor]],
-        slot: shared_memory.Slot,
-        refs: list[TensorRef],
-        *,
-        out: bool,
+        self, tensors: list[tuple[str, torch.Tensor]], slot: shared_memory.Slot, refs: list[TensorRef]
     ) -> None:
         self.refs = refs
         self._slot = slot
-        sizes = {ref.name: ref.nbytes for ref in refs}
-        for name, tensor in tensors:
-            if sizes[name] != tensor.numel() * tensor.element_size():
-                raise KeyError(f"{name} has {sizes[name]} bytes in the checkpoint")
         self._todo = _slices(tensors, {ref.name: slot.view(ref) for ref in refs})[::-1]
         self._cuda = bool(tensors) and tensors[0][1].is_cuda
         self._staging: torch.Tensor | None = None
