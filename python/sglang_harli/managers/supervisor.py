@@ -288,11 +288,6 @@ def start(server_args: Any) -> None:
     supervisor.start()
 
 
-def before_launch_subprocesses(engine_class: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Hook before ``sglang.srt.entrypoints.engine.Engine._launch_subprocesses`` (a classmethod)."""
-    start(server_args)
-
-
 def running() -> Supervisor | None:
     """The supervisor of this server's service, if one was started in this process."""
     return None if _running is None else _running[0]

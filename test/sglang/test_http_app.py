@@ -1,0 +1,299 @@
+"""Model names, the health gate and the model routes on SGLang's own app and handlers.
+
+Only SGLang's TokenizerManager is stood in for: it answers with the adapter it was asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from fastapi import FastAPI, Response
+from fastapi.testclient import TestClient
+from sglang.srt.entrypoints import http_server
+from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
+from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
+from sglang.srt.lora.lora_registry import LoRARef, LoRARegistry
+from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.auth import add_api_key_middleware
+
+from sglang_harli import plugin
+from sglang_harli.config import HarliOptions
+from sglang_harli.managers import http_app, supervisor
+from sglang_harli.managers.publisher import TENSOR_PATH
+from sglang_harli.managers.supervisor import RestartPolicy, Supervisor
+
+LOADED, EVICTED, MISSING = "base-ft-a-00000001", "base-ft-b-00000002", "base-ft-c-00000003"
+FOREIGN = "pirate"
+
+
+@pytest.fixture
+def manager() -> Any:
+    """Stands in for SGLang's TokenizerManager; ``asked`` collects the requests that would be served."""
+    made = MagicMock()
+    made.served_model_name = "base"
+    made.model_path = "/models/base-ft-of-another-time"
+    defaults = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
+    made.server_args = SimpleNamespace(**{**defaults, "enable_lora": True})
+    refs = [LoRARef(lora_name=LOADED, lora_path=TENSOR_PATH), LoRARef(lora_name=FOREIGN, lora_path="/p")]
+    made.lora_registry = LoRARegistry(refs)
+    evicted = LoRARef(lora_name=EVICTED, lora_path=TENSOR_PATH)
+    made.lora_ref_cache = {ref.lora_name: ref for ref in [*refs, evicted]}
+    made.model_config.get_default_sampling_params.return_value = {}
+    made.model_config.is_multimodal = False
+    made.model_config.context_len = 128
+    made.request_logger.log_requests = False
+    made.create_abort_task.return_value = None
+    made.gracefully_exit = False
+    made.asked = []
+
+    async def generate(obj: Any, request: Any = None) -> AsyncIterator[dict[str, Any]]:
+        made.asked.append(obj.lora_path)
+        meta = {
+            "id": "r",
+            "weight_version": "1",
+            "prompt_tokens": 1,
+            "completion_tokens": 1,
+            "finish_reason": {"type": "stop"},
+        }
+        yield {"text": f"from {obj.lora_path}", "meta_info": meta, "index": 0, "output_ids": [1]}
+
+    made.generate_request = generate
+    return made
+
+
+@pytest.fixture
+def hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of plugin's table for model names, put in place as SGLang's registry does."""
+    for row in plugin.TABLE:
+        module, name = row.hook.split(":")
+        if module.endswith(".model_names"):
+            owner, attribute = row.target.rsplit(".", 1)
+            target = pkgutil.resolve_name(owner)
+            hook = getattr(importlib.import_module(module), name)
+            wrapped = _wrap_fn(getattr(target, attribute), hook, HookType(row.kind))
+            monkeypatch.setattr(target, attribute, wrapped)
+
+
+@pytest.fixture
+def app(hooks: None, manager: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FastAPI:
+    """SGLang's app with our additions and its OpenAI handlers."""
+    app = http_server.app
+    saved = list(app.router.routes)
+    monkeypatch.setattr(app.router, "lifespan_context", app.router.lifespan_context)
+    monkeypatch.setattr(app, "middleware_stack", None)
+    monkeypatch.setattr(app, "user_middleware", list(app.user_middleware))
+    monkeypatch.setattr(http_server, "_global_state", SimpleNamespace(tokenizer_manager=manager))
+    options = HarliOptions(run_dir=str(tmp_path))
+    http_app.install(app, SimpleNamespace(harli_options=lambda: options), manager)
+    templates = MagicMock(completion_template_name=None, chat_template_name=None)
+    completion, chat = OpenAIServingCompletion(manager, templates), OpenAIServingChat(manager, templates)
+    messages = SimpleNamespace(
+        prompt="x", prompt_ids=[1], image_data=None, audio_data=None, video_data=None, modalities=[], stop=[],
+        tool_call_constraint=None,
+    )  # fmt: skip
+    monkeypatch.setattr(chat, "_process_messages", lambda *_: messages)
+    responses = OpenAIServingResponses.__new__(OpenAIServingResponses)
+    responses.tokenizer_manager = manager
+    monkeypatch.setattr(app.state, "openai_serving_completion", completion, raising=False)
+    monkeypatch.setattr(app.state, "openai_serving_chat", chat, raising=False)
+    monkeypatch.setattr(app.state, "anthropic_serving", AnthropicServing(chat), raising=False)
+    monkeypatch.setattr(app.state, "openai_serving_responses", responses, raising=False)
+    yield app
+    app.router.routes[:] = saved
+    app.middleware_stack = None
+
+
+@pytest.fixture
+def client(app: FastAPI) -> TestClient:
+    return TestClient(app)  # without its lifespan, which would start SGLang's warm-up
+
+
+BODIES = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+    "/v1/responses": {"input": "x"},
+}
+OPENAI = ("/v1/completions", "/v1/chat/completions")
+
+
+def ask(client: TestClient, path: str, model: str, **values: Any) -> Any:
+    return client.post(path, json={**BODIES[path], "model": model, **values})
+
+
+# ------------------------------------------------------------------ names
+@pytest.mark.parametrize("path", OPENAI)
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [
+        (LOADED, LOADED),
+        (EVICTED, EVICTED),
+        (f"base:{LOADED}", LOADED),
+        (FOREIGN, FOREIGN),
+        (f"base:{FOREIGN}", FOREIGN),
+        ("base:unknown", "unknown"),  # SGLang answers 400 when it looks it up
+        ("base", None),
+        ("default", None),
+        ("gpt-4o", None),
+        ("/models/base-ft-of-another-time", None),
+    ],
+)
+def test_model_names_the_adapter_or_the_base(
+    client: TestClient, manager: Any, path: str, model: str, adapter: Any
+):
+    assert ask(client, path, model).status_code == 200
+    assert manager.asked == [adapter]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", OPENAI)
+@pytest.mark.parametrize("model", [MISSING, f"base:{MISSING}", f"{LOADED}x", f"{MISSING}:"])
+def test_missing_adapter_is_a_404_in_openais_form(
+    client: TestClient, manager: Any, path: str, model: str, stream: bool
+) -> None:
+    answer = ask(client, path, model, stream=stream)
+    assert answer.status_code == 404
+    error = answer.json()["error"]
+    assert (error["code"], error["type"], error["param"]) == (
+        "model_not_found",
+        "invalid_request_error",
+        "model",
+    )
+    assert model.removeprefix("base:") in error["message"]
+    assert manager.asked == []
+
+
+def test_explicit_lora_path_still_counts_for_the_base(client: TestClient, manager: Any) -> None:
+    ask(client, "/v1/completions", "base", lora_path=FOREIGN)
+    ask(client, "/v1/completions", LOADED, lora_path=FOREIGN)
+    assert manager.asked == [FOREIGN, LOADED]
+
+
+def test_other_errors_keep_sglangs_form(client: TestClient) -> None:
+    answer = ask(client, "/v1/completions", "base", prompt="")
+    assert answer.status_code == 400
+    assert answer.json()["object"] == "error"
+
+
+def test_anthropic_messages(client: TestClient, manager: Any) -> None:
+    answer = ask(client, "/v1/messages", MISSING)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["type"] == "not_found_error"
+    ask(client, "/v1/messages", LOADED)
+    assert manager.asked == [LOADED]
+
+
+def test_responses_never_answer_as_the_base_for_an_adapter(client: TestClient) -> None:
+    assert ask(client, "/v1/responses", MISSING).status_code == 404
+    answer = ask(client, "/v1/responses", LOADED)
+    assert answer.status_code == 400
+    assert "/v1/chat/completions" in answer.json()["error"]["message"]
+
+
+# ------------------------------------------------------------------ model routes
+def test_models_lists_the_base_and_every_adapter_that_answers(client: TestClient) -> None:
+    cards = {card["id"]: card for card in client.get("/v1/models").json()["data"]}
+    assert set(cards) == {"base", LOADED, EVICTED, FOREIGN}
+    assert {cards[name]["parent"] for name in (LOADED, EVICTED, FOREIGN)} == {"base"}
+    assert cards["base"]["max_model_len"] == 128
+
+
+@pytest.mark.parametrize("name", ["base", LOADED, EVICTED, FOREIGN])
+def test_model_is_found_by_id(client: TestClient, name: str) -> None:
+    answer = client.get(f"/v1/models/{name}")
+    assert (answer.status_code, answer.json()["id"], answer.json()["object"]) == (200, name, "model")
+
+
+def test_missing_model_is_a_404_by_id(client: TestClient) -> None:
+    answer = client.get(f"/v1/models/{MISSING}")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+
+
+# ------------------------------------------------------------------ health
+@pytest.fixture
+def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(request: Any) -> Response:
+        return Response(status_code=200)
+
+    monkeypatch.setattr(http_server, "health_generate", answer)
+
+
+def test_health_waits_for_the_service_and_is_sglangs_own_afterwards(
+    client: TestClient, manager: Any, healthy: None
+) -> None:
+    answer = client.get("/health_generate")
+    assert answer.status_code == 503
+    assert "waiting for the finetune service" in answer.text
+    manager.harli_publisher.was_ready = True
+    assert client.get("/health_generate").status_code == 200
+
+
+def test_health_says_so_when_the_service_never_came_up(
+    client: TestClient, healthy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = Supervisor("harli_no_such_module", {}, policy=RestartPolicy(limit=1))
+    keeper.start()
+    while keeper.gave_up is None:
+        asyncio.run(asyncio.sleep(0.05))
+    monkeypatch.setattr(supervisor, "running", lambda: keeper)
+    answer = client.get("/health_generate")
+    assert answer.status_code == 503
+    assert "ended 1 times in a row" in answer.text
+
+
+def test_install_stops_the_server_when_the_service_never_came_up(
+    manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "running", lambda: SimpleNamespace(gave_up="the finetune service ended"))
+    with pytest.raises(SystemExit, match="--harli-finetune off serves without it"):
+        http_app.install(FastAPI(), SimpleNamespace(harli_options=HarliOptions), manager)
+
+
+# ------------------------------------------------------------------ the app
+def test_api_key_guards_our_routes(app: FastAPI) -> None:
+    add_api_key_middleware(app, api_key="secret", admin_api_key=None)
+    client = TestClient(app)
+    for path in ("/v1/models", f"/v1/models/{LOADED}"):
+        assert client.get(path).status_code == 401
+        assert client.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert client.get("/health_generate").status_code == 503  # open, as SGLang's is
+
+
+def test_publisher_lives_as_long_as_the_app_serves(tmp_path: Path, manager: Any) -> None:
+    seen: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        seen.append("up")
+        yield
+        seen.append("down")
+
+    app = FastAPI(lifespan=lifespan)
+    options = HarliOptions(run_dir=str(tmp_path))
+    http_app.install(app, SimpleNamespace(harli_options=lambda: options), manager)
+    with TestClient(app):
+        assert manager.harli_publisher._task is not None
+    assert manager.harli_publisher._task is None
+    assert seen == ["up", "down"]
+
+
+def test_nothing_is_installed_with_finetuning_off(manager: Any) -> None:
+    app = FastAPI()
+    before = len(app.router.routes)
+    options = HarliOptions(finetune="off")
+    http_app.install(app, SimpleNamespace(harli_options=lambda: options), manager)
+    assert len(app.router.routes) == before

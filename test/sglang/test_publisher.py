@@ -1,0 +1,345 @@
+"""Publication: SGLang's own registry, communicators and lock, a real socket pair, and a scheduler of dicts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import zmq
+import zmq.asyncio
+from sglang.srt.lora.lora_registry import LoRARef, LoRARegistry
+from sglang.srt.managers.io_struct import (
+    DumperControlReqInput,
+    DumperControlReqOutput,
+    GenerateReqInput,
+    LoadLoRAAdapterReqInput,
+    LoRAUpdateOutput,
+    UnloadLoRAAdapterReqInput,
+)
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.utils import TypeBasedDispatcher
+
+from sglang_harli.managers import publisher as publisher_module
+from sglang_harli.managers.publisher import TENSOR_PATH, Publisher
+from sglang_harli.protocol import internal
+
+NAME, OTHER = "base-ft-first-00000001", "base-ft-second-00000002"
+
+
+class Manager(TokenizerManager):
+    """SGLang's TokenizerManager, its LoRA and control parts only; ``requests`` is what reached the scheduler."""
+
+    def __init__(self, **arguments: Any) -> None:
+        values = {"enable_lora": True, "max_loaded_loras": None, "dp_size": 1, "lora_paths": None}
+        self.server_args = SimpleNamespace(**{**values, **arguments})  # type: ignore[assignment]
+        self.served_model_name = "base"
+        self.enable_lora = True
+        self._result_dispatcher = TypeBasedDispatcher([])
+        self.init_lora()
+        self.init_communicators(self.server_args)  # type: ignore[arg-type]
+        self.requests: list[Any] = []
+        self.polls_left = 2
+        self.load_error = ""
+
+    def auto_create_handle_loop(self) -> None:
+        pass
+
+    def _dispatch_to_scheduler(self, obj: Any) -> None:
+        self.requests.append(obj)
+        asyncio.get_running_loop().call_soon(self._result_dispatcher, self._scheduler_answers(obj))
+
+    def _scheduler_answers(self, obj: Any) -> Any:
+        if isinstance(obj, UnloadLoRAAdapterReqInput):
+            return LoRAUpdateOutput(success=True, loaded_adapters={})
+        assert isinstance(obj, DumperControlReqInput)
+        if self.load_error:
+            status = {"state": "failed", "error": self.load_error}
+        elif obj.method == "harli/load_status" and self.polls_left == 0:
+            status = {"state": "loaded"}
+        else:
+            self.polls_left -= obj.method == "harli/load_status"
+            status = {"state": "loading"}
+        return DumperControlReqOutput(success=True, response=[status])
+
+    def loads(self) -> list[str]:
+        """Names of the adapters that the scheduler was asked to load."""
+        return [
+            r.body["lora_name"] for r in self.requests if getattr(r, "method", "") == "harli/load_adapter"
+        ]
+
+
+@pytest.fixture(autouse=True)
+def hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("load_lora_adapter", "unload_lora_adapter"):
+        original, hook = getattr(TokenizerManager, name), getattr(publisher_module, name)
+
+        async def around(self: Any, *args: Any, _original: Any = original, _hook: Any = hook) -> Any:
+            return await _hook(_original, self, *args)
+
+        monkeypatch.setattr(TokenizerManager, name, around)
+
+
+class Service:
+    """The finetune service's end of the pair."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, manager: Manager, publisher: Publisher) -> None:
+        self.socket, self.manager, self.publisher = socket, manager, publisher
+
+    async def receive(self, kind: type[Any]) -> Any:
+        async with asyncio.timeout(20):
+            while True:
+                header, *_ = await self.socket.recv_multipart()
+                message = internal.decode(header, "http")
+                if isinstance(message, kind):
+                    return message
+
+    async def send(self, message: internal.Message) -> None:
+        await self.socket.send(internal.encode(message))
+
+    async def publish(self, name: str) -> internal.AdapterPublished:
+        await self.send(publish(name))
+        return await self.receive(internal.AdapterPublished)
+
+
+def publish(name: str) -> internal.PublishAdapter:
+    slot = internal.SlotRef(
+        path="/dev/shm/slot",
+        nbytes=64,
+        tensors=[internal.TensorRef("a.lora_A.weight", "float32", (2, 8), 0, 64)],
+    )
+    return internal.PublishAdapter(job="ftjob-1", name=name, config={"r": 2, "lora_alpha": 4}, slot=slot)
+
+
+@asynccontextmanager
+async def connected(folder: Path, **arguments: Any) -> AsyncIterator[Service]:
+    endpoint = f"ipc://{folder}/http.sock"
+    manager = Manager(**arguments)
+    manager.harli_publisher = publisher = Publisher(manager, endpoint)  # type: ignore[attr-defined]
+    context = zmq.asyncio.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.bind(endpoint)
+    publisher.start()
+    try:
+        yield Service(socket, manager, publisher)
+    finally:
+        await publisher.stop()
+        socket.close()
+        context.term()
+
+
+def run(test: Callable[..., Any]) -> Callable[[Path], None]:
+    def sync(tmp_path: Path) -> None:
+        asyncio.run(test(tmp_path))
+
+    sync.__name__ = test.__name__
+    return sync
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+# ------------------------------------------------------------------ publication
+@run
+async def test_adapter_is_registered_when_the_scheduler_has_loaded_it(folder: Path) -> None:
+    async with connected(folder) as service:
+        answer = await service.publish(NAME)
+        assert (answer.ok, answer.job, answer.name, answer.text) == (True, "ftjob-1", NAME, "")
+        ref = service.manager.lora_registry.get_all_adapters()[NAME]
+        assert ref.lora_path == TENSOR_PATH
+        assert service.manager.lora_ref_cache[NAME] is ref
+        begin, *polls = service.manager.requests
+        assert begin.method == "harli/load_adapter"
+        assert begin.body["lora_id"] == ref.lora_id
+        assert begin.body["config"] == {"r": 2, "lora_alpha": 4}
+        assert begin.body["slot"]["tensors"][0]["name"] == "a.lora_A.weight"
+        assert [p.body for p in polls] == [{"lora_id": ref.lora_id}] * 3
+
+
+@run
+async def test_repeated_publication_of_a_served_name_answers_ok(folder: Path) -> None:
+    async with connected(folder) as service:
+        await service.publish(NAME)
+        assert (await service.publish(NAME)).ok
+        assert service.manager.loads() == [NAME]
+
+
+@run
+async def test_adapter_that_does_not_load_is_not_registered(folder: Path) -> None:
+    async with connected(folder) as service:
+        service.manager.load_error = "rank 64 is above --max-lora-rank 16"
+        answer = await service.publish(NAME)
+        assert (answer.ok, answer.code, answer.text) == (False, "load_failed", service.manager.load_error)
+        assert NAME not in service.manager.lora_registry.get_all_adapters()
+        service.manager.load_error = ""
+        assert (await service.publish(NAME)).ok
+
+
+@run
+async def test_publication_without_lora_serving_names_the_flag(folder: Path) -> None:
+    async with connected(folder, enable_lora=False) as service:
+        answer = await service.publish(NAME)
+        assert (answer.ok, answer.code) == (False, "lora_disabled")
+        assert "--enable-lora" in answer.text
+
+
+@run
+async def test_publication_is_refused_when_all_places_are_pinned(folder: Path) -> None:
+    async with connected(folder, max_loaded_loras=1) as service:
+        await service.manager.lora_registry.register(LoRARef(lora_name="x", lora_path="/x", pinned=True))
+        answer = await service.publish(NAME)
+        assert (answer.ok, answer.code) == (False, "no_room")
+        assert "--max-loaded-loras 1" in answer.text
+
+
+# ------------------------------------------------------------------ eviction
+@run
+async def test_least_recently_used_adapter_is_evicted_and_comes_back(folder: Path) -> None:
+    async with connected(folder, max_loaded_loras=1) as service:
+        manager = service.manager
+        await service.publish(NAME)
+        assert (await service.publish(OTHER)).ok
+        await until(lambda: manager.lora_registry.num_registered_loras == 1)
+        assert service.publisher.dormant() == [NAME]
+
+        request = GenerateReqInput(text="hello", lora_path=NAME)
+        asked = asyncio.gather(*[manager._validate_and_resolve_lora(r) for r in (request,)])
+        wanted = await service.receive(internal.AdapterWanted)
+        assert wanted.name == NAME
+        await service.send(publish(NAME))
+        await asked
+        assert request.lora_id == manager.lora_registry.get_all_adapters()[NAME].lora_id
+        assert manager.loads() == [NAME, OTHER, NAME]
+
+
+@run
+async def test_request_for_an_evicted_adapter_waits_only_so_long(folder: Path) -> None:
+    async with connected(folder, max_loaded_loras=1) as service:
+        await service.publish(NAME)
+        waits = [service.publisher.bring_back(NAME, timeout_s=0.1) for _ in range(2)]
+        for wrong in await asyncio.gather(*waits):
+            assert "did not bring it back within 0.1 s: try again" in wrong
+        again = asyncio.create_task(service.publisher.bring_back(NAME))
+        for _ in range(2):  # one question for the first two, and a new one
+            await service.receive(internal.AdapterWanted)
+        await service.publish(NAME)
+        assert await again == ""
+
+
+@run
+async def test_adapter_that_cannot_come_back_says_why(folder: Path) -> None:
+    async with connected(folder) as service:
+        await service.publish(NAME)
+        await service.manager.lora_registry.unregister(NAME)
+        service.manager.load_error = "slot is gone"
+        request = GenerateReqInput(text="hello", lora_path=NAME)
+        asked = asyncio.create_task(service.manager._validate_and_resolve_lora(request))
+        await service.receive(internal.AdapterWanted)
+        await service.send(publish(NAME))
+        with pytest.raises(ValueError, match=f"{NAME}: slot is gone"):
+            await asked
+
+
+@run
+async def test_eviction_waits_for_running_requests_after_the_new_adapter_answers(folder: Path) -> None:
+    async with connected(folder, max_loaded_loras=1) as service:
+        registry = service.manager.lora_registry
+        await service.publish(NAME)
+        running = await registry.acquire(NAME)
+        assert (await service.publish(OTHER)).ok
+        assert OTHER in registry.get_all_adapters()
+        assert not any(isinstance(r, UnloadLoRAAdapterReqInput) for r in service.manager.requests)
+        await registry.release(running)
+        await until(lambda: isinstance(service.manager.requests[-1], UnloadLoRAAdapterReqInput))
+
+
+# ------------------------------------------------------------------ unloading
+@run
+async def test_adapter_that_the_operator_unloads_is_gone(folder: Path) -> None:
+    async with connected(folder) as service:
+        await service.publish(NAME)
+        result = await service.manager.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=NAME))
+        assert result.success
+        assert service.publisher.dormant() == []
+        answer = await service.publish(NAME)  # a restarted service publishes all it knows
+        assert answer.ok
+        assert "unloaded by the operator" in answer.text
+        assert NAME not in service.manager.lora_registry.get_all_adapters()
+        with pytest.raises(ValueError, match="never been loaded"):
+            await service.manager._validate_and_resolve_lora(GenerateReqInput(text="x", lora_path=NAME))
+
+
+@run
+async def test_others_adapters_go_sglangs_way(folder: Path) -> None:
+    async with connected(folder) as service:
+        request = LoadLoRAAdapterReqInput(lora_name="mine", lora_path="/adapters/mine")
+        loading = asyncio.create_task(service.manager.load_lora_adapter(request))
+        await until(lambda: service.manager.requests)
+        assert service.manager.requests == [request]
+        loading.cancel()
+
+
+# ------------------------------------------------------------------ the service
+def state(pid: int, **values: Any) -> internal.ServiceState:
+    return internal.ServiceState(pid=pid, **{"endpoint_bound": True, "scheduler_seen": True, **values})
+
+
+@run
+async def test_health_opens_once_the_service_and_the_scheduler_have_met(folder: Path) -> None:
+    async with connected(folder) as service:
+        hello = await service.receive(internal.HttpHello)
+        assert hello.served_model_name == "base"
+        await service.send(state(7, scheduler_seen=False))
+        await until(lambda: service.publisher.state)
+        assert not service.publisher.was_ready
+        await service.send(state(7))
+        await until(lambda: service.publisher.was_ready)
+        await service.send(state(7, scheduler_seen=False))
+        await until(lambda: service.publisher.state and not service.publisher.state.scheduler_seen)
+        assert service.publisher.was_ready
+
+
+@run
+async def test_restarted_service_is_greeted_and_asked_again(folder: Path) -> None:
+    async with connected(folder) as service:
+        await service.receive(internal.HttpHello)
+        await service.send(state(7))
+        waiting = asyncio.create_task(service.publisher.bring_back(NAME))
+        await service.receive(internal.AdapterWanted)
+        await service.send(state(8))
+        await service.receive(internal.HttpHello)
+        await service.receive(internal.AdapterWanted)
+        waiting.cancel()
+
+
+@run
+async def test_adapters_of_earlier_runs_are_known_at_once_and_load_when_asked_for(folder: Path) -> None:
+    async with connected(folder) as service:
+        await service.send(state(7, adapters=[NAME]))
+        await until(lambda: service.publisher.dormant() == [NAME])
+        request = GenerateReqInput(text="hello", lora_path=NAME)
+        asked = asyncio.create_task(service.manager._validate_and_resolve_lora(request))
+        await service.receive(internal.AdapterWanted)
+        await service.send(publish(NAME))
+        await asked
+        assert request.lora_id
+
+
+@run
+async def test_garbage_is_dropped(folder: Path) -> None:
+    async with connected(folder) as service:
+        for junk in (b"", b"\xc1", internal.encode(internal.Welcome(pid=1))):
+            await service.socket.send(junk)
+        assert (await service.publish(NAME)).ok
+
+
+def test_the_registry_is_sglangs_own() -> None:
+    assert isinstance(Manager().lora_registry, LoRARegistry)
