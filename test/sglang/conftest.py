@@ -7,36 +7,36 @@ its pools; ``greedy_tokens`` generates with it; ``tiny_model`` writes small rand
 from __future__ import annotations
 
 import array
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-_SWITCH = "SGLANG_USE_CPU_ENGINE"
-_PLATFORM = Path(__file__).parents[2] / "python" / "sglang_harli" / "platforms" / "cpu"
+from sglang_harli.platforms.cpu.engine import CPU_ENGINE_ENV, STAND_IN
 
 # SGLang decides at import which engine it is; the stand-in for sgl_kernel has to come first on the path.
-os.environ[_SWITCH] = "1"
-for _found in sorted(_PLATFORM.rglob("sgl_kernel/__init__.py")):
-    sys.path.insert(0, str(_found.parents[1]))
+os.environ[CPU_ENGINE_ENV] = "1"
+sys.path.insert(0, str(STAND_IN))
 
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def pytest_collection_finish() -> None:
-    os.environ.pop(_SWITCH, None)  # tests of other folders start their own servers
+    os.environ.pop(CPU_ENGINE_ENV, None)  # tests of other folders start their own servers
 
 
-@pytest.fixture(scope="package", autouse=True)
-def cpu_engine() -> Iterator[None]:
-    """The CPU engine is on while this folder's tests run, with the patches that it needs."""
-    os.environ[_SWITCH] = "1"
-    os.environ.setdefault("SGLANG_DISABLE_TQDM", "1")
-    yield
-    os.environ.pop(_SWITCH, None)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    os.environ[CPU_ENGINE_ENV] = "1"  # before any fixture, of whatever scope
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    os.environ.pop(CPU_ENGINE_ENV, None)
 
 
 @pytest.fixture(scope="session")
@@ -215,3 +215,64 @@ def greedy_tokens() -> Callable[..., list[list[int]]]:
     tokens do not end a row.
     """
     return _greedy
+
+
+# ------------------------------------------------------------------ adapters
+@dataclass(frozen=True)
+class PeftAdapter:
+    """A random adapter as PEFT saved it, and what it answers under plain transformers."""
+
+    folder: str
+    config: dict[str, Any]
+    tensors: dict[str, Any]
+    greedy: Callable[[list[list[int]], int], list[list[int]]]
+
+
+@pytest.fixture(scope="session")
+def peft_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PeftAdapter]:
+    """``peft_adapter(model_path, modules=ALL, rank=8, alpha=16, seed=1, use_rslora=False)``; B is not zero."""
+
+    def make(
+        model_path: str,
+        modules: tuple[str, ...] = ALL_MODULES,
+        rank: int = 8,
+        alpha: int = 16,
+        seed: int = 1,
+        use_rslora: bool = False,
+    ) -> PeftAdapter:
+        import peft
+        import torch
+        from safetensors.torch import load_file
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(model_path)
+        lora = peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=list(modules),
+            use_rslora=use_rslora,
+            task_type="CAUSAL_LM",
+        )
+        model = peft.get_peft_model(model, lora)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        folder = tmp_path_factory.mktemp("adapter-")
+        model.save_pretrained(folder)
+
+        def greedy(prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+            answers = []
+            for prompt in prompts:
+                ids = torch.tensor([prompt])
+                for _ in range(max_new_tokens):
+                    with torch.no_grad():
+                        choice = model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)
+                    ids = torch.cat([ids, choice], dim=1)
+                answers.append(ids[0, len(prompt) :].tolist())
+            return answers
+
+        config = json.loads((folder / "adapter_config.json").read_text())
+        return PeftAdapter(str(folder), config, load_file(folder / "adapter_model.safetensors"), greedy)
+
+    return make

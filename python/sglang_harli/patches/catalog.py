@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_harli.patches import lora_gate, lora_padded_mlp, lora_peft_adapters, lora_pin_memory
+
 
 @dataclass(frozen=True)
 class Patch:
@@ -26,7 +28,26 @@ class Patch:
     register: Callable[[Any], None]
 
 
-ALL: tuple[Patch, ...] = ()
+ALL: tuple[Patch, ...] = (
+    Patch(
+        "01-lora-pin-memory",
+        ("srt/lora/layers.py", "srt/lora/backend/torch_backend.py"),
+        lora_pin_memory.register,
+    ),
+    Patch(
+        "02-lora-gate",
+        (
+            "srt/lora/layers.py",
+            "srt/lora/lora_manager.py",
+            "srt/model_executor/runner/decode_cuda_graph_runner.py",
+        ),
+        lora_gate.register,
+    ),
+    Patch("03-lora-padded-mlp", ("srt/lora/lora.py", "srt/lora/lora_manager.py"), lora_padded_mlp.register),
+    Patch(
+        "04-lora-peft-adapters", ("srt/lora/lora.py", "srt/lora/lora_config.py"), lora_peft_adapters.register
+    ),
+)
 
 
 def register_all(registry: Any) -> None:

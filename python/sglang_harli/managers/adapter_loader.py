@@ -1,0 +1,251 @@
+"""A finished adapter enters SGLang's LoRA serving in slices, so that decode waits for none of them long.
+
+SGLang's own call takes an adapter whole.  Here a slice copies one tensor out of shared memory or stacks
+one layer; the last one registers the adapter as ``load_lora_adapter_from_tensors`` does.  Everything runs
+on the scheduler's thread, between batches.
+
+Leans on: ``srt.lora.lora_manager.LoRAManager`` (``validate_new_adapter``, ``unload_lora_adapter``, ``configs``,
+``loras``, ``lora_refs``), ``srt.lora.lora.LoRAAdapter`` (``_process_weight``, ``_normalize_weights``),
+``srt.lora.lora_config.LoRAConfig``, ``srt.lora.lora_registry.LoRARef``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from typing import Any
+
+from sglang_harli.errors import StateError, UnsupportedError
+from sglang_harli.patches.lora_padded_mlp import layer_problems
+from sglang_harli.protocol.internal import SlotRef, TensorRef
+from sglang_harli.protocol.shared_memory import Slot
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_FAILURES_KEPT = 64
+# What a bad adapter or a slot that is gone can raise, here and in SGLang's code (which asserts).
+_EXPECTED = (OSError, ValueError, KeyError, IndexError, RuntimeError, AssertionError)
+
+
+class AdapterLoader:
+    """Loads adapters from shared memory into one ``LoRAManager``.
+
+    ``begin`` queues an adapter, ``run_slice`` does a bounded piece of the first in the queue, ``status``
+    tells how far it is.  No method but ``unload`` raises for a bad adapter: it becomes ``failed``.
+    """
+
+    def __init__(self, lora_manager: Any) -> None:
+        self._manager = lora_manager
+        self._queue: deque[_Loading] = deque()
+        self._failures: OrderedDict[str, str] = OrderedDict()
+
+    # ------------------------------------------------------------------ control
+    def begin(self, lora_id: str, lora_name: str, config: dict[str, Any], slot: SlotRef) -> None:
+        """Validate an adapter and queue it for loading.
+
+        An id that is loaded, or being loaded, stays as it is.  A name that is loaded under another id was
+        published by an attempt that nobody took over: it is loaded again, under the new id.
+
+        Args:
+            lora_id: SGLang's id of this version of the adapter (``LoRARef.lora_id``).
+            lora_name: the name it is served under.
+            config: PEFT's adapter_config; ``use_rslora`` is understood.
+            slot: tensors by PEFT state-dict key, A [r, inputs] and B [outputs, r], in the model's own
+                sizes.  It may be freed once the status is ``loaded`` or ``failed``.
+        """
+        if lora_id in self._manager.loras or any(loading.lora_id == lora_id for loading in self._queue):
+            return
+        self._failures.pop(lora_id, None)
+        try:
+            self._drop_older(lora_name, lora_id)
+            self._queue.append(_Loading(self._manager, lora_id, lora_name, config, slot))
+        except _EXPECTED as error:
+            self._fail(lora_id, lora_name, error)
+
+    def status(self, lora_id: str) -> dict[str, str]:
+        """``{"state": "loading" | "loaded" | "failed", "error": str}``; an unknown id is ``failed``."""
+        if lora_id in self._manager.loras:
+            return {"state": "loaded", "error": ""}
+        if any(loading.lora_id == lora_id for loading in self._queue):
+            return {"state": "loading", "error": ""}
+        return {
+            "state": "failed",
+            "error": self._failures.get(lora_id, f"no adapter of id {lora_id} is here"),
+        }
+
+    @property
+    def pending(self) -> bool:
+        """Whether ``run_slice`` has something to do."""
+        return bool(self._queue)
+
+    def run_slice(self) -> None:
+        """Do one slice: copy one tensor, stack one layer, or register the adapter."""
+        if not self._queue:
+            return
+        loading = self._queue[0]
+        try:
+            if next(loading.slices, None) is not None:
+                return
+        except _EXPECTED as error:
+            self._fail(loading.lora_id, loading.lora_name, error)
+        self._queue.popleft()
+        loading.close()
+
+    def unload(self, lora_id: str) -> None:
+        """Take an adapter out of serving, or stop loading it; an unknown id is no error.
+
+        The caller has made sure that no request uses it.
+
+        Raises:
+            StateError: SGLang could not unload it.
+        """
+        for loading in [one for one in self._queue if one.lora_id == lora_id]:
+            self._queue.remove(loading)
+            loading.close()
+        ref = self._manager.lora_refs.get(lora_id)
+        if ref is not None:
+            result = self._manager.unload_lora_adapter(ref)
+            if not result.success:
+                raise StateError(f"adapter {ref.lora_name!r} was not unloaded: {result.error_message}")
+
+    # ------------------------------------------------------------------ helpers
+    def _drop_older(self, lora_name: str, lora_id: str) -> None:
+        ids = [ref.lora_id for ref in self._manager.lora_refs.values() if ref.lora_name == lora_name]
+        ids += [loading.lora_id for loading in self._queue if loading.lora_name == lora_name]
+        for older in ids:
+            self.unload(older)
+
+    def _fail(self, lora_id: str, lora_name: str, error: Exception) -> None:
+        text = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+        logger.warning("adapter %s was not loaded: %s", lora_name, text)
+        self._failures[lora_id] = f"adapter {lora_name!r} was not loaded: {text}"
+        while len(self._failures) > _FAILURES_KEPT:
+            self._failures.popitem(last=False)
+
+
+class _Loading:
+    """One adapter on its way; ``slices`` does a piece of the work at each ``next``."""
+
+    def __init__(
+        self, manager: Any, lora_id: str, lora_name: str, config: dict[str, Any], slot: SlotRef
+    ) -> None:
+        from sglang.srt.lora.lora import LoRAAdapter
+        from sglang.srt.lora.lora_config import LoRAConfig
+        from sglang.srt.lora.lora_registry import LoRARef
+
+        self.lora_id, self.lora_name = lora_id, lora_name
+        self._manager = manager
+        self._tensors = slot.tensors
+        self._config = LoRAConfig.from_dict(
+            served_config(config), base_vocab_size=manager.base_hf_config.vocab_size
+        )
+        # The path is shown and compared, never read.
+        self._ref = LoRARef(
+            lora_id=lora_id, lora_name=lora_name, lora_path=f"__tensor__/{lora_name}", pinned=False
+        )
+        _check_names(slot.tensors, self._config.target_modules, len(manager.lora_modules))
+        manager.validate_new_adapter(self._config, self._ref)
+        self._adapter = LoRAAdapter(
+            lora_id,
+            self._config,
+            manager.base_hf_config,
+            manager.load_config,
+            manager.lora_backend,
+            base_model=manager.base_model,
+        )
+        self._slot: Slot | None = Slot.open(slot)
+        self.slices: Iterator[str] = self._run()
+
+    def close(self) -> None:
+        if self._slot is not None:
+            self._slot.close()
+            self._slot = None
+
+    def _run(self) -> Iterator[str]:
+        for ref in self._tensors:
+            self._adapter._process_weight(ref.name, self._take(ref))
+            yield ref.name
+        self.close()
+        one_layer = _OneLayer(self._adapter)
+        normalize: Any = type(self._adapter)._normalize_weights
+        for layer_id, layer in enumerate(self._adapter.layers):
+            one_layer.layers = [layer]
+            normalize(one_layer)
+            for problem in layer_problems(self._manager, self._config.r, layer_id, layer.weights):
+                raise UnsupportedError(problem)
+            yield f"layer {layer_id}"
+        self._register()
+
+    def _take(self, ref: TensorRef) -> Any:
+        """A copy of the tensor in the base model's dtype: the slot is used again."""
+        import torch
+
+        assert self._slot is not None
+        if ref.dtype not in _DTYPES:
+            raise ValueError(f"{ref.name} has dtype {ref.dtype}; accepted: {', '.join(_DTYPES)}")
+        dtype = getattr(torch, ref.dtype)
+        count = 1
+        for size in ref.shape:
+            count *= size
+        if count * dtype.itemsize != ref.nbytes or ref.offset + ref.nbytes > self._slot.nbytes or count == 0:
+            raise ValueError(f"{ref.name} of shape {ref.shape} does not lie in its slot")
+        view = torch.frombuffer(self._slot.buffer, dtype=dtype, count=count, offset=ref.offset)
+        return view.reshape(ref.shape).to(self._manager.dtype, copy=True)
+
+    def _register(self) -> None:
+        """As ``LoRAManager.load_lora_adapter_from_tensors`` ends; the limits are checked again, for another
+        adapter may have come since ``begin``."""
+        manager = self._manager
+        manager.validate_new_adapter(self._config, self._ref)
+        manager.configs[self.lora_id] = self._config
+        manager.loras[self.lora_id] = self._adapter
+        manager.lora_refs[self.lora_id] = self._ref
+
+
+class _OneLayer:
+    """An adapter of which SGLang's normalization sees one layer."""
+
+    def __init__(self, adapter: Any) -> None:
+        self._adapter = adapter
+        self.layers: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapter, name)
+
+
+def served_config(config: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's adapter_config as SGLang scales by it: alpha / r.
+
+    PEFT's rank-stabilized LoRA scales by alpha / sqrt(r), which an alpha of alpha · sqrt(r) gives.
+
+    Raises:
+        UnsupportedError: a config that is not of LoRA, or with ranks or alphas that differ by module.
+    """
+    missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
+    if missing:
+        raise UnsupportedError(f"the adapter's config lacks {', '.join(missing)}")
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+        raise UnsupportedError(f"peft_type {config['peft_type']!r} is not served; accepted: LORA")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise UnsupportedError(f"{key} is not served: use one rank and alpha for all modules")
+    served = {**config, "peft_type": "LORA"}
+    if config.get("use_rslora"):
+        served.update(use_rslora=False, lora_alpha=config["lora_alpha"] * config["r"] ** 0.5)
+    return served
+
+
+def _check_names(tensors: list[TensorRef], target_modules: Any, num_layers: int) -> None:
+    from sglang.srt.layers.utils import get_layer_id
+
+    modules = [] if isinstance(target_modules, str) else list(target_modules)  # a word such as all-linear
+    if not tensors:
+        raise UnsupportedError("the adapter has no tensors")
+    for ref in tensors:
+        layer_id = get_layer_id(ref.name)
+        if layer_id is None or not 0 <= layer_id < num_layers:
+            raise UnsupportedError(f"{ref.name} belongs to none of the model's {num_layers} layers")
+        if modules and not any(f".{module.rpartition('.')[2]}." in ref.name for module in modules):
+            raise UnsupportedError(f"{ref.name} is not of the target modules {', '.join(modules)}")

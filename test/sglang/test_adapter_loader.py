@@ -1,0 +1,206 @@
+"""An adapter goes from shared memory into SGLang's LoRA serving, slice by slice."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+import pytest
+
+from sglang_harli.managers.adapter_loader import AdapterLoader, served_config
+from sglang_harli.protocol.internal import SlotRef, TensorRef
+from sglang_harli.protocol.shared_memory import Slot, layout
+
+PROMPTS = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
+
+
+@pytest.fixture
+def fill_slot(tmp_path):
+    """``fill_slot(tensors) -> (Slot, SlotRef)``: tensors as the finetune service writes them."""
+    slots: list[Slot] = []
+
+    def fill(tensors) -> tuple[Slot, SlotRef]:
+        described = [
+            (name, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes)
+            for name, t in tensors.items()
+        ]
+        refs, nbytes = layout(described)
+        folder = (
+            Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) / f"harli-test-{os.getpid()}"
+        )
+        slot = Slot.create(folder, nbytes)
+        slots.append(slot)
+        for ref, tensor in zip(refs, tensors.values(), strict=True):
+            slot.view(ref)[:] = tensor.contiguous().numpy().tobytes()
+        return slot, slot.ref(refs)
+
+    yield fill
+    for slot in slots:
+        slot.unlink()
+    for folder in {Path(slot.path).parent for slot in slots}:
+        folder.rmdir()
+
+
+def finish(loader: AdapterLoader) -> int:
+    slices = 0
+    while loader.pending:
+        loader.run_slice()
+        slices += 1
+        assert slices < 1000
+    return slices
+
+
+def begin(loader: AdapterLoader, adapter, slot: SlotRef, name: str | None = None) -> str:
+    lora_id = uuid.uuid4().hex
+    loader.begin(lora_id, name or f"a-{lora_id}", adapter.config, slot)
+    return lora_id
+
+
+@pytest.fixture(scope="module")
+def path(tiny_model):
+    return tiny_model("qwen3", head_dim=24, intermediate_size=333, vocab_size=250)
+
+
+@pytest.fixture(scope="module")
+def runner(sglang_runner, path):
+    return sglang_runner(path, enable_lora=True)
+
+
+@pytest.fixture(scope="module")
+def adapter(peft_adapter, path):
+    return peft_adapter(path)
+
+
+@pytest.fixture
+def loader(runner):
+    loader = AdapterLoader(runner.lora_manager)
+    yield loader
+    for lora_id in list(runner.lora_manager.loras):
+        loader.unload(lora_id)
+
+
+def test_served_adapter_answers_as_under_peft_after_its_slot_was_reused(
+    runner, loader, adapter, fill_slot, greedy_tokens
+):
+    slot, ref = fill_slot(adapter.tensors)
+    lora_id = begin(loader, adapter, ref)
+    slices = finish(loader)
+    assert slices == len(adapter.tensors) + 2 + 1  # tensors, layers, registration
+    slot.buffer[:] = b"\x7f" * slot.nbytes
+    assert loader.status(lora_id) == {"state": "loaded", "error": ""}
+    answers = greedy_tokens(runner, PROMPTS, 8, [lora_id] * 2)
+    assert answers == adapter.greedy(PROMPTS, 8) != greedy_tokens(runner, PROMPTS, 8)
+
+
+def test_weights_are_those_of_sglangs_own_call(runner, loader, adapter, fill_slot):
+    import torch
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    lora_id = begin(loader, adapter, fill_slot(adapter.tensors)[1])
+    finish(loader)
+    own = LoRARef(lora_id="own", lora_name="own", lora_path="__tensor__", pinned=False)
+    assert runner.load_lora_adapter_from_tensors(own, adapter.tensors, adapter.config).success
+    ours, theirs = runner.lora_manager.loras[lora_id], runner.lora_manager.loras["own"]
+    assert ours.scaling == theirs.scaling and ours.config.r == theirs.config.r
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        assert list(mine.weights) == list(other.weights)
+        for name, weight in mine.weights.items():
+            assert torch.equal(weight, other.weights[name])
+
+
+def test_weights_take_the_base_models_dtype(
+    sglang_runner, tiny_model, peft_adapter, fill_slot, greedy_tokens
+):
+    import torch
+
+    path = tiny_model(dtype="bfloat16", intermediate_size=333)
+    runner = sglang_runner(path, enable_lora=True)
+    loader, adapter = AdapterLoader(runner.lora_manager), peft_adapter(path)
+    assert {t.dtype for t in adapter.tensors.values()} == {torch.float32}
+    lora_id = begin(loader, adapter, fill_slot(adapter.tensors)[1])
+    finish(loader)
+    weights = [w for layer in runner.lora_manager.loras[lora_id].layers for w in layer.weights.values()]
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    assert greedy_tokens(runner, PROMPTS, 4, [lora_id] * 2) != greedy_tokens(runner, PROMPTS, 4)
+
+
+def test_rank_stabilized_config_keeps_its_scaling(
+    runner, loader, peft_adapter, path, fill_slot, greedy_tokens
+):
+    adapter = peft_adapter(path, alpha=4, use_rslora=True)
+    lora_id = begin(loader, adapter, fill_slot(adapter.tensors)[1])
+    finish(loader)
+    assert runner.lora_manager.loras[lora_id].scaling == pytest.approx(4 / 8**0.5)
+    assert greedy_tokens(runner, PROMPTS, 6, [lora_id] * 2) == adapter.greedy(PROMPTS, 6)
+
+
+def test_plain_config_is_left_as_it_is():
+    config = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    assert served_config(config)["lora_alpha"] == 16
+
+
+def test_repeating_a_begin_changes_nothing(runner, loader, adapter, fill_slot):
+    ref = fill_slot(adapter.tensors)[1]
+    lora_id = begin(loader, adapter, ref, "again")
+    loader.run_slice()
+    loader.begin(lora_id, "again", adapter.config, ref)
+    finish(loader)
+    first = runner.lora_manager.loras[lora_id]
+    loader.begin(lora_id, "again", adapter.config, ref)
+    assert not loader.pending and runner.lora_manager.loras[lora_id] is first
+
+
+def test_name_loaded_under_an_older_id_moves_to_the_new_one(runner, loader, adapter, fill_slot):
+    ref = fill_slot(adapter.tensors)[1]
+    older = begin(loader, adapter, ref, "moved")
+    finish(loader)
+    newer = begin(loader, adapter, ref, "moved")
+    assert loader.status(newer)["state"] == "loading"
+    finish(loader)
+    assert loader.status(newer)["state"] == "loaded" and older not in runner.lora_manager.loras
+
+
+def test_unload_ends_a_loading_and_frees_a_loaded_adapter(runner, loader, adapter, fill_slot):
+    ref = fill_slot(adapter.tensors)[1]
+    loading, loaded = begin(loader, adapter, ref), begin(loader, adapter, ref)
+    loader.run_slice()
+    loader.unload(loading)
+    finish(loader)
+    assert loader.status(loading)["state"] == "failed" and loader.status(loaded)["state"] == "loaded"
+    loader.unload(loaded)
+    loader.unload(loaded)
+    assert loaded not in runner.lora_manager.loras and loaded not in runner.lora_manager.configs
+
+
+def _beyond(ref: SlotRef) -> SlotRef:
+    first = ref.tensors[0]
+    moved = TensorRef(first.name, first.dtype, first.shape, ref.nbytes, first.nbytes)
+    return SlotRef(path=ref.path, nbytes=ref.nbytes, tensors=[moved, *ref.tensors[1:]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config, ref: ({**config, "r": 64}, ref), "rank 64 is incompatible"),
+        (lambda config, ref: ({**config, "peft_type": "IA3"}, ref), "accepted: LORA"),
+        (lambda config, ref: ({**config, "use_dora": True}, ref), "DoRA"),
+        (lambda config, ref: ({**config, "rank_pattern": {"q_proj": 4}}, ref), "one rank"),
+        (lambda config, ref: ({**config, "r": 4}, ref), "at rank 4 needs"),
+        (lambda config, ref: ({**config, "target_modules": ["q_proj"]}, ref), "not of the target modules"),
+        (lambda config, ref: ({"r": 8}, ref), "lacks lora_alpha, target_modules"),
+        (lambda config, ref: (config, SlotRef(path="/dev/shm/gone", nbytes=64, tensors=ref.tensors)), "gone"),
+        (lambda config, ref: (config, SlotRef(path=ref.path, nbytes=ref.nbytes)), "no tensors"),
+        (lambda config, ref: (config, _beyond(ref)), "does not lie in its slot"),
+    ],
+)
+def test_an_adapter_that_cannot_be_served_fails_with_a_reason(
+    change, message, runner, loader, adapter, fill_slot
+):
+    config, ref = change(adapter.config, fill_slot(adapter.tensors)[1])
+    loader.begin("bad", "bad", config, ref)
+    finish(loader)
+    status = loader.status("bad")
+    assert status["state"] == "failed" and message in status["error"]
+    assert "bad" not in runner.lora_manager.loras and "bad" not in runner.lora_manager.configs
+    assert loader.status("never")["state"] == "failed"
