@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 TENSOR_PATH = "__tensor__"  # SGLang's path of an adapter that came as tensors
 HELLO_EVERY_S = 1.0
-# A state that comes this soon after a hello answers it: a restarted service is not up that fast.
-ANSWER_WITHIN_S = 1.5
 POLL_FIRST_S, POLL_LONGEST_S = 0.01, 0.2
 # How long a request waits for an evicted adapter to come back.
 BRING_BACK_S = 60.0
@@ -60,7 +58,6 @@ class Publisher:
         self._waiting: dict[str, asyncio.Future[str]] = {}  # evicted adapter -> what is wrong, "" when back
         self._dropped: set[str] = set()  # unloaded by the operator
         self._seq = 0
-        self._hello_at = 0.0
         self.state: internal.ServiceState | None = None
         self.was_ready = False
 
@@ -125,7 +122,6 @@ class Publisher:
             logger.debug("harli: %s not sent, the finetune service is away", type(message).__name__)
 
     async def _say_hello(self) -> None:
-        self._hello_at = time.monotonic()
         await self._send(
             internal.HttpHello(pid=os.getpid(), served_model_name=self._manager.served_model_name)
         )
@@ -138,8 +134,9 @@ class Publisher:
         self._remember(state.adapters)
         if before is not None and before.pid == state.pid:
             return
-        if before is not None or time.monotonic() - self._hello_at > ANSWER_WITHIN_S:
-            await self._say_hello()  # a service that has not read our hello yet
+        await (
+            self._say_hello()
+        )  # this service may not have read one yet: the one before may have died with it
         for name in list(self._waiting):
             await self._send(internal.AdapterWanted(name=name))
 
