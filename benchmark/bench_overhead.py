@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,34 +62,29 @@ def batch_body(batch: int, tokens: int, vocab: int) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def running(server: servers.Server):
-    """Let one of the held servers go for the length of a block."""
-    server.release()
-    try:
-        yield
-    finally:
-        server.hold()
-
-
 def block(server: servers.Server, body: dict[str, Any]) -> float:
     """Seconds of decode per token of one block; a short one before it wakes caches and threads."""
     warm = {**body, "sampling_params": {**body["sampling_params"], "max_new_tokens": 4}}
-    with running(server):
-        server.post("/generate", warm)
+    with servers.running(server):
+        servers.post(server, "/generate", warm)
         began = time.perf_counter()
-        server.post("/generate", body)
+        servers.post(server, "/generate", body)
         return (time.perf_counter() - began) / body["sampling_params"]["max_new_tokens"]
 
 
-def one_launch(sides: dict[str, servers.Server], body: dict[str, Any], blocks: int) -> dict[str, list[float]]:
+def one_launch(
+    start: dict[str, Callable[[], servers.Server]], body: dict[str, Any], blocks: int
+) -> dict[str, list[float]]:
     """Start all sides, alternate blocks between them in a changing order, end them."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[float]] = {name: [] for name in start}
     rng = random.Random(1)
-    try:
-        for server in sides.values():
-            server.start()
-            server.hold()
+    with contextlib.ExitStack() as stack:
+        sides = {}
+        for name, begin in start.items():
+            sides[name] = server = begin()
+            stack.enter_context(servers.ended(server))
+            server.wait_ready()
+            servers.hold(server)
         for server in sides.values():  # discarded: fills the prefix cache
             block(server, body)
         for _ in range(blocks):
@@ -97,9 +92,6 @@ def one_launch(sides: dict[str, servers.Server], body: dict[str, Any], blocks: i
             rng.shuffle(order)
             for name in order:
                 times[name].append(block(sides[name], body))
-    finally:
-        for server in sides.values():
-            server.stop()
     return times
 
 
@@ -121,28 +113,22 @@ def verdict(ours: dict[str, float], control: dict[str, float]) -> bool:
     return ours["lower"] > LIMIT and ours["lower"] > control["upper"]
 
 
-def limits_of_ours(model: Path, folder: Path) -> dict[str, Any]:
-    probe = servers.ours("ours-probe", model, folder)
-    try:
-        probe.start()
-        return servers.limits_of(probe)
-    finally:
-        probe.stop()
-
-
-def run(model: Path, folder: Path, options: argparse.Namespace, vocab: int) -> dict[str, Any]:
-    limits = limits_of_ours(model, folder)
+def run(model: Path, options: argparse.Namespace, vocab: int) -> dict[str, Any]:
+    probe = servers.ours(model)
+    with servers.ended(probe):
+        probe.wait_ready()
+        limits = servers.limits_of(probe)
     flags = servers.flags_for(limits, lora=False)
     print("same flags for plain SGLang: " + " ".join(flags), flush=True)
     body = batch_body(options.batch, options.tokens, vocab)
     launches = []
     for n in range(options.launches):
-        sides = {
-            "plain": servers.plain(f"plain-{n}", model, folder, flags),
-            "ours": servers.ours(f"ours-{n}", model, folder),
-            "control": servers.plain(f"control-{n}", model, folder, flags),
+        start = {
+            "plain": lambda: servers.plain(model, flags),
+            "ours": lambda: servers.ours(model),
+            "control": lambda: servers.plain(model, flags),
         }
-        times = one_launch(sides, body, options.blocks)
+        times = one_launch(start, body, options.blocks)
         launches.append(times)
         medians = ", ".join(f"{side} {statistics.median(times[side]) * 1e3:.2f} ms" for side in SIDES)
         print(f"launch {n + 1}: {medians} a token", flush=True)
@@ -171,15 +157,14 @@ def main() -> int:
     from transformers import AutoConfig
 
     with tempfile.TemporaryDirectory(prefix="harli-bench-") as name:
-        folder = Path(name)
         model = options.model
         if model is None:
             from sglang_harli.tools.make_model import make_model
 
-            model = folder / "model"
+            model = Path(name) / "model"
             make_model(model, "llama", size="25m", dtype="bfloat16", seconds=0)
         model = model.resolve()
-        results = run(model, folder, options, AutoConfig.from_pretrained(model).vocab_size)
+        results = run(model, options, AutoConfig.from_pretrained(model).vocab_size)
     page = bench_report.write(
         "overhead",
         "cpu",

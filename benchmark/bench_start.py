@@ -34,31 +34,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measure(server: servers.Server) -> dict[str, float]:
-    """Start, measure and end one server."""
-    try:
-        seconds = server.start()
-        measured = {"start_s": round(seconds, 2), "pss_bytes": server.pss_bytes()}
-    finally:
-        server.stop()
-    print(f"{server.name}: {seconds:.1f} s, {measured['pss_bytes'] / 1e9:.2f} GB", flush=True)
+def measure(name: str, server: servers.Server) -> dict[str, float]:
+    """Wait for a server that has just been started, measure it and end it."""
+    with servers.ended(server):
+        measured = {"start_s": round(server.wait_ready(), 2), "pss_bytes": server.pss_bytes()}
+    print(f"{name}: {measured['start_s']:.1f} s, {measured['pss_bytes'] / 1e9:.2f} GB", flush=True)
     return measured
 
 
 def run(model: Path, folder: Path, launches: int) -> dict[str, Any]:
-    first = servers.ours("ours-discarded", model, folder)
-    try:
-        first.start()
+    first = servers.ours(model)
+    with servers.ended(first):
+        first.wait_ready()
         limits = servers.limits_of(first)
-    finally:
-        first.stop()
     flags = servers.flags_for(limits, lora=True)
     print("same limits for plain SGLang: " + " ".join(flags), flush=True)
-    measure(servers.plain_with_lora("plain-discarded", model, folder, flags))
+    measure("plain, discarded", servers.plain_with_lora(model, flags, folder / "baseline"))
     sides: dict[str, list[dict[str, float]]] = {"plain": [], "ours": []}
-    for n in range(launches):
-        sides["plain"].append(measure(servers.plain_with_lora(f"plain-{n}", model, folder, flags)))
-        sides["ours"].append(measure(servers.ours(f"ours-{n}", model, folder)))
+    for _ in range(launches):
+        sides["plain"].append(measure("plain", servers.plain_with_lora(model, flags, folder / "baseline")))
+        sides["ours"].append(measure("ours", servers.ours(model)))
     medians = {side: statistics.median(r["start_s"] for r in rows) for side, rows in sides.items()}
     return {
         "launches": sides,

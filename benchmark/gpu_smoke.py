@@ -32,6 +32,7 @@ DATA_ROWS = 512
 GREEDY_PROMPTS = 20
 GREEDY_TOKENS = 32
 JOB_LIMIT_S = 300.0
+START_LIMIT_S = 600.0
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,14 +54,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 class Jobs:
     """The `harli` command line against one server."""
 
-    def __init__(self, endpoint: str, env: dict[str, str], folder: Path) -> None:
+    def __init__(self, endpoint: str) -> None:
         self.command = [sys.executable, "-m", "sglang_harli.cli", "--endpoint", endpoint]
-        self.env, self.folder = env, folder
 
     def call(self, *words: str) -> dict[str, Any]:
-        done = subprocess.run(
-            [*self.command, *words, "--json"], env=self.env, cwd=self.folder, capture_output=True, text=True
-        )
+        done = subprocess.run([*self.command, *words, "--json"], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"harli {' '.join(words)}: exit {done.returncode}: {done.stdout}{done.stderr}")
         return json.loads(done.stdout)
@@ -96,22 +94,23 @@ def write_data(path: Path, rows: int = DATA_ROWS) -> None:
             out.write(json.dumps({"messages": messages}) + "\n")
 
 
-def make_server(
-    size: str, model: Path, folder: Path, options: argparse.Namespace
-) -> tuple[servers.Server, str]:
-    """The server and its finetune endpoint."""
-    endpoint = f"tcp://{servers.HOST}:{servers.free_port()}"
-    flags = ["--load-format", "dummy", "--harli-tpot-slo-ms", str(options.tpot_slo_ms)]
-    if not options.cpu:
-        flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--random-seed", "1"]
-    flags += options.flags.split()
-    server = servers.ours(f"smoke-{size}", model, folder, [*flags, "--harli-finetune-endpoint", endpoint])
-    return server, endpoint
+def start(model: Path, options: argparse.Namespace) -> servers.Server:
+    flags = [
+        "--load-format",
+        "dummy",
+        "--harli-tpot-slo-ms",
+        str(options.tpot_slo_ms),
+        *options.flags.split(),
+    ]
+    if options.cpu:
+        return servers.start_server(model, *flags)
+    flags += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--random-seed", "1"]
+    return servers.start_server(model, *flags, device="cuda")
 
 
 def greedy(server: servers.Server, load: bench_load.Load) -> list[list[int]]:
     """Outputs of a fixed set of prompts, one request at a time, from an empty prefix cache."""
-    server.post("/flush_cache", {}, raw=True)
+    servers.post(server, "/flush_cache", {})
     rng = random.Random("greedy")
     return [bench_load.generate(server.url, load.prompt(rng), GREEDY_TOKENS) for _ in range(GREEDY_PROMPTS)]
 
@@ -138,11 +137,11 @@ def smoke(size: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
     vocab = make_model(model, "llama", size=size, dtype="bfloat16", weights=False)["vocab_size"]
     data = folder / "data.jsonl"
     write_data(data)
-    server, endpoint = make_server(size, model, folder, options)
-    jobs = Jobs(endpoint, server.env, folder)
+    server = start(model, options)
+    jobs = Jobs(server.endpoint)
     load = bench_load.Load(options.streams, options.prompt_tokens, options.output_tokens, vocab)
     try:
-        found: dict[str, Any] = {"start_s": round(server.start(), 1)}
+        found: dict[str, Any] = {"start_s": round(server.wait_ready(START_LIMIT_S), 1)}
         print(f"{size}: healthy after {found['start_s']} s", flush=True)
         bench_load.run(server.url, load, min(10.0, options.seconds))  # discarded
         before = greedy(server, load)
@@ -165,11 +164,11 @@ def smoke(size: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
         }
         return found
     except (OSError, RuntimeError):
-        print(server.log_end(60), file=sys.stderr)
+        print(server.log_tail(60), file=sys.stderr)
         raise
     finally:
-        server.stop()
-        shutil.copy(server.log, options.results / f"gpu_smoke_{size}.log")
+        shutil.copy(server.log_path, options.results / f"gpu_smoke_{size}.log")
+        server.kill()
 
 
 def finish_one(server: servers.Server, jobs: Jobs, data: Path, load: bench_load.Load) -> dict[str, Any]:
@@ -178,13 +177,13 @@ def finish_one(server: servers.Server, jobs: Jobs, data: Path, load: bench_load.
     few.write_text("".join(line + "\n" for line in data.read_text().splitlines()[:32]))
     job = jobs.submit(few, n_epochs=2, batch_size=8)
     name = jobs.wait(job, lambda state: state["status"] == "succeeded", JOB_LIMIT_S)["fine_tuned_model"]
-    listed = [m["id"] for m in server.get("/v1/models")["data"]]
+    listed = [m["id"] for m in servers.get(server, "/v1/models")["data"]]
     body = {
         "model": name,
         "messages": [{"role": "user", "content": "What follows the river?"}],
         "max_tokens": 8,
     }
-    answer = server.post("/v1/chat/completions", body)
+    answer = servers.post(server, "/v1/chat/completions", body)
     return {"name": name, "listed": name in listed, "answered_as": answer["model"]}
 
 

@@ -13,7 +13,10 @@ BROAD = {"Exception", "BaseException"}
 # (file in the package, function) -> what fails there, and what must go on.
 BOUNDARIES = {
     ("managers/co_trainer.py", "CoTrainer.run_quantum"): "a quantum fails its run; serving goes on",
-    ("managers/scheduler.py", "HarliScheduler._handle_control"): "a control message fails; the loop goes on",
+    (
+        "managers/co_trainer.py",
+        "CoTrainer.poll",
+    ): "a control message fails its run; the scheduler's loop goes on",
     ("service/app.py", "App.handle"): "one request gets an error reply; the service goes on",
 }
 

@@ -38,7 +38,9 @@ ALLOWED: dict[str, set[str]] = {
 SGLANG_FILES = {
     "launch_server.py",
     "managers/adapter_loader.py",
+    "managers/control.py",
     "managers/http_app.py",
+    "managers/memory_guard.py",
     "managers/model_names.py",
     "managers/publisher.py",
     "managers/scheduler.py",
