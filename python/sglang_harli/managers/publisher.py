@@ -134,9 +134,8 @@ class Publisher:
         self._remember(state.adapters)
         if before is not None and before.pid == state.pid:
             return
-        await (
-            self._say_hello()
-        )  # this service may not have read one yet: the one before may have died with it
+        # This service may not have read a hello yet: ours may have gone to the one before.
+        await self._say_hello()
         for name in list(self._waiting):
             await self._send(internal.AdapterWanted(name=name))
 
