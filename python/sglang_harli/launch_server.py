@@ -8,9 +8,13 @@ run this module again.  Leans on SGLang 0.5.16: ``plugins.load_plugins``, ``serv
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import difflib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
     from sglang_harli.errors import ConfigError
 
     try:
+        check_options(argv)
         choice = _prepare_environment(argv)
     except ConfigError as error:
         raise SystemExit(f"sglang-harli: {error}") from error
@@ -50,6 +55,35 @@ def main(argv: Sequence[str]) -> None:
         run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def check_options(argv: Sequence[str]) -> None:
+    """Refuse a wrong ``--harli-`` option at once: SGLang's parser is up after ten seconds, ours now.
+
+    Raises:
+        ConfigError: an unknown option, or a value that is not accepted.
+    """
+    from sglang_harli.config import FLAG_PREFIX, HarliOptions
+    from sglang_harli.errors import ConfigError
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(message)
+
+    parser = Parser(add_help=False)
+    types = {"float": float, "int": int}
+    for field in dataclasses.fields(HarliOptions):
+        kind = types.get(str(field.type).split(" ")[0], str)
+        flag = FLAG_PREFIX + field.name.replace("_", "-")
+        parser.add_argument(flag, dest=field.name, type=kind, default=argparse.SUPPRESS)
+    ours, rest = parser.parse_known_args(list(argv))
+    for argument in rest:
+        if argument.startswith(FLAG_PREFIX):
+            known = [flag for action in parser._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(argument.split("=")[0], known, n=1, cutoff=0.75)
+            hint = f"did you mean {near[0]}" if near else "--help lists the options"
+            raise ConfigError(f"{argument} is not an option: {hint}")
+    HarliOptions(**vars(ours))
 
 
 def _prepare_environment(argv: Sequence[str]) -> object:

@@ -1,7 +1,8 @@
 """SGLang's arguments with ours added, and the defaults that finetuning and the CPU engine need.
 
 Leans on SGLang 0.5.16: ``server_args.ServerArgs`` (``__post_init__``, ``override``,
-``_handle_gpu_memory_settings``, ``get_model_config``) and ``arg_groups.arg_utils`` (A, Arg).
+``_handle_gpu_memory_settings``, ``get_model_config``), ``arg_groups.arg_utils`` (A, Arg) and
+``utils.common.get_device``.
 
 The plugin puts ``HarliServerArgs`` in the place of ``ServerArgs`` in every process.  SGLang's registry then
 rebinds the name ``ServerArgs`` here too, so the base class is only ever reached through ``super()``.
@@ -18,9 +19,10 @@ from typing import Any, ClassVar
 
 from sglang.srt.arg_groups.arg_utils import A, Arg
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.common import get_device
 
 from sglang_harli.config import SWITCH_ENV, SWITCH_SERVE, HarliOptions
-from sglang_harli.errors import ConfigError, HarliError
+from sglang_harli.errors import ConfigError, HarliError, UnsupportedError
 from sglang_harli.platforms.cpu import defaults as cpu_defaults
 from sglang_harli.platforms.cpu import engine
 
@@ -134,9 +136,7 @@ class HarliServerArgs(_HarliFields, ServerArgs):
 
     # ---- before SGLang resolves its arguments
     def _prepare(self, options: HarliOptions) -> None:
-        if engine.is_on():
-            cpu_defaults.require_kernels()
-            self._default("device", "cpu", f"{engine.CPU_ENGINE_ENV}=1")
+        self._choose_device()
         if self.seam and options.enabled:
             self.seam.refuse_flags(self)
         cpu = (self.device or "").split(":")[0] == "cpu"
@@ -146,6 +146,18 @@ class HarliServerArgs(_HarliFields, ServerArgs):
         self._choose_overlap(options, cpu)
         if options.enabled:
             self._enable_lora(cpu)
+
+    def _choose_device(self) -> None:
+        if engine.is_on():
+            cpu_defaults.require_kernels()
+            self._default("device", "cpu", f"{engine.CPU_ENGINE_ENV}=1")
+        elif (self.device or "").split(":")[0] == "cpu":
+            raise UnsupportedError(f"--device cpu: {cpu_defaults.USE_THE_LAUNCHER}")
+        elif self.device is None:
+            try:
+                get_device()  # SGLang asks the same, and would end in a traceback
+            except RuntimeError as error:
+                raise UnsupportedError(f"no CUDA device: {cpu_defaults.USE_THE_LAUNCHER}") from error
 
     def _choose_overlap(self, options: HarliOptions, cpu: bool) -> None:
         if options.overlap == "on" and self.disable_overlap_schedule:
@@ -172,7 +184,6 @@ class HarliServerArgs(_HarliFields, ServerArgs):
     def _handle_gpu_memory_settings(self, gpu_mem: float | None) -> None:
         # The first place where the device is known and the model's config may be read.
         if self.harli_on and self.device == "cpu":
-            cpu_defaults.require_kernels()
             for name, value, reason in cpu_defaults.kv_pool(self):
                 self._default(name, value, reason)
         super()._handle_gpu_memory_settings(gpu_mem)

@@ -23,6 +23,7 @@ KV_POOL_TOKENS = 131_072
 KV_POOL_MIN_TOKENS = 2_048
 
 NO_OVERLAP = "on a CPU the next batch computes at once, so that it would only wait behind training"
+USE_THE_LAUNCHER = "to serve on SGLang's CPU engine start with `python -m sglang_harli.launch_server`, which brings the kernels"
 TORCH_LORA = "the LoRA kernels of the other backends need a GPU"
 
 # (argument, value, reason): what does not depend on the model.
@@ -42,8 +43,7 @@ def require_kernels() -> None:
         importlib.import_module("sgl_kernel")
     except (ImportError, OSError) as error:
         raise UnsupportedError(
-            "SGLang's CPU engine needs an sgl_kernel that loads without a CUDA driver: "
-            "start with `python -m sglang_harli.launch_server`, which brings one"
+            f"sgl_kernel cannot be imported without a CUDA driver: {USE_THE_LAUNCHER}"
         ) from error
 
 
