@@ -1,0 +1,100 @@
+"""Whether a job fits the served model: asked at submission, and again at its start.
+
+The limits come with the scheduler's hello.  A job accepted before that is checked when it starts, and
+fails with the same message.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sglang_harli.errors import ConfigError, HarliError, UnsupportedError
+from sglang_harli.protocol.internal import ServedLimits
+from sglang_harli.protocol.public import Hyperparameters
+
+
+def check_hyperparameters(hp: Hyperparameters, limits: ServedLimits) -> None:
+    """Rank, target modules and row length against what is served.
+
+    Raises:
+        ConfigError: names the hyperparameter, its value and what is served.
+    """
+    if hp.lora_r > limits.max_lora_rank:
+        raise ConfigError(
+            f"lora_r={hp.lora_r} is not accepted: this server serves adapters of rank at most "
+            f"{limits.max_lora_rank} (--max-lora-rank)",
+            param="lora_r",
+        )
+    missing = [m for m in hp.target_modules if m not in limits.lora_target_modules]
+    if missing:
+        raise ConfigError(
+            f"target_modules: {', '.join(missing)} not accepted: this server serves "
+            f"{', '.join(limits.lora_target_modules)} (--lora-target-modules)",
+            param="target_modules",
+        )
+    check_length(hp, limits.max_seq_length)
+
+
+def check_length(hp: Hyperparameters, longest: int) -> None:
+    if hp.max_seq_length is not None and hp.max_seq_length > longest:
+        raise ConfigError(
+            f"max_seq_length={hp.max_seq_length} is not accepted: the model's limit is {longest} tokens",
+            param="max_seq_length",
+        )
+
+
+def check_data(hp: Hyperparameters, longest_row: int, longest_line: int, limits: ServedLimits) -> None:
+    """The longest row against the model's limit and the training memory.
+
+    Raises:
+        ConfigError: says what to lower.
+    """
+    if longest_row > limits.max_seq_length:
+        raise ConfigError(
+            f"line {longest_line} has {longest_row} tokens and the model's limit is {limits.max_seq_length}: "
+            "shorten it, or submit with on_overflow=truncate or on_overflow=drop",
+            param="max_seq_length",
+        )
+    need = limits.job_memory_bytes(hp, longest_row)
+    if need > limits.train_memory_bytes:
+        raise ConfigError(
+            f"the job needs up to {_size(need)} of training memory and {_size(limits.train_memory_bytes)} are "
+            f"allowed: lower batch_size (now {hp.batch_size}), max_seq_length (longest row: {longest_row} tokens) "
+            f"or lora_r (now {hp.lora_r}), or raise --harli-max-train-mem",
+            code="memory_budget",
+            param="batch_size",
+        )
+
+
+def check_vocabulary(largest_id: int, limits: ServedLimits) -> None:
+    """The data's ids against the served model: a run directory may have been used with another model."""
+    if largest_id >= limits.vocab_size:
+        raise UnsupportedError(
+            f"the data was tokenized with ids up to {largest_id}, the served model has {limits.vocab_size}: "
+            "it is another model's job; submit it again"
+        )
+
+
+def require_trainable(refusal: str | None) -> None:
+    if refusal is not None:
+        raise UnsupportedError(f"this server cannot train: {refusal}")
+
+
+def model_length(model_path: str) -> int | None:
+    """The longest row by the model's own config.json; None where there is no local one."""
+    path = Path(model_path) / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise HarliError(f"{path} is not JSON: {error}", code="bad_model") from error
+    value = config.get("max_position_embeddings") or config.get("text_config", {}).get(
+        "max_position_embeddings"
+    )
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

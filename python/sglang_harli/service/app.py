@@ -1,0 +1,236 @@
+"""The finetune service: ``python -m sglang_harli.service.app``, started by the server's HTTP process.
+
+Its configuration is one JSON document in the environment (``config.SERVICE_ENV``).  It imports neither
+torch nor sglang.  What it owns: the job store, the data, the checkpoints, the event log and the public door.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import uvloop
+import zmq.asyncio
+
+from sglang_harli import core
+from sglang_harli.config import SERVICE_ENV, ServiceConfig
+from sglang_harli.errors import HarliError
+from sglang_harli.protocol import internal, public
+from sglang_harli.service import hidden_torch
+from sglang_harli.service.desk import JobDesk
+from sglang_harli.service.http_link import HttpLink
+from sglang_harli.service.job_store import JobStore, sqlite_url
+from sglang_harli.service.model_tokenizer import ModelTokenizer
+from sglang_harli.service.options_desk import SETTING, OptionsDesk
+from sglang_harli.service.public_door import PublicDoor
+from sglang_harli.service.publication import Publication
+from sglang_harli.service.run_driver import RunDriver
+from sglang_harli.service.scheduler_link import SchedulerLink
+from sglang_harli.service.submission import Submission, remove_leftovers
+from sglang_harli.service.subscriptions import Subscriptions
+from sglang_harli.service.verbs import Caller, Verbs
+
+logger = logging.getLogger("harli.service")
+
+# After SIGTERM: how long the state of a run is waited for, which the scheduler saves at its own end (the
+# supervisor kills after five seconds).
+SETTLE_S = 4.0
+
+
+class App:
+    """The parts of the service and how they hang together; made inside the running event loop.
+
+    Args:
+        config: what the supervisor says.
+
+    Raises:
+        HarliError: the store cannot be opened or the endpoint cannot be bound.
+    """
+
+    def __init__(self, config: ServiceConfig) -> None:
+        run_dir = Path(config.options.absolute_run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        core.make_ipc_dir(str(run_dir))
+        shm = core.shm_dir(str(run_dir))
+        self._context = zmq.asyncio.Context()
+        # Threads: files of submits one after the other, politely; checkpoints and slots; reads of events.
+        self._worker = ThreadPoolExecutor(1, "data", initializer=_be_polite)
+        self._disk = ThreadPoolExecutor(3, "disk")
+        self._readers = ThreadPoolExecutor(1, "reader")
+        self._store = JobStore(sqlite_url(run_dir / "harli.db"))
+        self._desk = JobDesk(self._store, run_dir)
+        remove_leftovers(run_dir, {record.id for record in self._desk.all()})
+        self._tokenizer = ModelTokenizer(config.tokenizer_path, trust_remote_code=config.trust_remote_code)
+        self._http = HttpLink(self._context, core.http_endpoint(str(run_dir)), self._state, self._wanted)
+        self._publication = Publication(self._desk, self._http, self._disk, shm, config.model_path)
+        self._driver = RunDriver(self._desk, self._publication, self._disk, shm, self._tokenizer.fingerprint)
+        self._scheduler = SchedulerLink(
+            self._context, core.scheduler_endpoint(str(run_dir)), self._hello, self._driver.on_message
+        )
+        self._driver.attach(self._scheduler)
+        self._options = OptionsDesk(
+            config.options,
+            self._scheduler,
+            self._store.setting(SETTING),
+            lambda text: self._desk.journal.put(settings={SETTING: text}),
+        )
+        self._submission = Submission(self._desk, self._scheduler, self._tokenizer, config, self._worker)
+        self._door = PublicDoor(self._context, config.options.finetune_endpoint, self.handle)
+        self._subscriptions = Subscriptions(self._store, self._readers, self._door.push)
+        self._desk.committed.append(self._subscriptions.committed)
+        self._desk.committed.append(self._tell_new_adapters)
+        self._told: list[str] = []
+        self._verbs = Verbs(
+            desk=self._desk,
+            submission=self._submission,
+            publication=self._publication,
+            options=self._options,
+            scheduler=self._scheduler,
+            http=self._http,
+            subscriptions=self._subscriptions,
+            readers=self._readers,
+            about={
+                "endpoint": config.options.finetune_endpoint,
+                "run_dir": str(run_dir),
+                "model": config.served_model_name,
+            },
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until ``stop`` is set."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(work)
+                for work in (
+                    self._driver.run(),
+                    self._publication.run(),
+                    self._scheduler.peer.run(),
+                    self._http.peer.run(),
+                    self._subscriptions.run(),
+                    self._door.run(),
+                    self._warm_up(),
+                    self._watch_journal(),
+                )
+            ]
+            logger.info("finetune service ready, pid %d", os.getpid())
+            await stop.wait()
+            self._submission.stop()
+            await self._settle()
+            for task in tasks:
+                task.cancel()
+
+    async def handle(self, caller: Caller, header: bytes, frames: Sequence[bytes]) -> public.Reply:
+        """One public request; whatever goes wrong becomes its reply."""
+        try:
+            request = public.decode(header, public.Request)
+            result = await self._verbs.do(caller, request, frames)
+            return public.Reply(id=caller.request, ok=True, result=result)
+        except HarliError as error:
+            body = public.ErrorBody(
+                code=error.code, message=error.message, param=error.param, details=error.details
+            )
+        except Exception as error:  # boundary: one request must not end the service
+            logger.exception("a request failed")
+            body = public.ErrorBody(
+                code="internal",
+                message=f"the service failed at this request ({type(error).__name__}): see its log",
+            )
+        return public.Reply(id=caller.request, ok=False, error=body)
+
+    # ---- glue
+    def _hello(self, hello: internal.Hello) -> None:
+        self._options.on_hello(hello)
+        self._driver.on_hello(hello)
+        self._http.tell_state()
+
+    def _state(self) -> internal.ServiceState:
+        self._told = self._publication.names()
+        return internal.ServiceState(
+            pid=os.getpid(),
+            endpoint_bound=True,
+            scheduler_seen=self._scheduler.hello is not None,
+            refusal=self._scheduler.refusal,
+            adapters=self._told,
+        )
+
+    def _wanted(self, name: str) -> None:
+        self._publication.want_name(name)
+
+    def _tell_new_adapters(self, _jobs: set[str]) -> None:
+        if self._publication.names() != self._told:
+            self._http.tell_state()
+
+    async def _warm_up(self) -> None:
+        """Load the tokenizer before the first submit asks for it; an error is told to whoever submits."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._worker, self._tokenizer.get)
+        except HarliError as error:
+            logger.error("%s", error)
+
+    async def _watch_journal(self) -> None:
+        await asyncio.shield(self._desk.journal.ended)
+        raise HarliError("the journal has ended: the store is not written any more", code="store")
+
+    async def _settle(self) -> None:
+        """Let a state that is being saved reach the disk."""
+        end = asyncio.get_running_loop().time() + SETTLE_S
+        while self._driver.active and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.05)
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        self._disk.shutdown(wait=True, cancel_futures=True)
+        self._desk.journal.close()
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._store.close()
+        self._door.close()
+        self._scheduler.peer.close()
+        self._http.peer.close()
+        self._context.term()
+
+
+def _be_polite() -> None:
+    """This thread leaves the cores to serving where it can."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+async def _main(config: ServiceConfig) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    # Ctrl-C reaches the whole group of processes; the server ends this one when its state is saved.
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    app = App(config)
+    try:
+        await app.run(stop)
+    finally:
+        app.close()
+
+
+def main() -> None:
+    hidden_torch.hide()
+    logging.basicConfig(
+        level=logging.INFO,
+        format="[%(asctime)s] finetune service: %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        stream=sys.stderr,
+    )
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    text = os.environ.get(SERVICE_ENV)
+    if text is None:
+        raise SystemExit(f"{SERVICE_ENV} is not set: the finetune service is started by the server")
+    try:
+        uvloop.run(_main(ServiceConfig.from_json(text)))
+    except HarliError as error:
+        raise SystemExit(error.message) from error
+
+
+if __name__ == "__main__":
+    main()

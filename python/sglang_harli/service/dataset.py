@@ -1,0 +1,198 @@
+"""From a JSONL file to token rows, or to one report of every line that is not accepted.
+
+The file is streamed: neither it nor its tokens are ever in memory as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+from msgspec import Struct, to_builtins
+
+from sglang_harli.errors import DataError, NotReadyError
+from sglang_harli.service.chat_rows import Row, RowError, RowTokenizer
+from sglang_harli.service.token_store import TokenWriter
+
+MAX_LINE_BYTES = 16 << 20
+MAX_REPORTED = 1000  # lines at fault in one report's details; the message names the first ten
+FIELDS = {"messages", "tools", "prompt", "completion"}
+
+
+class DataSummary(Struct, kw_only=True):
+    """What a data file holds.  Tokens are counted after truncating and dropping."""
+
+    file: str
+    lines: int = 0  # lines that are not blank
+    rows: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    longest_row: int = 0
+    longest_line: int = 0  # the line of the longest row
+    truncated: int = 0
+    dropped: int = 0
+    cut_conversations: int = 0  # conversations that became one row per answer
+    largest_id: int = 0
+    max_seq_length: int | None = None
+    ignored_fields: list[str] = []
+    tokenizer: str = ""  # fingerprint
+
+    def text(self) -> str:
+        parts = [f"{self.rows} rows, {self.tokens} tokens of which {self.target_tokens} are learned"]
+        if self.truncated:
+            parts.append(f"{self.truncated} rows truncated to {self.max_seq_length} tokens")
+        if self.dropped:
+            parts.append(f"{self.dropped} rows over {self.max_seq_length} tokens dropped")
+        if self.cut_conversations:
+            parts.append(
+                f"{self.cut_conversations} conversations became one row per answer, because the chat template "
+                "renders earlier answers differently"
+            )
+        if self.ignored_fields:
+            parts.append(f"fields ignored: {', '.join(self.ignored_fields)}")
+        return "; ".join(parts)
+
+    def builtins(self) -> dict[str, Any]:
+        return to_builtins(self)
+
+
+def scan(
+    path: Path,
+    tokenizer: RowTokenizer,
+    *,
+    name: str,
+    max_length: int | None = None,
+    on_overflow: str = "error",
+    writer: TokenWriter | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> DataSummary:
+    """Check every line of a JSONL file and, with a ``writer``, store its rows.
+
+    Args:
+        path: the file; ``name`` is what messages call it.
+        max_length: longest row in tokens (None: no limit).
+        on_overflow: ``error``, ``truncate`` or ``drop`` for longer rows.
+        stop: asked at every line; true ends the scan with NotReadyError.
+
+    Raises:
+        DataError: lines that are not accepted (``details``: line, field, reason of each), or no row at all.
+    """
+    summary = DataSummary(file=name, max_seq_length=max_length, tokenizer=tokenizer.fingerprint)
+    report = _Report(name)
+    ignored: set[str] = set()
+    for number, raw in read_lines(path):
+        if stop():
+            raise NotReadyError("the service is stopping: submit again in a moment")
+        summary.lines += 1
+        try:
+            record = _parse(raw)
+            rows = tokenizer.rows(record)
+            ignored |= {key for key in record if key not in FIELDS}
+            summary.cut_conversations += len(rows) > 1
+            for row in rows:
+                _take(_fit(row, max_length, on_overflow, summary), number, summary, writer)
+        except RowError as error:
+            report.add(number, error)
+    summary.ignored_fields = sorted(ignored)[:20]
+    report.close(summary)
+    return summary
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Line numbers (from 1) and contents of the lines that are not blank; None for one that is too long.
+
+    A byte-order mark and carriage returns are taken off.
+    """
+    with path.open("rb") as file:
+        number = 0
+        while raw := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(raw) > MAX_LINE_BYTES:
+                while raw and not raw.endswith(b"\n"):
+                    raw = file.readline(MAX_LINE_BYTES)
+                yield number, None
+                continue
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            raw = raw.strip()
+            if raw:
+                yield number, raw
+
+
+def _parse(raw: bytes | None) -> Any:
+    if raw is None:
+        raise RowError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise RowError(f"not JSON: {error.msg} at column {error.colno}") from error
+
+
+def _fit(row: Row, max_length: int | None, on_overflow: str, summary: DataSummary) -> Row | None:
+    """The row within the limit, None if it is dropped."""
+    if max_length is None or len(row.ids) <= max_length:
+        if not row.target_tokens:
+            raise RowError("there is no token to learn: the prompt is empty and the answer has one token")
+        return row
+    if on_overflow == "drop":
+        summary.dropped += 1
+        return None
+    if on_overflow == "error":
+        raise RowError(
+            f"{len(row.ids)} tokens, the limit is {max_length} (max_seq_length): shorten it, or submit with "
+            "on_overflow=truncate or on_overflow=drop"
+        )
+    short = row.cut(max_length)
+    if not short.target_tokens:
+        raise RowError(
+            f"truncated to {max_length} tokens nothing is left to learn (the prompt alone is longer): shorten "
+            "the prompt, or submit with on_overflow=drop"
+        )
+    summary.truncated += 1
+    return short
+
+
+def _take(row: Row | None, number: int, summary: DataSummary, writer: TokenWriter | None) -> None:
+    if row is None:
+        return
+    summary.rows += 1
+    summary.tokens += len(row.ids)
+    summary.target_tokens += row.target_tokens
+    summary.largest_id = max(summary.largest_id, *row.ids)
+    if len(row.ids) > summary.longest_row:
+        summary.longest_row, summary.longest_line = len(row.ids), number
+    if writer is not None:
+        writer.append(row, number)
+
+
+class _Report:
+    """Collects the lines at fault."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._count = 0
+        self._details: list[dict[str, Any]] = []
+
+    def add(self, line: int, error: RowError) -> None:
+        self._count += 1
+        if len(self._details) < MAX_REPORTED:
+            self._details.append({"line": line, "field": error.field, "reason": error.reason})
+
+    def close(self, summary: DataSummary) -> None:
+        if self._count:
+            shown = "; ".join(f"line {d['line']}: {d['reason']}" for d in self._details[:10])
+            more = f"; and {self._count - 10} more" if self._count > 10 else ""
+            raise DataError(
+                f"{self._name}: {self._count} of {summary.lines} lines not accepted: {shown}{more}",
+                param="data",
+                details=self._details,
+            )
+        if not summary.rows:
+            why = (
+                "every row is over the limit and was dropped"
+                if summary.dropped
+                else "it holds no line of data"
+            )
+            raise DataError(f"{self._name}: nothing to train on: {why}", param="data")

@@ -1,0 +1,31 @@
+"""Hide torch from this process.
+
+transformers imports torch wherever it is installed (8.4 s and 651 MB for a tokenizer that never uses it),
+and asks ``importlib.util.find_spec`` whether it is.  Call ``hide`` before the first import of transformers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from importlib.machinery import ModuleSpec
+
+_find_spec = importlib.util.find_spec
+_HIDDEN = ("torch", "sglang")
+
+
+def _without_torch(name: str, package: str | None = None) -> ModuleSpec | None:
+    if name.partition(".")[0] in _HIDDEN:
+        return None
+    return _find_spec(name, package)
+
+
+def hide() -> None:
+    """Make ``find_spec("torch")`` answer None from now on; may be called again."""
+    importlib.util.find_spec = _without_torch
+    # transformers says "PyTorch was not found" at its first import; here that is meant to be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Rust threads of the tokenizer would compete with decode steps for cores.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -1,0 +1,84 @@
+"""The service's end of the pair to the HTTP process: the health gate's facts, and publications."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import zmq.asyncio
+
+from sglang_harli.protocol import internal
+from sglang_harli.service.peer_link import PeerLink
+
+logger = logging.getLogger(__name__)
+
+# An HTTP process that knows no service says hello by itself, within a second; one that knew an earlier
+# service waits for the state of the new one.  A state that came before its hello was read would pass for
+# the answer to it.
+STATE_AFTER_S = 2.0
+
+
+class HttpLink:
+    """Args:
+        context, endpoint: see PeerLink.
+        state: builds what the HTTP process is told of this service.
+        on_wanted: called with the name of an adapter that has to be published again.
+
+    Attributes:
+        ready: set while an HTTP process that can publish is there.
+    """
+
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        endpoint: str,
+        state: Callable[[], internal.ServiceState],
+        on_wanted: Callable[[str], None],
+    ) -> None:
+        self.peer = PeerLink(context, endpoint, "http", self._receive, self._greet)
+        self._state = state
+        self._on_wanted = on_wanted
+        self._published: dict[str, asyncio.Future[internal.AdapterPublished]] = {}
+        self.ready = asyncio.Event()
+        self.pid: int | None = None
+
+    def _greet(self) -> None:
+        asyncio.get_running_loop().call_later(
+            STATE_AFTER_S, lambda: self.pid or self.peer.send(self._state())
+        )
+
+    def tell_state(self) -> None:
+        """On every change, and in answer to a hello."""
+        if self.pid is not None:
+            self.peer.send(self._state())
+
+    def _receive(self, message: Any, _frames: list[bytes]) -> None:
+        if isinstance(message, internal.HttpHello):
+            if self.pid != message.pid:
+                logger.info("hello of the HTTP process, pid %d", message.pid)
+            self.pid = message.pid
+            self.tell_state()
+            self.ready.set()
+        elif isinstance(message, internal.AdapterPublished):
+            waiting = self._published.get(message.name)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(message)
+        else:
+            self._on_wanted(message.name)
+
+    async def publish(
+        self, message: internal.PublishAdapter, timeout_s: float
+    ) -> internal.AdapterPublished | None:
+        """Ask for a publication and wait; None where no answer came (it may be repeated)."""
+        answer = self._published[message.name] = asyncio.get_running_loop().create_future()
+        try:
+            if not self.peer.send(message):
+                self.ready.clear()  # until its next hello
+                return None
+            return await asyncio.wait_for(answer, timeout_s)
+        except TimeoutError:
+            return None
+        finally:
+            del self._published[message.name]

@@ -1,0 +1,157 @@
+"""The job store: jobs, their events and a few settings in one database (SQLAlchemy).
+
+SQLite in write-ahead mode by default; any other SQLAlchemy URL works too.  Only two threads use it: the
+journal's writer, and readers of events.  A commit is durable when ``write`` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from sqlalchemy import (
+    Column,
+    Connection,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from sglang_harli.errors import HarliError
+from sglang_harli.protocol.public import Event
+from sglang_harli.service.jobs import JobRecord
+
+SCHEMA = "1"
+
+_metadata = MetaData()
+_jobs = Table(
+    "jobs",
+    _metadata,
+    Column("id", String(64), primary_key=True),
+    Column("number", Integer, nullable=False, unique=True),
+    Column("status", String(32), nullable=False, index=True),
+    Column("idempotency_key", String(128), unique=True),
+    Column("body", Text, nullable=False),
+)
+_events = Table(
+    "events",
+    _metadata,
+    Column("job", String(64), primary_key=True),
+    Column("id", Integer, primary_key=True),
+    Column("type", String(32), nullable=False),
+    Column("body", Text, nullable=False),
+)
+_settings = Table(
+    "settings",
+    _metadata,
+    Column("key", String(64), primary_key=True),
+    Column("value", Text, nullable=False),
+)
+
+
+def sqlite_url(path: Path) -> str:
+    return f"sqlite:///{path}"
+
+
+class JobStore:
+    """Args:
+        url: SQLAlchemy URL.
+
+    Raises:
+        HarliError: the database cannot be opened, or is of another version of harli.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._engine: Engine = create_engine(url)
+        if make_url(url).get_backend_name() == "sqlite":
+            event.listen(self._engine, "connect", _tune_sqlite)
+        try:
+            _metadata.create_all(self._engine)
+            schema = self.setting("schema")
+            if schema is None:
+                self.write(settings={"schema": SCHEMA})
+        except SQLAlchemyError as error:
+            raise HarliError(f"the job store {url} cannot be opened: {error}", code="store") from error
+        if schema not in (None, SCHEMA):
+            raise HarliError(
+                f"the job store {url} has schema {schema}, this harli reads {SCHEMA}: give another --harli-run-dir",
+                code="store",
+            )
+
+    # ---- writing
+    def write(
+        self,
+        records: Iterable[JobRecord] = (),
+        events: Iterable[Event] = (),
+        settings: dict[str, str] | None = None,
+    ) -> None:
+        """All of it in one transaction; repeating a write changes nothing."""
+        with self._engine.begin() as db:
+            for record in records:
+                _put(
+                    db,
+                    _jobs,
+                    {"id": record.id},
+                    {
+                        "number": record.number,
+                        "status": str(record.status),
+                        "idempotency_key": record.idempotency_key,
+                        "body": msgspec.json.encode(record).decode(),
+                    },
+                )
+            for e in events:
+                body = msgspec.json.encode(e).decode()
+                _put(db, _events, {"job": e.job, "id": e.id}, {"type": e.type, "body": body})
+            for key, value in (settings or {}).items():
+                _put(db, _settings, {"key": key}, {"value": value})
+
+    # ---- reading
+    def jobs(self) -> list[JobRecord]:
+        """All jobs in the order of their creation."""
+        with self._engine.connect() as db:
+            rows = db.execute(select(_jobs.c.body).order_by(_jobs.c.number)).scalars()
+            return [msgspec.json.decode(body, type=JobRecord) for body in rows]
+
+    def events(self, job: str, after: int, limit: int) -> list[Event]:
+        """The job's events with an id above ``after``, oldest first."""
+        query = (
+            select(_events.c.body)
+            .where(_events.c.job == job, _events.c.id > after)
+            .order_by(_events.c.id)
+            .limit(limit)
+        )
+        with self._engine.connect() as db:
+            return [msgspec.json.decode(body, type=Event) for body in db.execute(query).scalars()]
+
+    def setting(self, key: str) -> str | None:
+        with self._engine.connect() as db:
+            return db.execute(select(_settings.c.value).where(_settings.c.key == key)).scalar_one_or_none()
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+
+def _put(db: Connection, table: Table, key: dict[str, Any], values: dict[str, Any]) -> None:
+    """Update or insert (one writer, so nothing comes between)."""
+    match = [table.c[name] == value for name, value in key.items()]
+    if db.execute(update(table).where(*match).values(**values)).rowcount == 0:
+        db.execute(insert(table).values(**key, **values))
+
+
+def _tune_sqlite(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")  # what was acknowledged survives a power cut
+    cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.close()

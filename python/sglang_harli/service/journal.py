@@ -1,0 +1,159 @@
+"""One writer thread between the event loop and the job store: ordered, in groups, never lost silently.
+
+The loop decides in memory and hands each decision over; whoever must not speak before it is durable
+awaits the future.  What the store holds is always a prefix of what was decided.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from sglang_harli.protocol.public import Event, Job
+from sglang_harli.service.job_files import JobMirror
+from sglang_harli.service.job_store import JobStore
+from sglang_harli.service.jobs import JobRecord
+
+logger = logging.getLogger(__name__)
+
+GROUP_S = 0.2  # metrics wait this long for company: one fsync instead of many
+RETRY_S = 1.0
+JOB_FILE_S = 1.0  # job.json follows mere progress at this pace
+
+
+class Journal:
+    """Args:
+    store, mirror: what is written, in this order.
+    public: the job object of a record (for job.json).
+    loop: where futures are resolved and ``on_commit`` (the ids of jobs written) is called.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        mirror: JobMirror,
+        public: Callable[[JobRecord], Job],
+        loop: asyncio.AbstractEventLoop,
+        on_commit: Callable[[set[str]], None],
+    ) -> None:
+        self._store = store
+        self._mirror = mirror
+        self._public = public
+        self._loop = loop
+        self._on_commit = on_commit
+        self._wake = threading.Condition()
+        self._records: dict[str, JobRecord] = {}
+        self._events: list[Event] = []
+        self._settings: dict[str, str] = {}
+        self._futures: list[asyncio.Future[None]] = []
+        self._urgent = False
+        self._closing = False
+        self._shown: dict[str, tuple[str, float]] = {}  # job -> (status, when) of its job.json
+        self.trouble: str | None = None  # why nothing can be written at the moment
+        self.ended: asyncio.Future[None] = loop.create_future()  # done when the thread is gone
+        self._thread = threading.Thread(target=self._run, name="journal")
+        self._thread.start()
+
+    # ---- on the loop
+    def put(
+        self,
+        record: JobRecord | None = None,
+        events: list[Event] | None = None,
+        settings: dict[str, str] | None = None,
+        *,
+        urgent: bool = True,
+    ) -> asyncio.Future[None]:
+        """Hand over a decision; the future is done when it is durable."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        with self._wake:
+            if record is not None:
+                self._records[record.id] = record
+            self._events += events or []
+            self._settings |= settings or {}
+            self._futures.append(future)
+            self._urgent = self._urgent or urgent
+            self._wake.notify()
+        return future
+
+    @property
+    def backlog(self) -> int:
+        """Events that wait to be written."""
+        return len(self._events)
+
+    def close(self) -> None:
+        """Write what is left and end the thread (waits for it)."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    # ---- in the thread
+    def _run(self) -> None:
+        try:
+            while self._one_group():
+                pass
+        finally:
+            self._call(lambda: self.ended.done() or self.ended.set_result(None))
+
+    def _one_group(self) -> bool:
+        with self._wake:
+            self._wake.wait_for(lambda: self._futures or self._closing)
+            self._wake.wait_for(lambda: self._urgent or self._closing, timeout=GROUP_S)
+            records, self._records = self._records, {}
+            events, self._events = self._events, []
+            settings, self._settings = self._settings, {}
+            futures, self._futures = self._futures, []
+            self._urgent = False
+            closing = self._closing
+        if futures:
+            written = self._write(records, events, settings)
+            if not written:
+                return False
+            self._copy(records, events)
+            self._call(lambda: self._committed(set(records), futures))
+        return not closing
+
+    def _write(self, records: dict[str, JobRecord], events: list[Event], settings: dict[str, str]) -> bool:
+        """Try until it is written; False when the service ends before that."""
+        while True:
+            try:
+                self._store.write(records.values(), events, settings)
+                self.trouble = None
+                return True
+            except SQLAlchemyError as error:
+                self.trouble = f"the job store cannot be written: {error}"
+                logger.error("%s; trying again every %s s", self.trouble, RETRY_S)
+            with self._wake:
+                if self._wake.wait_for(lambda: self._closing, timeout=RETRY_S):
+                    return False
+
+    def _copy(self, records: dict[str, JobRecord], events: list[Event]) -> None:
+        upto: dict[str, int] = {}
+        for event in events:
+            upto[event.job] = event.id
+        now = time.monotonic()
+        try:
+            for job, last in upto.items():
+                self._mirror.events(job, last)
+            for record in records.values():
+                status, when = self._shown.get(record.id, ("", 0.0))
+                if status != record.status or now - when >= JOB_FILE_S:
+                    self._mirror.job(self._public(record))
+                    self._shown[record.id] = (record.status, now)
+        except OSError as error:  # the store has it all; the copies are completed at the next write
+            logger.warning("a job's folder cannot be written: %s", error)
+
+    def _committed(self, jobs: set[str], futures: list[asyncio.Future[None]]) -> None:
+        for future in futures:
+            if not future.done():
+                future.set_result(None)
+        self._on_commit(jobs)
+
+    def _call(self, callback: Callable[[], object]) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback)

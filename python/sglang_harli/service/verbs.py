@@ -1,0 +1,190 @@
+"""What each verb of the public wire does (docs/jobs.md).  Errors are HarliErrors; the door turns them into replies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_harli.core import JobStatus
+from sglang_harli.errors import ConfigError, ProtocolError
+from sglang_harli.protocol import public
+from sglang_harli.protocol.public import Job
+from sglang_harli.service import jobs
+from sglang_harli.service.desk import JobDesk
+from sglang_harli.service.http_link import HttpLink
+from sglang_harli.service.jobs import Change, JobRecord
+from sglang_harli.service.options_desk import OptionsDesk
+from sglang_harli.service.publication import Publication
+from sglang_harli.service.scheduler_link import SchedulerLink
+from sglang_harli.service.submission import Submission
+from sglang_harli.service.subscriptions import LEASE_S, Subscriptions
+
+# Pausing a running job saves its state first.  The answer waits this long for it; after that it shows the
+# job as it is (still running, reason "pausing"), and the job becomes paused when the state is saved.
+TAKE_S = 2.0
+STATUS_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """``route``: frames that lead back to the client; ``request``: its id for this request."""
+
+    route: tuple[bytes, ...]
+    request: str
+
+
+class Verbs:
+    """Args: the parts of this service that verbs speak to; ``about``: fixed facts for ``status``."""
+
+    def __init__(
+        self,
+        *,
+        desk: JobDesk,
+        submission: Submission,
+        publication: Publication,
+        options: OptionsDesk,
+        scheduler: SchedulerLink,
+        http: HttpLink,
+        subscriptions: Subscriptions,
+        readers: Executor,
+        about: dict[str, Any],
+    ) -> None:
+        self._desk = desk
+        self._submission = submission
+        self._publication = publication
+        self._options = options
+        self._scheduler = scheduler
+        self._http = http
+        self._subscriptions = subscriptions
+        self._readers = readers
+        self._about = about
+        self._started_at = time.time()
+        self._verbs: dict[str, Callable[[Caller, dict[str, Any]], Awaitable[Any]]] = {
+            "list": self._list,
+            "get": self._get,
+            "events": self._events,
+            "unsubscribe": self._unsubscribe,
+            "pause": self._pause,
+            "resume": self._resume,
+            "cancel": self._cancel,
+            "status": self._status,
+            "set": self._set,
+        }
+
+    async def do(self, caller: Caller, request: public.Request, frames: Sequence[bytes]) -> Any:
+        """The result of one request.
+
+        Raises:
+            HarliError: the refusal.
+        """
+        if request.v != public.VERSION:
+            raise ProtocolError(
+                f"protocol version {request.v} is not spoken here, this service speaks {public.VERSION}",
+                code="unsupported_version",
+                param="v",
+            )
+        if request.verb == "submit":
+            args = public.convert_args(request.args, public.SubmitArgs)
+            return await self._submission.submit(args, frames)
+        verb = self._verbs.get(request.verb)
+        if verb is None:
+            known = ", ".join(public.VERBS)
+            raise ProtocolError(f"unknown verb {request.verb[:64]!r}; accepted: {known}", param="verb")
+        if frames:
+            raise ProtocolError(f"{request.verb} takes no data, {len(frames)} frames came behind the header")
+        return await verb(caller, request.args)
+
+    # ---- reading
+    async def _list(self, _caller: Caller, raw: dict[str, Any]) -> Any:
+        """Newest first; ``after`` names the last job of the page before."""
+        args = public.convert_args(raw, public.ListArgs)
+        found = sorted(self._desk.all(), key=lambda r: -r.number)
+        if args.status is not None:
+            if args.status not in list(JobStatus):
+                known = ", ".join(JobStatus)
+                raise ConfigError(
+                    f"status {args.status!r} is not accepted: give one of {known}", param="status"
+                )
+            found = [r for r in found if r.status == args.status]
+        if args.after is not None:
+            before = self._desk.get(args.after).number
+            found = [r for r in found if r.number < before]
+        page = found[: args.limit]
+        return {"jobs": [self._desk.public(r) for r in page], "has_more": len(found) > len(page)}
+
+    async def _get(self, _caller: Caller, raw: dict[str, Any]) -> Job:
+        return self._desk.public(self._desk.get(public.convert_args(raw, public.JobArgs).job))
+
+    async def _events(self, caller: Caller, raw: dict[str, Any]) -> Any:
+        args = public.convert_args(raw, public.EventsArgs)
+        self._desk.get(args.job)
+        loop = asyncio.get_running_loop()
+        events = await loop.run_in_executor(
+            self._readers, self._desk.store.events, args.job, args.after, args.limit
+        )
+        last = events[-1].id if events else args.after
+        if args.follow:
+            self._subscriptions.follow(caller.route, caller.request, args.job, last)
+        return {"events": events, "last": last, "lease_s": LEASE_S if args.follow else None}
+
+    async def _unsubscribe(self, caller: Caller, raw: dict[str, Any]) -> Any:
+        """``id``: of the request that subscribed; without it all subscriptions of this connection end."""
+        request = raw.get("id")
+        if request is not None and not isinstance(request, str):
+            raise ProtocolError("id must be the id of an events request", param="id")
+        return {"ended": self._subscriptions.unfollow(caller.route, request)}
+
+    # ---- jobs
+    async def _pause(self, _caller: Caller, raw: dict[str, Any]) -> Job:
+        return await self._change(raw, jobs.ask_pause, lambda r: r.status != JobStatus.RUNNING)
+
+    async def _resume(self, _caller: Caller, raw: dict[str, Any]) -> Job:
+        return await self._change(raw, jobs.ask_resume, lambda r: True)
+
+    async def _cancel(self, _caller: Caller, raw: dict[str, Any]) -> Job:
+        def ask(record: JobRecord) -> Change:
+            return jobs.ask_cancel(record, time.time(), in_flight=self._publication.in_flight == record.id)
+
+        return await self._change(raw, ask, lambda r: r.status != JobStatus.RUNNING)
+
+    async def _change(
+        self, raw: dict[str, Any], ask: Callable[[JobRecord], Change], taken: Callable[[JobRecord], bool]
+    ) -> Job:
+        """What is wanted is durable before the answer; what is may follow (see TAKE_S)."""
+        job = public.convert_args(raw, public.JobArgs).job
+        record = self._desk.get(job)
+        change = ask(record)
+        if change.record != record:
+            await self._desk.apply(change)
+        return self._desk.public(await self._desk.wait_until(job, taken, TAKE_S))
+
+    # ---- the server
+    async def _status(self, _caller: Caller, _raw: dict[str, Any]) -> public.StatusAnswer:
+        report = await self._scheduler.ask_status(STATUS_S)
+        hello = self._scheduler.hello
+        service = self._about | {
+            "pid": os.getpid(),
+            "uptime_s": round(time.time() - self._started_at, 1),
+            "scheduler_pid": hello.pid if hello else None,
+            "scheduler_answers": report is not None,
+            "http_pid": self._http.pid,
+            "refusal": self._scheduler.refusal,
+            "store": self._desk.journal.trouble or "ok",
+            "followers": len(self._subscriptions),
+        }
+        return public.StatusAnswer(
+            service=service,
+            serving=report.serving if report else None,
+            training=report.training if report else None,
+            jobs=self._desk.counts(),
+            options=self._options.effective,
+            revision=self._options.revision,
+        )
+
+    async def _set(self, _caller: Caller, raw: dict[str, Any]) -> public.SetAnswer:
+        return await self._options.set(public.convert_args(raw, public.SetArgs))
