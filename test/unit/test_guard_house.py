@@ -57,6 +57,12 @@ def test_reading_list_names_files_that_exist():
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_pages_name_no_machine(page):
+    found = re.findall(r"(?:/home|/root|/Users|/mnt|/opt)/[\w./-]*", page.read_text(encoding="utf-8"))
+    assert not found, f"{relative(page)} names places of one machine: {found}"
+
+
 def test_changelog_has_the_version():
     version = PYPROJECT["project"]["version"]
     assert re.search(
