@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections import Counter
@@ -124,6 +125,17 @@ def test_unit_tests_do_not_import_sglang():
         if re.search(r"^\s*(import|from) sglang\b(?!_)", p.read_text(encoding="utf-8"), flags=re.MULTILINE)
     ]
     assert not wrong, f"test/unit runs without sglang; test/sglang is for {wrong}"
+
+
+def test_makefile_has_its_targets_and_ci_calls_them():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+    assert {"install", "demo", "test", "lint", "bench", "wheel", "lock"} <= targets
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = script.read_text().splitlines()
+    assert "set -euo pipefail" in lines
+    assert {"make lint", "make test"} <= set(lines)
 
 
 def test_each_patch_has_its_page_its_diff_and_its_runtime_half():
