@@ -1,0 +1,219 @@
+"""How the command line shows jobs, events, status and data reports to people."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from sglang_harli.core import short_id
+from sglang_harli.protocol.public import Event, Job, StatusAnswer
+
+LOOK_EVERY_S = 0.5
+LINE_EVERY_S = 5.0  # without a terminal, `watch` prints a line when the state changes and this often
+
+
+def console(*, to_stderr: bool = False) -> Console:
+    return Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+
+
+def clock(seconds: float | None) -> str:
+    return "-" if seconds is None else datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def span(seconds: float | None) -> str:
+    """1h02m, 3m05s, 12s; unknown."""
+    if seconds is None:
+        return "unknown"
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def state(job: Job) -> str:
+    text = str(job.status)
+    if job.sub_state:
+        text += f" ({job.sub_state}{': ' + job.reason if job.reason else ''})"
+    return text
+
+
+def job_table(jobs: Iterable[Job]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("job", "suffix", "status", "step", "loss", "created", "model"):
+        table.add_column(name, overflow="fold")
+    for job in jobs:
+        table.add_row(
+            short_id(job.id),
+            job.suffix or "-",
+            str(job.sub_state) if job.sub_state else str(job.status),
+            f"{job.step}/{job.total_steps}",
+            _number(job.loss, ".4f"),
+            clock(job.created_at),
+            job.fine_tuned_model or "-",
+        )
+    return table
+
+
+def job_lines(job: Job) -> Iterator[str]:
+    data = job.data
+    rows = (
+        ("job", job.id),
+        ("status", state(job)),
+        ("base model", job.model),
+        ("suffix", job.suffix),
+        ("fine-tuned model", job.fine_tuned_model),
+        ("step", f"{job.step}/{job.total_steps}"),
+        ("trained tokens", job.trained_tokens),
+        ("loss", _number(job.loss, ".4f")),
+        ("learning rate", _number(job.learning_rate, ".3g")),
+        ("tokens/s", _number(job.tokens_per_s, ".1f")),
+        ("eta", span(job.eta_s) if job.status == "running" else "-"),
+        ("created", clock(job.created_at)),
+        ("started", clock(job.started_at)),
+        ("finished", clock(job.finished_at)),
+        ("attempt", job.attempt),
+        (
+            "data",
+            ", ".join(f"{name}: {value}" for name, value in data.items() if value not in (None, [], "", 0)),
+        ),
+        ("run folder", job.run_dir),
+    )
+    yield from (f"{name + ':':<18}{'-' if value in (None, '') else value}" for name, value in rows)
+    values = job.hyperparameters
+    yield "hyperparameters:  " + ", ".join(
+        f"{name}={getattr(values, name)}" for name in values.__struct_fields__
+    )
+    if job.error is not None:
+        yield f"error:            {job.error.code}: {job.error.message}"
+
+
+def event_line(event: Event) -> str:
+    level = "" if event.level == "info" else f" {event.level.upper()}"
+    return f"[{clock(event.created_at)}] #{event.id}{level} {event.type}: {event.message}"
+
+
+def status_lines(answer: StatusAnswer) -> Iterator[str]:
+    yield "jobs: " + ", ".join(f"{name} {count}" for name, count in answer.jobs.items())
+    for title, values in (
+        ("service", answer.service),
+        ("serving", answer.serving),
+        ("training", answer.training),
+        (f"options (revision {answer.revision})", answer.options),
+    ):
+        if values is None:
+            yield f"{title}: not connected" if title == "serving" else f"{title}: none"
+            continue
+        yield f"{title}:"
+        yield from _nested(values, "  ")
+
+
+def _nested(values: dict[str, Any], indent: str) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}{name}:"
+            yield from _nested(value, indent + "  ")
+        else:
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            yield f"{indent}{name}: {'-' if value in (None, '', {}, []) else shown}"
+
+
+def progress_line(job: Job) -> str:
+    """In the form of SGLang's own log lines."""
+    return (
+        f"[{clock(time.time())}] Finetune, #job: {short_id(job.id)}, status: {state(job)}, "
+        f"step: {job.step}/{job.total_steps}, loss: {_number(job.loss, '.4f')}, "
+        f"lr: {_number(job.learning_rate, '.3g')}, ft throughput (token/s): {_number(job.tokens_per_s, '.2f')}, "
+        f"eta: {span(job.eta_s)}"
+    )
+
+
+def watch(look: Callable[[], Job]) -> Job:
+    """Show a job twice a second until it is over; returns its last form."""
+    terminal = console()
+    looks = _looks(look)
+    return _watch_bar(looks, terminal) if terminal.is_terminal else _watch_lines(looks)
+
+
+def _looks(look: Callable[[], Job]) -> Iterator[Job]:
+    while True:
+        job = look()
+        yield job
+        if job.status.final:
+            return
+        time.sleep(LOOK_EVERY_S)
+
+
+def _watch_lines(looks: Iterable[Job]) -> Job:
+    shown, printed = None, 0.0
+    for job in looks:
+        key = (job.status, job.sub_state if job.sub_state != "yielding" else "training")
+        if key != shown or time.monotonic() - printed >= LINE_EVERY_S:
+            shown, printed = key, time.monotonic()
+            print(progress_line(job), flush=True)
+    return job
+
+
+def _watch_bar(looks: Iterable[Job], terminal: Console) -> Job:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    with Progress(*columns, console=terminal, expand=True) as progress:
+        task = None
+        for job in looks:
+            numbers = f"loss {_number(job.loss, '.4f')}  {_number(job.tokens_per_s, '.0f')} tok/s  eta {span(job.eta_s)}"
+            values = {"completed": job.step, "total": job.total_steps, "numbers": numbers}
+            if task is None:
+                task = progress.add_task(state(job), **values)
+            else:
+                progress.update(task, description=state(job), **values)
+    return job
+
+
+def data_report(report: dict[str, Any]) -> None:
+    """Print what ``check_data`` found."""
+    out = console()
+    out.print(
+        f"{report['file']}: {report['rows']} rows, {report['tokens']} tokens, "
+        f"{100 * report['loss_share']:.1f}% with loss, longest row {report['longest_row']} tokens "
+        f"(limit {report['max_seq_length'] or 'unknown'}), truncated {report['truncated']}, "
+        f"dropped {report['dropped']}",
+        markup=False,
+    )
+    if report["notes"]:
+        out.print(report["notes"], markup=False)
+    most = max((bucket["rows"] for bucket in report["histogram"]), default=1)
+    for bucket in report["histogram"]:
+        bar = "#" * round(40 * bucket["rows"] / most)
+        out.print(f"  {bucket['from']:>6}-{bucket['to']:<6} tokens {bucket['rows']:>7} {bar}", markup=False)
+    if report["examples"]:
+        how = "green" if out.is_terminal else "between [[ and ]]"
+        out.print(f"examples (learned tokens {how}):")
+    for example in report["examples"]:
+        text = Text(f"  line {example['line']}: ")
+        for part in example["parts"]:
+            learned = part["learned"]
+            shown = part["text"] if out.is_terminal or not learned else f"[[{part['text']}]]"
+            text.append(shown, style="green" if learned else "dim")
+        out.print(text)
+
+
+def bad_lines(details: list[dict[str, Any]], name: str) -> None:
+    """One line on stderr per line of data at fault."""
+    for row in details:
+        where = f"line {row['line']}" if "line" in row else "-"
+        print(f"{name}: {where}: {row.get('reason') or row.get('message')}", file=sys.stderr)
