@@ -144,11 +144,16 @@ class RowTokenizer:
                 "messages",
             )
         prompt = self._tokenizer.encode(before, add_special_tokens=False)
-        answer = self._answer(before, prompt, after[len(before) :], special=False)
+        answer_text = after[len(before) :]
+        answer = self._answer(before, prompt, answer_text, special=False)
         ends = [i for i, token in enumerate(answer) if token in self._special]
         if ends and not self._tokenizer.decode(answer[ends[-1] + 1 :]).strip():
             return prompt, answer[: ends[-1] + 1]
-        return prompt, [*answer, self._end()]  # a template without an end of turn: serving stops at eos
+        # A template without an end of turn: serving stops at eos.  What separates turns is not learned.
+        content, separator, tail = answer_text.rpartition(messages[at]["content"])
+        if separator and not tail.strip():
+            answer = self._answer(before, prompt, content + separator, special=False)
+        return prompt, [*answer, self._end()]
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, *, opened: bool) -> str:
         try:

@@ -1,0 +1,111 @@
+"""The order of rows over a run: every row once an epoch, from any cursor the same, at no memory."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+from math import ceil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_harli.protocol.internal import BatchCursor
+from sglang_harli.protocol.public import Hyperparameters
+from sglang_harli.service.chat_rows import Row
+from sglang_harli.service.feeder import Feeder, total_steps
+from sglang_harli.service.token_store import TokenReader, TokenWriter
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """``tokens(rows)``: rows of rising lengths whose ids tell which row they are."""
+    made: dict[int, TokenReader] = {}
+
+    def get(rows: int) -> TokenReader:
+        if rows not in made:
+            folder = tmp_path_factory.mktemp("tokens")
+            with TokenWriter(folder) as writer:
+                for n in range(rows):
+                    length = 2 + n % 5
+                    writer.append(Row([n] * length, [False] + [True] * (length - 1)), n + 1)
+            made[rows] = TokenReader(folder)
+        return made[rows]
+
+    return get
+
+
+def walk(feeder: Feeder, start: BatchCursor | None = None):
+    cursor = start or feeder.cursor_after(0)
+    while cursor.step <= feeder.total_steps:
+        yield feeder.batch(cursor)
+        cursor = feeder.following(cursor)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    rows=st.integers(1, 23),
+    batch_size=st.integers(1, 9),
+    accumulation=st.integers(1, 4),
+    epochs=st.integers(1, 3),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_every_row_once_an_epoch(tokens, rows, batch_size, accumulation, epochs, seed):
+    hp = Hyperparameters(
+        n_epochs=epochs, batch_size=batch_size, gradient_accumulation_steps=accumulation, seed=seed
+    )
+    feeder = Feeder(tokens(rows), hp)
+    batches = list(walk(feeder))
+    assert (
+        feeder.total_steps == epochs * ceil(ceil(rows / batch_size) / accumulation) == total_steps(rows, hp)
+    )
+    assert {b.cursor.step for b in batches} == set(range(1, feeder.total_steps + 1))
+    for epoch, group in itertools.groupby(batches, key=lambda b: b.cursor.epoch):
+        seen = [int(n) for b in group for n in b.input_ids[np.cumsum([0, *b.lengths[:-1]])]]
+        assert sorted(seen) == list(range(rows)), epoch
+    for _, group in itertools.groupby(batches, key=lambda b: b.cursor.step):
+        step = list(group)
+        assert [b.cursor.index for b in step] == list(range(step[0].micro_batches))
+        assert [r for b in step for r in b.rows] == list(range(sum(len(b.rows) for b in step)))
+        assert sum(sum(n - 1 for n in b.lengths) for b in step) == step[0].step_target_tokens
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_a_run_goes_on_from_any_cursor(tokens, data):
+    hp = Hyperparameters(n_epochs=3, batch_size=2, gradient_accumulation_steps=3)
+    whole = list(walk(Feeder(tokens(17), hp)))
+    at = data.draw(st.integers(0, len(whole) - 1))
+    rest = list(walk(Feeder(tokens(17), hp), whole[at].cursor))
+    assert [(b.cursor, b.rows, b.input_ids.tolist(), b.labels.tolist()) for b in rest] == [
+        (b.cursor, b.rows, b.input_ids.tolist(), b.labels.tolist()) for b in whole[at:]
+    ]
+
+
+def test_epochs_and_seeds_differ(tokens):
+    def order(seed: int, epoch: int) -> list[int]:
+        feeder = Feeder(tokens(23), Hyperparameters(batch_size=23, seed=seed))
+        return feeder.batch(feeder.cursor_after(epoch - 1)).input_ids.tolist()
+
+    assert order(1, 1) != order(1, 2) != order(2, 2)
+    assert order(1, 1) == order(1, 1)
+
+
+def test_a_long_schedule_costs_no_memory(tokens):
+    tracemalloc.start()
+    feeder = Feeder(tokens(23), Hyperparameters(n_epochs=10_000, batch_size=1))
+    assert feeder.total_steps == 230_000
+    last = feeder.batch(feeder.cursor_after(229_999))
+    assert last.cursor == BatchCursor(epoch=10_000, step=230_000, index=0)
+    assert feeder.following(last.cursor).step == 230_001
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_arrays_are_what_the_protocol_says(tokens):
+    feeder = Feeder(tokens(5), Hyperparameters(batch_size=3))
+    batch = feeder.batch(feeder.cursor_after(0))
+    assert batch.input_ids.dtype == batch.labels.dtype == np.int32
+    assert len(batch.input_ids) == len(batch.labels) == sum(batch.lengths)
+    assert (batch.labels == -100).sum() == 3
