@@ -34,6 +34,18 @@ class _Collector:
         if len(self.examples) < EXAMPLES:
             self.examples.append((line, row))
 
+    def report(self, tokenizer: Any) -> dict[str, Any]:
+        tokens = sum(self.lengths)
+        return {
+            "rows": len(self.lengths),
+            "tokens": tokens,
+            "target_tokens": self.targets,
+            "loss_share": round(self.targets / tokens, 4) if tokens else 0.0,
+            "longest_row": max(self.lengths, default=0),
+            "histogram": histogram(self.lengths),
+            "examples": [{"line": line, "parts": parts(row, tokenizer)} for line, row in self.examples],
+        }
+
 
 def check_data(
     data: str | Path,
@@ -62,22 +74,11 @@ def check_data(
         ConfigError: the model's tokenizer cannot be loaded, or an option is not accepted.
         DataError: the file cannot be read.
     """
-    if on_overflow not in OVERFLOWS:
-        raise ConfigError(
-            f"on_overflow={on_overflow!r} is not accepted: give one of {', '.join(OVERFLOWS)}",
-            param="on_overflow",
-        )
     path = Path(data)
     if not path.is_file():
         raise DataError(f"{path}: no such file", code="unreadable_file", param="data")
+    limit = _limit(model, max_seq_length, on_overflow)
     tokenizer = _load(model, trust_remote_code)
-    limit = admission.model_length(model)
-    if max_seq_length is not None and limit is not None and max_seq_length > limit:
-        raise ConfigError(
-            f"max_seq_length={max_seq_length} is not accepted: the model's limit is {limit} tokens",
-            param="max_seq_length",
-        )
-    limit = max_seq_length or limit
     seen, error = _Collector(), None
     summary = DataSummary(file=path.name, max_seq_length=limit)
     try:
@@ -91,24 +92,33 @@ def check_data(
         )
     except DataError as found:
         error = found
-    tokens = sum(seen.lengths)
-    return {
+    return seen.report(tokenizer) | {
         "ok": error is None,
         "file": str(path),
-        "rows": len(seen.lengths),
-        "tokens": tokens,
-        "target_tokens": seen.targets,
-        "loss_share": round(seen.targets / tokens, 4) if tokens else 0.0,
-        "longest_row": max(seen.lengths, default=0),
         "truncated": summary.truncated,
         "dropped": summary.dropped,
         "notes": summary.text() if error is None else None,
         "max_seq_length": limit,
         "bad_lines": error.details if error else [],
         "message": error.message if error else None,
-        "histogram": histogram(seen.lengths),
-        "examples": [{"line": line, "parts": parts(row, tokenizer)} for line, row in seen.examples],
     }
+
+
+def _limit(model: str, max_seq_length: int | None, on_overflow: str) -> int | None:
+    """The longest row that is accepted, None where the model's own files do not say."""
+    if on_overflow not in OVERFLOWS:
+        raise ConfigError(
+            f"on_overflow={on_overflow!r} is not accepted: give one of {', '.join(OVERFLOWS)}",
+            param="on_overflow",
+        )
+    limit = admission.model_length(model)
+    if max_seq_length is not None and not 2 <= max_seq_length <= (limit or max_seq_length):
+        raise ConfigError(
+            f"max_seq_length={max_seq_length} is not accepted: give at least 2"
+            + (f" and at most the model's limit, {limit} tokens" if limit else ""),
+            param="max_seq_length",
+        )
+    return max_seq_length or limit
 
 
 def histogram(lengths: list[int]) -> list[dict[str, int]]:

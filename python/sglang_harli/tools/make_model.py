@@ -103,7 +103,6 @@ def make_model(
     """
     _check(arch, size, dtype, seconds, steps)
     path = _empty_folder(directory)
-    say = report or (lambda line: None)
     shape = SIZES[size]
     if steps is None:
         steps = round((shape.default_s if seconds is None else seconds) * shape.steps_per_s)
@@ -111,29 +110,19 @@ def make_model(
     world = ToyWorld(seed)
     tokenizer = _tokenizer(world, shape, seed)
     config = _config(arch, shape, tokenizer, dtype, overrides or {})
-    loss, parameters = None, None
+    tokenizer.save_pretrained(path)
+    made: dict[str, Any] = {"path": str(path), "arch": arch, "size": size, "dtype": dtype}
+    made |= {"vocab_size": config.vocab_size, "parameters": None, "steps": 0, "loss": None}
     if weights:
         model = _random_model(config, seed)
-        parameters = model.num_parameters()
-        say(f"{parameters / 1e6:.1f}M parameters; pretraining for {steps} steps on text of seed {seed}")
+        made |= {"parameters": model.num_parameters(), "steps": steps}
         if steps:
-            loss = _pretrain(model, tokenizer, world, steps, seed, say)
+            made["loss"] = _pretrain(model, tokenizer, world, steps, seed, report or (lambda line: None))
         _save_weights(model, path, dtype)
     else:
         config.save_pretrained(path)
-    tokenizer.save_pretrained(path)
     _write_generation_config(path, tokenizer)
-    return {
-        "path": str(path),
-        "arch": arch,
-        "size": size,
-        "dtype": dtype,
-        "parameters": parameters,
-        "vocab_size": config.vocab_size,
-        "steps": steps if weights else 0,
-        "loss": loss,
-        "seconds": round(time.monotonic() - began, 1),
-    }
+    return made | {"seconds": round(time.monotonic() - began, 1)}
 
 
 def _check(arch: str, size: str, dtype: str, seconds: float | None, steps: int | None) -> None:
@@ -265,6 +254,9 @@ def _pretrain(
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
     rows = _rows(world, tokenizer, seed, ROWS * steps)
     losses: list[float] = []
+    say(
+        f"{model.num_parameters() / 1e6:.1f}M parameters; pretraining for {steps} steps on text of seed {seed}"
+    )
     model.train()
     for step in range(steps):
         batch = rows[step * ROWS : (step + 1) * ROWS]
