@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
@@ -41,6 +42,15 @@ EXTRA = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 12},
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small only lose by a second thread, and much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny_model(arch: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes):

@@ -169,6 +169,12 @@ class TrainingRun:
         """Every weight and moment is that of ``applied_step``."""
         return self._stage is None and self._pass is None and self._index == 0
 
+    @property
+    def state_consistent(self) -> bool:
+        """The state tensors are those of ``applied_step``: true in the middle of a step too, as long as the
+        optimizer has not begun to apply it."""
+        return self.ready and not (self._stage == QuantumKind.OPTIMIZER and self._position)
+
     def peek(self) -> QuantumShape | None:
         """The next quantum; None when it waits for data or the run is finished."""
         if self._stage is not None:
@@ -320,14 +326,14 @@ class TrainingRun:
 
     # ---- state
     def state_tensors(self) -> list[tuple[str, Tensor]]:
-        """Named views of the live state at a step boundary, always in the same order: for each layer
+        """Named views of the live state of ``applied_step``, always in the same order: for each layer
         ``adapter/``, ``exp_avg/`` and ``exp_avg_sq/`` with PEFT's state-dict keys; fp32.
 
         Raises:
-            StateError: in the middle of a step.
+            StateError: while the optimizer applies a step, or before the adapter is there.
         """
-        if not self.at_step_boundary:
-            raise StateError("the state can only be taken between optimizer steps")
+        if not self.state_consistent:
+            raise StateError("the state cannot be taken while a step is being applied")
         return self._state_tensors()
 
     def _state_tensors(self) -> list[tuple[str, Tensor]]:
@@ -345,7 +351,7 @@ class TrainingRun:
             "version": 1,
             "step": self.applied_step,
             "epoch": self._epoch,
-            "tokens": self.tokens,
+            "tokens": self.tokens - self._step_tokens,  # a step under way begins again
             "seed": self.spec.hyperparameters.seed,
             "adam_steps": self.applied_step,
         }

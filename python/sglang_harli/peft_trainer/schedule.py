@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from transformers import get_scheduler
@@ -24,12 +25,13 @@ class LearningRate:
         self.peak = hyperparameters.learning_rate
         # LambdaLR wants an optimizer; only the factor that it holds is of use here.
         holder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        self._factor = get_scheduler(
+        scheduler: Any = get_scheduler(
             _NAMES[hyperparameters.lr_scheduler],
             holder,
             num_warmup_steps=math.ceil(hyperparameters.warmup_ratio * total_steps),
             num_training_steps=total_steps,
-        ).lr_lambdas[0]
+        )
+        self._factor = scheduler.lr_lambdas[0]
 
     def at(self, step: int) -> float:
         """The rate that optimizer step ``step`` (counted from 1) is taken with."""
