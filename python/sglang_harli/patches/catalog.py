@@ -31,7 +31,7 @@ class Patch:
 ALL: tuple[Patch, ...] = (
     Patch(
         "01-lora-pin-memory",
-        ("srt/lora/layers.py", "srt/lora/backend/torch_backend.py"),
+        ("srt/lora/layers.py", "srt/lora/backend/torch_backend.py", "srt/lora/utils.py"),
         lora_pin_memory.register,
     ),
     Patch(

@@ -1,0 +1,195 @@
+"""The patches of SGLang's LoRA serving, on a real model of its CPU engine."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import uuid
+from pathlib import Path
+
+import pytest
+
+from sglang_harli.patches import catalog, lora_gate, lora_pin_memory
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def load(runner, adapter) -> tuple[str, object]:
+    """Load an adapter's folder as /load_lora_adapter does."""
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    lora_id = uuid.uuid4().hex
+    ref = LoRARef(lora_id=lora_id, lora_name=f"a-{lora_id}", lora_path=adapter.folder, pinned=False)
+    return lora_id, runner.load_lora_adapter(ref)
+
+
+# ------------------------------------------------------------------ the diffs
+@pytest.mark.parametrize("patch", catalog.ALL, ids=lambda patch: patch.name)
+def test_diff_applies_to_the_installed_sglang_and_changes_what_the_catalog_says(patch, tmp_path):
+    import sglang
+
+    source = Path(sglang.__file__).parent
+    diff = (ROOT / "patches" / f"{patch.name}.diff").read_text()
+    for target in patch.targets:
+        copy = tmp_path / "python" / "sglang" / target
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((source / target).read_bytes())
+    subprocess.run(["patch", "-p1", "--fuzz=0"], cwd=tmp_path, input=diff, text=True, check=True)
+    for target in patch.targets:
+        changed = (tmp_path / "python" / "sglang" / target).read_text()
+        assert changed != (source / target).read_text()
+        compile(changed, target, "exec")
+
+
+@pytest.mark.parametrize("patch", catalog.ALL, ids=lambda patch: patch.name)
+def test_page_says_version_reason_and_end(patch):
+    page = (ROOT / "patches" / f"{patch.name}.md").read_text()
+    for heading in ("SGLang 0.5.16", "## Why a hook is not enough", "## When it can go"):
+        assert heading in page
+
+
+def test_every_page_is_in_the_catalog():
+    assert sorted(path.stem for path in (ROOT / "patches").glob("*.diff")) == [p.name for p in catalog.ALL]
+
+
+# ------------------------------------------------------------------ 01 pinned memory
+def test_pageable_torch_ignores_pinning_and_leaves_torch_alone():
+    import torch
+
+    before = torch.tensor
+    proxy = lora_pin_memory.pageable_torch()
+    made = proxy.tensor([3, 1], dtype=torch.int32, pin_memory=True)
+    assert made.tolist() == [3, 1] and made.pin_memory() is made
+    assert proxy.unique_consecutive(made, return_inverse=True)[1].pin_memory().tolist() == [0, 1]
+    assert type(made + 1) is torch.Tensor and proxy.int32 is torch.int32
+    assert torch.tensor is before
+
+
+def test_lora_serving_starts_on_the_cpu(sglang_runner, tiny_model, greedy_tokens):
+    path = tiny_model()
+    plain = greedy_tokens(sglang_runner(path), PROMPTS, 6)
+    assert greedy_tokens(sglang_runner(path, enable_lora=True), PROMPTS, 6) == plain
+
+
+# ------------------------------------------------------------------ 02 gate
+def test_wrappers_compute_only_for_batches_with_an_adapter(
+    sglang_runner, tiny_model, greedy_tokens, peft_adapter, monkeypatch
+):
+    from sglang.srt.lora.backend import torch_backend
+
+    calls = []
+    forward = torch_backend.sgemm_lora_a_fwd
+    monkeypatch.setattr(
+        torch_backend, "sgemm_lora_a_fwd", lambda *a, **k: calls.append(1) or forward(*a, **k)
+    )
+    path = tiny_model()
+    runner = sglang_runner(path, enable_lora=True)
+    adapter = peft_adapter(path)
+    lora_id, result = load(runner, adapter)
+    assert result.success
+    plain = greedy_tokens(runner, PROMPTS, 4)
+    assert calls == []
+    mixed = greedy_tokens(runner, PROMPTS, 4, [None, lora_id])
+    assert calls != []
+    assert mixed == [plain[0], adapter.greedy(PROMPTS, 4)[1]]
+    calls.clear()
+    assert greedy_tokens(runner, PROMPTS, 4) == plain and calls == []
+
+
+def test_gate_is_open_while_graphs_with_lora_are_captured(sglang_runner, tiny_model, greedy_tokens):
+    from sglang.srt.model_executor.runner_utils import capture_mode
+
+    runner = sglang_runner(tiny_model(), enable_lora=True)
+    greedy_tokens(runner, PROMPTS, 2)
+    wrapper = next(iter(runner.lora_manager.lora_modules[0].values()))
+    assert wrapper.set_lora is False
+    with capture_mode.model_capture_mode():
+        assert wrapper.set_lora is True
+        assert not lora_gate._is_idle(runner.lora_manager, [None])
+        capture_mode._set_capture_lora_variant("nolora")
+        assert wrapper.set_lora is False
+        capture_mode._set_capture_lora_variant(None)
+    assert lora_gate._is_idle(runner.lora_manager, [None, None])
+    assert not lora_gate._is_idle(runner.lora_manager, [None, "some"])
+
+
+# ------------------------------------------------------------------ 03 padded MLP
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_adapter_of_a_padded_mlp_answers_as_under_peft(
+    arch, sglang_runner, tiny_model, greedy_tokens, peft_adapter
+):
+    path = tiny_model(arch, intermediate_size=333, vocab_size=250)
+    runner = sglang_runner(path, enable_lora=True)
+    assert runner.model_config.hf_config.intermediate_size == 352
+    adapter = peft_adapter(path)
+    lora_id, result = load(runner, adapter)
+    assert result.success, result.error_message
+    answers = greedy_tokens(runner, PROMPTS, 8, [lora_id, lora_id])
+    assert answers == adapter.greedy(PROMPTS, 8) != greedy_tokens(runner, PROMPTS, 8)
+
+
+def test_adapter_given_at_start_up_is_padded(sglang_runner, tiny_model, greedy_tokens, peft_adapter):
+    path = tiny_model(intermediate_size=333)
+    adapter = peft_adapter(path)
+    runner = sglang_runner(path, enable_lora=True, lora_paths=[f"first={adapter.folder}"])
+    (lora_id,) = runner.lora_manager.loras
+    assert greedy_tokens(runner, PROMPTS, 4, [lora_id] * 2) == adapter.greedy(PROMPTS, 4)
+
+
+def test_adapter_of_another_model_is_refused_when_loaded(sglang_runner, tiny_model, peft_adapter):
+    runner = sglang_runner(tiny_model(intermediate_size=333), enable_lora=True)
+    before = dict(runner.lora_manager.configs)
+    _, result = load(runner, peft_adapter(tiny_model(intermediate_size=320)))
+    assert not result.success
+    assert "(8, 320)" in result.error_message and "333 is padded to 352" in result.error_message
+    assert runner.lora_manager.configs == before
+
+
+def test_adapter_of_another_model_at_start_up_stops_the_start(sglang_runner, tiny_model, peft_adapter):
+    adapter = peft_adapter(tiny_model(intermediate_size=320))
+    with pytest.raises(ValueError, match="'first' cannot be served"):
+        sglang_runner(
+            tiny_model(intermediate_size=333), enable_lora=True, lora_paths=[f"first={adapter.folder}"]
+        )
+
+
+def test_weights_of_modules_that_are_not_served_are_refused_when_loaded(
+    sglang_runner, tiny_model, peft_adapter
+):
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    path = tiny_model()
+    runner = sglang_runner(path, enable_lora=True)
+    adapter = peft_adapter(path, ("q_proj", "v_proj"))
+    stray = "base_model.model.model.layers.0.input_layernorm.weight"
+    tensors = {**adapter.tensors, stray: next(iter(adapter.tensors.values()))}
+    ref = LoRARef(lora_id="stray", lora_name="stray", lora_path="__tensor__", pinned=False)
+    result = runner.load_lora_adapter_from_tensors(ref, tensors, adapter.config)
+    assert not result.success and stray in result.error_message
+    assert "stray" not in runner.lora_manager.loras
+
+
+# ------------------------------------------------------------------ 04 what PEFT writes
+@pytest.mark.parametrize(
+    "modules", [*itertools.combinations(MODULES, 1), ("k_proj", "up_proj"), ("q_proj", "v_proj")]
+)
+def test_any_subset_of_modules_answers_as_under_peft(
+    modules, sglang_runner, tiny_model, greedy_tokens, peft_adapter
+):
+    path = tiny_model("qwen3", head_dim=24, intermediate_size=333)
+    runner = sglang_runner(path, enable_lora=True)
+    adapter = peft_adapter(path, modules)
+    lora_id, result = load(runner, adapter)
+    assert result.success, result.error_message
+    assert greedy_tokens(runner, PROMPTS, 6, [lora_id] * 2) == adapter.greedy(PROMPTS, 6)
+
+
+def test_rank_stabilized_adapter_scales_as_under_peft(sglang_runner, tiny_model, greedy_tokens, peft_adapter):
+    path = tiny_model()
+    runner = sglang_runner(path, enable_lora=True)
+    adapter = peft_adapter(path, use_rslora=True, alpha=4)
+    lora_id, result = load(runner, adapter)
+    assert result.success and runner.lora_manager.loras[lora_id].scaling == pytest.approx(4 / 8**0.5)
+    assert greedy_tokens(runner, PROMPTS, 6, [lora_id] * 2) == adapter.greedy(PROMPTS, 6)
