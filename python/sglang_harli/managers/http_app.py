@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import ORJSONResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
 
 from sglang_harli import core
 from sglang_harli.config import HarliOptions
@@ -94,7 +94,7 @@ def routes(publisher: Publisher, tokenizer_manager: Any) -> APIRouter:
     def card(name: str, path: str | None) -> ModelCard:
         return ModelCard(id=name, root=path, parent=tokenizer_manager.served_model_name)
 
-    @router.get("/v1/models", response_class=ORJSONResponse)
+    @router.get("/v1/models")
     async def available_models() -> Any:
         """SGLang's list (the base and the loaded adapters) and the adapters that load when asked for."""
         models = await http_server.available_models()
@@ -102,7 +102,7 @@ def routes(publisher: Publisher, tokenizer_manager: Any) -> APIRouter:
             models.data.append(card(name, tokenizer_manager.lora_ref_cache[name].lora_path))
         return models
 
-    @router.get("/v1/models/{model:path}", response_class=ORJSONResponse)
+    @router.get("/v1/models/{model:path}")
     async def retrieve_model(model: str) -> Any:
         """An adapter, or SGLang's answer (which knows the base alone)."""
         ref = tokenizer_manager.lora_registry.get_all_adapters().get(model)
