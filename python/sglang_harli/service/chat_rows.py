@@ -150,9 +150,10 @@ class RowTokenizer:
         if ends and not self._tokenizer.decode(answer[ends[-1] + 1 :]).strip():
             return prompt, answer[: ends[-1] + 1]
         # A template without an end of turn: serving stops at eos.  What separates turns is not learned.
-        content, separator, tail = answer_text.rpartition(messages[at]["content"])
-        if separator and not tail.strip():
-            answer = self._answer(before, prompt, content + separator, special=False)
+        content = messages[at]["content"]
+        end = answer_text.rfind(content) + len(content)
+        if content and end >= len(content) and not answer_text[end:].strip():
+            answer = self._answer(before, prompt, answer_text[:end], special=False)
         return prompt, [*answer, self._end()]
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, *, opened: bool) -> str:

@@ -56,7 +56,7 @@ class Journal:
         self._shown: dict[str, tuple[str, float]] = {}  # job -> (status, when) of its job.json
         self.trouble: str | None = None  # why nothing can be written at the moment
         self.ended: asyncio.Future[None] = loop.create_future()  # done when the thread is gone
-        self._thread = threading.Thread(target=self._run, name="journal")
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)  # close() waits
         self._thread.start()
 
     # ---- on the loop

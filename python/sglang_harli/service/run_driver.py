@@ -328,6 +328,8 @@ class RunDriver:
         run = self._run if self._run is not None and self._run.names(message) else None
         saved = await self._writer.save(message, run.tokens if run else 0)
         record = self._desk.find(message.job)
+        if message.reason == "shutdown":  # the server ends: nothing is started before another hello
+            self._greeted = False
         if message.reason != "final" or record is None:
             return
         if record.attempt == message.attempt and not record.status.final:

@@ -1,0 +1,107 @@
+"""The real finetune service killed, restarted and hindered: nothing acknowledged is lost, runs end the same."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from support.service_world import pairs, until
+
+
+# ------------------------------------------------------------------ crashes
+def test_a_killed_service_adopts_the_run_in_progress(own):
+    world = own()
+    whole = world.result(world.done(world.client.submit(pairs(), n_epochs=4, seed=3)))
+    world.scheduler.step_s = 0.1
+    job = world.client.submit(pairs(), n_epochs=4, seed=3, checkpoint_every=4)
+    world.at_step(job, 6)
+    world.restart()
+    done = world.done(job)
+    assert done.attempt == 1
+    assert np.array_equal(world.result(done), whole)
+    fed = [f for f in world.scheduler.fed if f[0] == job.id]
+    assert len(fed) == len(set(fed)) == done.total_steps
+    steps = [e.data["step"] for e in world.client.events(job.id) if e.type == "step_metrics"]
+    assert steps == list(range(1, 21))
+    assert any("goes on at step" in e.message for e in world.client.events(job.id))
+
+
+def test_what_was_asked_in_between_is_told_to_the_run_in_progress(own):
+    world = own()
+    world.scheduler.step_s = 0.05
+    job = world.client.submit(pairs(), n_epochs=20)
+    world.at_step(job, 4)
+    world.restart()
+    paused = world.client.pause(job.id)  # before the scheduler has said hello
+    until(lambda: world.scheduler.spec is None, "the end of the run")
+    assert paused.status in ("paused", "running")
+    assert world.status(job, "paused").step >= 4
+
+
+def test_a_restarted_server_goes_on_from_the_last_checkpoint(own):
+    world = own()
+    whole = world.result(world.done(world.client.submit(pairs(), n_epochs=4, seed=3)))
+    world.scheduler.step_s = 0.05
+    job = world.client.submit(pairs(), n_epochs=4, seed=3, checkpoint_every=4)
+    until((world.folder(job) / "checkpoints" / "step-4").is_dir, "a checkpoint")
+    world.at_step(job, 6)
+    world.service.kill()
+    world.scheduler.restart()
+    world.service.start()
+    done = world.done(job)
+    assert done.attempt == 2
+    assert [s.step for s in world.scheduler.starts if s.spec.job == job.id] == [0, 4]
+    assert np.array_equal(world.result(done), whole)
+    assert done.trained_tokens == 4 * done.data["tokens"]
+
+
+def test_a_half_done_publication_is_finished_and_adapters_are_known_again(own):
+    world = own(peers=False)
+    world.join_scheduler()
+    job = world.client.submit(pairs(4))
+    until(lambda: world.client.get(job.id).sub_state == "publishing", "the end of training")
+    assert world.client.get(job.id).status == "running"
+    world.restart()
+    world.join_http()
+    done = world.done(job)
+    assert done.step == done.total_steps
+    world.restart()
+    state = until(
+        lambda: s if (s := world.http.states[-1]).pid == world.service.process.pid else None, "the state"
+    )
+    assert state.adapters == [done.fine_tuned_model]
+    assert state.endpoint_bound
+    until(lambda: world.http.states[-1].scheduler_seen, "the scheduler's hello")
+
+
+def test_a_checkpoint_that_was_altered_is_passed_over(own):
+    world = own()
+    world.scheduler.step_s = 0.05
+    job = world.client.submit(pairs(), n_epochs=4, checkpoint_every=2)
+    world.at_step(job, 7)
+    paused = world.client.pause(job.id)
+    newest = world.folder(job) / "checkpoints" / f"step-{paused.step}" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\x55")
+    world.client.resume(job.id)
+    done = world.done(job)
+    assert any("cannot be used" in e.message for e in world.client.events(job.id))
+    assert done.step == done.total_steps
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(world):
+    world.scheduler.hold.clear()
+    job = world.client.submit(pairs(4), n_epochs=1)
+    blocker = world.folder(job) / "checkpoints"
+    blocker.write_text("in the way")
+    world.scheduler.hold.set()
+    warned = until(lambda: [e for e in world.client.events(job.id) if e.type == "warning"], "the warning")
+    assert "checkpoint of step 1 cannot be written" in warned[0].message
+    assert world.client.get(job.id).status == "running"
+    blocker.unlink()
+    world.done(job)
+
+
+def test_a_graceful_end(own):
+    world = own()
+    world.done(world.client.submit(pairs(4)))
+    assert world.service.terminate() == 0
+    assert "Traceback" not in world.service.log.read_text()

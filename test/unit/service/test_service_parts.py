@@ -1,0 +1,84 @@
+"""Small parts of the service on their own: acknowledgements, admission, leftovers, what `set` accepts."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_harli.config import LIVE
+from sglang_harli.errors import ConfigError, UnsupportedError
+from sglang_harli.protocol.public import Hyperparameters
+from sglang_harli.service import admission, options_desk, public_door
+from sglang_harli.service.scheduler_link import AckLedger
+from sglang_harli.service.submission import remove_leftovers
+from support.service_peers import limits
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=20), st.randoms())
+def test_only_what_is_durable_is_acknowledged(gaps, random):
+    ledger, seq, open_ones = AckLedger(), 0, []
+    last = 0
+    for gap in gaps:
+        seq += gap
+        ledger.open(seq)
+        open_ones.append(seq)
+        if random.random() < 0.6:
+            ledger.close(open_ones.pop(random.randrange(len(open_ones))))
+        assert all(ledger.upto < waiting for waiting in open_ones)
+        assert ledger.upto >= last
+        last = ledger.upto
+    for waiting in open_ones:
+        ledger.close(waiting)
+    assert ledger.upto == seq
+
+
+def test_targets_that_are_not_served_are_named():
+    with pytest.raises(
+        ConfigError, match="up_proj, down_proj not accepted: this server serves q_proj, v_proj"
+    ):
+        admission.check_hyperparameters(
+            Hyperparameters(target_modules=("q_proj", "up_proj", "down_proj")),
+            limits(lora_target_modules=("q_proj", "v_proj")),
+        )
+
+
+def test_the_memory_budget_says_what_to_lower():
+    tight = limits(train_memory_bytes=4 << 20)
+    with pytest.raises(
+        ConfigError, match=r"batch_size \(now 64\).*longest row: 100 tokens.*--harli-max-train-mem"
+    ):
+        admission.check_data(Hyperparameters(batch_size=64), 100, 1, tight)
+    admission.check_data(Hyperparameters(batch_size=1, lora_r=1), 4, 1, limits())
+
+
+def test_data_of_another_vocabulary():
+    admission.check_vocabulary(399, limits())
+    with pytest.raises(UnsupportedError, match="ids up to 400"):
+        admission.check_vocabulary(400, limits())
+
+
+def test_leftovers_of_a_crash_go_and_jobs_stay(tmp_path):
+    for name in (".incoming-ftjob-a", "ftjob-unknown", "ftjob-known", "ftjob-lost", "mine"):
+        (tmp_path / name / "data").mkdir(parents=True)
+    (tmp_path / "ftjob-lost" / "job.json").write_text("{}")
+    remove_leftovers(tmp_path, {"ftjob-known"})
+    assert {p.name for p in tmp_path.iterdir()} == {"ftjob-known", "ftjob-lost", "mine"}
+
+
+@pytest.mark.parametrize("values", [{}, {"run_dir": 1.0}, {"tpot_slo_ms": None}, {"tpot_slo_ms": 0.0}])
+def test_what_cannot_be_set(values):
+    with pytest.raises(ConfigError):
+        options_desk.check(values)
+
+
+def test_what_can_be_set_and_what_contradicts_itself():
+    options_desk.check(dict.fromkeys(LIVE, 25.0))
+    options_desk.check(dict.fromkeys(LIVE[1:]))
+    assert options_desk.contradiction({"tpot_slo_ms": 50.0, "max_itl_ms": 40.0})
+    assert options_desk.contradiction({"tpot_slo_ms": 50.0, "max_itl_ms": None}) is None
+
+
+@given(st.binary(max_size=100))
+def test_any_header_has_an_id_or_none(header):
+    assert isinstance(public_door.request_id(header), str)
