@@ -144,6 +144,8 @@ class HarliServerArgs(_HarliFields, ServerArgs):
             for name, value, reason in cpu_defaults.BEFORE_MODEL:
                 self._default(name, value, reason)
         self._choose_overlap(options, cpu)
+        if cpu and (options.enabled or self.enable_lora or self.lora_paths):
+            self._default("lora_backend", "torch_native", cpu_defaults.TORCH_LORA, unset="csgmv")
         if options.enabled:
             self._enable_lora(cpu)
 
@@ -172,8 +174,6 @@ class HarliServerArgs(_HarliFields, ServerArgs):
                 "finetuned adapters need SGLang's LoRA serving, which enable_lora=False turns off"
             )
         self._default("enable_lora", True, "finetuned adapters are served at once")
-        if cpu:
-            self._default("lora_backend", "torch_native", cpu_defaults.TORCH_LORA, unset="csgmv")
         if self.lora_paths and not (self.max_lora_rank and self.lora_target_modules):
             return  # SGLang sizes its slots by the adapters given; jobs that do not fit are refused
         rank = MAX_LORA_RANK_CPU if cpu else MAX_LORA_RANK_DEVICE
