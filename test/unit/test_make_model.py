@@ -65,8 +65,8 @@ def test_the_same_seed_gives_the_same_files(tmp_path: Path):
 
 def test_pretraining_lowers_the_loss(tmp_path: Path):
     first = tool.make_model(tmp_path / "a", steps=1, overrides=SMALL)["loss"]
-    later = tool.make_model(tmp_path / "b", steps=30, overrides=SMALL)["loss"]
-    assert later < first - 0.5
+    later = tool.make_model(tmp_path / "b", steps=16, overrides=SMALL)["loss"]
+    assert later < first - 0.3
 
 
 def test_sizes_dtypes_and_overrides(tmp_path: Path):

@@ -30,16 +30,16 @@ from sglang_harli.protocol.public import Job
 from sglang_harli.tools.make_model import ARCHITECTURES
 from sglang_harli.tools.request_stream import RequestStream, Served, attainment
 from sglang_harli.tools.server_process import ServerProcess
-from sglang_harli.tools.toy_text import ToyWorld
+from sglang_harli.tools.toy_text import Fact, ToyWorld
 
 ATTAINMENT = 0.99
 REQUESTS = 200  # at least so many without training, and so many while the job runs
-RATE = 6.0  # requests per second
-NEW_TOKENS = 24
+RATE = 8.0  # requests per second
+NEW_TOKENS = 20
 WARM_UP = 6
 FLOOR_MS = 50.0  # the target is the larger of this and three times the median measured
 PAIRS = 16
-HYPERPARAMETERS: dict[str, Any] = {"n_epochs": 60, "learning_rate": 4e-3, "batch_size": 4}
+HYPERPARAMETERS: dict[str, Any] = {"n_epochs": 180, "learning_rate": 2e-3, "batch_size": 4}
 JOB_TIMEOUT_S = 900.0
 SEED = 0
 
@@ -51,7 +51,8 @@ class Measured:
     target_s: float
     alone: list[Served]
     training: list[Served]
-    job: Job
+    failed: list[str]
+    jobs: list[Job]  # the first is the one whose adapter is asked
     base_answer: str
     tuned_answer: str
     learned_pairs: int
@@ -77,6 +78,11 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, question: st
     except aiohttp.ClientError as error:
         raise HarliError(f"asking {model} failed: {error!r}") from error
     return found["choices"][0]["message"]["content"].strip()
+
+
+def during(served: list[Served], spans: list[tuple[float, float]]) -> list[Served]:
+    """The requests that were under way within one of the spans."""
+    return [one for one in served if any(one.start <= end and one.last >= begin for begin, end in spans)]
 
 
 async def measure(server: ServerProcess) -> Measured:
@@ -106,17 +112,23 @@ async def measure(server: ServerProcess) -> Measured:
         base_answer = await ask(session, server.url, "default", facts[0].question)
         say(f"the base model, asked {facts[0].question!r}: {base_answer!r}")
         busy = RequestStream(server.url, prompts, rate=RATE, max_new_tokens=NEW_TOKENS)
+        jobs: list[Job] = []
+        spans: list[tuple[float, float]] = []
         async with busy.running():
-            job, overlapped = await train(client, busy, facts)
-        if job.status != JobStatus.SUCCEEDED or job.fine_tuned_model is None:
-            reason = f": {job.error.code}: {job.error.message}" if job.error else ""
-            raise HarliError(f"the job ended as {job.status}{reason}")
-        answers = [await ask(session, server.url, job.fine_tuned_model, fact.question) for fact in facts]
+            while (
+                len(during(busy.served, spans)) < REQUESTS
+            ):  # a fast device is done with one job before that
+                job, span = await train(client, busy, facts, len(jobs))
+                jobs.append(job)
+                spans.append(span)
+        name = jobs[0].fine_tuned_model or ""
+        answers = [await ask(session, server.url, name, fact.question) for fact in facts]
     return Measured(
         target_s=target_s,
         alone=alone.served,
-        training=[one for one in busy.served if one.start <= overlapped[1] and one.last >= overlapped[0]],
-        job=job,
+        training=during(busy.served, spans),
+        failed=[one.error for one in (*alone.served, *busy.served) if one.error],
+        jobs=jobs,
         base_answer=base_answer,
         tuned_answer=answers[0],
         learned_pairs=sum(answer == fact.answer for answer, fact in zip(answers, facts, strict=True)),
@@ -124,14 +136,19 @@ async def measure(server: ServerProcess) -> Measured:
 
 
 async def train(
-    client: AsyncFinetuneClient, stream: RequestStream, facts: list[Any]
+    client: AsyncFinetuneClient, stream: RequestStream, facts: list[Fact], number: int
 ) -> tuple[Job, tuple[float, float]]:
-    """The finished job, and when its training began and ended (``time.monotonic``)."""
+    """The succeeded job, and when its training began and ended (``time.monotonic``).
+
+    Raises:
+        HarliError: it failed, or takes too long.
+    """
     rows = [
         {"messages": [{"role": "user", "content": f.question}, {"role": "assistant", "content": f.answer}]}
         for f in facts
     ]
-    job = await client.submit(rows, suffix="demo", filename="pairs.jsonl", **HYPERPARAMETERS)
+    suffix = f"demo{number + 1}" if number else "demo"
+    job = await client.submit(rows, suffix=suffix, filename="pairs.jsonl", seed=number, **HYPERPARAMETERS)
     say(f"job {job.id}: {PAIRS} question/answer pairs, {job.total_steps} steps; the stream goes on")
     began, shown = None, 0.0
     end = time.monotonic() + JOB_TIMEOUT_S
@@ -147,6 +164,9 @@ async def train(
             shown = now
             loss = "-" if job.loss is None else f"{job.loss:.3f}"
             say(f"  step {job.step}/{job.total_steps}, loss {loss}, {len(stream.served)} requests served")
+    if job.status != JobStatus.SUCCEEDED:
+        reason = f": {job.error.code}: {job.error.message}" if job.error else ""
+        raise HarliError(f"the job ended as {job.status}{reason}")
     now = time.monotonic()
     return job, (began or now, now)
 
@@ -155,14 +175,14 @@ def summary(measured: Measured, expected: str) -> dict[str, Any]:
     """The figures of the last line."""
     alone = attainment(measured.alone, measured.target_s)
     training = attainment(measured.training, measured.target_s)
-    job = measured.job
-    seconds = (job.finished_at or 0.0) - (job.started_at or 0.0)
-    errors = [one.error for one in (*measured.alone, *measured.training) if one.error]
+    jobs = measured.jobs
+    seconds = sum((job.finished_at or 0.0) - (job.started_at or 0.0) for job in jobs)
+    tokens = sum(job.trained_tokens for job in jobs)
     return {
         "learned": measured.tuned_answer == expected and measured.base_answer != expected,
         "slo_attainment": round(training / alone, 4) if alone else 0.0,
-        "finetune_tokens_per_s": round(job.trained_tokens / seconds, 1) if seconds > 0 else 0.0,
-        "adapter": job.fine_tuned_model,
+        "finetune_tokens_per_s": round(tokens / seconds, 1) if seconds > 0 else 0.0,
+        "adapter": jobs[0].fine_tuned_model,
         "base_answer": measured.base_answer,
         "tuned_answer": measured.tuned_answer,
         "expected_answer": expected,
@@ -174,9 +194,10 @@ def summary(measured: Measured, expected: str) -> dict[str, Any]:
         "tpot_ms_training": _quantiles(measured.training),
         "requests_alone": len(measured.alone),
         "requests_training": len(measured.training),
-        "failed_requests": len(errors),
-        "first_error": errors[0] if errors else None,
-        "trained_tokens": job.trained_tokens,
+        "failed_requests": len(measured.failed),
+        "first_error": measured.failed[0] if measured.failed else None,
+        "jobs": len(jobs),
+        "trained_tokens": tokens,
         "training_s": round(seconds, 1),
     }
 
