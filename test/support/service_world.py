@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -91,6 +92,8 @@ class World:
 
     def close(self) -> None:
         self._stack.close()
+        for folder in (core.shm_dir(str(self.run_dir)), core.ipc_dir(str(self.run_dir))):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def restart(self) -> None:
         """kill -9 and a new service."""
