@@ -98,6 +98,25 @@ def test_wrappers_compute_only_for_batches_with_an_adapter(
     assert greedy_tokens(runner, PROMPTS, 4) == plain and calls == []
 
 
+def test_batch_without_adapter_runs_the_operations_of_plain_serving(sglang_runner, tiny_model, greedy_tokens):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    recorded = []
+    for options in ({}, {"enable_lora": True}):
+        runner = sglang_runner(tiny_model(), **options)
+        greedy_tokens(runner, PROMPTS, 2)  # what is made once
+        seen: list[str] = []
+        with Recorder():
+            greedy_tokens(runner, PROMPTS, 4)
+        recorded.append(seen)
+    assert recorded[0] == recorded[1]
+
+
 def test_gate_is_open_while_graphs_with_lora_are_captured(sglang_runner, tiny_model, greedy_tokens):
     from sglang.srt.model_executor.runner_utils import capture_mode
 
