@@ -185,6 +185,7 @@ class App:
             await asyncio.sleep(0.05)
 
     def close(self) -> None:
+        self._desk.committed.clear()  # what is still written is told to nobody: the sockets are going
         self._worker.shutdown(wait=False, cancel_futures=True)
         self._disk.shutdown(wait=True, cancel_futures=True)
         self._desk.journal.close()
