@@ -145,13 +145,13 @@ def test_backward_runs_on_the_calling_thread(monkeypatch: pytest.MonkeyPatch) ->
     from sglang_harli.peft_trainer import lora_linear
 
     threads: set[int] = set()
-    backward = lora_linear._LoraProduct.backward
+    backward = lora_linear._GroupProduct.backward
 
     def spy(ctx: Any, *grads: torch.Tensor) -> Any:
         threads.add(threading.get_ident())
         return backward(ctx, *grads)
 
-    monkeypatch.setattr(lora_linear._LoraProduct, "backward", staticmethod(spy))
+    monkeypatch.setattr(lora_linear._GroupProduct, "backward", staticmethod(spy))
     run = make_run(tiny_model(dtype=torch.float32), HP, STEPS)
     feed(run, STEPS)
     drive(run, everything, until=1)

@@ -28,6 +28,7 @@ from trainer_oracle import (
 )
 
 from sglang_harli.core import QuantumKind
+from sglang_harli.peft_trainer.attention import SHORT
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -100,6 +101,19 @@ def test_double_precision_equals_the_oracle_for_every_split(arch: str) -> None:
     for choose in SPLITS.values():
         compare(layer_wise(model, hp, steps, choose), oracle)
     compare(layer_wise(model, hp, steps, everything, rows=3), oracle)
+
+
+@pytest.mark.parametrize("arch", ["mistral", "qwen3"])
+def test_rows_of_every_attention_kernel(arch: str) -> None:
+    """Rows on both sides of the length where the backward's attention changes; windows are short."""
+    hp = hyperparameters()
+    steps = random_steps(3, 2, 1, longest=SHORT) + random_steps(3, 2, 1, seed=2, longest=2 * SHORT)
+    assert max(len(ids) for step in steps for ids, _ in step.rows) > SHORT
+    model = tiny_model(arch)
+    mine, oracle = layer_wise(model, hp, steps, at_random(4)), run_oracle(model, hp, steps)
+    assert mine.losses == pytest.approx(oracle.losses, rel=1e-9)
+    for name, weight in oracle.weights.items():
+        torch.testing.assert_close(mine.weights[name], weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("arch", EXTRA)

@@ -31,7 +31,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 512,
     "pad_token_id": None,
     "bos_token_id": 1,
     "eos_token_id": 2,

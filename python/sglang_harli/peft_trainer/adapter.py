@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sglang_harli.errors import ConfigError
 from sglang_harli.peft_trainer.dropout import DropoutMasks
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
-from sglang_harli.peft_trainer.lora_linear import LoraForward
+from sglang_harli.peft_trainer.lora_linear import INPUT_GROUPS, LinearGroup
 from sglang_harli.protocol.public import Hyperparameters
 
 _NAME = "default"
@@ -46,10 +46,11 @@ class LayerBlock:
     """One decoder layer's share of the adapter.
 
     Attributes:
-        matrices: A, B, A, B ... in the order of peft's injection.
+        matrices: A, B, A, B ... in the order of peft's injection.  Within the block the matrices lie by input
+            group: its A's one behind the other, then its B's.
         master: fp32 weights (fp64 for an fp64 base), the ones that are trained and saved.
         compute: the same in the base's dtype; ``master`` itself where the dtypes agree.
-        leaves: views of ``compute`` that autograd differentiates for.
+        groups: the layer's linears by input, on views of ``compute``.
         grad: summed gradients of the optimizer step.
         partial: gradients of the micro-batch in flight; None where a step has one micro-batch only.
         exp_avg, exp_avg_sq: Adam's moments.
@@ -69,7 +70,7 @@ class LayerBlock:
         self.partial = block(exact) if accumulates else None
         self.exp_avg = block(exact)
         self.exp_avg_sq = block(exact)
-        self.leaves = [nn.Parameter(m.of(self.compute)) for m in matrices]
+        self.groups: list[LinearGroup] = []
 
     def refresh_compute(self) -> None:
         if self.compute is not self.master:
@@ -134,25 +135,50 @@ class Adapter:
         return found
 
     def _make_block(self, layer: int, modules: list[tuple[str, Any]]) -> LayerBlock:
-        matrices: list[Matrix] = []
+        """Lay out one layer's matrices and hand peft's modules their views."""
+        by_name = {name.rsplit(".", 1)[-1]: (name, module) for name, module in modules}
+        places: dict[tuple[str, str], Matrix] = {}
         offset = 0
-        for name, module in modules:
+        for group in INPUT_GROUPS:
             for part in ("lora_A", "lora_B"):
-                linear = getattr(module, part)[_NAME]
-                shape = (linear.out_features, linear.in_features)
-                matrices.append(Matrix(f"{_STATE_PREFIX}{name}.{part}.weight", shape, offset))
-                offset += shape[0] * shape[1]
-        block = LayerBlock(
-            matrices, self.base, accumulates=self.hyperparameters.gradient_accumulation_steps > 1
-        )
-        for i, (name, module) in enumerate(modules):
-            a, b = block.leaves[2 * i], block.leaves[2 * i + 1]
-            module.lora_A[_NAME].weight = a
-            module.lora_B[_NAME].weight = b
-            module.forward = LoraForward(
-                module.base_layer, a, b, module.scaling[_NAME], layer, name.rsplit(".", 1)[-1], self.masks
-            )
+                for own in (own for own in group if own in by_name):
+                    name, module = by_name[own]
+                    linear = getattr(module, part)[_NAME]
+                    shape = (linear.out_features, linear.in_features)
+                    places[own, part] = Matrix(f"{_STATE_PREFIX}{name}.{part}.weight", shape, offset)
+                    offset += shape[0] * shape[1]
+        matrices = [places[own, part] for own in by_name for part in ("lora_A", "lora_B")]
+        accumulates = self.hyperparameters.gradient_accumulation_steps > 1
+        block = LayerBlock(matrices, self.base, accumulates=accumulates)
+        for (own, part), matrix in places.items():
+            linear = getattr(by_name[own][1], part)[_NAME]
+            linear.weight = nn.Parameter(matrix.of(block.compute), requires_grad=False)
+        block.groups = [self._make_group(layer, group, block, places) for group in INPUT_GROUPS]
         return block
+
+    def _make_group(
+        self, layer: int, names: tuple[str, ...], block: LayerBlock, places: dict[tuple[str, str], Matrix]
+    ) -> LinearGroup:
+        owner = self.base.layers[layer]
+        holders = [getattr(owner.self_attn if hasattr(owner.self_attn, n) else owner.mlp, n) for n in names]
+        adapted = [i for i, name in enumerate(names) if (name, "lora_A") in places]
+        a, b = None, []
+        if adapted:
+            parts = [places[names[i], "lora_A"] for i in adapted]
+            rank, width = parts[0].shape
+            stacked = Matrix("", (rank * len(parts), width), parts[0].offset)
+            a = nn.Parameter(stacked.of(block.compute))
+            b = [nn.Parameter(places[names[i], "lora_B"].of(block.compute)) for i in adapted]
+        return LinearGroup(
+            list(names),
+            [getattr(holder, "base_layer", holder) for holder in holders],
+            adapted,
+            a,
+            list(b),
+            scaling=self.hyperparameters.scaling,
+            layer=layer,
+            masks=self.masks,
+        )
 
     def tensors(self, layer: int) -> list[tuple[str, Tensor]]:
         """One layer's state by name: adapter/, exp_avg/ and exp_avg_sq/ of each matrix, fp32 views."""

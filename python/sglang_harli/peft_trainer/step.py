@@ -29,6 +29,7 @@ from torch import Tensor
 from sglang_harli.core import QuantumKind
 from sglang_harli.peft_trainer.adapter import Adapter, LayerBlock
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.layer import LayerProgram, rms_norm
 
 HEAD_BLOCK = 16  # target tokens: the unit in which the head is cut
 IGNORED = -100
@@ -138,31 +139,17 @@ class ModelPieces:
     def __init__(self, base: FrozenBase, adapter: Adapter) -> None:
         self.base = base
         self.adapter = adapter
-        self.layers: list[Any] = list(base.layers)
-        self.windows = [base.window(i) for i in range(len(self.layers))]
+        self.layers = [
+            LayerProgram(layer, block.groups, base.window(i))
+            for i, (layer, block) in enumerate(zip(base.layers, adapter.blocks, strict=True))
+        ]
+        self.leaves = [layer.leaves for layer in self.layers]
         self.embed = base.model.model.embed_tokens
         self.norm = base.model.model.norm
         self.head_weight: Tensor = base.model.lm_head.weight
         self.rotary = Rotary(base)
         self.activations = Activations(base)
         self.exact = torch.promote_types(base.dtype, torch.float32)
-
-    def run_layer(self, layer: int, x: Tensor) -> Tensor:
-        """``[rows, width, hidden]`` through one decoder layer, positions from 0."""
-        width = x.shape[1]
-        out = self.layers[layer](
-            x, attention_mask=self._mask(layer, width), position_embeddings=self.rotary.upto(width)
-        )
-        return out[0] if isinstance(out, tuple) else out
-
-    def _mask(self, layer: int, width: int) -> Tensor | None:
-        """None lets sdpa take its causal kernel; only a window shorter than the rows needs a mask."""
-        window = self.windows[layer]
-        if window is None or width <= window:
-            return None
-        place = torch.arange(width, device=self.base.device)
-        gap = place[:, None] - place[None, :]
-        return ((gap >= 0) & (gap < window))[None, None]
 
 
 class MicroBatchPass:
@@ -260,7 +247,8 @@ class MicroBatchPass:
 
     def _forward(self, part: tuple[slice, slice]) -> None:
         with torch.no_grad():
-            out = self.pieces.run_layer(self.layer, self._saved[self.layer][part])
+            x = self._saved[self.layer][part]
+            out = self.pieces.layers[self.layer].forward(x, self.pieces.rotary.upto(x.shape[1]))
             self._saved[self.layer + 1][part].copy_(out)
 
     def _begin_head(self) -> None:
@@ -277,7 +265,7 @@ class MicroBatchPass:
         targets = self._targets[self.done : self.done + count, None]
         hidden = self.pieces.base.config.hidden_size
         x = self._saved[-1].view(-1, hidden).index_select(0, places).requires_grad_()
-        normed = self.pieces.norm(x)
+        normed = rms_norm(self.pieces.norm, x)
         with torch.no_grad():
             logits = F.linear(normed.detach(), self.pieces.head_weight).to(self.pieces.exact)
             logits.sub_(logits.amax(dim=-1, keepdim=True))
@@ -295,15 +283,16 @@ class MicroBatchPass:
     def _backward(self, part: tuple[slice, slice]) -> None:
         """Recompute one layer for a range of rows; its input's gradient replaces its output's."""
         x = self._saved[self.layer][part].detach()
-        block = self.pieces.adapter.blocks[self.layer]
-        inputs: list[Tensor] = list(block.leaves)
+        leaves = self.pieces.leaves[self.layer]
+        inputs = list(leaves)
         if self.layer > 0:  # the embedding is frozen: nobody wants the first layer's
             inputs.append(x.requires_grad_())
-        out = self.pieces.run_layer(self.layer, x)
-        grads = torch.autograd.grad(out, inputs, self._grad[part])
+        layer, rotary = self.pieces.layers[self.layer], self.pieces.rotary.upto(x.shape[1])
+        grads = layer.gradients(x, rotary, self._grad[part], inputs)
         if self.layer > 0:
             self._grad[part].copy_(grads[-1])
-        self._collect(block, grads[: len(block.leaves)], first=part[0].start == 0)
+        block = self.pieces.adapter.blocks[self.layer]
+        self._collect(block, grads[: len(leaves)], first=part[0].start == 0)
 
     def _collect(self, block: LayerBlock, grads: Sequence[Tensor], *, first: bool) -> None:
         target = block.grad if self.overwrite else block.partial
