@@ -65,6 +65,20 @@ TABLE = (
         "training quanta run between batches, on the scheduler's thread",
     ),
     Replacement(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
+        "sglang_harli.managers.kv_headroom:leave_room",
+        "around",
+        False,
+        "on a GPU the KV pool takes all that is free: training's share stays out of it",
+    ),
+    Replacement(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.release_memory_occupation",
+        "sglang_harli.managers.memory_guard:refuse_while_training",
+        "around",
+        True,
+        "the scheduler's answer to a release has no room for a refusal",
+    ),
+    Replacement(
         "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
         "sglang_harli.managers.handshake:launch",
         "around",

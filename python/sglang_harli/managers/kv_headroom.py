@@ -10,8 +10,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-TARGET = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes"
-
 logger = logging.getLogger(__name__)
 
 

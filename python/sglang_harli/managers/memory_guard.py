@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-TARGET = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.release_memory_occupation"
-
 
 async def refuse_while_training(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
     """SGLang's own release, unless a job trains: then a ValueError, which its route answers as HTTP 400."""
