@@ -54,6 +54,7 @@ class ServiceLink:
         self._ring: deque[internal.Message] = deque(maxlen=RING)
         self.service_pid: int | None = None
         self._hello_at = 0.0
+        self._hello_sent = False  # to the service that is there now
 
     # ---------------------------------------------------------------- out
     def send(self, message: internal.Message) -> None:
@@ -77,7 +78,7 @@ class ServiceLink:
         hello = self._make_hello()
         self._seq += 1
         hello.seq = self._seq
-        self._send_now(hello)
+        self._hello_sent = self._send_now(hello)
 
     # ---------------------------------------------------------------- in
     def poll(self) -> list[tuple[internal.Message, list[bytes]]]:
@@ -110,10 +111,9 @@ class ServiceLink:
     def _welcomed(self, message: internal.Welcome) -> None:
         if message.pid == self.service_pid:
             return
-        restarted = self.service_pid is not None
-        self.service_pid = message.pid
-        if restarted:  # a new service has not read our hello yet
+        if self.service_pid is not None or not self._hello_sent:  # this service has not read our hello yet
             self._say_hello(time.monotonic())
+        self.service_pid = message.pid
         for kept in self._ring:
             self._send_now(kept)
 
