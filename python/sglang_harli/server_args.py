@@ -184,9 +184,16 @@ class HarliServerArgs(_HarliFields, ServerArgs):
     def _handle_gpu_memory_settings(self, gpu_mem: float | None) -> None:
         # The first place where the device is known and the model's config may be read.
         if self.harli_on and self.device == "cpu":
+            self._keep_float32()
             for name, value, reason in cpu_defaults.kv_pool(self):
                 self._default(name, value, reason)
         super()._handle_gpu_memory_settings(gpu_mem)
+
+    def _keep_float32(self) -> None:
+        """SGLang's ``--dtype auto`` serves a float32 model in float16."""
+        if self.dtype == "auto" and cpu_defaults.is_float32(self.get_model_config()):
+            self._default("dtype", "float32", cpu_defaults.KEEP_FLOAT32, unset="auto")
+            del self.model_config  # it was resolved for another dtype
 
     # ---- after
     def _finish(self, options: HarliOptions) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import signal
 import socket
@@ -240,7 +241,8 @@ def start_server(
     if launcher == "harli" or any(a.startswith("--harli-") for a in args):
         flags |= {"--harli-run-dir": str(run_dir), "--harli-finetune-endpoint": endpoint}
     if device is not None:
-        flags |= CPU_FLAGS if launcher == "plain" and device == "cpu" else {"--device": device}
+        plain = {**CPU_FLAGS, "--dtype": _dtype(model_path)}
+        flags |= plain if launcher == "plain" and device == "cpu" else {"--device": device}
     given = {a.split("=")[0] for a in args if a.startswith("--")}
     command = [sys.executable, "-m", _MODULES[launcher], *args]
     for flag, value in flags.items():
@@ -265,6 +267,11 @@ _MODULES = {
     "sglang": "sglang.launch_server",
     "plain": "sglang.launch_server",
 }
+
+
+def _dtype(model_path: str | Path) -> str:
+    """The model's own dtype, which our launcher keeps on a CPU."""
+    return str(json.loads((Path(model_path) / "config.json").read_text()).get("dtype") or "auto")
 
 
 def _environment(launcher: str, device: str | None) -> dict[str, str]:

@@ -26,6 +26,8 @@ NO_OVERLAP = "on a CPU the next batch computes at once, so that it would only wa
 USE_THE_LAUNCHER = "to serve on SGLang's CPU engine start with `python -m sglang_harli.launch_server`, which brings the kernels"
 TORCH_LORA = "the LoRA kernels of the other backends need a GPU"
 
+KEEP_FLOAT32 = "the model's own; SGLang's auto would choose float16"
+
 # (argument, value, reason): what does not depend on the model.
 BEFORE_MODEL: tuple[tuple[str, Any, str], ...] = (
     ("attention_backend", "torch_native", "the backend that needs no kernels of AMX or CUDA"),
@@ -45,6 +47,11 @@ def require_kernels() -> None:
         raise UnsupportedError(
             f"sgl_kernel cannot be imported without a CUDA driver: {USE_THE_LAUNCHER}"
         ) from error
+
+
+def is_float32(model: Any) -> bool:
+    """Whether a model's weights are saved in float32 (``model``: SGLang's ModelConfig)."""
+    return str(getattr(model.hf_config, "dtype", None)).removeprefix("torch.") == "float32"
 
 
 def kv_pool(server_args: Any) -> list[tuple[str, Any, str]]:
