@@ -145,7 +145,7 @@ def make_model(
     seconds: Annotated[
         float | None,
         typer.Option(
-            help="About how long to pretrain on two cores; 0: random weights [default: by size, 15 for tiny]"
+            help="About how long to pretrain on two cores; 0: random weights [default: by size, 12 for tiny]"
         ),
     ] = None,
     config_only: Annotated[

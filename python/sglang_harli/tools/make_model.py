@@ -8,6 +8,7 @@ same arguments give the same model on the same machine.
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -55,7 +56,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(256, 4, 4, 2, 704, 1024, 2048, False, 8.0, 15.0),
+    "tiny": Size(256, 4, 4, 2, 704, 1024, 2048, False, 8.0, 12.0),
     "25m": Size(512, 8, 8, 4, 1408, 4096, 4096, True, 1.2, 120.0),
     "100m": Size(768, 12, 12, 4, 2048, 8192, 4096, True, 0.3, 600.0),
     "1b": Size(2048, 16, 32, 8, 8192, 8192, 8192, True, 0.03, 0.0, 128_256),
@@ -88,7 +89,7 @@ def make_model(
         dtype: of the saved weights, one of ``DTYPES`` (pretraining is in float32).
         seed: of the text, the tokenizer, the weights and the order of the rows.
         seconds: about how long to pretrain on two cores (it sets a fixed number of steps; default: by
-            size, 15 for tiny); 0 leaves the weights random.
+            size, 12 for tiny); 0 leaves the weights random.
         steps: the number of pretraining steps itself, instead of ``seconds``.
         weights: False writes configuration and tokenizer only, for SGLang's ``--load-format dummy``.
         overrides: fields of the transformers configuration, for example ``intermediate_size``.
@@ -247,16 +248,25 @@ def _pretrain(
 ) -> float:
     """Plain causal-LM training in place; the loss counts every token.  Returns the last steps' mean loss."""
     import torch
+
+    threads = torch.get_num_threads()
+    if os.getloadavg()[0] > (os.cpu_count() or 1):
+        torch.set_num_threads(1)  # threads that wait for each other on busy cores are slower than one
+    try:
+        return _train(model, _rows(world, tokenizer, seed, ROWS * steps), steps, say)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(model: Any, rows: list[list[int]], steps: int, say: Callable[[str], None]) -> float:
+    import torch
     from transformers import get_cosine_schedule_with_warmup
 
     rate = LEARNING_RATE * min(1.0, 256 / model.config.hidden_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
-    rows = _rows(world, tokenizer, seed, ROWS * steps)
     losses: list[float] = []
-    say(
-        f"{model.num_parameters() / 1e6:.1f}M parameters; pretraining for {steps} steps on text of seed {seed}"
-    )
+    say(f"{model.num_parameters() / 1e6:.1f}M parameters; pretraining for {steps} steps")
     model.train()
     for step in range(steps):
         batch = rows[step * ROWS : (step + 1) * ROWS]

@@ -36,18 +36,22 @@ class Served:
 
 
 class RequestStream:
-    """Sends a request every ``1/rate`` seconds, however long answers take; ``served`` grows.
+    """Sends a request every ``1/rate`` seconds, or when one of ``at_once`` is done; ``served`` grows.
 
     Args:
         url: of the server.
         prompts: taken in turn.
         rate: requests per second.
+        at_once: most requests under way; keeps a slow device from drowning.
         max_new_tokens: of every request; the end of a turn does not end it, so that each has a TPOT.
     """
 
-    def __init__(self, url: str, prompts: Sequence[str], *, rate: float, max_new_tokens: int) -> None:
+    def __init__(
+        self, url: str, prompts: Sequence[str], *, rate: float, max_new_tokens: int, at_once: int = 8
+    ) -> None:
         self.served: list[Served] = []
         self._url, self._prompts = url, prompts
+        self._places = asyncio.Semaphore(at_once)
         self._rate, self._max_new_tokens = rate, max_new_tokens
 
     @contextlib.asynccontextmanager
@@ -72,8 +76,11 @@ class RequestStream:
         due = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for prompt in self._turns():
-                group.create_task(self._one(session, prompt))
-                due += 1 / self._rate
+                await self._places.acquire()
+                group.create_task(self._one(session, prompt)).add_done_callback(
+                    lambda _: self._places.release()
+                )
+                due = max(due, time.monotonic()) + 1 / self._rate
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), max(0.0, due - time.monotonic()))
                 if stop.is_set():
