@@ -73,10 +73,17 @@ TABLE = (
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.release_memory_occupation",
-        "sglang_harli.managers.memory_guard:refuse_while_training",
+        "sglang_harli.managers.training_guards:refuse_while_training",
         "around",
         True,
         "the scheduler's answer to a release has no room for a refusal",
+    ),
+    Replacement(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.pause_generation",
+        "sglang_harli.managers.training_guards:pause_training_too",
+        "around",
+        True,
+        "its default mode holds requests back in the HTTP process alone; training pauses too",
     ),
     Replacement(
         "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",

@@ -72,6 +72,7 @@ class CoTrainer:
         self.clock = clock
         self.quantum_rows = quantum_rows
         self.run: ActiveRun | None = None
+        self.held = False  # /pause_generation pauses training too
         self._set_options, self._status = set_options, status
         self._sub_state = (SubState.TRAINING.value, "")
         self._told_at = 0.0
@@ -167,6 +168,9 @@ class CoTrainer:
             return self._single(QuantumKind.ADAPTER, 1)
         run = self.run
         if run is None:
+            return None
+        if self.held:
+            self._enter(SubState.YIELDING, "generation is paused")
             return None
         if run.copying:
             return self._single(QuantumKind.COPY, 1)

@@ -70,8 +70,14 @@ def _load_adapter(trainer: Any, body: dict[str, Any]) -> dict[str, Any]:
     return trainer.loader.status(body["lora_id"])
 
 
+def _hold(trainer: Any, _body: dict[str, Any]) -> dict[str, Any]:
+    trainer.held = True
+    return {"training": trainer.training}
+
+
 _METHODS: dict[str, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
     "harli/load_adapter": _load_adapter,
     "harli/load_status": lambda trainer, body: trainer.loader.status(body["lora_id"]),
+    "harli/hold": _hold,
     "harli/training": lambda trainer, _: {"training": trainer.training},
 }

@@ -23,9 +23,13 @@ def launch(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -
     server_args = kwargs["server_args"] if "server_args" in kwargs else args[0]
     supervisor.start(server_args)
     launched = original(cls, *args, **kwargs)
-    _, _, _, schedulers, _ = launched
-    if server_args.node_rank == 0:
+    _, _, _, schedulers, watchdog = launched
+    try:
         check_hello(schedulers.scheduler_infos)
+    except SystemExit:
+        if watchdog is not None:
+            watchdog.stop()  # it would answer the end of the children by killing us before the sentence is out
+        raise
     return launched
 
 

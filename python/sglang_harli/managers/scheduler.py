@@ -2,7 +2,7 @@
 
 Leans on these names of SGLang 0.5.16 (sglang/srt/managers/scheduler.py): Scheduler.__init__,
 init_request_dispatcher, get_init_info, process_input_requests, run_batch, process_batch_result, on_idle,
-maybe_sleep_on_idle, handle_dumper_control, handle_shutdown, get_internal_state; running_batch,
+maybe_sleep_on_idle, handle_dumper_control, continue_generation, handle_shutdown, get_internal_state; running_batch,
 waiting_queue, chunked_req, idle_sleeper, ipc_channels.recv_from_tokenizer, forward_stream, tp_worker.
 """
 
@@ -67,6 +67,11 @@ class HarliScheduler(Scheduler):
             self.ipc_channels.send_to_tokenizer.send_output(control.answer(self._harli, recv_req), recv_req)
             return
         super().handle_dumper_control(recv_req)
+
+    def continue_generation(self, recv_req: Any) -> Any:
+        if self._harli is not None:
+            self._harli.held = False
+        return super().continue_generation(recv_req)
 
     def get_internal_state(self, recv_req: Any) -> Any:
         output = super().get_internal_state(recv_req)
