@@ -40,7 +40,7 @@ SGLANG_FILES = {
     "managers/adapter_loader.py",
     "managers/control.py",
     "managers/http_app.py",
-    "managers/memory_guard.py",
+    "managers/training_guards.py",
     "managers/model_names.py",
     "managers/publisher.py",
     "managers/scheduler.py",

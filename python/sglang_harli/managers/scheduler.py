@@ -2,8 +2,8 @@
 
 Leans on these names of SGLang 0.5.16 (sglang/srt/managers/scheduler.py): Scheduler.__init__,
 init_request_dispatcher, get_init_info, process_input_requests, run_batch, process_batch_result, on_idle,
-maybe_sleep_on_idle, handle_dumper_control, continue_generation, handle_shutdown, get_internal_state; running_batch,
-waiting_queue, chunked_req, idle_sleeper, ipc_channels.recv_from_tokenizer, forward_stream, tp_worker.
+maybe_sleep_on_idle, handle_dumper_control, continue_generation, handle_shutdown, get_internal_state;
+running_batch, waiting_queue, chunked_req, idle_sleeper, ipc_channels.recv_from_tokenizer, forward_stream, tp_worker.
 """
 
 from __future__ import annotations
