@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from sglang_harli import errors
 from sglang_harli.config import DEFAULT_ENDPOINT, ENDPOINT_ENV, LIVE
-from sglang_harli.errors import ConfigError, DataError, HarliError, NotFoundError, NotReadyError, StateError
-from sglang_harli.errors import UnsupportedError as Unsupported
+from sglang_harli.errors import DataError, HarliError, NotFoundError
 
 if TYPE_CHECKING:
     from sglang_harli.client import FinetuneClient
@@ -28,10 +28,10 @@ EXIT_CANCELLED = 7
 EXIT_CODES: tuple[tuple[type[HarliError], int], ...] = (
     (DataError, 3),
     (NotFoundError, 4),
-    (StateError, 5),
-    (NotReadyError, 6),
-    (ConfigError, 2),
-    (Unsupported, 2),
+    (errors.StateError, 5),
+    (errors.NotReadyError, 6),
+    (errors.ConfigError, 2),
+    (errors.UnsupportedError, 2),
 )
 EPILOG = (
     "Exit codes: 0 done; 1 the job failed, or the server did; 2 wrong usage or value; 3 bad training data; "
@@ -58,6 +58,7 @@ Endpoint = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, short id, suffix or adapter name.")]
+LatestJob = Annotated[str | None, typer.Argument(metavar="JOB", help="As elsewhere; default: the newest.")]
 
 
 @dataclass
@@ -243,7 +244,9 @@ def submit(
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise ConfigError(f"{text!r} is not accepted: give key=value, for example n_epochs=3", param=text)
+        raise errors.ConfigError(
+            f"{text!r} is not accepted: give key=value, for example n_epochs=3", param=text
+        )
     return name.strip().replace("-", "_"), value.strip()
 
 
@@ -285,10 +288,14 @@ def show(ctx: typer.Context, job: JobName, endpoint: Endpoint = None, as_json: A
 
 
 @app.command()
-def watch(ctx: typer.Context, job: JobName, endpoint: Endpoint = None, as_json: AsJson = False) -> None:
+def watch(
+    ctx: typer.Context, job: LatestJob = None, endpoint: Endpoint = None, as_json: AsJson = False
+) -> None:
     """Follow a job until it is over; the exit code tells how it ended (0, 1 failed, 7 cancelled)."""
     with session(ctx, endpoint, as_json) as current, current.client() as client:
-        found = client.find(job)
+        found = next(iter([client.find(job)] if job else client.list(limit=1)), None)
+        if found is None:
+            raise NotFoundError("there is no job yet: harli submit --data FILE makes one")
         if current.json:
             last = client.wait(found.id)
             print_json(last)
@@ -296,10 +303,6 @@ def watch(ctx: typer.Context, job: JobName, endpoint: Endpoint = None, as_json: 
             from sglang_harli.tools import job_view
 
             last = job_view.watch(lambda: client.get(found.id))
-            if last.error is not None:
-                print(f"error: {last.error.code}: {last.error.message}", file=sys.stderr)
-            elif last.fine_tuned_model:
-                print(f"served as: {last.fine_tuned_model}")
         if last.status == "failed":
             raise typer.Exit(EXIT_FAILED)
         if last.status == "cancelled":
@@ -346,14 +349,10 @@ _steering("cancel", "End a job for good.")
 def status(ctx: typer.Context, endpoint: Endpoint = None, as_json: AsJson = False) -> None:
     """Show the service, serving, training and the queue."""
     with session(ctx, endpoint, as_json) as current, current.client() as client:
+        from sglang_harli.tools import job_view
+
         answer = client.status()
-
-        def lines() -> Iterator[str]:
-            from sglang_harli.tools import job_view
-
-            return job_view.status_lines(answer)
-
-        current.show(answer, lines)
+        current.show(answer, lambda: job_view.status_lines(answer))
 
 
 @app.command(

@@ -140,10 +140,15 @@ def progress_line(job: Job) -> str:
 
 
 def watch(look: Callable[[], Job]) -> Job:
-    """Show a job twice a second until it is over; returns its last form."""
+    """Show a job twice a second until it is over, and how it ended; returns its last form."""
     terminal = console()
     looks = _looks(look)
-    return _watch_bar(looks, terminal) if terminal.is_terminal else _watch_lines(looks)
+    last = _watch_bar(looks, terminal) if terminal.is_terminal else _watch_lines(looks)
+    if last.error is not None:
+        print(f"error: {last.error.code}: {last.error.message}", file=sys.stderr)
+    elif last.fine_tuned_model:
+        print(f"served as: {last.fine_tuned_model}")
+    return last
 
 
 def _looks(look: Callable[[], Job]) -> Iterator[Job]:
