@@ -55,7 +55,9 @@ class HarliOptions:
     finetune: str = _option("on", "Accept finetune jobs; off serves as plain SGLang.", choices=("on", "off"))
     tpot_slo_ms: float = _option(50.0, "Target time per output token, milliseconds.")
     ttft_slo_ms: float | None = _option(None, "Target time to first token, milliseconds (default: none).")
-    max_itl_ms: float | None = _option(None, "Cap on any single gap between tokens, milliseconds (default: none).")
+    max_itl_ms: float | None = _option(
+        None, "Cap on any single gap between tokens, milliseconds (default: none)."
+    )
     max_quantum_ms: float | None = _option(
         None,
         "Upper bound of a training quantum while a request runs or waits, milliseconds "
@@ -67,10 +69,12 @@ class HarliOptions:
         "(default: 250, or half of --harli-ttft-slo-ms).",
     )
     quantum_rows: int | None = _option(
-        None, "Fix the rows in every training quantum, for bit-identical reruns (default: chosen per quantum)."
+        None,
+        "Fix the rows in every training quantum, for bit-identical reruns (default: chosen per quantum).",
     )
     finetune_endpoint: str = _option(
-        DEFAULT_ENDPOINT, "ZMQ address of the finetune service; loopback (tcp://127.0.0.1:PORT) or ipc://PATH."
+        DEFAULT_ENDPOINT,
+        "ZMQ address of the finetune service; loopback (tcp://127.0.0.1:PORT) or ipc://PATH.",
     )
     run_dir: str = _option("./harli-runs", "Folder of jobs, data, checkpoints and adapters; one server each.")
     overlap: str = _option(
@@ -79,9 +83,12 @@ class HarliOptions:
         choices=("auto", "on", "off"),
     )
     max_train_mem: str | None = _option(
-        None, "Memory that training may use, such as 2GiB (default: 10% of the device's, at most 8GiB on a CPU)."
+        None,
+        "Memory that training may use, such as 2GiB (default: 10% of the device's, at most 8GiB on a CPU).",
     )
-    logits_mem: str = _option("64MiB", "Largest logits tensor of a training step; the loss is chunked to fit it.")
+    logits_mem: str = _option(
+        "64MiB", "Largest logits tensor of a training step; the loss is chunked to fit it."
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -97,7 +104,9 @@ class HarliOptions:
         match = _LOOPBACK.match(self.finetune_endpoint)
         if match is None or (match[2] and not 0 < int(match[2]) < 65536):
             raise _bad(
-                "finetune_endpoint", self.finetune_endpoint, "tcp://127.0.0.1:PORT (loopback only) or ipc://PATH"
+                "finetune_endpoint",
+                self.finetune_endpoint,
+                "tcp://127.0.0.1:PORT (loopback only) or ipc://PATH",
             )
         if not self.run_dir:
             raise _bad("run_dir", self.run_dir, "a folder")

@@ -40,7 +40,9 @@ class HarliError(Exception):
         return _rebuild, (type(self), self.message, self.code, self.param, self.details)
 
 
-def _rebuild(cls: type[HarliError], message: str, code: str, param: str | None, details: list[Any]) -> HarliError:
+def _rebuild(
+    cls: type[HarliError], message: str, code: str, param: str | None, details: list[Any]
+) -> HarliError:
     return cls(message, code=code, param=param, details=details)
 
 

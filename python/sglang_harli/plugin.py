@@ -86,6 +86,13 @@ TABLE = (
         "its default mode holds requests back in the HTTP process alone; training pauses too",
     ),
     Replacement(
+        "sglang.srt.entrypoints.http_server.launch_server",
+        "sglang_harli.managers.handshake:http_server_starts",
+        "before",
+        True,
+        "the offline Engine launches the same processes, and has none that could publish an adapter",
+    ),
+    Replacement(
         "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
         "sglang_harli.managers.handshake:launch",
         "around",

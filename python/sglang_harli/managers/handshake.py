@@ -14,12 +14,27 @@ from sglang_harli.managers import supervisor
 KEY = "harli"  # in Scheduler.get_init_info(): {"version": str, "refusal": str | None}
 
 
+_http_server = False
+
+
+def http_server_starts(*_args: Any, **_kwargs: Any) -> None:
+    """Before SGLang's ``http_server.launch_server``: what is launched next will have an HTTP process."""
+    global _http_server
+    _http_server = True
+
+
 def launch(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
     """Around ``Engine._launch_subprocesses``: the service first, the hello last.
 
     Raises:
-        SystemExit: a rank did not say hello, or refuses the model.
+        SystemExit: a rank did not say hello, or refuses the model; or this is the offline Engine, which has
+            no HTTP process to publish adapters.
     """
+    if not _http_server:
+        raise SystemExit(
+            "sglang-harli: finetuning needs a server, whose HTTP process publishes the adapters: start "
+            "`python -m sglang_harli.launch_server`, or give Engine(harli_finetune='off')"
+        )
     server_args = kwargs["server_args"] if "server_args" in kwargs else args[0]
     supervisor.start(server_args)
     launched = original(cls, *args, **kwargs)

@@ -65,10 +65,12 @@ class ServedLimits(Struct, frozen=True, kw_only=True):
         return self.num_layers * sum(hp.lora_r * sum(self.linear_sizes[m]) for m in hp.target_modules)
 
     def job_memory_bytes(self, hp: Hyperparameters, longest_row: int) -> int:
-        """Upper estimate of a run's training memory: adapter, gradients (twice with accumulation), Adam's
-        two moments (fp32 each), saved layer inputs of a micro-batch, one layer's working set, logits."""
+        """Upper estimate of a run's training memory: adapter (and its copy in the base's dtype), gradients
+        (twice with accumulation), Adam's two moments (fp32 each), saved layer inputs of a micro-batch, one
+        layer's working set, logits."""
         item = 4 if self.dtype == "float32" else 2
-        state = self.trainable_parameters(hp) * 4 * (5 if hp.gradient_accumulation_steps > 1 else 4)
+        copies = 4 * (5 if hp.gradient_accumulation_steps > 1 else 4) + (0 if item == 4 else item)
+        state = self.trainable_parameters(hp) * copies
         saved = (self.num_layers + 2) * hp.batch_size * longest_row * self.hidden_size * item
         widest = sum(i + o for i, o in self.linear_sizes.values())
         working = 3 * longest_row * widest * item  # a quantum may be one row

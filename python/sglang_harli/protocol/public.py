@@ -62,7 +62,9 @@ class Hyperparameters(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             ("on_overflow", self.on_overflow, OVERFLOWS),
         ):
             if value not in accepted:
-                raise ConfigError(f"{name}={value!r} is not accepted: give one of {', '.join(accepted)}", param=name)
+                raise ConfigError(
+                    f"{name}={value!r} is not accepted: give one of {', '.join(accepted)}", param=name
+                )
         unknown = [m for m in self.target_modules if m not in ALL_LINEAR]
         if unknown or not self.target_modules or len(set(self.target_modules)) != len(self.target_modules):
             raise ConfigError(
@@ -92,7 +94,9 @@ def parse_hyperparameters(pairs: dict[str, Any]) -> Hyperparameters:
     values = dict(pairs)
     targets = values.get("target_modules")
     if isinstance(targets, str):
-        values["target_modules"] = list(ALL_LINEAR) if targets in ("all", "all-linear") else targets.split(",")
+        values["target_modules"] = (
+            list(ALL_LINEAR) if targets in ("all", "all-linear") else targets.split(",")
+        )
     if isinstance(values.get("max_seq_length"), str) and values["max_seq_length"].lower() in ("none", ""):
         values["max_seq_length"] = None
     try:
@@ -136,7 +140,9 @@ class Job(Struct, kw_only=True, omit_defaults=False):
     eta_s: float | None = None
     attempt: int = 0
     hyperparameters: Hyperparameters
-    data: dict[str, Any] = field(default_factory=dict)  # file, rows, tokens, target_tokens, truncated, dropped
+    data: dict[str, Any] = field(
+        default_factory=dict
+    )  # file, rows, tokens, target_tokens, truncated, dropped
     error: JobError | None = None
     run_dir: str | None = None
 
