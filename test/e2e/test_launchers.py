@@ -16,15 +16,12 @@ from support.server import free_port, start_server
 
 SENTENCE = re.compile(r"^sglang-harli: .*$", re.MULTILINE)
 
-# The launcher, in whose children SGLang is then kept from loading the plugin.
-WITHOUT_PLUGIN_IN_CHILDREN = """
-import os, sys
+# The launcher, in whose scheduler process the row that replaces the scheduler is lost.
+WITHOUT_OUR_SCHEDULER = """
+import sys
 from sglang_harli import launch_server, plugin
-put_in_place = plugin.install
-def install():
-    put_in_place()
-    os.environ["SGLANG_PLUGINS"] = "none"
-plugin.install = install
+if __name__ == "__mp_main__":  # SGLang's children run this file again
+    plugin.TABLE = tuple(row for row in plugin.TABLE if row.main)
 if __name__ == "__main__":
     launch_server.main(sys.argv[1:])
 """
@@ -53,7 +50,7 @@ def test_sglangs_own_launcher_with_an_option_of_ours_serves_as_our_launcher_does
 
 def test_a_server_that_the_seam_did_not_reach_stops_with_one_sentence(model, tmp_path):
     script = tmp_path / "launch.py"
-    script.write_text(WITHOUT_PLUGIN_IN_CHILDREN)
+    script.write_text(WITHOUT_OUR_SCHEDULER)
     flags = ("--model-path", model, "--device", "cpu", "--port", str(free_port()), "--harli-run-dir", "runs")
     done = run(script, *flags, "--harli-finetune-endpoint", f"tcp://127.0.0.1:{free_port()}", cwd=tmp_path)
     assert done.returncode == 1
