@@ -191,7 +191,7 @@ def parse_live(name: str, text: str) -> tuple[str, float | None]:
         value = float(text)
     except ValueError as error:
         raise ConfigError(f"{name}={text!r}: give a number of milliseconds", param=name) from error
-    HarliOptions(**{key: value})  # the same check as at start-up
+    HarliOptions().replace(**{key: value})  # the same check as at start-up
     return key, value
 
 

@@ -17,6 +17,7 @@ from sglang.srt.managers.scheduler import Scheduler
 
 from sglang_harli.core import StepLoad
 from sglang_harli.managers import control, qos_policy, slo_ledger
+from sglang_harli.managers.service_link import has_arrived
 from sglang_harli.managers.serving_side import ServingSide
 from sglang_harli.managers.step_timer import make_timer
 from sglang_harli.managers.trainer_setup import build
@@ -37,8 +38,9 @@ class HarliScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._harli_side = ServingSide(self.server_args.harli_options())
-        self._harli_timer = make_timer(self.device, getattr(self, "forward_stream", None))
+        ours: Any = self.server_args  # HarliServerArgs: the seam's other half
+        self._harli_side = ServingSide(ours.harli_options())
+        self._harli_timer = make_timer(str(self.device), getattr(self, "forward_stream", None))
         self._harli_housekeeping_at = 0.0
         self._harli, self._harli_refusal = build(self, self._harli_side)
         if self._harli is not None and self.idle_sleeper is not None:
@@ -114,8 +116,8 @@ class HarliScheduler(Scheduler):
         self._harli_fill(batch.reqs)
 
     def _harli_load(self, running: int) -> StepLoad:
-        arrived = self.ipc_channels.recv_from_tokenizer.getsockopt(zmq.EVENTS) & zmq.POLLIN
-        waiting = len(self.waiting_queue) + (self.chunked_req is not None) + bool(arrived)
+        arrived = has_arrived(self.ipc_channels.recv_from_tokenizer)
+        waiting = len(self.waiting_queue) + (self.chunked_req is not None) + arrived
         return StepLoad(running=running, waiting=waiting)
 
     def _harli_fill(self, reqs: list[Any]) -> None:
