@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ from typing import Any
 
 import aiohttp
 
+from sglang_harli import core
 from sglang_harli.client import AsyncFinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import HarliError
@@ -231,14 +233,19 @@ def run(arch: str, log: Path) -> dict[str, Any]:
             raise HarliError(f"make-model failed:\n{made.stderr[-2000:]}")
         say(f"starting the server (log: {log})")
         log.write_bytes(b"")
-        with ServerProcess(model, Path(folder) / "runs", log) as server:
-            say(f"serving at {server.url}, finetuning at {server.endpoint}")
-            try:
-                measured = asyncio.run(measure(server))
-            except (HarliError, OSError):
-                say(f"the end of the server's log:\n{server.log_tail()}")
-                raise
-            say("stopping the server")
+        runs = Path(folder) / "runs"
+        try:
+            with ServerProcess(model, runs, log) as server:
+                say(f"serving at {server.url}, finetuning at {server.endpoint}")
+                try:
+                    measured = asyncio.run(measure(server))
+                except (HarliError, OSError):
+                    say(f"the end of the server's log:\n{server.log_tail()}")
+                    raise
+                say("stopping the server")
+        finally:  # a run directory that is never used again
+            for left in (core.shm_dir(str(runs)), core.ipc_dir(str(runs))):
+                shutil.rmtree(left, ignore_errors=True)
     return summary(measured, expected) | {"total_s": round(time.monotonic() - began, 1)}
 
 
@@ -269,6 +276,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         figures = run(options.arch, options.log.absolute())
+    except KeyboardInterrupt:
+        print("interrupted: the server is stopped", file=sys.stderr, flush=True)
+        return 130
     except HarliError as error:
         figures = {
             "learned": False,
