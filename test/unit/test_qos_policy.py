@@ -14,6 +14,8 @@ from sglang_harli.managers import qos_policy
 from sglang_harli.managers.quantum_costs import DecodeCosts, QuantumCosts
 from sglang_harli.managers.serving_side import ServingSide, targets_of
 from sglang_harli.managers.slo_ledger import (
+    KEPT_S,
+    KEPT_SHARE,
     UNBOUNDED,
     Attainment,
     PrefillReserve,
@@ -84,7 +86,9 @@ def test_a_quantum_under_load_never_exceeds_slack_or_bound(running, waiting, sla
 def test_slack_counts_banked_time_decode_reserve_and_queued_training():
     clock = RequestClock(first_token_s=10.0, last_token_s=10.02, emitted=4)
     slack = batch_slack([clock], TARGETS, now_s=10.03, decode_upper_s=0.01, reserve_s=0.02, queued_s=0.005)
-    assert math.isclose(slack.seconds, 10.0 + 4 * 0.05 - 10.03 - 0.01 - 0.02 - 0.005)
+    assert math.isclose(
+        slack.seconds, 10.0 + 4 * 0.05 * (1 - KEPT_SHARE) - KEPT_S - 10.03 - 0.01 - 0.02 - 0.005
+    )
     assert slack.bound == "tpot"
 
 

@@ -10,6 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# What is kept of the target for what a client sees and the scheduler does not: detokenization, HTTP, and
+# the jitter of other processes.  A share of each token's time, and once the gap around the last token.
+KEPT_SHARE = 0.03
+KEPT_S = 0.002
+
 
 @dataclass(frozen=True, slots=True)
 class Targets:
@@ -68,7 +73,8 @@ def batch_slack(
     Returns:
         Slack(inf, "none") for an empty batch.
     """
-    tpot, itl = targets.tpot_s, targets.max_itl_s
+    tpot, itl = targets.tpot_s * (1 - KEPT_SHARE), targets.max_itl_s
+    reserve_s += KEPT_S
     least, bound = float("inf"), "none"
     for clock in clocks:
         due = clock.first_token_s + clock.emitted * tpot - reserve_s
