@@ -1,0 +1,135 @@
+"""Training on a CUDA device: the same losses as on a CPU, no waiting for the device, snapshots in full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from sglang_harli.core import QuantumKind
+from sglang_harli.managers.quantum_clock import DeviceClock
+from sglang_harli.managers.snapshots import StateCopier, reader, state_layout
+from sglang_harli.managers.step_timer import EventTimer
+from sglang_harli.peft_trainer.frozen_base import from_transformers
+from sglang_harli.peft_trainer.run import TrainingRun
+from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
+from sglang_harli.protocol.public import Hyperparameters
+from sglang_harli.protocol.shared_memory import Slot
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+
+STEPS = 4
+LENGTHS = [24, 17, 9]
+
+
+def make_run(device: str, dtype: torch.dtype = torch.float32) -> TrainingRun:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    base = from_transformers(model.to(device=device, dtype=dtype).eval())
+    hyperparameters = Hyperparameters(batch_size=3, lora_r=8, learning_rate=1e-3)
+    spec = RunSpec(job="j", attempt=1, hyperparameters=hyperparameters, total_steps=STEPS)
+    run = TrainingRun(base, spec, logits_bytes=1 << 16)
+    rng = np.random.default_rng(0)
+    for step in range(1, STEPS + 1):
+        ids = rng.integers(0, 128, sum(LENGTHS), dtype=np.int32)
+        cursor = BatchCursor(epoch=1, step=step, index=0)
+        batch = MicroBatch(
+            job="j",
+            attempt=1,
+            cursor=cursor,
+            micro_batches=1,
+            lengths=LENGTHS,
+            rows=[0, 1, 2],
+            step_target_tokens=sum(LENGTHS) - len(LENGTHS),
+        )
+        run.feed(batch, ids, ids)
+    return run
+
+
+def finish(run: TrainingRun) -> list[float]:
+    while (shape := run.peek()) is not None:
+        run.run(shape.rows)
+    if run.base.device.type == "cuda":
+        torch.cuda.synchronize()
+    return [metrics.loss for metrics in run.take_metrics()]
+
+
+def test_losses_are_those_of_the_cpu():
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        assert finish(make_run("cuda")) == pytest.approx(finish(make_run("cpu")), rel=1e-4)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_train(dtype):
+    losses = finish(make_run("cuda", dtype))
+    assert len(losses) == STEPS and all(np.isfinite(losses))
+
+
+def test_no_quantum_synchronizes_with_the_device():
+    run = make_run("cuda", torch.bfloat16)
+    finish(make_run("cuda", torch.bfloat16))  # lazy initialization may
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while (shape := run.peek()) is not None:
+            run.run(shape.rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_snapshot_through_pinned_memory_is_the_state(tmp_path: Path):
+    run = make_run("cuda")
+    finish(run)
+    tensors = run.state_tensors()
+    refs, nbytes = state_layout(tensors)
+    slot = Slot.create(tmp_path, nbytes)
+    copier = StateCopier(tensors, slot, refs)
+    while not copier.done:
+        copier.run()
+    get = reader(slot, refs)
+    for name, tensor in tensors:
+        assert torch.equal(get(name), tensor.cpu()), name
+
+
+def test_queued_quanta_count_until_their_events_fire():
+    stream = torch.cuda.Stream()
+    clock = DeviceClock(torch.cuda, stream)
+    big = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    with clock.span():
+        for _ in range(20):
+            big = big @ big * 1e-4
+    clock.close(QuantumKind.FORWARD, 10, False, 0.5)
+    assert clock.queued_s in (0.0, 0.5)
+    torch.cuda.synchronize()
+    assert clock.queued_s == 0.0
+    (measured,) = clock.take()
+    assert measured.tokens == 10 and measured.seconds > 0
+
+
+def test_batches_are_timed_by_events():
+    timer = EventTimer(torch.cuda, torch.cuda.current_stream())
+    timer.begin()
+    torch.randn(2048, 2048, device="cuda") @ torch.randn(2048, 2048, device="cuda")
+    timer.end(True, 3)
+    torch.cuda.synchronize()
+    ((is_decode, size, seconds),) = timer.take()
+    assert is_decode and size == 3 and seconds > 0
