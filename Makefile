@@ -54,6 +54,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(RUN_ENV) $(BIN)/python benchmark/bench_start.py $(BENCH_ARGS)
 	$(RUN_ENV) $(BIN)/python benchmark/bench_overhead.py $(BENCH_ARGS)
+	$(RUN_ENV) $(BIN)/python benchmark/bench_step.py
 
 wheel: $(STAMP)
 	rm -rf build dist

@@ -1,7 +1,7 @@
 """How long quanta take, and how much launched training is still queued on the device.
 
 On a CPU a quantum is over when it returns.  On CUDA it runs on the stream of SGLang's forwards, behind
-the batch in flight (seams 2.2, strict alternation): events tell later what it took, and until they fire
+the batch in flight (strict alternation): events tell later what it took, and until they fire
 its upper bound counts as queued, so that the ledger charges it to the token it delays.
 """
 

@@ -25,6 +25,7 @@ from typing import Any
 from sglang_harli import core
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 from sglang_harli.errors import StateError, UnsupportedError
+from sglang_harli.platforms.cpu import engine
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ class Supervisor:
             try:
                 self._child = subprocess.Popen(
                     command,
-                    env={**os.environ, **self._environment},
+                    env={**engine.without_stand_in(os.environ), **self._environment},
                     stdin=subprocess.DEVNULL,
                     stdout=_STDERR,  # stdout may be somebody's pipe; the log is stderr
                     # Out of the terminal's process group: on Ctrl-C SGLang ends in its own order.
