@@ -25,9 +25,8 @@ from sglang_harli.managers.trainer_setup import build
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_S = 8.0  # SGLang kills the tree 15 s after it asked to shut down
-HOUSEKEEPING_S = (
-    1.0  # SGLang's idle checks (leaks, metrics) run this often while training fills the idle time
-)
+IDLE_TURN_S = 0.02  # then the loop looks at its other sockets, the finetune service's among them
+HOUSEKEEPING_S = 1.0  # how often SGLang's idle checks (leaks, metrics) run while training fills the time
 
 
 class HarliScheduler(Scheduler):
@@ -121,39 +120,50 @@ class HarliScheduler(Scheduler):
         return StepLoad(running=running, waiting=waiting)
 
     def _harli_fill(self, reqs: list[Any]) -> None:
-        """Quanta between two decode steps, one decision each."""
+        """Quanta between two decode steps, one decision each.
+
+        A request may have banked seconds (a job that begins under a long answer): what is spent between two
+        tokens stays under the bound of one quantum all the same, so that no gap is felt as a stall.
+        """
         trainer, side = self._harli, self._harli_side
         clocks = side.clocks(reqs)
+        begin_s = time.perf_counter()
+        ran = False
         while (offer := trainer.offer()) is not None:
             load = self._harli_load(len(clocks))
-            slack = side.slack(clocks, time.perf_counter(), trainer.queued_s)
+            now_s, queued_s = time.perf_counter(), trainer.queued_s
+            slack = side.slack(clocks, now_s, queued_s)
+            room_s = side.targets.busy_quantum_s - (now_s - begin_s) - queued_s
+            slack = slo_ledger.Slack(min(slack.seconds, room_s), slack.bound)
             decision = qos_policy.decide(load, slack, offer, side.targets)
             if not decision.quanta:
-                trainer.held_back(offer, decision, slack.seconds)
+                if not ran:
+                    trainer.held_back(offer, decision, slack.seconds)
                 return
             trainer.run_quantum(offer, decision)
+            ran = True
             if load.idle:  # the batch's last request has finished: the loop must see to what comes next
                 return
 
     def on_idle(self) -> None:
-        """One quantum a turn while nothing runs: the loop polls for requests in between."""
+        """Quanta back to back while nothing runs, looking for arrivals between them."""
         trainer = self._harli
         if trainer is None or not trainer.busy:
             super().on_idle()
             return
-        offer = trainer.offer()
-        if offer is None:
-            super().on_idle()
-            return
         self._harli_timer.drop()
-        load = self._harli_load(0)
-        decision = qos_policy.decide(load, slo_ledger.UNBOUNDED, offer, self._harli_side.targets)
-        if decision.quanta:
+        begin_s = time.monotonic()
+        ran = False
+        while time.monotonic() - begin_s < IDLE_TURN_S and (offer := trainer.offer()) is not None:
+            load = self._harli_load(0)
+            decision = qos_policy.decide(load, slo_ledger.UNBOUNDED, offer, self._harli_side.targets)
+            if not decision.quanta:
+                break
             trainer.run_quantum(offer, decision)
             trainer.settle()
-        now_s = time.monotonic()
-        if now_s - self._harli_housekeeping_at > HOUSEKEEPING_S:
-            self._harli_housekeeping_at = now_s
+            ran = True
+        if not ran or begin_s - self._harli_housekeeping_at > HOUSEKEEPING_S:
+            self._harli_housekeeping_at = begin_s
             super().on_idle()
 
     def maybe_sleep_on_idle(self) -> None:
