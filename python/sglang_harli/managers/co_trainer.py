@@ -272,7 +272,13 @@ class CoTrainer:
     def shutdown(self, limit_s: float) -> None:
         """Graceful end: save a step that is newer than the last checkpoint, if time allows."""
         run = self.run
-        if run is None or not run.final_snapshot():
+        if run is None:
+            return
+        try:
+            if not run.final_snapshot():
+                return
+        except HarliError as error:  # the run had failed, and the last metrics say so now
+            self._fail(error)
             return
         deadline = time.monotonic() + limit_s
         while self.run is not None and time.monotonic() < deadline:
