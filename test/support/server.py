@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+from sglang_harli.core import shm_dir
 from sglang_harli.platforms.cpu import engine
 
 START_S = 300.0  # start-up takes 14 to 51 s on 2 cores that do nothing else
@@ -181,11 +183,18 @@ class Server:
                 process.kill()
         self.process.wait()
         psutil.wait_procs(list(self._family.values()), timeout=10)
+        self._clear_shared_memory()
+
+    def _clear_shared_memory(self) -> None:
+        """SGLang ends by SIGKILL, and the slots left behind are cleared at the run directory's next start: which a
+        temporary one never sees."""
+        shutil.rmtree(shm_dir(str(self.run_dir)), ignore_errors=True)
 
     def _reap(self, timeout: float, how: str) -> None:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None and not self.family():
+                self._clear_shared_memory()
                 return
             self.family()
             time.sleep(POLL_S / 5)
