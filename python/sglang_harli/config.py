@@ -97,7 +97,8 @@ class HarliOptions:
                 raise _bad(f.name, getattr(self, f.name), "one of " + ", ".join(choices))
         for name in ("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and 0 < value <= 3_600_000):
+            missing = value is None and name == "tpot_slo_ms"  # the one target that is always there
+            if missing or (value is not None and not (math.isfinite(value) and 0 < value <= 3_600_000)):
                 raise _bad(name, value, "a number of milliseconds above 0 and at most 3,600,000")
         if self.quantum_rows is not None and self.quantum_rows < 1:
             raise _bad("quantum_rows", self.quantum_rows, "an integer of at least 1")

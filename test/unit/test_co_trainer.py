@@ -310,3 +310,43 @@ def test_messages_of_another_attempt_are_dropped(run_dir):
     assert report.request == 5 and report.training["batches_ahead"] == 0
     host.link.close()
     peer.socket.close()
+
+
+class BrokenLoader:
+    """An adapter loader whose first slice raises what nobody expected."""
+
+    pending = True
+
+    def run_slice(self) -> None:
+        self.pending = False
+        raise RuntimeError("not expected")
+
+
+def test_an_adapter_that_cannot_be_loaded_does_not_fail_the_run_of_another_job(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    peer.send(internal.StartRun(spec=spec()))
+    until(host, peer, lambda: peer.of(internal.RunStarted))
+    host.trainer.loader = loader = BrokenLoader()
+    peer.send(*batch(1))
+    until(host, peer, lambda: peer.of(internal.StepDone))
+    assert not loader.pending and not peer.of(internal.RunFailed)
+    host.link.close()
+    peer.socket.close()
+
+
+def test_options_that_are_not_accepted_are_answered_and_leave_the_run_alone(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    peer.send(internal.StartRun(spec=spec()))
+    until(host, peer, lambda: peer.of(internal.RunStarted))
+    peer.send(internal.SetOptions(request=1, values={"quantum_rows": 0.5, "tpot_slo_ms": None}))
+    peer.send(
+        internal.SetOptions(request=2, values={"tpot_slo_ms": None})
+    )  # no number: TypeError in the check
+    peer.send(*batch(1))
+    until(host, peer, lambda: peer.of(internal.StepDone))
+    assert [answer.outcome for answer in peer.of(internal.OptionsSet)] == ["conflict", "conflict"]
+    assert not peer.of(internal.RunFailed)
+    host.link.close()
+    peer.socket.close()

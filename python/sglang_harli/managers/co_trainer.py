@@ -103,7 +103,8 @@ class CoTrainer:
                 logger.exception("harli: %s could not be handled", type(message).__name__)
                 if isinstance(message, internal.StartRun) and self.run is None:
                     self._report_failure(message.spec.job, message.spec.attempt, message.step, error)
-                self._fail(error)
+                elif not isinstance(message, internal.StatusRequest | internal.SetOptions):
+                    self._fail(error)  # those two are no business of the run
 
     def _current(self, message: Any) -> ActiveRun | None:
         """The run a message is about; messages of another job or an older attempt are dropped."""
@@ -206,7 +207,10 @@ class CoTrainer:
                 tokens, first = self._run(offer.kind, decision.rows)
         except Exception as error:  # boundary: the quantum
             logger.exception("harli: a training quantum (%s) failed", offer.kind.value)
-            self._fail(error)
+            if (
+                offer.kind is not QuantumKind.ADAPTER
+            ):  # another job's adapter: its loading has failed, not the run
+                self._fail(error)
             return
         upper_s = dict(offer.candidates).get(decision.rows, offer.candidates[-1][1])
         self.clock.close(offer.kind, tokens, first, upper_s)
