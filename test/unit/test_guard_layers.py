@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from project_files import PACKAGE, module_name, package_files, parse, relative
 
-BASE = {"core", "errors", "config", "protocol"}
+BASE = {"core", "errors", "fault_points", "config", "protocol"}
 ROOMS = {"predictor", "mem_cache", "peft_trainer", "service"}
 INSIDE = BASE | ROOMS | {"managers", "server_args", "patches", "platforms"}
 
@@ -20,8 +20,9 @@ ALLOWED: dict[str, set[str]] = {
     "": {"client"},  # `from sglang_harli import FinetuneClient`, resolved when asked for
     "core": set(),
     "errors": set(),
+    "fault_points": set(),
     "config": {"core", "errors"},
-    "protocol": {"core", "errors"},
+    "protocol": {"core", "errors", "fault_points"},
     **dict.fromkeys(ROOMS, BASE),
     "platforms": {"errors"},
     "patches": BASE | {"platforms"},
@@ -54,6 +55,7 @@ SGLANG_FOLDERS = ("patches/", "platforms/cpu/")
 # Must import without torch, sglang or transformers: `harli --help` and the pure rooms.
 LIGHT = (
     "core",
+    "fault_points",
     "errors",
     "config",
     "client",

@@ -30,7 +30,7 @@ FLAGS = {
     "logits_mem": "64MiB",
 }
 LIVE_FLAGS = ("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms")
-ENVIRONMENT = {"HARLI_ON", "HARLI_ENDPOINT", "HARLI_SERVICE_CONFIG"}
+ENVIRONMENT = {"HARLI_ON", "HARLI_ENDPOINT", "HARLI_SERVICE_CONFIG", "HARLI_FAULT_POINTS"}
 
 PROTOCOL_VERSION = 1
 VERBS = ("submit", "list", "get", "events", "pause", "resume", "cancel", "status", "set", "unsubscribe")
@@ -77,7 +77,8 @@ MESSAGES = {
     "JobError": "code message param",
     "Job": (
         "id object created_at started_at finished_at status sub_state reason model suffix fine_tuned_model step "
-        "total_steps trained_tokens loss learning_rate tokens_per_s eta_s attempt hyperparameters data error run_dir"
+        "total_steps trained_tokens loss learning_rate tokens_per_s eta_s attempt hyperparameters data error run_dir "
+        "priority resumed_from"
     ),
     "TensorRef": "name dtype shape offset nbytes",
     "SlotRef": "path nbytes tensors",

@@ -14,6 +14,7 @@ import time
 
 from sglang_harli.core import SubState
 from sglang_harli.errors import TrainingError
+from sglang_harli.fault_points import Point, reach
 from sglang_harli.managers.service_link import ServiceLink
 from sglang_harli.managers.snapshots import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
@@ -103,6 +104,7 @@ class ActiveRun:
         assert copier is not None
         reason, self._wanted = self._wanted or "every", None
         self._slot_free = False  # the service's until SnapshotSaved
+        reach(Point.SNAPSHOT_COPIED)
         self._link.send(
             internal.SnapshotReady(
                 job=self.spec.job,
@@ -140,6 +142,7 @@ class ActiveRun:
             TrainingError: a step's loss was not finite.
         """
         for metrics in self.training.take_metrics():
+            reach(Point.STEP_APPLIED)
             now_s = time.monotonic()
             seconds, self._last_step_at = now_s - self._last_step_at, now_s
             self._link.send(
@@ -185,6 +188,7 @@ class ActiveRun:
     def saved(self, message: internal.SnapshotSaved) -> bool:
         """The service has written a snapshot (or could not); True: the run is over, release it."""
         self._slot_free = True
+        reach(Point.ACKNOWLEDGED)
         if message.ok:
             self._saved_step = max(self._saved_step, message.step)
         behind = self.training.applied_step > self._saved_step

@@ -26,6 +26,7 @@ import zmq.asyncio
 
 from sglang_harli.core import looks_like_adapter
 from sglang_harli.errors import NotReadyError, UnsupportedError
+from sglang_harli.fault_points import Point, reach
 from sglang_harli.protocol import internal
 
 logger = logging.getLogger(__name__)
@@ -199,8 +200,10 @@ class Publisher:
             status = await self._ask("harli/load_status", {"lora_id": ref.lora_id})
         if status.get("state") != "loaded":
             raise UnsupportedError(status.get("error") or f"unexpected answer {status}", code="load_failed")
+        reach(Point.LOADED)
         await self._manager.lora_registry.register(ref)
         self._manager.lora_ref_cache[wanted.name] = ref
+        reach(Point.REGISTERED)
         logger.info("harli: adapter %s is served (loaded in %.2f s)", wanted.name, time.monotonic() - since)
 
     def _check_room(self) -> None:

@@ -145,6 +145,8 @@ class Job(Struct, kw_only=True, omit_defaults=False):
     )  # file, rows, tokens, target_tokens, truncated, dropped
     error: JobError | None = None
     run_dir: str | None = None
+    priority: int = 0
+    resumed_from: str | None = None
 
 
 class Event(Struct, kw_only=True):

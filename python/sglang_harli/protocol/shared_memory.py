@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sglang_harli.fault_points import Write, reach
 from sglang_harli.protocol.internal import SlotRef, TensorRef
 
 _ALIGN = 64
@@ -59,6 +60,7 @@ class Slot:
     @classmethod
     def create(cls, folder: Path, nbytes: int) -> Slot:
         """A new slot in ``folder`` (made with mode 0700), its pages faulted in."""
+        reach(Write.SLOT)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         slot = cls(str(folder / f"slot-{secrets.token_hex(8)}"), nbytes, create=True)
         np.frombuffer(slot.buffer, dtype=np.uint8)[:: mmap.PAGESIZE] = 0

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from sglang_harli.errors import HarliError
+from sglang_harli.fault_points import Point, Write, reach
 from sglang_harli.protocol import shared_memory
 from sglang_harli.protocol.internal import SlotRef
 from sglang_harli.service.job_files import fsync_folder, fsync_tree
@@ -59,10 +60,12 @@ def save_state(checkpoints: Path, step: int, slot: SlotRef, run: dict[str, Any],
             t.name: np.frombuffer(mapped.view(t), dtype=np.dtype(t.dtype)).reshape(t.shape)
             for t in slot.tensors
         }
+        reach(Write.STATE)
         _save_tensors(arrays, temporary / "state.safetensors")
         del arrays
     finally:
         mapped.close()
+    reach(Write.META)
     (temporary / "run.msgpack").write_bytes(msgspec.msgpack.encode(run))
     meta = {
         "step": step,
@@ -71,7 +74,9 @@ def save_state(checkpoints: Path, step: int, slot: SlotRef, run: dict[str, Any],
         "sha256": {name: _sha256(temporary / name) for name in ("state.safetensors", "run.msgpack")},
     }
     (temporary / "meta.json").write_text(json.dumps(meta, indent=2))
+    reach(Point.FILE_WRITTEN)
     _replace(temporary, final)
+    reach(Point.RENAMED)
     return final
 
 
@@ -139,9 +144,11 @@ def save_adapter(adapter: Path, checkpoints: Path, step: int, config: dict[str, 
     temporary = adapter.with_name("adapter.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    reach(Write.ADAPTER)
     _save_tensors(chosen, temporary / "adapter_model.safetensors")
     (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2))
     _replace(temporary, adapter)
+    reach(Point.ADAPTER_EXPORTED)
 
 
 def load_adapter(adapter: Path, shm: Path) -> tuple[shared_memory.Slot, SlotRef, dict[str, Any]]:
@@ -181,6 +188,7 @@ def _save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
 
 def _replace(temporary: Path, final: Path) -> None:
     """Make ``temporary`` durable under its final name (an older folder of that name goes)."""
+    reach(Write.RENAME)
     fsync_tree(temporary)
     if final.exists():
         shutil.rmtree(final)

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import orjson
 
+from sglang_harli.fault_points import Write, reach
 from sglang_harli.protocol.public import Event, Job
 
 INCOMING = ".incoming-"  # a folder of a job that is not accepted yet
@@ -67,6 +68,7 @@ class JobMirror:
     def job(self, job: Job) -> None:
         path = JobPaths(self._run_dir, job.id).job
         temporary = path.with_suffix(".tmp")
+        reach(Write.MIRROR)
         temporary.write_bytes(orjson.dumps(msgspec.to_builtins(job), option=orjson.OPT_INDENT_2))
         os.replace(temporary, path)
 
@@ -95,6 +97,7 @@ class JobMirror:
 
 def _append(path: Path, rows: list[dict]) -> None:
     if rows:
+        reach(Write.MIRROR)
         with path.open("ab") as file:
             file.write(b"".join(orjson.dumps(row) + b"\n" for row in rows))
 

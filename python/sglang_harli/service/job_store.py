@@ -26,9 +26,10 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import Engine, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from sglang_harli.errors import HarliError
+from sglang_harli.fault_points import Write, reach
 from sglang_harli.protocol.public import Event
 from sglang_harli.service.jobs import JobRecord
 
@@ -97,6 +98,10 @@ class JobStore:
         settings: dict[str, str] | None = None,
     ) -> None:
         """All of it in one transaction; repeating a write changes nothing."""
+        try:
+            reach(Write.STORE)
+        except OSError as error:  # as the database itself would say it
+            raise OperationalError("write", None, error) from error
         with self._engine.begin() as db:
             for record in records:
                 _put(

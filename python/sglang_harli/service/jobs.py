@@ -42,6 +42,8 @@ class JobRecord(Struct, frozen=True, kw_only=True):
         checkpoint_step, checkpoint_tokens: of the last durable ``state`` checkpoint (0: none).
         last_event: id of the job's newest event.
         metrics_attempt, metrics_step: the newest step whose metrics are stored.
+        priority: higher ones leave the queue first; equal ones in the order of ``number``.
+        resumed_from: the job whose checkpoint this one began with.
         data_sha256: of the submitted file, to tell a repeated submit from another one.
     """
 
@@ -77,6 +79,8 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     last_event: int = 0
     metrics_attempt: int = 0
     metrics_step: int = 0
+    priority: int = 0
+    resumed_from: str | None = None
 
     @property
     def eta_s(self) -> float | None:
@@ -132,6 +136,8 @@ def public(record: JobRecord, run_dir: str) -> Job:
         data=record.data,
         error=record.error,
         run_dir=run_dir,
+        priority=record.priority,
+        resumed_from=record.resumed_from,
     )
 
 

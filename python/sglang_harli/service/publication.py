@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_harli.core import JobStatus
+from sglang_harli.fault_points import Point, reach
 from sglang_harli.protocol.adapter_config import adapter_config
 from sglang_harli.protocol.internal import PublishAdapter
 from sglang_harli.service import checkpoints, jobs
@@ -119,6 +120,7 @@ class Publication:
                 return None
             record = self._desk.get(job)
             slot, ref, config = await self._off(checkpoints.load_adapter, paths.adapter, self._shm)
+            reach(Point.TENSORS_SHARED)
             self.in_flight = job
             try:
                 message = PublishAdapter(job=job, name=record.adapter_name, config=config, slot=ref)

@@ -16,6 +16,7 @@ from typing import Any
 
 from sglang_harli.core import JobStatus, SubState
 from sglang_harli.errors import HarliError
+from sglang_harli.fault_points import Point, reach
 from sglang_harli.protocol import internal, shared_memory
 from sglang_harli.service import jobs
 from sglang_harli.service.desk import JobDesk
@@ -172,6 +173,7 @@ class RunDriver:
             )
             if not self._send(message, batch.input_ids.data, batch.labels.data):
                 return
+            reach(Point.MICRO_BATCH_FED)
             run.next_cursor = feeder.following(cursor)
             fed += 1
             if fed % 16 == 0:  # a step may have thousands of them

@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 from sglang_harli.core import JobStatus
+from sglang_harli.fault_points import Point, reach
 from sglang_harli.protocol import internal
 from sglang_harli.service import checkpoints, jobs
 from sglang_harli.service.desk import JobDesk
@@ -76,6 +77,7 @@ class SnapshotWriter:
                 jobs.trained(change.record).record, change.drafts
             )  # one commit: both or none
         await self._desk.apply(change)
+        reach(Point.STORE_COMMITTED)
         await self._off(checkpoints.prune, paths.checkpoints)
         return True
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from sglang_harli.config import ServiceConfig
 from sglang_harli.core import JobStatus, adapter_name
 from sglang_harli.errors import ConfigError, HarliError, NotReadyError, ProtocolError
+from sglang_harli.fault_points import Point, Write, reach
 from sglang_harli.protocol.public import Hyperparameters, Job, SubmitArgs, parse_hyperparameters
 from sglang_harli.service import admission, dataset, feeder, jobs
 from sglang_harli.service.dataset import DataSummary
@@ -117,8 +118,10 @@ class Submission:
             ) from error
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
+        reach(Point.DATA_STORED)
         record = self._record(job, args, hp, summary)
         await self._desk.add(jobs.created(record, summary.text()))
+        reach(Point.JOB_CREATED)
         return record
 
     def _longest(self, hp: Hyperparameters) -> int | None:
@@ -175,6 +178,7 @@ class Submission:
 
     def _settle(self, incoming: Path, job: str) -> None:
         """The folder under its final name, durable."""
+        reach(Write.SETTLE)
         fsync_tree(incoming)
         incoming.rename(JobPaths(self._desk.run_dir, job).folder)
         fsync_folder(self._desk.run_dir)
@@ -190,6 +194,7 @@ def _store(args: SubmitArgs, frames: Sequence[bytes], path: Path) -> None:
             param="size",
         )
     digest = hashlib.sha256()
+    reach(Write.DATA)
     with path.open("wb") as file:
         for frame in frames:
             digest.update(frame)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from sglang_harli.fault_points import Write, reach
 from sglang_harli.service.chat_rows import Row
 
 
@@ -47,6 +48,7 @@ class TokenWriter:
     """
 
     def __init__(self, folder: Path) -> None:
+        reach(Write.TOKENS)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._ids = _FlatFile(folder / "ids.npy", np.int32)

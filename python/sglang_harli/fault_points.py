@@ -1,0 +1,101 @@
+"""Named points at every durable step, at which a test can stop a process or make a write fail.
+
+Off unless the environment variable ``HARLI_FAULT_POINTS`` names a folder; then ``reach(point)`` looks for
+a file of the point's name in it.  Its content is one line:
+
+    stop [N]           at the N-th reach (default 1): rename the file to POINT.hit (this process's pid in it)
+                       and hold this thread until POINT.go appears; whoever armed it kills what it likes
+    error ERRNO [N]    the next N reaches (default 1) raise OSError(ERRNO), for example ENOSPC or EROFS
+    hang SECONDS       hold this thread so long, once: a process that stops answering without dying
+
+Standard library only.  Arming a point of a server that runs needs no restart.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import time
+from pathlib import Path
+
+FAULT_POINTS_ENV = "HARLI_FAULT_POINTS"
+_folder: Path | None = Path(text) if (text := os.environ.get(FAULT_POINTS_ENV)) else None
+_LOOK_EVERY_S = 0.01
+
+
+class Point(enum.StrEnum):
+    """Durable steps, in the order in which a job passes them; who reaches each is said behind it."""
+
+    DATA_STORED = "data-stored"  # service: the data's folder has its final name, the store knows no job yet
+    JOB_CREATED = "job-created"  # service: the job is in the store, its client has no answer yet
+    MICRO_BATCH_FED = "micro-batch-fed"  # service: a micro-batch went to the scheduler
+    STEP_APPLIED = "step-applied"  # scheduler: the optimizer has run, nobody was told
+    SNAPSHOT_COPIED = "snapshot-copied"  # scheduler: the state lies in shared memory, nobody was told
+    FILE_WRITTEN = "file-written"  # service: the checkpoint's files stand under a temporary name
+    RENAMED = "renamed"  # service: the checkpoint has its name, the store was not told
+    STORE_COMMITTED = "store-committed"  # service: the store knows the checkpoint, the scheduler does not
+    ACKNOWLEDGED = "acknowledged"  # scheduler: it has heard that its snapshot is durable
+    ADAPTER_EXPORTED = "adapter-exported"  # service: the PEFT folder has its name
+    TENSORS_SHARED = "tensors-shared"  # service: the adapter lies in shared memory, nobody was asked
+    LOADED = "loaded"  # HTTP process: the scheduler has loaded the adapter, no name answers yet
+    REGISTERED = "registered"  # HTTP process: the name answers, the service does not know
+
+
+class Write(enum.StrEnum):
+    """Writes that a full or read-only disk, or a full shared memory, can refuse."""
+
+    DATA = "write-data"  # the submitted file
+    TOKENS = "write-tokens"
+    SETTLE = "write-settle"  # fsync and rename of a job's folder
+    STORE = "write-store"  # a transaction of the job store
+    MIRROR = "write-mirror"  # job.json, events.jsonl, metrics.jsonl
+    STATE = "write-state"  # a checkpoint's tensors
+    META = "write-meta"  # a checkpoint's plain values
+    RENAME = "write-rename"  # fsync and rename of a checkpoint or an adapter folder
+    ADAPTER = "write-adapter"
+    SLOT = "write-slot"  # a new slot in shared memory
+
+
+def reach(point: Point | Write) -> None:
+    """Do what a test has armed at this point; nothing otherwise.
+
+    Raises:
+        OSError: an armed ``error``.
+    """
+    if _folder is not None:
+        _act(_folder / point)
+
+
+def _act(file: Path) -> None:
+    try:
+        kind, *rest = file.read_text().split()
+    except (FileNotFoundError, ValueError):  # not armed, or being armed just now
+        return
+    if kind == "error":
+        left = int(rest[1]) if len(rest) > 1 else 1
+        _replace(file, f"error {rest[0]} {left - 1}" if left > 1 else None)
+        number = getattr(errno, rest[0])
+        raise OSError(number, f"{os.strerror(number)} (a test armed {file.name})")
+    if kind == "hang":
+        _replace(file, None)
+        time.sleep(float(rest[0]))
+        return
+    left = int(rest[0]) if rest else 1
+    if left > 1:
+        _replace(file, f"stop {left - 1}")
+        return
+    hit = file.with_suffix(".hit")
+    _replace(hit, str(os.getpid()))
+    file.unlink()
+    while not file.with_suffix(".go").exists():
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _replace(file: Path, text: str | None) -> None:
+    if text is None:
+        file.unlink(missing_ok=True)
+        return
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, file)
