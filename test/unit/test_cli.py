@@ -70,7 +70,7 @@ def test_help_imports_nothing_heavy(args: list[str]):
         f"sys.argv = ['harli', *{args}]\n"
         "heavy = ('torch', 'transformers', 'sglang', 'rich', 'zmq', 'numpy')\n"
         "atexit.register(lambda: print('HEAVY', [m for m in heavy if m in sys.modules]))\n"
-        "from sglang_harli.cli import main\nmain()"
+        "from sglang_harli.cli.main import main\nmain()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "HEAVY []", done.stdout

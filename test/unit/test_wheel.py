@@ -61,7 +61,7 @@ def test_wheel_names_its_entry_points_and_licence(wheel):
     entries = configparser.ConfigParser()
     entries.read_string(archive.read(f"{info}/entry_points.txt").decode())
     assert entries["sglang.srt.plugins"]["harli"] == "sglang_harli.plugin:activate"
-    assert entries["console_scripts"]["harli"] == "sglang_harli.cli:main"
+    assert entries["console_scripts"]["harli"] == "sglang_harli.cli.main:main"
     metadata = archive.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Dist: sglang==0.5.16" in metadata

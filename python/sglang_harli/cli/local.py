@@ -1,0 +1,85 @@
+"""Commands that need no server: a model to try things out with, and the check of training data."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sglang_harli.cli.session import AsJson, print_json, report, session
+from sglang_harli.errors import DataError
+
+app = typer.Typer()
+
+
+@app.command("make-model")
+def make_model(
+    ctx: typer.Context,
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    arch: Annotated[str, typer.Option(help="llama, mistral, qwen2 or qwen3")] = "llama",
+    size: Annotated[str, typer.Option(help="tiny, 25m, 100m, 1b or 8b")] = "tiny",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of the text, the weights and the order of the rows.")] = 0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="About how long to pretrain on two cores; 0: random weights [default: by size, 12 for tiny]"
+        ),
+    ] = None,
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="No weights: for SGLang's --load-format dummy.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a small model with tokenizer and chat template, for trying things out."""
+    with session(ctx, None, as_json) as current:
+        from sglang_harli.tools import make_model as tool
+
+        made = tool.make_model(
+            directory,
+            arch,
+            size=size,
+            dtype=dtype,
+            seed=seed,
+            seconds=seconds,
+            weights=not config_only,
+            report=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        current.show(
+            made, lambda: iter([f"{made['path']}: {arch}, {made['vocab_size']} tokens, loss {made['loss']}"])
+        )
+
+
+@app.command("check-data")
+def check_data(
+    ctx: typer.Context,
+    data: Annotated[str, typer.Argument(metavar="FILE", help="A JSONL file.")],
+    model: Annotated[str, typer.Option(help="Folder or hub id of the model that is (or will be) served.")],
+    max_seq_length: Annotated[
+        int | None, typer.Option(help="Longest row in tokens [default: the model's limit]")
+    ] = None,
+    on_overflow: Annotated[str, typer.Option(help="error, truncate or drop longer rows")] = "error",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As for serving.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Validate training data locally, and show what would be learned."""
+    with session(ctx, None, as_json) as current:
+        from sglang_harli.tools import check_data as tool
+
+        found = tool.check_data(
+            data,
+            model,
+            max_seq_length=max_seq_length,
+            on_overflow=on_overflow,
+            trust_remote_code=trust_remote_code,
+        )
+        if current.json:
+            print_json(found)
+        else:
+            from sglang_harli.tools import job_view
+
+            job_view.data_report(found)
+        if not found["ok"]:
+            report(DataError(found["message"], details=found["bad_lines"]), as_json=False)
+            raise typer.Exit(3)

@@ -1,0 +1,57 @@
+"""``harli``: submit finetune jobs to a running server, follow and steer them.
+
+Parses and prints; what is heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sglang_harli.cli import jobs, local, server
+from sglang_harli.cli.session import AsJson, Endpoint, Session
+
+EPILOG = (
+    "Exit codes: 0 done; 1 the job failed, or the server did; 2 wrong usage or value; 3 bad training data; "
+    "4 no such job; 5 the job's state does not allow it; 6 the server cannot be reached; 7 the watched job was "
+    "cancelled."
+)
+
+app = typer.Typer(
+    name="harli",
+    help="Finetune while you serve: submit LoRA jobs to a running sglang-harli server and follow them.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # rich takes longer to load than all the rest
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import sglang_harli
+
+        print(sglang_harli.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    ctx: typer.Context,
+    endpoint: Endpoint = None,
+    as_json: AsJson = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    ctx.obj = Session(endpoint, as_json)
+
+
+for part in (local, jobs, server):
+    app.registered_commands += part.app.registered_commands
+
+
+def main() -> None:
+    """The console script."""
+    app()
+

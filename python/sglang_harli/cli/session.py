@@ -1,0 +1,104 @@
+"""What the commands of ``harli`` share: where the server is, how to print, and what an error exits with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sglang_harli import errors
+from sglang_harli.config import DEFAULT_ENDPOINT, ENDPOINT_ENV
+from sglang_harli.errors import DataError, HarliError, NotFoundError
+
+if TYPE_CHECKING:
+    from sglang_harli.client import FinetuneClient
+
+EXIT_FAILED = 1
+EXIT_CANCELLED = 7
+# First match counts; anything else is 1.
+EXIT_CODES: tuple[tuple[type[HarliError], int], ...] = (
+    (DataError, 3),
+    (NotFoundError, 4),
+    (errors.StateError, 5),
+    (errors.NotReadyError, 6),
+    (errors.ConfigError, 2),
+    (errors.UnsupportedError, 2),
+)
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint",
+        help=f"The server's --harli-finetune-endpoint [env: {ENDPOINT_ENV}; default: {DEFAULT_ENDPOINT}]",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, short id, suffix or adapter name.")]
+LatestJob = Annotated[str | None, typer.Argument(metavar="JOB", help="As elsewhere; default: the newest.")]
+
+
+@dataclass
+class Session:
+    """What every command knows: where the server is and how to print."""
+
+    endpoint: str | None
+    json: bool
+
+    def client(self) -> FinetuneClient:
+        from sglang_harli.client import FinetuneClient
+
+        return FinetuneClient(self.endpoint)
+
+    def show(self, value: Any, lines: Callable[[], Iterator[str]]) -> None:
+        if self.json:
+            print_json(value)
+        else:
+            for line in lines():
+                print(line)
+
+
+def print_json(value: Any) -> None:
+    import msgspec
+    import orjson
+
+    option = orjson.OPT_INDENT_2 if sys.stdout.isatty() else 0
+    print(orjson.dumps(msgspec.to_builtins(value), option=option).decode(), flush=True)
+
+
+@contextmanager
+def session(ctx: typer.Context, endpoint: str | None, as_json: bool) -> Iterator[Session]:
+    """Merges the options before and after the command; prints errors and turns them into exit codes."""
+    outer: Session = ctx.obj
+    merged = Session(endpoint or outer.endpoint, as_json or outer.json)
+    try:
+        yield merged
+    except HarliError as error:
+        report(error, merged.json)
+        code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), EXIT_FAILED)
+        raise typer.Exit(code) from error
+
+
+def report(error: HarliError, as_json: bool) -> None:
+    """One line on stderr per problem; with --json also the whole as an object on stdout."""
+    # The message of a data error repeats its first lines at fault, which follow one by one.
+    headline = error.message.partition(": line ")[0] if error.details else error.message
+    print(f"error: {headline}", file=sys.stderr)
+    for row in error.details:
+        place = f"line {row['line']}: " if "line" in row else ""
+        print(f"  {place}{row.get('reason') or row.get('message') or row}", file=sys.stderr)
+    if as_json:
+        print_json(
+            {"error": {name: getattr(error, name) for name in ("code", "message", "param", "details")}}
+        )
+
+
+def pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise errors.ConfigError(
+            f"{text!r} is not accepted: give key=value, for example n_epochs=3", param=text
+        )
+    return name.strip().replace("-", "_"), value.strip()
