@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_harli.errors import DataError, NotReadyError
 from sglang_harli.service import dataset
-from sglang_harli.service.chat_rows import RowError, RowTokenizer
+from sglang_harli.service.chat_rows import Row, RowError, RowTokenizer
 from sglang_harli.service.token_store import TokenReader, TokenWriter
 from support.models import CHAT_TEMPLATE
 from support.tokenizer import load_tokenizer, make_tokenizer_folder
@@ -339,3 +340,30 @@ def test_the_fingerprint_tells_tokenizers_and_templates_apart(tokenizers):
     prints = {RowTokenizer(tokenizers(template)).fingerprint for template in TEMPLATES}
     assert len(prints) == len(TEMPLATES)
     assert RowTokenizer(tokenizers()).fingerprint == RowTokenizer(tokenizers()).fingerprint
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "targets.npy", "rows.npz"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "other"])
+def test_damaged_data_files_are_named(tmp_path, name, damage):
+    with TokenWriter(tmp_path) as writer:
+        writer.append(Row([1, 2, 3], [False, True, True]), 1)
+    path = tmp_path / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        whole = path.read_bytes()
+        path.write_bytes({"cut": whole[:-2], "empty": b"", "other": b"x" * len(whole)}[damage])
+    with pytest.raises((OSError, ValueError)):
+        TokenReader(tmp_path)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_an_error(tmp_path):
+    with TokenWriter(tmp_path) as writer:
+        for line in range(1, 2000):
+            writer.append(Row([line] * 4, [False, True, True, True]), line)
+    reader = TokenReader(tmp_path)
+    os.truncate(tmp_path / "ids.npy", 4096)
+    assert reader.row(3)[0].tolist() == [4] * 4
+    with pytest.raises(OSError, match=r"ids\.npy.*cut off"):
+        reader.row(1990)
+    reader.close()

@@ -88,6 +88,10 @@ class Feeder:
             labels=np.concatenate([labels for _, labels in parts]),
         )
 
+    def close(self) -> None:
+        """Close the data's files; no batch can be asked for afterwards."""
+        self._tokens.close()
+
     def _epoch(self, step: int) -> int:
         return (step - 1) // self._steps_per_epoch + 1
 
