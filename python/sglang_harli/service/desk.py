@@ -7,21 +7,24 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from sglang_harli.core import JobStatus, short_id
-from sglang_harli.errors import NotFoundError
+from sglang_harli.errors import NotFoundError, NotReadyError
 from sglang_harli.protocol.public import Event, Job
 from sglang_harli.service import jobs
 from sglang_harli.service.job_files import JobMirror, JobPaths
 from sglang_harli.service.job_store import JobStore
 from sglang_harli.service.jobs import Change, JobRecord
 from sglang_harli.service.journal import Journal
+from sglang_harli.service.queue_order import QueueOrder
 
 logger = logging.getLogger(__name__)
+
+DURABLE_S = 30.0  # a command waits so long for a store that cannot be written
 
 
 class JobDesk:
@@ -29,26 +32,37 @@ class JobDesk:
 
     Attributes:
         journal: the writer behind it.
+        keep_checkpoints: how many ``state`` checkpoints of each job stay.
+        blocker: why no queued job can start at the moment, or None.
         listeners: called with a record after each change (on the loop, before it is durable).
         committed: called with the ids of jobs whose changes have become durable.
     """
 
-    def __init__(self, store: JobStore, run_dir: Path) -> None:
+    def __init__(self, store: JobStore, run_dir: Path, keep_checkpoints: int = 2) -> None:
         self.run_dir = run_dir
         self.store = store
-        self._records = {record.id: record for record in store.jobs()}
-        self._keys = {r.idempotency_key: r.id for r in self._records.values() if r.idempotency_key}
-        self._number = max((r.number for r in self._records.values()), default=0)
+        self.keep_checkpoints = keep_checkpoints
+        self.blocker: Callable[[], str | None] = lambda: None
+        self._records: dict[str, JobRecord] = {}  # in the order of their numbers
+        self._keys: dict[str, str] = {}
+        self._short_ids: set[str] = set()
+        self._counts: Counter[JobStatus] = Counter()
+        self._adapters: dict[str, str] = {}  # name -> job
+        self._queue = QueueOrder()
+        self._number = 0
+        for record in store.jobs():
+            self._keep(record)
         self.listeners: list[Callable[[JobRecord], None]] = []
         self.committed: list[Callable[[set[str]], None]] = []
         self.journal = Journal(
             store,
             JobMirror(run_dir, store.events),
-            self.public,
+            self._shown,
             asyncio.get_running_loop(),
             self._committed,
         )
         self._waiters: dict[str, asyncio.Event] = {}
+        self.journal.check(self._records.values())
         for record in list(self._records.values()):
             if record.status == JobStatus.RUNNING and not record.publishing:
                 self.apply(jobs.interrupted(record, "the service was restarted"))
@@ -75,27 +89,45 @@ class JobDesk:
         return self._records[job] if job else None
 
     def all(self) -> list[JobRecord]:
+        """In the order of their creation."""
         return list(self._records.values())
 
+    def newest(self) -> Iterator[JobRecord]:
+        """From the last one created back to the first; not to be held across an await."""
+        return reversed(self._records.values())
+
     def counts(self) -> dict[str, int]:
-        found = Counter(str(r.status) for r in self._records.values())
-        return {str(status): found[str(status)] for status in JobStatus}
+        return {str(status): self._counts[status] for status in JobStatus}
+
+    def adapters(self) -> list[str]:
+        """The adapter names of succeeded jobs."""
+        return list(self._adapters)
+
+    def by_adapter(self, name: str) -> str | None:
+        """The job whose adapter is served under this name."""
+        return self._adapters.get(name)
 
     def next_queued(self) -> JobRecord | None:
-        """The oldest queued job: a resumed one comes back to its old place."""
-        queued = (r for r in self._records.values() if r.status == JobStatus.QUEUED)
-        return min(queued, key=lambda r: r.number, default=None)
+        """The queued job of the highest priority, the oldest of these."""
+        job = self._queue.first()
+        return None if job is None else self._records[job]
 
     def public(self, record: JobRecord) -> Job:
+        """The job as clients see it; a queued one with the reason it waits."""
+        job = self._shown(record)
+        if record.status == JobStatus.QUEUED:
+            job.reason = self.blocker() or self._queue.reason(record.id)
+        return job
+
+    def _shown(self, record: JobRecord) -> Job:
         return jobs.public(record, str(JobPaths(self.run_dir, record.id).folder))
 
     # ---- changing
     def new_id(self) -> str:
         """A job id whose short form no other job has (adapter names carry it)."""
-        taken = {short_id(job) for job in self._records}
         while True:
             job = f"ftjob-{secrets.token_hex(12)}"
-            if short_id(job) not in taken:
+            if short_id(job) not in self._short_ids:
                 return job
 
     def next_number(self) -> int:
@@ -104,8 +136,6 @@ class JobDesk:
 
     def add(self, change: Change) -> asyncio.Future[None]:
         """A new job; durable when the future is done."""
-        if change.record.idempotency_key:
-            self._keys[change.record.idempotency_key] = change.record.id
         return self.apply(change)
 
     def apply(self, change: Change, *, urgent: bool = True) -> asyncio.Future[None]:
@@ -127,7 +157,7 @@ class JobDesk:
             )
             if draft.type != "step_metrics":
                 logger.info("job %s: %s: %s", record.id, draft.type, draft.message)
-        self._records[record.id] = record
+        self._keep(record)
         future = self.journal.put(record, events, urgent=urgent)
         for listener in self.listeners:
             listener(record)
@@ -135,6 +165,36 @@ class JobDesk:
         if waiter is not None:
             waiter.set()
         return future
+
+    def _keep(self, record: JobRecord) -> None:
+        """The record and what is looked up by: constant work per change, however many jobs there are."""
+        old = self._records.get(record.id)
+        if old is not None:
+            self._counts[old.status] -= 1
+        else:
+            self._number = max(self._number, record.number)
+            self._short_ids.add(short_id(record.id))
+            if record.idempotency_key:
+                self._keys[record.idempotency_key] = record.id
+        self._records[record.id] = record
+        self._counts[record.status] += 1
+        if record.fine_tuned_model:
+            self._adapters[record.fine_tuned_model] = record.id
+        self._queue.update(record)
+
+    async def durable(self, future: asyncio.Future[None] | None = None) -> None:
+        """Wait for a change (None: all changes so far) to be durable.
+
+        Raises:
+            NotReadyError: it is not after DURABLE_S; it will be, if this service lives that long.
+        """
+        future = future or self.journal.put()
+        done, _ = await asyncio.wait({future}, timeout=DURABLE_S)
+        if not done:
+            raise NotReadyError(
+                f"{self.journal.trouble or 'the job store is slow'}: what was asked takes effect when it can be "
+                "written; ask again to be sure"
+            )
 
     async def wait_until(self, job: str, done: Callable[[JobRecord], bool], timeout_s: float) -> JobRecord:
         """The record once ``done`` holds, or as it is after ``timeout_s``."""

@@ -16,6 +16,7 @@ import orjson
 from sglang_harli.fault_points import Write, reach
 from sglang_harli.protocol.public import Event, Job
 
+TAIL_BYTES = 1 << 20  # more than the longest event
 INCOMING = ".incoming-"  # a folder of a job that is not accepted yet
 
 
@@ -65,11 +66,27 @@ class JobMirror:
         self._missing = missing
         self._written: dict[str, int] = {}  # job -> id of the last event in both files
 
+    def has(self, job: str) -> bool:
+        """Whether the job still has a folder."""
+        return JobPaths(self._run_dir, job).folder.is_dir()
+
+    def forget(self, job: str) -> None:
+        """Nothing more is expected of this job."""
+        self._written.pop(job, None)
+
     def job(self, job: Job) -> None:
+        """Bring job.json up to date.
+
+        Raises:
+            OSError: the disk is full or the folder is gone; the next call tries again.
+        """
         path = JobPaths(self._run_dir, job.id).job
+        content = orjson.dumps(msgspec.to_builtins(job), option=orjson.OPT_INDENT_2)
+        if _content(path) == content:
+            return
         temporary = path.with_suffix(".tmp")
         reach(Write.MIRROR)
-        temporary.write_bytes(orjson.dumps(msgspec.to_builtins(job), option=orjson.OPT_INDENT_2))
+        temporary.write_bytes(content)
         os.replace(temporary, path)
 
     def events(self, job: str, upto: int) -> None:
@@ -77,6 +94,7 @@ class JobMirror:
 
         Raises:
             OSError: the disk is full or the folder is gone; the next call tries again.
+            NotReadyError: the store cannot be read.
         """
         paths = JobPaths(self._run_dir, job)
         last = self._written.pop(job, None)
@@ -102,27 +120,35 @@ def _append(path: Path, rows: list[dict]) -> None:
             file.write(b"".join(orjson.dumps(row) + b"\n" for row in rows))
 
 
-def _last(path: Path, key: str) -> int:
-    """The id in the file's last whole line (0: none)."""
+def _content(path: Path) -> bytes | None:
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 65536))
-            tail = file.read()
+        return path.read_bytes()
     except FileNotFoundError:
-        return 0
-    lines = tail[: tail.rfind(b"\n") + 1].splitlines()
-    return int(orjson.loads(lines[-1])[key]) if lines else 0
+        return None
 
 
 def _repair(path: Path, key: str) -> int:
-    """Cut off a line that a crash has torn; returns the last whole line's id."""
-    if path.exists():
-        with path.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            start = max(0, size - 65536)
-            file.seek(start)
-            end = start + file.read().rfind(b"\n") + 1
-            if end < size:
-                file.truncate(end)
-    return _last(path, key)
+    """Cut off a line that a crash has torn; returns the id in the last whole line (0: none).
+
+    A file that does not end like one of ours is emptied: the store has it all.
+    """
+    try:
+        file = path.open("r+b")
+    except FileNotFoundError:
+        return 0
+    with file:
+        size = file.seek(0, os.SEEK_END)
+        start = max(0, size - TAIL_BYTES)
+        file.seek(start)
+        tail = file.read()
+        end = tail.rfind(b"\n") + 1
+        begin = tail.rfind(b"\n", 0, max(0, end - 1)) + 1
+        try:
+            if start and not begin:
+                raise ValueError("the last line is longer than any of ours")
+            last = int(orjson.loads(tail[begin:end])[key]) if end else 0
+        except (ValueError, KeyError, TypeError):
+            last, start, end = 0, 0, 0
+        if start + end < size:
+            file.truncate(start + end)
+        return last

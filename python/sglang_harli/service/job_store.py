@@ -1,12 +1,14 @@
 """The job store: jobs, their events and a few settings in one database (SQLAlchemy).
 
 SQLite in write-ahead mode by default; any other SQLAlchemy URL works too.  Only two threads use it: the
-journal's writer, and readers of events.  A commit is durable when ``write`` returns.
+journal's writer, and readers of events.  A commit is durable when ``write`` returns.  A database that is
+locked, full or away is a NotReadyError each time it is asked, and works again when it is back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,15 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import Engine, make_url
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
-from sglang_harli.errors import HarliError
+from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.fault_points import Write, reach
 from sglang_harli.protocol.public import Event
 from sglang_harli.service.jobs import JobRecord
 
 SCHEMA = "1"
+LOCKED_MS = 2000  # a database that another process has locked is waited for; then the caller says so
 
 _metadata = MetaData()
 _jobs = Table(
@@ -83,7 +86,12 @@ class JobStore:
             if schema is None:
                 self.write(settings={"schema": SCHEMA})
         except SQLAlchemyError as error:
-            raise HarliError(f"the job store {url} cannot be opened: {error}", code="store") from error
+            raise HarliError(f"the job store {url} cannot be opened: {_why(error)}", code="store") from error
+        except NotReadyError as error:
+            raise HarliError(
+                f"the job store {url} cannot be opened: {error.message}: end the process that holds it, or make room",
+                code="store",
+            ) from error
         if schema not in (None, SCHEMA):
             raise HarliError(
                 f"the job store {url} has schema {schema}, this harli reads {SCHEMA}: give another --harli-run-dir",
@@ -97,12 +105,16 @@ class JobStore:
         events: Iterable[Event] = (),
         settings: dict[str, str] | None = None,
     ) -> None:
-        """All of it in one transaction; repeating a write changes nothing."""
-        try:
-            reach(Write.STORE)
-        except OSError as error:  # as the database itself would say it
-            raise OperationalError("write", None, error) from error
-        with self._engine.begin() as db:
+        """All of it in one transaction; repeating a write changes nothing.
+
+        Raises:
+            NotReadyError: it cannot be written now; nothing of it was.
+        """
+        with _trouble("written"), self._engine.begin() as db:
+            try:
+                reach(Write.STORE)
+            except OSError as error:  # as the database itself would say it
+                raise OperationalError("write", None, error) from error
             for record in records:
                 _put(
                     db,
@@ -121,10 +133,10 @@ class JobStore:
             for key, value in (settings or {}).items():
                 _put(db, _settings, {"key": key}, {"value": value})
 
-    # ---- reading
+    # ---- reading (NotReadyError where it cannot be read now)
     def jobs(self) -> list[JobRecord]:
         """All jobs in the order of their creation."""
-        with self._engine.connect() as db:
+        with _trouble("read"), self._engine.connect() as db:
             rows = db.execute(select(_jobs.c.body).order_by(_jobs.c.number)).scalars()
             return [msgspec.json.decode(body, type=JobRecord) for body in rows]
 
@@ -136,15 +148,27 @@ class JobStore:
             .order_by(_events.c.id)
             .limit(limit)
         )
-        with self._engine.connect() as db:
+        with _trouble("read"), self._engine.connect() as db:
             return [msgspec.json.decode(body, type=Event) for body in db.execute(query).scalars()]
 
     def setting(self, key: str) -> str | None:
-        with self._engine.connect() as db:
+        with _trouble("read"), self._engine.connect() as db:
             return db.execute(select(_settings.c.value).where(_settings.c.key == key)).scalar_one_or_none()
 
     def close(self) -> None:
         self._engine.dispose()
+
+
+@contextmanager
+def _trouble(what: str) -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise NotReadyError(f"the job store cannot be {what}: {_why(error)}") from error
+
+
+def _why(error: SQLAlchemyError) -> str:
+    return str(error.orig) if isinstance(error, DBAPIError) and error.orig is not None else str(error)
 
 
 def _put(db: Connection, table: Table, key: dict[str, Any], values: dict[str, Any]) -> None:
@@ -156,7 +180,7 @@ def _put(db: Connection, table: Table, key: dict[str, Any], values: dict[str, An
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout={LOCKED_MS}")
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=FULL")  # what was acknowledged survives a power cut
-    cursor.execute("PRAGMA busy_timeout=10000")
     cursor.close()

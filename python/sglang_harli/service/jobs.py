@@ -13,140 +13,45 @@ What is *wanted* of a running job is its ``wish``; what *is* stays as it is unti
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
 from sglang_harli.core import JobStatus, SubState
 from sglang_harli.errors import StateError
-from sglang_harli.protocol.public import Hyperparameters, Job, JobError
+from sglang_harli.protocol.public import JobError
+from sglang_harli.service.job_record import Change as Change
+from sglang_harli.service.job_record import Draft as Draft
+from sglang_harli.service.job_record import JobRecord as JobRecord
+from sglang_harli.service.job_record import Wish as Wish
+from sglang_harli.service.job_record import public as public
 
 
-class Wish(enum.StrEnum):
-    """What the user wants of a running job."""
-
-    RUN = "run"
-    PAUSE = "pause"
-    CANCEL = "cancel"
-
-
-class JobRecord(Struct, frozen=True, kw_only=True):
-    """A job as the store keeps it: the public fields and what only the service needs.
-
-    Attributes:
-        number: order of creation; the queue's order.
-        publishing: the run is over and its state is saved; the adapter's publication remains.
-        checkpoint_step, checkpoint_tokens: of the last durable ``state`` checkpoint (0: none).
-        last_event: id of the job's newest event.
-        metrics_attempt, metrics_step: the newest step whose metrics are stored.
-        priority: higher ones leave the queue first; equal ones in the order of ``number``.
-        resumed_from: the job whose checkpoint this one began with.
-        data_sha256: of the submitted file, to tell a repeated submit from another one.
-    """
-
-    id: str
-    number: int
-    created_at: float
-    status: JobStatus
-    hyperparameters: Hyperparameters
-    model: str
-    adapter_name: str
-    total_steps: int
-    data: dict[str, Any]
-    data_sha256: str = ""
-    suffix: str | None = None
-    idempotency_key: str | None = None
-    started_at: float | None = None
-    finished_at: float | None = None
-    sub_state: SubState | None = None
-    reason: str | None = None
-    fine_tuned_model: str | None = None
-    step: int = 0
-    trained_tokens: int = 0
-    loss: float | None = None
-    learning_rate: float | None = None
-    tokens_per_s: float | None = None
-    step_s: float | None = None
-    attempt: int = 0
-    error: JobError | None = None
-    wish: Wish = Wish.RUN
-    publishing: bool = False
-    checkpoint_step: int = 0
-    checkpoint_tokens: int = 0
-    last_event: int = 0
-    metrics_attempt: int = 0
-    metrics_step: int = 0
-    priority: int = 0
-    resumed_from: str | None = None
-
-    @property
-    def eta_s(self) -> float | None:
-        if self.status != JobStatus.RUNNING or self.step_s is None:
-            return None
-        return round(self.step_s * max(self.total_steps - self.step, 0), 3)
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """An event before it has an id and a time."""
-
-    type: str
-    message: str
-    level: str = "info"
-    data: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """The record after a transition, and the events that tell of it."""
-
-    record: JobRecord
-    drafts: tuple[Draft, ...] = ()
+def then(change: Change, *steps: Callable[[JobRecord], Change]) -> Change:
+    """Several transitions as one: all of their events, and the record after the last."""
+    for step in steps:
+        following = step(change.record)
+        change = Change(following.record, change.drafts + following.drafts)
+    return change
 
 
 def _change(record: JobRecord, *drafts: Draft, **values: Any) -> Change:
     return Change(msgspec.structs.replace(record, **values), drafts)
 
 
-def public(record: JobRecord, run_dir: str) -> Job:
-    """The job object that clients see; ``run_dir`` is the job's own folder."""
-    return Job(
-        id=record.id,
-        created_at=record.created_at,
-        started_at=record.started_at,
-        finished_at=record.finished_at,
-        status=record.status,
-        sub_state=record.sub_state,
-        reason=record.reason,
-        model=record.model,
-        suffix=record.suffix,
-        fine_tuned_model=record.fine_tuned_model,
-        step=record.step,
-        total_steps=record.total_steps,
-        trained_tokens=record.trained_tokens,
-        loss=record.loss,
-        learning_rate=record.learning_rate,
-        tokens_per_s=record.tokens_per_s,
-        eta_s=record.eta_s,
-        attempt=record.attempt,
-        hyperparameters=record.hyperparameters,
-        data=record.data,
-        error=record.error,
-        run_dir=run_dir,
-        priority=record.priority,
-        resumed_from=record.resumed_from,
-    )
-
-
 # ------------------------------------------------------------------ creation and the run
 def created(record: JobRecord, summary: str) -> Change:
     """The events of a job that was just accepted."""
+    data: dict[str, Any] = {"total_steps": record.total_steps}
+    text = f"job {record.id} created"
+    if record.resumed_from is not None:
+        data |= {"resumed_from": record.resumed_from, "step": record.checkpoint_step}
+        what = "with the adapter" if record.carried else f"from step {record.checkpoint_step}"
+        text += f": goes on {what} of job {record.resumed_from}"
     return _change(
         record,
-        Draft("job_created", f"job {record.id} created", data={"total_steps": record.total_steps}),
+        Draft("job_created", text, data=data),
         Draft("data_validated", summary, data=dict(record.data)),
         Draft("queued", "waiting for its turn"),
     )
@@ -167,7 +72,45 @@ def start(record: JobRecord, now: float) -> Change:
         reason="the run is being prepared",
         step=record.checkpoint_step,
         trained_tokens=record.checkpoint_tokens,
+        metrics_attempt=record.attempt + 1,
+        metrics_step=record.checkpoint_step,
         wish=Wish.RUN,
+    )
+
+
+def fell_back(record: JobRecord, step: int, tokens: int, damage: str) -> Change:
+    """Newer checkpoints than that of ``step`` cannot be read (``damage``): the work since is done again.
+
+    ``step`` 0: there is none at all.
+    """
+    where = f"the checkpoint of step {step}" if step else "the beginning"
+    return _change(
+        record,
+        Draft(
+            "warning",
+            f"{damage}: goes on from {where}",
+            level="warn",
+            data={"step": step, "lost_steps": record.checkpoint_step - step},
+        ),
+        checkpoint_step=step,
+        checkpoint_tokens=tokens,
+        step=step,
+        trained_tokens=tokens,
+        metrics_step=step,
+    )
+
+
+def train_again(record: JobRecord, why: str) -> Change:
+    """The last checkpoint turned out to be damaged when it was to be published: what it held is trained again."""
+    _require(record, "trained again", JobStatus.RUNNING)
+    return _change(
+        record,
+        Draft("warning", f"{why}: the last steps are trained again", level="warn"),
+        Draft("queued", "waiting for its turn"),
+        status=JobStatus.QUEUED,
+        publishing=False,
+        sub_state=None,
+        reason=None,
     )
 
 
@@ -201,6 +144,16 @@ def step_done(record: JobRecord, step: int, tokens: int, metrics: dict[str, Any]
         learning_rate=metrics["learning_rate"],
         tokens_per_s=rate if rate is not None else record.tokens_per_s,
         step_s=step_s,
+        metrics_attempt=record.attempt,
+        metrics_step=step,
+    )
+
+
+def late_step(record: JobRecord, step: int, metrics: dict[str, Any]) -> Change:
+    """Metrics of a step that come when the job does not run any more, or not yet again: they are history."""
+    return _change(
+        record,
+        Draft("step_metrics", f"step {step}/{record.total_steps}, loss {metrics['loss']:.4f}", data=metrics),
         metrics_attempt=record.attempt,
         metrics_step=step,
     )
@@ -257,10 +210,10 @@ def stopped(record: JobRecord, now: float) -> Change:
     return _change(record, Draft("queued", "waiting for its turn"), status=JobStatus.QUEUED, **back)
 
 
-def interrupted(record: JobRecord, why: str) -> Change:
+def interrupted(record: JobRecord, why: str, now: float | None = None) -> Change:
     """The run is gone without having been asked to stop; the job starts again from its checkpoint."""
     if record.wish != Wish.RUN:
-        return stopped(record, record.finished_at or record.created_at)
+        return stopped(record, now or record.started_at or record.created_at)
     draft = Draft("queued", f"{why}; goes on from step {record.checkpoint_step}", level="warn")
     return _change(record, draft, status=JobStatus.QUEUED, **_back_to_checkpoint(record))
 
@@ -335,6 +288,16 @@ def ask_cancel(record: JobRecord, now: float, *, in_flight: bool) -> Change:
         return _cancelled(record, now)
     _require(record, "cancelled", JobStatus.RUNNING)
     return _change(record, wish=Wish.CANCEL, reason="cancelling")
+
+
+def ask_priority(record: JobRecord, priority: int) -> Change:
+    """Its place in the queue, now and whenever it comes back to it."""
+    if record.status.final:
+        raise StateError(f"job {record.id} is {record.status}: only a job that is not over has a priority")
+    if priority == record.priority:
+        return Change(record)
+    draft = Draft("prioritized", f"priority {priority} (was {record.priority})", data={"priority": priority})
+    return _change(record, draft, priority=priority)
 
 
 def warn(record: JobRecord, message: str, **data: Any) -> Change:

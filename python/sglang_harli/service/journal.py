@@ -10,10 +10,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from sqlalchemy.exc import SQLAlchemyError
-
+from sglang_harli.errors import NotReadyError
 from sglang_harli.protocol.public import Event, Job
 from sglang_harli.service.job_files import JobMirror
 from sglang_harli.service.job_store import JobStore
@@ -24,6 +23,7 @@ logger = logging.getLogger(__name__)
 GROUP_S = 0.2  # metrics wait this long for company: one fsync instead of many
 RETRY_S = 1.0
 JOB_FILE_S = 1.0  # job.json follows mere progress at this pace
+COPY_AGAIN_S = 5.0  # after a readable copy could not be written
 
 
 class Journal:
@@ -54,6 +54,8 @@ class Journal:
         self._urgent = False
         self._closing = False
         self._shown: dict[str, tuple[str, float]] = {}  # job -> (status, when) of its job.json
+        self._behind: dict[str, JobRecord] = {}  # jobs whose copies may lack something
+        self._copy_at = 0.0  # when they are looked at next
         self.trouble: str | None = None  # why nothing can be written at the moment
         self.ended: asyncio.Future[None] = loop.create_future()  # done when the thread is gone
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)  # close() waits
@@ -80,6 +82,12 @@ class Journal:
             self._wake.notify()
         return future
 
+    def check(self, records: Iterable[JobRecord]) -> None:
+        """Complete the readable copies of these jobs, one at a time, when nothing else is to be written."""
+        with self._wake:
+            self._behind |= {record.id: record for record in records}
+            self._wake.notify()
+
     @property
     def backlog(self) -> int:
         """Events that wait to be written."""
@@ -102,14 +110,20 @@ class Journal:
 
     def _one_group(self) -> bool:
         with self._wake:
-            self._wake.wait_for(lambda: self._futures or self._closing)
-            self._wake.wait_for(lambda: self._urgent or self._closing, timeout=GROUP_S)
+            left = max(0.0, self._copy_at - time.monotonic()) if self._behind else None
+            if not self._wake.wait_for(lambda: self._futures or self._closing, timeout=left):
+                behind = next(iter(self._behind.values()), None)
+            else:
+                behind = None
+                self._wake.wait_for(lambda: self._urgent or self._closing, timeout=GROUP_S)
             records, self._records = self._records, {}
             events, self._events = self._events, []
             settings, self._settings = self._settings, {}
             futures, self._futures = self._futures, []
             self._urgent = False
             closing = self._closing
+        if behind is not None:
+            self._complete(behind)
         if futures:
             written = self._write(records, events, settings)
             if not written:
@@ -123,30 +137,67 @@ class Journal:
         while True:
             try:
                 self._store.write(records.values(), events, settings)
+                if self.trouble is not None:
+                    logger.info("the job store can be written again")
                 self.trouble = None
                 return True
-            except SQLAlchemyError as error:
-                self.trouble = f"the job store cannot be written: {error}"
+            except NotReadyError as error:
+                self.trouble = error.message
                 logger.error("%s; trying again every %s s", self.trouble, RETRY_S)
             with self._wake:
                 if self._wake.wait_for(lambda: self._closing, timeout=RETRY_S):
                     return False
 
+    # ---- the readable copies (the store has it all: they may be late, never wrong)
     def _copy(self, records: dict[str, JobRecord], events: list[Event]) -> None:
         upto: dict[str, int] = {}
         for event in events:
             upto[event.job] = event.id
         now = time.monotonic()
+        for record in records.values():
+            status, when = self._shown.get(record.id, ("", 0.0))
+            show = status != record.status or now - when >= JOB_FILE_S
+            self._copy_one(record, upto.get(record.id), show)
+
+    def _copy_one(self, record: JobRecord, upto: int | None, show: bool) -> None:
         try:
-            for job, last in upto.items():
-                self._mirror.events(job, last)
-            for record in records.values():
-                status, when = self._shown.get(record.id, ("", 0.0))
-                if status != record.status or now - when >= JOB_FILE_S:
-                    self._mirror.job(self._public(record))
-                    self._shown[record.id] = (record.status, now)
-        except OSError as error:  # the store has it all; the copies are completed at the next write
-            logger.warning("a job's folder cannot be written: %s", error)
+            if upto is not None:
+                self._mirror.events(record.id, upto)
+            if show:
+                self._mirror.job(self._public(record))
+        except (OSError, NotReadyError) as error:
+            logger.warning("the copies in job %s's folder cannot be written now: %s", record.id, error)
+            self._put_off(record)
+            return
+        if show:
+            self._shown[record.id] = (record.status, time.monotonic())
+            if record.status.final:
+                self._mirror.forget(record.id)
+                self._shown.pop(record.id, None)
+        if record.id in self._behind:
+            self._put_off(record, soon=True)  # what was missing before this record
+
+    def _put_off(self, record: JobRecord, *, soon: bool = False) -> None:
+        with self._wake:
+            self._behind[record.id] = record
+            if not soon:
+                self._copy_at = time.monotonic() + COPY_AGAIN_S
+
+    def _complete(self, record: JobRecord) -> None:
+        """All that the store has of a job, in its copies; a folder that somebody removed stays away."""
+        try:
+            if self._mirror.has(record.id):
+                self._mirror.events(record.id, record.last_event)
+                self._mirror.job(self._public(record))
+                if record.status.final:
+                    self._mirror.forget(record.id)
+        except (OSError, NotReadyError) as error:
+            logger.warning("the copies in job %s's folder cannot be written now: %s", record.id, error)
+            self._put_off(record)
+            return
+        with self._wake:
+            if self._behind.get(record.id) is record:
+                del self._behind[record.id]
 
     def _committed(self, jobs: set[str], futures: list[asyncio.Future[None]]) -> None:
         for future in futures:

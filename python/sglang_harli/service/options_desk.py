@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 
 from sglang_harli.config import LIVE, HarliOptions
-from sglang_harli.errors import ConfigError
+from sglang_harli.errors import ConfigError, NotReadyError
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import SetAnswer, SetArgs
 from sglang_harli.service.scheduler_link import SchedulerLink
@@ -26,7 +27,7 @@ class OptionsDesk:
         options: as the server was started.
         link: the pair to the scheduler.
         pending: what an earlier service deferred (JSON of ``{name: value}``), or None.
-        keep: stores ``pending`` durably.
+        keep: stores ``pending`` durably (NotReadyError: not yet).
 
     Attributes:
         effective, revision: in force, as far as this service knows.
@@ -37,7 +38,7 @@ class OptionsDesk:
         options: HarliOptions,
         link: SchedulerLink,
         pending: str | None,
-        keep: Callable[[str], asyncio.Future[None]],
+        keep: Callable[[str], Awaitable[None]],
     ) -> None:
         self._options = options
         self._link = link
@@ -85,7 +86,10 @@ class OptionsDesk:
         self._take(answer)
         logger.info("deferred options %s: %s %s", values, answer.outcome, answer.text)
         self._pending = {k: v for k, v in self._pending.items() if k not in values}
-        await self._keep(msgspec.json.encode(self._pending).decode())
+        with contextlib.suppress(
+            NotReadyError
+        ):  # it is written when the store can be; setting twice is harmless
+            await self._keep(msgspec.json.encode(self._pending).decode())
 
     def _take(self, answer: internal.OptionsSet) -> None:
         self.effective, self.revision = self.effective | answer.effective, answer.revision

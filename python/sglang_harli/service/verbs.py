@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from sglang_harli.core import JobStatus
@@ -21,6 +23,7 @@ from sglang_harli.service.jobs import Change, JobRecord
 from sglang_harli.service.options_desk import OptionsDesk
 from sglang_harli.service.publication import Publication
 from sglang_harli.service.scheduler_link import SchedulerLink
+from sglang_harli.service.space import Space
 from sglang_harli.service.submission import Submission
 from sglang_harli.service.subscriptions import LEASE_S, Subscriptions
 
@@ -63,7 +66,9 @@ class Verbs:
         self._subscriptions = subscriptions
         self._readers = readers
         self._about = about
-        self._started_at = time.time()
+        self._started = time.monotonic()
+        self._space = Space(desk.run_dir)
+        desk.blocker = self._blocker
         self._verbs: dict[str, Callable[[Caller, dict[str, Any]], Awaitable[Any]]] = {
             "list": self._list,
             "get": self._get,
@@ -72,6 +77,7 @@ class Verbs:
             "pause": self._pause,
             "resume": self._resume,
             "cancel": self._cancel,
+            "prioritize": self._prioritize,
             "status": self._status,
             "set": self._set,
         }
@@ -103,19 +109,14 @@ class Verbs:
     async def _list(self, _caller: Caller, raw: dict[str, Any]) -> Any:
         """Newest first; ``after`` names the last job of the page before."""
         args = public.convert_args(raw, public.ListArgs)
-        found = sorted(self._desk.all(), key=lambda r: -r.number)
-        if args.status is not None:
-            if args.status not in list(JobStatus):
-                known = ", ".join(JobStatus)
-                raise ConfigError(
-                    f"status {args.status!r} is not accepted: give one of {known}", param="status"
-                )
-            found = [r for r in found if r.status == args.status]
-        if args.after is not None:
-            before = self._desk.get(args.after).number
-            found = [r for r in found if r.number < before]
-        page = found[: args.limit]
-        return {"jobs": [self._desk.public(r) for r in page], "has_more": len(found) > len(page)}
+        if args.status not in (None, *JobStatus):
+            known = ", ".join(JobStatus)
+            raise ConfigError(f"status {args.status!r} is not accepted: give one of {known}", param="status")
+        before = math.inf if args.after is None else self._desk.get(args.after).number
+        found = (r for r in self._desk.newest() if r.number < before and args.status in (None, r.status))
+        page = list(islice(found, args.limit + 1))
+        shown = [self._desk.public(r) for r in page[: args.limit]]
+        return {"jobs": shown, "has_more": len(page) > args.limit}
 
     async def _get(self, _caller: Caller, raw: dict[str, Any]) -> Job:
         return self._desk.public(self._desk.get(public.convert_args(raw, public.JobArgs).job))
@@ -152,16 +153,33 @@ class Verbs:
 
         return await self._change(raw, ask, lambda r: r.status != JobStatus.RUNNING)
 
+    async def _prioritize(self, _caller: Caller, raw: dict[str, Any]) -> Job:
+        args = public.convert_args(raw, public.PrioritizeArgs)
+        return await self._ask(args.job, lambda r: jobs.ask_priority(r, args.priority), lambda r: True)
+
     async def _change(
         self, raw: dict[str, Any], ask: Callable[[JobRecord], Change], taken: Callable[[JobRecord], bool]
     ) -> Job:
+        return await self._ask(public.convert_args(raw, public.JobArgs).job, ask, taken)
+
+    async def _ask(
+        self, job: str, ask: Callable[[JobRecord], Change], taken: Callable[[JobRecord], bool]
+    ) -> Job:
         """What is wanted is durable before the answer; what is may follow (see TAKE_S)."""
-        job = public.convert_args(raw, public.JobArgs).job
         record = self._desk.get(job)
         change = ask(record)
-        if change.record != record:
-            await self._desk.apply(change)
+        # Nothing to change: it was asked before, and that may still be on its way to the disk.
+        asked = self._desk.apply(change) if change.record != record else None
+        await self._desk.durable(asked)
         return self._desk.public(await self._desk.wait_until(job, taken, TAKE_S))
+
+    def _blocker(self) -> str | None:
+        """Why no queued job can start at the moment."""
+        if self._scheduler.refusal is not None:
+            return f"this server cannot train: {self._scheduler.refusal}"
+        if self._desk.journal.trouble is not None:
+            return self._desk.journal.trouble
+        return "waiting for the scheduler" if self._scheduler.hello is None else None
 
     # ---- the server
     async def _status(self, _caller: Caller, _raw: dict[str, Any]) -> public.StatusAnswer:
@@ -169,13 +187,14 @@ class Verbs:
         hello = self._scheduler.hello
         service = self._about | {
             "pid": os.getpid(),
-            "uptime_s": round(time.time() - self._started_at, 1),
+            "uptime_s": round(time.monotonic() - self._started, 1),
             "scheduler_pid": hello.pid if hello else None,
             "scheduler_answers": report is not None,
             "http_pid": self._http.pid,
             "refusal": self._scheduler.refusal,
             "store": self._desk.journal.trouble or "ok",
             "followers": len(self._subscriptions),
+            "space": await self._space.report(),
         }
         return public.StatusAnswer(
             service=service,

@@ -1,0 +1,102 @@
+"""The disk that a run directory takes, for ``status``: counted in a thread, seldom, and never waited for long."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+EVERY_S = 30.0  # a count is at least so long apart from the next, and 20 times as long as it took
+FIRST_S = 1.0  # the first one is waited for so long
+_PARTS = {"data": "data_bytes", "checkpoints": "checkpoint_bytes", "adapter": "adapter_bytes"}
+
+
+class Space:
+    """Args:
+    run_dir: the run directory.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._thread = ThreadPoolExecutor(1, "space", initializer=_be_polite)
+        self._counting: asyncio.Future[None] | None = None
+        self._found: dict[str, int] | None = None
+        self._next_at = 0.0
+
+    async def report(self) -> dict[str, Any]:
+        """Bytes of the last count by kind, and free bytes now; ``counting`` where there is no count yet."""
+        now = time.monotonic()
+        if self._counting is None and now >= self._next_at:
+            self._counting = asyncio.get_running_loop().run_in_executor(self._thread, self._count)
+            self._counting.add_done_callback(self._counted)
+        if self._found is None and self._counting is not None:
+            await asyncio.wait({self._counting}, timeout=FIRST_S)
+        return {"counting": True} if self._found is None else self._found | {"free_bytes": self._free()}
+
+    def _counted(self, _done: asyncio.Future[None]) -> None:
+        self._counting = None
+
+    def _count(self) -> None:
+        begun = time.monotonic()
+        self._found = count(self._run_dir)
+        took = time.monotonic() - begun
+        self._next_at = time.monotonic() + max(EVERY_S, 20 * took)
+
+    def _free(self) -> int:
+        try:
+            return shutil.disk_usage(self._run_dir).free
+        except OSError:
+            return 0
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def count(run_dir: Path) -> dict[str, int]:
+    """Bytes on disk under ``run_dir``: of data, checkpoints, adapters, the job store, and of all together.
+
+    A file that two jobs share (one that was continued) counts once; what vanishes meanwhile counts nothing.
+    """
+    found = dict.fromkeys((*_PARTS.values(), "store_bytes"), 0)
+    total, seen = 0, set()
+    stack: list[tuple[str, int, str | None]] = [(str(run_dir), 0, None)]  # folder, depth, its part
+    while stack:
+        folder, depth, part = stack.pop()
+        for entry in _entries(folder):
+            try:
+                info = entry.stat(follow_symlinks=False)
+                is_folder = entry.is_dir(follow_symlinks=False)
+            except OSError:
+                continue
+            if is_folder:
+                stack.append((entry.path, depth + 1, _PARTS.get(entry.name) if depth == 1 else part))
+                continue
+            if info.st_nlink > 1:
+                if (info.st_dev, info.st_ino) in seen:
+                    continue
+                seen.add((info.st_dev, info.st_ino))
+            size = info.st_blocks * 512
+            total += size
+            if part is not None:
+                found[part] += size
+            elif depth == 0 and entry.name.startswith("harli.db"):
+                found["store_bytes"] += size
+    return found | {"total_bytes": total}
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+def _be_polite() -> None:
+    """This thread leaves the cores to serving where it can."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
