@@ -13,124 +13,25 @@ says is written once, in ``protocol.calls``; the clients here only carry it out,
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import zmq
-import zmq.asyncio
-from zmq.utils.monitor import parse_monitor_message
 
-from sglang_harli.config import DEFAULT_ENDPOINT, ENDPOINT_ENV, parse_live
-from sglang_harli.errors import ConfigError
-from sglang_harli.protocol.calls import CONNECT_TIMEOUT_S, REPLY_TIMEOUT_S, Calls, Data, Steps, T
+from sglang_harli.config import CURVE_KEYS_ENV, DEFAULT_ENDPOINT, ENDPOINT_ENV, parse_live
+from sglang_harli.protocol.calls import Calls
+from sglang_harli.protocol.curve_keys import load_client_keys
+from sglang_harli.protocol.data_source import Data
+from sglang_harli.protocol.exchange import (
+    CONNECT_TIMEOUT_S,
+    RECONNECT_TIMEOUT_S,
+    REPLY_TIMEOUT_S,
+    Steps,
+    T,
+)
 from sglang_harli.protocol.public import Event, Job, SetAnswer, StatusAnswer
-
-LINGER_MS = 200
-
-
-class _Wire:
-    """A DEALER socket and its monitor.  ``IMMEDIATE``: nothing is queued for a peer that is not there."""
-
-    def __init__(self, context: zmq.Context[Any], endpoint: str, poller: Any) -> None:
-        self._context, self._endpoint, self.poller = context, endpoint, poller
-        self._socket: Any = None
-        self._monitor: Any = None
-        self._lost = False
-
-    def open(self) -> None:
-        self.close()
-        self._lost = False
-        self._socket = self._context.socket(zmq.DEALER)
-        for option, value in (
-            (zmq.IMMEDIATE, 1),
-            (zmq.LINGER, LINGER_MS),
-            (zmq.SNDHWM, 0),
-            (zmq.RCVHWM, 0),
-            (zmq.HEARTBEAT_IVL, 5000),
-            (zmq.HEARTBEAT_TIMEOUT, 20_000),
-        ):
-            self._socket.setsockopt(option, value)
-        wanted = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
-        self._monitor = self._socket.get_monitor_socket(wanted)
-        self.poller.register(self._socket, zmq.POLLIN)
-        self.poller.register(self._monitor, zmq.POLLIN)
-        try:
-            self._socket.connect(self._endpoint)
-        except zmq.ZMQError as error:
-            raise ConfigError(
-                f"endpoint {self._endpoint!r} is not accepted ({error.strerror}): give tcp://127.0.0.1:PORT or "
-                "ipc://PATH",
-                param="endpoint",
-            ) from error
-
-    def send(self, frames: Sequence[Any]) -> None:
-        self._socket.getsockopt(zmq.EVENTS)  # libzmq takes note of what its other thread did, as in read()
-        try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            self._lost = True  # the peer has just gone
-
-    def read(self) -> tuple[str, Any]:
-        """What there is, without waiting; an answer comes before the news that the peer left after it."""
-        event = None
-        if not self._lost:
-            with contextlib.suppress(zmq.Again):
-                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
-        self._lost = self._lost or event == zmq.Event.DISCONNECTED
-        self._socket.getsockopt(zmq.EVENTS)
-        try:
-            return "message", self._socket.recv_multipart(zmq.NOBLOCK)[0]
-        except zmq.Again:
-            pass
-        if self._lost:
-            self._lost = False
-            return "lost", None
-        return ("nothing" if event is None else "connected"), None
-
-    def close(self) -> None:
-        if self._socket is not None:
-            self.poller.unregister(self._socket)
-            self.poller.unregister(self._monitor)
-            self._socket.disable_monitor()
-            self._monitor.close(0)
-            self._socket.close()
-            self._socket = self._monitor = None
-
-
-class _SyncWire(_Wire):
-    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
-        super().__init__(context, endpoint, zmq.Poller())
-
-    def do(self, operation: str, argument: Any) -> Any:
-        if operation == "open":
-            return self.open()
-        if operation == "send":
-            return self.send(argument)
-        if operation == "wait":
-            if not self._lost:
-                self.poller.poll(argument * 1000)
-            return self.read()
-        return time.sleep(argument)  # between two looks at the job (`wait`)
-
-
-class _AsyncWire(_Wire):
-    def __init__(self, context: zmq.Context[Any], endpoint: str) -> None:
-        super().__init__(context, endpoint, zmq.asyncio.Poller())
-
-    async def do(self, operation: str, argument: Any) -> Any:
-        if operation == "open":
-            return self.open()
-        if operation == "send":
-            return self.send(argument)
-        if operation == "wait":
-            if not self._lost:
-                await self.poller.poll(argument * 1000)
-            return self.read()
-        return await asyncio.sleep(argument)
+from sglang_harli.protocol.wire import AsyncWire, SyncWire
 
 
 class _Client:
@@ -140,9 +41,21 @@ class _Client:
         *,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         reply_timeout_s: float = REPLY_TIMEOUT_S,
+        reconnect_timeout_s: float = RECONNECT_TIMEOUT_S,
+        on_connection: Callable[[str], None] | None = None,
+        curve_keys: str | os.PathLike[str] | None = None,
     ) -> None:
         self.endpoint = endpoint or os.environ.get(ENDPOINT_ENV) or DEFAULT_ENDPOINT
-        self._calls = Calls(self.endpoint, connect_timeout_s, reply_timeout_s)
+        folder = os.fspath(curve_keys) if curve_keys else os.environ.get(CURVE_KEYS_ENV)
+        self._keys = load_client_keys(folder) if folder else None
+        self._calls = Calls(
+            self.endpoint,
+            connect_timeout_s,
+            reply_timeout_s,
+            reconnect_timeout_s,
+            notice=on_connection,
+            keys=folder,
+        )
         self._context: zmq.Context[Any] = zmq.Context()
 
 
@@ -154,6 +67,11 @@ class FinetuneClient(_Client):
             ``HARLI_ENDPOINT``, else ``tcp://127.0.0.1:30100``.
         connect_timeout_s: how long a call tries to connect, and to reconnect after a loss.
         reply_timeout_s: how long a connected service may take to answer (a ``submit``: an hour).
+        reconnect_timeout_s: how long ``submit`` and what follows a job (``wait``, ``watch``, ``events`` with
+            ``follow``) wait for a service that was reached before and is lost.
+        on_connection: told once when such a call loses the connection, and once when it is back.
+        curve_keys: folder with ``server.key`` and ``client.key_secret``, where the server asks for CURVE
+            keys; default: the environment variable ``HARLI_CURVE_KEYS``, else none.
 
     Every method raises NotReadyError where the service cannot be reached in time, and whatever the
     service refuses with as its own type (ConfigError, DataError with one row per bad line in
@@ -172,11 +90,13 @@ class FinetuneClient(_Client):
 
     def submit(
         self,
-        data: Data,
+        data: Data | None = None,
         *,
         suffix: str | None = None,
         filename: str | None = None,
         idempotency_key: str | None = None,
+        priority: int = 0,
+        resume_from: str | None = None,
         **hyperparameters: Any,
     ) -> Job:
         """Create a job from training data; the job is durable when this returns.
@@ -188,6 +108,9 @@ class FinetuneClient(_Client):
             filename: how the job calls the data; default: the path's name.
             idempotency_key: a repeated submit with the same key returns the same job (default: a
                 new key; retries within one call share it).
+            priority: -100 to 100; higher ones leave the queue first.
+            resume_from: id of a job that is over and whose checkpoint this one begins with.  Without
+                ``data`` its training goes on; with ``data`` its adapter learns from other data.
             hyperparameters: see ``protocol.public.Hyperparameters``.
 
         Raises:
@@ -196,7 +119,13 @@ class FinetuneClient(_Client):
         """
         return self._run(
             self._calls.submit(
-                data, suffix=suffix, filename=filename, key=idempotency_key, pairs=hyperparameters
+                data,
+                suffix=suffix,
+                filename=filename,
+                key=idempotency_key,
+                pairs=hyperparameters,
+                priority=priority,
+                resume_from=resume_from,
             )
         )
 
@@ -219,8 +148,50 @@ class FinetuneClient(_Client):
 
     def events(self, job: str, after: int = 0, *, follow: bool = False) -> Iterator[Event]:
         """Events with an id above ``after``; with ``follow`` also those to come, until the job is over."""
-        steps = self._calls.events(job, after, follow)
-        wire = _SyncWire(self._context, self.endpoint)
+        return self._emitted(self._calls.events(job, after, follow))
+
+    def pause(self, job: str) -> Job:
+        """Pause a queued or running job; its state is saved."""
+        return self._run(self._calls.job("pause", job))
+
+    def resume(self, job: str) -> Job:
+        """Queue a paused job again."""
+        return self._run(self._calls.job("resume", job))
+
+    def cancel(self, job: str) -> Job:
+        """End a job for good."""
+        return self._run(self._calls.job("cancel", job))
+
+    def prioritize(self, job: str, priority: int) -> Job:
+        """Change the priority (-100 to 100) of a job that is not over; a running one is not preempted."""
+        return self._run(self._calls.prioritize(job, priority))
+
+    def status(self) -> StatusAnswer:
+        """The service, serving and training as the scheduler sees them, and the queue."""
+        return self._run(self._calls.status())
+
+    def set(self, *, if_revision: int | None = None, **values: float | None) -> SetAnswer:
+        """Change latency targets and caps, in milliseconds, for example ``tpot_slo_ms=40``; None clears one.
+
+        Raises:
+            ConfigError: unknown name or a value out of bounds.
+        """
+        return self._run(self._calls.set(_live(values), if_revision))
+
+    def watch(self, job: str, *, poll_s: float = 0.5) -> Iterator[Job]:
+        """The job again and again, ``poll_s`` seconds apart, until it is over."""
+        return self._emitted(self._calls.watch(job, poll_s))
+
+    def wait(self, job: str, timeout_s: float | None = None, *, poll_s: float = 0.5) -> Job:
+        """The job once it has succeeded, failed or been cancelled.
+
+        Raises:
+            TimeoutError: it has not within ``timeout_s``.
+        """
+        return self._run(self._calls.wait(job, timeout_s, poll_s))
+
+    def _emitted(self, steps: Steps[None]) -> Iterator[Any]:
+        wire = SyncWire(self._context, self.endpoint, self._keys)
         try:
             operation, argument = next(steps)
             while True:
@@ -235,40 +206,8 @@ class FinetuneClient(_Client):
         finally:
             wire.close()
 
-    def pause(self, job: str) -> Job:
-        """Pause a queued or running job; its state is saved."""
-        return self._run(self._calls.job("pause", job))
-
-    def resume(self, job: str) -> Job:
-        """Queue a paused job again."""
-        return self._run(self._calls.job("resume", job))
-
-    def cancel(self, job: str) -> Job:
-        """End a job for good."""
-        return self._run(self._calls.job("cancel", job))
-
-    def status(self) -> StatusAnswer:
-        """The service, serving and training as the scheduler sees them, and the queue."""
-        return self._run(self._calls.status())
-
-    def set(self, *, if_revision: int | None = None, **values: float | None) -> SetAnswer:
-        """Change latency targets and caps, in milliseconds, for example ``tpot_slo_ms=40``; None clears one.
-
-        Raises:
-            ConfigError: unknown name or a value out of bounds.
-        """
-        return self._run(self._calls.set(_live(values), if_revision))
-
-    def wait(self, job: str, timeout_s: float | None = None, *, poll_s: float = 0.5) -> Job:
-        """The job once it has succeeded, failed or been cancelled.
-
-        Raises:
-            TimeoutError: it has not within ``timeout_s``.
-        """
-        return self._run(self._calls.wait(job, timeout_s, poll_s))
-
     def _run(self, steps: Steps[T]) -> T:
-        wire = _SyncWire(self._context, self.endpoint)
+        wire = SyncWire(self._context, self.endpoint, self._keys)
         try:
             operation, argument = next(steps)
             while True:
@@ -294,16 +233,24 @@ class AsyncFinetuneClient(_Client):
 
     async def submit(
         self,
-        data: Data,
+        data: Data | None = None,
         *,
         suffix: str | None = None,
         filename: str | None = None,
         idempotency_key: str | None = None,
+        priority: int = 0,
+        resume_from: str | None = None,
         **hyperparameters: Any,
     ) -> Job:
         return await self._run(
             self._calls.submit(
-                data, suffix=suffix, filename=filename, key=idempotency_key, pairs=hyperparameters
+                data,
+                suffix=suffix,
+                filename=filename,
+                key=idempotency_key,
+                pairs=hyperparameters,
+                priority=priority,
+                resume_from=resume_from,
             )
         )
 
@@ -318,9 +265,35 @@ class AsyncFinetuneClient(_Client):
     async def find(self, name: str) -> Job:
         return await self._run(self._calls.find(name))
 
-    async def events(self, job: str, after: int = 0, *, follow: bool = False) -> AsyncIterator[Event]:
-        steps = self._calls.events(job, after, follow)
-        wire = _AsyncWire(self._context, self.endpoint)
+    def events(self, job: str, after: int = 0, *, follow: bool = False) -> AsyncIterator[Event]:
+        return self._emitted(self._calls.events(job, after, follow))
+
+    async def pause(self, job: str) -> Job:
+        return await self._run(self._calls.job("pause", job))
+
+    async def resume(self, job: str) -> Job:
+        return await self._run(self._calls.job("resume", job))
+
+    async def cancel(self, job: str) -> Job:
+        return await self._run(self._calls.job("cancel", job))
+
+    async def prioritize(self, job: str, priority: int) -> Job:
+        return await self._run(self._calls.prioritize(job, priority))
+
+    async def status(self) -> StatusAnswer:
+        return await self._run(self._calls.status())
+
+    async def set(self, *, if_revision: int | None = None, **values: float | None) -> SetAnswer:
+        return await self._run(self._calls.set(_live(values), if_revision))
+
+    def watch(self, job: str, *, poll_s: float = 0.5) -> AsyncIterator[Job]:
+        return self._emitted(self._calls.watch(job, poll_s))
+
+    async def wait(self, job: str, timeout_s: float | None = None, *, poll_s: float = 0.5) -> Job:
+        return await self._run(self._calls.wait(job, timeout_s, poll_s))
+
+    async def _emitted(self, steps: Steps[None]) -> AsyncIterator[Any]:
+        wire = AsyncWire(self._context, self.endpoint, self._keys)
         try:
             operation, argument = next(steps)
             while True:
@@ -335,26 +308,8 @@ class AsyncFinetuneClient(_Client):
         finally:
             wire.close()
 
-    async def pause(self, job: str) -> Job:
-        return await self._run(self._calls.job("pause", job))
-
-    async def resume(self, job: str) -> Job:
-        return await self._run(self._calls.job("resume", job))
-
-    async def cancel(self, job: str) -> Job:
-        return await self._run(self._calls.job("cancel", job))
-
-    async def status(self) -> StatusAnswer:
-        return await self._run(self._calls.status())
-
-    async def set(self, *, if_revision: int | None = None, **values: float | None) -> SetAnswer:
-        return await self._run(self._calls.set(_live(values), if_revision))
-
-    async def wait(self, job: str, timeout_s: float | None = None, *, poll_s: float = 0.5) -> Job:
-        return await self._run(self._calls.wait(job, timeout_s, poll_s))
-
     async def _run(self, steps: Steps[T]) -> T:
-        wire = _AsyncWire(self._context, self.endpoint)
+        wire = AsyncWire(self._context, self.endpoint, self._keys)
         try:
             operation, argument = next(steps)
             while True:

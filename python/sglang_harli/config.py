@@ -21,6 +21,7 @@ FLAG_PREFIX = "--harli-"
 SWITCH_ENV = "HARLI_ON"
 SWITCH_SERVE = "serve"  # its value with --harli-finetune off: only what serving needs is put in place
 ENDPOINT_ENV = "HARLI_ENDPOINT"  # the client's default endpoint
+CURVE_KEYS_ENV = "HARLI_CURVE_KEYS"  # the client's default folder of keys
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:30100"
 
 _LOOPBACK = re.compile(r"^tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d{1,5})$|^ipc://.+$")
@@ -86,6 +87,9 @@ class HarliOptions:
         None,
         "Memory that training may use, such as 2GiB (default: 10% of the device's, at most 8GiB on a CPU).",
     )
+    keep_checkpoints: int = _option(
+        2, "How many checkpoints of each job stay on the disk, after its end too."
+    )
     logits_mem: str = _option(
         "64MiB", "Largest logits tensor of a training step; the loss is chunked to fit it."
     )
@@ -102,6 +106,8 @@ class HarliOptions:
                 raise _bad(name, value, "a number of milliseconds above 0 and at most 3,600,000")
         if self.quantum_rows is not None and self.quantum_rows < 1:
             raise _bad("quantum_rows", self.quantum_rows, "an integer of at least 1")
+        if self.keep_checkpoints < 1:
+            raise _bad("keep_checkpoints", self.keep_checkpoints, "an integer of at least 1")
         match = _LOOPBACK.match(self.finetune_endpoint)
         if match is None or (match[2] and not 0 < int(match[2]) < 65536):
             raise _bad(

@@ -22,7 +22,7 @@ from sglang_harli.errors import (
     NotReadyError,
     StateError,
 )
-from sglang_harli.protocol import calls, public
+from sglang_harli.protocol import exchange, public
 from support.models import write_tokenizer
 from support.service import ServiceProcess
 
@@ -96,7 +96,7 @@ def test_data_comes_as_a_path_bytes_or_rows(client: FinetuneClient, tmp_path: Pa
 
 def test_large_data_travels_in_frames(client: FinetuneClient):
     row = b'{"prompt": "a", "completion": "b"}' + b" " * (3 << 20) + b"\n"
-    job = client.submit(row * 6)  # 18 MiB: three frames
+    job = client.submit(row * 6)  # 18 MiB: uploaded
     assert job.data["rows"] == 6
     assert job.data["bytes"] > 2 * public.MAX_FRAME_BYTES
 
@@ -275,8 +275,8 @@ def test_an_unknown_answer_is_refused(tmp_path: Path):
 
 
 def test_every_error_type_has_its_code():
-    for code, kind in calls._ERRORS.items():
+    for code, kind in exchange.ERRORS.items():
         body = public.ErrorBody(code=code, message="m", param="p", details=[{"line": 1}])
-        error = calls._error(public.Reply(id="x", ok=False, error=body))
+        error = exchange.error(public.Reply(id="x", ok=False, error=body))
         assert type(error) is kind
         assert (error.code, error.param, error.details) == (code, "p", [{"line": 1}])

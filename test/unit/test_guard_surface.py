@@ -30,14 +30,36 @@ FLAGS = {
     "logits_mem": "64MiB",
 }
 LIVE_FLAGS = ("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms")
-ENVIRONMENT = {"HARLI_ON", "HARLI_ENDPOINT", "HARLI_SERVICE_CONFIG", "HARLI_FAULT_POINTS"}
+ENVIRONMENT = {"HARLI_ON", "HARLI_ENDPOINT", "HARLI_CURVE_KEYS", "HARLI_SERVICE_CONFIG", "HARLI_FAULT_POINTS"}
 
 PROTOCOL_VERSION = 1
-VERBS = ("submit", "list", "get", "events", "pause", "resume", "cancel", "status", "set", "unsubscribe")
+VERBS = (
+    "submit",
+    "upload",
+    "list",
+    "get",
+    "events",
+    "pause",
+    "resume",
+    "cancel",
+    "prioritize",
+    "status",
+    "set",
+    "unsubscribe",
+)
 JOB_STATES = ["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 SUB_STATES = ["training", "yielding", "waiting_data", "waiting_memory", "checkpointing", "publishing"]
 EVENT_TYPES = (
-    *("job_created", "data_validated", "queued", "started", "step_metrics", "checkpoint_saved", "paused"),
+    *(
+        "job_created",
+        "data_validated",
+        "queued",
+        "prioritized",
+        "started",
+        "step_metrics",
+        "checkpoint_saved",
+        "paused",
+    ),
     *("resumed", "sub_state", "adapter_saved", "adapter_published", "warning", "failed", "cancelled"),
     "succeeded",
 )
@@ -66,9 +88,12 @@ MESSAGES = {
     "Request": "v id verb args",
     "Reply": "v id ok result error event",
     "ErrorBody": "code message param details",
-    "SubmitArgs": "filename size sha256 suffix hyperparameters idempotency_key",
+    "SubmitArgs": "filename size sha256 suffix hyperparameters idempotency_key priority resume_from upload",
+    "UploadArgs": "upload filename size sha256 offset",
+    "UploadAnswer": "offset",
     "ListArgs": "limit after status",
     "JobArgs": "job",
+    "PrioritizeArgs": "job priority",
     "EventsArgs": "job after limit follow",
     "SetArgs": "values if_revision",
     "SetAnswer": "outcome revision effective message",
@@ -89,28 +114,32 @@ MESSAGES = {
         "linear_sizes max_seq_length max_lora_rank lora_target_modules train_memory_bytes logits_bytes"
     ),
     "Hello": "seq pid rank limits refusal job attempt step next_cursor options revision",
+    "Pulse": "seq job attempt step next_cursor state_bytes has_slot snapshot stopping",
     "RunStarted": "seq job attempt step state_bytes",
-    "StepDone": "seq job attempt step epoch loss learning_rate grad_norm tokens target_tokens seconds",
-    "SnapshotReady": "seq job attempt step slot meta reason",
-    "RunStopped": "seq job attempt step",
-    "RunFailed": "seq job attempt step code message",
+    "StepDone": (
+        "seq job attempt step epoch loss learning_rate grad_norm tokens target_tokens seconds total_tokens after"
+    ),
+    "SnapshotReady": "seq job attempt step slot meta reason after",
+    "RunStopped": "seq job attempt step after",
+    "RunFailed": "seq job attempt step code message after",
     "Progress": "seq job attempt step sub_state reason tokens",
     "StatusReport": "seq request serving training",
     "OptionsSet": "seq request outcome revision effective text",
-    "Welcome": "seq pid",
+    "Welcome": "seq pid answers",
     "StartRun": "seq spec step restore meta",
     "MicroBatch": "seq job attempt cursor micro_batches lengths rows step_target_tokens",
     "SnapshotSlot": "seq job attempt slot",
     "SnapshotSaved": "seq job attempt step ok",
     "StopRun": "seq job attempt snapshot",
-    "Ack": "seq upto",
+    "Ack": "seq seqs",
     "StatusRequest": "seq request",
     "SetOptions": "seq request values if_revision",
     "HttpHello": "seq pid served_model_name",
-    "ServiceState": "seq pid endpoint_bound scheduler_seen refusal adapters",
-    "PublishAdapter": "seq job name config slot",
-    "AdapterPublished": "seq job name ok code text",
+    "ServiceState": "seq pid endpoint_bound scheduler_seen refusal adapters jobs",
+    "PublishAdapter": "seq request job name config slot",
+    "AdapterPublished": "seq request job name ok code text",
     "AdapterWanted": "seq name",
+    "AdapterRefused": "seq name code text",
 }
 # ------------------------------------------------------------------ end of the list
 

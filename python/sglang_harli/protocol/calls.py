@@ -1,113 +1,46 @@
 """What a client says to the finetune service and what it expects back, without input or output.
 
-Each call is a generator of (operation, argument) pairs, carried out by ``client``, blocking or not:
-``open`` a fresh socket; ``send`` frames; ``wait`` at most so many seconds, answered by ``connected``,
-``lost``, ``message`` with its first frame, or ``nothing``; ``sleep`` seconds; ``emit`` an event to the
-caller.  The generator returns the call's result.
+Each call is a generator of (operation, argument) pairs, carried out by ``client``, blocking or not (see
+``exchange``); ``emit`` hands an event or a job to the caller.  The generator returns the call's result.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import time
 import uuid
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-import orjson
 
-from sglang_harli import errors
 from sglang_harli.core import SUFFIX_PATTERN, short_id
-from sglang_harli.errors import (
-    ConfigError,
-    DataError,
-    HarliError,
-    NotFoundError,
-    NotReadyError,
-    ProtocolError,
-)
-from sglang_harli.protocol import public
-from sglang_harli.protocol.public import Event, Job, Reply, Request, SetAnswer, StatusAnswer
+from sglang_harli.errors import ConfigError, NotFoundError
+from sglang_harli.protocol import exchange, public, uploading
+from sglang_harli.protocol.data_source import Data, DataSource
+from sglang_harli.protocol.exchange import SLICE_S, Exchange, Patience, Steps
+from sglang_harli.protocol.public import Event, Job, SetAnswer, StatusAnswer
 
-CONNECT_TIMEOUT_S = 30.0  # how long a call tries to reach the service, also after it was lost
-REPLY_TIMEOUT_S = 60.0
 SUBMIT_TIMEOUT_S = 3600.0  # validation of a large file takes its time
 RENEW_S = 10.0  # a subscription ends when it is not renewed for 30 s
-SLICE_S = 1.0
 PAGE = 1000  # events asked for at once
+UPLOADS = 5  # times that a large file is sent, where the service forgets it before it has made the job
 FINAL_EVENTS = ("succeeded", "failed", "cancelled")
 
-T = TypeVar("T")
-Data = str | os.PathLike[str] | bytes | Iterable[Mapping[str, Any]]
-# (operation, argument): open/None, send/frames, wait/seconds -> (what, payload), sleep/seconds, emit/event
-Steps = Generator[tuple[str, Any], Any, T]
 
-_ERRORS: dict[str, type[HarliError]] = {
-    kind.code: kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, HarliError) and kind is not HarliError
-}
-_ERRORS |= {  # refusals with a code of their own
-    "memory_budget": ConfigError,
-    "idempotency_conflict": ConfigError,
-    "unsupported_version": ProtocolError,
-    "data_mismatch": ProtocolError,
-}
-
-
-class Calls:
+class Calls(Exchange):
     """One generator per verb."""
-
-    def __init__(self, endpoint: str, connect_timeout_s: float, reply_timeout_s: float) -> None:
-        self.endpoint = endpoint
-        self.connect_timeout_s = connect_timeout_s
-        self.reply_timeout_s = reply_timeout_s
-
-    # ---- one exchange
-    def connect(self) -> Steps[None]:
-        yield "open", None
-        end = time.monotonic() + self.connect_timeout_s
-        while (left := end - time.monotonic()) > 0:
-            what, _ = yield "wait", min(left, SLICE_S)
-            if what == "connected":
-                return
-        raise NotReadyError(
-            f"no finetune service answers at {self.endpoint} (tried for {self.connect_timeout_s:g} s): start the "
-            f"server, or give its --harli-finetune-endpoint by --endpoint or HARLI_ENDPOINT",
-            code="cannot_connect",
-        )
-
-    def request(
-        self, verb: str, args: Any, kind: Any, data: Sequence[Any] = (), timeout_s: float | None = None
-    ) -> Steps[Any]:
-        """Send, and send again where the connection was lost; the answer as ``kind``."""
-        timeout_s = timeout_s or self.reply_timeout_s
-        head = _header(verb, args)
-        frames = [public.encode(head), *data]
-        yield from self.connect()
-        yield "send", frames
-        end = time.monotonic() + timeout_s
-        while (left := end - time.monotonic()) > 0:
-            what, payload = yield "wait", min(left, SLICE_S)
-            if what == "message":
-                reply = _reply(payload, head.id)
-                if reply is not None:
-                    return _result(reply, kind)
-            elif what == "lost":
-                yield from self.connect()
-                yield "send", frames
-                end = time.monotonic() + timeout_s
-        raise NotReadyError(
-            f"{self.endpoint} did not answer {verb!r} within {timeout_s:g} s: try again later"
-        )
 
     # ---- verbs
     def submit(
-        self, data: Data, *, suffix: str | None, filename: str | None, key: str | None, pairs: dict[str, Any]
+        self,
+        data: Data | None,
+        *,
+        suffix: str | None,
+        filename: str | None,
+        key: str | None,
+        pairs: dict[str, Any],
+        priority: int = 0,
+        resume_from: str | None = None,
     ) -> Steps[Job]:
         if suffix is not None and not re.match(SUFFIX_PATTERN, suffix):
             raise ConfigError(
@@ -116,18 +49,40 @@ class Calls:
                 param="suffix",
             )
         parsed = msgspec.to_builtins(public.parse_hyperparameters(pairs))  # the same check as the server's
-        name, content = _content(data)
+        if data is None and resume_from is None:
+            raise ConfigError(
+                "nothing to train on: give data, or resume_from with a job that is over", param="data"
+            )
         args = public.SubmitArgs(
-            filename=(filename or name)[:1024],
-            size=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
+            filename=(filename or "")[:1024],
             suffix=suffix,
             hyperparameters={name: parsed[name] for name in pairs},
             idempotency_key=key or uuid.uuid4().hex,
+            priority=_priority(priority),
+            resume_from=resume_from,
         )
-        view, size = memoryview(content), public.MAX_FRAME_BYTES
-        frames = [view[at : at + size] for at in range(0, len(view), size)]
-        return (yield from self.request("submit", args, Job, frames, SUBMIT_TIMEOUT_S))
+        if data is None:
+            return (yield from self.request("submit", args, Job, (), SUBMIT_TIMEOUT_S))
+        with DataSource(data) as source:
+            return (yield from self._submit_data(args, source))
+
+    def _submit_data(self, args: public.SubmitArgs, source: DataSource) -> Steps[Job]:
+        """A file of one frame goes with the request, a larger one is uploaded before."""
+        args.filename = args.filename or source.name[:1024]
+        args.size = source.size
+        args.sha256 = yield "call", source.sha256
+        patience = self.patience(ask_again=False)
+        if source.size <= public.MAX_FRAME_BYTES:
+            frames = [source.read(0, source.size)]
+            return (yield from self.request("submit", args, Job, frames, SUBMIT_TIMEOUT_S, patience))
+        for left in reversed(range(UPLOADS)):
+            args.upload = yield from uploading.upload(self, source, args.sha256, patience)
+            try:
+                return (yield from self.request("submit", args, Job, (), SUBMIT_TIMEOUT_S, patience))
+            except NotFoundError as error:  # the service was restarted in between
+                if error.code != "upload_unknown" or not left:
+                    raise
+        raise AssertionError
 
     def jobs(self, status: str | None, limit: int, after: str | None) -> Steps[list[Job]]:
         args = public.ListArgs(limit=limit, after=after, status=status)
@@ -151,8 +106,12 @@ class Calls:
                 raise ConfigError(f"{name!r} names {len(matches)} jobs: give one of {ids}", param="job")
         raise missing
 
-    def job(self, verb: str, job: str) -> Steps[Job]:
-        return (yield from self.request(verb, public.JobArgs(job=job), Job))
+    def job(self, verb: str, job: str, patience: Patience | None = None) -> Steps[Job]:
+        return (yield from self.request(verb, public.JobArgs(job=job), Job, patience=patience))
+
+    def prioritize(self, job: str, priority: int) -> Steps[Job]:
+        args = public.PrioritizeArgs(job=job, priority=_priority(priority))
+        return (yield from self.request("prioritize", args, Job))
 
     def status(self) -> Steps[StatusAnswer]:
         return (yield from self.request("status", {}, StatusAnswer))
@@ -163,60 +122,78 @@ class Calls:
 
     def wait(self, job: str, timeout_s: float | None, poll_s: float) -> Steps[Job]:
         end = time.monotonic() + (float("inf") if timeout_s is None else timeout_s)
+        patience = self.patience()
         while True:
-            found = yield from self.job("get", job)
+            found = yield from self.job("get", job, patience)
             if found.status.final:
                 return found
             if time.monotonic() + poll_s > end:
                 raise TimeoutError(f"job {job} is {found.status} after {timeout_s:g} s, step {found.step}")
             yield "sleep", poll_s
 
+    def watch(self, job: str, poll_s: float) -> Steps[None]:
+        """Emits the job at each look, the last time when it is over."""
+        patience = self.patience()
+        while True:
+            found = yield from self.job("get", job, patience)
+            yield "emit", found
+            if found.status.final:
+                return
+            yield "sleep", poll_s
+
     def events(self, job: str, after: int, follow: bool) -> Steps[None]:
         """Emits each event once; with ``follow`` until the job is over, across reconnections."""
         last: Event | None = None
+        patience = self.patience() if follow else None
         if follow and after:  # the cursor may stand on the last event of all
             args = public.EventsArgs(job=job, after=after - 1, limit=1)
-            last = next(iter((yield from self.request("events", args, _Events)).events), None)
+            found = yield from self.request("events", args, _Events, patience=patience)
+            last = next(iter(found.events), None)
         while True:
-            page = yield from self.request(
-                "events", public.EventsArgs(job=job, after=after, limit=PAGE), _Events
-            )
+            args = public.EventsArgs(job=job, after=after, limit=PAGE)
+            page = yield from self.request("events", args, _Events, patience=patience)
             for event in page.events:
                 yield "emit", event
                 last, after = event, event.id
             if len(page.events) < PAGE:
                 break
-        if follow and (last is None or last.type not in FINAL_EVENTS):
-            yield from self._subscription(job, after)
+        if patience is not None and (last is None or last.type not in FINAL_EVENTS):
+            yield from self._subscription(job, after, patience)
 
-    def _subscription(self, job: str, after: int) -> Steps[None]:
-        head = _header("events", public.EventsArgs(job=job, after=after, follow=True))
-        yield from self.connect()
+    def _subscription(self, job: str, after: int, patience: Patience) -> Steps[None]:
+        head = exchange.header("events", public.EventsArgs(job=job, after=after, follow=True))
+        yield from self.connect(patience)
         renewed = heard = time.monotonic()
         yield "send", [public.encode(head)]
         while True:
             what, payload = yield "wait", SLICE_S
-            if what == "lost":
-                yield from self.connect()
+            now = time.monotonic()
+            if what == "lost" or now - heard > self.reply_timeout_s:
+                patience.lost()
+                yield from self.connect(patience)
                 renewed, heard = 0.0, time.monotonic()
-            elif what == "message" and (reply := _reply(payload, head.id)) is not None:
-                heard = time.monotonic()
-                news = [reply.event] if reply.event is not None else _result(reply, _Events).events
-                for event in news:
+            elif what == "message" and (reply := exchange.reply(payload, head.id)) is not None:
+                heard = now
+                patience.back()
+                for event in _news(reply):
                     if event.id > after:
                         after = event.id
                         yield "emit", event
                         if event.type in FINAL_EVENTS:
-                            yield "send", [public.encode(_header("unsubscribe", {"id": head.id}))]
+                            yield "send", [public.encode(exchange.header("unsubscribe", {"id": head.id}))]
                             return
-            now = time.monotonic()
-            if now - heard > self.reply_timeout_s:
-                raise NotReadyError(
-                    f"{self.endpoint} has not answered for {self.reply_timeout_s:g} s: try again later"
-                )
-            if now - renewed > RENEW_S:  # the same id: renews, and brings what was missed
-                head.args["after"], renewed = after, now
+            if time.monotonic() - renewed > RENEW_S:  # the same id: renews, and brings what was missed
+                head.args["after"], renewed = after, time.monotonic()
                 yield "send", [public.encode(head)]
+
+
+def _news(reply: public.Reply) -> list[Event]:
+    """The events in a reply to a subscription; none where the service asks to try again."""
+    if reply.event is not None:
+        return [reply.event]
+    if reply.error is not None and reply.error.code in (public.BUSY, "not_ready"):
+        return []  # the next renewal asks again
+    return exchange.result(reply, _Events).events
 
 
 class _Jobs(msgspec.Struct):
@@ -227,48 +204,9 @@ class _Events(msgspec.Struct):
     events: list[Event]
 
 
-def _header(verb: str, args: Any) -> Request:
-    return Request(v=public.VERSION, id=uuid.uuid4().hex, verb=verb, args=msgspec.to_builtins(args))
-
-
-def _reply(payload: bytes, request_id: str) -> Reply | None:
-    reply: Reply = public.decode(payload, Reply)
-    return reply if reply.id == request_id or (not reply.ok and not reply.id) else None
-
-
-def _result(reply: Reply, kind: Any) -> Any:
-    if not reply.ok:
-        raise _error(reply)
-    try:
-        return msgspec.convert(reply.result, kind)
-    except msgspec.ValidationError as error:
-        raise ProtocolError(f"the server's answer is not understood (another version?): {error}") from error
-
-
-def _error(reply: Reply) -> HarliError:
-    body = reply.error
-    if body is None:
-        return HarliError("the server refused the request and gave no reason")
-    kind = _ERRORS.get(body.code, HarliError)
-    return kind(body.message, code=body.code, param=body.param, details=body.details)
-
-
-def _content(data: Data) -> tuple[str, bytes]:
-    """(file name, JSONL bytes)."""
-    if isinstance(data, bytes | bytearray | memoryview):
-        name, content = "data.jsonl", bytes(data)
-    elif isinstance(data, str | os.PathLike):
-        path = Path(data)
-        try:
-            name, content = path.name, path.read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"{path} cannot be read: {error.strerror}", code="unreadable_file", param="data"
-            ) from error
-    else:
-        name, content = "rows.jsonl", b"".join(orjson.dumps(row) + b"\n" for row in data)
-    if len(content) > public.MAX_DATA_BYTES:
-        raise DataError(
-            f"{name} has {len(content)} bytes; at most {public.MAX_DATA_BYTES} are accepted", param="data"
+def _priority(value: int) -> int:
+    if not -100 <= value <= 100:
+        raise ConfigError(
+            f"priority {value} is not accepted: give a whole number from -100 to 100", param="priority"
         )
-    return name, content
+    return value

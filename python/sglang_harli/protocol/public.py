@@ -1,7 +1,7 @@
 """The public wire: what clients and the finetune service say to each other over ZMQ (docs/jobs.md).
 
-A message is one JSON frame (``Request`` or ``Reply``) and, for ``submit``, raw frames behind it that
-carry the data file.  ``Event`` replies to a subscription come under the id of its request.
+A message is one JSON frame (``Request`` or ``Reply``) and, for ``submit`` and ``upload``, raw frames
+behind it that carry the data file.  ``Event`` replies to a subscription come under the id of its request.
 """
 
 from __future__ import annotations
@@ -16,10 +16,28 @@ from sglang_harli.core import SUFFIX_PATTERN, JobStatus
 from sglang_harli.errors import ConfigError, ProtocolError
 
 VERSION = 1
-VERBS = ("submit", "list", "get", "events", "pause", "resume", "cancel", "status", "set", "unsubscribe")
+VERBS = (
+    "submit",
+    "upload",
+    "list",
+    "get",
+    "events",
+    "pause",
+    "resume",
+    "cancel",
+    "prioritize",
+    "status",
+    "set",
+    "unsubscribe",
+)
 MAX_HEADER_BYTES = 1 << 20
 MAX_DATA_BYTES = 4 << 30
-MAX_FRAME_BYTES = 8 << 20  # clients cut a file into frames of this size
+MAX_FRAME_BYTES = 1 << 20  # of a data frame; a larger file comes by `upload`, in chunks of this size
+MAX_INLINE_BYTES = 16 << 20  # of the data frames behind one `submit`
+BUSY = "busy"  # the code of a refusal that clients answer by trying again
+
+Priority = Annotated[int, Meta(ge=-100, le=100)]
+UploadId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]  # chosen by the client
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULERS = ("linear", "cosine", "constant")
@@ -165,6 +183,7 @@ EVENT_TYPES = (
     "job_created",
     "data_validated",
     "queued",
+    "prioritized",
     "started",
     "step_metrics",
     "checkpoint_saved",
@@ -208,14 +227,34 @@ class Reply(Struct, kw_only=True):
 
 
 class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
-    """``submit``: raw frames with the JSONL file follow the header."""
+    """``submit``: raw frames with the JSONL file follow the header; none where ``upload`` names an upload
+    that holds it, or ``resume_from`` a job whose data is taken (``sha256`` is empty then)."""
 
-    filename: Annotated[str, Meta(max_length=1024)]
-    size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)]
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    filename: Annotated[str, Meta(max_length=1024)] = ""
+    size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)] = 0
+    sha256: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
     suffix: Annotated[str, Meta(pattern=SUFFIX_PATTERN)] | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     idempotency_key: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
+    priority: Priority = 0
+    resume_from: str | None = None
+    upload: UploadId | None = None
+
+
+class UploadArgs(Struct, kw_only=True, forbid_unknown_fields=True):
+    """``upload``: one data frame follows, the file's bytes from ``offset`` on."""
+
+    upload: UploadId
+    filename: Annotated[str, Meta(max_length=1024)] = ""
+    size: Annotated[int, Meta(ge=1)]  # the limit, MAX_DATA_BYTES, is told by name
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    offset: Annotated[int, Meta(ge=0)]
+
+
+class UploadAnswer(Struct, kw_only=True):
+    """``offset``: bytes of the file that have been received, from its beginning."""
+
+    offset: int
 
 
 class EventsArgs(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -231,6 +270,13 @@ class JobArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     """``get``, ``pause``, ``resume``, ``cancel``."""
 
     job: str
+
+
+class PrioritizeArgs(Struct, kw_only=True, forbid_unknown_fields=True):
+    """``prioritize``: higher ones leave the queue first; a running job is not preempted."""
+
+    job: str
+    priority: Priority
 
 
 class ListArgs(Struct, kw_only=True, forbid_unknown_fields=True):

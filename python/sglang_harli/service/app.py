@@ -35,6 +35,7 @@ from sglang_harli.service.run_driver import RunDriver
 from sglang_harli.service.scheduler_link import SchedulerLink
 from sglang_harli.service.submission import Submission, remove_leftovers
 from sglang_harli.service.subscriptions import Subscriptions
+from sglang_harli.service.uploads import Uploads
 from sglang_harli.service.verbs import Caller, Verbs
 
 logger = logging.getLogger("harli.service")
@@ -56,7 +57,7 @@ class App:
 
     def __init__(self, config: ServiceConfig) -> None:
         run_dir = Path(config.options.absolute_run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         core.make_ipc_dir(str(run_dir))
         shm = core.shm_dir(str(run_dir))
         self._context = zmq.asyncio.Context()
@@ -81,7 +82,10 @@ class App:
             self._store.setting(SETTING),
             lambda text: self._desk.journal.put(settings={SETTING: text}),
         )
-        self._submission = Submission(self._desk, self._scheduler, self._tokenizer, config, self._worker)
+        self._uploads = Uploads(run_dir)
+        self._submission = Submission(
+            self._desk, self._scheduler, self._tokenizer, config, self._worker, self._uploads
+        )
         self._door = PublicDoor(self._context, config.options.finetune_endpoint, self.handle)
         self._subscriptions = Subscriptions(self._store, self._readers, self._door.push)
         self._desk.committed.append(self._subscriptions.committed)
@@ -115,6 +119,7 @@ class App:
                     self._http.peer.run(),
                     self._subscriptions.run(),
                     self._door.run(),
+                    self._uploads.run(),
                     self._warm_up(),
                     self._watch_journal(),
                 )
@@ -187,6 +192,7 @@ class App:
     def close(self) -> None:
         self._desk.committed.clear()  # what is still written is told to nobody: the sockets are going
         self._worker.shutdown(wait=False, cancel_futures=True)
+        self._uploads.close()
         self._disk.shutdown(wait=True, cancel_futures=True)
         self._desk.journal.close()
         self._readers.shutdown(wait=False, cancel_futures=True)

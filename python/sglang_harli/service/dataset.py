@@ -13,6 +13,7 @@ import orjson
 from msgspec import Struct, to_builtins
 
 from sglang_harli.errors import DataError, NotReadyError
+from sglang_harli.protocol.public import BUSY
 from sglang_harli.service.chat_rows import Row, RowError, RowTokenizer
 from sglang_harli.service.token_store import TokenWriter
 
@@ -84,7 +85,7 @@ def scan(
     ignored: set[str] = set()
     for number, raw in read_lines(path):
         if stop():
-            raise NotReadyError("the service is stopping: submit again in a moment")
+            raise NotReadyError("the service is stopping: submit again in a moment", code=BUSY)
         summary.lines += 1
         try:
             record = _parse(raw)

@@ -5,21 +5,51 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 import zmq
 import zmq.asyncio
 
-from sglang_harli.errors import HarliError
+from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.protocol import public
 from sglang_harli.service.verbs import Caller
 
 logger = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = public.MAX_FRAME_BYTES + 4096  # libzmq ends the connection of whoever sends more
-QUEUE = 64  # messages to or from one client that wait, each way
-AT_ONCE = 256  # requests in work; more wait in the clients' queues
+WAITING = 8  # messages of one client that libzmq takes in before they are read: of 2 MiB each at most
+UNREAD = 64  # messages to one client that wait
+
+
+@dataclass(slots=True)
+class _Room:
+    """How many requests of a kind, and bytes of theirs, are in work at once; more are told to come again.
+
+    One for each kind, so that a thousand submits that wait for their check do not keep ``status`` waiting.
+    """
+
+    what: str
+    most: int
+    most_bytes: int
+    inside: int = 0
+    inside_bytes: int = 0
+
+    def enter(self, size: int) -> None:
+        """Raises NotReadyError naming the limit."""
+        if self.inside >= self.most or (self.inside and self.inside_bytes + size > self.most_bytes):
+            raise NotReadyError(
+                f"{self.inside} {self.what} of {self.inside_bytes} bytes are in work, at most {self.most} of "
+                f"{self.most_bytes} bytes are taken at once: try again in a moment",
+                code=public.BUSY,
+            )
+        self.inside += 1
+        self.inside_bytes += size
+
+    def leave(self, size: int) -> None:
+        self.inside -= 1
+        self.inside_bytes -= size
 
 
 class PublicDoor:
@@ -39,12 +69,17 @@ class PublicDoor:
         handle: Callable[[Caller, bytes, Sequence[bytes]], Awaitable[public.Reply]],
     ) -> None:
         self._handle = handle
+        self._rooms = {
+            "submit": _Room("submits", 2048, 64 << 20),
+            "upload": _Room("chunks", 256, 64 << 20),
+        }
+        self._rest = _Room("requests", 1024, 32 << 20)
         self._socket: zmq.asyncio.Socket = context.socket(zmq.ROUTER)
         for option, value in (
             (zmq.LINGER, 500),
             (zmq.MAXMSGSIZE, MAX_FRAME_BYTES),
-            (zmq.RCVHWM, QUEUE),
-            (zmq.SNDHWM, QUEUE),
+            (zmq.RCVHWM, WAITING),
+            (zmq.SNDHWM, UNREAD),
             (zmq.ROUTER_MANDATORY, 1),  # a client that is gone or does not read is an error, not a silence
             (zmq.HEARTBEAT_IVL, 10_000),
             (zmq.HEARTBEAT_TIMEOUT, 30_000),
@@ -60,25 +95,36 @@ class PublicDoor:
             ) from error
 
     async def run(self) -> None:
-        places = asyncio.Semaphore(AT_ONCE)
         async with asyncio.TaskGroup() as group:
             while True:
-                await places.acquire()
                 frames = await self._socket.recv_multipart()
-                group.create_task(self._one(frames, places))
+                self._take(frames, group)
+                await asyncio.sleep(0)  # whoever floods this socket does not keep answers waiting
 
-    async def _one(self, frames: list[bytes], places: asyncio.Semaphore) -> None:
+    def _take(self, frames: list[bytes], group: asyncio.TaskGroup) -> None:
+        identity, *rest = frames
+        route = (identity,)
+        if len(rest) > 1 and rest[0] == b"":  # a REQ socket's delimiter
+            route, rest = (identity, b""), rest[1:]
+        if not rest:
+            return
+        head, *data = rest
+        request, verb = peek(head)
+        room = self._rooms.get(verb, self._rest)
+        size = len(head) + sum(map(len, data))
         try:
-            identity, *rest = frames
-            route = (identity,)
-            if len(rest) > 1 and rest[0] == b"":  # a REQ socket's delimiter
-                route, rest = (identity, b""), rest[1:]
-            if not rest:
-                return
-            caller = Caller(route, request_id(rest[0]))
-            self.send(route, await self._handle(caller, rest[0], rest[1:]))
+            room.enter(size)
+        except NotReadyError as error:
+            body = public.ErrorBody(code=error.code, message=error.message)
+            self.send(route, public.Reply(id=request, ok=False, error=body))
+            return
+        group.create_task(self._one(Caller(route, request), head, data, room, size))
+
+    async def _one(self, caller: Caller, head: bytes, data: list[bytes], room: _Room, size: int) -> None:
+        try:
+            self.send(caller.route, await self._handle(caller, head, data))
         finally:
-            places.release()
+            room.leave(size)
 
     def send(self, route: tuple[bytes, ...], reply: public.Reply) -> bool | None:
         """True: sent.  False: the client does not read and its queue is full.  None: it is gone."""
@@ -99,13 +145,14 @@ class PublicDoor:
         self._socket.close()
 
 
-def request_id(header: bytes) -> str:
-    """The id in a header, however broken the rest is; "" where there is none."""
+def peek(header: bytes) -> tuple[str, str]:
+    """Id and verb in a header, however broken the rest is; "" for what is not there."""
     if len(header) > public.MAX_HEADER_BYTES:
-        return ""
+        return "", ""
     try:
         found = orjson.loads(header)
     except orjson.JSONDecodeError:
-        return ""
-    number = found.get("id") if isinstance(found, dict) else None
-    return number[:128] if isinstance(number, str) else ""
+        return "", ""
+    values = [found.get(name) if isinstance(found, dict) else None for name in ("id", "verb")]
+    number, verb = (value[:128] if isinstance(value, str) else "" for value in values)
+    return number, verb

@@ -16,7 +16,15 @@ from sglang_harli.config import ServiceConfig
 from sglang_harli.core import JobStatus, adapter_name
 from sglang_harli.errors import ConfigError, HarliError, NotReadyError, ProtocolError
 from sglang_harli.fault_points import Point, Write, reach
-from sglang_harli.protocol.public import Hyperparameters, Job, SubmitArgs, parse_hyperparameters
+from sglang_harli.protocol.public import (
+    MAX_INLINE_BYTES,
+    Hyperparameters,
+    Job,
+    SubmitArgs,
+    UploadAnswer,
+    UploadArgs,
+    parse_hyperparameters,
+)
 from sglang_harli.service import admission, dataset, feeder, jobs
 from sglang_harli.service.dataset import DataSummary
 from sglang_harli.service.desk import JobDesk
@@ -25,16 +33,16 @@ from sglang_harli.service.jobs import JobRecord
 from sglang_harli.service.model_tokenizer import ModelTokenizer
 from sglang_harli.service.scheduler_link import SchedulerLink
 from sglang_harli.service.token_store import TokenWriter
+from sglang_harli.service.uploads import Uploads
 
 logger = logging.getLogger(__name__)
-
-MAX_PENDING_BYTES = 4 << 30  # of data in submits that are being looked at
 
 
 class Submission:
     """Args:
     desk, link, tokenizer, config: of this service.
     worker: one thread; files are looked at one after the other.
+    uploads: files that were sent before the submit that names them.
     """
 
     def __init__(
@@ -44,19 +52,24 @@ class Submission:
         tokenizer: ModelTokenizer,
         config: ServiceConfig,
         worker: ThreadPoolExecutor,
+        uploads: Uploads,
     ) -> None:
         self._desk = desk
         self._link = link
         self._tokenizer = tokenizer
         self._config = config
         self._worker = worker
+        self._uploads = uploads
         self._running: dict[str, asyncio.Task[JobRecord]] = {}
-        self._pending_bytes = 0
         self._stopping = threading.Event()
 
     def stop(self) -> None:
         """Let a scan in progress end soon; its client tries again."""
         self._stopping.set()
+
+    async def upload(self, args: UploadArgs, frames: Sequence[bytes]) -> UploadAnswer:
+        """A chunk of a file, for a submit to come."""
+        return await self._uploads.add(args, frames)
 
     async def submit(self, args: SubmitArgs, frames: Sequence[bytes]) -> Job:
         """The job, durable.  A repeated key gives the job that the first submit made.
@@ -64,6 +77,7 @@ class Submission:
         Raises:
             HarliError: a refusal; no job was created.
         """
+        _check_frames(args, frames)
         key = args.idempotency_key
         known = self._desk.by_key(key) if key else None
         if known is not None:
@@ -71,16 +85,12 @@ class Submission:
         task = self._running.get(key) if key else None
         if task is not None:
             return self._again(await asyncio.shield(task), args)
-        if self._pending_bytes and self._pending_bytes + args.size > MAX_PENDING_BYTES:
-            raise NotReadyError("other submits are being looked at: try again in a moment")
         task = asyncio.create_task(self._create(args, frames))
         if key:
             self._running[key] = task
-        self._pending_bytes += args.size
         try:
             return self._desk.public(await asyncio.shield(task))
         finally:
-            self._pending_bytes -= args.size
             if key:
                 self._running.pop(key, None)
 
@@ -102,15 +112,12 @@ class Submission:
         longest = self._longest(hp)
         job = self._desk.new_id()
         incoming = self._desk.run_dir / f"{INCOMING}{job}"
+        uploaded = self._uploads.take(args.upload, args.size, args.sha256) if args.upload else None
         loop = asyncio.get_running_loop()
         try:
             summary = await loop.run_in_executor(
-                self._worker, self._prepare, args, frames, incoming, hp, longest
+                self._worker, self._take_in, args, uploaded or frames, incoming, hp, longest, job
             )
-            limits = self._link.limits
-            if limits is not None:
-                admission.check_data(hp, summary.longest_row, summary.longest_line, limits)
-            await loop.run_in_executor(self._worker, self._settle, incoming, job)
         except OSError as error:
             raise HarliError(
                 f"the data cannot be stored in {self._desk.run_dir} ({error}): make room, then submit again",
@@ -118,6 +125,8 @@ class Submission:
             ) from error
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
+            if uploaded is not None:
+                shutil.rmtree(uploaded.parent, ignore_errors=True)
         reach(Point.DATA_STORED)
         record = self._record(job, args, hp, summary)
         await self._desk.add(jobs.created(record, summary.text()))
@@ -153,20 +162,25 @@ class Submission:
         )
 
     # ---- in the worker thread
-    def _prepare(
+    def _take_in(
         self,
         args: SubmitArgs,
-        frames: Sequence[bytes],
+        source: Path | Sequence[bytes],
         folder: Path,
         hp: Hyperparameters,
         longest: int | None,
+        job: str,
     ) -> DataSummary:
+        """The file, an uploaded one or frames, as the durable folder of a job to be."""
         data = folder / "data"
         data.mkdir(parents=True)
-        _store(args, frames, data / "train.jsonl")
+        if isinstance(source, Path):
+            source.replace(data / "train.jsonl")
+        else:
+            _store(args, source, data / "train.jsonl")
         tokenizer = self._tokenizer.get()
         with TokenWriter(data) as writer:
-            return dataset.scan(
+            summary = dataset.scan(
                 data / "train.jsonl",
                 tokenizer,
                 name=args.filename,
@@ -175,6 +189,11 @@ class Submission:
                 writer=writer,
                 stop=self._stopping.is_set,
             )
+        limits = self._link.limits  # they may have come meanwhile
+        if limits is not None:
+            admission.check_data(hp, summary.longest_row, summary.longest_line, limits)
+        self._settle(folder, job)
+        return summary
 
     def _settle(self, incoming: Path, job: str) -> None:
         """The folder under its final name, durable."""
@@ -182,6 +201,21 @@ class Submission:
         fsync_tree(incoming)
         incoming.rename(JobPaths(self._desk.run_dir, job).folder)
         fsync_folder(self._desk.run_dir)
+
+
+def _check_frames(args: SubmitArgs, frames: Sequence[bytes]) -> None:
+    if args.upload and frames:
+        raise ProtocolError(
+            f"submit names an upload and brings {len(frames)} frames: give one of the two", param="upload"
+        )
+    size = sum(len(frame) for frame in frames)
+    if size > MAX_INLINE_BYTES:
+        raise ProtocolError(
+            f"{args.filename}: {size} bytes came with the submit, at most {MAX_INLINE_BYTES} are accepted there: send "
+            "a larger file by `upload` first",
+            code="too_large",
+            param="size",
+        )
 
 
 def _store(args: SubmitArgs, frames: Sequence[bytes], path: Path) -> None:

@@ -97,6 +97,8 @@ class Verbs:
         if request.verb == "submit":
             args = public.convert_args(request.args, public.SubmitArgs)
             return await self._submission.submit(args, frames)
+        if request.verb == "upload":
+            return await self._submission.upload(public.convert_args(request.args, public.UploadArgs), frames)
         verb = self._verbs.get(request.verb)
         if verb is None:
             known = ", ".join(public.VERBS)
