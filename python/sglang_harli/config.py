@@ -25,8 +25,14 @@ CURVE_KEYS_ENV = "HARLI_CURVE_KEYS"  # the client's default folder of keys
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:30100"
 
 _LOOPBACK = re.compile(r"^tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d{1,5})$|^ipc://.+$")
+_ANY_TCP = re.compile(r"^tcp://(\[[0-9a-fA-F:.]+\]|\*|[A-Za-z0-9._-]+):(\d{1,5})$")
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(b|kb|mb|gb|kib|mib|gib)?\s*$", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Whether only this host reaches a ZMQ address (loopback or ipc)."""
+    return _LOOPBACK.match(endpoint) is not None
 
 
 def parse_size(text: str) -> int:
@@ -75,7 +81,16 @@ class HarliOptions:
     )
     finetune_endpoint: str = _option(
         DEFAULT_ENDPOINT,
-        "ZMQ address of the finetune service; loopback (tcp://127.0.0.1:PORT) or ipc://PATH.",
+        "ZMQ address of the finetune service: loopback (tcp://127.0.0.1:PORT) or ipc://PATH; another one needs "
+        "--harli-curve-keys.",
+    )
+    curve_keys: str | None = _option(
+        None,
+        "Folder with server.key_secret and clients/*.key: only these clients may connect, encrypted by CURVE "
+        "(harli make-keys makes one; default: none).",
+    )
+    allow_insecure_endpoint: bool = _option(
+        False, "Let --harli-finetune-endpoint leave loopback without keys: whoever reaches it may submit jobs."
     )
     run_dir: str = _option("./harli-runs", "Folder of jobs, data, checkpoints and adapters; one server each.")
     overlap: str = _option(
@@ -108,13 +123,7 @@ class HarliOptions:
             raise _bad("quantum_rows", self.quantum_rows, "an integer of at least 1")
         if self.keep_checkpoints < 1:
             raise _bad("keep_checkpoints", self.keep_checkpoints, "an integer of at least 1")
-        match = _LOOPBACK.match(self.finetune_endpoint)
-        if match is None or (match[2] and not 0 < int(match[2]) < 65536):
-            raise _bad(
-                "finetune_endpoint",
-                self.finetune_endpoint,
-                "tcp://127.0.0.1:PORT (loopback only) or ipc://PATH",
-            )
+        self._check_endpoint()
         if not self.run_dir:
             raise _bad("run_dir", self.run_dir, "a folder")
         for name in ("max_train_mem", "logits_mem"):
@@ -126,6 +135,18 @@ class HarliOptions:
                     raise _bad(name, value, "a size such as 512MiB or 2GB") from error
                 if size < 2**20:
                     raise _bad(name, value, "a size of at least 1MiB")
+
+    def _check_endpoint(self) -> None:
+        match = _LOOPBACK.match(self.finetune_endpoint)
+        if match is None and (self.curve_keys or self.allow_insecure_endpoint):
+            match = _ANY_TCP.match(self.finetune_endpoint)
+        if match is None or (match[2] and not 0 < int(match[2]) < 65536):
+            raise _bad(
+                "finetune_endpoint",
+                self.finetune_endpoint,
+                "tcp://127.0.0.1:PORT (loopback only) or ipc://PATH; for another address also --harli-curve-keys "
+                "FOLDER (harli make-keys makes one), or --harli-allow-insecure-endpoint",
+            )
 
     # ---- resolved values
     @property
@@ -172,6 +193,10 @@ class HarliOptions:
     @classmethod
     def from_json(cls, text: str) -> HarliOptions:
         return cls(**json.loads(text))
+
+    @property
+    def absolute_curve_keys(self) -> str | None:
+        return self.curve_keys and os.path.abspath(os.path.expanduser(self.curve_keys))
 
     @property
     def absolute_run_dir(self) -> str:

@@ -24,6 +24,8 @@ FLAGS = {
     "max_idle_quantum_ms": None,
     "quantum_rows": None,
     "finetune_endpoint": "tcp://127.0.0.1:30100",
+    "curve_keys": None,
+    "allow_insecure_endpoint": False,
     "run_dir": "./harli-runs",
     "overlap": "auto",
     "max_train_mem": None,

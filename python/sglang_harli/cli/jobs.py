@@ -113,7 +113,7 @@ def watch(
         else:
             from sglang_harli.tools import job_view
 
-            last = job_view.watch(lambda: client.get(found.id))
+            last = job_view.watch(client.watch(found.id))
         if last.status == "failed":
             raise typer.Exit(EXIT_FAILED)
         if last.status == "cancelled":

@@ -51,6 +51,28 @@ def make_model(
         )
 
 
+@app.command("make-keys")
+def make_keys(
+    ctx: typer.Context,
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Gets the folders server and client.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make CURVE keys for a server that is reached over a network, and for its first client."""
+    with session(ctx, None, as_json) as current:
+        from sglang_harli.protocol import curve_keys
+
+        server, client = curve_keys.make_keys(folder)
+        current.show(
+            {"server": str(server), "client": str(client)},
+            lambda: iter(
+                [
+                    f"server: --harli-curve-keys {server}",
+                    f"client: harli --curve-keys {client} (copy that folder to the client)",
+                ]
+            ),
+        )
+
+
 @app.command("check-data")
 def check_data(
     ctx: typer.Context,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sglang_harli.cli import jobs, local, server
-from sglang_harli.cli.session import AsJson, Endpoint, Session
+from sglang_harli.cli.session import AsJson, CurveKeys, Endpoint, Session
 
 EPILOG = (
     "Exit codes: 0 done; 1 the job failed, or the server did; 2 wrong usage or value; 3 bad training data; "
@@ -41,10 +41,11 @@ def _show_version(wanted: bool) -> None:
 def _options(
     ctx: typer.Context,
     endpoint: Endpoint = None,
+    curve_keys: CurveKeys = None,
     as_json: AsJson = False,
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
 ) -> None:
-    ctx.obj = Session(endpoint, as_json)
+    ctx.obj = Session(endpoint, as_json, curve_keys)
 
 
 for part in (local, jobs, server):
@@ -54,4 +55,3 @@ for part in (local, jobs, server):
 def main() -> None:
     """The console script."""
     app()
-

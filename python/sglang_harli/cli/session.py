@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sglang_harli import errors
-from sglang_harli.config import DEFAULT_ENDPOINT, ENDPOINT_ENV
+from sglang_harli.config import CURVE_KEYS_ENV, DEFAULT_ENDPOINT, ENDPOINT_ENV
 from sglang_harli.errors import DataError, HarliError, NotFoundError
 
 if TYPE_CHECKING:
@@ -35,6 +35,13 @@ Endpoint = Annotated[
         help=f"The server's --harli-finetune-endpoint [env: {ENDPOINT_ENV}; default: {DEFAULT_ENDPOINT}]",
     ),
 ]
+CurveKeys = Annotated[
+    str | None,
+    typer.Option(
+        "--curve-keys",
+        help=f"Folder with server.key and client.key_secret [env: {CURVE_KEYS_ENV}; default: none]",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, short id, suffix or adapter name.")]
 LatestJob = Annotated[str | None, typer.Argument(metavar="JOB", help="As elsewhere; default: the newest.")]
@@ -46,11 +53,12 @@ class Session:
 
     endpoint: str | None
     json: bool
+    curve_keys: str | None = None
 
     def client(self) -> FinetuneClient:
         from sglang_harli.client import FinetuneClient
 
-        return FinetuneClient(self.endpoint)
+        return FinetuneClient(self.endpoint, curve_keys=self.curve_keys, on_connection=_notice)
 
     def show(self, value: Any, lines: Callable[[], Iterator[str]]) -> None:
         if self.json:
@@ -58,6 +66,10 @@ class Session:
         else:
             for line in lines():
                 print(line)
+
+
+def _notice(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:
@@ -72,7 +84,7 @@ def print_json(value: Any) -> None:
 def session(ctx: typer.Context, endpoint: str | None, as_json: bool) -> Iterator[Session]:
     """Merges the options before and after the command; prints errors and turns them into exit codes."""
     outer: Session = ctx.obj
-    merged = Session(endpoint or outer.endpoint, as_json or outer.json)
+    merged = Session(endpoint or outer.endpoint, as_json or outer.json, outer.curve_keys)
     try:
         yield merged
     except HarliError as error:

@@ -24,8 +24,9 @@ from typing import Any
 
 from sglang_harli import core
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
-from sglang_harli.errors import StateError, UnsupportedError
+from sglang_harli.errors import ConfigError, StateError, UnsupportedError
 from sglang_harli.platforms.cpu import engine
+from sglang_harli.protocol import curve_keys
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class RunDirLock:
     def __init__(self, run_dir: str) -> None:
         self.path = os.path.join(run_dir, "lock")
         try:
-            os.makedirs(run_dir, exist_ok=True)
+            os.makedirs(run_dir, mode=0o700, exist_ok=True)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise UnsupportedError(
@@ -101,6 +102,7 @@ def check_endpoint_free(endpoint: str, grace_s: float = PORT_GRACE_S) -> None:
     if match is None:
         return
     host, port = match[1] or match[2], int(match[3])
+    host = "0.0.0.0" if host == "*" else host
     deadline = time.monotonic() + grace_s
     while True:
         try:
@@ -277,9 +279,11 @@ def start(server_args: Any) -> None:
     lock = None
     try:
         lock = RunDirLock(run_dir)
+        if options.absolute_curve_keys:
+            curve_keys.load_server_keys(options.absolute_curve_keys)
         check_endpoint_free(options.finetune_endpoint)
         core.make_ipc_dir(run_dir)
-    except (StateError, UnsupportedError, PermissionError) as error:
+    except (ConfigError, StateError, UnsupportedError, PermissionError) as error:
         if lock is not None:
             lock.release()
         raise SystemExit(f"sglang-harli: {error}") from error

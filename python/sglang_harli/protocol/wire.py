@@ -45,6 +45,7 @@ class Wire:
             (zmq.RCVHWM, 0),
             (zmq.HEARTBEAT_IVL, 5000),
             (zmq.HEARTBEAT_TIMEOUT, 20_000),
+            (zmq.IPV6, self._endpoint.startswith("tcp://[")),
         ):
             self._socket.setsockopt(option, value)
         if self._keys is not None:

@@ -86,7 +86,9 @@ class App:
         self._submission = Submission(
             self._desk, self._scheduler, self._tokenizer, config, self._worker, self._uploads
         )
-        self._door = PublicDoor(self._context, config.options.finetune_endpoint, self.handle)
+        self._door = PublicDoor(
+            self._context, config.options.finetune_endpoint, self.handle, config.options.absolute_curve_keys
+        )
         self._subscriptions = Subscriptions(self._store, self._readers, self._door.push)
         self._desk.committed.append(self._subscriptions.committed)
         self._desk.committed.append(self._tell_new_adapters)

@@ -12,8 +12,10 @@ import orjson
 import zmq
 import zmq.asyncio
 
+from sglang_harli.config import is_loopback
 from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.protocol import public
+from sglang_harli.service.door_keys import DoorKeys
 from sglang_harli.service.verbs import Caller
 
 logger = logging.getLogger(__name__)
@@ -57,9 +59,10 @@ class PublicDoor:
         context: the process's.
         endpoint: tcp://127.0.0.1:PORT or ipc://PATH.
         handle: (caller, header, data frames) to the reply.
+        keys: folder of CURVE keys; None: whoever reaches the endpoint may connect.
 
     Raises:
-        HarliError: the endpoint cannot be bound.
+        HarliError: the endpoint cannot be bound, or the keys cannot be used.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class PublicDoor:
         context: zmq.asyncio.Context,
         endpoint: str,
         handle: Callable[[Caller, bytes, Sequence[bytes]], Awaitable[public.Reply]],
+        keys: str | None = None,
     ) -> None:
         self._handle = handle
         self._rooms = {
@@ -74,6 +78,7 @@ class PublicDoor:
             "upload": _Room("chunks", 256, 64 << 20),
         }
         self._rest = _Room("requests", 1024, 32 << 20)
+        self._keys = DoorKeys(context, keys) if keys else None
         self._socket: zmq.asyncio.Socket = context.socket(zmq.ROUTER)
         for option, value in (
             (zmq.LINGER, 500),
@@ -84,8 +89,13 @@ class PublicDoor:
             (zmq.HEARTBEAT_IVL, 10_000),
             (zmq.HEARTBEAT_TIMEOUT, 30_000),
             (zmq.HANDSHAKE_IVL, 10_000),
+            (zmq.IPV6, endpoint.startswith("tcp://[")),
         ):
             self._socket.setsockopt(option, value)
+        if self._keys is not None:
+            self._keys.apply(self._socket)
+        elif not is_loopback(endpoint):
+            logger.warning("%s is open: whoever reaches it may submit, see and cancel jobs", endpoint)
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -143,6 +153,8 @@ class PublicDoor:
 
     def close(self) -> None:
         self._socket.close()
+        if self._keys is not None:
+            self._keys.close()
 
 
 def peek(header: bytes) -> tuple[str, str]:

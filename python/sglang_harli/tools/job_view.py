@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +16,6 @@ from rich.text import Text
 from sglang_harli.core import short_id
 from sglang_harli.protocol.public import Event, Job, StatusAnswer
 
-LOOK_EVERY_S = 0.5
 LINE_EVERY_S = 5.0  # without a terminal, `watch` prints a line when the state changes and this often
 
 
@@ -139,25 +138,15 @@ def progress_line(job: Job) -> str:
     )
 
 
-def watch(look: Callable[[], Job]) -> Job:
-    """Show a job twice a second until it is over, and how it ended; returns its last form."""
+def watch(looks: Iterable[Job]) -> Job:
+    """Show a job's looks, the last of which is when it is over, and how it ended; returns its last form."""
     terminal = console()
-    looks = _looks(look)
     last = _watch_bar(looks, terminal) if terminal.is_terminal else _watch_lines(looks)
     if last.error is not None:
         print(f"error: {last.error.code}: {last.error.message}", file=sys.stderr)
     elif last.fine_tuned_model:
         print(f"served as: {last.fine_tuned_model}")
     return last
-
-
-def _looks(look: Callable[[], Job]) -> Iterator[Job]:
-    while True:
-        job = look()
-        yield job
-        if job.status.final:
-            return
-        time.sleep(LOOK_EVERY_S)
 
 
 def _watch_lines(looks: Iterable[Job]) -> Job:

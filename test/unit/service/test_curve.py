@@ -1,0 +1,154 @@
+"""CURVE keys: who has the right ones is served, everybody else is told why not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_harli.client import FinetuneClient
+from sglang_harli.config import HarliOptions
+from sglang_harli.errors import ConfigError
+from sglang_harli.managers.supervisor import check_endpoint_free
+from sglang_harli.protocol import curve_keys
+from support.service_peers import ServiceProcess
+from support.service_world import free_port, pairs, until
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("keys")
+    curve_keys.make_keys(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory, model, keys):
+    """A service that asks for keys."""
+    process = ServiceProcess(
+        tmp_path_factory.mktemp("guarded") / "runs", model, free_port(), curve_keys=str(keys / "server")
+    ).start()
+    yield process
+    process.kill()
+
+
+def refused(endpoint: str, folder: Path | None) -> str:
+    with (
+        FinetuneClient(endpoint, curve_keys=folder, connect_timeout_s=20) as client,
+        pytest.raises(ConfigError) as caught,
+    ):
+        client.status()
+    assert caught.value.code == "curve_keys"
+    return caught.value.message
+
+
+def test_the_right_key_is_served(guarded, keys):
+    with FinetuneClient(guarded.endpoint, curve_keys=keys / "client") as client:
+        job = client.submit(pairs(3), suffix="secret")
+        assert client.get(job.id).suffix == "secret"
+        large = b'{"prompt": "a", "completion": "b"}' + b" " * (3 << 20) + b"\n"
+        assert client.submit(large).data["bytes"] == len(large)
+
+
+def test_everybody_else_is_told_why_not(guarded, keys, tmp_path):
+    curve_keys.make_keys(str(tmp_path))
+    stranger, stray = tmp_path / "client", tmp_path / "server"
+    with FinetuneClient(guarded.endpoint, curve_keys=keys / "client") as client:
+        client.status()  # it is up
+    assert "accepts clients with CURVE keys only" in refused(guarded.endpoint, None)
+    assert "has another key than server.key" in refused(guarded.endpoint, stranger)
+    shutil.copy(keys / "client" / "server.key", stranger / "server.key")
+    assert "does not know the key" in refused(guarded.endpoint, stranger)
+    # a client that is added needs no restart, and one that is taken away is refused at its next connection
+    admitted = keys / "server" / "clients" / "stranger.key"
+    shutil.copy(stranger / "client.key", admitted)
+    with FinetuneClient(guarded.endpoint, curve_keys=stranger) as client:
+        client.status()
+    admitted.unlink()
+    assert "does not know the key" in refused(guarded.endpoint, stranger)
+    with pytest.raises(ConfigError, match="client.key_secret"):
+        FinetuneClient(guarded.endpoint, curve_keys=stray)
+    assert guarded.alive
+
+
+def test_keys_where_none_are_asked_for(shared, keys):
+    assert "does not use CURVE keys" in refused(shared.service.endpoint, keys / "client")
+
+
+def test_the_environment_names_the_keys(guarded, keys):
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_harli.cli", "--endpoint", guarded.endpoint, "list"],
+        env=os.environ | {"HARLI_CURVE_KEYS": str(keys / "client")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    option = ["--curve-keys", str(keys / "client")]
+    command = [sys.executable, "-m", "sglang_harli.cli", *option, "list", "--endpoint", guarded.endpoint]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+
+
+def test_make_keys_makes_private_files_and_overwrites_none(tmp_path):
+    command = [sys.executable, "-m", "sglang_harli.cli", "make-keys", str(tmp_path / "new")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--harli-curve-keys" in done.stdout
+    made = [path for path in (tmp_path / "new").rglob("*")]
+    assert {path.name for path in made if path.is_file()} == {
+        "server.key_secret",
+        "server.key",
+        "client.key_secret",
+        "client.key",
+    }
+    for path in made:
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2 and "nothing is overwritten" in again.stderr
+
+
+def test_secret_files_that_others_may_read_are_refused(tmp_path):
+    curve_keys.make_keys(str(tmp_path))
+    (tmp_path / "server" / "server.key_secret").chmod(0o640)
+    with pytest.raises(ConfigError, match=r"server\.key_secret is open to other users: chmod 600"):
+        curve_keys.load_server_keys(str(tmp_path / "server"))
+    (tmp_path / "client" / "client.key_secret").chmod(0o604)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        FinetuneClient(curve_keys=tmp_path / "client")
+    (tmp_path / "client" / "client.key_secret").write_text('curve\n public-key = "short"\n')
+    with pytest.raises(ConfigError, match=r"client\.key_secret"):
+        FinetuneClient(curve_keys=tmp_path / "client")
+    (tmp_path / "server" / "server.key_secret").chmod(0o600)
+    (tmp_path / "server" / "clients" / "client.key").unlink()
+    with pytest.raises(ConfigError, match="nobody could connect"):
+        curve_keys.load_server_keys(str(tmp_path / "server"))
+
+
+@pytest.mark.parametrize("address", ["tcp://0.0.0.0:30100", "tcp://*:30100", "tcp://host-1.example:30100"])
+def test_other_addresses_need_keys_or_the_explicit_flag(address):
+    with pytest.raises(ConfigError, match="loopback only.*--harli-curve-keys"):
+        HarliOptions(finetune_endpoint=address)
+    for values in ({"curve_keys": "keys"}, {"allow_insecure_endpoint": True}):
+        assert HarliOptions(finetune_endpoint=address, **values).finetune_endpoint == address
+        for wrong in ("tcp://0.0.0.0:70000", "udp://0.0.0.0:1", "tcp://:1", "tcp://a b:1"):
+            with pytest.raises(ConfigError, match="finetune-endpoint"):
+                HarliOptions(finetune_endpoint=wrong, **values)
+
+
+def test_an_open_endpoint_says_so_and_works(tmp_path, model):
+    port = free_port()
+    check_endpoint_free(f"tcp://*:{port}")
+    service = ServiceProcess(tmp_path / "runs", model, port, allow_insecure_endpoint=True)
+    options = service.config.options.replace(finetune_endpoint=f"tcp://0.0.0.0:{port}")
+    service.config = type(service.config)(**{**vars(service.config), "options": options})
+    service.start()
+    try:
+        with FinetuneClient(f"tcp://127.0.0.1:{port}") as client:
+            client.status()
+        until(lambda: "is open: whoever reaches it" in service.log.read_text(), "the warning")
+        assert (tmp_path / "runs").is_dir()
+    finally:
+        service.kill()
