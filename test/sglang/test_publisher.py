@@ -45,6 +45,7 @@ class Manager(TokenizerManager):
         self.requests: list[Any] = []
         self.polls_left = 2
         self.load_error = ""
+        self.response: Any = ...  # instead of the scheduler's answer
 
     def auto_create_handle_loop(self) -> None:
         pass
@@ -64,7 +65,8 @@ class Manager(TokenizerManager):
         else:
             self.polls_left -= obj.method == "harli/load_status"
             status = {"state": "loading"}
-        return DumperControlReqOutput(success=True, response=[status])
+        response = [status] if self.response is ... else self.response
+        return DumperControlReqOutput(success=True, response=response)
 
     def loads(self) -> list[str]:
         """Names of the adapters that the scheduler was asked to load."""
@@ -106,13 +108,15 @@ class Service:
         return await self.receive(internal.AdapterPublished)
 
 
-def publish(name: str) -> internal.PublishAdapter:
+def publish(name: str, request: int = 1) -> internal.PublishAdapter:
     slot = internal.SlotRef(
         path="/dev/shm/slot",
         nbytes=64,
         tensors=[internal.TensorRef("a.lora_A.weight", "float32", (2, 8), 0, 64)],
     )
-    return internal.PublishAdapter(job="ftjob-1", name=name, config={"r": 2, "lora_alpha": 4}, slot=slot)
+    return internal.PublishAdapter(
+        request=request, job="ftjob-1", name=name, config={"r": 2, "lora_alpha": 4}, slot=slot
+    )
 
 
 @asynccontextmanager
@@ -331,6 +335,59 @@ async def test_adapters_of_earlier_runs_are_known_at_once_and_load_when_asked_fo
         await service.send(publish(NAME))
         await asked
         assert request.lora_id
+
+
+@run
+async def test_refused_adapter_is_an_error_at_once(folder: Path) -> None:
+    async with connected(folder) as service:
+        await service.send(state(7, adapters=[NAME]))
+        await until(lambda: service.publisher.dormant() == [NAME])
+        request = GenerateReqInput(text="hello", lora_path=NAME)
+        asked = asyncio.create_task(service.manager._validate_and_resolve_lora(request))
+        await service.receive(internal.AdapterWanted)
+        for _ in range(2):  # the second one finds nobody
+            await service.send(internal.AdapterRefused(name=NAME, code="adapter_failed", text="it is torn"))
+        with pytest.raises(ValueError, match=f"{NAME}: it is torn"):
+            await asked
+        assert (await service.publish(NAME)).ok
+
+
+@run
+async def test_without_a_service_nobody_waits_for_an_adapter(folder: Path) -> None:
+    async with connected(folder) as service:
+        await service.receive(internal.HttpHello)
+        waiting = asyncio.create_task(service.publisher.bring_back(NAME))
+        await service.receive(internal.AdapterWanted)
+        service.publisher.go_down("the finetune service ended 8 times in a row")
+        for wrong in (await waiting, await service.publisher.bring_back(NAME)):
+            assert "ended 8 times in a row: restart the server" in wrong
+
+
+@run
+async def test_answers_carry_the_number_of_their_question_and_only_the_newest_is_worked_on(
+    folder: Path,
+) -> None:
+    async with connected(folder) as service:
+        async with service.manager.lora_update_lock:  # the first question waits, three come behind it
+            await service.send(publish(NAME, request=3))
+            for number in (4, 5, 6):
+                await service.send(publish(OTHER, request=number))
+            await until(lambda: service.publisher._queue.qsize() == 3)
+        answers = [await service.receive(internal.AdapterPublished) for _ in range(2)]
+        assert [(a.name, a.request, a.ok) for a in answers] == [(NAME, 3, True), (OTHER, 6, True)]
+        assert service.manager.loads() == [NAME, OTHER]
+
+
+@run
+async def test_unexpected_answer_of_the_scheduler_is_an_error_of_this_adapter_alone(folder: Path) -> None:
+    async with connected(folder) as service:
+        for response in ([], None, ["loaded"], [None]):
+            service.manager.response = response
+            answer = await service.publish(NAME)
+            assert (answer.ok, answer.code) == (False, "load_failed")
+            assert "unexpected answer" in answer.text
+        service.manager.response = ...
+        assert (await service.publish(NAME)).ok
 
 
 @run

@@ -154,6 +154,7 @@ class HttpPeer(Peer):
         published: name -> (config, tensors).
         refuse: the next publications that are refused.
         states: every ServiceState that came.
+        refused: every AdapterRefused.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -162,6 +163,7 @@ class HttpPeer(Peer):
         self.publications: list[str] = []
         self.refuse = 0
         self.states: list[internal.ServiceState] = []
+        self.refused: list[internal.AdapterRefused] = []
 
     def hello(self) -> internal.HttpHello:
         return internal.HttpHello(pid=os.getpid(), served_model_name="org/tiny")
@@ -176,12 +178,20 @@ class HttpPeer(Peer):
             self.service_pid = message.pid
             self.states.append(message)
             return
+        if isinstance(message, internal.AdapterRefused):
+            self.refused.append(message)
+            return
         self.publications.append(message.name)
         if self.refuse:
             self.refuse -= 1
             self._send(
                 internal.AdapterPublished(
-                    job=message.job, name=message.name, ok=False, code="no_room", text="no room for it"
+                    request=message.request,
+                    job=message.job,
+                    name=message.name,
+                    ok=False,
+                    code="no_room",
+                    text="no room for it",
                 )
             )
             return
@@ -192,4 +202,6 @@ class HttpPeer(Peer):
         }
         slot.close()
         self.published[message.name] = (message.config, tensors)
-        self._send(internal.AdapterPublished(job=message.job, name=message.name, ok=True))
+        self._send(
+            internal.AdapterPublished(request=message.request, job=message.job, name=message.name, ok=True)
+        )

@@ -48,6 +48,8 @@ class Publisher:
     Attributes:
         was_ready: the service's door was open and the scheduler's hello had reached it, at least once.
         state: the latest the service said of itself.
+        heard: messages that have come from the service.
+        down: why there is no service any more; None while there is one, or will be again.
     """
 
     def __init__(self, tokenizer_manager: Any, endpoint: str) -> None:
@@ -56,11 +58,14 @@ class Publisher:
         self._socket: zmq.asyncio.Socket | None = None
         self._task: asyncio.Task[None] | None = None
         self._queue: asyncio.Queue[internal.PublishAdapter] = asyncio.Queue()
+        self._newest: dict[str, internal.PublishAdapter] = {}  # by adapter, of those that wait or are in work
         self._waiting: dict[str, asyncio.Future[str]] = {}  # evicted adapter -> what is wrong, "" when back
         self._dropped: set[str] = set()  # unloaded by the operator
         self._seq = 0
         self.state: internal.ServiceState | None = None
         self.was_ready = False
+        self.heard = 0
+        self.down: str | None = None
 
     # ---------------------------------------------------------------- life
     def start(self) -> None:
@@ -98,6 +103,7 @@ class Publisher:
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
             header, *_ = await socket.recv_multipart()
+            self.heard += 1
             try:
                 message = internal.decode(header, "to_http")
             except msgspec.MsgspecError as error:
@@ -105,12 +111,21 @@ class Publisher:
                 continue
             if isinstance(message, internal.ServiceState):
                 await self._take_state(message)
+            elif isinstance(message, internal.AdapterRefused):
+                logger.error("harli: adapter %s cannot be brought back: %s", message.name, message.text)
+                self._settle(message.name, message.text)
             else:
+                self._newest[message.name] = message
                 self._queue.put_nowait(message)
 
     async def _publish_queued(self) -> None:
         while True:
-            await self._publish(await self._queue.get())
+            wanted = await self._queue.get()
+            # The slot of a question that was asked again, or by a service that is gone, may be gone too.
+            if self._newest.get(wanted.name) is wanted:
+                await self._publish(wanted)
+                if self._newest.get(wanted.name) is wanted:
+                    del self._newest[wanted.name]
 
     # ---------------------------------------------------------------- the service
     async def _send(self, message: internal.Message) -> None:
@@ -150,7 +165,7 @@ class Publisher:
 
     # ---------------------------------------------------------------- publication
     async def _publish(self, wanted: internal.PublishAdapter) -> None:
-        answer = internal.AdapterPublished(job=wanted.job, name=wanted.name, ok=True)
+        answer = internal.AdapterPublished(request=wanted.request, job=wanted.job, name=wanted.name, ok=True)
         if wanted.name in self._dropped:
             answer.text = "unloaded by the operator: not served until the server restarts"
         else:
@@ -168,10 +183,23 @@ class Publisher:
         await self._answer(answer)
 
     async def _answer(self, answer: internal.AdapterPublished) -> None:
-        waiting = self._waiting.get(answer.name)
-        if waiting is not None and not waiting.done():
-            waiting.set_result("" if answer.ok else answer.text)
+        self._settle(answer.name, "" if answer.ok else answer.text)
         await self._send(answer)
+
+    def _settle(self, name: str, wrong: str) -> None:
+        """Tell whoever waits for an adapter that it is back (``""``), or what is wrong."""
+        waiting = self._waiting.get(name)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(wrong)
+
+    def go_down(self, why: str) -> None:
+        """There will be no service any more: nobody waits for one."""
+        self.down = why
+        for name in list(self._waiting):
+            self._settle(name, self._no_service())
+
+    def _no_service(self) -> str:
+        return f"it is not loaded, and {self.down}: restart the server to have it back"
 
     async def _load(self, wanted: internal.PublishAdapter) -> None:
         """Have the scheduler load the adapter, then register its name.
@@ -224,10 +252,12 @@ class Publisher:
         """One remote call to the scheduler, over the channel of SGLang's dumper (its only generic one)."""
         from sglang.srt.managers.io_struct import DumperControlReqInput
 
-        [answer] = await self._manager.dumper_control(DumperControlReqInput(method=method, body=body))
-        if not answer.success:
-            raise NotReadyError(f"{method}: {answer.error}", code="load_failed")
-        return answer.response[0]
+        answers = await self._manager.dumper_control(DumperControlReqInput(method=method, body=body))
+        if len(answers) == 1 and not answers[0].success:
+            raise NotReadyError(f"{method}: {answers[0].error}", code="load_failed")
+        if len(answers) != 1 or not answers[0].response or not isinstance(answers[0].response[0], dict):
+            raise NotReadyError(f"{method}: unexpected answer {answers!r:.500}", code="load_failed")
+        return answers[0].response[0]
 
     async def _evict(self) -> None:
         """Unload the least recently used adapters beyond --max-loaded-loras, as SGLang's own loads do."""
@@ -252,6 +282,8 @@ class Publisher:
     # ---------------------------------------------------------------- evicted adapters
     async def bring_back(self, name: str, timeout_s: float = BRING_BACK_S) -> str:
         """Ask the service to publish an evicted adapter again and wait; returns what is wrong, or ``""``."""
+        if self.down is not None:
+            return self._no_service()
         future = self._waiting.get(name)
         if future is None:
             future = self._waiting[name] = asyncio.get_running_loop().create_future()

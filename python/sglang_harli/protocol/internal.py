@@ -276,9 +276,10 @@ class HttpHello(Message):
 class ServiceState(Message):
     """From the service, on change and in answer to HttpHello: gates /health_generate.
 
-    ``endpoint_bound``: the public door is open.  ``scheduler_seen``: a hello has been read.
-    ``adapters``: names of the succeeded jobs' adapters, which AdapterWanted brings: after a restart of the
-    server they are known at once and loaded when first asked for.
+    ``endpoint_bound``: the public door is open.  ``scheduler_seen``: a hello has been read; both gate
+    /health_generate.  ``adapters``: names of the succeeded jobs' adapters, which AdapterWanted brings: after a
+    restart of the server they are known at once and loaded when first asked for (a sign of life names none;
+    names are only ever added).  ``jobs``: how many there are by status.
     """
 
     pid: int
@@ -290,7 +291,8 @@ class ServiceState(Message):
 
 class PublishAdapter(Message):
     """Make the tensors in ``slot`` servable under ``name`` (PEFT state-dict keys; ``config``: PEFT's
-    adapter_config as SGLang reads it).  May be repeated: a name that is served already answers ok."""
+    adapter_config as SGLang reads it).  May be repeated: a name that is served already answers ok.
+    ``request`` tells the answer to this question from a late one to an earlier question."""
 
     job: str
     name: str
@@ -307,7 +309,8 @@ class AdapterPublished(Message):
 
 
 class AdapterWanted(Message):
-    """From the HTTP process: a request names an adapter that SGLang has evicted; publish it again."""
+    """From the HTTP process: a request names an adapter that SGLang has evicted; publish it again.  The answer
+    is PublishAdapter or AdapterRefused."""
 
     name: str
 
@@ -318,12 +321,14 @@ SchedulerMessage = (
     | StepDone
     | SnapshotReady
     | RunStopped
+    jobs: dict[str, int] = field(default_factory=dict)
     | RunFailed
     | Progress
     | StatusReport
     | OptionsSet
 )
 ServiceMessage = (
+    request: int
     Welcome
     | StartRun
     | MicroBatch
@@ -331,11 +336,14 @@ ServiceMessage = (
     | SnapshotSaved
     | StopRun
     | Ack
+    """Answer to PublishAdapter, under its ``request``."""
+
+    request: int
     | StatusRequest
     | SetOptions
 )
 HttpMessage = HttpHello | AdapterPublished | AdapterWanted
-ToHttpMessage = ServiceState | PublishAdapter
+ToHttpMessage = ServiceState | PublishAdapter | AdapterRefused
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders = {
@@ -344,6 +352,14 @@ _decoders = {
     "http": msgspec.msgpack.Decoder(HttpMessage),
     "to_http": msgspec.msgpack.Decoder(ToHttpMessage),
 }
+class AdapterRefused(Message):
+    """Answer to an AdapterWanted that cannot be met: the requests that wait for it end with ``text``."""
+
+    name: str
+    code: str
+    text: str
+
+
 
 
 def encode(message: Message) -> bytes:

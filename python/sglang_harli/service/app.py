@@ -92,7 +92,7 @@ class App:
         self._subscriptions = Subscriptions(self._store, self._readers, self._door.push)
         self._desk.committed.append(self._subscriptions.committed)
         self._desk.committed.append(self._tell_new_adapters)
-        self._told: list[str] = []
+        self._told = 0
         self._verbs = Verbs(
             desk=self._desk,
             submission=self._submission,
@@ -119,6 +119,7 @@ class App:
                     self._publication.run(),
                     self._scheduler.peer.run(),
                     self._http.peer.run(),
+                    self._http.beat(),
                     self._subscriptions.run(),
                     self._door.run(),
                     self._uploads.run(),
@@ -158,20 +159,21 @@ class App:
         self._http.tell_state()
 
     def _state(self) -> internal.ServiceState:
-        self._told = self._publication.names()
+        self._told = self._publication.count
         return internal.ServiceState(
             pid=os.getpid(),
             endpoint_bound=True,
             scheduler_seen=self._scheduler.hello is not None,
             refusal=self._scheduler.refusal,
-            adapters=self._told,
+            adapters=self._publication.names(),
+            jobs=self._desk.counts(),
         )
 
     def _wanted(self, name: str) -> None:
         self._publication.want_name(name)
 
     def _tell_new_adapters(self, _jobs: set[str]) -> None:
-        if self._publication.names() != self._told:
+        if self._publication.count != self._told:
             self._http.tell_state()
 
     async def _warm_up(self) -> None:

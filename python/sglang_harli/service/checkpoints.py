@@ -7,6 +7,7 @@
                          meta.json           step, tokens, sha256 of both files
     adapter/adapter_model.safetensors        PEFT's format, fp32
             adapter_config.json
+            harli.json                   step, sha256 of both files
 
 A folder is written under a temporary name, fsynced and renamed; so one that is there is whole.
 """
@@ -32,7 +33,8 @@ from sglang_harli.protocol import shared_memory
 from sglang_harli.protocol.internal import SlotRef
 from sglang_harli.service.job_files import fsync_folder, fsync_tree
 
-KEEP = 2
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+ADAPTER_META = "harli.json"
 ADAPTER_PREFIX = "adapter/"  # of the adapter's tensors among those of a run's state
 _STEP = re.compile(r"^step-(\d+)$")
 
@@ -155,14 +157,18 @@ def load_adapter(adapter: Path, shm: Path) -> tuple[shared_memory.Slot, SlotRef,
     """The saved adapter's tensors in a new slot, and its configuration.
 
     Raises:
-        CheckpointError: the folder is missing or not whole.
+        CheckpointError: the folder is missing or is not what was written.
         OSError: shared memory is full.
     """
     try:
-        config = json.loads((adapter / "adapter_config.json").read_bytes())
-        tensors = load_file(adapter / "adapter_model.safetensors")
-    except (FileNotFoundError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"adapter {adapter} cannot be read: {error}") from error
+        if (adapter / ADAPTER_META).exists():  # else it was saved by harli 0.1.0
+            for name, digest in json.loads((adapter / ADAPTER_META).read_bytes())["sha256"].items():
+                if _sha256(adapter / name) != digest:
+                    raise CheckpointError(f"{adapter / name} was altered after it was written (checksum)")
+        config = json.loads((adapter / ADAPTER_FILES[1]).read_bytes())
+        tensors = load_file(adapter / ADAPTER_FILES[0])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"adapter {adapter} cannot be read: {error!r}") from error
     slot, ref = _into_slot(tensors, shm)
     return slot, ref, config
 
@@ -180,6 +186,8 @@ def _into_slot(tensors: dict[str, np.ndarray], shm: Path) -> tuple[shared_memory
 
 
 def _save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    meta = {"step": step, "sha256": {name: _sha256(temporary / name) for name in ADAPTER_FILES}}
+    (temporary / ADAPTER_META).write_text(json.dumps(meta, indent=2))
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # it wraps the operating system's errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 # service waits for the state of the new one.  A state that came before its hello was read would pass for
 # the answer to it.
 STATE_AFTER_S = 2.0
+# The sign of life: the HTTP process has a service that is silent for long killed and started again.
+BEAT_S = 5.0
 
 
 class HttpLink:
@@ -40,7 +43,9 @@ class HttpLink:
         self.peer = PeerLink(context, endpoint, "http", self._receive, self._greet)
         self._state = state
         self._on_wanted = on_wanted
-        self._published: dict[str, asyncio.Future[internal.AdapterPublished]] = {}
+        # By the number of the question: the answer to an older one must not count for this one.
+        self._published: dict[int, asyncio.Future[internal.AdapterPublished | None]] = {}
+        self._requests = itertools.count(1)
         self.ready = asyncio.Event()
         self.pid: int | None = None
 
@@ -58,21 +63,46 @@ class HttpLink:
         if isinstance(message, internal.HttpHello):
             if self.pid != message.pid:
                 logger.info("hello of the HTTP process, pid %d", message.pid)
+                for asked in self._published.values():  # of the one before, which cannot answer any more
+                    if not asked.done():
+                        asked.set_result(None)
             self.pid = message.pid
             self.tell_state()
             self.ready.set()
         elif isinstance(message, internal.AdapterPublished):
-            waiting = self._published.get(message.name)
+            waiting = self._published.get(message.request)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message)
         else:
             self._on_wanted(message.name)
 
+    async def beat(self) -> None:
+        """Tell every few seconds that this loop turns, until cancelled."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            if self.pid is not None:
+                state = self._state()
+                state.adapters = []  # known already; there may be thousands
+                self.peer.send(state)
+
+    def refuse(self, name: str, code: str, text: str) -> None:
+        """Answer whoever waits for the adapter ``name``, if anybody does."""
+        if self.pid is not None:
+            self.peer.send(internal.AdapterRefused(name=name, code=code, text=text))
+
     async def publish(
-        self, message: internal.PublishAdapter, timeout_s: float
+        self,
+        *,
+        job: str,
+        name: str,
+        config: dict[str, Any],
+        slot: internal.SlotRef,
+        timeout_s: float,
     ) -> internal.AdapterPublished | None:
         """Ask for a publication and wait; None where no answer came (it may be repeated)."""
-        answer = self._published[message.name] = asyncio.get_running_loop().create_future()
+        number = next(self._requests)
+        message = internal.PublishAdapter(request=number, job=job, name=name, config=config, slot=slot)
+        answer = self._published[number] = asyncio.get_running_loop().create_future()
         try:
             if not self.peer.send(message):
                 self.ready.clear()  # until its next hello
@@ -81,4 +111,4 @@ class HttpLink:
         except TimeoutError:
             return None
         finally:
-            del self._published[message.name]
+            del self._published[number]

@@ -8,12 +8,14 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sglang_harli.core import JobStatus
+from sglang_harli.errors import HarliError
 from sglang_harli.fault_points import Point, reach
 from sglang_harli.protocol.adapter_config import adapter_config
-from sglang_harli.protocol.internal import PublishAdapter
+from sglang_harli.protocol.internal import AdapterPublished, SlotRef
+from sglang_harli.protocol.shared_memory import Slot
 from sglang_harli.service import checkpoints, jobs
 from sglang_harli.service.checkpoints import CheckpointError
 from sglang_harli.service.desk import JobDesk
@@ -23,9 +25,15 @@ from sglang_harli.service.jobs import Draft, JobRecord
 
 logger = logging.getLogger(__name__)
 
-TRIES = 3  # of a publication that the HTTP process refuses, and of a write that fails
-PAUSE_S = 1.0  # after the first failure; doubled each time
+_T = TypeVar("_T")
+
+TRIES = 3  # of a publication that the HTTP process refuses
+PAUSES_S = (1.0, 2.0, 4.0)  # between the tries of a write, and of a publication
 ANSWER_S = 120.0  # an adapter's slices are loaded between decode batches, so this may take a while
+
+
+class _GivenUpError(HarliError):
+    """What was tried often enough; the message is for the job."""
 
 
 class Publication:
@@ -49,9 +57,16 @@ class Publication:
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._queued: set[str] = set()
         self.in_flight: str | None = None
+        self._names: dict[str, str] = {}  # adapter name -> job, of the jobs that succeeded
         for record in desk.all():
+            self._note(record)
             if record.status == JobStatus.RUNNING and record.publishing:
                 self.want(record.id)
+        desk.listeners.append(self._note)
+
+    def _note(self, record: JobRecord) -> None:
+        if record.fine_tuned_model:
+            self._names[record.fine_tuned_model] = record.id
 
     def want(self, job: str) -> None:
         """Publish a job's adapter, now or again."""
@@ -61,15 +76,21 @@ class Publication:
 
     def want_name(self, name: str) -> None:
         """The HTTP process misses an adapter that it had (or that an earlier server had)."""
-        for record in self._desk.all():
-            if record.fine_tuned_model == name:
-                self.want(record.id)
-                return
+        job = self._names.get(name)
+        if job is not None:
+            self.want(job)
+            return
         logger.warning("an unknown adapter was asked for: %s", name)
+        self._http.refuse(name, "not_found", "no job of this run directory has made it")
 
     def names(self) -> list[str]:
         """The adapters of succeeded jobs."""
-        return [r.fine_tuned_model for r in self._desk.all() if r.fine_tuned_model]
+        return list(self._names)
+
+    @property
+    def count(self) -> int:
+        """How many names there are; they only grow in number."""
+        return len(self._names)
 
     async def run(self) -> None:
         while True:
@@ -78,57 +99,111 @@ class Publication:
             await self._one(job)
 
     async def _one(self, job: str) -> None:
-        if not self._wanted(job):
-            return
         paths = JobPaths(self._desk.run_dir, job)
         try:
-            if not paths.adapter.is_dir():
-                await self._save(self._desk.get(job), paths)
             refusal = await self._publish(job, paths)
+        except _GivenUpError as error:
+            self._give_up(job, error.code, error.message)
+            return
         except (OSError, CheckpointError) as error:
             self._give_up(job, "adapter_failed", f"the adapter cannot be saved or read: {error}")
             return
         if refusal is not None:
-            self._give_up(
-                job,
-                "publication_failed",
-                f"the adapter is trained and saved in {paths.adapter}, but cannot be served: {refusal}",
-            )
+            text = f"the adapter is trained and saved in {paths.adapter}, but cannot be served: {refusal}"
+            self._give_up(job, "publication_failed", text)
 
     def _wanted(self, job: str) -> bool:
         record = self._desk.get(job)
         return record.publishing or record.status == JobStatus.SUCCEEDED
 
-    async def _save(self, record: JobRecord, paths: JobPaths) -> None:
+    # ---------------------------------------------------------------- files
+    async def _save(self, job: str, paths: JobPaths) -> None:
+        """Write the adapter's folder from the run's last checkpoint.
+
+        Raises:
+            CheckpointError: that is not whole.
+            _GivenUpError: the disk refuses.
+        """
+        record = self._desk.get(job)
         config = adapter_config(record.hyperparameters, self._model_path)
         step = record.checkpoint_step
         await self._again(
-            lambda: self._off(checkpoints.save_adapter, paths.adapter, paths.checkpoints, step, config)
+            job,
+            lambda: self._off(checkpoints.save_adapter, paths.adapter, paths.checkpoints, step, config),
+            "adapter_failed",
+            f"the adapter cannot be saved in {paths.adapter}",
+            "make room on the disk",
         )
-        record = self._desk.get(record.id)
         drafts = (
             Draft("adapter_saved", f"adapter saved in {paths.adapter}", data={"path": str(paths.adapter)}),
         )
-        await self._desk.apply(jobs.Change(record, drafts))
+        await self._desk.apply(jobs.Change(self._desk.get(job), drafts))
 
+    async def _share(self, job: str, paths: JobPaths) -> tuple[Slot, SlotRef, dict[str, Any]]:
+        """The adapter's tensors in a slot; a folder that is missing or damaged is saved again, once.
+
+        Raises:
+            CheckpointError: neither the folder nor the checkpoint is whole.
+            _GivenUpError: the disk or shared memory refuses.
+        """
+        fresh = not paths.adapter.is_dir()
+        if fresh:
+            await self._save(job, paths)
+        while True:
+            try:
+                return await self._again(
+                    job,
+                    lambda: self._off(checkpoints.load_adapter, paths.adapter, self._shm),
+                    "shared_memory",
+                    "shared memory has no room for the adapter",
+                    "make room in /dev/shm",
+                )
+            except CheckpointError as error:
+                if fresh:
+                    raise
+                text = f"{error}: the adapter is saved again from the run's last checkpoint"
+                self._desk.apply(jobs.warn(self._desk.get(job), text))
+            await self._save(job, paths)
+            fresh = True
+
+    async def _again(
+        self, job: str, call: Callable[[], Awaitable[_T]], code: str, trouble: str, remedy: str
+    ) -> _T:
+        """Try a write until it succeeds, with pauses, as long as the job's adapter is wanted."""
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return await call()
+            except OSError as error:
+                text = f"{trouble} ({error})"
+                if pause_s is None or not self._wanted(job):
+                    raise _GivenUpError(f"{text}: {remedy}", code=code) from error
+                self._desk.apply(jobs.warn(self._desk.get(job), f"{text}: trying again in {pause_s:g} s"))
+            await asyncio.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
+
+    async def _off(self, call: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, call, *args)
+
+    # ---------------------------------------------------------------- the HTTP process
     async def _publish(self, job: str, paths: JobPaths) -> str | None:
-        """Ask until there is an answer; None when the adapter answers, else why it does not."""
+        """Ask until there is an answer; None when the adapter answers (or is not wanted any more), else why it
+        does not."""
+        if self._wanted(job) and not paths.adapter.is_dir():
+            await self._save(job, paths)  # whether or not anybody is there to serve it
         refused = 0
         while True:
             await self._http.ready.wait()
             if not self._wanted(job):  # cancelled while it waited
                 return None
-            record = self._desk.get(job)
-            slot, ref, config = await self._off(checkpoints.load_adapter, paths.adapter, self._shm)
+            slot, ref, config = await self._share(job, paths)
             reach(Point.TENSORS_SHARED)
-            self.in_flight = job
             try:
-                message = PublishAdapter(job=job, name=record.adapter_name, config=config, slot=ref)
-                answer = await self._http.publish(message, ANSWER_S)
+                if not self._wanted(job):
+                    return None
+                answer = await self._ask(job, ref, config)
             finally:
-                self.in_flight = None
                 slot.unlink()
-            if answer is None:
+            if answer is None:  # lost on the way, or late: its number makes it nobody's answer
                 continue
             if answer.ok:
                 if self._desk.get(job).publishing:
@@ -137,7 +212,20 @@ class Publication:
             refused += 1
             if refused == TRIES or not self._retry(job, answer.text):
                 return answer.text or answer.code
-            await asyncio.sleep(PAUSE_S * 2 ** (refused - 1))
+            await asyncio.sleep(PAUSES_S[refused - 1])
+
+    async def _ask(self, job: str, slot: SlotRef, config: dict[str, Any]) -> AdapterPublished | None:
+        self.in_flight = job
+        try:
+            return await self._http.publish(
+                job=job,
+                name=self._desk.get(job).adapter_name,
+                config=config,
+                slot=slot,
+                timeout_s=ANSWER_S,
+            )
+        finally:
+            self.in_flight = None
 
     def _retry(self, job: str, text: str) -> bool:
         record = self._desk.get(job)
@@ -150,18 +238,6 @@ class Publication:
         record = self._desk.get(job)
         if record.publishing:
             self._desk.apply(jobs.fail(record, code, message, time.time()))
-        else:  # it succeeded once: the job stays what it is
+        elif record.status == JobStatus.SUCCEEDED:  # it stays so; whoever asked for the adapter is told why
             self._desk.apply(jobs.warn(record, message))
-
-    async def _again(self, call: Callable[[], Awaitable[Any]]) -> None:
-        for failures in range(1, TRIES + 1):
-            try:
-                await call()
-                return
-            except OSError:
-                if failures == TRIES:
-                    raise
-            await asyncio.sleep(PAUSE_S * 2 ** (failures - 1))
-
-    async def _off(self, call: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._disk, call, *args)
+            self._http.refuse(record.adapter_name, code, message)
