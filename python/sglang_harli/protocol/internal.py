@@ -287,6 +287,7 @@ class ServiceState(Message):
     scheduler_seen: bool
     refusal: str | None = None
     adapters: list[str] = field(default_factory=list)
+    jobs: dict[str, int] = field(default_factory=dict)
 
 
 class PublishAdapter(Message):
@@ -294,6 +295,7 @@ class PublishAdapter(Message):
     adapter_config as SGLang reads it).  May be repeated: a name that is served already answers ok.
     ``request`` tells the answer to this question from a late one to an earlier question."""
 
+    request: int
     job: str
     name: str
     config: dict[str, Any]
@@ -301,6 +303,9 @@ class PublishAdapter(Message):
 
 
 class AdapterPublished(Message):
+    """Answer to PublishAdapter, under its ``request``."""
+
+    request: int
     job: str
     name: str
     ok: bool
@@ -315,20 +320,26 @@ class AdapterWanted(Message):
     name: str
 
 
+class AdapterRefused(Message):
+    """Answer to an AdapterWanted that cannot be met: the requests that wait for it end with ``text``."""
+
+    name: str
+    code: str
+    text: str
+
+
 SchedulerMessage = (
     Hello
     | RunStarted
     | StepDone
     | SnapshotReady
     | RunStopped
-    jobs: dict[str, int] = field(default_factory=dict)
     | RunFailed
     | Progress
     | StatusReport
     | OptionsSet
 )
 ServiceMessage = (
-    request: int
     Welcome
     | StartRun
     | MicroBatch
@@ -336,9 +347,6 @@ ServiceMessage = (
     | SnapshotSaved
     | StopRun
     | Ack
-    """Answer to PublishAdapter, under its ``request``."""
-
-    request: int
     | StatusRequest
     | SetOptions
 )
@@ -352,14 +360,6 @@ _decoders = {
     "http": msgspec.msgpack.Decoder(HttpMessage),
     "to_http": msgspec.msgpack.Decoder(ToHttpMessage),
 }
-class AdapterRefused(Message):
-    """Answer to an AdapterWanted that cannot be met: the requests that wait for it end with ``text``."""
-
-    name: str
-    code: str
-    text: str
-
-
 
 
 def encode(message: Message) -> bytes:

@@ -149,6 +149,8 @@ def save_adapter(adapter: Path, checkpoints: Path, step: int, config: dict[str, 
     reach(Write.ADAPTER)
     _save_tensors(chosen, temporary / "adapter_model.safetensors")
     (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    meta = {"step": step, "sha256": {name: _sha256(temporary / name) for name in ADAPTER_FILES}}
+    (temporary / ADAPTER_META).write_text(json.dumps(meta, indent=2))
     _replace(temporary, adapter)
     reach(Point.ADAPTER_EXPORTED)
 
@@ -186,8 +188,6 @@ def _into_slot(tensors: dict[str, np.ndarray], shm: Path) -> tuple[shared_memory
 
 
 def _save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    meta = {"step": step, "sha256": {name: _sha256(temporary / name) for name in ADAPTER_FILES}}
-    (temporary / ADAPTER_META).write_text(json.dumps(meta, indent=2))
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # it wraps the operating system's errors
