@@ -1,4 +1,25 @@
 """Makes ``support`` importable: pytest puts the folder of this file on the path.
 
 ``from support.server import start_server`` and ``from support.models import make_model``.
+
+Options and the closing summary of the kill tests stand here because pytest reads options before it
+looks into the folders of the tests.
 """
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    from support import kill_report
+
+    kill_report.add_options(parser)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    from support import kill_report
+
+    kill_report.write_summary(terminalreporter, config)
