@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 import socket
 import time
@@ -23,7 +24,7 @@ from sglang_harli.protocol.public import Job
 from support.scheduler_peer import SchedulerPeer
 from support.service_peers import HttpPeer, ServiceProcess
 
-PORTS = range(31400, 31500)
+PORTS = range(31400, 32400)
 LONG_S = 30.0
 
 
@@ -49,7 +50,7 @@ def pairs(count: int = 20) -> list[dict[str, Any]]:
 
 
 def free_port() -> int:
-    for port in PORTS:
+    for port in random.sample(PORTS, len(PORTS)):  # other test runs look for one too
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -63,11 +64,11 @@ def free_port() -> int:
 class World:
     """A service on a run directory of its own, its peers and a client."""
 
-    def __init__(self, folder: Path, model: Path, *, peers: bool = True) -> None:
+    def __init__(self, folder: Path, model: Path, *, peers: bool = True, **options: Any) -> None:
         self._stack = ExitStack()
         self.run_dir = folder / "runs"
         self.model, self.port = model, free_port()
-        self.service = ServiceProcess(self.run_dir, model, self.port).start()
+        self.service = ServiceProcess(self.run_dir, model, self.port, **options).start()
         self._stack.callback(self._stop)
         core.make_ipc_dir(str(self.run_dir))
         self.client = self._stack.enter_context(FinetuneClient(self.service.endpoint))
