@@ -25,6 +25,7 @@ from sglang_harli.errors import (
 from sglang_harli.protocol import exchange, public
 from support.models import write_tokenizer
 from support.service import ServiceProcess
+from support.service_world import until
 
 ROWS = [
     {
@@ -280,3 +281,119 @@ def test_every_error_type_has_its_code():
         error = exchange.error(public.Reply(id="x", ok=False, error=body))
         assert type(error) is kind
         assert (error.code, error.param, error.details) == (code, "p", [{"line": 1}])
+
+
+# ------------------------------------------------------------------ a service that is lost and comes back
+def test_what_follows_a_job_waits_for_a_lost_service(model: str):
+    process = ServiceProcess(model)
+    told: dict[str, list[str]] = {"wait": [], "watch": [], "events": []}
+    seen: dict[str, list] = {"wait": [], "watch": [], "events": []}
+    begun = threading.Barrier(4)
+
+    def follow(how: str, job: str) -> None:
+        # Of its own it would give up at once; that it was there before makes it patient.
+        with FinetuneClient(process.endpoint, connect_timeout_s=5, on_connection=told[how].append) as client:
+            client.get(job)
+            begun.wait(20)
+            found = {
+                "wait": lambda: [client.wait(job, poll_s=0.05)],
+                "watch": lambda: client.watch(job, poll_s=0.05),
+                "events": lambda: client.events(job, follow=True),
+            }[how]()
+            seen[how].extend(found)
+
+    try:
+        process.start()
+        with FinetuneClient(process.endpoint) as client:
+            job = client.submit(ROWS)
+            threads = [threading.Thread(target=follow, args=(how, job.id)) for how in seen]
+            for thread in threads:
+                thread.start()
+            begun.wait(20)
+            until(lambda: client.status().service["followers"] == 1, "the follower")
+            process.kill()
+            until(lambda: all(told.values()), "everybody noticing the loss")
+            process.start()
+            client.cancel(job.id)
+            for thread in threads:
+                thread.join(60)
+        assert seen["wait"][-1].status == seen["watch"][-1].status == JobStatus.CANCELLED
+        assert seen["events"][-1].type == "cancelled"
+        ids = [event.id for event in seen["events"]]
+        assert ids == list(range(1, len(ids) + 1))  # none twice, none left out
+        assert all(
+            lines == ["connection lost, trying again", "connected again"] for lines in told.values()
+        ), told
+    finally:
+        process.close()
+
+
+def test_patience_ends(model: str):
+    process = ServiceProcess(model)
+    try:
+        process.start()
+        told: list[str] = []
+        with FinetuneClient(process.endpoint, reconnect_timeout_s=1.5, on_connection=told.append) as client:
+            job = client.submit(ROWS)
+            follower = client.events(job.id, follow=True)
+            next(follower)
+            process.kill()
+            with pytest.raises(NotReadyError, match="no finetune service answers"):
+                client.wait(job.id, poll_s=0.05)
+            with pytest.raises(NotReadyError, match="no finetune service answers"):
+                list(follower)
+        assert told == ["connection lost, trying again"] * 2
+    finally:
+        process.close()
+
+
+def test_harli_watch_goes_on_after_a_kill(model: str):
+    process = ServiceProcess(model)
+    try:
+        process.start()
+        with FinetuneClient(process.endpoint) as client:
+            job = client.submit(ROWS)
+            command = [
+                sys.executable,
+                "-m",
+                "sglang_harli.cli",
+                "--endpoint",
+                process.endpoint,
+                "watch",
+                job.id,
+            ]
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ) as watch:
+                assert watch.stdout is not None and watch.stderr is not None
+                assert "queued" in watch.stdout.readline()
+                process.kill()
+                assert watch.stderr.readline() == "connection lost, trying again\n"
+                process.start()
+                client.cancel(job.id)
+                assert watch.wait(30) == 7
+                assert watch.stderr.read() == "connected again\n"
+                assert "cancelled" in watch.stdout.read()
+    finally:
+        process.close()
+
+
+def test_a_busy_service_is_asked_again(tmp_path: Path):
+    busy = {"ok": False, "error": {"code": "busy", "message": "try again in a moment"}}
+    endpoint = f"ipc://{tmp_path}/peer"
+    jobs = {"ok": True, "result": {"jobs": []}}
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.bind(endpoint)
+
+        def answer() -> None:
+            for reply in (busy, busy, jobs):
+                assert socket.poll(20_000)
+                identity, head = socket.recv_multipart()
+                number = public.decode(head, public.Request).id
+                socket.send_multipart([identity, public.encode({"v": 1, "id": number, **reply})])
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with FinetuneClient(endpoint) as client:
+            assert client.list() == []
+        thread.join(20)
