@@ -107,14 +107,13 @@ class SchedulerPeer(Peer):
     def take(self, message: Any, frames: list[bytes]) -> None:
         if isinstance(message, internal.Welcome):
             if message.pid != self.service_pid:
-                again, self.service_pid = self.service_pid is not None, message.pid
-                if again:
-                    self._hello()
+                self.service_pid = message.pid
                 for kept in list(self.ring):
                     self._send_now(kept)
+            if not message.answers:
+                self._hello()
         elif isinstance(message, internal.Ack):
-            while self.ring and self.ring[0].seq <= message.upto:
-                self.ring.popleft()
+            self.ring = deque(kept for kept in self.ring if kept.seq not in message.seqs)
         elif isinstance(message, internal.StartRun):
             self._start(message)
         elif isinstance(message, internal.StatusRequest):
@@ -130,6 +129,11 @@ class SchedulerPeer(Peer):
             self._of_run(message, frames)
 
     def _start(self, message: internal.StartRun) -> None:
+        if self.spec is not None and (self.spec.job, self.spec.attempt) == (
+            message.spec.job,
+            message.spec.attempt,
+        ):
+            return  # said twice
         self._drop()
         self.starts.append(message)
         self.spec, self.step, self._saved = message.spec, message.step, message.step
@@ -248,6 +252,8 @@ class SchedulerPeer(Peer):
                 tokens=tokens,
                 target_tokens=targets,
                 seconds=max(self.step_s, 1e-3),
+                total_tokens=self.tokens,
+                after=self.step - 1,
             )
         )
         every = self.spec.hyperparameters.checkpoint_every

@@ -52,7 +52,7 @@ class Peer:
             message = internal.decode(self.socket.recv_multipart()[0], "scheduler")
             self.got.append(message)
             if isinstance(message, internal.Hello):
-                self.send(internal.Welcome(pid=self.pid))
+                self.send(internal.Welcome(pid=self.pid, answers=message.seq))
 
     def of(self, kind: type) -> list:
         return [m for m in self.got if isinstance(m, kind)]
@@ -284,7 +284,7 @@ def test_what_was_not_acknowledged_is_sent_again_to_a_restarted_service(run_dir)
     until(host, peer, lambda: peer.of(internal.Hello))
     peer.send(internal.StartRun(spec=spec()))
     until(host, peer, lambda: peer.of(internal.RunStarted))
-    peer.send(internal.Ack(upto=peer.of(internal.RunStarted)[-1].seq))
+    peer.send(internal.Ack(seqs=[peer.of(internal.RunStarted)[-1].seq]))
     peer.send(*batch(1))
     until(host, peer, lambda: peer.of(internal.StepDone))
     peer.socket.close()
@@ -292,7 +292,7 @@ def test_what_was_not_acknowledged_is_sent_again_to_a_restarted_service(run_dir)
     again.send(internal.Welcome(pid=2))
     until(host, again, lambda: again.of(internal.Hello) and again.of(internal.StepDone))
     assert not again.of(internal.RunStarted)  # acknowledged before
-    again.send(internal.Ack(upto=again.of(internal.StepDone)[-1].seq))
+    again.send(internal.Ack(seqs=[m.seq for m in again.of(internal.StepDone)]))
     until(host, again, lambda: host.link.unacknowledged == 0)
     host.link.close()
     again.socket.close()

@@ -12,7 +12,7 @@ import msgspec
 from project_files import package_files
 
 from sglang_harli import config, core
-from sglang_harli.protocol import internal, public
+from sglang_harli.protocol import internal, public, served_limits
 
 # --harli-<name with dashes>: default.
 FLAGS = {
@@ -185,7 +185,7 @@ def test_hyperparameters():
 
 
 def test_message_fields():
-    found = {**structs(public), **structs(internal)}
+    found = {**structs(public), **structs(internal), **structs(served_limits)}
     found.pop("Hyperparameters")  # its own test
     names = {name: {f.name for f in msgspec.structs.fields(kind)} for name, kind in found.items()}
     assert names == {name: set(fields.split()) for name, fields in MESSAGES.items()}

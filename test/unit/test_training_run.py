@@ -287,7 +287,6 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("change", "named"),
         [
-            ({"cursor": BatchCursor(epoch=1, step=2, index=0)}, "step 2, expected 0 of 1"),
             ({"lengths": [3, 2]}, r"rows of \[3, 2\]"),
             ({"lengths": [4, 0]}, r"rows of \[4, 0\]"),
             ({"step_target_tokens": 0}, "at least one target"),
@@ -312,6 +311,17 @@ class TestFailures:
         with pytest.raises(TrainingError, match=named) as caught:
             run.feed(MicroBatch(**(values | change)), ids, labels)
         assert caught.value.code == "bad_data"
+
+    def test_a_micro_batch_that_came_before_or_leaves_a_gap_changes_nothing(self) -> None:
+        run = make_run(tiny_model(dtype=torch.float32), HP, STEPS)
+        feed(run, STEPS, start=2)  # the first one is missing
+        assert (run.batches_ahead, run.next_cursor.step, run.next_cursor.index) == (0, 1, 0)
+        feed(run, STEPS)
+        ahead, cursor = run.batches_ahead, run.next_cursor
+        feed(run, STEPS)  # all of it again
+        assert (run.batches_ahead, run.next_cursor) == (ahead, cursor)
+        assert cursor.step == len(STEPS) + 1
+        run.release()
 
     def test_a_state_of_another_job_is_refused(self) -> None:
         model = tiny_model(dtype=torch.float32)

@@ -46,6 +46,8 @@ class ActiveRun:
         )
         self._every = start.spec.hyperparameters.checkpoint_every
         self._saved_step = start.step
+        self.told_step = start.step  # of the last StepDone
+        self._in_hand: internal.SnapshotReady | None = None  # in the slot, not written yet
         self._slot: Slot | None = None
         self._slot_free = False
         self._copier: StateCopier | None = None
@@ -59,6 +61,7 @@ class ActiveRun:
         if start.restore is not None:
             self._restore = Slot.open(start.restore)
             self.training.load_state(reader(self._restore, start.restore.tensors), start.meta)
+        self._total_tokens = self.training.tokens
 
     def _announce(self) -> None:
         """The adapter is drawn or restored: the run is there, and asks for its snapshot slot."""
@@ -105,16 +108,16 @@ class ActiveRun:
         reason, self._wanted = self._wanted or "every", None
         self._slot_free = False  # the service's until SnapshotSaved
         reach(Point.SNAPSHOT_COPIED)
-        self._link.send(
-            internal.SnapshotReady(
-                job=self.spec.job,
-                attempt=self.spec.attempt,
-                step=self.training.applied_step,
-                slot=copier.ref(),
-                meta=self.training.state_meta(),
-                reason=reason,
-            )
+        self._in_hand = internal.SnapshotReady(
+            job=self.spec.job,
+            attempt=self.spec.attempt,
+            step=self.training.applied_step,
+            slot=copier.ref(),
+            meta=self.training.state_meta(),
+            reason=reason,
+            after=self.told_step,
         )
+        self._link.send(self._in_hand)
 
     def after_quantum(self) -> bool:
         """Send what a step brought; start a snapshot that is due.  True: the run is over, release it."""
@@ -145,6 +148,8 @@ class ActiveRun:
             reach(Point.STEP_APPLIED)
             now_s = time.monotonic()
             seconds, self._last_step_at = now_s - self._last_step_at, now_s
+            after, self.told_step = self.told_step, metrics.step
+            self._total_tokens += metrics.tokens
             self._link.send(
                 internal.StepDone(
                     job=self.spec.job,
@@ -157,12 +162,16 @@ class ActiveRun:
                     tokens=metrics.tokens,
                     target_tokens=metrics.target_tokens,
                     seconds=seconds,
+                    total_tokens=self._total_tokens,
+                    after=after,
                 )
             )
 
     # ---------------------------------------------------------------- snapshots
     def take_slot(self, ref: internal.SlotRef) -> None:
-        """The service's slot for snapshots, faulted in."""
+        """The service's slot for snapshots, faulted in; one that was named before changes nothing."""
+        if self._slot is not None and self._slot.path == ref.path:
+            return
         if ref.nbytes < self._state_bytes:
             raise TrainingError(
                 f"the snapshot slot has {ref.nbytes} bytes, {self._state_bytes} are needed", code="internal"
@@ -187,7 +196,11 @@ class ActiveRun:
 
     def saved(self, message: internal.SnapshotSaved) -> bool:
         """The service has written a snapshot (or could not); True: the run is over, release it."""
-        self._slot_free = True
+        in_hand = self._in_hand is not None and self._in_hand.step == message.step
+        if not in_hand and not message.ok:
+            return False  # late: about a snapshot that was answered before
+        if in_hand:
+            self._in_hand, self._slot_free = None, True
         reach(Point.ACKNOWLEDGED)
         if message.ok:
             self._saved_step = max(self._saved_step, message.step)
@@ -196,9 +209,27 @@ class ActiveRun:
             self._wanted = "pause" if self._save_first else "final"  # once more, until the service gives up
             self._begin_snapshot()
             return False
-        if self._stopping and self.training.state_consistent:
+        if self._stopping and self.training.state_consistent and not self.copying:
             return self._stop_now()
         return self.training.finished and not behind
+
+    def pulse(self) -> None:
+        """Say where the run stands, and once more what was taken over and then not answered."""
+        in_hand = self._in_hand
+        if in_hand is not None and not self._link.keeps(in_hand):
+            self._link.send(in_hand)
+        self._link.send(
+            internal.Pulse(
+                job=self.spec.job,
+                attempt=self.spec.attempt,
+                step=self.training.applied_step,
+                next_cursor=self.training.next_cursor,
+                state_bytes=self._state_bytes,
+                has_slot=self._slot is not None,
+                snapshot=-1 if in_hand is None else in_hand.step,
+                stopping=self._stopping,
+            )
+        )
 
     def final_snapshot(self) -> bool:
         """Shutdown: copy the state out at once; True if the service has something to write."""
@@ -237,7 +268,12 @@ class ActiveRun:
     def _stop_now(self) -> bool:
         self.stopped = True
         self._link.send(
-            internal.RunStopped(job=self.spec.job, attempt=self.spec.attempt, step=self.training.applied_step)
+            internal.RunStopped(
+                job=self.spec.job,
+                attempt=self.spec.attempt,
+                step=self.training.applied_step,
+                after=self.told_step,
+            )
         )
         return True
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # it imports sglang, which a host without a server does not n
 logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 0.5
+PULSE_EVERY_S = 2.0
+KNOWN_RUNS = 1024  # jobs whose newest attempt is remembered, to tell a late StartRun
 
 
 class _Tick(internal.Message):
@@ -76,6 +78,8 @@ class CoTrainer:
         self._set_options, self._status = set_options, status
         self._sub_state = (SubState.TRAINING.value, "")
         self._told_at = 0.0
+        self._pulse_at = 0.0
+        self._attempts: dict[str, int] = {}  # the newest attempt of each job that was held here, or stopped
         self._held_back = 0
         self.quanta = 0
         self.train_s = 0.0
@@ -94,6 +98,9 @@ class CoTrainer:
     def poll(self) -> None:
         """Take what the service has sent; called once a loop turn."""
         arrived = self.link.poll()
+        if self.run is not None and (now_s := time.monotonic()) - self._pulse_at >= PULSE_EVERY_S:
+            self._pulse_at = now_s
+            self.run.pulse()
         if self.run is not None and self.run.training.finished:
             arrived.append((_TICK, []))  # no quantum comes any more to collect the last metrics behind
         for message, frames in arrived:
@@ -102,7 +109,8 @@ class CoTrainer:
             except Exception as error:  # boundary: the control handler in the scheduler
                 logger.exception("harli: %s could not be handled", type(message).__name__)
                 if isinstance(message, internal.StartRun) and self.run is None:
-                    self._report_failure(message.spec.job, message.spec.attempt, message.step, error)
+                    spec = message.spec
+                    self._report_failure(spec.job, spec.attempt, message.step, message.step, error)
                 elif not isinstance(message, internal.StatusRequest | internal.SetOptions):
                     self._fail(error)  # those two are no business of the run
 
@@ -115,11 +123,17 @@ class CoTrainer:
 
     def _start(self, message: internal.StartRun, _frames: list[bytes]) -> None:
         spec = message.spec
+        if spec.attempt <= self._attempts.get(spec.job, 0):
+            return  # said twice, or late: that run is held, or over
+        self._note(spec.job, spec.attempt)
         if self.run is not None:
-            if (self.run.spec.job, self.run.spec.attempt) == (spec.job, spec.attempt):
-                return  # said twice
             self._release()  # the store wants another run
         self.run = ActiveRun(self.base, message, self.limits, self.link, self.quantum_rows)
+
+    def _note(self, job: str, attempt: int) -> None:
+        self._attempts[job] = max(attempt, self._attempts.pop(job, 0))
+        if len(self._attempts) > KNOWN_RUNS:
+            del self._attempts[next(iter(self._attempts))]
 
     def _micro_batch(self, message: internal.MicroBatch, frames: list[bytes]) -> None:
         run = self._current(message)
@@ -140,6 +154,7 @@ class CoTrainer:
     def _stop(self, message: internal.StopRun, _frames: list[bytes]) -> None:
         run = self._current(message)
         if run is None:
+            self._note(message.job, message.attempt)  # a StartRun that is late comes too late
             self.link.send(internal.RunStopped(job=message.job, attempt=message.attempt, step=0))
         elif run.stop(message.snapshot):
             self._release()
@@ -262,12 +277,14 @@ class CoTrainer:
         if run is None:
             return
         job, attempt, step = run.spec.job, run.spec.attempt, run.training.applied_step
+        after = run.told_step
         self._release()
-        self._report_failure(job, attempt, step, error)
+        self._report_failure(job, attempt, step, after, error)
 
-    def _report_failure(self, job: str, attempt: int, step: int, error: Exception) -> None:
+    def _report_failure(self, job: str, attempt: int, step: int, after: int, error: Exception) -> None:
         code, text = describe(error)
-        self.link.send(internal.RunFailed(job=job, attempt=attempt, step=step, code=code, message=text))
+        failed = internal.RunFailed(job=job, attempt=attempt, step=step, code=code, message=text, after=after)
+        self.link.send(failed)
         error.__traceback__ = None  # its frames hold the run's tensors
         gc.collect()
         if self.base.device.type == "cuda":

@@ -1,36 +1,27 @@
 """The scheduler's end of the ipc pair to the finetune service (design section 2).
 
 Nothing here blocks: ``poll`` takes what has come, ``send`` queues.  What the service must not miss stays
-in a bounded ring until it is acknowledged, and is sent again when a restarted service says Welcome.
+in a bounded ring until it is acknowledged, and is sent again when a restarted service says Welcome, or
+when nothing of it was acknowledged for a while.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import zmq
 
+from sglang_harli.managers.unacknowledged import KEPT, RING, Unacknowledged
 from sglang_harli.protocol import internal
 
 logger = logging.getLogger(__name__)
 
-RING = 4096  # unacknowledged messages kept; a run out of data stops long before
 HELLO_EVERY_S = 1.0
 MAX_PER_POLL = 16  # messages taken per loop turn: bounds the turn
-
-# What the service must take over durably; the rest (progress, status) is stale a moment later.
-KEPT = (
-    internal.RunStarted,
-    internal.StepDone,
-    internal.SnapshotReady,
-    internal.RunStopped,
-    internal.RunFailed,
-)
 
 
 def has_arrived(socket: Any) -> bool:
@@ -56,11 +47,11 @@ class ServiceLink:
         self.socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a service that is away
         self.socket.connect(endpoint)
         self._make_hello = make_hello
-        self._seq = 0
-        self._ring: deque[internal.Message] = deque(maxlen=RING)
+        # Beyond those of any scheduler before: a late acknowledgement must not be taken for one of this life.
+        self._seq = time.monotonic_ns() // 1000
+        self._ring = Unacknowledged()
         self.service_pid: int | None = None
         self._hello_at = 0.0
-        self._hello_sent = False  # to the service that is there now
 
     # ---------------------------------------------------------------- out
     def send(self, message: internal.Message) -> None:
@@ -68,7 +59,7 @@ class ServiceLink:
         self._seq += 1
         message.seq = self._seq
         if isinstance(message, KEPT):
-            self._ring.append(message)
+            self._ring.keep(message, time.monotonic())
         if self.service_pid is not None:
             self._send_now(message)
 
@@ -79,20 +70,26 @@ class ServiceLink:
             return False
         return True
 
-    def _say_hello(self, now_s: float) -> None:
-        self._hello_at = now_s
+    def keeps(self, message: internal.Message) -> bool:
+        """Whether a message that was sent is not acknowledged yet."""
+        return message in self._ring
+
+    def _say_hello(self) -> None:
+        self._hello_at = time.monotonic()
         hello = self._make_hello()
         self._seq += 1
         hello.seq = self._seq
-        self._hello_sent = self._send_now(hello)
+        self._send_now(hello)
 
     # ---------------------------------------------------------------- in
     def poll(self) -> list[tuple[internal.Message, list[bytes]]]:
         """Messages that have come, with their raw frames; an empty list costs about a microsecond."""
         if self.service_pid is None:
-            now_s = time.monotonic()
-            if now_s - self._hello_at >= HELLO_EVERY_S:
-                self._say_hello(now_s)
+            if time.monotonic() - self._hello_at >= HELLO_EVERY_S:
+                self._say_hello()
+        elif len(self._ring):
+            for kept in self._ring.due(time.monotonic()):
+                self._send_now(kept)
         if not has_arrived(self.socket):
             return []
         messages = []
@@ -109,23 +106,21 @@ class ServiceLink:
             if isinstance(message, internal.Welcome):
                 self._welcomed(message)
             elif isinstance(message, internal.Ack):
-                self._acknowledged(message.upto)
+                self._ring.acknowledged(message.seqs, time.monotonic())
             else:
                 messages.append((message, frames))
         return messages
 
     def _welcomed(self, message: internal.Welcome) -> None:
-        if message.pid == self.service_pid:
-            return
-        if self.service_pid is not None or not self._hello_sent:  # this service has not read our hello yet
-            self._say_hello(time.monotonic())
+        new, asked = message.pid != self.service_pid, message.answers == 0
         self.service_pid = message.pid
-        for kept in self._ring:
+        if not new and not asked:
+            return
+        # What is kept comes first: "no run is held" must not overtake the news of how the run ended.
+        for kept in self._ring.all():
             self._send_now(kept)
-
-    def _acknowledged(self, upto: int) -> None:
-        while self._ring and self._ring[0].seq <= upto:
-            self._ring.popleft()
+        if asked:
+            self._say_hello()
 
     @property
     def unacknowledged(self) -> int:

@@ -110,21 +110,17 @@ class TrainingRun:
         return BatchCursor(epoch=self._epoch, step=self._fed_cursor[0], index=self._fed_cursor[1])
 
     def feed(self, batch: MicroBatch, input_ids: np.ndarray, labels: np.ndarray) -> None:
-        """Queue the next micro-batch.
+        """Queue a micro-batch if it is the next one; one that came before, or that leaves a gap, is dropped.
 
         Args:
             input_ids, labels: int32 of ``sum(batch.lengths)``; -100 marks tokens that are not targets.
 
         Raises:
-            TrainingError: not the micro-batch that comes next, or ids outside the vocabulary.
+            TrainingError: ids outside the vocabulary, or rows that do not fit together.
         """
         cursor = batch.cursor
         if (cursor.step, cursor.index) != self._fed_cursor:
-            raise TrainingError(
-                f"got micro-batch {cursor.index} of step {cursor.step}, expected {self._fed_cursor[1]} of "
-                f"{self._fed_cursor[0]}",
-                code="bad_data",
-            )
+            return
         self._check(batch, input_ids, labels)
         self._queue.append(_Fed(batch, Rows.make(batch.lengths, batch.rows, input_ids, labels)))
         self._epoch = cursor.epoch

@@ -2,7 +2,8 @@
 
 Frame 0 is a msgpack header (one of the structs below, tagged by its name); arrays follow as raw
 frames (int32, C order).  Every message carries the sender's sequence number.  A run is named by
-(job, attempt): messages of an older attempt are dropped by whoever gets them.
+(job, attempt): messages of an older attempt are dropped by whoever gets them.  Any message may be lost
+or come twice; the table in docs/architecture.md ("Service and scheduler") says what then happens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import msgspec
 from msgspec import Struct, field
 
 from sglang_harli.protocol.public import Hyperparameters
+from sglang_harli.protocol.served_limits import ServedLimits as ServedLimits
 
 
 class Message(Struct, kw_only=True, tag=True):
@@ -36,45 +38,6 @@ class SlotRef(Struct, frozen=True, kw_only=True):
     path: str
     nbytes: int
     tensors: list[TensorRef] = field(default_factory=list)
-
-
-class ServedLimits(Struct, frozen=True, kw_only=True):
-    """What the served model allows a job; goes with the scheduler's hello.
-
-    ``linear_sizes``: per target module the (in, out) features summed over nothing: one layer's; all
-    layers are alike.  Bytes are of the training side.
-    """
-
-    architecture: str
-    model_path: str
-    tokenizer_path: str
-    served_model_name: str
-    dtype: str  # float32, bfloat16, float16
-    device: str  # cpu, cuda
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    linear_sizes: dict[str, tuple[int, int]]
-    max_seq_length: int
-    max_lora_rank: int
-    lora_target_modules: tuple[str, ...]
-    train_memory_bytes: int
-    logits_bytes: int
-
-    def trainable_parameters(self, hp: Hyperparameters) -> int:
-        return self.num_layers * sum(hp.lora_r * sum(self.linear_sizes[m]) for m in hp.target_modules)
-
-    def job_memory_bytes(self, hp: Hyperparameters, longest_row: int) -> int:
-        """Upper estimate of a run's training memory: adapter (and its copy in the base's dtype), gradients
-        (twice with accumulation), Adam's two moments (fp32 each), saved layer inputs of a micro-batch, one
-        layer's working set, logits."""
-        item = 4 if self.dtype == "float32" else 2
-        copies = 4 * (5 if hp.gradient_accumulation_steps > 1 else 4) + (0 if item == 4 else item)
-        state = self.trainable_parameters(hp) * copies
-        saved = (self.num_layers + 2) * hp.batch_size * longest_row * self.hidden_size * item
-        widest = sum(i + o for i, o in self.linear_sizes.values())
-        working = 3 * longest_row * widest * item  # a quantum may be one row
-        return state + saved + working + 3 * self.logits_bytes
 
 
 class RunSpec(Struct, frozen=True, kw_only=True):
@@ -110,6 +73,23 @@ class Hello(Message):
     revision: int = 0
 
 
+class Pulse(Message):
+    """While a run is held, about every two seconds: where it stands, by which the service finds what was lost.
+
+    ``state_bytes``: 0 until the adapter is there.  ``snapshot``: the step of the snapshot that lies in the slot
+    and waits for its SnapshotSaved (-1: none).  ``stopping``: a StopRun has come.
+    """
+
+    job: str
+    attempt: int
+    step: int
+    next_cursor: BatchCursor
+    state_bytes: int
+    has_slot: bool
+    snapshot: int
+    stopping: bool
+
+
 class RunStarted(Message):
     """The run's tensors exist; a snapshot needs ``state_bytes``: answer with SnapshotSlot."""
 
@@ -120,7 +100,12 @@ class RunStarted(Message):
 
 
 class StepDone(Message):
-    """Kept by the scheduler in a bounded ring until acknowledged (Ack.seq)."""
+    """Kept by the scheduler in a bounded ring until acknowledged, as are RunStarted, SnapshotReady, RunStopped
+    and RunFailed.
+
+    ``after``, here and in those: the step of the StepDone sent before.  A service that lacks that one drops
+    this message without acknowledging it, and gets both again.  ``total_tokens``: of the run up to this step.
+    """
 
     job: str
     attempt: int
@@ -132,6 +117,8 @@ class StepDone(Message):
     tokens: int  # run through the model, padding not counted
     target_tokens: int
     seconds: float  # wall time since the step before
+    total_tokens: int = 0
+    after: int = 0
 
 
 class SnapshotReady(Message):
@@ -143,6 +130,7 @@ class SnapshotReady(Message):
     slot: SlotRef
     meta: dict[str, Any]
     reason: str  # every, pause, shutdown, final
+    after: int = 0
 
 
 class RunStopped(Message):
@@ -151,6 +139,7 @@ class RunStopped(Message):
     job: str
     attempt: int
     step: int
+    after: int = 0
 
 
 class RunFailed(Message):
@@ -159,6 +148,7 @@ class RunFailed(Message):
     step: int
     code: str
     message: str
+    after: int = 0
 
 
 class Progress(Message):
@@ -192,9 +182,10 @@ class OptionsSet(Message):
 
 # ------------------------------------------------------------------ service -> scheduler
 class Welcome(Message):
-    """Answer to Hello: the service is there and has read the limits."""
+    """The service is there.  ``answers``: the ``seq`` of the Hello that it has read; 0: say hello (again)."""
 
     pid: int
+    answers: int = 0
 
 
 class StartRun(Message):
@@ -250,9 +241,12 @@ class StopRun(Message):
 
 
 class Ack(Message):
-    """Every message of the scheduler up to ``upto`` has been taken over durably."""
+    """These messages of the scheduler (by ``seq``) have been taken over durably, or are of no use any more.
 
-    upto: int
+    One by one: a message that was lost is not acknowledged by a later one.
+    """
+
+    seqs: list[int]
 
 
 class StatusRequest(Message):
@@ -274,7 +268,7 @@ class HttpHello(Message):
 
 
 class ServiceState(Message):
-    """From the service, on change and in answer to HttpHello: gates /health_generate.
+    """From the service, on change, in answer to HttpHello, and every few seconds as its sign of life.
 
     ``endpoint_bound``: the public door is open.  ``scheduler_seen``: a hello has been read; both gate
     /health_generate.  ``adapters``: names of the succeeded jobs' adapters, which AdapterWanted brings: after a
@@ -330,6 +324,7 @@ class AdapterRefused(Message):
 
 SchedulerMessage = (
     Hello
+    | Pulse
     | RunStarted
     | StepDone
     | SnapshotReady

@@ -47,7 +47,11 @@ def created(record: JobRecord, summary: str) -> Change:
     text = f"job {record.id} created"
     if record.resumed_from is not None:
         data |= {"resumed_from": record.resumed_from, "step": record.checkpoint_step}
-        what = "with the adapter" if record.carried else f"from step {record.checkpoint_step}"
+        what = (
+            "with the adapter"
+            if record.carried and not record.checkpoint_step
+            else f"from step {record.checkpoint_step}"
+        )
         text += f": goes on {what} of job {record.resumed_from}"
     return _change(
         record,

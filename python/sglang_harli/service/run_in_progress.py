@@ -1,72 +1,33 @@
-"""What the service knows of the one run in progress, and the blocking steps of preparing it."""
+"""The blocking steps of preparing a run: its data, and the checkpoint that it goes on from."""
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass, field
+import dataclasses
+import errno
+import shutil
+import zlib
 from pathlib import Path
-from typing import Any
+from zipfile import BadZipFile
+
+import msgspec
+from safetensors import SafetensorError
 
 from sglang_harli.errors import HarliError
-from sglang_harli.protocol import shared_memory
-from sglang_harli.protocol.internal import BatchCursor, RunSpec, ServedLimits, SlotRef, StartRun
+from sglang_harli.protocol.internal import ServedLimits
 from sglang_harli.service import admission, checkpoints
 from sglang_harli.service.checkpoints import CheckpointError
 from sglang_harli.service.feeder import Feeder
 from sglang_harli.service.job_files import JobPaths
-from sglang_harli.service.jobs import JobRecord, Wish
+from sglang_harli.service.jobs import JobRecord
+from sglang_harli.service.run_machine_state import Preparation
 from sglang_harli.service.token_store import TokenReader
 
-STEPS_AHEAD = 2  # optimizer steps fed beyond the last one applied
-
-
-class Phase(enum.Enum):
-    PREPARING = "preparing"  # data and checkpoint are being read
-    STARTING = "starting"  # StartRun is sent
-    TRAINING = "training"
-    STOPPING = "stopping"  # a run that the store does not want
-
-
-@dataclass
-class Run:
-    """Attributes:
-    next_cursor: the next micro-batch to feed.
-    applied: the last optimizer step that the scheduler has applied.
-    tokens: run through the model up to ``applied``, all attempts of the kept work together.
-    asked: the wish of which the scheduler has been told.
-    slot: path of the snapshot slot; the scheduler's, or ours between SnapshotReady and SnapshotSaved.
-    """
-
-    job: str
-    attempt: int
-    phase: Phase
-    scheduler_pid: int
-    feeder: Feeder | None = None
-    next_cursor: BatchCursor | None = None
-    applied: int = 0
-    tokens: int = 0
-    asked: Wish = Wish.RUN
-    slot: SlotRef | None = None
-    restore: shared_memory.Slot | None = None
-    told_sub_state: str = ""
-    told_at: float = 0.0
-    warnings: list[str] = field(default_factory=list)
-
-    def names(self, message: Any) -> bool:
-        """Whether a message is about this run and not about an older attempt."""
-        return message.job == self.job and message.attempt == self.attempt
-
-    def take_back(self) -> None:
-        """Remove what lies in shared memory."""
-        if self.slot is not None:
-            Path(self.slot.path).unlink(missing_ok=True)
-            self.slot = None
-        self.drop_restore()
-
-    def drop_restore(self) -> None:
-        if self.restore is not None:
-            self.restore.unlink()
-            self.restore = None
+# What files that are not what was written can bring about, whoever reads them.
+UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError),
+    *(BadZipFile, zlib.error, SafetensorError, msgspec.MsgspecError),
+)
+_FULL = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)
 
 
 def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits, fingerprint: str) -> Feeder:
@@ -86,7 +47,7 @@ def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits, finger
         )
     try:
         feeder = Feeder(TokenReader(paths.data), record.hyperparameters)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise HarliError(f"the job's data cannot be read: {error}", code="bad_data_files") from error
     if feeder.total_steps != record.total_steps:
         raise HarliError(
@@ -96,52 +57,63 @@ def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits, finger
     return feeder
 
 
-@dataclass
-class Restored:
-    """A checkpoint in a slot; ``step`` 0 and no slot: the run starts from nothing."""
+def restore(record: JobRecord, paths: JobPaths, shm: Path) -> Preparation:
+    """The job's newest checkpoint that is whole, in a slot; a damaged one is put aside as ``step-N.bad``.
 
-    step: int = 0
-    tokens: int = 0
-    slot: shared_memory.Slot | None = None
-    ref: SlotRef | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-
-def restore(record: JobRecord, paths: JobPaths, shm: Path) -> Restored:
-    """The job's newest checkpoint that is whole (blocking).
+    With none at all the run starts from nothing; ``plan`` is left open.
 
     Raises:
-        HarliError: it had checkpoints and none can be read, or shared memory is full.
+        CheckpointError: none can be read and the job cannot begin without one (it carries another's adapter).
+        HarliError: shared memory is full.
     """
-    if record.checkpoint_step == 0:
-        return Restored()
-    warnings: list[str] = []
-    for step in reversed(checkpoints.steps(paths.checkpoints)):
-        if step > record.checkpoint_step:  # written, but the store was never told
+    damage: list[str] = []
+    newest = record.checkpoint_step
+    found = checkpoints.steps(paths.checkpoints)
+    if newest and newest not in found:
+        damage.append(f"the checkpoint of step {newest} is missing")
+    for step in reversed(found):
+        if step > newest or (step == 0 and not record.carried):  # written, but the store was never told
             continue
         try:
-            slot, ref, meta, tokens = checkpoints.load_state(paths.checkpoints, step, shm)
+            whole = _restore_one(record, paths, shm, step)
         except CheckpointError as error:
-            warnings.append(f"checkpoint of step {step} cannot be used: {error.message}")
+            damage.append(f"the checkpoint of step {step} cannot be used ({error.message})")
+            _put_aside(paths.checkpoints, step)
             continue
-        except OSError as error:
+        return dataclasses.replace(whole, damage="; ".join(damage))
+    if record.carried:
+        raise CheckpointError(
+            f"the adapter that this job begins with cannot be read ({'; '.join(damage) or 'it is missing'}): "
+            "submit the job again"
+        )
+    return Preparation(None, damage="; ".join(damage))
+
+
+def _restore_one(record: JobRecord, paths: JobPaths, shm: Path, step: int) -> Preparation:
+    try:
+        checkpoints.check_state(paths.checkpoints, step)
+        if step == record.total_steps:
+            return Preparation(None, trained=True)
+        slot, ref, meta, tokens = checkpoints.load_state(paths.checkpoints, step, shm)
+    except OSError as error:
+        if error.errno in _FULL:
             raise HarliError(
                 f"the checkpoint does not fit into shared memory ({error}): make room in /dev/shm",
                 code="shared_memory",
             ) from error
-        return Restored(step, tokens, slot, ref, meta, warnings)
-    raise CheckpointError(
-        f"no checkpoint in {paths.checkpoints} can be read ({'; '.join(warnings) or 'the folder is empty'}): "
-        "submit the job again"
-    )
+        raise CheckpointError(str(error)) from error
+    except UNREADABLE as error:
+        raise CheckpointError(f"{type(error).__name__}: {error}") from error
+    slot.close()  # the file stays
+    told = meta.get("tokens")  # meta.json, the other place, has no checksum of its own
+    return Preparation(None, step, told if isinstance(told, int) else tokens, ref, meta)
 
 
-def start_message(record: JobRecord, restored: Restored) -> StartRun:
-    spec = RunSpec(
-        job=record.id,
-        attempt=record.attempt,
-        hyperparameters=record.hyperparameters,
-        total_steps=record.total_steps,
-    )
-    return StartRun(spec=spec, step=restored.step, restore=restored.ref, meta=restored.meta)
+def _put_aside(folder: Path, step: int) -> None:
+    """Out of the way, so that the step can be written again; one is kept for whoever wants to look."""
+    for old in folder.glob("step-*.bad"):
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        (folder / f"step-{step}").rename(folder / f"step-{step}.bad")
+    except OSError as error:
+        raise CheckpointError(f"the damaged {folder}/step-{step} cannot be put aside: {error}") from error

@@ -21,41 +21,13 @@ logger = logging.getLogger(__name__)
 # within a second.  So the first word is left to it for this long.
 WELCOME_AFTER_S = 1.5
 
-# What the scheduler keeps until it is acknowledged.
-KEPT = (
-    internal.RunStarted,
-    internal.StepDone,
-    internal.SnapshotReady,
-    internal.RunStopped,
-    internal.RunFailed,
-)
-
-
-class AckLedger:
-    """Up to which message everything has been taken over durably (pure)."""
-
-    def __init__(self) -> None:
-        self._open: dict[int, None] = {}
-        self._newest = 0
-
-    def open(self, seq: int) -> None:
-        self._open[seq] = None
-        self._newest = max(self._newest, seq)
-
-    def close(self, seq: int) -> None:
-        self._open.pop(seq, None)
-
-    @property
-    def upto(self) -> int:
-        return min(self._open) - 1 if self._open else self._newest
-
 
 class SchedulerLink:
     """Args:
         context, endpoint: see PeerLink.
         on_hello: called with each hello that was welcomed.
-        on_run_message: called with messages about a run; may return a future that is done when the message
-            is taken over durably (None: it is already).
+        on_run_message: called with messages about a run; what of them is taken over durably goes to
+            ``acknowledge``.
 
     Attributes:
         hello: the scheduler's latest hello; None until one has been read.
@@ -66,14 +38,12 @@ class SchedulerLink:
         context: zmq.asyncio.Context,
         endpoint: str,
         on_hello: Callable[[internal.Hello], None],
-        on_run_message: Callable[[Any], asyncio.Future[Any] | None],
+        on_run_message: Callable[[Any], None],
     ) -> None:
         self.peer = PeerLink(context, endpoint, "scheduler", self._receive, self._greet)
         self._on_hello = on_hello
         self._on_run_message = on_run_message
-        self._ledger = AckLedger()
-        self._acked = 0
-        self._ack_due = False
+        self._acks: list[int] = []
         self._requests = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self.hello: internal.Hello | None = None
@@ -94,11 +64,17 @@ class SchedulerLink:
 
     # ---- coming in
     def _greet(self) -> None:
-        def welcome() -> None:
-            if self.hello is None:
-                self.send(internal.Welcome(pid=os.getpid()))
+        asyncio.get_running_loop().call_later(WELCOME_AFTER_S, self._welcome_unread)
 
-        asyncio.get_running_loop().call_later(WELCOME_AFTER_S, welcome)
+    def _welcome_unread(self) -> None:
+        """Until a hello has been read: it, or this, may have been lost with an earlier connection."""
+        if self.hello is None and self.peer.connected:
+            self.ask_hello()
+            self._greet()
+
+    def ask_hello(self) -> None:
+        """Have the scheduler say hello (again)."""
+        self.send(internal.Welcome(pid=os.getpid(), answers=0))
 
     def _receive(self, message: Any, _frames: list[bytes]) -> None:
         if isinstance(message, internal.Hello):
@@ -107,41 +83,27 @@ class SchedulerLink:
             answer = self._answers.get(message.request)
             if answer is not None and not answer.done():
                 answer.set_result(message)
-        elif isinstance(message, KEPT):
-            self._ledger.open(message.seq)
-            taken = self._on_run_message(message)
-            if taken is None:
-                self._close(message.seq)
-            else:
-                taken.add_done_callback(lambda done: self._taken(done, message.seq))
         else:
             self._on_run_message(message)
 
     def _take_hello(self, hello: internal.Hello) -> None:
         if self.hello is None or self.hello.pid != hello.pid:
-            self._ledger, self._acked = AckLedger(), 0
             logger.info(
                 "hello of the scheduler, pid %d: %s", hello.pid, hello.refusal or "finetuning is possible"
             )
-        self.send(internal.Welcome(pid=os.getpid()))
+        self.send(internal.Welcome(pid=os.getpid(), answers=hello.seq))
         self.hello = hello
         self._on_hello(hello)
 
-    def _taken(self, done: asyncio.Future[Any], seq: int) -> None:
-        if not done.cancelled() and done.exception() is None:
-            self._close(seq)
-
-    def _close(self, seq: int) -> None:
-        self._ledger.close(seq)
-        if not self._ack_due:  # one Ack for all that became durable together
-            self._ack_due = True
+    def acknowledge(self, seq: int) -> None:
+        """Tell the scheduler that a message is taken over; one Ack for all that became durable together."""
+        if not self._acks:
             asyncio.get_running_loop().call_soon(self._ack)
+        self._acks.append(seq)
 
     def _ack(self) -> None:
-        self._ack_due = False
-        upto = self._ledger.upto
-        if upto > self._acked and self.send(internal.Ack(upto=upto)):
-            self._acked = upto
+        seqs, self._acks = self._acks, []
+        self.send(internal.Ack(seqs=seqs))  # where it is lost the messages come again, and then this
 
     # ---- questions
     async def ask_status(self, timeout_s: float) -> internal.StatusReport | None:

@@ -10,27 +10,8 @@ from sglang_harli.config import LIVE
 from sglang_harli.errors import ConfigError, UnsupportedError
 from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.service import admission, options_desk, public_door
-from sglang_harli.service.scheduler_link import AckLedger
 from sglang_harli.service.submission import remove_leftovers
 from support.service_peers import limits
-
-
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=20), st.randoms())
-def test_only_what_is_durable_is_acknowledged(gaps, random):
-    ledger, seq, open_ones = AckLedger(), 0, []
-    last = 0
-    for gap in gaps:
-        seq += gap
-        ledger.open(seq)
-        open_ones.append(seq)
-        if random.random() < 0.6:
-            ledger.close(open_ones.pop(random.randrange(len(open_ones))))
-        assert all(ledger.upto < waiting for waiting in open_ones)
-        assert ledger.upto >= last
-        last = ledger.upto
-    for waiting in open_ones:
-        ledger.close(waiting)
-    assert ledger.upto == seq
 
 
 def test_targets_that_are_not_served_are_named():

@@ -1,0 +1,127 @@
+"""A job as the store keeps it, and what a change of it is made of."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec import Struct
+
+from sglang_harli.core import JobStatus, SubState
+from sglang_harli.protocol.public import Hyperparameters, Job, JobError
+
+
+class Wish(enum.StrEnum):
+    """What the user wants of a running job."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+class JobRecord(Struct, frozen=True, kw_only=True):
+    """A job as the store keeps it: the public fields and what only the service needs.
+
+    Attributes:
+        number: order of creation; the queue's order.
+        publishing: the run is over and its state is saved; the adapter's publication remains.
+        checkpoint_step, checkpoint_tokens: of the last durable ``state`` checkpoint (0: none).
+        last_event: id of the job's newest event.
+        metrics_attempt, metrics_step: the newest step whose metrics are stored; an attempt's first one is the
+            step that it starts from.
+        priority: higher ones leave the queue first; equal ones in the order of ``number``.
+        resumed_from: the job whose checkpoint this one began with.
+        carried: that was its adapter only, as this job's ``step-0`` checkpoint: without it there is no start.
+        data_sha256: of the submitted file, to tell a repeated submit from another one.
+    """
+
+    id: str
+    number: int
+    created_at: float
+    status: JobStatus
+    hyperparameters: Hyperparameters
+    model: str
+    adapter_name: str
+    total_steps: int
+    data: dict[str, Any]
+    data_sha256: str = ""
+    suffix: str | None = None
+    idempotency_key: str | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+    sub_state: SubState | None = None
+    reason: str | None = None
+    fine_tuned_model: str | None = None
+    step: int = 0
+    trained_tokens: int = 0
+    loss: float | None = None
+    learning_rate: float | None = None
+    tokens_per_s: float | None = None
+    step_s: float | None = None
+    attempt: int = 0
+    error: JobError | None = None
+    wish: Wish = Wish.RUN
+    publishing: bool = False
+    checkpoint_step: int = 0
+    checkpoint_tokens: int = 0
+    last_event: int = 0
+    metrics_attempt: int = 0
+    metrics_step: int = 0
+    priority: int = 0
+    resumed_from: str | None = None
+    carried: bool = False
+
+    @property
+    def eta_s(self) -> float | None:
+        if self.status != JobStatus.RUNNING or self.step_s is None:
+            return None
+        return round(self.step_s * max(self.total_steps - self.step, 0), 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An event before it has an id and a time."""
+
+    type: str
+    message: str
+    level: str = "info"
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The record after a transition, and the events that tell of it."""
+
+    record: JobRecord
+    drafts: tuple[Draft, ...] = ()
+
+
+def public(record: JobRecord, run_dir: str) -> Job:
+    """The job object that clients see; ``run_dir`` is the job's own folder."""
+    return Job(
+        id=record.id,
+        created_at=record.created_at,
+        started_at=record.started_at,
+        finished_at=record.finished_at,
+        status=record.status,
+        sub_state=record.sub_state,
+        reason=record.reason,
+        model=record.model,
+        suffix=record.suffix,
+        fine_tuned_model=record.fine_tuned_model,
+        step=record.step,
+        total_steps=record.total_steps,
+        trained_tokens=record.trained_tokens,
+        loss=record.loss,
+        learning_rate=record.learning_rate,
+        tokens_per_s=record.tokens_per_s,
+        eta_s=record.eta_s,
+        attempt=record.attempt,
+        hyperparameters=record.hyperparameters,
+        data=record.data,
+        error=record.error,
+        run_dir=run_dir,
+        priority=record.priority,
+        resumed_from=record.resumed_from,
+    )

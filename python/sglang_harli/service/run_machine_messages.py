@@ -1,0 +1,208 @@
+"""The run machine's part for the messages of a run: what each changes, and when it is acknowledged (pure).
+
+Every kept message is acknowledged exactly when what it says is durable, or of no use any more; one that
+came too early is dropped without it, and comes again.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang_harli.core import JobStatus, SubState
+from sglang_harli.protocol import internal
+from sglang_harli.service import jobs
+from sglang_harli.service.jobs import Change, JobRecord, Wish
+from sglang_harli.service.run_machine_hello import pulse, saved
+from sglang_harli.service.run_machine_state import (
+    Acknowledge,
+    Apply,
+    Effect,
+    Now,
+    Phase,
+    Publish,
+    RemoveStale,
+    Run,
+    Saved,
+    SaveSnapshot,
+    Send,
+    State,
+    TakeBack,
+    Writing,
+)
+
+logger = logging.getLogger(__name__)
+
+SUB_STATE_EVENT_S = 10.0  # a sub-state that changes faster is shown in the job, not told as events
+METRICS = (
+    *("step", "epoch", "loss", "learning_rate", "grad_norm"),
+    *("tokens", "target_tokens", "seconds", "attempt"),
+)
+
+
+def take(state: State, message: Any, now: Now) -> list[Effect]:
+    """Any message of the scheduler about a run."""
+    if isinstance(message, internal.Pulse):
+        return pulse(state, message, now)
+    run = state.named(message)
+    if run is not None:
+        run.heard_at_s = now.s
+    record = state.book.find(message.job)
+    if isinstance(message, internal.Progress):
+        return _progress(state, run, message, now)
+    if record is None or record.attempt != message.attempt:
+        over = isinstance(message, internal.RunStopped | internal.RunFailed) and run is not None
+        return [Acknowledge(message.seq), *(state.end() if over else [])]
+    if isinstance(message, internal.RunStarted):
+        return _started(state, run, message)
+    if _too_early(record, message):
+        return []
+    if isinstance(message, internal.StepDone):
+        return _step_done(state, run, record, message)
+    if isinstance(message, internal.SnapshotReady):
+        return _snapshot(state, record, message)
+    return _over(state, run, record, message, now)
+
+
+def _too_early(record: JobRecord, message: Any) -> bool:
+    """Whether a step before it is missing; it comes first when both are sent again."""
+    if record.status.final or record.metrics_attempt != message.attempt:
+        return False
+    return record.metrics_step < message.after
+
+
+def _started(state: State, run: Run | None, message: internal.RunStarted) -> list[Effect]:
+    if run is None or run.phase is Phase.PREPARING:
+        return []  # not adopted yet: it comes again
+    effects = state.drop_restore(run)
+    if run.phase is Phase.STARTING:
+        run.phase = Phase.TRAINING
+    return [*effects, *state.want_slot(run, message.state_bytes), Acknowledge(message.seq)]
+
+
+def _step_done(state: State, run: Run | None, record: JobRecord, message: internal.StepDone) -> list[Effect]:
+    if run is not None:
+        run.applied = max(run.applied, message.step)
+    known = (message.attempt, message.step) <= (record.metrics_attempt, record.metrics_step)
+    if record.status.final or (known and message.seq not in state.unstored):
+        return [Acknowledge(message.seq)]
+    if known:
+        return []  # said again while it is being stored
+    metrics = {name: getattr(message, name) for name in METRICS}
+    if record.status == JobStatus.RUNNING:
+        change = jobs.step_done(record, message.step, message.total_tokens, metrics)
+    else:
+        change = jobs.late_step(record, message.step, metrics)
+    state.unstored.add(message.seq)
+    return [Apply(change, urgent=False, then=(Acknowledge(message.seq),))]
+
+
+def _progress(state: State, run: Run | None, message: internal.Progress, now: Now) -> list[Effect]:
+    record = state.running(run) if run is not None else None
+    if run is None or record is None:
+        return []
+    run.applied = max(run.applied, message.step)
+    try:
+        sub_state = SubState(message.sub_state)
+    except ValueError:
+        logger.error("the scheduler reports an unknown sub-state %r", message.sub_state)
+        return []
+    reason = message.reason if record.wish == Wish.RUN else record.reason
+    change = jobs.progress(record, message.step, message.tokens, sub_state, reason)
+    if run.told_sub_state != sub_state and now.s - run.told_at_s >= SUB_STATE_EVENT_S:
+        run.told_sub_state, run.told_at_s = sub_state, now.s
+        change = jobs.sub_state_event(change.record)
+    return [Apply(change, urgent=False)]
+
+
+def _over(state: State, run: Run | None, record: JobRecord, message: Any, now: Now) -> list[Effect]:
+    """RunStopped or RunFailed."""
+    done = Acknowledge(message.seq)
+    effects = state.end() if run is not None else []
+    running = record.status == JobStatus.RUNNING and not record.publishing
+    if isinstance(message, internal.RunFailed) and (running or record.status == JobStatus.QUEUED):
+        change = jobs.fail(record, message.code, message.message, now.wall)
+    elif running:
+        change = jobs.stopped(record, now.wall)
+    else:
+        return [done, *effects]
+    return [Apply(change, then=(done,)), *effects]
+
+
+# ------------------------------------------------------------------ snapshots
+def _snapshot(state: State, record: JobRecord, message: internal.SnapshotReady) -> list[Effect]:
+    if message.reason == "shutdown":  # the server ends: nothing is started before another hello
+        state.greeted = False
+    key = (message.job, message.attempt, message.step)
+    if key in state.writing:  # announced twice: written once
+        state.writing[key].seqs.add(message.seq)
+        return []
+    if record.checkpoint_step >= message.step:  # announced again after a restart of this service
+        return [Send(saved(message, message.step, ok=True)), Acknowledge(message.seq)]
+    if record.status.final:
+        return [Acknowledge(message.seq)]
+    if state.given_up == key and message.reason == "every":
+        # The slot may hold another step by now: it is not read again.
+        return [Send(saved(message, message.step, ok=False)), Acknowledge(message.seq)]
+    state.writing[key] = Writing(message.slot.path, {message.seq})
+    return [SaveSnapshot(message)]
+
+
+def snapshot_written(state: State, message: internal.SnapshotReady, ok: bool, now: Now) -> list[Effect]:
+    """A snapshot is on disk, or was given up."""
+    key = (message.job, message.attempt, message.step)
+    writing = state.writing.pop(key)
+    acks = tuple(Acknowledge(seq) for seq in sorted(writing.seqs))
+    record = state.book.find(message.job)
+    effects: list[Effect]
+    if record is None or record.attempt != message.attempt or record.status.final or record.publishing:
+        effects = list(acks)
+    elif ok:
+        effects = _checkpointed(state, record, message, acks, now)
+    else:
+        state.given_up = key
+        effects = _given_up(state, record, message, acks, now)
+    if writing.orphaned:
+        effects.append(TakeBack(writing.path))
+    if state.greeted and state.run is None and not state.writing:
+        effects.append(RemoveStale())
+    return effects
+
+
+def _checkpointed(
+    state: State,
+    record: JobRecord,
+    message: internal.SnapshotReady,
+    acks: tuple[Acknowledge, ...],
+    now: Now,
+) -> list[Effect]:
+    told = message.meta.get("tokens")
+    tokens = told if isinstance(told, int) else record.trained_tokens
+    change = jobs.checkpoint_saved(record, message.step, tokens, message.reason)
+    after: tuple[Effect, ...] = (Saved(record.id), Send(saved(message, message.step, ok=True)), *acks)
+    ends: list[Effect] = []
+    if message.step == record.total_steps and record.status == JobStatus.RUNNING:
+        if record.wish == Wish.CANCEL:
+            change = jobs.then(change, lambda r: jobs.stopped(r, now.wall))
+        else:  # one commit: both or none
+            change = jobs.then(change, lambda r: Change(jobs.trained(r).record))
+            after = (*after, Publish(record.id))
+        if state.named(message) is not None:
+            ends = state.end()
+    return [Apply(change, then=after), *ends]
+
+
+def _given_up(
+    state: State,
+    record: JobRecord,
+    message: internal.SnapshotReady,
+    acks: tuple[Acknowledge, ...],
+    now: Now,
+) -> list[Effect]:
+    if message.reason != "final" or record.status != JobStatus.RUNNING:
+        return [Send(saved(message, message.step, ok=False)), *acks]
+    text = "the last checkpoint cannot be written (see the warnings before): make room, then submit again"
+    change = jobs.fail(record, "checkpoint_failed", text, now.wall)
+    run = state.named(message)
+    stop: list[Effect] = state.unwanted(run, now) if run is not None else []
+    return [Apply(change, then=acks), *stop]
