@@ -97,7 +97,7 @@ def app(hooks: None, manager: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(app, "user_middleware", list(app.user_middleware))
     monkeypatch.setattr(http_server, "_global_state", SimpleNamespace(tokenizer_manager=manager))
     options = HarliOptions(run_dir=str(tmp_path))
-    http_app.install(app, SimpleNamespace(harli_options=lambda: options), manager)
+    http_app.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
     templates = MagicMock(completion_template_name=None, chat_template_name=None)
     completion, chat = OpenAIServingCompletion(manager, templates), OpenAIServingChat(manager, templates)
     messages = SimpleNamespace(
@@ -267,10 +267,24 @@ def test_install_stops_the_server_when_the_service_never_came_up(
 def test_api_key_guards_our_routes(app: FastAPI) -> None:
     add_api_key_middleware(app, api_key="secret", admin_api_key=None)
     client = TestClient(app)
-    for path in ("/v1/models", f"/v1/models/{LOADED}"):
-        assert client.get(path).status_code == 401
+    ours = {route.path for route in http_app.routes(MagicMock(), MagicMock()).routes}  # type: ignore[attr-defined]
+    assert ours == {"/health_generate", "/v1/models", "/v1/models/{model:path}"}
+    for path in ("/v1/models", f"/v1/models/{LOADED}", "/v1/models/base"):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            assert client.get(path, headers=headers).status_code == 401
         assert client.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200
-    assert client.get("/health_generate").status_code == 503  # open, as SGLang's is
+
+
+def test_what_sglang_leaves_open_stays_open(
+    app: FastAPI, manager: Any, healthy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_api_key_middleware(app, api_key="secret", admin_api_key="admin")
+    client = TestClient(app)
+    assert client.get("/health_generate").status_code == 503
+    manager.harli_publisher.was_ready = True
+    assert client.get("/health_generate").status_code == 200
+    for path in ("/v1/models", f"/v1/models/{LOADED}"):  # the other key does not open them, as with SGLang's
+        assert client.get(path, headers={"Authorization": "Bearer admin"}).status_code == 401
 
 
 def test_publisher_lives_as_long_as_the_app_serves(tmp_path: Path, manager: Any) -> None:
@@ -284,7 +298,7 @@ def test_publisher_lives_as_long_as_the_app_serves(tmp_path: Path, manager: Any)
 
     app = FastAPI(lifespan=lifespan)
     options = HarliOptions(run_dir=str(tmp_path))
-    http_app.install(app, SimpleNamespace(harli_options=lambda: options), manager)
+    http_app.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
     with TestClient(app):
         assert manager.harli_publisher._task is not None
     assert manager.harli_publisher._task is None
@@ -295,5 +309,5 @@ def test_nothing_is_installed_with_finetuning_off(manager: Any) -> None:
     app = FastAPI()
     before = len(app.router.routes)
     options = HarliOptions(finetune="off")
-    http_app.install(app, SimpleNamespace(harli_options=lambda: options), manager)
+    http_app.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
     assert len(app.router.routes) == before

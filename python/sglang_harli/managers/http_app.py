@@ -1,4 +1,4 @@
-"""HTTP process: what is added to SGLang's FastAPI app, and the life of the publisher in its event loop.
+"""HTTP process: what is added to SGLang's FastAPI app, and the life of publisher and watchdog in its event loop.
 
 Routes of ours stand before SGLang's of the same path and end in SGLang's own functions; they pass the same
 ASGI middleware (API keys included), which wraps the router as a whole.
@@ -20,7 +20,9 @@ from fastapi.responses import PlainTextResponse
 from sglang_harli import core
 from sglang_harli.config import HarliOptions
 from sglang_harli.managers import supervisor
+from sglang_harli.managers.metrics_collector import MetricsCollector
 from sglang_harli.managers.publisher import Publisher
+from sglang_harli.managers.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ def install(app: FastAPI, server_args: Any, tokenizer_manager: Any) -> None:
         )
     publisher = Publisher(tokenizer_manager, core.http_endpoint(options.absolute_run_dir))
     tokenizer_manager.harli_publisher = publisher
-    _follow_lifespan(app, publisher)
+    metrics = MetricsCollector() if server_args.enable_metrics else None
+    _follow_lifespan(app, publisher, Watchdog(options, supervisor.running, publisher, metrics))
     app.router.routes[:0] = routes(publisher, tokenizer_manager).routes
 
 
@@ -59,16 +62,18 @@ def before_setup_and_run(server_args: Any, tokenizer_manager: Any, *args: Any, *
     install(http_server.app, server_args, tokenizer_manager)
 
 
-def _follow_lifespan(app: FastAPI, publisher: Publisher) -> None:
+def _follow_lifespan(app: FastAPI, publisher: Publisher, watchdog: Watchdog) -> None:
     original = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
     async def lifespan(inner: Any) -> AsyncIterator[Any]:
         async with original(inner) as state:
             publisher.start()
+            watchdog.start()
             try:
                 yield state
             finally:
+                await watchdog.stop()
                 await publisher.stop()
 
     app.router.lifespan_context = lifespan

@@ -157,6 +157,8 @@ class Publisher:
 
     def _remember(self, names: list[str]) -> None:
         """Adapters of earlier runs of the server: loaded when first asked for, as if they were evicted."""
+        if not names:
+            return
         from sglang.srt.lora.lora_registry import LoRARef
 
         for name in names:

@@ -176,6 +176,12 @@ class Supervisor:
     def start(self) -> None:
         self._thread.start()
 
+    def kill_child(self) -> None:
+        """SIGKILL to a child that hangs; it is started again as after any other death."""
+        with self._lock:
+            if self._child is not None and not self._stopping.is_set():
+                self._child.kill()  # nothing where it is gone already
+
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """SIGTERM, then SIGKILL after ``grace_s`` seconds; returns when the child is gone. May be repeated."""
         with self._lock:
