@@ -6,16 +6,23 @@ server; ``--points step-applied,renamed`` through these points on the bare host;
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sglang_harli.client import FinetuneClient
+from sglang_harli.core import JobStatus
 from sglang_harli.fault_points import Point
+from sglang_harli.protocol.public import Event
 from support.kill_cases import Case, Outcome
-from support.kill_judge import Result, reference, run_case
+from support.kill_judge import HYPERPARAMETERS, JOB_S, ROWS, Result, reference, run_case, weights
 from support.kill_report import OUTCOMES
-from support.kill_world import VICTIMS, BareWorld, RealWorld, World
+from support.kill_world import VICTIMS, BareWorld, RealWorld, World, until
 from support.models import make_model
 
 SNAPSHOT = (
@@ -53,12 +60,16 @@ SERVER_SAMPLE = [Case(Point.FILE_WRITTEN, "service")]
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "bare_case" in metafunc.fixturenames:
-        cases = _chosen(metafunc.config.getoption("--points"), SAMPLE, EVERY)
+        cases = _chosen(_asked(metafunc.config), SAMPLE, EVERY)
         metafunc.parametrize("bare_case", cases, ids=str)
     if "server_case" in metafunc.fixturenames:
-        asked = metafunc.config.getoption("--points")
+        asked = _asked(metafunc.config)
         cases = SERVER if asked == "all" else SERVER_SAMPLE * (not asked)
         metafunc.parametrize("server_case", cases, ids=str)
+
+
+def _asked(config: pytest.Config) -> str:
+    return str(config.getoption("--points"))
 
 
 def _chosen(asked: str, sample: list[Case], every: list[Case]) -> list[Case]:
@@ -80,15 +91,18 @@ class Place:
         self._world: World | None = None
         self._expected: Result | None = None
 
-    def run(self, case: Case) -> Outcome:
+    def world(self) -> World:
         if self._world is None:
             self._world = self._make(self._model)
             self._world.start()
-            self._expected = self._expected or reference(self._world)
-        assert self._expected is not None
-        outcome = run_case(self._world, case, self._expected)
+        return self._world
+
+    def run(self, case: Case) -> Outcome:
+        world = self.world()
+        self._expected = self._expected or reference(world)
+        outcome = run_case(world, case, self._expected)
         if outcome.problems:
-            print(self._world.log_tail(200))
+            print(world.log_tail(200))
             self.close()
         return outcome
 
@@ -129,3 +143,45 @@ def test_on_a_bare_host(bare: Place, bare_case: Any, pytestconfig: pytest.Config
 
 def test_on_a_real_server(server: Place, server_case: Any, pytestconfig: pytest.Config) -> None:
     _try(server, server_case, pytestconfig)
+
+
+def test_watch_sees_a_job_through_the_death_of_everything(server: Place, tmp_path: Path) -> None:
+    world = server.world()
+    settings: dict[str, Any] = HYPERPARAMETERS | {"n_epochs": 20, "checkpoint_every": 10}
+    world.faults.arm(Point.STEP_APPLIED, 30)
+    with FinetuneClient(world.endpoint) as client:
+        job = client.submit(ROWS, **settings)
+        world.faults.hit(Point.STEP_APPLIED)  # it trains no further until everything is dead
+        until(lambda: _saved(list(client.events(job.id))), "a checkpoint", 30)
+        output = tmp_path / "watch"
+        with _watching(world.endpoint, job.id, output) as watch:
+            until(lambda: output.stat().st_size, "the first line of harli watch", 60)
+            world.kill("all")
+            world.start()
+            assert watch.wait(JOB_S) == 0, output.read_text()
+        done = client.get(job.id)
+        assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 2), done.error
+        assert f"served as: {done.fine_tuned_model}" in output.read_text()
+        events = list(client.events(job.id))
+        [resumed] = [event for event in events if event.type == "resumed"]
+        saved = _saved(events[: resumed.id])[-1]
+        assert resumed.message == f"attempt 2 starts from the checkpoint of step {saved}"
+        straight = client.wait(client.submit(ROWS, **settings).id, JOB_S)
+        assert weights(world, job.id) == weights(world, straight.id)
+
+
+def _saved(events: list[Event]) -> list[int]:
+    """The steps of which there is a checkpoint, in order."""
+    return [event.data["step"] for event in events if event.type == "checkpoint_saved"]
+
+
+@contextlib.contextmanager
+def _watching(endpoint: str, job: str, output: Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "sglang_harli.cli", "watch", job, "--endpoint", endpoint]
+    with output.open("wb") as file:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()

@@ -61,7 +61,7 @@ def reference(world: World) -> Result:
         events = list(client.events(job.id))
     assert job.total_steps == STEPS
     metrics = [e.data for e in events if e.type == "step_metrics"]
-    return Result(_weights(world, job.id), job.trained_tokens, {m["step"]: m["loss"] for m in metrics})
+    return Result(weights(world, job.id), job.trained_tokens, {m["step"]: m["loss"] for m in metrics})
 
 
 def run_case(world: World, case: Case, expected: Result) -> Outcome:
@@ -140,7 +140,7 @@ def _judge(world: World, job: Job, key: str, before: set[str], expected: Result,
     lives = Counter(world.registrations(job.fine_tuned_model))
     if not lives or max(lives.values()) > 1:
         outcome.wrong("doubled", f"{job.fine_tuned_model} was registered so often in each life: {lives}")
-    if _weights(world, job.id) != expected.weights:
+    if weights(world, job.id) != expected.weights:
         outcome.wrong("differing", "adapter_model.safetensors is not that of an uninterrupted run")
     if job.trained_tokens != expected.trained_tokens:
         outcome.wrong("differing", f"{job.trained_tokens} tokens instead of {expected.trained_tokens}")
@@ -226,5 +226,6 @@ def _read(world: World, what: Callable[[JobStore], list[Any]]) -> list[Any]:
         store.close()
 
 
-def _weights(world: World, job: str) -> bytes:
+def weights(world: World, job: str) -> bytes:
+    """The file of the trained adapter."""
     return (JobPaths(world.run_dir, job).adapter / "adapter_model.safetensors").read_bytes()
