@@ -40,6 +40,7 @@ class SchedulerPeer(Peer):
         self.limits: internal.ServedLimits | None = limits(**changes)
         self.refusal: str | None = None
         self.fail_at: int | None = None
+        self.hold_at: int | None = None  # no step is begun after this one
         self.hold = threading.Event()
         self.hold.set()
         self.fed: list[tuple[Any, ...]] = []
@@ -134,6 +135,7 @@ class SchedulerPeer(Peer):
             message.spec.attempt,
         ):
             return  # said twice
+        assert message.scheduler == self.pid
         self._drop()
         self.starts.append(message)
         self.spec, self.step, self._saved = message.spec, message.step, message.step
@@ -203,7 +205,12 @@ class SchedulerPeer(Peer):
             self._snapshot()
             return
         ready = self._batches.get((self.step + 1, 0))
-        waiting = self._stopping or not self.hold.is_set() or time.monotonic() < self._next_at
+        waiting = (
+            self._stopping
+            or not self.hold.is_set()
+            or self.step == self.hold_at
+            or time.monotonic() < self._next_at
+        )
         if waiting or ready is None or self.step >= self.spec.total_steps:
             return
         if all((self.step + 1, i) in self._batches for i in range(ready[0].micro_batches)):

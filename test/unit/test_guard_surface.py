@@ -29,6 +29,7 @@ FLAGS = {
     "run_dir": "./harli-runs",
     "overlap": "auto",
     "max_train_mem": None,
+    "keep_checkpoints": 2,
     "logits_mem": "64MiB",
 }
 LIVE_FLAGS = ("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms")
@@ -128,7 +129,7 @@ MESSAGES = {
     "StatusReport": "seq request serving training",
     "OptionsSet": "seq request outcome revision effective text",
     "Welcome": "seq pid answers",
-    "StartRun": "seq spec step restore meta",
+    "StartRun": "seq spec scheduler step restore meta",
     "MicroBatch": "seq job attempt cursor micro_batches lengths rows step_target_tokens",
     "SnapshotSlot": "seq job attempt slot",
     "SnapshotSaved": "seq job attempt step ok",

@@ -45,8 +45,16 @@ def submit(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="See below.")
     ] = None,
     data: Annotated[
-        str, typer.Option(metavar="FILE", help="JSONL with messages, or prompt and completion.")
-    ] = ...,  # pyright: ignore[reportArgumentType]
+        str | None, typer.Option(metavar="FILE", help="JSONL with messages, or prompt and completion.")
+    ] = None,
+    resume_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JOB",
+            help="Go on from a job that is over: with its own data, or with --data on a new course with its adapter.",
+        ),
+    ] = None,
+    priority: Annotated[int, typer.Option(help="-100 to 100; higher ones leave the queue first.")] = 0,
     suffix: Annotated[str | None, typer.Option(help="Goes into the adapter's name.")] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="A repeated submit with the same key makes no second job.")
@@ -57,7 +65,15 @@ def submit(
     """Submit a finetune job."""
     with session(ctx, endpoint, as_json) as current, current.client() as client:
         pairs = dict(pair(text) for text in hyperparameters or [])
-        job = client.submit(data, suffix=suffix, idempotency_key=idempotency_key, **pairs)
+        origin = client.find(resume_from).id if resume_from else None
+        job = client.submit(
+            data,
+            suffix=suffix,
+            idempotency_key=idempotency_key,
+            priority=priority,
+            resume_from=origin,
+            **pairs,
+        )
         _show_job(current, job)
 
 
@@ -153,3 +169,16 @@ def _steering(verb: str, text: str) -> None:
 _steering("pause", "Pause a queued or running job; its state is saved.")
 _steering("resume", "Queue a paused job again.")
 _steering("cancel", "End a job for good.")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})  # a negative number is no option
+def prioritize(
+    ctx: typer.Context,
+    job: JobName,
+    priority: Annotated[int, typer.Argument(metavar="N", help="-100 to 100.")],
+    endpoint: Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change a job's priority: higher ones leave the queue first; a running job is not preempted."""
+    with session(ctx, endpoint, as_json) as current, current.client() as client:
+        _show_job(current, client.prioritize(client.find(job).id, priority))

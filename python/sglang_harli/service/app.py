@@ -66,7 +66,7 @@ class App:
         self._disk = ThreadPoolExecutor(3, "disk")
         self._readers = ThreadPoolExecutor(1, "reader")
         self._store = JobStore(sqlite_url(run_dir / "harli.db"))
-        self._desk = JobDesk(self._store, run_dir)
+        self._desk = JobDesk(self._store, run_dir, config.options.keep_checkpoints)
         remove_leftovers(run_dir, {record.id for record in self._desk.all()})
         self._tokenizer = ModelTokenizer(config.tokenizer_path, trust_remote_code=config.trust_remote_code)
         self._http = HttpLink(self._context, core.http_endpoint(str(run_dir)), self._state, self._wanted)
@@ -80,7 +80,7 @@ class App:
             config.options,
             self._scheduler,
             self._store.setting(SETTING),
-            lambda text: self._desk.journal.put(settings={SETTING: text}),
+            lambda text: self._desk.durable(self._desk.journal.put(settings={SETTING: text})),
         )
         self._uploads = Uploads(run_dir)
         self._submission = Submission(
@@ -196,6 +196,7 @@ class App:
     def close(self) -> None:
         self._desk.committed.clear()  # what is still written is told to nobody: the sockets are going
         self._worker.shutdown(wait=False, cancel_futures=True)
+        self._submission.close()
         self._uploads.close()
         self._disk.shutdown(wait=True, cancel_futures=True)
         self._desk.journal.close()

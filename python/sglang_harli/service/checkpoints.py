@@ -67,19 +67,23 @@ def save_state(checkpoints: Path, step: int, slot: SlotRef, run: dict[str, Any],
         del arrays
     finally:
         mapped.close()
-    reach(Write.META)
-    (temporary / "run.msgpack").write_bytes(msgspec.msgpack.encode(run))
-    meta = {
-        "step": step,
-        "trained_tokens": tokens,
-        "created_at": time.time(),
-        "sha256": {name: _sha256(temporary / name) for name in ("state.safetensors", "run.msgpack")},
-    }
-    (temporary / "meta.json").write_text(json.dumps(meta, indent=2))
+    _save_meta(temporary, step, run, tokens)
     reach(Point.FILE_WRITTEN)
     _replace(temporary, final)
     reach(Point.RENAMED)
     return final
+
+
+def _save_meta(folder: Path, step: int, run: dict[str, Any], tokens: int) -> None:
+    reach(Write.META)
+    (folder / "run.msgpack").write_bytes(msgspec.msgpack.encode(run))
+    meta = {
+        "step": step,
+        "trained_tokens": tokens,
+        "created_at": time.time(),
+        "sha256": {name: _sha256(folder / name) for name in ("state.safetensors", "run.msgpack")},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2))
 
 
 def steps(checkpoints: Path) -> list[int]:
@@ -89,12 +93,41 @@ def steps(checkpoints: Path) -> list[int]:
     return sorted(int(m[1]) for m in (_STEP.match(p.name) for p in checkpoints.iterdir()) if m)
 
 
-def prune(checkpoints: Path, keep: int = KEEP) -> None:
-    """Remove all but the newest checkpoints, and what a crash left half-written."""
-    for step in steps(checkpoints)[:-keep]:
+def prune(checkpoints: Path, keep: int = 2) -> None:
+    """Remove all but the newest ``keep`` checkpoints, and older ones that were put aside as damaged.
+
+    ``step-0`` stays: it is where a job began that carries on another one's adapter.  What a crash left
+    half-written goes too.
+    """
+    found = [step for step in steps(checkpoints) if step]
+    for step in found[:-keep]:
         shutil.rmtree(checkpoints / f"step-{step}", ignore_errors=True)
     for path in checkpoints.glob("*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in checkpoints.glob("*.bad"):
+        match = _STEP.match(path.stem)
+        if match is None or int(match[1]) <= (found[-1] if found else 0):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def save_beginning(source: Path, target: Path, seed: int) -> None:
+    """The adapter of checkpoint ``source`` as a state at which no step was taken: moments zero, for a job
+    of this ``seed``.  The caller makes ``target`` durable.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    target.mkdir(parents=True)
+    tensors = load_file(source / "state.safetensors")
+    state = {
+        name: tensor if name.startswith(ADAPTER_PREFIX) else np.zeros_like(tensor)
+        for name, tensor in tensors.items()
+    }
+    reach(Write.STATE)
+    _save_tensors(state, target / "state.safetensors")
+    # As the trainer's own state says it of a run that was just made.
+    run = {"version": 1, "step": 0, "epoch": 1, "tokens": 0, "seed": seed, "adam_steps": 0}
+    _save_meta(target, 0, run, 0)
 
 
 def load_state(

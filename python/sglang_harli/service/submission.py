@@ -25,7 +25,8 @@ from sglang_harli.protocol.public import (
     UploadArgs,
     parse_hyperparameters,
 )
-from sglang_harli.service import admission, dataset, feeder, jobs
+from sglang_harli.service import admission, continuation, dataset, feeder, jobs
+from sglang_harli.service.continuation import Origin, Start
 from sglang_harli.service.dataset import DataSummary
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.job_files import INCOMING, JobPaths, fsync_folder, fsync_tree
@@ -36,6 +37,8 @@ from sglang_harli.service.token_store import TokenWriter
 from sglang_harli.service.uploads import Uploads
 
 logger = logging.getLogger(__name__)
+
+SETTLERS = 8
 
 
 class Submission:
@@ -60,12 +63,17 @@ class Submission:
         self._config = config
         self._worker = worker
         self._uploads = uploads
+        # Folders reach the disk several at a time: the file system commits them together.
+        self._settlers = ThreadPoolExecutor(SETTLERS, "settle")
         self._running: dict[str, asyncio.Task[JobRecord]] = {}
         self._stopping = threading.Event()
 
     def stop(self) -> None:
         """Let a scan in progress end soon; its client tries again."""
         self._stopping.set()
+
+    def close(self) -> None:
+        self._settlers.shutdown(wait=False, cancel_futures=True)
 
     async def upload(self, args: UploadArgs, frames: Sequence[bytes]) -> UploadAnswer:
         """A chunk of a file, for a submit to come."""
@@ -79,12 +87,12 @@ class Submission:
         """
         _check_frames(args, frames)
         key = args.idempotency_key
+        task = self._running.get(key) if key else None
+        if task is not None:  # the job may be known already and not be durable yet
+            return self._again(await asyncio.shield(task), args)
         known = self._desk.by_key(key) if key else None
         if known is not None:
             return self._again(known, args)
-        task = self._running.get(key) if key else None
-        if task is not None:
-            return self._again(await asyncio.shield(task), args)
         task = asyncio.create_task(self._create(args, frames))
         if key:
             self._running[key] = task
@@ -95,7 +103,8 @@ class Submission:
                 self._running.pop(key, None)
 
     def _again(self, record: JobRecord, args: SubmitArgs) -> Job:
-        if record.data_sha256 != args.sha256 or record.suffix != args.suffix:
+        same_data = record.data_sha256 == args.sha256 or (args.resume_from and not args.sha256)
+        if not same_data or (record.suffix, record.resumed_from) != (args.suffix, args.resume_from):
             raise ConfigError(
                 f"idempotency_key {args.idempotency_key!r} belongs to job {record.id}, which has other data: "
                 "give each submit a key of its own",
@@ -105,19 +114,25 @@ class Submission:
         return self._desk.public(self._desk.get(record.id))
 
     async def _create(self, args: SubmitArgs, frames: Sequence[bytes]) -> JobRecord:
-        hp = parse_hyperparameters(args.hyperparameters)
         if self._desk.journal.trouble:
             raise NotReadyError(self._desk.journal.trouble)
         admission.require_trainable(self._link.refusal)
+        origin = None
+        if args.resume_from is not None:
+            origin = continuation.find(self._desk, args, self._config.served_model_name)
+            hp = origin.hyperparameters
+        else:
+            hp = parse_hyperparameters(args.hyperparameters)
         longest = self._longest(hp)
         job = self._desk.new_id()
         incoming = self._desk.run_dir / f"{INCOMING}{job}"
         uploaded = self._uploads.take(args.upload, args.size, args.sha256) if args.upload else None
         loop = asyncio.get_running_loop()
         try:
-            summary = await loop.run_in_executor(
-                self._worker, self._take_in, args, uploaded or frames, incoming, hp, longest, job
+            summary, start = await loop.run_in_executor(
+                self._worker, self._take_in, args, uploaded or frames, incoming, hp, longest, origin
             )
+            await loop.run_in_executor(self._settlers, self._settle, incoming, job)
         except OSError as error:
             raise HarliError(
                 f"the data cannot be stored in {self._desk.run_dir} ({error}): make room, then submit again",
@@ -129,7 +144,9 @@ class Submission:
                 shutil.rmtree(uploaded.parent, ignore_errors=True)
         reach(Point.DATA_STORED)
         record = self._record(job, args, hp, summary)
-        await self._desk.add(jobs.created(record, summary.text()))
+        if origin is not None:
+            record = continuation.follow(record, origin, start)
+        await self._desk.add(continuation.told(jobs.created(record, summary.text()), start))
         reach(Point.JOB_CREATED)
         return record
 
@@ -159,6 +176,7 @@ class Submission:
             data_sha256=args.sha256,
             suffix=args.suffix,
             idempotency_key=args.idempotency_key,
+            priority=args.priority,
         )
 
     # ---- in the worker thread
@@ -169,18 +187,38 @@ class Submission:
         folder: Path,
         hp: Hyperparameters,
         longest: int | None,
-        job: str,
+        origin: Origin | None,
+    ) -> tuple[DataSummary, Start]:
+        """The folder of a job to be: the file, an uploaded one or frames, and what ``origin`` left."""
+        start = continuation.take_checkpoint(origin, folder) if origin is not None else Start()
+        if origin is not None and not origin.new_course:
+            summary = continuation.take_data(origin, folder)
+        else:
+            summary = self._scan(args, source, folder, hp, longest)
+        limits = self._link.limits  # they may have come meanwhile
+        if limits is not None:
+            admission.check_data(hp, summary.longest_row, summary.longest_line, limits)
+        return summary, start
+
+    def _scan(
+        self,
+        args: SubmitArgs,
+        source: Path | Sequence[bytes],
+        folder: Path,
+        hp: Hyperparameters,
+        longest: int | None,
     ) -> DataSummary:
-        """The file, an uploaded one or frames, as the durable folder of a job to be."""
         data = folder / "data"
         data.mkdir(parents=True)
         if isinstance(source, Path):
             source.replace(data / "train.jsonl")
         else:
             _store(args, source, data / "train.jsonl")
+            if isinstance(source, list):
+                source.clear()  # it is on the disk: memory need not hold it while it is looked at
         tokenizer = self._tokenizer.get()
         with TokenWriter(data) as writer:
-            summary = dataset.scan(
+            return dataset.scan(
                 data / "train.jsonl",
                 tokenizer,
                 name=args.filename,
@@ -189,21 +227,23 @@ class Submission:
                 writer=writer,
                 stop=self._stopping.is_set,
             )
-        limits = self._link.limits  # they may have come meanwhile
-        if limits is not None:
-            admission.check_data(hp, summary.longest_row, summary.longest_line, limits)
-        self._settle(folder, job)
-        return summary
 
     def _settle(self, incoming: Path, job: str) -> None:
         """The folder under its final name, durable."""
         reach(Write.SETTLE)
         fsync_tree(incoming)
-        incoming.rename(JobPaths(self._desk.run_dir, job).folder)
-        fsync_folder(self._desk.run_dir)
+        final = JobPaths(self._desk.run_dir, job).folder
+        incoming.rename(final)
+        try:
+            fsync_folder(self._desk.run_dir)
+        except OSError:
+            shutil.rmtree(final, ignore_errors=True)
+            raise
 
 
 def _check_frames(args: SubmitArgs, frames: Sequence[bytes]) -> None:
+    if not args.sha256 and (args.resume_from is None or args.upload or frames or args.size):
+        raise ProtocolError("submit needs the data's size and sha256, or resume_from alone", param="sha256")
     if args.upload and frames:
         raise ProtocolError(
             f"submit names an upload and brings {len(frames)} frames: give one of the two", param="upload"

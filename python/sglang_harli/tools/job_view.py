@@ -37,6 +37,14 @@ def span(seconds: float | None) -> str:
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
+def size(count: int) -> str:
+    """1.5 GiB, 20.0 MiB, 12 B."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"
+
+
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -45,6 +53,8 @@ def state(job: Job) -> str:
     text = str(job.status)
     if job.sub_state:
         text += f" ({job.sub_state}{': ' + job.reason if job.reason else ''})"
+    elif job.reason:
+        text += f" ({job.reason})"
     return text
 
 
@@ -83,6 +93,8 @@ def job_lines(job: Job) -> Iterator[str]:
         ("started", clock(job.started_at)),
         ("finished", clock(job.finished_at)),
         ("attempt", job.attempt),
+        ("priority", job.priority),
+        ("continues", job.resumed_from),
         (
             "data",
             ", ".join(f"{name}: {value}" for name, value in data.items() if value not in (None, [], "", 0)),
@@ -125,6 +137,8 @@ def _nested(values: dict[str, Any], indent: str) -> Iterator[str]:
             yield from _nested(value, indent + "  ")
         else:
             shown = f"{value:.6g}" if isinstance(value, float) else value
+            if name.endswith("_bytes") and isinstance(value, int):
+                name, shown = name.removesuffix("_bytes"), size(value)
             yield f"{indent}{name}: {'-' if value in (None, '', {}, []) else shown}"
 
 

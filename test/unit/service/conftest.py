@@ -28,7 +28,7 @@ def shared(tmp_path_factory, model):
 @pytest.fixture
 def world(shared):
     shared.scheduler.step_s = 0.0
-    shared.scheduler.fail_at = None
+    shared.scheduler.fail_at = shared.scheduler.hold_at = None
     shared.scheduler.hold.set()
     yield shared
     shared.scheduler.hold.set()
