@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 MAX_FRAME_BYTES = public.MAX_FRAME_BYTES + 4096  # libzmq ends the connection of whoever sends more
 WAITING = 8  # messages of one client that libzmq takes in before they are read: of 2 MiB each at most
 UNREAD = 64  # messages to one client that wait
+UNREAD_S = 10.0  # how long an answer waits for a client that does not read
 
 
 @dataclass(slots=True)
@@ -132,9 +134,12 @@ class PublicDoor:
 
     async def _one(self, caller: Caller, head: bytes, data: list[bytes], room: _Room, size: int) -> None:
         try:
-            self.send(caller.route, await self._handle(caller, head, data))
+            reply = await self._handle(caller, head, data)
         finally:
             room.leave(size)
+        end = time.monotonic() + UNREAD_S
+        while self.send(caller.route, reply) is False and time.monotonic() < end:
+            await asyncio.sleep(0.05)
 
     def send(self, route: tuple[bytes, ...], reply: public.Reply) -> bool | None:
         """True: sent.  False: the client does not read and its queue is full.  None: it is gone."""

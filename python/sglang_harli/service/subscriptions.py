@@ -83,9 +83,8 @@ class Subscriptions:
 
     async def run(self) -> None:
         while True:
-            behind = any(follower.behind for follower in self._followers.values())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), RETRY_S if behind else LEASE_S)
+                await asyncio.wait_for(self._wake.wait(), self._nap_s())
             self._wake.clear()
             due, self._due = self._due, set()
             now = time.monotonic()
@@ -94,6 +93,14 @@ class Subscriptions:
                     self._followers.pop(key, None)
                 elif follower.job in due or follower.behind:
                     await self._deliver(key, follower)
+
+    def _nap_s(self) -> float:
+        """How long there is nothing to do unless something is committed."""
+        followers = self._followers.values()
+        if any(follower.behind for follower in followers):
+            return RETRY_S
+        first = min((follower.until for follower in followers), default=float("inf"))
+        return min(LEASE_S, max(RETRY_S, first - time.monotonic()))
 
     async def _deliver(self, key: tuple[tuple[bytes, ...], str], follower: Follower) -> None:
         loop = asyncio.get_running_loop()
