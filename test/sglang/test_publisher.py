@@ -42,6 +42,7 @@ class Manager(TokenizerManager):
         self._result_dispatcher = TypeBasedDispatcher([])
         self.init_lora()
         self.init_communicators(self.server_args)  # type: ignore[arg-type]
+        assert isinstance(self.lora_registry, LoRARegistry)  # SGLang's own
         self.requests: list[Any] = []
         self.polls_left = 2
         self.load_error = ""
@@ -396,7 +397,3 @@ async def test_garbage_is_dropped(folder: Path) -> None:
         for junk in (b"", b"\xc1", internal.encode(internal.Welcome(pid=1))):
             await service.socket.send(junk)
         assert (await service.publish(NAME)).ok
-
-
-def test_the_registry_is_sglangs_own() -> None:
-    assert isinstance(Manager().lora_registry, LoRARegistry)
