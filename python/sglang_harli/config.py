@@ -24,8 +24,8 @@ ENDPOINT_ENV = "HARLI_ENDPOINT"  # the client's default endpoint
 CURVE_KEYS_ENV = "HARLI_CURVE_KEYS"  # the client's default folder of keys
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:30100"
 
-_LOOPBACK = re.compile(r"^tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d{1,5})$|^ipc://.+$")
-_ANY_TCP = re.compile(r"^tcp://(\[[0-9a-fA-F:.]+\]|\*|[A-Za-z0-9._-]+):(\d{1,5})$")
+_LOOPBACK = re.compile(r"^tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d{1,5})\Z|^ipc://.+\Z")
+_ANY_TCP = re.compile(r"^tcp://(\[[0-9a-fA-F:.]+\]|\*|[A-Za-z0-9._-]+):(\d{1,5})\Z")
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(b|kb|mb|gb|kib|mib|gib)?\s*$", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 

@@ -108,7 +108,7 @@ class Decision:
 # ------------------------------------------------------------------ names and places
 ADAPTER_MARK = "-ft-"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
-SUFFIX_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$"
+SUFFIX_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z"
 
 
 def short_id(job_id: str) -> str:

@@ -37,7 +37,7 @@ MAX_INLINE_BYTES = 16 << 20  # of the data frames behind one `submit`
 BUSY = "busy"  # the code of a refusal that clients answer by trying again
 
 Priority = Annotated[int, Meta(ge=-100, le=100)]
-UploadId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]  # chosen by the client
+UploadId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]  # chosen by the client
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULERS = ("linear", "cosine", "constant")
@@ -232,7 +232,7 @@ class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
 
     filename: Annotated[str, Meta(max_length=1024)] = ""
     size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)] = 0
-    sha256: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
+    sha256: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
     suffix: Annotated[str, Meta(pattern=SUFFIX_PATTERN)] | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     idempotency_key: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
@@ -247,7 +247,7 @@ class UploadArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     upload: UploadId
     filename: Annotated[str, Meta(max_length=1024)] = ""
     size: Annotated[int, Meta(ge=1)]  # the limit, MAX_DATA_BYTES, is told by name
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     offset: Annotated[int, Meta(ge=0)]
 
 

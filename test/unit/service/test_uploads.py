@@ -146,7 +146,7 @@ def test_chunks_twice_late_and_out_of_order(world):
         ({"size": 2}, "data_mismatch", "more than the 2 bytes"),
         ({"upload": "../../evil"}, "bad_request", "upload"),
         ({"upload": "A" * 32}, "bad_request", "upload"),
-        ({"upload": "0" * 31 + "\n"}, "bad_request", "upload"),
+        ({"upload": "0" * 32 + "\n"}, "bad_request", "upload"),
         ({"offset": -1}, "bad_request", "offset"),
         ({"size": 0}, "bad_request", "size"),
     ],
