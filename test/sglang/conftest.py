@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from sglang_harli.platforms.cpu.engine import CPU_ENGINE_ENV, STAND_IN
+from support.model_runner import ALL_MODULES, build_runner
+from support.model_runner import server_args as make_server_args
 
 # SGLang decides at import which engine it is; the stand-in for sgl_kernel has to come first on the path.
 os.environ[CPU_ENGINE_ENV] = "1"
 sys.path.insert(0, str(STAND_IN))
-
-ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def pytest_collection_finish() -> None:
@@ -97,58 +97,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 
 # ------------------------------------------------------------------ runners
-def _server_args(model_path: str, options: dict[str, Any]) -> Any:
-    from sglang.srt.server_args import ServerArgs
-    from transformers import AutoConfig
-
-    values: dict[str, Any] = {
-        "model_path": model_path,
-        "device": "cpu",
-        "dtype": str(AutoConfig.from_pretrained(model_path).dtype).removeprefix("torch."),
-        "attention_backend": "torch_native",
-        "disable_cuda_graph": True,
-        "disable_overlap_schedule": True,
-        "max_total_tokens": 2048,
-        "max_running_requests": 16,
-        "mem_fraction_static": 0.1,
-        "skip_tokenizer_init": True,
-        "log_level": "error",
-    }
-    if options.get("enable_lora"):
-        values.update(
-            lora_backend="torch_native",
-            max_lora_rank=16,
-            max_loras_per_batch=4,
-            lora_target_modules=list(ALL_MODULES),
-        )
-    values.update(options)
-    server_args = ServerArgs(**values)
-    server_args.check_lora_server_args()
-    return server_args
-
-
-def _build_runner(server_args: Any) -> Any:
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.distributed.parallel_state import destroy_model_parallel
-    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
-    from sglang.srt.model_executor.model_runner import ModelRunner
-    from sglang.srt.server_args import PortArgs
-
-    destroy_model_parallel()  # of the runner before: each builds its own groups of one
-    runner = ModelRunner(
-        model_config=ModelConfig.from_server_args(server_args),
-        mem_fraction_static=server_args.mem_fraction_static,
-        gpu_id=0,
-        ps=ParallelState.trivial(dp_rank=None, moe_dp_rank=None),
-        nccl_port=PortArgs.init_new(server_args).nccl_port,
-        server_args=server_args,
-    )
-    runner.alloc_memory_pool()
-    runner.init_attention_backends()
-    runner.init_cuda_graphs()
-    return runner
-
-
 @pytest.fixture(scope="session")
 def sglang_runner(sglang_patches: None) -> Iterator[Callable[..., Any]]:
     """``sglang_runner(model_path, **server_args)`` -> a real ``ModelRunner`` on the CPU engine.
@@ -161,7 +109,7 @@ def sglang_runner(sglang_patches: None) -> Iterator[Callable[..., Any]]:
     def make(model_path: str, **server_args: Any) -> Any:
         key = repr((model_path, sorted(server_args.items())))
         if key not in built:
-            built[key] = _build_runner(_server_args(model_path, server_args))
+            built[key] = build_runner(make_server_args(model_path, **server_args))
         return built[key]
 
     yield make
