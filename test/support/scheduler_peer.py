@@ -41,6 +41,7 @@ class SchedulerPeer(Peer):
         self.refusal: str | None = None
         self.fail_at: int | None = None
         self.hold_at: int | None = None  # no step is begun after this one
+        self.state_bytes = 4096  # what the state is said to need
         self.hold = threading.Event()
         self.hold.set()
         self.fed: list[tuple[Any, ...]] = []
@@ -146,7 +147,7 @@ class SchedulerPeer(Peer):
             self.tokens = message.meta["tokens"]
             slot.close()
         started = internal.RunStarted(
-            job=self.spec.job, attempt=self.spec.attempt, step=self.step, state_bytes=4096
+            job=self.spec.job, attempt=self.spec.attempt, step=self.step, state_bytes=self.state_bytes
         )
         self.keep(started)
 

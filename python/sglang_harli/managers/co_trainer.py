@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -123,8 +124,9 @@ class CoTrainer:
 
     def _start(self, message: internal.StartRun, _frames: list[bytes]) -> None:
         spec = message.spec
-        if spec.attempt <= self._attempts.get(spec.job, 0):
-            return  # said twice, or late: that run is held, or over
+        late = spec.attempt <= self._attempts.get(spec.job, 0)  # that run is held, or over
+        if late or message.scheduler not in (0, os.getpid()):
+            return
         self._note(spec.job, spec.attempt)
         if self.run is not None:
             self._release()  # the store wants another run

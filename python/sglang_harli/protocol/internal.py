@@ -189,9 +189,13 @@ class Welcome(Message):
 
 
 class StartRun(Message):
-    """``restore``: the state of checkpoint ``step`` in a slot; the scheduler unmaps it after RunStarted."""
+    """``restore``: the state of checkpoint ``step`` in a slot; the scheduler unmaps it after RunStarted.
+
+    ``scheduler``: the pid whose hello it answers; another process drops it (0: for any).
+    """
 
     spec: RunSpec
+    scheduler: int = 0
     step: int = 0
     restore: SlotRef | None = None
     meta: dict[str, Any] = field(default_factory=dict)

@@ -82,12 +82,13 @@ class RunMachine:
         if run is None or run.phase is Phase.PREPARING:
             return []
         waiting = run.phase in (Phase.STARTING, Phase.STOPPING) or run.asked != Wish.RUN
+        effects: list[Effect] = []
         if waiting and now.s - run.said_at_s >= SAY_AGAIN_S:
-            return hello_part.again(run, now)
-        if run.phase is not Phase.STARTING and now.s - run.heard_at_s >= SILENT_S:
+            effects += hello_part.again(run, now)
+        if now.s - run.heard_at_s >= SILENT_S:
             run.heard_at_s = now.s
-            return [AskHello()]
-        return []
+            effects.append(AskHello())
+        return effects
 
     def _begin(self, record: JobRecord, now: Now) -> list[Effect]:
         state = self.state
@@ -144,9 +145,11 @@ class RunMachine:
             hyperparameters=change.record.hyperparameters,
             total_steps=change.record.total_steps,
         )
-        run.start = internal.StartRun(spec=spec, step=found.step, restore=found.restore, meta=found.meta)
-        run.applied, run.next_cursor = found.step, found.plan.cursor_after(found.step)
         run.phase, run.scheduler_pid, run.said_at_s = Phase.STARTING, self.state.scheduler_pid, now.s
+        run.start = internal.StartRun(
+            spec=spec, scheduler=run.scheduler_pid, step=found.step, restore=found.restore, meta=found.meta
+        )
+        run.applied, run.next_cursor = found.step, found.plan.cursor_after(found.step)
         start = Send(run.start)
         # A step back in the store comes first: its steps' metrics would be taken for known ones.
         return [Apply(change, then=(start,))] if change.drafts else [start]
