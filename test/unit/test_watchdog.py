@@ -21,13 +21,13 @@ import zmq.asyncio
 from sglang_harli import core
 from sglang_harli.client import AsyncFinetuneClient
 from sglang_harli.config import HarliOptions
-from sglang_harli.errors import NotReadyError
+from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.managers import stand_in_door, supervisor, watchdog
 from sglang_harli.managers.publisher import Publisher
 from sglang_harli.managers.stand_in_door import StandInDoor
 from sglang_harli.managers.supervisor import RestartPolicy, Supervisor
 from sglang_harli.managers.watchdog import Patience, SilenceCounter, Watchdog
-from sglang_harli.protocol import public
+from sglang_harli.protocol import curve_keys, public
 from sglang_harli.service import http_link
 from support.service_world import free_port
 from support.tokenizer import make_tokenizer_folder
@@ -159,25 +159,32 @@ def test_a_service_that_is_given_up_is_replaced_by_a_door_that_says_so(tmp_path:
     probe.close()
 
 
-def test_the_stand_in_waits_for_an_endpoint_that_somebody_holds(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("guarded", [False, True])
+def test_the_stand_in_waits_for_an_endpoint_that_somebody_holds_and_keeps_its_keys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, guarded: bool
 ) -> None:
     monkeypatch.setattr(stand_in_door, "BIND_AGAIN_S", 0.05)
-    chosen = options(tmp_path)
+    curve_keys.make_keys(str(tmp_path / "keys"))
+    chosen = options(tmp_path).replace(curve_keys=str(tmp_path / "keys" / "server") if guarded else None)
     context = zmq.Context()
     holder = context.socket(zmq.ROUTER)
     holder.bind(chosen.finetune_endpoint)
     door = StandInDoor(chosen, "it ended", {"queued": 3})
 
-    async def status() -> public.StatusAnswer:
-        async with AsyncFinetuneClient(chosen.finetune_endpoint) as client:
+    async def status(keys: Path | None) -> public.StatusAnswer:
+        async with AsyncFinetuneClient(
+            chosen.finetune_endpoint, curve_keys=keys, connect_timeout_s=20
+        ) as client:
             return await client.status()
 
     async def scenario() -> None:
         await until(lambda: "cannot be bound" in caplog.text, "the line in the log")
         holder.close()
         context.term()
-        assert (await status()).jobs == {"queued": 3}
+        assert (await status(tmp_path / "keys" / "client" if guarded else None)).jobs == {"queued": 3}
+        if guarded:
+            with pytest.raises(HarliError, match="keys"):
+                await status(None)
 
     door.start()
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -39,8 +40,9 @@ class StandInDoor:
         self._options = options
         self._why = why
         self._jobs = jobs
-        self._loop = asyncio.new_event_loop()
-        self._ending = asyncio.Event()
+        self._ending = os.eventfd(0)  # readable from stop() on
+        self._ended = False
+        self._said = ""
         self._thread = threading.Thread(target=self._serve, name="harli-stand-in", daemon=True)
 
     def start(self) -> None:
@@ -48,43 +50,38 @@ class StandInDoor:
 
     def stop(self) -> None:
         """Returns when the endpoint is free."""
-        self._loop.call_soon_threadsafe(self._ending.set)
+        os.eventfd_write(self._ending, 1)
         self._thread.join()
+        os.close(self._ending)
 
     def _serve(self) -> None:
-        try:
-            self._loop.run_until_complete(self._answer())
-        finally:
-            self._loop.close()
+        while not self._ended:
+            asyncio.run(self._answer())  # a loop for each try: what a failed one leaves behind goes with it
 
     async def _answer(self) -> None:
         from sglang_harli.service.public_door import PublicDoor
 
-        endpoint, keys = self._options.finetune_endpoint, self._options.absolute_curve_keys
-        said = ""
-        while not self._ending.is_set():
-            context = zmq.asyncio.Context()
-            try:
-                door = PublicDoor(context, endpoint, self.handle, keys)
-                logger.info("harli: %s answers that finetuning is down", endpoint)
-                answering = asyncio.ensure_future(door.run())
-                await self._ending.wait()
-                answering.cancel()
-                await asyncio.wait([answering])
-                door.close()
-            except HarliError as error:
-                if said != error.message:
-                    said = error.message
-                    logger.error("harli: nobody answers at the finetune endpoint: %s", said)
-                await self._ends_within(BIND_AGAIN_S)
-            finally:
-                context.destroy(linger=500)
-
-    async def _ends_within(self, seconds: float) -> None:
+        ending = asyncio.Event()
+        asyncio.get_running_loop().add_reader(self._ending, ending.set)
+        context = zmq.asyncio.Context()
         try:
-            await asyncio.wait_for(self._ending.wait(), seconds)
-        except TimeoutError:
-            return
+            door = PublicDoor(
+                context, self._options.finetune_endpoint, self.handle, self._options.absolute_curve_keys
+            )
+            logger.info("harli: %s answers that finetuning is down", self._options.finetune_endpoint)
+            answering = asyncio.ensure_future(door.run())
+            await ending.wait()
+            answering.cancel()
+            await asyncio.wait([answering])
+            door.close()
+        except HarliError as error:
+            if self._said != error.message:
+                self._said = error.message
+                logger.error("harli: nobody answers at the finetune endpoint: %s", error.message)
+            await asyncio.wait([asyncio.ensure_future(ending.wait())], timeout=BIND_AGAIN_S)
+        finally:
+            context.destroy(linger=500)
+            self._ended = ending.is_set()
 
     async def handle(self, caller: Caller, header: bytes, _frames: Sequence[bytes]) -> public.Reply:
         """The reply to one request."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,52 @@ def test_late_and_doubled_answers_count_for_nothing(own: Any) -> None:
             job = world.done(world.client.submit(pairs(4)))
             assert messages(world, job) == []
             assert len(messages(world, job, "succeeded")) == 1
+
+
+class Slow(HttpPeer):
+    """Keeps its answers to itself until ``answers`` is set."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir)
+        self.answers = threading.Event()
+
+    def _send(self, message: internal.Message) -> None:
+        if isinstance(message, internal.AdapterPublished):
+            self.answers.wait()
+        super()._send(message)
+
+
+@pytest.mark.parametrize(("refusals", "status"), [(0, "succeeded"), (1, "cancelled")])
+def test_a_cancel_while_the_question_is_open_leaves_it_to_the_answer(
+    own: Any, refusals: int, status: str
+) -> None:
+    world = own(peers=False)
+    world.join_scheduler()
+    peer = world.http = Slow(world.run_dir).start()
+    peer.refuse = refusals
+    try:
+        job = world.client.submit(pairs(4))
+        until(lambda: peer.publications, "the question")
+        assert world.client.cancel(job.id).status == "running"
+        peer.answers.set()
+        done = world.done(job, status)
+        assert len(peer.publications) == 1
+        assert (done.fine_tuned_model is not None) == (status == "succeeded")
+    finally:
+        peer.answers.set()
+        peer.close()
+
+
+def test_a_cancel_between_two_tries_is_a_cancel(own: Any, points: Path) -> None:
+    world = own(peers=False)
+    world.join_scheduler()
+    job = publishing(world)
+    (points / Write.SLOT).write_text("error ENOSPC 99")
+    world.join_http()
+    until(lambda: [m for m in messages(world, job) if "trying again" in m], "the first try")
+    world.client.cancel(job.id)
+    world.done(job, "cancelled")
+    (points / Write.SLOT).unlink()
+    world.done(world.client.submit(pairs(4)))
+    assert len(world.http.publications) == 1
+    assert messages(world, job, "failed") == []
