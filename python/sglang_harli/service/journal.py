@@ -110,11 +110,8 @@ class Journal:
 
     def _one_group(self) -> bool:
         with self._wake:
-            left = max(0.0, self._copy_at - time.monotonic()) if self._behind else None
-            if not self._wake.wait_for(lambda: self._futures or self._closing, timeout=left):
-                behind = next(iter(self._behind.values()), None)
-            else:
-                behind = None
+            behind = self._wait()
+            if behind is None:
                 self._wake.wait_for(lambda: self._urgent or self._closing, timeout=GROUP_S)
             records, self._records = self._records, {}
             events, self._events = self._events, []
@@ -131,6 +128,15 @@ class Journal:
             self._copy(records, events)
             self._call(lambda: self._committed(set(records), futures))
         return not closing
+
+    def _wait(self) -> JobRecord | None:
+        """Until there is something to write (None), or time for a job whose copies are behind."""
+        while not self._futures and not self._closing:
+            left = max(0.0, self._copy_at - time.monotonic()) if self._behind else None
+            if left == 0.0:
+                return next(iter(self._behind.values()))
+            self._wake.wait(left)
+        return None
 
     def _write(self, records: dict[str, JobRecord], events: list[Event], settings: dict[str, str]) -> bool:
         """Try until it is written; False when the service ends before that."""

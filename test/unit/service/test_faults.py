@@ -1,0 +1,328 @@
+"""Every write of the service refused, a locked store, files that vanish: an error that says so or a recovery,
+and what was acknowledged is never lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang_harli.client import FinetuneClient
+from sglang_harli.errors import HarliError, NotReadyError
+from sglang_harli.fault_points import FAULT_POINTS_ENV, Write
+from support.service_world import World, pairs, until
+
+FOR_GOOD = 1_000_000
+
+
+class Faults:
+    """The folder of armed points."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def arm(self, write: Write, kind: str = "ENOSPC", times: int = FOR_GOOD) -> None:
+        temporary = self.folder / ".armed"
+        temporary.write_text(f"error {kind} {times}")
+        os.replace(temporary, self.folder / write)
+
+    def armed(self, write: Write) -> bool:
+        return (self.folder / write).exists()
+
+    def clear(self) -> None:
+        for write in Write:
+            (self.folder / write).unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def points(tmp_path_factory) -> Iterator[Faults]:
+    """In force for every service that this file starts."""
+    folder = tmp_path_factory.mktemp("faults")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FAULT_POINTS_ENV, str(folder))
+        yield Faults(folder)
+
+
+@pytest.fixture(scope="module")
+def shared(points, tmp_path_factory, model) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("shared"), model)
+    yield world
+    world.close()
+
+
+@pytest.fixture
+def faults(points) -> Iterator[Faults]:
+    """Asked for behind the world, so that nothing is armed when that is tidied up."""
+    yield points
+    points.clear()
+
+
+def events_of(world: World, job, kind: str) -> list[str]:
+    return [e.message for e in world.client.events(job.id) if e.type == kind]
+
+
+class Background:
+    """A call in a thread of its own; ``result`` waits for it."""
+
+    def __init__(self, call) -> None:
+        self._found: list = []
+        self._thread = threading.Thread(target=lambda: self._found.append(call()))
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self):
+        self._thread.join(60)
+        [found] = self._found
+        return found
+
+
+# ------------------------------------------------------------------ submit
+@pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
+@pytest.mark.parametrize("write", [Write.DATA, Write.TOKENS, Write.SETTLE])
+def test_data_that_cannot_be_stored_are_a_refusal_that_leaves_nothing(world, faults, write, kind):
+    before = sorted(p.name for p in world.run_dir.iterdir())
+    faults.arm(write, kind, 2)
+    for _ in range(2):
+        with pytest.raises(HarliError, match=r"the data cannot be stored in .*: make room") as caught:
+            world.client.submit(pairs(4))
+        assert caught.value.code == "storage" and str(world.run_dir) in caught.value.message
+    assert sorted(p.name for p in world.run_dir.iterdir()) == before
+    world.done(world.client.submit(pairs(4)))
+
+
+# ------------------------------------------------------------------ the store
+@pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
+def test_a_store_that_cannot_be_written_holds_acknowledgements_back(own, faults, kind):
+    world = own(peers=False)  # nobody else writes
+    queued = world.client.submit(pairs(4))
+    faults.arm(Write.STORE, kind)
+    submit = Background(lambda: world.client.submit(pairs(5), idempotency_key=f"held {kind}"))
+    until(lambda: world.client.list(limit=1)[0].id != queued.id, "the job in memory")
+    change = Background(lambda: world.client.prioritize(queued.id, 4))
+    shown = until(
+        lambda: s if (s := world.client.status().service["store"]) != "ok" else None, "what is wrong"
+    )
+    assert shown.startswith("the job store cannot be written:")
+    with pytest.raises(NotReadyError, match="the job store cannot be written"):
+        world.client.submit(pairs(6))
+    assert list(world.client.events(queued.id))  # reading goes on
+    assert not submit.done and not change.done
+    faults.clear()
+    assert submit.result().status == "queued" and change.result().priority == 4
+    assert world.client.status().service["store"] == "ok"
+
+
+def test_a_job_that_was_not_acknowledged_is_made_once_by_the_retry(own, faults):
+    world = own(peers=False)
+    assert world.client.list() == []
+    faults.arm(Write.STORE)
+    submit = Background(lambda: world.client.submit(pairs(4), idempotency_key="cut off"))
+    until(lambda: world.client.status().service["store"] != "ok", "what is wrong")
+    with FinetuneClient(
+        world.service.endpoint
+    ) as other:  # its job is known, and not on the disk: no answer yet
+        again = Background(lambda: other.submit(pairs(4), idempotency_key="cut off"))
+        assert not submit.done and not again.done
+        world.service.kill()
+        faults.clear()
+        world.service.start()
+        assert submit.result().id == again.result().id
+    assert len(world.client.list()) == 1
+
+
+def test_the_run_goes_on_while_the_store_is_away_for_a_moment(world, faults):
+    world.scheduler.step_s = 0.02
+    job = world.client.submit(pairs(), n_epochs=3, checkpoint_every=4)
+    world.at_step(job, 2)
+    faults.arm(Write.STORE, times=2)
+    done = world.done(job)
+    events = list(world.client.events(job.id))
+    assert [e.id for e in events] == list(range(1, len(events) + 1))
+    steps = [e.data["step"] for e in events if e.type == "step_metrics"]
+    assert steps == list(range(1, done.total_steps + 1))
+
+
+def test_a_store_locked_by_another_process_is_waited_for(world):
+    world.scheduler.hold.clear()
+    job = world.client.submit(pairs(4))
+    other = sqlite3.connect(world.run_dir / "harli.db", isolation_level=None)
+    other.execute("PRAGMA busy_timeout=5000")
+    other.execute("BEGIN EXCLUSIVE")
+    try:
+        change = Background(lambda: world.client.prioritize(job.id, 7))
+        waited = until(
+            lambda: s if (s := world.client.status().service["store"]) != "ok" else None, "what is wrong"
+        )
+        assert waited == "the job store cannot be written: database is locked"
+        assert world.client.get(job.id).id == job.id
+        assert not change.done
+    finally:
+        other.execute("ROLLBACK")
+        other.close()
+    assert change.result().priority == 7
+    with sqlite3.connect(world.run_dir / "harli.db") as reader:
+        [[body]] = reader.execute("SELECT body FROM jobs WHERE id = ?", (job.id,))
+    assert json.loads(body)["priority"] == 7
+
+
+def test_a_store_that_another_process_keeps_is_a_clear_end_and_the_next_start_works(own):
+    world = own(peers=False)
+    world.service.kill()
+    other = sqlite3.connect(world.run_dir / "harli.db", isolation_level=None)
+    other.execute("PRAGMA locking_mode=EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    try:
+        world.service.start()
+        assert world.service.process.wait(60) == 1
+        assert "cannot be opened: " in world.service.log.read_text()
+        assert "database is locked" in world.service.log.read_text().splitlines()[-1]
+    finally:
+        other.close()
+    world.service.start()
+    assert world.client.status().service["store"] == "ok"
+
+
+# ------------------------------------------------------------------ readable copies
+@pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
+def test_copies_that_fell_behind_are_completed(world, faults, kind):
+    faults.arm(Write.MIRROR, kind)
+    done = world.done(world.client.submit(pairs(4)))
+    folder = world.folder(done)
+    until(lambda: "cannot be written now" in world.service.log.read_text(), "the warning")
+    faults.clear()
+
+    def agrees() -> bool:
+        try:
+            told = [json.loads(line)["id"] for line in (folder / "events.jsonl").read_text().splitlines()]
+            shown = json.loads((folder / "job.json").read_text())
+        except FileNotFoundError:
+            return False
+        return told == [e.id for e in world.client.events(done.id)] and shown["status"] == "succeeded"
+
+    until(agrees, "the whole copies")
+
+
+def test_copies_are_completed_at_the_next_start(own):
+    world = own()
+    done = world.done(world.client.submit(pairs(4)))
+    folder = world.folder(done)
+    until(lambda: '"succeeded"' in (folder / "job.json").read_text(), "job.json")
+    whole = (folder / "events.jsonl").read_bytes()
+    world.service.kill()
+    (folder / "events.jsonl").write_bytes(whole[:-40])
+    (folder / "metrics.jsonl").write_text("not ours\n")
+    (folder / "job.json").unlink()
+    world.service.start()
+    until(lambda: (folder / "job.json").exists(), "job.json")  # the last of the copies
+    assert (folder / "events.jsonl").read_bytes() == whole
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+# ------------------------------------------------------------------ checkpoints, adapter, shared memory
+@pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
+@pytest.mark.parametrize("write", [Write.STATE, Write.META, Write.RENAME])
+def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(world, faults, write, kind):
+    world.scheduler.hold_at = 0
+    job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=2)
+    until(lambda: world.scheduler.spec is not None and world.scheduler._slot_free, "the slot")
+    faults.arm(write, kind, 2)
+    world.scheduler.hold_at = 2  # in passing
+    until(lambda: events_of(world, job, "checkpoint_saved"), "the checkpoint")
+    warned = events_of(world, job, "warning")
+    assert len(warned) == 2 and all("checkpoint of step 2 cannot be written" in text for text in warned)
+    faults.arm(write, kind, 1)
+    world.scheduler.hold_at = 3
+    world.at_step(job, 3)
+    paused = Background(lambda: world.client.pause(job.id))
+    world.status(job, "paused")
+    paused.result()
+    assert world.client.get(job.id).step == 3
+    world.scheduler.hold_at = None
+    faults.arm(write, kind, 1)
+    world.client.resume(job.id)
+    world.done(job)  # the last one, or the adapter's folder
+
+
+def test_a_disk_that_stays_full_fails_the_job_at_its_end_and_it_can_go_on_later(world, faults):
+    world.scheduler.hold_at = 0
+    job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=2)
+    until(lambda: world.scheduler.spec is not None and world.scheduler._slot_free, "the slot")
+    world.scheduler.hold_at = 2
+    until(lambda: events_of(world, job, "checkpoint_saved"), "the checkpoint")
+    faults.arm(Write.STATE)
+    world.scheduler.hold_at = None
+    failed = world.client.wait(job.id, 90, poll_s=0.2)
+    assert (failed.status, failed.error.code) == ("failed", "checkpoint_failed")
+    assert "make room" in failed.error.message
+    faults.clear()
+    again = world.client.submit(resume_from=job.id)
+    assert again.step >= 2
+    world.done(again)
+
+
+def test_an_adapter_that_cannot_be_written_is_tried_again(world, faults):
+    faults.arm(Write.ADAPTER, times=1)
+    world.done(world.client.submit(pairs(4)))
+    assert not faults.armed(Write.ADAPTER)
+
+
+def test_shared_memory_that_is_full_is_an_error_on_the_job(world, faults):
+    world.scheduler.hold.clear()
+    faults.arm(Write.SLOT)
+    failed = world.done(world.client.submit(pairs(4)), "failed")
+    assert failed.error.code == "shared_memory" and "make room in /dev/shm" in failed.error.message
+    faults.clear()
+    world.scheduler.hold.set()
+    world.scheduler.state_bytes = 1 << 50  # more than any machine has
+    failed = world.done(world.client.submit(pairs(4)), "failed")
+    assert failed.error.code == "shared_memory" and str(1 << 50) in failed.error.message
+    world.scheduler.state_bytes = 4096
+    world.done(world.client.submit(pairs(4)))
+
+
+# ------------------------------------------------------------------ the kernel itself
+def test_a_limit_of_the_kernel_on_file_sizes(own):
+    world = own()
+    kept = world.done(world.client.submit(pairs(4)))
+    pid = world.service.process.pid
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+    with pytest.raises(HarliError) as caught:
+        world.client.submit(pairs(400))
+    assert caught.value.code in ("storage", "not_ready")
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    world.done(world.client.submit(pairs(4)))
+    assert world.client.get(kept.id).status == "succeeded"
+    assert world.service.alive and world.service.process.pid == pid
+
+
+# ------------------------------------------------------------------ data that vanish
+@pytest.mark.parametrize("name", ["ids.npy", "targets.npy", "rows.npz"])
+def test_a_data_file_that_vanished_before_the_run(world, name):
+    world.scheduler.hold.clear()
+    first, second = world.client.submit(pairs(4)), world.client.submit(pairs(4))
+    world.status(first, "running")
+    (world.folder(second) / "data" / name).unlink()
+    world.scheduler.hold.set()
+    failed = world.done(second, "failed")
+    assert failed.error.code == "bad_data_files" and name in failed.error.message
+    world.done(first)
+
+
+def test_a_data_file_cut_off_during_the_run(world):
+    world.scheduler.hold_at = 0
+    job = world.client.submit(pairs(), n_epochs=4)
+    until(lambda: world.scheduler.spec is not None and world.scheduler.spec.job == job.id, "the run")
+    os.truncate(world.folder(job) / "data" / "ids.npy", 200)
+    world.scheduler.hold_at = None
+    failed = world.done(job, "failed")
+    assert failed.error.code == "bad_data_files" and "ids.npy" in failed.error.message
+    world.done(world.client.submit(pairs(4)))
