@@ -73,7 +73,7 @@ def _too_early(record: JobRecord, message: Any) -> bool:
 
 def _started(state: State, run: Run | None, message: internal.RunStarted) -> list[Effect]:
     if run is None or run.phase is Phase.PREPARING:
-        return []  # not adopted yet: it comes again
+        return [Acknowledge(message.seq)]  # it is over, or not adopted yet: then a pulse says the same
     effects = state.drop_restore(run)
     if run.phase is Phase.STARTING:
         run.phase = Phase.TRAINING

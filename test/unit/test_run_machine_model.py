@@ -1,0 +1,192 @@
+"""The protocol between service and scheduler under every loss, doubling, delay and death (see the world)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import run_machine_world as model
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from run_machine_world import World
+
+from sglang_harli.core import JobStatus
+from sglang_harli.errors import StateError
+from sglang_harli.service import jobs
+
+PLACES = st.integers(0, 5)
+ROUNDS = 600
+
+
+class Protocol(RuleBasedStateMachine):
+    """Users, processes, wires and disks in any order; ``teardown``: once the faults end, every job does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.acknowledged: set[str] = set()
+
+    # ---- users
+    @precondition(lambda self: len(self.acknowledged) < 3)
+    @rule()
+    def submit(self) -> None:
+        record = model.new_job(len(self.acknowledged) + 1)
+        self.world.service.apply(jobs.created(record, "fine"))
+        while self.world.service.uncommitted:  # the answer waits for it
+            self.world.service.commit()
+        self.acknowledged.add(record.id)
+
+    @rule(which=PLACES, what=st.sampled_from(["pause", "resume", "cancel"]))
+    def ask(self, which: int, what: str) -> None:
+        service = self.world.service
+        if not service.records:
+            return
+        record = list(service.records.values())[which % len(service.records)]
+        try:
+            if what == "cancel":
+                change = jobs.ask_cancel(record, self.world.s, in_flight=False)
+            else:
+                change = jobs.ask_pause(record) if what == "pause" else jobs.ask_resume(record)
+        except StateError:
+            return
+        service.apply(change)
+        service.settle()
+
+    # ---- the wire
+    @rule(to_service=st.booleans(), late=st.booleans(), count=st.integers(1, 8))
+    def deliver(self, to_service: bool, late: bool, count: int) -> None:
+        for _ in range(count):
+            self.world.deliver(to_service=to_service, late=late)
+
+    def _wire(self, to_service: bool) -> Any:
+        return self.world.to_service if to_service else self.world.to_scheduler
+
+    @rule(to_service=st.booleans(), place=PLACES)
+    def lose(self, to_service: bool, place: int) -> None:
+        wire = self._wire(to_service)
+        if wire:
+            del wire[place % len(wire)]
+
+    @rule(to_service=st.booleans(), place=PLACES, at_once=st.booleans())
+    def double(self, to_service: bool, place: int, at_once: bool) -> None:
+        wire = self._wire(to_service)
+        if wire:
+            again = wire[place % len(wire)]
+            wire.insert(place % len(wire) if at_once else len(wire), again)
+
+    # ---- deaths and damage
+    @rule()
+    def kill_service(self) -> None:
+        self.world.kill_service()
+
+    @rule()
+    def kill_scheduler(self) -> None:
+        self.world.kill_scheduler()
+
+    @rule()
+    def kill_both(self) -> None:
+        self.world.kill_service()
+        self.world.kill_scheduler()
+
+    @rule(which=PLACES)
+    def damage(self, which: int) -> None:
+        """The newest checkpoint of a job that is not over becomes unreadable."""
+        found = [job for job, steps in self.world.disk.items() if steps]
+        if not found:
+            return
+        job = found[which % len(found)]
+        if not self.world.store[job].publishing and not self.world.store[job].status.final:
+            self.world.disk[job][max(self.world.disk[job])] = False
+
+    # ---- progress
+    @rule(seconds=st.sampled_from([0.5, 1.0, 2.5, 6.0, 12.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.world.tick(seconds)
+
+    @rule(count=st.integers(1, 6))
+    def train(self, count: int) -> None:
+        for _ in range(count):
+            self.world.scheduler.work()
+
+    @rule(count=st.integers(1, 4))
+    def commit(self, count: int) -> None:
+        for _ in range(count):
+            self.world.service.commit()
+
+    @rule(index=PLACES, ok=st.sampled_from([True, True, True, False]))
+    def finish_work(self, index: int, ok: bool) -> None:
+        self.world.service.finish(index, ok=ok)
+
+    @rule()
+    def publish(self) -> None:
+        self.world.service.publish()
+
+    @rule(rounds=st.integers(1, 12))
+    def go_well(self, rounds: int) -> None:
+        """Without this, faults alone would keep most jobs from ever getting far."""
+        for _ in range(rounds):
+            self._round()
+
+    def _round(self) -> None:
+        world = self.world
+        for late in (True, False):
+            while world.deliver(to_service=True, late=late) or world.deliver(to_service=False, late=late):
+                pass
+        while world.service.commit() or world.service.finish(0) or world.service.publish():
+            pass
+        for _ in range(3):
+            world.scheduler.work()
+        world.tick(1.0)
+
+    # ---- what must always hold
+    @invariant()
+    def nothing_acknowledged_is_lost(self) -> None:
+        assert self.acknowledged <= set(self.world.store)
+        assert self.acknowledged <= set(self.world.service.records)
+
+    @invariant()
+    def nothing_is_counted_twice(self) -> None:
+        for (job, kind, attempt, step), count in self.world.events.items():
+            if kind in ("step_metrics", "succeeded", "adapter_published", "failed", "cancelled"):
+                assert count == 1, (job, kind, attempt, step, count)
+
+    @invariant()
+    def checkpoints_of_the_store_are_on_disk(self) -> None:
+        for record in self.world.store.values():
+            assert not record.checkpoint_step or record.checkpoint_step in self.world.disk[record.id]
+            assert 0 <= record.checkpoint_step <= record.step <= record.total_steps
+
+    def teardown(self) -> None:
+        quiet = 0
+        for _ in range(ROUNDS):
+            self._round()
+            quiet = quiet + 1 if self._settled() else 0
+            if quiet == 15:  # whoever was killed just now has been heard again by then
+                break
+        for record in self.world.store.values():
+            full = record.error is not None and record.error.code == "checkpoint_failed"  # by ``finish_work``
+            assert full or record.status in (JobStatus.SUCCEEDED, JobStatus.CANCELLED, JobStatus.PAUSED), (
+                record,
+                self.world.service.machine.state,
+                self.world.scheduler.run,
+            )
+            if record.status == JobStatus.SUCCEEDED:
+                assert record.step == record.checkpoint_step == record.total_steps
+                assert record.total_steps in self.world.disk[record.id]
+        assert self.world.scheduler.run is None and len(self.world.scheduler.ring) == 0
+        assert not self.world.service.machine.active
+        assert not self.world.shm, "something is left in shared memory"
+
+    def _settled(self) -> bool:
+        open_jobs = (JobStatus.QUEUED, JobStatus.RUNNING)
+        return (
+            not any(r.status in open_jobs for r in self.world.service.records.values())
+            and not self.world.service.uncommitted
+            and self.world.scheduler.run is None
+            and not len(self.world.scheduler.ring)
+            and not self.world.service.machine.active
+        )
+
+
+Protocol.TestCase.settings = settings(max_examples=400, stateful_step_count=40, deadline=None)
+TestProtocol = Protocol.TestCase
