@@ -80,6 +80,7 @@ class PublicDoor:
             "upload": _Room("chunks", 256, 64 << 20),
         }
         self._rest = _Room("requests", 1024, 32 << 20)
+        self._late = _Room("unread answers", 4096, 32 << 20)
         self._keys = DoorKeys(context, keys) if keys else None
         self._socket: zmq.asyncio.Socket = context.socket(zmq.ROUTER)
         for option, value in (
@@ -137,13 +138,33 @@ class PublicDoor:
             reply = await self._handle(caller, head, data)
         finally:
             room.leave(size)
+        data.clear()
+        answer = public.encode(reply)
+        if self._send(caller.route, answer) is False:
+            await self._send_late(caller.route, answer)
+
+    async def _send_late(self, route: tuple[bytes, ...], answer: bytes) -> None:
+        """To a client that reads slowly; one that does not read at all loses its answers."""
         end = time.monotonic() + UNREAD_S
-        while self.send(caller.route, reply) is False and time.monotonic() < end:
-            await asyncio.sleep(0.05)
+        try:
+            self._late.enter(len(answer))
+        except NotReadyError as error:
+            logger.warning("an answer is dropped, its client does not read: %s", error)
+            return
+        try:
+            while time.monotonic() < end:
+                await asyncio.sleep(0.05)
+                if self._send(route, answer) is not False:
+                    return
+        finally:
+            self._late.leave(len(answer))
 
     def send(self, route: tuple[bytes, ...], reply: public.Reply) -> bool | None:
         """True: sent.  False: the client does not read and its queue is full.  None: it is gone."""
-        sent: Any = self._socket.send_multipart([*route, public.encode(reply)], flags=zmq.DONTWAIT)
+        return self._send(route, public.encode(reply))
+
+    def _send(self, route: tuple[bytes, ...], message: bytes) -> bool | None:
+        sent: Any = self._socket.send_multipart([*route, message], flags=zmq.DONTWAIT)
         error = sent.exception() if sent.done() else None
         if error is None:
             return True

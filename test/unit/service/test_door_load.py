@@ -118,10 +118,10 @@ def test_followers_that_do_not_read_or_are_gone_slow_nobody(own):
     events = list(world.client.events(job.id, follow=True))
     assert events[-1].type == "succeeded"
     assert [event.id for event in events] == list(range(1, len(events) + 1))
+    until(lambda: world.client.status().service["followers"] <= 50, "forgetting those that are gone")
     for context, socket in idle[10:]:
         socket.close()
         context.term()
-    until(lambda: world.client.status().service["followers"] == 0, "forgetting them", 60)
 
 
 def test_submits_in_work_do_not_lock_other_verbs_out_and_the_limit_is_named(tmp_path):
