@@ -173,6 +173,8 @@ class Protocol(RuleBasedStateMachine):
             if record.status == JobStatus.SUCCEEDED:
                 assert record.step == record.checkpoint_step == record.total_steps
                 assert record.total_steps in self.world.disk[record.id]
+                told = {e[3] for e in self.world.events if e[:2] == (record.id, "step_metrics")}
+                assert told == set(range(1, record.total_steps + 1)), "metrics of a step were lost"
         assert self.world.scheduler.run is None and len(self.world.scheduler.ring) == 0
         assert not self.world.service.machine.active
         assert not self.world.shm, "something is left in shared memory"
