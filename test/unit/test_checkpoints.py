@@ -78,6 +78,21 @@ def test_the_newest_two_are_kept_and_what_a_crash_left_goes(tmp_path, shm):
     assert not (folder / "step-11.tmp").exists()
 
 
+def test_as_many_are_kept_as_asked_and_the_beginning_stays(tmp_path, shm):
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3, 4):
+        checkpoints.save_state(folder, step, slot_of(state(), shm), RUN, tokens=step)
+    checkpoints.save_beginning(folder / "step-4", folder / "step-0", seed=9)
+    for name in ("step-2.bad", "step-9.bad"):
+        (folder / name).mkdir()
+    checkpoints.prune(folder, 3)
+    assert checkpoints.steps(folder) == [0, 2, 3, 4]
+    assert [p.name for p in folder.glob("*.bad")] == ["step-9.bad"]  # newer than any whole one
+    slot, _, run, tokens = checkpoints.load_state(folder, 0, shm)
+    slot.unlink()
+    assert (run["seed"], run["step"], tokens) == (9, 0, 0)
+
+
 @pytest.mark.parametrize("name", ["state.safetensors", "run.msgpack", "meta.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_checkpoint_is_not_taken(tmp_path, shm, name, damage):

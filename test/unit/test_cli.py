@@ -80,7 +80,7 @@ def test_help_names_the_commands_and_exit_codes():
     text = harli("--help").stdout
     for command in (
         *("make-model", "check-data", "submit", "list", "show", "watch", "events"),
-        *("pause", "resume", "cancel", "status", "set"),
+        *("pause", "resume", "cancel", "prioritize", "status", "set"),
     ):
         assert f"  {command} " in text
     assert "Exit codes" in text
@@ -114,6 +114,27 @@ def test_a_job_by_endpoint_and_json_before_or_after_the_command(service: Service
     assert again.returncode == 5
     assert json.loads(again.stdout)["error"]["code"] == "invalid_state"
     assert "cancelled" in again.stderr
+
+
+def test_priorities_and_going_on_from_a_job(service: ServiceProcess, data: str):
+    made = harli(
+        "submit", "--data", data, "--priority", "-3", "--suffix", "low", "--json", endpoint=service.endpoint
+    )
+    job = json.loads(made.stdout)
+    assert (job["priority"], job["reason"]) == (-3, "waiting for the scheduler")
+    changed = harli("prioritize", "low", "-7", "--json", endpoint=service.endpoint)
+    assert json.loads(changed.stdout)["priority"] == -7, changed.stderr
+    assert harli("prioritize", "low", "200", endpoint=service.endpoint).returncode == 2
+    early = harli("submit", "--resume-from", "low", endpoint=service.endpoint)
+    assert early.returncode == 5 and "only a job that is over can be continued" in early.stderr
+    assert "waiting for the scheduler" in harli("show", "low", endpoint=service.endpoint).stdout
+    harli("cancel", "low", endpoint=service.endpoint)
+    late = harli("submit", "--resume-from", "low", "n_epochs=9", endpoint=service.endpoint)
+    assert late.returncode == 1 and "has no checkpoint to go on from" in late.stderr
+    nothing = harli("submit", "n_epochs=2", endpoint=service.endpoint)
+    assert nothing.returncode == 2 and "resume_from" in nothing.stderr
+    shown = harli("status", endpoint=service.endpoint).stdout
+    assert "space:" in shown and "free: " in shown
 
 
 def test_what_people_read(service: ServiceProcess, data: str):
