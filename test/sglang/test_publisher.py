@@ -322,6 +322,8 @@ async def test_restarted_service_is_greeted_and_asked_again(folder: Path) -> Non
         await service.send(state(8))
         await service.receive(internal.HttpHello)
         await service.receive(internal.AdapterWanted)
+        await service.send(state(8))  # lost
+        await service.receive(internal.HttpHello)
         waiting.cancel()
 
 
@@ -365,9 +367,7 @@ async def test_without_a_service_nobody_waits_for_an_adapter(folder: Path) -> No
 
 
 @run
-async def test_answers_carry_the_number_of_their_question_and_only_the_newest_is_worked_on(
-    folder: Path,
-) -> None:
+async def test_only_the_newest_question_is_worked_on_and_answered(folder: Path) -> None:
     async with connected(folder) as service:
         async with service.manager.lora_update_lock:  # the first question waits, three come behind it
             await service.send(publish(NAME, request=3))

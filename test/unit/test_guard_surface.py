@@ -138,7 +138,7 @@ MESSAGES = {
     "StatusRequest": "seq request",
     "SetOptions": "seq request values if_revision",
     "HttpHello": "seq pid served_model_name",
-    "ServiceState": "seq pid endpoint_bound scheduler_seen refusal adapters jobs",
+    "ServiceState": "seq pid endpoint_bound scheduler_seen refusal adapters jobs greeted_by",
     "PublishAdapter": "seq request job name config slot",
     "AdapterPublished": "seq request job name ok code text",
     "AdapterWanted": "seq name",

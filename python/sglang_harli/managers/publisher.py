@@ -148,10 +148,10 @@ class Publisher:
             self.was_ready = True
             logger.info("harli: the finetune service (pid %d) is ready", state.pid)
         self._remember(state.adapters)
+        if state.greeted_by != os.getpid():  # ours was lost, or has gone to the service before
+            await self._say_hello()
         if before is not None and before.pid == state.pid:
             return
-        # This service may not have read a hello yet: ours may have gone to the one before.
-        await self._say_hello()
         for name in list(self._waiting):
             await self._send(internal.AdapterWanted(name=name))
 

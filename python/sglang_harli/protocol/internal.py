@@ -277,7 +277,8 @@ class ServiceState(Message):
     ``endpoint_bound``: the public door is open.  ``scheduler_seen``: a hello has been read; both gate
     /health_generate.  ``adapters``: names of the succeeded jobs' adapters, which AdapterWanted brings: after a
     restart of the server they are known at once and loaded when first asked for (a sign of life names none;
-    names are only ever added).  ``jobs``: how many there are by status.
+    names are only ever added).  ``jobs``: how many there are by status.  ``greeted_by``: pid of the HTTP process
+    whose hello has been read (0: none); whoever finds another one there says hello again.
     """
 
     pid: int
@@ -286,6 +287,7 @@ class ServiceState(Message):
     refusal: str | None = None
     adapters: list[str] = field(default_factory=list)
     jobs: dict[str, int] = field(default_factory=dict)
+    greeted_by: int = 0
 
 
 class PublishAdapter(Message):

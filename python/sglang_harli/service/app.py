@@ -167,6 +167,7 @@ class App:
             refusal=self._scheduler.refusal,
             adapters=self._publication.names(),
             jobs=self._desk.counts(),
+            greeted_by=self._http.pid or 0,
         )
 
     def _wanted(self, name: str) -> None:

@@ -80,10 +80,10 @@ class HttpLink:
         """Tell every few seconds that this loop turns, until cancelled."""
         while True:
             await asyncio.sleep(BEAT_S)
+            state = self._state()
             if self.pid is not None:
-                state = self._state()
                 state.adapters = []  # known already; there may be thousands
-                self.peer.send(state)
+            self.peer.send(state)
 
     def refuse(self, name: str, code: str, text: str) -> None:
         """Answer whoever waits for the adapter ``name``, if anybody does."""
