@@ -106,11 +106,24 @@ class Publication:
             self._give_up(job, error.code, error.message)
             return
         except (OSError, CheckpointError) as error:
-            self._give_up(job, "adapter_failed", f"the adapter cannot be saved or read: {error}")
+            damage = await self._damage(job, paths)
+            record = self._desk.get(job)
+            if damage is not None and record.publishing and record.wish != jobs.Wish.CANCEL:
+                self._desk.apply(jobs.train_again(record, damage))
+            else:
+                self._give_up(job, "adapter_failed", f"the adapter cannot be saved or read: {error}")
             return
         if refusal is not None:
             text = f"the adapter is trained and saved in {paths.adapter}, but cannot be served: {refusal}"
             self._give_up(job, "publication_failed", text)
+
+    async def _damage(self, job: str, paths: JobPaths) -> str | None:
+        """Why the job's last checkpoint cannot be used; None where it is whole."""
+        try:
+            await self._off(checkpoints.check_state, paths.checkpoints, self._desk.get(job).checkpoint_step)
+        except (OSError, CheckpointError) as error:
+            return str(error)
+        return None
 
     def _wanted(self, job: str) -> bool:
         record = self._desk.get(job)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import numpy as np
+import pytest
 
 from support.service_world import pairs, until
 
@@ -85,6 +89,41 @@ def test_a_checkpoint_that_was_altered_is_passed_over(own):
     done = world.done(job)
     assert any("cannot be used" in e.message for e in world.client.events(job.id))
     assert done.step == done.total_steps
+
+
+def test_a_damaged_last_checkpoint_is_trained_again_and_published(own):
+    world = own(peers=False)
+    world.join_scheduler()
+    job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=2)
+    until(lambda: world.client.get(job.id).sub_state == "publishing", "the end of training")
+    world.service.kill()
+    newest = world.folder(job) / "checkpoints" / "step-5"
+    (newest / "run.msgpack").write_bytes(b"")
+    shutil.rmtree(world.folder(job) / "adapter", ignore_errors=True)  # it may have been saved from it before
+    world.service.start()
+    world.join_http()
+    done = world.done(job)
+    assert done.attempt == 2 and (newest / "run.msgpack").stat().st_size > 0
+    told = [e.message for e in world.client.events(job.id) if e.level == "warn"]
+    assert any("trained again" in text for text in told)
+    assert any("goes on from the checkpoint of step 4" in text for text in told)
+    whole = world.result(world.done(world.client.submit(pairs(), n_epochs=1)))
+    assert np.array_equal(world.result(done), whole)
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "targets.npy"])
+def test_data_that_is_cut_off_fails_its_job_and_the_next_one_goes_on(own, name):
+    world = own()
+    world.scheduler.step_s = 0.05
+    job = world.client.submit(pairs(), n_epochs=20)
+    world.at_step(job, 3)
+    path = world.folder(job) / "data" / name
+    os.truncate(path, path.stat().st_size // 4)
+    failed = world.done(job, "failed")
+    assert failed.error.code == "bad_data_files" and name in failed.error.message
+    until(lambda: world.scheduler.spec is None, "the end of the run")
+    world.scheduler.step_s = 0.0
+    world.done(world.client.submit(pairs(4)))
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(world):
