@@ -220,7 +220,9 @@ def _newest_whole(origin: Origin) -> tuple[int, int, str]:
             return step, int(meta["trained_tokens"]), "; ".join(damage)
         except CheckpointError as error:
             damage.append(error.message)
-    what = "; ".join(damage) or f"it ended at step {record.step}, before its first one"
+    before = f"it ended at step {record.step}, before its first one"
+    gone = f"none is left in {origin.paths.checkpoints}"
+    what = "; ".join(damage) or (gone if record.checkpoint_step else before)
     raise HarliError(
         f"job {record.id} has no checkpoint to go on from ({what}): submit its data as a new job",
         code="bad_checkpoint",

@@ -47,7 +47,6 @@ class JobDesk:
         self._keys: dict[str, str] = {}
         self._short_ids: set[str] = set()
         self._counts: Counter[JobStatus] = Counter()
-        self._adapters: dict[str, str] = {}  # name -> job
         self._queue = QueueOrder()
         self._number = 0
         for record in store.jobs():
@@ -98,14 +97,6 @@ class JobDesk:
 
     def counts(self) -> dict[str, int]:
         return {str(status): self._counts[status] for status in JobStatus}
-
-    def adapters(self) -> list[str]:
-        """The adapter names of succeeded jobs."""
-        return list(self._adapters)
-
-    def by_adapter(self, name: str) -> str | None:
-        """The job whose adapter is served under this name."""
-        return self._adapters.get(name)
 
     def next_queued(self) -> JobRecord | None:
         """The queued job of the highest priority, the oldest of these."""
@@ -178,8 +169,6 @@ class JobDesk:
                 self._keys[record.idempotency_key] = record.id
         self._records[record.id] = record
         self._counts[record.status] += 1
-        if record.fine_tuned_model:
-            self._adapters[record.fine_tuned_model] = record.id
         self._queue.update(record)
 
     async def durable(self, future: asyncio.Future[None] | None = None) -> None:

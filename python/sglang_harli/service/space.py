@@ -53,9 +53,6 @@ class Space:
         except OSError:
             return 0
 
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
 
 def count(run_dir: Path) -> dict[str, int]:
     """Bytes on disk under ``run_dir``: of data, checkpoints, adapters, the job store, and of all together.
