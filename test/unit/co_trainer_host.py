@@ -1,0 +1,160 @@
+"""A host for the scheduler's trainer, and a small peer that speaks the service's side over the real link."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import zmq
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sglang_harli.config import HarliOptions
+from sglang_harli.core import StepLoad, make_ipc_dir, scheduler_endpoint, shm_dir
+from sglang_harli.managers import qos_policy
+from sglang_harli.managers.co_trainer import CoTrainer
+from sglang_harli.managers.quantum_clock import HostClock
+from sglang_harli.managers.quantum_costs import QuantumCosts
+from sglang_harli.managers.service_link import ServiceLink
+from sglang_harli.managers.serving_side import ServingSide
+from sglang_harli.managers.slo_ledger import UNBOUNDED
+from sglang_harli.peft_trainer import frozen_base
+from sglang_harli.protocol import internal
+from sglang_harli.protocol.public import ALL_LINEAR, Hyperparameters
+from sglang_harli.protocol.shared_memory import Slot, remove_stale
+
+VOCAB = 97
+
+
+class Peer:
+    """The service's side of the wire: sends what a test says, keeps what comes."""
+
+    def __init__(self, run_dir: str, pid: int = 1) -> None:
+        make_ipc_dir(run_dir)
+        self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.bind(scheduler_endpoint(run_dir))
+        self.pid = pid
+        self.got: list[internal.Message] = []
+
+    def send(self, message: internal.Message, *frames: bytes) -> None:
+        self.socket.send_multipart([internal.encode(message), *frames])
+
+    def pump(self) -> None:
+        while self.socket.poll(0):
+            message = internal.decode(self.socket.recv_multipart()[0], "scheduler")
+            self.got.append(message)
+            if isinstance(message, internal.Hello):
+                self.send(internal.Welcome(pid=self.pid, answers=message.seq))
+
+    def of(self, kind: type) -> list:
+        return [m for m in self.got if isinstance(m, kind)]
+
+
+class Host:
+    """What the scheduler does around a CoTrainer, without serving."""
+
+    def __init__(self, run_dir: str, *, quantum_rows: int | None = 1) -> None:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCAB,
+        )
+        self.base = frozen_base.from_transformers(LlamaForCausalLM(config).float())
+        self.limits = internal.ServedLimits(
+            architecture="LlamaForCausalLM",
+            model_path="m",
+            tokenizer_path="m",
+            served_model_name="m",
+            dtype="float32",
+            device="cpu",
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_layers=2,
+            linear_sizes=self.base.linear_sizes(),
+            max_seq_length=64,
+            max_lora_rank=32,
+            lora_target_modules=ALL_LINEAR,
+            train_memory_bytes=1 << 30,
+            logits_bytes=1 << 20,
+        )
+        self.side = ServingSide(HarliOptions(run_dir=run_dir))
+        self.link = ServiceLink(scheduler_endpoint(run_dir), self.hello)
+        self.trainer = CoTrainer(
+            self.base,
+            self.limits,
+            self.link,
+            None,
+            QuantumCosts(1e-6),
+            HostClock(),
+            quantum_rows=quantum_rows,
+            set_options=self.side.set_options,
+            status=self.side.status,
+        )
+
+    def hello(self) -> internal.Hello:
+        return internal.Hello(pid=7, rank=0, limits=self.limits)
+
+    def turn(self) -> bool:
+        """One turn of an idle loop; whether a quantum ran."""
+        self.trainer.poll()
+        offer = self.trainer.offer()
+        if offer is None:
+            return False
+        decision = qos_policy.decide(StepLoad(), UNBOUNDED, offer, self.side.targets)
+        self.trainer.run_quantum(offer, decision)
+        return True
+
+
+def temporary_run_dir(tmp_path: Path) -> Iterator[str]:
+    """A run directory; what is left in shared memory goes at the end."""
+    path = str(tmp_path / "runs")
+    yield path
+    remove_stale(shm_dir(path))
+    if shm_dir(path).exists():
+        shm_dir(path).rmdir()
+
+
+def until(host: Host, peer: Peer, reached: Callable[[], object], *, limit_s: float = 30.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not reached():
+        assert time.monotonic() < deadline, [type(m).__name__ for m in peer.got][-20:]
+        if not host.turn():
+            host.link.socket.poll(5)
+        peer.pump()
+
+
+def spec(attempt: int = 1, steps: int = 4, **hp: object) -> internal.RunSpec:
+    values = {"batch_size": 2, "lora_r": 4, "learning_rate": 1e-2, "checkpoint_every": 0, **hp}
+    return internal.RunSpec(
+        job="job-1", attempt=attempt, hyperparameters=Hyperparameters(**values), total_steps=steps
+    )
+
+
+def batch(step: int, attempt: int = 1) -> tuple[internal.MicroBatch, bytes, bytes]:
+    rng = np.random.default_rng(step)
+    lengths = [9, 6]
+    ids = rng.integers(0, VOCAB, sum(lengths), dtype=np.int32)
+    message = internal.MicroBatch(
+        job="job-1",
+        attempt=attempt,
+        cursor=internal.BatchCursor(epoch=1, step=step, index=0),
+        micro_batches=1,
+        lengths=lengths,
+        rows=[0, 1],
+        step_target_tokens=sum(lengths) - len(lengths),
+    )
+    return message, ids.tobytes(), ids.tobytes()
+
+
+def give_slot(peer: Peer, run_dir: str, attempt: int = 1) -> Slot:
+    started = [m for m in peer.of(internal.RunStarted) if m.attempt == attempt][-1]
+    slot = Slot.create(shm_dir(run_dir), started.state_bytes)
+    peer.send(internal.SnapshotSlot(job="job-1", attempt=attempt, slot=slot.ref()))
+    return slot

@@ -1,0 +1,71 @@
+"""What is lost, doubled or late between service and scheduler, at the scheduler's end of the real link."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from co_trainer_host import Host, Peer, batch, give_slot, spec, temporary_run_dir, until
+
+from sglang_harli.protocol import internal
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Iterator[str]:
+    yield from temporary_run_dir(tmp_path)
+
+
+def test_what_comes_twice_late_or_leaves_a_gap_changes_nothing(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    peer.send(internal.StopRun(job="job-1", attempt=1, snapshot=False))
+    peer.send(internal.StartRun(spec=spec(1)))  # overtaken by its own stop
+    peer.send(internal.StartRun(spec=spec(3), scheduler=12345))  # for a process that died
+    for _ in range(2):
+        peer.send(internal.StartRun(spec=spec(2)))
+        peer.send(*batch(1, 2))
+    peer.send(*batch(3, 2))
+    peer.send(*batch(2, 2))
+    until(host, peer, lambda: len(peer.of(internal.StepDone)) == 2)
+    assert [m.step for m in peer.of(internal.StepDone)] == [1, 2]
+    assert [m.after for m in peer.of(internal.StepDone)] == [0, 1]
+    assert [m.attempt for m in peer.of(internal.RunStarted)] == [2]
+    assert [m.attempt for m in peer.of(internal.RunStopped)] == [1]
+    assert not peer.of(internal.RunFailed)
+    assert host.trainer.run is not None and host.trainer.run.training.next_cursor.step == 3
+    host.link.close()
+    peer.socket.close()
+
+
+def test_pulses_say_what_is_missing_until_it_comes(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    peer.send(internal.StartRun(spec=spec(1, steps=1)))
+    until(host, peer, lambda: any(p.state_bytes and not p.has_slot for p in peer.of(internal.Pulse)))
+    give_slot(peer, run_dir)
+    peer.send(*batch(1))
+    until(host, peer, lambda: peer.of(internal.SnapshotReady))
+    peer.send(internal.Ack(seqs=[m.seq for m in peer.got]))  # and the SnapshotSaved behind it is lost
+    until(host, peer, lambda: len(peer.of(internal.SnapshotReady)) == 2)
+    until(host, peer, lambda: peer.of(internal.Pulse)[-1].snapshot == 1)
+    for _ in range(2):
+        peer.send(internal.SnapshotSaved(job="job-1", attempt=1, step=1))
+    until(host, peer, lambda: host.trainer.run is None)
+    assert not peer.of(internal.RunFailed)
+    host.link.close()
+    peer.socket.close()
+
+
+def test_what_is_not_acknowledged_is_sent_again_without_a_restart(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    peer.send(internal.StartRun(spec=spec()))
+    peer.send(*batch(1))
+    until(host, peer, lambda: len(peer.of(internal.StepDone)) == 2)  # the same one, twice
+    first, second = peer.of(internal.StepDone)
+    assert (first.seq, first.step) == (second.seq, second.step)
+    peer.send(internal.Ack(seqs=[m.seq for m in peer.got]))
+    until(host, peer, lambda: host.link.unacknowledged == 0)
+    host.link.close()
+    peer.socket.close()
