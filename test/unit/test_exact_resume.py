@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from trainer_oracle import (
     Step,
     drive,
@@ -21,6 +22,7 @@ from trainer_oracle import (
 )
 
 from sglang_harli.peft_trainer.run import TrainingRun
+from sglang_harli.service import checkpoints
 from sglang_harli.service.feeder import Feeder, total_steps
 from sglang_harli.service.token_store import TokenReader, TokenWriter
 
@@ -104,3 +106,30 @@ def test_the_order_of_the_data_over_epochs_is_the_same_from_any_step(tmp_path) -
     epochs = [sorted(np.concatenate([r[3] for r in whole if r[0] == epoch])) for epoch in (1, 2, 3)]
     assert epochs[0] == epochs[1] == epochs[2]  # every row once an epoch
     assert [r[3] for r in whole if r[0] == 1] != [r[3] for r in whole if r[0] == 2]  # in another order
+
+
+def test_a_new_course_begins_with_the_adapter_and_nothing_else(tmp_path) -> None:
+    model = tiny_model("llama", torch.float32)
+    first = make_run(model, HP, STEPS, rows=1)
+    feed(first, STEPS)
+    drive(first, everything)
+    tensors, _ = state(first)
+    first.release()
+    (tmp_path / "step-5").mkdir()
+    save_file({name: t.numpy() for name, t in tensors.items()}, tmp_path / "step-5" / "state.safetensors")
+    checkpoints.save_beginning(tmp_path / "step-5", tmp_path / "step-0", seed=77)
+    slot, ref, meta, _ = checkpoints.load_state(tmp_path, 0, tmp_path / "shm")
+    saved = {
+        t.name: torch.tensor(np.frombuffer(slot.view(t), np.float32).reshape(t.shape)) for t in ref.tensors
+    }
+    slot.unlink()
+    run = make_run(model, hyperparameters(seed=77, gradient_accumulation_steps=3), STEPS, rows=1)
+    run.load_state(saved.__getitem__, meta)
+    drive(run, everything)
+    began, about = state(run)
+    assert (about["step"], about["tokens"], run.next_cursor.step) == (0, 0, 1)
+    for name, tensor in began.items():
+        assert torch.equal(tensor, tensors[name]) if name.startswith("adapter/") else not tensor.any()
+    feed(run, STEPS)
+    assert len(drive(run, everything).losses) == len(STEPS)
+    run.release()
