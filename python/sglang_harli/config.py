@@ -90,7 +90,8 @@ class HarliOptions:
         "(harli make-keys makes one; default: none).",
     )
     allow_insecure_endpoint: bool = _option(
-        False, "Let --harli-finetune-endpoint leave loopback without keys: whoever reaches it may submit jobs."
+        False,
+        "Let --harli-finetune-endpoint leave loopback without keys: whoever reaches it may submit jobs.",
     )
     run_dir: str = _option("./harli-runs", "Folder of jobs, data, checkpoints and adapters; one server each.")
     overlap: str = _option(

@@ -51,7 +51,8 @@ class Calls(Exchange):
         parsed = msgspec.to_builtins(public.parse_hyperparameters(pairs))  # the same check as the server's
         if data is None and resume_from is None:
             raise ConfigError(
-                "nothing to train on: give data, or resume_from with a job that is over", param="data"
+                "nothing to train on: give data (--data), or resume_from (--resume-from) with a job that is over",
+                param="data",
             )
         args = public.SubmitArgs(
             filename=(filename or "")[:1024],

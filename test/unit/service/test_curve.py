@@ -70,7 +70,7 @@ def test_everybody_else_is_told_why_not(guarded, keys, tmp_path):
         client.status()
     admitted.unlink()
     assert "does not know the key" in refused(guarded.endpoint, stranger)
-    with pytest.raises(ConfigError, match="client.key_secret"):
+    with pytest.raises(ConfigError, match=r"client\.key_secret"):
         FinetuneClient(guarded.endpoint, curve_keys=stray)
     assert guarded.alive
 
@@ -97,7 +97,7 @@ def test_make_keys_makes_private_files_and_overwrites_none(tmp_path):
     command = [sys.executable, "-m", "sglang_harli.cli", "make-keys", str(tmp_path / "new")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--harli-curve-keys" in done.stdout
-    made = [path for path in (tmp_path / "new").rglob("*")]
+    made = list((tmp_path / "new").rglob("*"))
     assert {path.name for path in made if path.is_file()} == {
         "server.key_secret",
         "server.key",
@@ -129,7 +129,7 @@ def test_secret_files_that_others_may_read_are_refused(tmp_path):
 
 @pytest.mark.parametrize("address", ["tcp://0.0.0.0:30100", "tcp://*:30100", "tcp://host-1.example:30100"])
 def test_other_addresses_need_keys_or_the_explicit_flag(address):
-    with pytest.raises(ConfigError, match="loopback only.*--harli-curve-keys"):
+    with pytest.raises(ConfigError, match=r"loopback only.*--harli-curve-keys"):
         HarliOptions(finetune_endpoint=address)
     for values in ({"curve_keys": "keys"}, {"allow_insecure_endpoint": True}):
         assert HarliOptions(finetune_endpoint=address, **values).finetune_endpoint == address
