@@ -134,7 +134,7 @@ def test_a_lost_service_comes_back_beside_traffic_and_the_run_goes_on(
     server: Server, job: Job, how: signal.Signals, record_property: Callable[[str, object], None]
 ) -> None:
     with FinetuneClient(server.endpoint, connect_timeout_s=BACK_S) as client, traffic(server) as failed:
-        restarts = metric(server, "harli_service_restarts_total")
+        restarts = metric(server, "harli_service_restarts_total") or 0.0
         lost = server.find(SERVICE)
         lost.send_signal(how)
         since = time.monotonic()
