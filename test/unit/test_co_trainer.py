@@ -186,7 +186,8 @@ def test_an_adapter_that_cannot_be_loaded_does_not_fail_the_run_of_another_job(r
     until(host, peer, lambda: peer.of(internal.Hello))
     peer.send(internal.StartRun(spec=spec()))
     until(host, peer, lambda: peer.of(internal.RunStarted))
-    host.trainer.loader = loader = BrokenLoader()
+    loader = BrokenLoader()
+    host.trainer.loader = loader  # pyright: ignore[reportAttributeAccessIssue]
     peer.send(*batch(1))
     until(host, peer, lambda: peer.of(internal.StepDone))
     assert not loader.pending and not peer.of(internal.RunFailed)

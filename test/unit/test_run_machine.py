@@ -68,7 +68,8 @@ def test_training_waits_while_the_store_cannot_be_written(monkeypatch):
     world = training()
     machine = world.service.machine
     monkeypatch.setattr(run_machine_module, "MAX_UNSTORED", 1)
-    world.scheduler.work(), world.scheduler.work()  # the first step
+    for _ in range(2):  # the first step
+        world.scheduler.work()
     while world.deliver(to_service=True, late=False):
         pass
     assert machine.state.unstored and machine.next_batch() is None
