@@ -113,7 +113,7 @@ class Service:
         self.hello: internal.Hello | None = None
         for record in list(self.records.values()):
             if record.status == JobStatus.RUNNING and not record.publishing:
-                self.apply(jobs.interrupted(record, "the service was restarted"))
+                self.apply(jobs.interrupted(record, "the service was restarted", 0.0))
 
     # ---- the book
     def find(self, job: str) -> JobRecord | None:

@@ -145,6 +145,19 @@ class TestDesk:
 
         self.run(work)
 
+    def test_a_job_is_shown_as_over_when_the_store_says_so(self, store, tmp_path):
+        async def work():
+            store.write([record(id="ftjob-a")])
+            desk = JobDesk(store, tmp_path)
+            durable = desk.apply(jobs.fail(desk.get("ftjob-a"), "internal", "a bug", 2.0))
+            assert desk.get("ftjob-a").status == JobStatus.FAILED
+            assert desk.public(desk.get("ftjob-a")).status == JobStatus.QUEUED
+            await durable
+            assert desk.public(desk.get("ftjob-a")).status == JobStatus.FAILED
+            desk.journal.close()
+
+        self.run(work)
+
     def test_waiting_for_a_change(self, store, tmp_path):
         async def work():
             store.write([record(id="ftjob-a")])

@@ -138,7 +138,7 @@ ACTIONS = {
     "resume": jobs.ask_resume,
     "cancel": lambda job: jobs.ask_cancel(job, 3.0, in_flight=False),
     "stopped": lambda job: jobs.stopped(job, 4.0),
-    "lost": lambda job: jobs.interrupted(job, "gone"),
+    "lost": lambda job: jobs.interrupted(job, "gone", 9.0),
     "fail": lambda job: jobs.fail(job, "nan", "loss is NaN", 4.0),
     "trained": lambda job: jobs.trained(jobs.checkpoint_saved(job, job.total_steps, 99, "final").record),
     "published": lambda job: jobs.published(job, 5.0),

@@ -61,10 +61,11 @@ class JobDesk:
             self._committed,
         )
         self._waiters: dict[str, asyncio.Event] = {}
+        self._before_end: dict[str, JobRecord] = {}  # of jobs whose end is being written
         self.journal.check(self._records.values())
         for record in list(self._records.values()):
             if record.status == JobStatus.RUNNING and not record.publishing:
-                self.apply(jobs.interrupted(record, "the service was restarted"))
+                self.apply(jobs.interrupted(record, "the service was restarted", time.time()))
 
     def _committed(self, jobs: set[str]) -> None:
         for call in self.committed:
@@ -104,8 +105,9 @@ class JobDesk:
         return None if job is None else self._records[job]
 
     def public(self, record: JobRecord) -> Job:
-        """The job as clients see it; a queued one with the reason it waits."""
-        job = self._shown(record)
+        """The job as clients see it; a queued one with the reason it waits, and none as over that is not so in
+        the store: a crash would take it back."""
+        job = self._shown(self._before_end.get(record.id, record))
         if record.status == JobStatus.QUEUED:
             job.reason = self.blocker() or self._queue.reason(record.id)
         return job
@@ -148,8 +150,12 @@ class JobDesk:
             )
             if draft.type != "step_metrics":
                 logger.info("job %s: %s: %s", record.id, draft.type, draft.message)
+        old = self._records.get(record.id)
         self._keep(record)
         future = self.journal.put(record, events, urgent=urgent)
+        if record.status.final and old is not None and not old.status.final:
+            self._before_end[record.id] = old
+            future.add_done_callback(lambda _: self._before_end.pop(record.id, None))
         for listener in self.listeners:
             listener(record)
         waiter = self._waiters.pop(record.id, None)

@@ -214,10 +214,10 @@ def stopped(record: JobRecord, now: float) -> Change:
     return _change(record, Draft("queued", "waiting for its turn"), status=JobStatus.QUEUED, **back)
 
 
-def interrupted(record: JobRecord, why: str, now: float | None = None) -> Change:
+def interrupted(record: JobRecord, why: str, now: float) -> Change:
     """The run is gone without having been asked to stop; the job starts again from its checkpoint."""
     if record.wish != Wish.RUN:
-        return stopped(record, now or record.started_at or record.created_at)
+        return stopped(record, now)
     draft = Draft("queued", f"{why}; goes on from step {record.checkpoint_step}", level="warn")
     return _change(record, draft, status=JobStatus.QUEUED, **_back_to_checkpoint(record))
 
