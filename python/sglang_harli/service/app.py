@@ -63,7 +63,7 @@ class App:
         self._context = zmq.asyncio.Context()
         # Threads: files of submits one after the other, politely; checkpoints and slots; reads of events.
         self._worker = ThreadPoolExecutor(1, "data", initializer=_be_polite)
-        self._disk = ThreadPoolExecutor(3, "disk")
+        self._disk = ThreadPoolExecutor(3, "disk", initializer=_be_polite)
         self._readers = ThreadPoolExecutor(1, "reader")
         self._store = JobStore(sqlite_url(run_dir / "harli.db"))
         self._desk = JobDesk(self._store, run_dir, config.options.keep_checkpoints)
