@@ -2,7 +2,7 @@
 
 Leans on SGLang 0.5.16: ``server_args.ServerArgs`` (``__post_init__``, ``override``,
 ``_handle_gpu_memory_settings``, ``get_model_config``), ``arg_groups.arg_utils`` (A, Arg) and
-``utils.common.get_device``.
+``utils.common`` (get_device, kill_itself_when_parent_died).
 
 The plugin puts ``HarliServerArgs`` in the place of ``ServerArgs`` in every process.  SGLang's registry then
 rebinds the name ``ServerArgs`` here too, so the base class is only ever reached through ``super()``.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import multiprocessing
 import os
 import typing
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Any, ClassVar
 
 from sglang.srt.arg_groups.arg_utils import A, Arg
 from sglang.srt.server_args import ServerArgs
-from sglang.srt.utils.common import get_device
+from sglang.srt.utils.common import get_device, kill_itself_when_parent_died
 
 from sglang_harli.config import SWITCH_ENV, SWITCH_SERVE, HarliOptions
 from sglang_harli.errors import ConfigError, HarliError, UnsupportedError
@@ -29,6 +30,7 @@ from sglang_harli.platforms.cpu import engine
 logger = logging.getLogger(__name__)
 
 PREFIX = "harli_"
+_SENDER = "_sender_pid"  # in a pickle: of the process that made it
 # What a LoRA job trains by default; the embedding and the head are left out on purpose.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Twice to four times a job's default rank; each of SGLang's adapter slots is allocated at this rank.
@@ -115,6 +117,23 @@ class HarliServerArgs(_HarliFields, ServerArgs):
             self._finish(options)
         except HarliError as error:
             raise SystemExit(f"sglang-harli: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, _SENDER: os.getpid()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a process of SGLang's that is just being spawned: it has imported for seconds by now, and has not asked
+        yet to die with its parent.  If the server was killed meanwhile, it would stay for good.
+
+        Raises:
+            SystemExit: the parent is gone.
+        """
+        parent = state.pop(_SENDER, None)
+        self.__dict__.update(state)
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            kill_itself_when_parent_died()
+            if os.getppid() != parent:
+                raise SystemExit(f"sglang-harli: the server (pid {parent}) ended while its child started")
 
     def harli_options(self) -> HarliOptions:
         """The options in force (all defaults where none was given).
