@@ -16,6 +16,7 @@ NOW = ("datetime.now", "datetime.utcnow", "datetime.today", "date.today")
 # (file in the package, function) -> which stamp it is.
 STAMPS = {
     ("service/checkpoints.py", "_save_meta"): "created_at in a checkpoint's meta.json",
+    ("service/desk.py", "JobDesk.__init__"): "finished_at of a job that was to be cancelled",
     ("service/desk.py", "JobDesk.apply"): "created_at of events",
     ("service/publication.py", "Publication._publish"): "finished_at of a job",
     ("service/publication.py", "Publication._give_up"): "finished_at of a job",

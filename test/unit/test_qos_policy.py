@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,6 +98,15 @@ def test_the_itl_cap_binds_although_time_is_banked():
     clock = RequestClock(first_token_s=0.0, last_token_s=1.0, emitted=100)
     slack = batch_slack([clock], targets, now_s=1.0, decode_upper_s=0.01, reserve_s=0.0)
     assert slack.bound == "itl" and math.isclose(slack.seconds, 0.07)
+
+
+def test_more_is_kept_for_a_decode_step_while_a_checkpoint_is_written():
+    side = ServingSide(HarliOptions(max_itl_ms=60))
+    for _ in range(20):
+        side.step(True, 1, 0.015, 0.0)
+    clocks = [RequestClock(0.0, 10.0, 300)]
+    quiet, disturbed = (side.slack(clocks, 10.0, 0.0, disturbed=d) for d in (False, True))
+    assert quiet.seconds - disturbed.seconds == pytest.approx(side.decode.estimate(1).upper_s)
 
 
 def test_an_empty_batch_is_unbounded():

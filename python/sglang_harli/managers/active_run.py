@@ -83,6 +83,11 @@ class ActiveRun:
     def copying(self) -> bool:
         return self._copier is not None
 
+    @property
+    def saving(self) -> bool:
+        """Whether a snapshot is on its way to the disk."""
+        return self._in_hand is not None
+
     def next_shape(self) -> QuantumShape | None:
         """The next training quantum, or None while the run waits for data, a slot or its end."""
         if self.training.state_consistent and (self._stopping or self.training.finished):

@@ -177,6 +177,11 @@ class CoTrainer:
         return self.loader is not None and self.loader.pending
 
     @property
+    def saving(self) -> bool:
+        """Whether the service is writing a snapshot on the cores that serving computes on."""
+        return self.run is not None and self.run.saving and self.limits.device == "cpu"
+
+    @property
     def training(self) -> bool:
         return self.run is not None
 

@@ -90,9 +90,10 @@ def routes(publisher: Publisher, tokenizer_manager: Any) -> APIRouter:
     async def health_generate(request: Request) -> Response:
         """SGLang's answer, but 503 until the finetune service and the scheduler have met once.
 
-        Later trouble in finetuning is no trouble of serving: the gate never closes again.
+        Later trouble in finetuning is no trouble of serving: the gate never closes again, and a service that is
+        given up before they have met opens it.
         """
-        if not publisher.was_ready:
+        if not publisher.was_ready and publisher.down is None:
             return PlainTextResponse(not_ready_reason(publisher), status_code=503)
         return await http_server.health_generate(request)
 

@@ -132,7 +132,7 @@ class HarliScheduler(Scheduler):
         while (offer := trainer.offer()) is not None:
             load = self._harli_load(len(clocks))
             now_s, queued_s = time.perf_counter(), trainer.queued_s
-            slack = side.slack(clocks, now_s, queued_s)
+            slack = side.slack(clocks, now_s, queued_s, disturbed=trainer.saving)
             room_s = side.targets.busy_quantum_s - (now_s - begin_s) - queued_s
             slack = slo_ledger.Slack(min(slack.seconds, room_s), slack.bound)
             decision = qos_policy.decide(load, slack, offer, side.targets)

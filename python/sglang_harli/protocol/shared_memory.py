@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from sglang_harli.fault_points import Write, reach
 from sglang_harli.protocol.internal import SlotRef, TensorRef
 
 _ALIGN = 64
+_PART = 4 << 20  # bytes of a slot that are made at a time
 
 
 def layout(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> tuple[list[TensorRef], int]:
@@ -38,14 +39,18 @@ class Slot:
         OSError: shared memory is full (creating) or the file is gone (opening).
     """
 
-    def __init__(self, path: str, nbytes: int, *, create: bool) -> None:
+    def __init__(
+        self, path: str, nbytes: int, *, create: bool, rest: Callable[[], None] = lambda: None
+    ) -> None:
         self.path = path
         self.nbytes = nbytes
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
         fd = os.open(path, flags, 0o600)
         try:
             if create:
-                os.posix_fallocate(fd, 0, nbytes)  # a full /dev/shm is an error here, not a SIGBUS later
+                for start in range(0, nbytes, _PART):  # a full /dev/shm is an error here, not a SIGBUS later
+                    os.posix_fallocate(fd, start, min(_PART, nbytes - start))
+                    rest()
             elif os.fstat(fd).st_size < nbytes:
                 raise OSError(f"slot {path} is shorter than the {nbytes} bytes it should have")
             self.map = mmap.mmap(fd, nbytes)
@@ -58,12 +63,15 @@ class Slot:
         self.buffer = memoryview(self.map)
 
     @classmethod
-    def create(cls, folder: Path, nbytes: int) -> Slot:
-        """A new slot in ``folder`` (made with mode 0700), its pages faulted in."""
+    def create(cls, folder: Path, nbytes: int, rest: Callable[[], None] = lambda: None) -> Slot:
+        """A new slot in ``folder`` (made with mode 0700), its pages faulted in; ``rest`` is called in between."""
         reach(Write.SLOT)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        slot = cls(str(folder / f"slot-{secrets.token_hex(8)}"), nbytes, create=True)
-        np.frombuffer(slot.buffer, dtype=np.uint8)[:: mmap.PAGESIZE] = 0
+        slot = cls(str(folder / f"slot-{secrets.token_hex(8)}"), nbytes, create=True, rest=rest)
+        pages = np.frombuffer(slot.buffer, dtype=np.uint8)
+        for start in range(0, nbytes, _PART):
+            pages[start : start + _PART : mmap.PAGESIZE] = 0
+            rest()
         return slot
 
     @classmethod

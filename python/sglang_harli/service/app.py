@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +28,7 @@ from sglang_harli.service.http_link import HttpLink
 from sglang_harli.service.job_store import JobStore, sqlite_url
 from sglang_harli.service.model_tokenizer import ModelTokenizer
 from sglang_harli.service.options_desk import SETTING, OptionsDesk
+from sglang_harli.service.politeness import be_polite
 from sglang_harli.service.public_door import PublicDoor
 from sglang_harli.service.publication import Publication
 from sglang_harli.service.run_driver import RunDriver
@@ -62,8 +62,8 @@ class App:
         shm = core.shm_dir(str(run_dir))
         self._context = zmq.asyncio.Context()
         # Threads: files of submits one after the other, politely; checkpoints and slots; reads of events.
-        self._worker = ThreadPoolExecutor(1, "data", initializer=_be_polite)
-        self._disk = ThreadPoolExecutor(3, "disk", initializer=_be_polite)
+        self._worker = ThreadPoolExecutor(1, "data", initializer=be_polite, initargs=(10,))
+        self._disk = ThreadPoolExecutor(3, "disk", initializer=be_polite, initargs=(19,))
         self._readers = ThreadPoolExecutor(1, "reader")
         self._store = JobStore(sqlite_url(run_dir / "harli.db"))
         self._desk = JobDesk(self._store, run_dir, config.options.keep_checkpoints)
@@ -207,11 +207,6 @@ class App:
         self._scheduler.peer.close()
         self._http.peer.close()
         self._context.term()
-
-
-def _be_polite() -> None:
-    """This thread leaves the cores to serving where it can."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 async def _main(config: ServiceConfig) -> None:

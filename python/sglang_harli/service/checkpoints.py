@@ -14,25 +14,28 @@ A folder is written under a temporary name, fsynced and renamed; so one that is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
 from sglang_harli.errors import HarliError
 from sglang_harli.fault_points import Point, Write, reach
 from sglang_harli.protocol import shared_memory
 from sglang_harli.protocol.internal import SlotRef
+from sglang_harli.service import tensor_files
 from sglang_harli.service.job_files import fsync_folder, fsync_tree
+from sglang_harli.service.politeness import Pace
+from sglang_harli.service.tensor_files import Source
 
+STATE_FILE, RUN_FILE = "state.safetensors", "run.msgpack"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 ADAPTER_META = "harli.json"
 ADAPTER_PREFIX = "adapter/"  # of the adapter's tensors among those of a run's state
@@ -46,8 +49,13 @@ class CheckpointError(HarliError):
 
 
 # ------------------------------------------------------------------ state
-def save_state(checkpoints: Path, step: int, slot: SlotRef, run: dict[str, Any], tokens: int) -> Path:
+def save_state(
+    checkpoints: Path, step: int, slot: SlotRef, run: dict[str, Any], tokens: int, *, rush: bool = False
+) -> Path:
     """Write the tensors in ``slot`` as the checkpoint of ``step``; durable on return.
+
+    Args:
+        rush: without regard for serving, which is about to end.
 
     Raises:
         OSError: the slot is gone, or the disk is full.
@@ -58,30 +66,27 @@ def save_state(checkpoints: Path, step: int, slot: SlotRef, run: dict[str, Any],
     temporary.mkdir(parents=True)
     mapped = shared_memory.Slot.open(slot)
     try:
-        arrays = {
-            t.name: np.frombuffer(mapped.view(t), dtype=np.dtype(t.dtype)).reshape(t.shape)
-            for t in slot.tensors
-        }
         reach(Write.STATE)
-        _save_tensors(arrays, temporary / "state.safetensors")
-        del arrays
+        sources = tensor_files.from_slot(mapped, slot)
+        digest = tensor_files.write(temporary / STATE_FILE, sources, Pace(rush=rush))
+        del sources
     finally:
         mapped.close()
-    _save_meta(temporary, step, run, tokens)
+    _save_meta(temporary, step, run, tokens, digest)
     reach(Point.FILE_WRITTEN)
     _replace(temporary, final)
     reach(Point.RENAMED)
     return final
 
 
-def _save_meta(folder: Path, step: int, run: dict[str, Any], tokens: int) -> None:
+def _save_meta(folder: Path, step: int, run: dict[str, Any], tokens: int, state_digest: str) -> None:
     reach(Write.META)
-    (folder / "run.msgpack").write_bytes(msgspec.msgpack.encode(run))
+    (folder / RUN_FILE).write_bytes(msgspec.msgpack.encode(run))
     meta = {
         "step": step,
         "trained_tokens": tokens,
         "created_at": time.time(),
-        "sha256": {name: _sha256(folder / name) for name in ("state.safetensors", "run.msgpack")},
+        "sha256": {STATE_FILE: state_digest, RUN_FILE: tensor_files.digest(folder / RUN_FILE, Pace())},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2))
 
@@ -118,16 +123,19 @@ def save_beginning(source: Path, target: Path, seed: int) -> None:
         OSError: the disk is full.
     """
     target.mkdir(parents=True)
-    tensors = load_file(source / "state.safetensors")
-    state = {
-        name: tensor if name.startswith(ADAPTER_PREFIX) else np.zeros_like(tensor)
-        for name, tensor in tensors.items()
-    }
     reach(Write.STATE)
-    _save_tensors(state, target / "state.safetensors")
+    with safe_open(source / STATE_FILE, framework="np") as file:
+
+        def load(name: str) -> np.ndarray:
+            tensor = file.get_tensor(name)
+            return tensor if name.startswith(ADAPTER_PREFIX) else np.zeros_like(tensor)
+
+        names = list(file.keys())
+        sources = _sources(file, dict(zip(names, names, strict=True)), load)
+        digest = tensor_files.write(target / STATE_FILE, sources, Pace())
     # As the trainer's own state says it of a run that was just made.
     run = {"version": 1, "step": 0, "epoch": 1, "tokens": 0, "seed": seed, "adam_steps": 0}
-    _save_meta(target, 0, run, 0)
+    _save_meta(target, 0, run, 0, digest)
 
 
 def load_state(
@@ -141,8 +149,8 @@ def load_state(
     """
     meta = check_state(checkpoints, step)
     folder = checkpoints / f"step-{step}"
-    run = msgspec.msgpack.decode((folder / "run.msgpack").read_bytes())
-    slot, ref = _into_slot(load_file(folder / "state.safetensors"), shm)
+    run = msgspec.msgpack.decode((folder / RUN_FILE).read_bytes())
+    slot, ref = tensor_files.into_slot(folder / STATE_FILE, shm, Pace())
     return slot, ref, run, int(meta["trained_tokens"])
 
 
@@ -151,10 +159,11 @@ def check_state(checkpoints: Path, step: int) -> dict[str, Any]:
     folder = checkpoints / f"step-{step}"
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        for name, digest in meta["sha256"].items():
-            if _sha256(folder / name) != digest:
-                raise CheckpointError(f"{folder / name} was altered after it was written (checksum)")
-    except (FileNotFoundError, ValueError, KeyError) as error:
+        digests = {name: meta["sha256"][name] for name in (STATE_FILE, RUN_FILE)}
+        if meta["step"] != step or not isinstance(meta["trained_tokens"], int):
+            raise CheckpointError(f"{folder / 'meta.json'} is not of step {step}")
+        _compare(folder, digests)
+    except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"checkpoint {folder} is not whole: {error!r}") from error
     return meta
 
@@ -168,21 +177,20 @@ def save_adapter(adapter: Path, checkpoints: Path, step: int, config: dict[str, 
         OSError: the disk is full.
     """
     check_state(checkpoints, step)
-    tensors = load_file(checkpoints / f"step-{step}" / "state.safetensors")
-    chosen = {
-        name.removeprefix(ADAPTER_PREFIX): np.asarray(tensor, dtype=np.float32)
-        for name, tensor in tensors.items()
-        if name.startswith(ADAPTER_PREFIX)
-    }
-    if not chosen:
-        raise CheckpointError(f"checkpoint {checkpoints}/step-{step} holds no adapter")
     temporary = adapter.with_name("adapter.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     reach(Write.ADAPTER)
-    _save_tensors(chosen, temporary / "adapter_model.safetensors")
-    (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    meta = {"step": step, "sha256": {name: _sha256(temporary / name) for name in ADAPTER_FILES}}
+    with safe_open(checkpoints / f"step-{step}" / STATE_FILE, framework="np") as file:
+        found = list(file.keys())
+        names = {n: n.removeprefix(ADAPTER_PREFIX) for n in found if n.startswith(ADAPTER_PREFIX)}
+        if not names:
+            raise CheckpointError(f"checkpoint {checkpoints}/step-{step} holds no adapter")
+        sources = _sources(file, names, file.get_tensor)
+        tensors_digest = tensor_files.write(temporary / ADAPTER_FILES[0], sources, Pace())
+    (temporary / ADAPTER_FILES[1]).write_text(json.dumps(config, indent=2))
+    config_digest = tensor_files.digest(temporary / ADAPTER_FILES[1], Pace())
+    meta = {"step": step, "sha256": dict(zip(ADAPTER_FILES, (tensors_digest, config_digest), strict=True))}
     (temporary / ADAPTER_META).write_text(json.dumps(meta, indent=2))
     _replace(temporary, adapter)
     reach(Point.ADAPTER_EXPORTED)
@@ -197,34 +205,30 @@ def load_adapter(adapter: Path, shm: Path) -> tuple[shared_memory.Slot, SlotRef,
     """
     try:
         if (adapter / ADAPTER_META).exists():  # else it was saved by harli 0.1.0
-            for name, digest in json.loads((adapter / ADAPTER_META).read_bytes())["sha256"].items():
-                if _sha256(adapter / name) != digest:
-                    raise CheckpointError(f"{adapter / name} was altered after it was written (checksum)")
+            digests = json.loads((adapter / ADAPTER_META).read_bytes())["sha256"]
+            _compare(adapter, {name: digests[name] for name in ADAPTER_FILES})
         config = json.loads((adapter / ADAPTER_FILES[1]).read_bytes())
-        tensors = load_file(adapter / ADAPTER_FILES[0])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        with safe_open(adapter / ADAPTER_FILES[0], framework="np"):
+            pass  # its header is whole: what fails below is shared memory
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"adapter {adapter} cannot be read: {error!r}") from error
-    slot, ref = _into_slot(tensors, shm)
+    slot, ref = tensor_files.into_slot(adapter / ADAPTER_FILES[0], shm, Pace())
     return slot, ref, config
 
 
 # ------------------------------------------------------------------ shared by both
-def _into_slot(tensors: dict[str, np.ndarray], shm: Path) -> tuple[shared_memory.Slot, SlotRef]:
-    refs, nbytes = shared_memory.layout(
-        (name, t.dtype.name, t.shape, t.nbytes) for name, t in tensors.items()
-    )
-    slot = shared_memory.Slot.create(shm, nbytes)
-    for ref in refs:
-        place = np.frombuffer(slot.view(ref), dtype=np.dtype(ref.dtype)).reshape(ref.shape)
-        place[...] = tensors[ref.name]
-    return slot, slot.ref(refs)
+def _sources(file: Any, names: dict[str, str], load: Callable[[str], np.ndarray]) -> list[Source]:
+    """Tensors of an open state, float32 as all that is trained; ``names``: theirs, and those to write."""
+    return [
+        Source(new, "float32", tuple(file.get_slice(old).get_shape()), lambda old=old: load(old))
+        for old, new in names.items()
+    ]
 
 
-def _save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # it wraps the operating system's errors
-        raise OSError(f"{path} cannot be written: {error}") from error
+def _compare(folder: Path, digests: dict[str, str]) -> None:
+    for name, digest in digests.items():
+        if tensor_files.digest(folder / name, Pace()) != digest:
+            raise CheckpointError(f"{folder / name} was altered after it was written (checksum)")
 
 
 def _replace(temporary: Path, final: Path) -> None:
@@ -235,8 +239,3 @@ def _replace(temporary: Path, final: Path) -> None:
         shutil.rmtree(final)
     temporary.rename(final)
     fsync_folder(final.parent)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

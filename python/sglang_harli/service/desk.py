@@ -61,7 +61,7 @@ class JobDesk:
             self._committed,
         )
         self._waiters: dict[str, asyncio.Event] = {}
-        self._before_end: dict[str, JobRecord] = {}  # of jobs whose end is being written
+        self._before_end: dict[str, tuple[JobRecord, asyncio.Future[None]]] = {}  # whose end is being written
         self.journal.check(self._records.values())
         for record in list(self._records.values()):
             if record.status == JobStatus.RUNNING and not record.publishing:
@@ -107,7 +107,7 @@ class JobDesk:
     def public(self, record: JobRecord) -> Job:
         """The job as clients see it; a queued one with the reason it waits, and none as over that is not so in
         the store: a crash would take it back."""
-        job = self._shown(self._before_end.get(record.id, record))
+        job = self._shown(self._before_end[record.id][0] if record.id in self._before_end else record)
         if record.status == JobStatus.QUEUED:
             job.reason = self.blocker() or self._queue.reason(record.id)
         return job
@@ -154,7 +154,7 @@ class JobDesk:
         self._keep(record)
         future = self.journal.put(record, events, urgent=urgent)
         if record.status.final and old is not None and not old.status.final:
-            self._before_end[record.id] = old
+            self._before_end[record.id] = old, future
             future.add_done_callback(lambda _: self._before_end.pop(record.id, None))
         for listener in self.listeners:
             listener(record)
@@ -203,4 +203,6 @@ class JobDesk:
                 await asyncio.wait_for(waiter.wait(), left)
             except TimeoutError:
                 break
+        if job in self._before_end:  # it is shown when it is durable
+            await self.durable(self._before_end[job][1])
         return self.get(job)

@@ -21,6 +21,7 @@ from sglang_harli.service import run_machine_state as machine
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.feeder import Feeder
 from sglang_harli.service.job_files import JobPaths
+from sglang_harli.service.politeness import Pace
 from sglang_harli.service.publication import Publication
 from sglang_harli.service.run_in_progress import UNREADABLE, open_feeder, restore
 from sglang_harli.service.run_machine import RunMachine
@@ -213,7 +214,7 @@ class RunDriver:
 
 
 def _make_slot(folder: Path, nbytes: int) -> internal.SlotRef:
-    slot = shared_memory.Slot.create(folder, nbytes)
+    slot = shared_memory.Slot.create(folder, nbytes, Pace().rest)
     slot.close()  # the file stays; whoever takes part maps it
     return slot.ref()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -41,12 +42,15 @@ class SnapshotWriter:
             try:
                 async with self._turn:
                     await self._off(
-                        checkpoints.save_state,
-                        paths.checkpoints,
-                        message.step,
-                        message.slot,
-                        message.meta,
-                        tokens,
+                        functools.partial(
+                            checkpoints.save_state,
+                            paths.checkpoints,
+                            message.step,
+                            message.slot,
+                            message.meta,
+                            tokens,
+                            rush=message.reason == "shutdown",
+                        )
                     )
                 return True
             except OSError as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from sglang_harli.service.politeness import be_polite
 
 EVERY_S = 30.0  # a count is at least so long apart from the next, and 20 times as long as it took
 FIRST_S = 1.0  # the first one is waited for so long
@@ -23,7 +24,7 @@ class Space:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._thread = ThreadPoolExecutor(1, "space", initializer=_be_polite)
+        self._thread = ThreadPoolExecutor(1, "space", initializer=be_polite, initargs=(19,))
         self._counting: asyncio.Future[None] | None = None
         self._found: dict[str, int] | None = None
         self._next_at = 0.0
@@ -92,8 +93,3 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError:
         return []
-
-
-def _be_polite() -> None:
-    """This thread leaves the cores to serving where it can."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
