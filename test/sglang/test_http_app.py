@@ -255,6 +255,14 @@ def test_health_says_so_when_the_service_never_came_up(
     assert "ended 1 times in a row" in answer.text
 
 
+def test_health_is_sglangs_own_once_the_service_is_given_up(
+    client: TestClient, manager: Any, healthy: None
+) -> None:
+    assert client.get("/health_generate").status_code == 503
+    manager.harli_publisher.go_down("the finetune service ended 8 times in a row")
+    assert client.get("/health_generate").status_code == 200
+
+
 def test_install_stops_the_server_when_the_service_never_came_up(
     manager: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
