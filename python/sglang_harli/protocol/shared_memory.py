@@ -7,6 +7,7 @@ tracker would unlink a slot when any one process ends.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import secrets
@@ -48,6 +49,7 @@ class Slot:
         fd = os.open(path, flags, 0o600)
         try:
             if create:
+                _check_room(fd, nbytes)
                 for start in range(0, nbytes, _PART):  # a full /dev/shm is an error here, not a SIGBUS later
                     os.posix_fallocate(fd, start, min(_PART, nbytes - start))
                     rest()
@@ -96,6 +98,14 @@ class Slot:
     def unlink(self) -> None:
         self.close()
         Path(self.path).unlink(missing_ok=True)
+
+
+def _check_room(fd: int, nbytes: int) -> None:
+    """Refuse what cannot fit before its first part is taken from everybody else."""
+    disk = os.fstatvfs(fd)
+    free = disk.f_bavail * disk.f_frsize
+    if nbytes > free:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {nbytes} bytes wanted, {free} free")
 
 
 def remove_stale(folder: Path) -> None:
