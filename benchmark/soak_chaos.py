@@ -108,6 +108,8 @@ class Chaos:
             found = self._find()
             if found is not None and found.pid != victim.pid and await self._answers(found.pid):
                 return time.monotonic() - began
+            if self.server.process.poll() is not None:
+                raise RuntimeError(f"the server has ended by itself:\n{self.server.log_tail()}")
             await asyncio.sleep(0.1)
 
     def _find(self) -> psutil.Process | None:
