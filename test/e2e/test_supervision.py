@@ -166,16 +166,18 @@ def marked(server: Server, mark: str) -> list[str]:
     return found
 
 
-def assert_all_end(server: Server, how: signal.Signals) -> None:
+def assert_all_end(server: Server, how: signal.Signals, limit_s: float = GONE_S) -> None:
     """The launcher's main process gets the signal; then nothing of the server is left."""
     [mark] = [v for v in psutil.Process(server.pid).environ().items() if v[0] == MARK]
     family = server.family()
     assert len(marked(server, "=".join(mark))) >= 1
     os.kill(server.pid, how)
     with contextlib.suppress(Exception):
-        server.process.wait(GONE_S)
+        server.process.wait(limit_s)
     until(
-        lambda: not marked(server, "=".join(mark)) and not server.family(), "the end of every process", GONE_S
+        lambda: not marked(server, "=".join(mark)) and not server.family(),
+        "the end of every process",
+        limit_s,
     )
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
@@ -201,7 +203,8 @@ def test_nothing_outlives_a_launcher_that_is_told_to_end(
 def test_nothing_outlives_a_launcher_that_is_killed_while_it_starts(launch: Callable[[], Server]) -> None:
     starting = launch()
     until(lambda: any("spawn_main" in " ".join(c) for c in commands(starting)), "the first child of SGLang")
-    assert_all_end(starting, signal.SIGKILL)
+    # A child that is being spawned asks for its parent when it has imported SGLang: 12 s, a minute on a busy machine.
+    assert_all_end(starting, signal.SIGKILL, 240.0)
 
 
 def commands(server: Server) -> list[list[str]]:
