@@ -82,9 +82,9 @@ class Chaos:
             if blow.what == "everything":
                 await self._everything()
             elif blow.what == "service":
-                self.service_back_s.append(await self._service(signal.SIGKILL))
+                self.service_back_s += await self._service(signal.SIGKILL)
             else:
-                self.stalls_back_s.append(await self._service(signal.SIGSTOP))
+                self.stalls_back_s += await self._service(signal.SIGSTOP)
 
     async def _everything(self) -> None:
         self.gate.shut()
@@ -97,17 +97,17 @@ class Chaos:
         self.restarts_s.append(await asyncio.to_thread(self.server.wait_ready))
         self.gate.release()
 
-    async def _service(self, sign: signal.Signals) -> float:
-        """Send a signal to the service; seconds until another one answers."""
+    async def _service(self, sign: signal.Signals) -> list[float]:
+        """Send a signal to the service; seconds until another one answers (none: there was nobody to hit)."""
         victim = self._find()
         if victim is None:
-            return 0.0  # a blow before has hit it, and its follower is on the way
+            return []  # a blow before has hit it, and its follower is on the way
         began = time.monotonic()
         victim.send_signal(sign)
         while True:
             found = self._find()
             if found is not None and found.pid != victim.pid and await self._answers(found.pid):
-                return time.monotonic() - began
+                return [time.monotonic() - began]
             if self.server.process.poll() is not None:
                 raise RuntimeError(f"the server has ended by itself:\n{self.server.log_tail()}")
             await asyncio.sleep(0.1)

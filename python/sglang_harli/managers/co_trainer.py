@@ -229,9 +229,8 @@ class CoTrainer:
                 tokens, first = self._run(offer.kind, decision.rows)
         except Exception as error:  # boundary: the quantum
             logger.exception("harli: a training quantum (%s) failed", offer.kind.value)
-            if (
-                offer.kind is not QuantumKind.ADAPTER
-            ):  # another job's adapter: its loading has failed, not the run
+            # Where it was another job's adapter, its loading has failed, not the run.
+            if offer.kind is not QuantumKind.ADAPTER:
                 self._fail(error)
             return
         upper_s = dict(offer.candidates).get(decision.rows, offer.candidates[-1][1])

@@ -62,6 +62,7 @@ class RunDriver:
         # Slots of a service that was killed: a scheduler that still trains may hold one of them.
         self._stale = sorted(shm.glob("slot-*"))
         self._machine = RunMachine(desk)
+        self._feeder: Feeder | None = None  # of the run in progress
         desk.listeners.append(lambda _record: self._wake.set())
 
     def attach(self, link: SchedulerLink) -> None:
@@ -82,6 +83,7 @@ class RunDriver:
                     self._do(self._machine.tick(_now()))
                     self._do(self._machine.advance(_now()))
                     await self._feed()
+                    self._close_files()
         finally:
             self._tasks = None
 
@@ -200,6 +202,13 @@ class RunDriver:
             fed += 1
             if fed % 16 == 0:  # a step may have thousands of them
                 await asyncio.sleep(0)
+
+    def _close_files(self) -> None:
+        """Close the data of a run that is over."""
+        plan = self._machine.run.plan if self._machine.run is not None else None
+        if self._feeder is not None and self._feeder is not plan:
+            self._feeder.close()
+        self._feeder = plan if isinstance(plan, Feeder) else None
 
     # ------------------------------------------------------------ short hands
     def _send(self, message: internal.Message, *frames: Any) -> bool:
