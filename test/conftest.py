@@ -11,6 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# No test is about time: how long an example takes says how busy the machine is.
+settings.register_profile("harli", deadline=None)
+settings.load_profile("harli")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -170,8 +170,9 @@ class FinetuneClient(_Client):
         """The service, serving and training as the scheduler sees them, and the queue."""
         return self._run(self._calls.status())
 
-    def set(self, *, if_revision: int | None = None, **values: float | None) -> SetAnswer:
-        """Change latency targets and caps, in milliseconds, for example ``tpot_slo_ms=40``; None clears one.
+    def set(self, *, if_revision: int | None = None, **values: float | str | None) -> SetAnswer:
+        """Change latency targets and caps, in milliseconds, or ``max_train_mem``, a size: for example
+        ``tpot_slo_ms=40, max_train_mem="2GiB"``; None clears one.
 
         Raises:
             ConfigError: unknown name or a value out of bounds.
@@ -283,7 +284,7 @@ class AsyncFinetuneClient(_Client):
     async def status(self) -> StatusAnswer:
         return await self._run(self._calls.status())
 
-    async def set(self, *, if_revision: int | None = None, **values: float | None) -> SetAnswer:
+    async def set(self, *, if_revision: int | None = None, **values: float | str | None) -> SetAnswer:
         return await self._run(self._calls.set(_live(values), if_revision))
 
     def watch(self, job: str, *, poll_s: float = 0.5) -> AsyncIterator[Job]:
@@ -320,5 +321,5 @@ class AsyncFinetuneClient(_Client):
             wire.close()
 
 
-def _live(values: dict[str, float | None]) -> dict[str, float | None]:
+def _live(values: dict[str, float | str | None]) -> dict[str, float | str | None]:
     return dict(parse_live(name, "none" if value is None else str(value)) for name, value in values.items())

@@ -22,11 +22,15 @@ SWITCH_ENV = "HARLI_ON"
 SWITCH_SERVE = "serve"  # its value with --harli-finetune off: only what serving needs is put in place
 ENDPOINT_ENV = "HARLI_ENDPOINT"  # the client's default endpoint
 CURVE_KEYS_ENV = "HARLI_CURVE_KEYS"  # the client's default folder of keys
+POOL_DEBUG_ENV = (
+    "HARLI_POOL_DEBUG"  # 1: memory on its way between KV cache and training is poisoned; read once
+)
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:30100"
 
 _LOOPBACK = re.compile(r"^tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d{1,5})\Z|^ipc://.+\Z")
 _ANY_TCP = re.compile(r"^tcp://(\[[0-9a-fA-F:.]+\]|\*|[A-Za-z0-9._-]+):(\d{1,5})\Z")
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(b|kb|mb|gb|kib|mib|gib)?\s*$", re.IGNORECASE)
+TRAIN_RESERVE_CPU, TRAIN_RESERVE_CUDA = 256 * 2**20, 2**30
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -45,6 +49,14 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ConfigError(f"{text!r} is not a size: give bytes or a number with KB, MB, GB, KiB, MiB or GiB")
     return int(float(match[1]) * _UNITS[(match[2] or "b").lower()])
+
+
+def show_size(count: int) -> str:
+    """1.5 GiB, 20.0 MiB, 12 B."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"
 
 
 def _option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -101,7 +113,23 @@ class HarliOptions:
     )
     max_train_mem: str | None = _option(
         None,
-        "Memory that training may use, such as 2GiB (default: 10% of the device's, at most 8GiB on a CPU).",
+        "Most memory of the KV pool that may be lent to training, such as 2GiB (default: all that the pool can "
+        "lend). Where the pool cannot lend it is training's own memory beside it (default then: 10% of the "
+        "device's, at most 8GiB on a CPU).",
+    )
+    train_reserve: str | None = _option(
+        None,
+        "Memory outside the KV pool for what training needs besides what is lent to it, such as a layer's "
+        "working set (default: 256MiB on a CPU, 1GiB on a CUDA device).",
+    )
+    prefix_keep: float = _option(
+        0.5,
+        "Share of the KV pool, 0 to 1, that cached prefixes keep: training may have the rest evicted.",
+    )
+    profile_budget_s: float = _option(
+        0.0,
+        "Most seconds that a start may spend on measuring decode steps and prefills, where no latency profile for "
+        "this server is there; the server is healthy after that. 0: none, it learns while it serves.",
     )
     keep_checkpoints: int = _option(
         2, "How many checkpoints of each job stay on the disk, after its end too."
@@ -115,10 +143,10 @@ class HarliOptions:
             choices = f.metadata["choices"]
             if choices and getattr(self, f.name) not in choices:
                 raise _bad(f.name, getattr(self, f.name), "one of " + ", ".join(choices))
-        for name in ("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms"):
+        for name in LIVE_MS:
             value = getattr(self, name)
             missing = value is None and name == "tpot_slo_ms"  # the one target that is always there
-            if missing or (value is not None and not (math.isfinite(value) and 0 < value <= 3_600_000)):
+            if missing or (value is not None and not (_is_number(value) and 0 < value <= 3_600_000)):
                 raise _bad(name, value, "a number of milliseconds above 0 and at most 3,600,000")
         if self.quantum_rows is not None and self.quantum_rows < 1:
             raise _bad("quantum_rows", self.quantum_rows, "an integer of at least 1")
@@ -127,15 +155,25 @@ class HarliOptions:
         self._check_endpoint()
         if not self.run_dir:
             raise _bad("run_dir", self.run_dir, "a folder")
-        for name in ("max_train_mem", "logits_mem"):
-            value = getattr(self, name)
-            if value is not None:
-                try:
-                    size = parse_size(value)
-                except ConfigError as error:
-                    raise _bad(name, value, "a size such as 512MiB or 2GB") from error
-                if size < 2**20:
-                    raise _bad(name, value, "a size of at least 1MiB")
+        if not (_is_number(self.prefix_keep) and 0 <= self.prefix_keep <= 1):
+            raise _bad("prefix_keep", self.prefix_keep, "a share from 0 to 1")
+        if not (_is_number(self.profile_budget_s) and 0 <= self.profile_budget_s <= 3600):
+            raise _bad("profile_budget_s", self.profile_budget_s, "a number of seconds from 0 to 3600")
+        for name in ("max_train_mem", "train_reserve", "logits_mem"):
+            self._check_size(name)
+
+    def _check_size(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        try:
+            size = parse_size(value) if isinstance(value, str) else None
+        except ConfigError:
+            size = None
+        if size is None:
+            raise _bad(name, value, "a size such as 512MiB or 2GB")
+        if size < 2**20:
+            raise _bad(name, value, "a size of at least 1MiB")
 
     def _check_endpoint(self) -> None:
         match = _LOOPBACK.match(self.finetune_endpoint)
@@ -177,8 +215,19 @@ class HarliOptions:
     def logits_bytes(self) -> int:
         return parse_size(self.logits_mem)
 
+    @property
+    def max_train_bytes(self) -> int | None:
+        """Cap on what the pool lends; None: all that it can."""
+        return None if self.max_train_mem is None else parse_size(self.max_train_mem)
+
+    def reserve_bytes(self, cpu: bool) -> int:
+        """What stays outside the pool for training."""
+        if self.train_reserve is not None:
+            return parse_size(self.train_reserve)
+        return TRAIN_RESERVE_CPU if cpu else TRAIN_RESERVE_CUDA
+
     def train_bytes(self, device_bytes: int, cpu: bool) -> int:
-        """The training memory budget in bytes on a device with ``device_bytes`` of memory."""
+        """Training's own budget where the KV pool cannot lend, on a device with ``device_bytes`` of memory."""
         if self.max_train_mem is not None:
             return parse_size(self.max_train_mem)
         share = device_bytes // 10
@@ -203,16 +252,23 @@ class HarliOptions:
     def absolute_run_dir(self) -> str:
         return os.path.abspath(os.path.expanduser(self.run_dir))
 
+    @property
+    def profile_path(self) -> str:
+        """The file of measured latencies, read once when a server starts."""
+        return os.path.join(self.absolute_run_dir, "latency-profile.json")
 
-# Options that `harli set` changes while the server runs.
-LIVE = ("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms")
+
+# Options that `harli set` changes while the server runs: those of latency, in milliseconds, and a size.
+LIVE_MS = ("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms")
+LIVE = (*LIVE_MS, "max_train_mem")
+LiveValue = float | str | None  # of one of them: milliseconds, a size, or none
 
 
-def parse_live(name: str, text: str) -> tuple[str, float | None]:
-    """One ``name=value`` of ``harli set`` as (field name, value); ``none`` clears an optional target.
+def parse_live(name: str, text: str) -> tuple[str, LiveValue]:
+    """One ``name=value`` of ``harli set`` as (field name, value); ``none`` clears an optional one.
 
     Raises:
-        ConfigError: unknown name (the accepted ones are listed) or a value that is not a number.
+        ConfigError: unknown name (the accepted ones are listed) or a value that is not accepted.
     """
     key = name.replace("-", "_")
     if key not in LIVE:
@@ -220,12 +276,19 @@ def parse_live(name: str, text: str) -> tuple[str, float | None]:
         raise ConfigError(f"{name!r} cannot be set while the server runs; accepted: {known}", param=name)
     if text.lower() == "none" and key != "tpot_slo_ms":
         return key, None
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise ConfigError(f"{name}={text!r}: give a number of milliseconds", param=name) from error
+    value: LiveValue = text
+    if key in LIVE_MS:
+        try:
+            value = float(text)
+        except ValueError as error:
+            raise ConfigError(f"{name}={text!r}: give a number of milliseconds", param=name) from error
     HarliOptions().replace(**{key: value})  # the same check as at start-up
     return key, value
+
+
+def _is_number(value: Any) -> bool:
+    """Finite; values also come over the wire, where a text may stand."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _bad(name: str, value: Any, accepted: str) -> ConfigError:

@@ -38,6 +38,14 @@ class SubState(enum.StrEnum):
     PUBLISHING = "publishing"
 
 
+class MemoryPurpose(enum.StrEnum):
+    """What training holds memory for; under pressure the first named goes first (design section 6)."""
+
+    KEPT = "kept"  # activations kept to save a recomputation
+    MICRO_BATCH = "micro_batch"  # saved layer inputs, gradients of activations, logits: run again if dropped
+    STATE = "state"  # adapter, gradients, optimizer: moved to host memory last
+
+
 class QuantumKind(enum.StrEnum):
     """The kinds of training work that the scheduler slots in (design section 5)."""
 
@@ -45,6 +53,7 @@ class QuantumKind(enum.StrEnum):
     FORWARD = "forward"
     HEAD = "head"  # final norm, logits and loss with their backward, over a chunk of target tokens
     BACKWARD = "backward"  # one layer: recompute and backward
+    BACKWARD_KEPT = "backward_kept"  # one layer whose activations were kept: backward alone
     ACCUMULATE = "accumulate"
     OPTIMIZER = "optimizer"
     COPY = "copy"  # a tensor of the state into, or out of, shared memory
@@ -58,16 +67,18 @@ class StepLoad:
     Attributes:
         running: requests in the running decode batch.
         context_tokens: sum of their context lengths.
-        waiting: requests waiting for prefill, a chunked prefill in progress counted as one.
+        waiting: prompts that training stops for at once; a chunked prefill in progress counts as one.
+        promised: prompts that wait under a deadline of their own, which the slack counts.
     """
 
     running: int = 0
     context_tokens: int = 0
     waiting: int = 0
+    promised: int = 0
 
     @property
     def idle(self) -> bool:
-        return self.running == 0 and self.waiting == 0
+        return not (self.running or self.waiting or self.promised)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +116,50 @@ class Decision:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class SmSplit:
+    """How a device's streaming multiprocessors (SMs) are divided: a rung of the ladder."""
+
+    decode: int
+    finetune: int
+
+
+@dataclass(frozen=True, slots=True)
+class RungOffer:
+    """What the next decode step would cost, and training would gain, at one rung.
+
+    Attributes:
+        split: the rung.
+        alone_s: upper bound of the decode step on the rung's SMs with no training beside it (T1).
+        beside_s: upper bound with training beside it throughout (T2).
+        rate: predicted training throughput while it runs, in any unit that all offers share; 0 where
+            training pauses.
+    """
+
+    split: SmSplit
+    alone_s: float
+    beside_s: float
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class RungChoice:
+    """How the next decode step is run, and why.
+
+    Attributes:
+        rung: index among the offers.
+        train_s: training to launch beside the step, seconds of it; the whole step where that is ``beside_s``.
+        rate: predicted training throughput over the step.
+    """
+
+    rung: int
+    train_s: float
+    rate: float
+    reason: str
+
+
 # ------------------------------------------------------------------ names and places
+PROFILE_ROUTE = "/harli/profile"  # of the server's HTTP door: what it has measured of itself
 ADAPTER_MARK = "-ft-"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 SUFFIX_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z"

@@ -64,12 +64,27 @@ TABLE = (
         False,
         "training quanta run between batches, on the scheduler's thread",
     ),
-    Replacement(
-        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
-        "sglang_harli.managers.kv_headroom:leave_room",
-        "around",
-        False,
-        "on a GPU the KV pool takes all that is free: training's share stays out of it",
+    *(
+        Replacement(
+            f"sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.{method}",
+            f"sglang_harli.managers.pool_setup:{hook}",
+            "around",
+            False,
+            why,
+        )
+        for method, hook, why in (
+            (
+                "_profile_available_bytes",
+                "leave_room",
+                "on a GPU the KV pool takes all that is free: what training needs outside it stays out",
+            ),
+            ("_build_mha_kv_pool", "build_kv_pool", "the KV cache's memory can be lent to training"),
+            (
+                "_build_token_to_kv_pool_allocator",
+                "build_allocator",
+                "slots whose memory is lent are free on call: an allocation takes them back",
+            ),
+        )
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.release_memory_occupation",

@@ -1,18 +1,16 @@
-"""The doors to a server: SGLang's own launcher with our options, and what happens when the seam is missing."""
+"""What happens when the seam is missing.  (SGLang's own launcher serves in test_serving_features.py.)"""
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 from support.models import make_model
-from support.server import free_port, start_server
+from support.server import free_port
 
 SENTENCE = re.compile(r"^sglang-harli: .*$", re.MULTILINE)
 
@@ -30,22 +28,6 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_model(tmp_path_factory.mktemp("model"), "llama")
-
-
-def server_info(url: str) -> dict:
-    with urllib.request.urlopen(f"{url}/server_info", timeout=30) as answer:
-        return json.load(answer)
-
-
-def test_sglangs_own_launcher_with_an_option_of_ours_serves_as_our_launcher_does(model):
-    with start_server(model, "--harli-tpot-slo-ms", "25", launcher="sglang") as server:
-        info = server_info(server.url)
-        assert info["harli_tpot_slo_ms"] == 25.0
-        assert info["enable_lora"] is True
-        assert len(SENTENCE.findall(server.log())) == 0
-        assert server.log().count("harli options: finetune='on', tpot_slo_ms=25.0") == 1
-        assert (server.run_dir / "lock").read_text().strip() == str(server.pid)
-        assert server.find("sglang_harli.service.app").is_running()
 
 
 def test_a_server_that_the_seam_did_not_reach_stops_with_one_sentence(model, tmp_path):

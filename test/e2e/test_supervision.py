@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,14 @@ from sglang_harli import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol.public import Job
+from support.ends import assert_all_end, new_mark
 from support.http import PROMPTS, generate, get
 from support.models import make_model
 from support.server import Server, start_server
 
 ROWS = [{"prompt": f"{n} and", "completion": f" {n + 1}"} for n in range(16)]
 SERVICE = "sglang_harli.service.app"
-MARK = "TEST_SUPERVISION_MARK"
 BACK_S = 60.0  # asserted generously; the figure that is aimed at is 10 s on 2 cores
-GONE_S = 60.0  # SGLang drains requests for at most 15 s
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +43,7 @@ def launch(model: str, run_dir: Path) -> Iterator[Callable[[], Server]]:
     started: list[Server] = []
 
     def start() -> Server:
-        mark = {MARK: uuid.uuid4().hex}
-        started.append(start_server(model, "--enable-metrics", run_dir=run_dir, env=mark))
+        started.append(start_server(model, "--enable-metrics", run_dir=run_dir, env=new_mark()))
         return started[-1]
 
     yield start
@@ -147,61 +143,25 @@ def test_a_lost_service_comes_back_beside_traffic_and_the_run_goes_on(
         print(f"the service was back {took_s:.1f} s after its death ({how.name})")
         assert status.service["pid"] != lost.pid
         before = client.get(job.id)
-        now = until(lambda: (j := client.get(job.id)).step > before.step + 3 and j, "more steps")
+
+        def goes_on() -> Job | None:
+            """Steps that come before the new service has met the run again count already: it is still queued."""
+            now = client.get(job.id)
+            return now if now.step > before.step + 3 and now.status == JobStatus.RUNNING else None
+
+        assert until(goes_on, "more steps of the run").attempt == 1
     assert failed == []
-    assert (now.status, now.attempt) == (JobStatus.RUNNING, 1)
     until(lambda: metric(server, "harli_service_restarts_total") == restarts + 1, "the restart's figure")
 
 
 # ------------------------------------------------------------------ the end
-def marked(server: Server, mark: str) -> list[str]:
-    """Live processes that carry the mark in their environment."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, psutil.Error):
-            if mark.encode() in (folder / "environ").read_bytes():
-                process = psutil.Process(int(folder.name))
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
-    return found
-
-
-def assert_all_end(server: Server, how: signal.Signals, limit_s: float = GONE_S) -> None:
-    """The launcher's main process gets the signal; then nothing of the server is left."""
-    [mark] = [v for v in psutil.Process(server.pid).environ().items() if v[0] == MARK]
-    family = server.family()
-    assert len(marked(server, "=".join(mark))) >= 1
-    os.kill(server.pid, how)
-    with contextlib.suppress(Exception):
-        server.process.wait(limit_s)
-    until(
-        lambda: not marked(server, "=".join(mark)) and not server.family(),
-        "the end of every process",
-        limit_s,
-    )
-    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-
 def test_nothing_outlives_a_launcher_that_is_killed(server: Server, job: Job) -> None:
     assert len(server.family()) >= 4  # main, scheduler, detokenizer, service
     assert_all_end(server, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_nothing_outlives_a_launcher_that_is_told_to_end(
-    launch: Callable[[], Server], job: Job, how: signal.Signals
-) -> None:
-    with contextlib.ExitStack() as stack:
-        again = launch()  # the lock and the sockets of the server before stand in nobody's way
-        stack.callback(again.kill)
-        again.wait_ready()
-        client = stack.enter_context(FinetuneClient(again.endpoint))
-        until(lambda: client.get(job.id).sub_state == "training", "the run from its checkpoint")
-        assert_all_end(again, how)
-
-
 def test_nothing_outlives_a_launcher_that_is_killed_while_it_starts(launch: Callable[[], Server]) -> None:
-    starting = launch()
+    starting = launch()  # the lock and the sockets of the server before stand in nobody's way
     until(lambda: any("spawn_main" in " ".join(c) for c in commands(starting)), "the first child of SGLang")
     # A child that is being spawned asks for its parent when it has imported SGLang: 12 s, a minute on a busy machine.
     assert_all_end(starting, signal.SIGKILL, 240.0)

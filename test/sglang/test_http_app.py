@@ -33,6 +33,7 @@ from sglang_harli import plugin
 from sglang_harli.config import HarliOptions
 from sglang_harli.managers import http_app, supervisor
 from sglang_harli.managers.publisher import TENSOR_PATH
+from sglang_harli.managers.startup_profile import StartupProfile
 from sglang_harli.managers.supervisor import RestartPolicy, Supervisor
 
 LOADED, EVICTED, MISSING = "base-ft-a-00000001", "base-ft-b-00000002", "base-ft-c-00000003"
@@ -263,6 +264,39 @@ def test_health_is_sglangs_own_once_the_service_is_given_up(
     assert client.get("/health_generate").status_code == 200
 
 
+def test_health_waits_for_a_profile_that_the_start_measures(
+    app: FastAPI, manager: Any, healthy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    startup = StartupProfile(manager.harli_publisher, manager, 20.0)
+    app.router.routes[:0] = http_app.routes(manager.harli_publisher, manager, startup).routes
+    manager.harli_publisher.was_ready = True
+    client = TestClient(app)
+    answer = client.get("/health_generate")
+    assert answer.status_code == 503 and "measuring a latency profile" in answer.text
+    startup.done = True
+    assert client.get("/health_generate").status_code == 200
+
+
+# ------------------------------------------------------------------ the profile
+def test_the_profile_is_asked_of_the_scheduler_only_when_it_is_wanted(
+    client: TestClient, manager: Any
+) -> None:
+    asked = []
+
+    async def control(request: Any) -> list[Any]:
+        asked.append(request.method)
+        good = len(asked) == 1
+        return [SimpleNamespace(success=good, response=[{"path": "p"}] if good else [], error="no trainer")]
+
+    manager.dumper_control = control
+    client.get("/v1/models")
+    assert asked == []
+    assert client.get("/harli/profile").json() == {"path": "p"}
+    refused = client.get("/harli/profile")
+    assert refused.status_code == 503 and "no trainer" in refused.text
+    assert asked == ["harli/profile"] * 2
+
+
 def test_install_stops_the_server_when_the_service_never_came_up(
     manager: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,8 +309,9 @@ def test_install_stops_the_server_when_the_service_never_came_up(
 def test_api_key_guards_our_routes(app: FastAPI) -> None:
     add_api_key_middleware(app, api_key="secret", admin_api_key=None)
     client = TestClient(app)
-    ours = {route.path for route in http_app.routes(MagicMock(), MagicMock()).routes}  # type: ignore[attr-defined]
-    assert ours == {"/health_generate", "/v1/models", "/v1/models/{model:path}"}
+    ours = {route.path for route in http_app.routes(MagicMock(), MagicMock(), MagicMock()).routes}  # type: ignore[attr-defined]
+    assert ours == {"/health_generate", "/harli/profile", "/v1/models", "/v1/models/{model:path}"}
+    assert client.get("/harli/profile").status_code == 401
     for path in ("/v1/models", f"/v1/models/{LOADED}", "/v1/models/base"):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             assert client.get(path, headers=headers).status_code == 401

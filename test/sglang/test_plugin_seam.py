@@ -76,7 +76,11 @@ def test_without_an_option_everything_is_sglangs(make_args, tiny_model):
 
 @pytest.mark.parametrize("field", dataclasses.fields(HarliOptions), ids=lambda field: field.name)
 def test_any_option_turns_it_on_even_with_its_default_value(make_args, field):
-    value = field.default if field.default is not None else ("2GiB" if "mem" in field.name else 5)
+    value = (
+        field.default
+        if field.default is not None
+        else ("2GiB" if "mem" in field.name or "reserve" in field.name else 5)
+    )
     args = make_args(**{f"harli_{field.name}": value})
     assert os.environ[SWITCH_ENV] == "1"
     assert installed == ["once"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import json
 import logging
 import os
@@ -34,7 +35,7 @@ torch.set_num_threads(1)  # a pool of threads would not survive the fork
 from sglang.srt.lora.lora_registry import LoRARef, LoRARegistry  # noqa: E402
 from sglang.srt.managers.tokenizer_manager import TokenizerManager  # noqa: E402
 from sglang.srt.models import registry as _models  # noqa: E402, F401  (imports every model: 3 s)
-from sglang.srt.plugins.hook_registry import HookRegistry  # noqa: E402
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # noqa: E402
 from sglang.utils import TypeBasedDispatcher  # noqa: E402
 
 from sglang_harli import core  # noqa: E402
@@ -45,9 +46,11 @@ from sglang_harli.managers.publisher import Publisher  # noqa: E402
 from sglang_harli.managers.serving_side import ServingSide  # noqa: E402
 from sglang_harli.managers.slo_ledger import UNBOUNDED  # noqa: E402
 from sglang_harli.patches import catalog  # noqa: E402
+from sglang_harli.plugin import TABLE  # noqa: E402
 from support import model_runner  # noqa: E402
 
 SERVED_NAME = "org/tiny"
+POOL_TOKENS = 65_536  # training's memory is lent by the KV pool
 WAIT_MS = 5  # for a message, when there is nothing to train
 
 
@@ -100,10 +103,18 @@ class Manager(TokenizerManager):
 
 def host(options: HarliOptions, model: str, registrations: str) -> None:
     """Train and publish until killed."""
-    args = model_runner.server_args(model, enable_lora=True, served_model_name=SERVED_NAME)
+    args = model_runner.server_args(
+        model, enable_lora=True, served_model_name=SERVED_NAME, max_total_tokens=POOL_TOKENS
+    )
+    object.__setattr__(args, "harli_options", lambda: options)  # as HarliServerArgs answers it
     runner = model_runner.build_runner(args)
     side = ServingSide(options)
-    scheduler = SimpleNamespace(server_args=args, tp_worker=SimpleNamespace(model_runner=runner))
+    scheduler = SimpleNamespace(
+        server_args=args,
+        tp_worker=SimpleNamespace(model_runner=runner),
+        token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
+        tree_cache=None,  # no prompts, no prefixes
+    )
     trainer, refusal = trainer_setup.build(scheduler, side)
     assert trainer is not None, refusal
     manager = Manager(args, registrations)
@@ -113,6 +124,8 @@ def host(options: HarliOptions, model: str, registrations: str) -> None:
         while manager.answer_one(trainer):
             pass
         trainer.poll()
+        if trainer.run is not None:
+            trainer.tick(idle=True)
         offer = trainer.offer()
         if offer is None:
             trainer.link.socket.poll(WAIT_MS)
@@ -140,6 +153,11 @@ def _run_host(asked: dict[str, Any], template: int) -> None:
 
 def main() -> None:
     catalog.register_all(HookRegistry)
+    for row in TABLE:
+        if "KVCacheConfigurator" in row.target:
+            module, name = row.hook.split(":")
+            hook = getattr(importlib.import_module(module), name)
+            HookRegistry.register(row.target, hook, HookType(row.kind))
     HookRegistry.apply_hooks()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # hosts that were killed leave no zombies
     gc.collect()

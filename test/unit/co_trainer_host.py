@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,12 @@ from sglang_harli.config import HarliOptions
 from sglang_harli.core import StepLoad, make_ipc_dir, scheduler_endpoint, shm_dir
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.co_trainer import CoTrainer
+from sglang_harli.managers.memory_desk import MemoryDesk
 from sglang_harli.managers.quantum_clock import HostClock
-from sglang_harli.managers.quantum_costs import QuantumCosts
 from sglang_harli.managers.service_link import ServiceLink
 from sglang_harli.managers.serving_side import ServingSide
 from sglang_harli.managers.slo_ledger import UNBOUNDED
+from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer import frozen_base
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import ALL_LINEAR, Hyperparameters
@@ -56,7 +57,9 @@ class Peer:
 class Host:
     """What the scheduler does around a CoTrainer, without serving."""
 
-    def __init__(self, run_dir: str, *, quantum_rows: int | None = 1) -> None:
+    def __init__(
+        self, run_dir: str, *, quantum_rows: int | None = 1, pool: UnifiedPool | None = None
+    ) -> None:
         torch.manual_seed(0)
         config = LlamaConfig(
             hidden_size=32,
@@ -67,6 +70,7 @@ class Host:
             vocab_size=VOCAB,
         )
         self.base = frozen_base.from_transformers(LlamaForCausalLM(config).float())
+        self.desk = MemoryDesk(pool, torch.device("cpu"), fixed_bytes=1 << 30)
         self.limits = internal.ServedLimits(
             architecture="LlamaForCausalLM",
             model_path="m",
@@ -81,18 +85,21 @@ class Host:
             max_seq_length=64,
             max_lora_rank=32,
             lora_target_modules=ALL_LINEAR,
-            train_memory_bytes=1 << 30,
+            train_memory_bytes=self.desk.ever_bytes,
             logits_bytes=1 << 20,
+            space_bytes=self.desk.space_bytes,
         )
         self.side = ServingSide(HarliOptions(run_dir=run_dir))
+        self.side.memory = self.desk
         self.link = ServiceLink(scheduler_endpoint(run_dir), self.hello)
         self.trainer = CoTrainer(
             self.base,
             self.limits,
             self.link,
             None,
-            QuantumCosts(1e-6),
+            self.side.predictor,
             HostClock(),
+            self.desk,
             quantum_rows=quantum_rows,
             set_options=self.side.set_options,
             status=self.side.status,
@@ -104,6 +111,7 @@ class Host:
     def turn(self) -> bool:
         """One turn of an idle loop; whether a quantum ran."""
         self.trainer.poll()
+        self.trainer.tick(idle=True)
         offer = self.trainer.offer()
         if offer is None:
             return False
@@ -137,17 +145,18 @@ def spec(attempt: int = 1, steps: int = 4, **hp: object) -> internal.RunSpec:
     )
 
 
-def batch(step: int, attempt: int = 1) -> tuple[internal.MicroBatch, bytes, bytes]:
+def batch(
+    step: int, attempt: int = 1, lengths: Sequence[int] = (9, 6)
+) -> tuple[internal.MicroBatch, bytes, bytes]:
     rng = np.random.default_rng(step)
-    lengths = [9, 6]
     ids = rng.integers(0, VOCAB, sum(lengths), dtype=np.int32)
     message = internal.MicroBatch(
         job="job-1",
         attempt=attempt,
         cursor=internal.BatchCursor(epoch=1, step=step, index=0),
         micro_batches=1,
-        lengths=lengths,
-        rows=[0, 1],
+        lengths=list(lengths),
+        rows=list(range(len(lengths))),
         step_target_tokens=sum(lengths) - len(lengths),
     )
     return message, ids.tobytes(), ids.tobytes()

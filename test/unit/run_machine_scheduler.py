@@ -182,9 +182,18 @@ class Scheduler:
         elif run.finished and not behind:
             self.run = None
 
-    def _stop(self, run: Held) -> None:
+    def _stop(self, run: Held, reason: str = "") -> None:
         self.run = None
-        self.send(internal.RunStopped(job=run.job, attempt=run.attempt, step=run.applied, after=run.told))
+        self.send(
+            internal.RunStopped(
+                job=run.job, attempt=run.attempt, step=run.applied, after=run.told, reason=reason
+            )
+        )
+
+    def give_up(self) -> None:
+        """Requests need the memory of the run."""
+        if self.run is not None:
+            self._stop(self.run, "memory_pressure: requests needed it")
 
     # ---- work
     def work(self) -> bool:

@@ -52,6 +52,7 @@ class World:
     late_to_scheduler: deque[Any] = field(default_factory=deque)
     events: Counter[tuple[Any, ...]] = field(default_factory=Counter)  # durable ones
     started: Counter[tuple[str, int]] = field(default_factory=Counter)
+    refused: set[str] = field(default_factory=set)  # jobs of which the disk did not take a snapshot
     s: float = 1000.0
     names: int = 0
 
@@ -220,6 +221,8 @@ class Service:
                 ref = self._new_slot(None)
                 self.do(self.machine.slot_made(job, attempt, SlotRef(path=ref, nbytes=nbytes)))
             case machine.SaveSnapshot(message):
+                if not ok:
+                    self.world.refused.add(message.job)
                 if ok := ok and message.slot.path in self.world.shm:
                     assert self.world.shm[message.slot.path] == message.step, (
                         "a slot was written while it was read"

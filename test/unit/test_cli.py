@@ -80,7 +80,7 @@ def test_help_names_the_commands_and_exit_codes():
     text = harli("--help").stdout
     for command in (
         *("make-model", "check-data", "submit", "list", "show", "watch", "events"),
-        *("pause", "resume", "cancel", "prioritize", "status", "set"),
+        *("pause", "resume", "cancel", "prioritize", "status", "set", "profile"),
     ):
         assert f"  {command} " in text
     assert "Exit codes" in text
@@ -171,6 +171,8 @@ def test_bad_lines_are_named_and_no_job_is_made(service: ServiceProcess, bad_dat
         (["list", "--status", "done"], 2, "accepted"),
         (["set", "tpot-slo-ms=fast"], 2, "milliseconds"),
         (["set", "run-dir=x"], 2, "tpot-slo-ms"),
+        (["profile", "--url", "http://127.0.0.1:1"], 6, "--url"),
+        (["profile", "--no-such-flag"], 2, "--no-such-flag"),
         (["frobnicate"], 2, "frobnicate"),
     ],
 )

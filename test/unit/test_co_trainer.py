@@ -14,7 +14,9 @@ import pytest
 import torch
 from co_trainer_host import VOCAB, Host, Peer, batch, give_slot, spec, temporary_run_dir, until
 
-from sglang_harli.core import shm_dir
+from sglang_harli.core import Decision, QuantumKind, shm_dir
+from sglang_harli.managers import qos_policy
+from sglang_harli.peft_trainer.row_blocks import BLOCK
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import Slot
 
@@ -207,6 +209,32 @@ def test_options_that_are_not_accepted_are_answered_and_leave_the_run_alone(run_
     peer.send(*batch(1))
     until(host, peer, lambda: peer.of(internal.StepDone))
     assert [answer.outcome for answer in peer.of(internal.OptionsSet)] == ["conflict", "conflict"]
+    assert not peer.of(internal.RunFailed)
+    host.link.close()
+    peer.socket.close()
+
+
+def test_a_row_that_is_too_long_for_now_is_taken_in_blocks(run_dir: str) -> None:
+    peer, host = Peer(run_dir), Host(run_dir, quantum_rows=None)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    peer.send(internal.StartRun(spec=spec(steps=1)))
+    peer.send(*batch(1, lengths=(2 * BLOCK + 1, 5)))
+    trainer, too_long = host.trainer, Decision(0, 0, qos_policy.TOO_LONG)
+    cuts = []
+    while not peer.of(internal.StepDone):
+        if (offer := trainer.offer()) is not None and trainer.held_back(offer, too_long, 0.0):
+            again = trainer.offer()
+            assert again is not None and not again.fixed
+            if offer.kind is QuantumKind.FORWARD:  # its last block is the smallest
+                assert [rows for rows, _ in again.candidates] == [1, 2, 3]
+                assert again.candidates[0][1] <= offer.candidates[0][1]
+            trainer.run_quantum(again, Decision(1, 1, qos_policy.SLACK))
+            cuts.append(offer.kind)
+            continue
+        if not host.turn():
+            host.link.socket.poll(5)
+        peer.pump()
+    assert cuts.count(QuantumKind.FORWARD) == 2  # a layer each
     assert not peer.of(internal.RunFailed)
     host.link.close()
     peer.socket.close()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_harli.config import LIVE, HarliOptions, ServiceConfig, parse_live, parse_size
+from sglang_harli.config import LIVE, LIVE_MS, HarliOptions, ServiceConfig, parse_live, parse_size
 from sglang_harli.errors import ConfigError
 
 MIB, GIB = 2**20, 2**30
@@ -36,7 +36,12 @@ def test_the_defaults_are_accepted():
         ({"finetune_endpoint": "tcp://0.0.0.0:30100"}, "loopback only"),
         ({"finetune_endpoint": "tcp://127.0.0.1:70000"}, "loopback only"),
         ({"run_dir": ""}, "a folder"),
+        ({"tpot_slo_ms": "fast"}, "milliseconds above 0"),
         ({"max_train_mem": "lots"}, "a size such as"),
+        ({"max_train_mem": -1.0}, "a size such as"),
+        ({"train_reserve": "1KiB"}, "at least 1MiB"),
+        ({"prefix_keep": 1.5}, "a share from 0 to 1"),
+        ({"prefix_keep": float("nan")}, "a share from 0 to 1"),
         ({"logits_mem": "1KiB"}, "at least 1MiB"),
     ],
 )
@@ -90,7 +95,17 @@ def test_what_is_no_size(text):
         parse_size(text)
 
 
-def test_the_training_budget_is_a_share_unless_given():
+def test_what_may_be_lent_and_what_stays_outside_the_pool():
+    assert HarliOptions().max_train_bytes is None
+    assert HarliOptions(max_train_mem="3MiB").max_train_bytes == 3 * MIB
+    assert (HarliOptions().reserve_bytes(cpu=True), HarliOptions().reserve_bytes(cpu=False)) == (
+        256 * MIB,
+        GIB,
+    )
+    assert HarliOptions(train_reserve="2MiB").reserve_bytes(cpu=False) == 2 * MIB
+
+
+def test_without_a_pool_to_lend_the_training_budget_is_a_share_unless_given():
     assert HarliOptions().train_bytes(100 * GIB, cpu=False) == 10 * GIB
     assert HarliOptions().train_bytes(200 * GIB, cpu=True) == 8 * GIB
     assert HarliOptions(max_train_mem="3GiB").train_bytes(GIB, cpu=True) == 3 * GIB
@@ -99,7 +114,8 @@ def test_the_training_budget_is_a_share_unless_given():
 @pytest.mark.parametrize("name", LIVE)
 def test_live_options_are_options_and_parse(name):
     assert name in {field.name for field in dataclasses.fields(HarliOptions)}
-    assert parse_live(name.replace("_", "-"), "12.5") == (name, 12.5)
+    text, value = ("12.5", 12.5) if name in LIVE_MS else ("512MiB", "512MiB")
+    assert parse_live(name.replace("_", "-"), text) == (name, value)
 
 
 def test_live_options_that_are_not_accepted():
@@ -110,3 +126,6 @@ def test_live_options_that_are_not_accepted():
         parse_live("tpot-slo-ms", "none")
     with pytest.raises(ConfigError, match="above 0"):
         parse_live("max-itl-ms", "-2")
+    assert parse_live("max-train-mem", "None") == ("max_train_mem", None)
+    with pytest.raises(ConfigError, match="--harli-max-train-mem 'much' is not accepted: give a size"):
+        parse_live("max-train-mem", "much")

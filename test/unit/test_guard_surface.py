@@ -5,11 +5,12 @@ Changing one means editing this list and CHANGELOG.md in the same commit.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 
 import msgspec
-from project_files import package_files
+from project_files import package_files, parse
 
 from sglang_harli import config, core
 from sglang_harli.protocol import internal, public, served_limits
@@ -29,11 +30,20 @@ FLAGS = {
     "run_dir": "./harli-runs",
     "overlap": "auto",
     "max_train_mem": None,
+    "train_reserve": None,
+    "prefix_keep": 0.5,
+    "profile_budget_s": 0.0,
     "keep_checkpoints": 2,
     "logits_mem": "64MiB",
 }
-LIVE_FLAGS = ("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms")
-ENVIRONMENT = {"HARLI_ON", "HARLI_ENDPOINT", "HARLI_CURVE_KEYS", "HARLI_SERVICE_CONFIG", "HARLI_FAULT_POINTS"}
+LIVE_FLAGS = (
+    *("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms"),
+    "max_train_mem",
+)
+ENVIRONMENT = {
+    *("HARLI_ON", "HARLI_ENDPOINT", "HARLI_CURVE_KEYS", "HARLI_SERVICE_CONFIG", "HARLI_FAULT_POINTS"),
+    *("HARLI_POOL_DEBUG", "HARLI_POOL_BACKING"),
+}
 
 PROTOCOL_VERSION = 1
 VERBS = (
@@ -86,6 +96,30 @@ HYPERPARAMETERS = {
     "on_overflow": "error",
 }
 
+# Names in SGLang's /metrics, with their labels.
+METRICS = {
+    "harli_service_up": "",
+    "harli_service_restarts_total": "",
+    "harli_finetune_degraded": "",
+    "harli_jobs": "status",
+    "harli_pool_bytes": "owner",
+    "harli_pool_watermark_bytes": "mark",
+    "harli_pool_reclaims_total": "",
+    "harli_pool_reclaim_seconds": "",
+    "harli_dropped_micro_batches_total": "",
+    "harli_predictor_mape_ratio": "phase",
+    "harli_predictor_coverage_ratio": "phase",
+    "harli_predictor_upper_ratio": "phase",
+    "harli_predictor_steps_total": "phase",
+    "harli_slack_seconds": "",
+    "harli_quanta_total": "load",
+    "harli_quanta_per_step": "",
+    "harli_yield_seconds_total": "reason",
+    "harli_slo_requests_total": "met",
+    "harli_slo_attainment_ratio": "",
+    "harli_impossible_target": "target",
+}
+
 # Fields of what goes over a socket: the public messages, then those between a server's processes.
 MESSAGES = {
     "Request": "v id verb args",
@@ -100,7 +134,7 @@ MESSAGES = {
     "EventsArgs": "job after limit follow",
     "SetArgs": "values if_revision",
     "SetAnswer": "outcome revision effective message",
-    "StatusAnswer": "service serving training jobs options revision",
+    "StatusAnswer": "service serving training jobs options revision pool",
     "Event": "id job created_at level type message data",
     "JobError": "code message param",
     "Job": (
@@ -110,11 +144,12 @@ MESSAGES = {
     ),
     "TensorRef": "name dtype shape offset nbytes",
     "SlotRef": "path nbytes tensors",
-    "RunSpec": "job attempt hyperparameters total_steps",
+    "RunSpec": "job attempt hyperparameters total_steps memory_bytes",
     "BatchCursor": "epoch step index",
     "ServedLimits": (
         "architecture model_path tokenizer_path served_model_name dtype device vocab_size hidden_size num_layers "
-        "linear_sizes max_seq_length max_lora_rank lora_target_modules train_memory_bytes logits_bytes"
+        "linear_sizes max_seq_length max_lora_rank lora_target_modules train_memory_bytes logits_bytes "
+        "space_bytes"
     ),
     "Hello": "seq pid rank limits refusal job attempt step next_cursor options revision",
     "Pulse": "seq job attempt step next_cursor state_bytes has_slot snapshot stopping",
@@ -123,10 +158,10 @@ MESSAGES = {
         "seq job attempt step epoch loss learning_rate grad_norm tokens target_tokens seconds total_tokens after"
     ),
     "SnapshotReady": "seq job attempt step slot meta reason after",
-    "RunStopped": "seq job attempt step after",
+    "RunStopped": "seq job attempt step after reason",
     "RunFailed": "seq job attempt step code message after",
     "Progress": "seq job attempt step sub_state reason tokens",
-    "StatusReport": "seq request serving training",
+    "StatusReport": "seq request serving training pool",
     "OptionsSet": "seq request outcome revision effective text",
     "Welcome": "seq pid answers",
     "StartRun": "seq spec scheduler step restore meta",
@@ -178,6 +213,18 @@ def test_verbs_states_and_events():
     assert [s.value for s in core.JobStatus] == JOB_STATES
     assert [s.value for s in core.SubState] == SUB_STATES
     assert public.EVENT_TYPES == EVENT_TYPES
+
+
+def test_metrics():
+    """Read from the text of the tables: importing them would need SGLang."""
+    found = {}
+    for path in package_files():
+        for table in (node for node in ast.walk(parse(path)) if isinstance(node, ast.Dict)):
+            for key, row in zip(table.keys, table.values, strict=True):
+                name = key.value if isinstance(key, ast.Constant) else None
+                if str(name).startswith("harli_") and isinstance(row, ast.Tuple) and len(row.elts) == 3:
+                    found[name] = " ".join(ast.literal_eval(row.elts[2]))
+    assert found == METRICS
 
 
 def test_hyperparameters():

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import QuantumKind, QuantumOffer, StepLoad
 from sglang_harli.managers import qos_policy
-from sglang_harli.managers.quantum_costs import DecodeCosts, QuantumCosts
-from sglang_harli.managers.serving_side import ServingSide, targets_of
+from sglang_harli.managers.serving_side import DISTURBED, ServingSide, targets_of
 from sglang_harli.managers.slo_ledger import (
     KEPT_S,
     KEPT_SHARE,
@@ -25,6 +24,7 @@ from sglang_harli.managers.slo_ledger import (
     Targets,
     batch_slack,
 )
+from sglang_harli.managers.step_timer import BatchLoad
 from sglang_harli.protocol.internal import SetOptions
 
 TARGETS = Targets(tpot_s=0.05, ttft_s=None, max_itl_s=None, busy_quantum_s=0.1, idle_quantum_s=0.25)
@@ -103,10 +103,11 @@ def test_the_itl_cap_binds_although_time_is_banked():
 def test_more_is_kept_for_a_decode_step_while_a_checkpoint_is_written():
     side = ServingSide(HarliOptions(max_itl_ms=60))
     for _ in range(20):
-        side.step(True, 1, 0.015, 0.0)
+        side.step(BatchLoad(True, 1, 300, 1, 300), 0.015, 0.0)
     clocks = [RequestClock(0.0, 10.0, 300)]
-    quiet, disturbed = (side.slack(clocks, 10.0, 0.0, disturbed=d) for d in (False, True))
-    assert quiet.seconds - disturbed.seconds == pytest.approx(side.decode.estimate(1).upper_s)
+    quiet, disturbed = (side.slack(clocks, 300, 10.0, 0.0, disturbed=d) for d in (False, True))
+    more = (DISTURBED - 1) * side.predictor.decode(1, 300).upper_s
+    assert quiet.seconds - disturbed.seconds == pytest.approx(more)
 
 
 def test_an_empty_batch_is_unbounded():
@@ -130,53 +131,6 @@ def test_attainment_is_a_mean_over_the_request():
     attainment.count(RequestClock(0.0, 0.51, 11), 0.05)
     attainment.count(RequestClock(0.0, 0.0, 1), 0.05)  # one token has no gap
     assert (attainment.finished, attainment.met) == (3, 2)
-
-
-@given(
-    base=st.floats(1e-4, 1e-2),
-    slope=st.floats(1e-6, 1e-3),
-    seed=st.integers(0, 1000),
-)
-def test_costs_learn_a_line_and_bound_it(base, slope, seed):
-    rng = random.Random(seed)
-    costs = QuantumCosts(prior_token_s=1e-4)
-    for n in range(200):
-        tokens = rng.choice((32, 64, 128, 256))
-        seconds = (base + slope * tokens) * rng.uniform(0.95, 1.05)
-        costs.observe(QuantumKind.BACKWARD, tokens, seconds, now_s=float(n), first_of_shape=n < 2)
-    for tokens in (32, 256):
-        estimate = costs.estimate(QuantumKind.BACKWARD, tokens)
-        truth = base + slope * tokens
-        assert 0.8 * truth < estimate.expected_s < 1.25 * truth
-        assert estimate.upper_s >= truth
-
-
-def test_an_estimate_that_alone_holds_training_back_decays_and_comes_back():
-    costs = QuantumCosts(prior_token_s=1e-4)
-    for n in range(20):
-        costs.observe(QuantumKind.FORWARD, 100, 0.2 if n == 5 else 0.02, now_s=float(n), first_of_shape=False)
-    before = costs.estimate(QuantumKind.FORWARD, 100).upper_s
-    for n in range(400):
-        costs.relax(QuantumKind.FORWARD, 20.0 + n / 10)
-    assert costs.estimate(QuantumKind.FORWARD, 100).upper_s < before / 2
-    costs.observe(QuantumKind.FORWARD, 100, 0.02, now_s=61.0, first_of_shape=False)
-    assert costs.estimate(QuantumKind.FORWARD, 100).upper_s > 0.018
-
-
-def test_first_runs_of_a_shape_do_not_enter_once_something_is_known():
-    costs = QuantumCosts(prior_token_s=1e-4)
-    costs.observe(QuantumKind.FORWARD, 10, 0.01, now_s=0.0, first_of_shape=True)
-    level = costs.estimate(QuantumKind.FORWARD, 10)
-    costs.observe(QuantumKind.FORWARD, 10, 5.0, now_s=1.0, first_of_shape=True)
-    assert costs.estimate(QuantumKind.FORWARD, 10) == level
-
-
-def test_decode_estimates_scale_up_from_the_nearest_size_only():
-    decode = DecodeCosts()
-    for _ in range(50):
-        decode.observe(4, 0.010)
-    assert decode.estimate(1).expected_s == decode.estimate(4).expected_s
-    assert math.isclose(decode.estimate(16).expected_s, 4 * decode.estimate(4).expected_s)
 
 
 @given(seed=st.integers(0, 200), arrivals=st.floats(0.2, 4.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from run_machine_world import FixedPlan, World, new_job
 
@@ -9,7 +10,8 @@ from sglang_harli.core import JobStatus
 from sglang_harli.protocol import internal
 from sglang_harli.service import jobs
 from sglang_harli.service import run_machine as run_machine_module
-from sglang_harli.service.run_machine_state import AskHello, Now, Phase, Send
+from sglang_harli.service.run_machine_state import AskHello, Now, Phase, SaveSnapshot, Send
+from support.service_peers import limits
 
 
 def training() -> World:
@@ -104,3 +106,75 @@ def test_a_scheduler_that_has_lost_the_run_sends_the_job_back_to_its_checkpoint(
         world.tick(1.0)
         flush(world)
     assert record(world).attempt == 2
+
+
+def test_a_run_whose_memory_requests_need_is_queued_again_and_goes_on_from_its_checkpoint():
+    world = training()
+    world.scheduler.give_up()
+    flush(world)
+    for _ in range(3):
+        world.tick(1.0)
+        flush(world)
+    assert (record(world).status, record(world).attempt) == (JobStatus.RUNNING, 2)
+    assert record(world).error is None and world.scheduler.run is not None
+
+
+@pytest.mark.parametrize("wish", [jobs.Wish.PAUSE, jobs.Wish.CANCEL])
+def test_a_run_that_was_to_stop_and_loses_its_memory_has_stopped(wish):
+    job = jobs.start(jobs.created(new_job(1), "fine").record, 1.0).record
+    asked = jobs.ask_pause(job) if wish is jobs.Wish.PAUSE else jobs.ask_cancel(job, 2.0, in_flight=False)
+    over = jobs.interrupted(asked.record, "memory_pressure: requests needed it", 3.0).record
+    assert over.status == (JobStatus.PAUSED if wish is jobs.Wish.PAUSE else JobStatus.CANCELLED)
+
+
+def test_the_scheduler_is_told_what_memory_the_job_needs():
+    world = World()
+    job = new_job(1)
+    job = msgspec.structs.replace(job, data={"longest_row": 40})
+    world.service.apply(jobs.created(job, "fine"))
+    for _ in range(4):
+        world.tick(1.0)
+        flush(world)
+    run = world.service.machine.run
+    assert run is not None and run.start is not None
+    assert run.start.spec.memory_bytes == limits().job_memory_bytes(job.hyperparameters, 40) > 0
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_the_last_state_stays_in_shared_memory_until_the_store_knows_its_checkpoint(kills: int):
+    world = training()
+    for _ in range(20):
+        if world.scheduler.run is not None and world.scheduler.run.in_hand is not None:
+            if world.scheduler.run.in_hand.reason == "final":
+                break
+            flush(world)
+        world.scheduler.work()
+        flush_wire(world)
+    for _ in range(kills):  # written and decided, and killed before that is durable
+        write_snapshot(world)
+        assert record(world).publishing and not world.store[record(world).id].publishing
+        world.kill_service()
+    for _ in range(8):
+        world.tick(2.0)
+        flush(world)
+        world.service.publish()
+    assert record(world).status == JobStatus.SUCCEEDED
+    assert world.scheduler.run is None and not world.shm
+
+
+def flush_wire(world: World) -> None:
+    while world.deliver(to_service=True, late=False) or world.deliver(to_service=False, late=False):
+        pass
+
+
+def write_snapshot(world: World) -> None:
+    """Until a snapshot is written; what is decided then is not committed."""
+    for _ in range(20):
+        flush_wire(world)
+        work = world.service.work
+        found = [i for i, effect in enumerate(work) if isinstance(effect, SaveSnapshot)]
+        if found:
+            assert world.service.finish(found[0])
+            return
+        world.service.commit() or world.tick(1.0)
+    raise AssertionError("no snapshot was to be written")

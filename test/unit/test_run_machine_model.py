@@ -88,6 +88,10 @@ class Protocol(RuleBasedStateMachine):
         self.world.kill_service()
         self.world.kill_scheduler()
 
+    @rule()
+    def give_up(self) -> None:
+        self.world.scheduler.give_up()
+
     @rule(which=PLACES)
     def damage(self, which: int) -> None:
         """The newest checkpoint of a job that is not over becomes unreadable."""
@@ -164,7 +168,8 @@ class Protocol(RuleBasedStateMachine):
             if quiet == 15:  # whoever was killed just now has been heard again by then
                 break
         for record in self.world.store.values():
-            full = record.error is not None and record.error.code == "checkpoint_failed"  # by ``finish_work``
+            failed = record.error is not None and record.error.code == "checkpoint_failed"
+            full = failed and record.id in self.world.refused  # by ``finish_work``
             assert full or record.status in (JobStatus.SUCCEEDED, JobStatus.CANCELLED, JobStatus.PAUSED), (
                 record,
                 self.world.service.machine.state,

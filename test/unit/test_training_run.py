@@ -142,17 +142,20 @@ def test_global_random_state_and_inference_mode_are_left_alone() -> None:
 
 
 def test_backward_runs_on_the_calling_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_harli.peft_trainer import lora_linear
+    """Where autograd differentiates a piece of a layer: the norms in fp64."""
+    from sglang_harli.peft_trainer.rms_norm import RmsNorm
 
     threads: set[int] = set()
-    backward = lora_linear._GroupProduct.backward
+    native = RmsNorm._native
 
-    def spy(ctx: Any, *grads: torch.Tensor) -> Any:
-        threads.add(threading.get_ident())
-        return backward(ctx, *grads)
+    def spied(self: RmsNorm, x: torch.Tensor) -> torch.Tensor:
+        out = native(self, x)
+        if out.requires_grad:
+            out.register_hook(lambda _grad: threads.add(threading.get_ident()))
+        return out
 
-    monkeypatch.setattr(lora_linear._GroupProduct, "backward", staticmethod(spy))
-    run = make_run(tiny_model(dtype=torch.float32), HP, STEPS)
+    monkeypatch.setattr(RmsNorm, "_native", spied)
+    run = make_run(tiny_model(), HP, STEPS)
     feed(run, STEPS)
     drive(run, everything, until=1)
     assert threads == {threading.get_ident()}
@@ -179,7 +182,7 @@ def test_release_gives_the_base_back_and_another_run_may_follow() -> None:
 class TestQuanta:
     def test_kinds_come_in_order_and_rows_are_chosen_at_each(self) -> None:
         steps = random_steps(1, 3, 1)
-        run = make_run(tiny_model(dtype=torch.float32), hyperparameters(), steps)
+        run = make_run(tiny_model(dtype=torch.float32), hyperparameters(), steps, keep=False)
         assert not run.ready
         feed(run, steps)
         assert run.batches_ahead == 1 and run.next_cursor.step == 2

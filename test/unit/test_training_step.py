@@ -43,6 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dropout": {"lora_dropout": 0.2, "gradient_accumulation_steps": 2},
     "rslora": {"use_rslora": True, "lora_r": 5, "lora_alpha": 3.0},
     "some targets": {"target_modules": ("q_proj", "down_proj"), "seed": 7},
+    "mlp alone": {"target_modules": ("gate_proj", "up_proj", "down_proj")},
 }
 EVERYTHING = {
     "gradient_accumulation_steps": 2,
@@ -62,7 +63,7 @@ SPLITS: dict[str, Choose] = {
 
 
 def layer_wise(model: Any, hp: Any, steps: list[Step], choose: Choose, rows: int | None = None) -> Outcome:
-    run = make_run(model, hp, steps, rows=rows)
+    run = make_run(model, hp, steps, rows=rows, keep=False)
     try:
         feed(run, steps)
         outcome = drive(run, choose)
@@ -116,6 +117,13 @@ def test_rows_of_every_attention_kernel(arch: str) -> None:
         torch.testing.assert_close(mine.weights[name], weight, rtol=1e-5, atol=1e-6)
 
 
+def test_an_activation_that_is_not_silu() -> None:
+    hp = hyperparameters()
+    steps = random_steps(20, 3, 1)
+    model = tiny_model("llama", hidden_act="gelu")
+    compare(layer_wise(model, hp, steps, at_random(3)), run_oracle(model, hp, steps))
+
+
 @pytest.mark.parametrize("arch", EXTRA)
 def test_single_precision_first_gradients_and_every_loss(arch: str) -> None:
     hp = hyperparameters(gradient_accumulation_steps=2, max_grad_norm=0.0)
@@ -123,7 +131,7 @@ def test_single_precision_first_gradients_and_every_loss(arch: str) -> None:
     model = tiny_model(arch, torch.float32)
     oracle = run_oracle(model, hp, steps)
     for choose in (everything, at_most(1), at_random(5)):
-        run = make_run(model, hp, steps)
+        run = make_run(model, hp, steps, keep=False)
         feed(run, steps)
         while run.peek().kind != QuantumKind.OPTIMIZER:  # type: ignore[union-attr]
             shape = run.peek()

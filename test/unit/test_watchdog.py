@@ -44,7 +44,7 @@ async def until(found: Callable[[], Any], what: str) -> Any:
 
 
 # ------------------------------------------------------------------ silence
-def counted(looks: list[tuple[int | None, int]], **patience: int) -> list[int]:
+def counted(looks: list[tuple[int | None, int, *tuple[int, ...]]], **patience: int) -> list[int]:
     """Indices of the looks after which the service is killed."""
     counter = SilenceCounter(Patience(**{"silent": 3, "starting": 6, **patience}))
     return [index for index, look in enumerate(looks) if counter.look(*look)]
@@ -60,10 +60,12 @@ def counted(looks: list[tuple[int | None, int]], **patience: int) -> list[int]:
         ([(1, 0), (1, 1), (None, 1), *[(2, 1)] * 6], []),
         ([(None, 0)] * 50, []),
         ([(1, 0), (1, 1), (1, 1), (1, 1), (1, 2), (1, 2), (1, 2)], []),
+        ([(2, 5, 2)] * 4, [3]),  # spoke before the first look at it, and fell silent
+        ([(2, 5, 1)] * 7, [6]),  # that was the one before
     ],
 )
 def test_silence_is_counted_in_looks_at_one_process(
-    looks: list[tuple[int | None, int]], killed: list[int]
+    looks: list[tuple[int | None, int, *tuple[int, ...]]], killed: list[int]
 ) -> None:
     assert counted(looks) == killed
 

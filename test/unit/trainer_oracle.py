@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 from sglang_harli.peft_trainer.adapter import lora_config
 from sglang_harli.peft_trainer.dropout import DropoutMasks
 from sglang_harli.peft_trainer.frozen_base import from_transformers
+from sglang_harli.peft_trainer.memory import TrainMemory
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
 from sglang_harli.protocol.public import Hyperparameters
@@ -203,9 +204,25 @@ def feed(run: TrainingRun, steps: list[Step], start: int = 1) -> None:
             run.feed(batch, ids, labels)
 
 
-def make_run(model, hp: Hyperparameters, steps: list[Step], *, rows: int | None = None, logits_bytes=1 << 20):
+def make_run(
+    model,
+    hp: Hyperparameters,
+    steps: list[Step],
+    *,
+    rows: int | None = None,
+    logits_bytes: int = 1 << 20,
+    memory: TrainMemory | None = None,
+    keep: bool = True,
+) -> TrainingRun:
     spec = RunSpec(job="j", attempt=1, hyperparameters=hp, total_steps=len(steps))
-    return TrainingRun(from_transformers(model), spec, logits_bytes=logits_bytes, quantum_rows=rows)
+    return TrainingRun(
+        from_transformers(model),
+        spec,
+        logits_bytes=logits_bytes,
+        quantum_rows=rows,
+        memory=memory,
+        keep_activations=keep,
+    )
 
 
 Choose = Callable[[int], int]  # rows offered -> rows taken
@@ -223,6 +240,12 @@ def drive(run: TrainingRun, choose: Choose, until: int | None = None) -> Outcome
     if run.at_step_boundary:
         outcome.weights = weights(run)
     return outcome
+
+
+def cut(run: TrainingRun) -> bool:
+    """As where the quantum that comes next is too long for now."""
+    shape = run.peek()
+    return shape is not None and run.cut(shape.kind)
 
 
 def weights(run: TrainingRun) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sglang_harli.cli import jobs, local, server
+from sglang_harli.cli import jobs, local, server, simulate
 from sglang_harli.cli.session import AsJson, CurveKeys, Endpoint, Session
 
 EPILOG = (
@@ -48,7 +48,7 @@ def _options(
     ctx.obj = Session(endpoint, as_json, curve_keys)
 
 
-for part in (local, jobs, server):
+for part in (local, jobs, server, simulate):
     app.registered_commands += part.app.registered_commands
 
 

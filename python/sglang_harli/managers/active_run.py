@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import time
 
+from sglang_harli.config import show_size
 from sglang_harli.core import SubState
-from sglang_harli.errors import TrainingError
+from sglang_harli.errors import ConfigError, TrainingError
 from sglang_harli.fault_points import Point, reach
 from sglang_harli.managers.service_link import ServiceLink
 from sglang_harli.managers.snapshots import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.memory import TrainMemory
 from sglang_harli.peft_trainer.run import QuantumShape, TrainingRun
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import Slot
@@ -27,7 +29,8 @@ class ActiveRun:
     """One job's run in the scheduler.
 
     Raises:
-        ConfigError, TrainingError: the job does not fit the model, or its checkpoint is of another job.
+        ConfigError, TrainingError: the job does not fit the model or its memory, or its checkpoint is of
+            another job.
         OSError: the restore slot is gone.
     """
 
@@ -38,11 +41,13 @@ class ActiveRun:
         limits: internal.ServedLimits,
         link: ServiceLink,
         quantum_rows: int | None,
+        memory: TrainMemory,
     ) -> None:
         self.spec = start.spec
         self._link = link
+        _check_memory(start.spec, limits)
         self.training = TrainingRun(
-            base, start.spec, logits_bytes=limits.logits_bytes, quantum_rows=quantum_rows
+            base, start.spec, logits_bytes=limits.logits_bytes, quantum_rows=quantum_rows, memory=memory
         )
         self._every = start.spec.hyperparameters.checkpoint_every
         self._saved_step = start.step
@@ -59,8 +64,12 @@ class ActiveRun:
         self._state_bytes = 0  # of a snapshot; 0 until the adapter is there
         self._restore: Slot | None = None
         if start.restore is not None:
-            self._restore = Slot.open(start.restore)
-            self.training.load_state(reader(self._restore, start.restore.tensors), start.meta)
+            try:
+                self._restore = Slot.open(start.restore)
+                self.training.load_state(reader(self._restore, start.restore.tensors), start.meta)
+            except BaseException:
+                self.training.release()  # the base is as it was
+                raise
         self._total_tokens = self.training.tokens
 
     def _announce(self) -> None:
@@ -88,13 +97,22 @@ class ActiveRun:
         """Whether a snapshot is on its way to the disk."""
         return self._in_hand is not None
 
+    @property
+    def _ending(self) -> bool:
+        """Nothing is trained any more: it stops or is finished, and no step is half applied."""
+        return self.training.state_consistent and (self._stopping or self.training.finished)
+
     def next_shape(self) -> QuantumShape | None:
-        """The next training quantum, or None while the run waits for data, a slot or its end."""
-        if self.training.state_consistent and (self._stopping or self.training.finished):
-            return None
-        return self.training.peek()
+        """The next training quantum, or None while the run waits for memory, data, a slot or its end."""
+        return None if self._ending else self.training.peek()
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether it is memory that ``next_shape`` waits for."""
+        return self.training.needs_memory is not None and not self._ending
 
     def waiting_for(self) -> tuple[str, str]:
+        """Sub-state and reason of a run that waits, but not for memory."""
         if self._stopping or self.training.finished:
             return SubState.CHECKPOINTING, "waiting for the checkpoint to be written"
         return SubState.WAITING_DATA, "waiting for the next micro-batch"
@@ -244,7 +262,10 @@ class ActiveRun:
         self._stopping = self._save_first = True
         while not training.state_consistent:
             shape = training.peek()
-            assert shape is not None
+            if (
+                shape is None
+            ):  # the state lies in host memory in the middle of a step, and cannot come back now
+                return False
             training.run(shape.rows)
         self.after_quantum()
         if self._copier is not None:
@@ -261,7 +282,7 @@ class ActiveRun:
             return self._stop_now()  # nothing is applied; a checkpoint it came from is the state
         if self._copier is not None and not snapshot:
             self._copier = None
-        if not self.training.state_consistent:
+        if not self.training.state_consistent and (snapshot or not self.training.spilled):
             return False  # the optimizer's slices are finished first
         self.training.drop_micro_batch()
         if not snapshot or self.training.applied_step == self._saved_step:
@@ -270,7 +291,11 @@ class ActiveRun:
         self._begin_snapshot()
         return False
 
-    def _stop_now(self) -> bool:
+    def give_up(self, reason: str) -> None:
+        """The run ends without having been asked to, and its job goes on from the checkpoint: release it."""
+        self._stop_now(reason)
+
+    def _stop_now(self, reason: str = "") -> bool:
         self.stopped = True
         self._link.send(
             internal.RunStopped(
@@ -278,6 +303,7 @@ class ActiveRun:
                 attempt=self.spec.attempt,
                 step=self.training.applied_step,
                 after=self.told_step,
+                reason=reason,
             )
         )
         return True
@@ -290,3 +316,15 @@ class ActiveRun:
             self._slot.close()
         if self._restore is not None:
             self._restore.close()
+
+
+def _check_memory(spec: internal.RunSpec, limits: internal.ServedLimits) -> None:
+    """The cap may have been lowered since the service looked: a run that can never be had does not wait for it."""
+    if spec.memory_bytes > limits.train_memory_bytes:
+        raise ConfigError(
+            f"the job needs up to {show_size(spec.memory_bytes)} of training memory and "
+            f"{show_size(limits.train_memory_bytes)} can be had: lower batch_size, max_seq_length or lora_r, or raise "
+            "it (harli set max-train-mem=SIZE)",
+            code="memory_budget",
+            param="batch_size",
+        )

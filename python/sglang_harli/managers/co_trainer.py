@@ -7,24 +7,27 @@ back and leaves serving alone.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
-import torch
 
 from sglang_harli.core import Decision, QuantumKind, QuantumOffer, SubState
-from sglang_harli.errors import HarliError, TrainingError
+from sglang_harli.errors import HarliError
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.active_run import ActiveRun
-from sglang_harli.managers.quantum_clock import DeviceClock, HostClock
-from sglang_harli.managers.quantum_costs import QuantumCosts
+from sglang_harli.managers.failures import describe, forget
+from sglang_harli.managers.memory_desk import MemoryDesk
+from sglang_harli.managers.quantum_clock import DeviceClock, HostClock, Work
 from sglang_harli.managers.service_link import ServiceLink
+from sglang_harli.managers.training_status import training_status
+from sglang_harli.managers.yield_time import YieldTime
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
+from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.protocol import internal
 
 if TYPE_CHECKING:  # it imports sglang, which a host without a server does not need
@@ -34,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 0.5
 PULSE_EVERY_S = 2.0
+ASK_MEMORY_EVERY_S = 0.01  # a run that waits for it
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 1024)  # rows of a quantum to choose from
+PATIENCE = 8  # refusals in a row after which a quantum is taken in smaller pieces than it would be
 KNOWN_RUNS = 1024  # jobs whose newest attempt is remembered, to tell a late StartRun
 
 
@@ -52,8 +58,9 @@ class CoTrainer:
         limits: sent with the hello; the memory budget is checked again when a run starts.
         link: the ipc pair.
         loader: loads finished adapters into the serving side, slice by slice; None on a host that does not serve.
-        costs: estimates of quanta.
+        predictor: what quanta will take.
         clock: measures quanta; on CUDA it also puts them on the stream of SGLang's forwards.
+        desk: training's memory.
         quantum_rows: a fixed split, or None.
         set_options, status: what the scheduler does for ``harli set`` and ``harli status``.
     """
@@ -64,34 +71,34 @@ class CoTrainer:
         limits: internal.ServedLimits,
         link: ServiceLink,
         loader: AdapterLoader | None,
-        costs: QuantumCosts,
+        predictor: LatencyPredictor,
         clock: HostClock | DeviceClock,
+        desk: MemoryDesk,
         *,
         quantum_rows: int | None,
         set_options: Callable[[internal.SetOptions], internal.OptionsSet],
         status: Callable[[], dict[str, Any]],
     ) -> None:
-        self.base, self.limits, self.link, self.loader, self.costs = base, limits, link, loader, costs
-        self.clock = clock
+        self.base, self.limits, self.link, self.loader = base, limits, link, loader
+        self.predictor, self.clock, self.desk = predictor, clock, desk
         self.quantum_rows = quantum_rows
         self.run: ActiveRun | None = None
         self.held = False  # /pause_generation pauses training too
-        self._set_options, self._status = set_options, status
+        self._apply_options, self._status = set_options, status
         self._sub_state = (SubState.TRAINING.value, "")
-        self._told_at = 0.0
-        self._pulse_at = 0.0
+        self._told_at = self._ask_memory_at = self._pulse_at = 0.0
         self._attempts: dict[str, int] = {}  # the newest attempt of each job that was held here, or stopped
         self._held_back = 0
-        self.quanta = 0
-        self.train_s = 0.0
+        self.quanta, self.busy_quanta, self.train_s = 0, 0, 0.0
+        self.yielded = YieldTime()
         self._handlers: dict[type, Callable[[Any, list[bytes]], None]] = {
             internal.StartRun: self._start,
-            internal.MicroBatch: self._micro_batch,
-            internal.SnapshotSlot: self._snapshot_slot,
-            internal.SnapshotSaved: self._snapshot_saved,
+            internal.MicroBatch: self._about_run,
+            internal.SnapshotSlot: self._about_run,
+            internal.SnapshotSaved: self._about_run,
             internal.StopRun: self._stop,
             internal.StatusRequest: self._status_request,
-            internal.SetOptions: lambda m, _: self.link.send(self._set_options(m)),
+            internal.SetOptions: self._set_options,
             _Tick: lambda *_: self.run and self.run.send_metrics(),
         }
 
@@ -130,27 +137,25 @@ class CoTrainer:
         self._note(spec.job, spec.attempt)
         if self.run is not None:
             self._release()  # the store wants another run
-        self.run = ActiveRun(self.base, message, self.limits, self.link, self.quantum_rows)
+        memory = self.desk.memory
+        self.run = ActiveRun(self.base, message, self.limits, self.link, self.quantum_rows, memory)
+        self.desk.attach(self.run.training, spec.memory_bytes, self._give_up)
 
     def _note(self, job: str, attempt: int) -> None:
         self._attempts[job] = max(attempt, self._attempts.pop(job, 0))
         if len(self._attempts) > KNOWN_RUNS:
             del self._attempts[next(iter(self._attempts))]
 
-    def _micro_batch(self, message: internal.MicroBatch, frames: list[bytes]) -> None:
+    def _about_run(self, message: Any, frames: list[bytes]) -> None:
         run = self._current(message)
-        if run is not None:
+        if run is None:
+            return
+        if isinstance(message, internal.MicroBatch):
             ids, labels = (np.frombuffer(f, dtype=np.int32) for f in frames)
             run.training.feed(message, ids, labels)
-
-    def _snapshot_slot(self, message: internal.SnapshotSlot, _frames: list[bytes]) -> None:
-        run = self._current(message)
-        if run is not None:
+        elif isinstance(message, internal.SnapshotSlot):
             run.take_slot(message.slot)
-
-    def _snapshot_saved(self, message: internal.SnapshotSaved, _frames: list[bytes]) -> None:
-        run = self._current(message)
-        if run is not None and run.saved(message):
+        elif run.saved(message):
             self._release()
 
     def _stop(self, message: internal.StopRun, _frames: list[bytes]) -> None:
@@ -162,9 +167,16 @@ class CoTrainer:
             self._release()
 
     def _status_request(self, message: internal.StatusRequest, _frames: list[bytes]) -> None:
-        self.link.send(
-            internal.StatusReport(request=message.request, serving=self._status(), training=self.status())
-        )
+        serving = self._status()
+        answer = {"serving": serving, "training": self.status(serving), "pool": self.desk.status()}
+        self.link.send(internal.StatusReport(request=message.request, **answer))
+
+    def _set_options(self, message: internal.SetOptions, _frames: list[bytes]) -> None:
+        answer = self._apply_options(message)
+        self.link.send(answer)
+        if "max_train_mem" in message.values and answer.outcome in ("applied", "deferred"):
+            self.limits = msgspec.structs.replace(self.limits, train_memory_bytes=self.desk.ever_bytes)
+            self.link.say_hello()  # submissions are checked against the limits that it brings
 
     # ---------------------------------------------------------------- quanta
     @property
@@ -193,40 +205,65 @@ class CoTrainer:
         if run is None:
             return None
         if self.held:
-            self._enter(SubState.YIELDING, "generation is paused")
+            self.yielded.hold(qos_policy.PAUSED, time.perf_counter())
+            self._enter(SubState.YIELDING, qos_policy.PAUSED)
             return None
         if run.copying:
             return self._single(QuantumKind.COPY, 1)
-        shape = run.next_shape()
-        if shape is None:
-            self._enter(*run.waiting_for())
+        if run.lacks_memory and time.monotonic() < self._ask_memory_at:
             return None
-        if shape.fixed:
-            tokens = max(shape.rows * shape.row_tokens, 1)
-            upper = self.costs.estimate(shape.kind, tokens).upper_s
-            return QuantumOffer(shape.kind, ((shape.rows, upper),), True, self._held_back)
-        sizes = [r for r in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 1024) if r < shape.rows]
-        candidates = tuple(
-            (r, self.costs.estimate(shape.kind, r * shape.row_tokens).upper_s) for r in (*sizes, shape.rows)
-        )
-        return QuantumOffer(shape.kind, candidates, False, self._held_back)
+        try:
+            shape = run.next_shape()
+        except (HarliError, MemoryError, RuntimeError) as error:  # of the memory that it asks for
+            logger.exception("harli: training's memory cannot be had")
+            self._fail(error)
+            return None
+        if shape is None:
+            self._wait(run)
+            return None
+        sizes = [*(r for r in SIZES if r < shape.rows and not shape.fixed), shape.rows]
+        candidates = self.predictor.prices(shape.kind, sizes, shape.row_tokens, shape.attended)
+        return QuantumOffer(shape.kind, candidates, shape.fixed, self._held_back)
+
+    def _wait(self, run: ActiveRun) -> None:
+        self.yielded.end(time.perf_counter())
+        if not run.lacks_memory:
+            self._enter(*run.waiting_for())
+            return
+        now_s = time.monotonic()
+        self._ask_memory_at = now_s + ASK_MEMORY_EVERY_S
+        if self._may_tell(now_s):  # the reason is worked out only where it is told
+            self._enter(SubState.WAITING_MEMORY, self.desk.waiting() or "")
+
+    def tick(self, *, idle: bool = False) -> None:
+        """Training's memory, once a turn while a run is held; ``idle``: nothing is served."""
+        try:
+            self.desk.tick(idle=idle)
+        except HarliError as error:  # the pool's books do not agree: training ends, serving goes on
+            logger.exception("harli: the pool of memory is not in order")
+            self._fail(error)
 
     def _single(self, kind: QuantumKind, tokens: int) -> QuantumOffer:
-        return QuantumOffer(kind, ((1, self.costs.estimate(kind, tokens).upper_s),), True)
+        return QuantumOffer(kind, ((1, self.predictor.quantum(kind, tokens).upper_s),), True)
 
-    def held_back(self, offer: QuantumOffer, decision: Decision, slack_s: float) -> None:
-        """The policy said no: show why, and let an estimate that alone is to blame decay."""
+    def held_back(self, offer: QuantumOffer, decision: Decision, slack_s: float) -> bool:
+        """The policy said no: offer less (True: ask again), or show why and let an estimate that is to blame decay."""
         self._held_back += 1
+        too_long = decision.reason == qos_policy.TOO_LONG or (slack_s > 0 and self._held_back > PATIENCE)
+        if too_long and self.run is not None and self.run.training.cut(offer.kind):
+            return True
         if decision.reason == qos_policy.TOO_LONG or (slack_s > 0 and self._held_back > 20):
-            self.costs.relax(offer.kind, time.perf_counter())
+            self.predictor.relax(offer.kind, time.perf_counter())
         self._enter(SubState.YIELDING, decision.reason)
+        return False
 
     def run_quantum(self, offer: QuantumOffer, decision: Decision) -> None:
         """Run (on CUDA: launch) the quantum that was decided."""
         begin = time.perf_counter()
+        self.yielded.end(begin)
         try:
             with self.clock.span():
-                tokens, first = self._run(offer.kind, decision.rows)
+                work = self._run(offer.kind, decision.rows)
         except Exception as error:  # boundary: the quantum
             logger.exception("harli: a training quantum (%s) failed", offer.kind.value)
             # Where it was another job's adapter, its loading has failed, not the run.
@@ -234,15 +271,16 @@ class CoTrainer:
                 self._fail(error)
             return
         upper_s = dict(offer.candidates).get(decision.rows, offer.candidates[-1][1])
-        self.clock.close(offer.kind, tokens, first, upper_s)
+        self.clock.close(work, upper_s)
         now_s = time.perf_counter()
         for done in self.clock.take():
-            if done.tokens:
-                self.costs.observe(
-                    done.kind, done.tokens, done.seconds, now_s=now_s, first_of_shape=done.first_of_shape
+            if (w := done.work).tokens:
+                self.predictor.observe_quantum(
+                    w.kind, w.tokens, w.row_tokens, done.seconds, now_s=now_s, first_of_shape=w.first_of_shape
                 )
         self._held_back = 0
         self.quanta += 1
+        self.busy_quanta += decision.reason != qos_policy.IDLE
         self.train_s += now_s - begin
         if self.run is not None and not self.run.copying:
             self._enter(SubState.TRAINING, decision.reason)
@@ -256,19 +294,20 @@ class CoTrainer:
         """Idle: let the device catch up."""
         self.clock.settle()
 
-    def _run(self, kind: QuantumKind, rows: int) -> tuple[int, bool]:
+    def _run(self, kind: QuantumKind, rows: int) -> Work:
         if kind is QuantumKind.ADAPTER:
             assert self.loader is not None
             self.loader.run_slice()
-            return 1, False
+            return Work(kind, 1)
         run = self.run
         assert run is not None
         if run.copying:
-            return min(run.copy_slice(), 1), False
+            return Work(kind, min(run.copy_slice(), 1))
         done = run.training.run(rows)
         if run.after_quantum():
             self._release()
-        return max(done.tokens, 1), done.first_of_shape  # kinds that are not cut by rows count as one token
+        tokens = max(done.tokens, 1)  # kinds that are not cut by rows count as one token
+        return Work(kind, tokens, done.row_tokens, done.first_of_shape)
 
     # ---------------------------------------------------------------- ends of a run
     def _release(self) -> None:
@@ -276,7 +315,16 @@ class CoTrainer:
         run, self.run = self.run, None
         if run is not None:
             run.release()
+            self.desk.detach()
             self._told_at = 0.0
+            self.yielded.end(time.perf_counter())
+
+    def _give_up(self, reason: str) -> None:
+        """Requests need the memory of the run: it is taken up again from its checkpoint, when there is memory."""
+        run = self.run
+        if run is not None:
+            run.give_up(reason)
+            self._release()
 
     def _fail(self, error: Exception) -> None:
         run = self.run
@@ -291,10 +339,7 @@ class CoTrainer:
         code, text = describe(error)
         failed = internal.RunFailed(job=job, attempt=attempt, step=step, code=code, message=text, after=after)
         self.link.send(failed)
-        error.__traceback__ = None  # its frames hold the run's tensors
-        gc.collect()
-        if self.base.device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget(error, self.base.device)
 
     def shutdown(self, limit_s: float) -> None:
         """Graceful end: save a step that is newer than the last checkpoint, if time allows."""
@@ -313,12 +358,15 @@ class CoTrainer:
             self.poll()
 
     # ---------------------------------------------------------------- what is shown
+    def _may_tell(self, now_s: float) -> bool:
+        return now_s - self._told_at >= PROGRESS_EVERY_S
+
     def _enter(self, sub_state: str, reason: str) -> None:
         run = self.run
         if run is None:
             return
         now_s = time.monotonic()
-        if now_s - self._told_at < PROGRESS_EVERY_S:
+        if not self._may_tell(now_s):
             return
         self._told_at = now_s
         self._sub_state = (str(sub_state), reason)
@@ -333,33 +381,6 @@ class CoTrainer:
             )
         )
 
-    def status(self) -> dict[str, Any] | None:
-        run = self.run
-        if run is None:
-            return None
-        sub_state, reason = self._sub_state
-        return {
-            "job": run.spec.job,
-            "attempt": run.spec.attempt,
-            "step": run.training.applied_step,
-            "total_steps": run.spec.total_steps,
-            "sub_state": sub_state,
-            "reason": reason,
-            "idle_only": reason == qos_policy.TOO_LONG,
-            "batches_ahead": run.training.batches_ahead,
-            "quanta": self.quanta,
-            "train_s": round(self.train_s, 3),
-            "costs": self.costs.summary(),
-        }
-
-
-def describe(error: Exception) -> tuple[str, str]:
-    """A stable code and a message with what to change, for whoever reads the job."""
-    if isinstance(error, TrainingError | HarliError):
-        return error.code, error.message
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-        return "out_of_memory", (
-            f"training ran out of memory ({error}): lower batch_size, max_seq_length or lora_r, "
-            "or give training more with --harli-max-train-mem"
-        )
-    return "internal", f"{type(error).__name__}: {error}"
+    def status(self, serving: dict[str, Any]) -> dict[str, Any] | None:
+        """For ``harli status``; ``serving``: what it shows of serving."""
+        return None if self.run is None else training_status(self, self.run, *self._sub_state, serving)

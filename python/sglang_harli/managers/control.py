@@ -52,11 +52,16 @@ def is_ours(recv_req: Any) -> bool:
     return recv_req.method.startswith(PREFIX)
 
 
-def answer(trainer: Any, recv_req: Any) -> Any:
-    """Answer one ``harli/…`` call of the HTTP process with a plain dict."""
+def answer(trainer: Any, recv_req: Any, profile: Callable[[], dict[str, Any]] | None = None) -> Any:
+    """Answer one ``harli/…`` call of the HTTP process with a plain dict.
+
+    Args:
+        profile: what ``harli/profile`` is answered with; built only then, since it takes a while.
+    """
     body = recv_req.body or {}
+    methods = _METHODS if profile is None else {**_METHODS, "harli/profile": lambda *_: profile()}
     try:
-        response = _METHODS[recv_req.method](trainer, body)
+        response = methods[recv_req.method](trainer, body)
     except KeyError as error:
         return io_struct.DumperControlReqOutput(success=False, response=[], error=f"unknown: {error}")
     except (HarliError, OSError, msgspec.ValidationError, ValueError) as error:

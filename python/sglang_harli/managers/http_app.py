@@ -15,13 +15,16 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from sglang_harli import core
 from sglang_harli.config import HarliOptions
+from sglang_harli.core import PROFILE_ROUTE
+from sglang_harli.errors import HarliError
 from sglang_harli.managers import supervisor
 from sglang_harli.managers.metrics_collector import MetricsCollector
 from sglang_harli.managers.publisher import Publisher
+from sglang_harli.managers.startup_profile import StartupProfile
 from sglang_harli.managers.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -51,8 +54,9 @@ def install(app: FastAPI, server_args: Any, tokenizer_manager: Any) -> None:
     publisher = Publisher(tokenizer_manager, core.http_endpoint(options.absolute_run_dir))
     tokenizer_manager.harli_publisher = publisher
     metrics = MetricsCollector() if server_args.enable_metrics else None
-    _follow_lifespan(app, publisher, Watchdog(options, supervisor.running, publisher, metrics))
-    app.router.routes[:0] = routes(publisher, tokenizer_manager).routes
+    profile = StartupProfile(publisher, tokenizer_manager, options.profile_budget_s)
+    _follow_lifespan(app, publisher, Watchdog(options, supervisor.running, publisher, metrics), profile)
+    app.router.routes[:0] = routes(publisher, tokenizer_manager, profile).routes
 
 
 def before_setup_and_run(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
@@ -62,7 +66,7 @@ def before_setup_and_run(server_args: Any, tokenizer_manager: Any, *args: Any, *
     install(http_server.app, server_args, tokenizer_manager)
 
 
-def _follow_lifespan(app: FastAPI, publisher: Publisher, watchdog: Watchdog) -> None:
+def _follow_lifespan(app: FastAPI, publisher: Publisher, watchdog: Watchdog, profile: StartupProfile) -> None:
     original = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
@@ -70,16 +74,18 @@ def _follow_lifespan(app: FastAPI, publisher: Publisher, watchdog: Watchdog) -> 
         async with original(inner) as state:
             publisher.start()
             watchdog.start()
+            profile.start()
             try:
                 yield state
             finally:
+                await profile.stop()
                 await watchdog.stop()
                 await publisher.stop()
 
     app.router.lifespan_context = lifespan
 
 
-def routes(publisher: Publisher, tokenizer_manager: Any) -> APIRouter:
+def routes(publisher: Publisher, tokenizer_manager: Any, startup: StartupProfile) -> APIRouter:
     """The routes that stand before SGLang's."""
     from sglang.srt.entrypoints import http_server
     from sglang.srt.entrypoints.openai.protocol import ModelCard
@@ -88,14 +94,25 @@ def routes(publisher: Publisher, tokenizer_manager: Any) -> APIRouter:
 
     @router.get("/health_generate")
     async def health_generate(request: Request) -> Response:
-        """SGLang's answer, but 503 until the finetune service and the scheduler have met once.
+        """SGLang's answer, but 503 until the finetune service and the scheduler have met once (and, with
+        --harli-profile-budget-s, the start's profile is measured).
 
         Later trouble in finetuning is no trouble of serving: the gate never closes again, and a service that is
         given up before they have met opens it.
         """
         if not publisher.was_ready and publisher.down is None:
             return PlainTextResponse(not_ready_reason(publisher), status_code=503)
+        if not startup.done:
+            return PlainTextResponse("sglang-harli: measuring a latency profile\n", status_code=503)
         return await http_server.health_generate(request)
+
+    @router.get(PROFILE_ROUTE)
+    async def profile() -> Response:
+        """What ``harli profile`` asks for: the scheduler builds it only then."""
+        try:
+            return JSONResponse(await publisher.ask("harli/profile", {}))
+        except HarliError as error:
+            return PlainTextResponse(f"{error}\n", status_code=503)
 
     def card(name: str, path: str | None) -> ModelCard:
         return ModelCard(id=name, root=path, parent=tokenizer_manager.served_model_name)

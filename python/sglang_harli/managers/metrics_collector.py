@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_harli.core import JobStatus
+from sglang_harli.managers.pool_metrics import make
 from sglang_harli.managers.supervisor import Supervisor
 from sglang_harli.protocol.internal import ServiceState
 
@@ -29,16 +30,7 @@ class MetricsCollector:
     """The metrics of ``METRICS``; one for each process, made after SGLang has set up its own."""
 
     def __init__(self) -> None:
-        from prometheus_client import Counter, Gauge
-
-        self._made: dict[str, Any] = {
-            name: (
-                Counter(name, text, labels)
-                if kind == "counter"
-                else Gauge(name, text, labels, multiprocess_mode="mostrecent")
-            )
-            for name, (kind, text, labels) in METRICS.items()
-        }
+        self._made: dict[str, Any] = make(METRICS)
         self._restarts = 0
 
     def update(self, keeper: Supervisor | None, state: ServiceState | None) -> None:

@@ -35,7 +35,8 @@ TENSOR_PATH = "__tensor__"  # SGLang's path of an adapter that came as tensors
 HELLO_EVERY_S = 1.0
 POLL_FIRST_S, POLL_LONGEST_S = 0.01, 0.2
 # How long a request waits for an evicted adapter to come back.
-BRING_BACK_S = 60.0
+BRING_BACK_S = 120.0  # a service that is held still and replaced takes half a minute; twice in a row one
+ASK_AGAIN_S = 10.0  # a question may be lost
 
 
 class Publisher:
@@ -222,12 +223,12 @@ class Publisher:
             "config": wanted.config,
             "slot": msgspec.to_builtins(wanted.slot),
         }
-        status = await self._ask("harli/load_adapter", body)
+        status = await self.ask("harli/load_adapter", body)
         wait_s = POLL_FIRST_S
         while status.get("state") == "loading":
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 1.5, POLL_LONGEST_S)
-            status = await self._ask("harli/load_status", {"lora_id": ref.lora_id})
+            status = await self.ask("harli/load_status", {"lora_id": ref.lora_id})
         if status.get("state") != "loaded":
             raise UnsupportedError(status.get("error") or f"unexpected answer {status}", code="load_failed")
         reach(Point.LOADED)
@@ -250,7 +251,7 @@ class Publisher:
                 code="no_room",
             )
 
-    async def _ask(self, method: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def ask(self, method: str, body: dict[str, Any]) -> dict[str, Any]:
         """One remote call to the scheduler, over the channel of SGLang's dumper (its only generic one)."""
         from sglang.srt.managers.io_struct import DumperControlReqInput
 
@@ -291,13 +292,16 @@ class Publisher:
             future = self._waiting[name] = asyncio.get_running_loop().create_future()
             future.add_done_callback(lambda done: self._waiting.pop(name, None))
             await self._send(internal.AdapterWanted(name=name))
-        try:
-            return await asyncio.wait_for(asyncio.shield(future), timeout_s)
-        except TimeoutError:
-            text = f"the finetune service did not bring it back within {timeout_s:g} s: try again"
-            if not future.done():  # whoever comes next asks anew: this question may have been lost
-                future.set_result(text)
-            return text
+        deadline = time.monotonic() + timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            done, _ = await asyncio.wait([future], timeout=min(left_s, ASK_AGAIN_S))
+            if done:
+                return future.result()
+            await self._send(internal.AdapterWanted(name=name))
+        text = f"the finetune service did not bring it back within {timeout_s:g} s: try again"
+        if not future.done():
+            future.set_result(text)  # whoever comes next asks anew
+        return text
 
     def drop(self, name: str) -> None:
         """The operator unloaded it: the name answers no more, until the server restarts."""

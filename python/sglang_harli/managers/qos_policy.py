@@ -1,13 +1,16 @@
-"""Whether the next training quantum may run now, and how large (design section 8).  Pure.
+"""Whether the next training quantum may run now, how large, and on which SMs (design section 8).  Pure.
 
-``decide`` is asked before every quantum.  It returns a reason with every answer: the reason goes to
-``harli status``, to the job's sub-state and to the log.
+``decide`` is asked before every quantum (temporal slotting), ``choose_rung`` before every decode step (spatial
+sharing).  Each returns a reason with its answer: the reason goes to ``harli status``, to the job's sub-state and
+to the log.
 """
 
 from __future__ import annotations
 
-from sglang_harli.core import Decision, QuantumOffer, StepLoad
-from sglang_harli.managers.slo_ledger import Slack, Targets
+from collections.abc import Sequence
+
+from sglang_harli.core import Decision, QuantumOffer, RungChoice, RungOffer, StepLoad
+from sglang_harli.managers.slo_ledger import KEPT_SHARE, Slack, Targets
 
 IDLE = "nothing is served"
 SLACK = "slack under the latency target"
@@ -15,17 +18,27 @@ PREFILL_WAITING = "a prompt waits for prefill"
 NO_SLACK = {
     "tpot": "no slack under the TPOT target",
     "itl": "no slack under --harli-max-itl-ms",
+    "ttft": "no slack under the TTFT target",
     "none": "no slack",
 }
-TOO_LONG = "one row exceeds --harli-max-quantum-ms: it trains while nothing is served"
+PAUSED = "generation is paused"
+TOO_LONG = "the smallest quantum exceeds --harli-max-quantum-ms: it trains while nothing is served"
+# Short names of the reasons not to train, as metrics show them.
+LABELS = {
+    PREFILL_WAITING: "prompt",
+    PAUSED: "paused",
+    TOO_LONG: "too_long",
+    **{text: bound for bound, text in NO_SLACK.items()},
+}
 
 
 def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) -> Decision:
     """One quantum of at most ``rows`` rows, or none, and why.
 
     While nothing is served the bound is ``targets.idle_quantum_s``; a quantum that cannot be made that
-    small runs all the same, since nobody waits for it yet.  While a request runs, a quantum's upper
-    bound stays under the batch's slack and under ``targets.busy_quantum_s``.
+    small runs all the same, since nobody waits for it yet.  While a request runs, or waits under a deadline
+    of its own (``load.promised``), a quantum's upper bound stays under the slack and under
+    ``targets.busy_quantum_s``.
     """
     if load.waiting:
         return Decision(0, 0, PREFILL_WAITING)
@@ -47,3 +60,109 @@ def _largest(offer: QuantumOffer, limit_s: float) -> int:
         if upper_s <= limit_s:
             best = rows
     return best
+
+
+# ------------------------------------------------------------------ spatial sharing
+STAY = 0.03  # a rung is left for one with this much more throughput, or because it no longer fits
+ABOVE = (
+    1.001  # least price of time over the highest throughput, so that of two equal rungs the faster one wins
+)
+QUIET_STEPS = 8.0
+VOIDED = 0.5  # share of the banked time that a new request, which comes with none, voids: the rest is spent by then
+
+
+def choose_rung(
+    load: StepLoad,
+    slack: Slack,
+    offers: Sequence[RungOffer],
+    targets: Targets,
+    *,
+    quantum_s: float,
+    current: int | None = None,
+    quiet_steps: float = QUIET_STEPS,
+) -> RungChoice:
+    """The rung of the next decode step, and how much training is launched beside it.
+
+    Only what fits the slack by its upper bound is considered.  Where a whole step of training does not fit at a
+    rung, as many quanta are launched as do: ``t`` seconds of training make the step ``t * (1 - T1 / T2)`` longer.
+
+    Of what fits, the answer is worth the most: the training done, less the price of the time taken (``_price``).
+    Below the target time costs what the fastest training would do with it, so the rung with the highest
+    throughput wins.  Above, a step that takes longer spends time that was banked; the co-run penalty saturates
+    (Harli, latency predictor), so a little training can cost nearly as much as a lot, and banking for a larger
+    rung may train more.
+
+    Hysteresis: the rung in force stays while the best one promises less than ``STAY`` more.  That never costs a
+    deadline: whichever rung it is, no more is launched than fits.  A step down may be of any size.
+
+    Args:
+        load: what serving does.
+        slack: what the next decode step may take (``batch_slack`` with a decode step of 0 s), seconds.
+        offers: every rung; one with rate 0 lets training pause.
+        quantum_s: upper bound of one quantum, the grain of what is launched.
+        current: index of the rung in force.
+        quiet_steps: decode steps that usually pass between two new requests; each comes with no time banked.
+
+    Returns:
+        The fastest rung without training where none fits, or where a prompt waits for prefill.
+    """
+    if load.idle:
+        best = max(range(len(offers)), key=lambda i: offers[i].rate)
+        return RungChoice(best, offers[best].beside_s, offers[best].rate, IDLE)
+    fastest = min(range(len(offers)), key=lambda i: offers[i].alone_s)
+    if load.waiting:
+        return RungChoice(fastest, 0.0, 0.0, PREFILL_WAITING)
+    price = _price(offers, targets, quiet_steps)
+    best = RungChoice(fastest, 0.0, 0.0, NO_SLACK[slack.bound])
+    worth = -price * offers[fastest].alone_s
+    stays: RungChoice | None = None
+    for i, offer in enumerate(offers):
+        train_s = _beside(offer, slack.seconds, quantum_s)
+        if not train_s:
+            continue
+        step_s = offer.alone_s + train_s * (1 - offer.alone_s / offer.beside_s)
+        done = offer.rate * train_s
+        if done - price * step_s > worth:
+            best, worth = RungChoice(i, train_s, done / step_s, SLACK), done - price * step_s
+        if i == current and done - price * step_s > -price * offers[fastest].alone_s:
+            stays = RungChoice(i, train_s, done / step_s, SLACK)
+    if stays is not None and best.train_s and best.rate <= stays.rate * (1 + STAY):
+        return stays
+    return best
+
+
+def _beside(offer: RungOffer, limit_s: float, quantum_s: float) -> float:
+    """Seconds of training that a decode step within the limit has room for at a rung."""
+    if not offer.rate or offer.alone_s > limit_s:
+        return 0.0
+    if offer.beside_s <= limit_s:
+        return offer.beside_s
+    fits_s = (limit_s - offer.alone_s) / (1 - offer.alone_s / offer.beside_s)
+    return fits_s // quantum_s * quantum_s
+
+
+def _price(offers: Sequence[RungOffer], targets: Targets, quiet_steps: float) -> float:
+    """What a second of step time is worth, in training.
+
+    At least the highest throughput: that much could be done in it.  Where the rung that has it takes longer than the
+    target, steps at it are paid for by faster ones; the price is then what the best such pair trains more per second
+    that it takes more, less what new requests void of what has been banked.
+    """
+    highest = max(offer.rate for offer in offers)
+    step_s = targets.tpot_s * (1 - KEPT_SHARE)
+    alone_s = min(offer.alone_s for offer in offers)
+    points = [
+        (alone_s, 0.0),
+        *((offer.beside_s, offer.rate * offer.beside_s) for offer in offers if offer.rate),
+    ]
+    longest_s = float("inf") if targets.max_itl_s is None else targets.max_itl_s
+    within = [point for point in points if point[0] <= step_s]
+    beyond = [point for point in points if step_s < point[0] <= longest_s]
+    done, slope = max((point[1] / point[0] for point in within), default=0.0), 0.0
+    for fast_s, less in within:
+        for slow_s, more in beyond:
+            gain = (more - less) / (slow_s - fast_s)
+            mixed = (less + gain * (step_s - fast_s)) / step_s
+            if mixed > done:
+                done, slope = mixed, gain
+    return max(ABOVE * highest, slope * (1 - VOIDED / max(quiet_steps, 1.0)))

@@ -18,13 +18,31 @@ from sglang_harli.core import QuantumKind
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One finished quantum: tokens 0 is a quantum that has no cost line."""
+class Work:
+    """What a quantum did.
+
+    Attributes:
+        tokens: that it computed, padding included; 1 for kinds that are not cut by rows.
+        row_tokens: the padded length of one row; 0 where there are none.
+        first_of_shape: the first of its shape, whose time misleads.
+    """
 
     kind: QuantumKind
     tokens: int
+    row_tokens: int = 0
+    first_of_shape: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One finished quantum.
+
+    Attributes:
+        work: what was run; of 0 tokens: a quantum that has no cost line.
+    """
+
+    work: Work
     seconds: float
-    first_of_shape: bool
 
 
 class HostClock:
@@ -42,9 +60,9 @@ class HostClock:
         self._begin = time.perf_counter()
         yield
 
-    def close(self, kind: QuantumKind, tokens: int, first_of_shape: bool, upper_s: float) -> None:
-        """The quantum in the span before was of this kind and size."""
-        self._measured.append(Measured(kind, tokens, time.perf_counter() - self._begin, first_of_shape))
+    def close(self, work: Work, upper_s: float) -> None:
+        """The quantum in the span before did this."""
+        self._measured.append(Measured(work, time.perf_counter() - self._begin))
 
     def take(self) -> list[Measured]:
         """Quanta that are over and have not been taken."""
@@ -61,7 +79,7 @@ class DeviceClock:
     def __init__(self, device_module: Any, stream: Any) -> None:
         self._device, self._stream = device_module, stream
         self._events: tuple[Any, Any] | None = None
-        self._pending: deque[tuple[Any, Any, QuantumKind, int, bool, float]] = deque()
+        self._pending: deque[tuple[Any, Any, Work, float]] = deque()
         self._spare: list[tuple[Any, Any]] = []
         self._measured: list[Measured] = []
 
@@ -78,21 +96,21 @@ class DeviceClock:
             events[1].record(self._stream)
         self._events = (events[0], events[1])
 
-    def close(self, kind: QuantumKind, tokens: int, first_of_shape: bool, upper_s: float) -> None:
+    def close(self, work: Work, upper_s: float) -> None:
         assert self._events is not None
-        self._pending.append((*self._events, kind, tokens, first_of_shape, upper_s))
+        self._pending.append((*self._events, work, upper_s))
         self._events = None
 
     def _collect(self) -> None:
         while self._pending and self._pending[0][1].query():
-            first, last, kind, tokens, first_of_shape, _ = self._pending.popleft()
-            self._measured.append(Measured(kind, tokens, first.elapsed_time(last) / 1e3, first_of_shape))
+            first, last, work, _ = self._pending.popleft()
+            self._measured.append(Measured(work, first.elapsed_time(last) / 1e3))
             self._spare.append((first, last))
 
     @property
     def queued_s(self) -> float:
         self._collect()
-        return sum(entry[5] for entry in self._pending)
+        return sum(entry[3] for entry in self._pending)
 
     def take(self) -> list[Measured]:
         self._collect()

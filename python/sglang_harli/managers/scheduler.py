@@ -3,29 +3,36 @@
 Leans on these names of SGLang 0.5.16 (sglang/srt/managers/scheduler.py): Scheduler.__init__,
 init_request_dispatcher, get_init_info, process_input_requests, run_batch, process_batch_result, on_idle,
 maybe_sleep_on_idle, handle_dumper_control, continue_generation, handle_shutdown, get_internal_state;
-running_batch, waiting_queue, chunked_req, idle_sleeper, ipc_channels.recv_from_tokenizer, forward_stream, tp_worker.
+get_num_allocatable_reqs; running_batch, waiting_queue, max_prefill_tokens, chunked_prefill_size, chunked_req, idle_sleeper,
+ipc_channels.recv_from_tokenizer, forward_stream, tp_worker, max_running_requests, max_req_len, max_total_num_tokens, enable_overlap.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from itertools import islice
 from typing import Any
 
 import zmq
 from sglang.srt.managers.scheduler import Scheduler
 
 from sglang_harli.core import StepLoad
-from sglang_harli.managers import control, qos_policy, slo_ledger
+from sglang_harli.managers import control, qos_policy, slo_ledger, waiting_prompts
+from sglang_harli.managers.pool_metrics import PoolMetrics
+from sglang_harli.managers.predictor_metrics import PredictorMetrics
+from sglang_harli.managers.qos_metrics import QosMetrics
 from sglang_harli.managers.service_link import has_arrived
 from sglang_harli.managers.serving_side import ServingSide
-from sglang_harli.managers.step_timer import make_timer
+from sglang_harli.managers.step_timer import load_of, make_timer, with_adapters
 from sglang_harli.managers.trainer_setup import build
 
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_S = 8.0  # SGLang kills the tree 15 s after it asked to shut down
 IDLE_TURN_S = 0.02  # then the loop looks at its other sockets, the finetune service's among them
+LOOK_AHEAD = 32  # prompts that wait, when it is estimated what the next prefill takes
+SAMPLED = 8  # one batch in so many is measured while there is nothing to train
 HOUSEKEEPING_S = 1.0  # how often SGLang's idle checks (leaks, metrics) run while training fills the time
 
 
@@ -41,7 +48,17 @@ class HarliScheduler(Scheduler):
         self._harli_side = ServingSide(ours.harli_options())
         self._harli_timer = make_timer(str(self.device), getattr(self, "forward_stream", None))
         self._harli_housekeeping_at = 0.0
+        self._harli_unmeasured = 0
+        self._harli_looked_s = (
+            0.0  # when the sockets were last looked at, with a TTFT target and something to train
+        )
+        self._harli_gap_s = 0.0  # spent on training since the latest decode step
         self._harli, self._harli_refusal = build(self, self._harli_side)
+        self._harli_metrics: tuple[PoolMetrics | PredictorMetrics | QosMetrics, ...] = ()
+        if self._harli is not None and self.server_args.enable_metrics:
+            side = self._harli_side
+            qos = QosMetrics(side, self._harli)
+            self._harli_metrics = (PoolMetrics(self._harli.desk), PredictorMetrics(side.predictor), qos)
         if self._harli is not None and self.idle_sleeper is not None:
             self.idle_sleeper.poller.register(self._harli.link.socket, zmq.POLLIN)
 
@@ -59,13 +76,35 @@ class HarliScheduler(Scheduler):
 
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
         """Also takes what the finetune service has sent; runs every loop turn, paused or not."""
+        known = len(self.waiting_queue)
         super().process_input_requests(recv_reqs)
-        if self._harli is not None:
-            self._harli.poll()
+        trainer = self._harli
+        if trainer is None:
+            return
+        if trainer.busy and self._harli_side.targets.ttft_s is not None:
+            waiting_prompts.came(islice(self.waiting_queue, known, None), self._harli_looked_s)
+            self._harli_looked_s = time.perf_counter()
+        else:
+            self._harli_looked_s = 0.0
+        trainer.poll()
+        if trainer.run is not None and self.waiting_queue and trainer.desk.lends:
+            trainer.desk.make_room(self._harli_coming())
+        for metrics in self._harli_metrics:
+            metrics.update(time.monotonic())
+
+    def _harli_coming(self) -> int:
+        """Slots that the next prefill may take: at most, for what of the prompts is cached is not known yet."""
+        tokens = 0
+        for req in () if self.running_batch.batch_is_full else islice(self.waiting_queue, LOOK_AHEAD):
+            tokens += len(req.origin_input_ids) + len(req.output_ids) - len(req.prefix_indices)
+            if tokens >= self.max_prefill_tokens:
+                return self.max_prefill_tokens
+        return tokens
 
     def handle_dumper_control(self, recv_req: Any) -> None:
         if control.is_ours(recv_req) and self._harli is not None:
-            self.ipc_channels.send_to_tokenizer.send_output(control.answer(self._harli, recv_req), recv_req)
+            answer = control.answer(self._harli, recv_req, self._harli_profile)
+            self.ipc_channels.send_to_tokenizer.send_output(answer, recv_req)
             return
         super().handle_dumper_control(recv_req)
 
@@ -77,11 +116,23 @@ class HarliScheduler(Scheduler):
     def get_internal_state(self, recv_req: Any) -> Any:
         output = super().get_internal_state(recv_req)
         if self._harli is not None:
-            output.internal_state["harli"] = {
-                "serving": self._harli_side.status(),
-                "training": self._harli.status(),
-            }
+            serving = self._harli_side.status()
+            training = self._harli.status(serving)
+            pool = self._harli.desk.status()
+            output.internal_state["harli"] = {"serving": serving, "training": training, "pool": pool}
         return output
+
+    def _harli_profile(self) -> dict[str, Any]:
+        """What `harli profile` needs: the loads that were measured, and how large they can be."""
+        limits = {
+            "requests": self.max_running_requests,
+            "row_tokens": min(self._harli.limits.max_seq_length, self.max_req_len),
+            "slots": self.max_total_num_tokens,
+            "vocab": self._harli.limits.vocab_size,
+            "sampled": SAMPLED,
+        }
+        profiled = self._harli_side.predictor.profiled
+        return {"limits": limits, "profiled": profiled, **(self._harli_side.profile() or {})}
 
     def handle_shutdown(self, recv_req: Any) -> None:
         super().handle_shutdown(recv_req)
@@ -90,55 +141,129 @@ class HarliScheduler(Scheduler):
 
     # ---------------------------------------------------------------- quanta
     def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._harli is None or not self._harli.busy:
+        if self._harli is None or not (self._harli.busy or self._harli_sampled()):
             return super().run_batch(batch, *args, **kwargs)
-        mode = batch.forward_mode
-        size = batch.batch_size()
+        load = load_of(batch)
         self._harli_timer.begin()
         result = super().run_batch(batch, *args, **kwargs)
-        self._harli_timer.end(mode.is_decode(), size)
+        self._harli_timer.end(load)
         return result
+
+    def _harli_sampled(self) -> bool:
+        """Whether a batch is measured although there is nothing to train: so the next job is not met unprepared."""
+        self._harli_unmeasured = (self._harli_unmeasured + 1) % SAMPLED
+        return not self._harli_unmeasured
 
     def process_batch_result(self, batch: Any, result: Any) -> None:
         """Point P: the batch's tokens are out; quanta that fit the slack go in here."""
         super().process_batch_result(batch, result)
+        if self._harli is not None:
+            self._harli_point_p(batch, result)
+            self._harli_timer.turn()
+
+    def _harli_point_p(self, batch: Any, result: Any) -> None:
         trainer = self._harli
-        if trainer is None or not trainer.busy:
+        side, measured = self._harli_side, self._harli_timer.take()
+        if not trainer.busy:
+            for load, seconds in measured:
+                side.learn(load, seconds)
             return
         now_s = time.perf_counter()
-        side = self._harli_side
-        for is_decode, size, seconds in self._harli_timer.take():
-            side.step(is_decode, size, seconds, now_s)
-        if not batch.forward_mode.is_decode() or getattr(result, "delay_sample_func", None) is not None:
+        for load, seconds in measured:
+            side.step(load, seconds, now_s)
+        trainer.tick()
+        if getattr(result, "delay_sample_func", None) is not None:
             return
-        side.count_finished(batch.reqs)
-        self._harli_fill(batch.reqs)
+        if batch.forward_mode.is_decode():
+            self._harli_gap_s = 0.0
+            side.count_finished(batch.reqs)
+            self._harli_fill(batch.reqs, decoded=True)
+        elif self._harli_prompts_wait():
+            reqs = dict.fromkeys(
+                [*self.running_batch.reqs, *batch.reqs]
+            )  # with overlap the one holds the other already
+            self._harli_fill(list(reqs), decoded=False)
 
-    def _harli_load(self, running: int) -> StepLoad:
-        arrived = has_arrived(self.ipc_channels.recv_from_tokenizer)
-        waiting = len(self.waiting_queue) + (self.chunked_req is not None) + arrived
-        return StepLoad(running=running, waiting=waiting)
+    def _harli_prompts_wait(self) -> bool:
+        """Between two prefills: whether there may be time under the TTFT target before the next one."""
+        if self._harli_side.targets.ttft_s is None:
+            return False
+        waiting = bool(self.waiting_queue) and not self.running_batch.batch_is_full
+        return waiting or self.chunked_req is not None
 
-    def _harli_fill(self, reqs: list[Any]) -> None:
-        """Quanta between two decode steps, one decision each.
+    def _harli_backlog(self, reqs: list[Any], context: int, *, decoded: bool) -> slo_ledger.Backlog | None:
+        """The prompts that wait, where their deadlines are known and leave training a chance; else None.
+
+        A prompt that was left waiting when a decode step was chosen had no place: it starts no sooner than the first
+        request ends.  Where something else keeps it (memory, an adapter's turn), or a place is free now, training stops.
+        """
+        side, waiting = self._harli_side, self.waiting_queue
+        if side.targets.ttft_s is None or not (waiting or self.chunked_req is not None):
+            return None
+        slots_s: list[float] | None = None
+        if decoded:
+            full = self.running_batch.batch_is_full and self.chunked_req is None
+            if not full or self.get_num_allocatable_reqs(len(reqs)) > 0 or any(r.finished() for r in reqs):
+                return None
+            steps = waiting_prompts.slot_waits(reqs, min(len(waiting), waiting_prompts.MOST))
+            longest = steps[-1] if steps else 0
+            step_s = side.predictor.decode(
+                len(reqs), context + longest * len(reqs), adapters=with_adapters(reqs)
+            ).upper_s
+            slots_s = [count * step_s for count in steps]
+        elif waiting and self.running_batch.batch_is_full:
+            return None  # a chunked prefill goes on, and the prompts behind it have no place
+        return waiting_prompts.backlog_of(
+            side.predictor,
+            waiting,
+            self.chunked_req,
+            chunk_tokens=self.chunked_prefill_size or self.max_prefill_tokens,
+            in_flight=self.enable_overlap,
+            slots_s=slots_s,
+        )
+
+    def _harli_load(
+        self, running: int, context_tokens: int, backlog: slo_ledger.Backlog | None = None
+    ) -> StepLoad:
+        waiting = int(has_arrived(self.ipc_channels.recv_from_tokenizer))
+        if backlog is None:
+            waiting += len(self.waiting_queue) + (self.chunked_req is not None)
+            return StepLoad(running, context_tokens, waiting)
+        return StepLoad(running, context_tokens, waiting, backlog.prompts)
+
+    def _harli_fill(self, reqs: list[Any], *, decoded: bool) -> None:
+        """Quanta between two steps, one decision each.
 
         A request may have banked seconds (a job that begins under a long answer): what is spent between two
         tokens stays under the bound of one quantum all the same, so that no gap is felt as a stall.
         """
         trainer, side = self._harli, self._harli_side
-        clocks = side.clocks(reqs)
+        clocks, context, adapters = side.clocks(reqs), side.context_tokens(reqs), with_adapters(reqs)
+        backlog = self._harli_backlog(reqs, context, decoded=decoded)
         begin_s = time.perf_counter()
+        spent_s = self._harli_gap_s if clocks else 0.0
         ran = False
         while (offer := trainer.offer()) is not None:
-            load = self._harli_load(len(clocks))
+            load = self._harli_load(len(clocks), context, backlog)
             now_s, queued_s = time.perf_counter(), trainer.queued_s
-            slack = side.slack(clocks, now_s, queued_s, disturbed=trainer.saving)
-            room_s = side.targets.busy_quantum_s - (now_s - begin_s) - queued_s
+            self._harli_gap_s = spent_s + now_s - begin_s
+            slack = side.slack(
+                clocks,
+                context,
+                now_s,
+                queued_s,
+                adapters=adapters,
+                disturbed=trainer.saving,
+                backlog=backlog,
+            )
+            room_s = side.targets.busy_quantum_s - self._harli_gap_s - queued_s
             slack = slo_ledger.Slack(min(slack.seconds, room_s), slack.bound)
             decision = qos_policy.decide(load, slack, offer, side.targets)
             if not decision.quanta:
-                if not ran:
-                    trainer.held_back(offer, decision, slack.seconds)
+                told = not ran or decision.reason == qos_policy.TOO_LONG
+                if told and trainer.held_back(offer, decision, slack.seconds):
+                    continue
+                trainer.yielded.hold(decision.reason, now_s)
                 return
             trainer.run_quantum(offer, decision)
             ran = True
@@ -148,21 +273,24 @@ class HarliScheduler(Scheduler):
     def on_idle(self) -> None:
         """Quanta back to back while nothing runs, looking for arrivals between them."""
         trainer = self._harli
+        self._harli_timer.drop()
         if trainer is None or not trainer.busy:
             super().on_idle()
             return
-        self._harli_timer.drop()
         begin_s = time.monotonic()
+        housekeeping = begin_s - self._harli_housekeeping_at > HOUSEKEEPING_S
+        trainer.tick(idle=housekeeping)
         ran = False
         while time.monotonic() - begin_s < IDLE_TURN_S and (offer := trainer.offer()) is not None:
-            load = self._harli_load(0)
+            load = self._harli_load(0, 0)
             decision = qos_policy.decide(load, slo_ledger.UNBOUNDED, offer, self._harli_side.targets)
             if not decision.quanta:
+                trainer.yielded.hold(decision.reason, time.perf_counter())
                 break
             trainer.run_quantum(offer, decision)
             trainer.settle()
             ran = True
-        if not ran or begin_s - self._harli_housekeeping_at > HOUSEKEEPING_S:
+        if not ran or housekeeping:
             self._harli_housekeeping_at = begin_s
             super().on_idle()
 

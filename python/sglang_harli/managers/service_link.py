@@ -74,7 +74,8 @@ class ServiceLink:
         """Whether a message that was sent is not acknowledged yet."""
         return message in self._ring
 
-    def _say_hello(self) -> None:
+    def say_hello(self) -> None:
+        """Also where something that it says has changed."""
         self._hello_at = time.monotonic()
         hello = self._make_hello()
         self._seq += 1
@@ -86,7 +87,7 @@ class ServiceLink:
         """Messages that have come, with their raw frames; an empty list costs about a microsecond."""
         if self.service_pid is None:
             if time.monotonic() - self._hello_at >= HELLO_EVERY_S:
-                self._say_hello()
+                self.say_hello()
         elif len(self._ring):
             for kept in self._ring.due(time.monotonic()):
                 self._send_now(kept)
@@ -120,7 +121,7 @@ class ServiceLink:
         for kept in self._ring.all():
             self._send_now(kept)
         if asked:
-            self._say_hello()
+            self.say_hello()
 
     @property
     def unacknowledged(self) -> int:

@@ -6,25 +6,34 @@ the class is tested without SGLang.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from sglang_harli.config import LIVE, HarliOptions
 from sglang_harli.errors import ConfigError
-from sglang_harli.managers.quantum_costs import DecodeCosts
+from sglang_harli.managers.possible_targets import CONSEQUENCE, impossible
 from sglang_harli.managers.slo_ledger import (
     Attainment,
+    Backlog,
     PrefillReserve,
     RequestClock,
     Slack,
     Targets,
+    backlog_slack,
     batch_slack,
 )
+from sglang_harli.managers.step_timer import BatchLoad
+from sglang_harli.predictor.latency_predictor import DECODE, PREFILL, LatencyPredictor
+from sglang_harli.predictor.profile_table import ProfileKey
 from sglang_harli.protocol import internal
 
+logger = logging.getLogger(__name__)
+
+CHECK_EVERY = 64  # batches that were learnt from
 # While a checkpoint is written on a CPU, its writer takes turns with the threads of a decode step, which is as slow
 # as its slowest one (*measured* on two cores: now and then 2 to 3 times as long).  So more is kept for it.
-DISTURBED = 2.0
+DISTURBED = 3.0
 
 
 def targets_of(options: HarliOptions) -> Targets:
@@ -42,23 +51,75 @@ def targets_of(options: HarliOptions) -> Targets:
     )
 
 
+class Lending(Protocol):
+    """What of training's memory ``harli set`` changes (``memory_desk.MemoryDesk``)."""
+
+    def limit_conflict(self, max_train_bytes: int | None) -> str | None: ...
+    def limit(self, max_train_bytes: int | None) -> str | None: ...
+
+
 class ServingSide:
-    """Targets and estimates of one scheduler; lives on its thread."""
+    """Targets and estimates of one scheduler; lives on its thread.
+
+    Attributes:
+        memory: training's, once there is a trainer.
+        predictor: of steps and quanta; the trainer's set-up puts one in place that knows the model.
+        profile_key: what its measured points are good for; None before that.
+        decode_steps: while there was something to train.
+        impossible: targets in force that serving alone cannot keep here, each with a sentence.
+        last_slack: of the latest decision.
+    """
 
     def __init__(self, options: HarliOptions) -> None:
         self.options = options
+        self.memory: Lending | None = None
         self.targets = targets_of(options)
         self.revision = 0
-        self.decode = DecodeCosts()
+        self.predictor = LatencyPredictor()
+        self.profile_key: ProfileKey | None = None
         self.reserve = PrefillReserve()
         self.attainment = Attainment()
-        self._last_slack: Slack | None = None
+        self.decode_steps = 0
+        self.impossible: dict[str, str] = {}
+        self.last_slack: Slack | None = None
+        self._said: set[str] = set()
+        self._learnt = 0
+        self._last_decode = (1, 0)  # requests, tokens of context
 
     # ---------------------------------------------------------------- measured
-    def step(self, is_decode: bool, batch_size: int, seconds: float, now_s: float) -> None:
-        """A batch took ``seconds`` on the device."""
-        if is_decode:
-            self.decode.observe(batch_size, seconds)
+    def learn(self, load: BatchLoad, seconds: float) -> None:
+        """A batch took ``seconds`` on the device; one that computed nothing teaches nothing."""
+        if not load.new_tokens:
+            return
+        if load.is_decode:
+            self._last_decode = load.requests, load.context_tokens
+            self.predictor.observe_decode(load.requests, load.context_tokens, seconds, adapters=load.adapters)
+        else:
+            self.predictor.observe_prefill(load.new_tokens, seconds, load.pairs)
+        self._learnt += 1
+        if not self._learnt % CHECK_EVERY:
+            self.check_targets()
+
+    def check_targets(self) -> None:
+        """Compare the targets with what serving alone takes, as far as that is known; a finding is logged once."""
+        predictor = self.predictor
+        found = impossible(
+            self.targets,
+            decode_s=predictor.decode(1, 1).expected_s if predictor.known(DECODE) else None,
+            prefill_s=predictor.prefill(1, 1).expected_s if predictor.known(PREFILL) else None,
+        )
+        for name in (
+            found.keys() - self._said
+        ):  # once for each setting: near a target the finding may come and go
+            logger.warning("harli: %s; %s", found[name], CONSEQUENCE)
+        self._said |= found.keys()
+        self.impossible = found
+
+    def step(self, load: BatchLoad, seconds: float, now_s: float) -> None:
+        """As ``learn``, of every batch while there is something to train."""
+        self.learn(load, seconds)
+        if load.is_decode:
+            self.decode_steps += 1
             self.reserve.decode(now_s)
         else:
             self.reserve.prefill(seconds)
@@ -80,6 +141,11 @@ class ServingSide:
         clocks = (self._clock(req) for req in reqs if not req.finished())
         return [clock for clock in clocks if clock is not None]
 
+    @staticmethod
+    def context_tokens(reqs: Iterable[Any]) -> int:
+        """Tokens that the next decode step of these requests attends to."""
+        return sum(len(req.origin_input_ids) + len(req.output_ids) for req in reqs if not req.finished())
+
     def count_finished(self, reqs: Iterable[Any]) -> None:
         for req in reqs:
             if req.finished() and not getattr(req, "harli_counted", False):
@@ -89,22 +155,60 @@ class ServingSide:
                     self.attainment.count(clock, self.targets.tpot_s)
 
     def slack(
-        self, clocks: list[RequestClock], now_s: float, queued_s: float, *, disturbed: bool = False
+        self,
+        clocks: list[RequestClock],
+        context_tokens: int,
+        now_s: float,
+        queued_s: float,
+        *,
+        adapters: bool = False,
+        disturbed: bool = False,
+        backlog: Backlog | None = None,
     ) -> Slack:
-        """What may be spent before the next decode step; ``disturbed``: a checkpoint is being written."""
-        decode_upper_s = self.decode.estimate(len(clocks)).upper_s
+        """What may be spent before the next decode step, and before prompts that wait are due.
+
+        Args:
+            clocks, context_tokens, adapters: of the requests that go on decoding; whether one uses an adapter.
+            queued_s: training that is launched and not finished.
+            disturbed: a checkpoint is being written.
+            backlog: prompts that wait under a TTFT target.
+        """
+        decode_upper_s = self.predictor.decode(len(clocks), context_tokens, adapters=adapters).upper_s
+        decode_upper_s *= DISTURBED if disturbed else 1.0
+        reserve_s = self.reserve.seconds(now_s)
         slack = batch_slack(
             clocks,
             self.targets,
             now_s=now_s,
-            decode_upper_s=decode_upper_s * (DISTURBED if disturbed else 1.0),
-            reserve_s=self.reserve.seconds(now_s),
+            decode_upper_s=decode_upper_s,
+            reserve_s=reserve_s,
             queued_s=queued_s,
+            prefill_s=0.0 if backlog is None or not backlog.admitted else backlog.prefill_upper_s,
         )
-        self._last_slack = slack
+        if backlog is not None:
+            waits = backlog_slack(
+                backlog,
+                self.targets,
+                now_s=now_s,
+                decode_upper_s=decode_upper_s,
+                reserve_s=reserve_s,
+                queued_s=queued_s,
+            )
+            slack = min(slack, waits, key=lambda each: each.seconds)
+        for bound in ("tpot", "itl"):
+            if clocks and bound in self.impossible:
+                slack = Slack(min(slack.seconds, 0.0), bound)
+        self.last_slack = slack
         return slack
 
-    # ---------------------------------------------------------------- harli set, harli status
+    # ---------------------------------------------------------------- harli set, harli status, harli profile
+    def profile(self) -> dict[str, Any] | None:
+        """The loads that were measured, as a profile table; where it is looked for at the next start."""
+        if self.profile_key is None:
+            return None
+        table = self.predictor.points.table(self.profile_key)
+        return {"path": self.options.profile_path, "table": table.document()}
+
     def set_options(self, message: internal.SetOptions) -> internal.OptionsSet:
         """Apply ``harli set``; the answer carries what is in force."""
 
@@ -131,9 +235,19 @@ class ServingSide:
             return answer(
                 "conflict", f"max-itl-ms={itl:g} is below tpot-slo-ms={tpot:g}: every token would miss it"
             )
+        memory = self.memory if "max_train_mem" in message.values else None
+        if memory is not None and (text := memory.limit_conflict(options.max_train_bytes)):
+            return answer("conflict", text)
         self.options, self.targets = options, targets_of(options)
         self.revision += 1
-        return answer("applied")
+        self._said = set()
+        self.check_targets()
+        later = memory.limit(options.max_train_bytes) if memory is not None else None
+        if later:
+            return answer("deferred", later)
+        return answer(
+            "applied", "; ".join((*self.impossible.values(), CONSEQUENCE)) if self.impossible else ""
+        )
 
     def effective(self) -> dict[str, Any]:
         values: dict[str, Any] = {name: getattr(self.options, name) for name in LIVE}
@@ -143,14 +257,16 @@ class ServingSide:
 
     def status(self) -> dict[str, Any]:
         """For ``harli status``: attainment counts requests that finished while a job was held."""
-        slack = self._last_slack
-        one = self.decode.estimate(1)
+        slack = self.last_slack
+        decode = self.predictor.decode(*self._last_decode)
         return {
-            "decode_ms": round(one.expected_s * 1e3, 3),
-            "decode_upper_ms": round(one.upper_s * 1e3, 3),
+            "decode_ms": round(decode.expected_s * 1e3, 3),
+            "decode_upper_ms": round(decode.upper_s * 1e3, 3),
             "slack_ms": None if slack is None or slack.bound == "none" else round(slack.seconds * 1e3, 3),
             "slack_bound": None if slack is None else slack.bound,
             "requests_finished": self.attainment.finished,
             "requests_met_tpot": self.attainment.met,
+            "impossible_targets": list(self.impossible.values()),
             "slo_attainment": round(self.attainment.share, 4),
+            "prediction": self.predictor.summary(),
         }

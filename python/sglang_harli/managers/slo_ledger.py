@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 # What is kept of the target for what a client sees and the scheduler does not: detokenization, HTTP, and
 # the jitter of other processes.  A share of each token's time, and once the gap around the last token.
@@ -27,6 +28,17 @@ class Targets:
     idle_quantum_s: float
 
 
+class Clock(Protocol):
+    """What the ledger reads of a running request: see ``RequestClock``."""
+
+    @property
+    def first_token_s(self) -> float: ...
+    @property
+    def last_token_s(self) -> float: ...
+    @property
+    def emitted(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class RequestClock:
     """One running request: when its first and its latest token went out, and how many did."""
@@ -42,7 +54,7 @@ class Slack:
 
     Attributes:
         seconds: the least over the batch, after the decode step, the reserve and queued training.
-        bound: which promise is the tightest (``tpot`` or ``itl``), for the reason shown.
+        bound: which promise is the tightest (``tpot``, ``itl`` or ``ttft``), for the reason shown.
     """
 
     seconds: float
@@ -53,22 +65,24 @@ UNBOUNDED = Slack(float("inf"), "none")
 
 
 def batch_slack(
-    clocks: Iterable[RequestClock],
+    clocks: Iterable[Clock],
     targets: Targets,
     *,
     now_s: float,
     decode_upper_s: float,
     reserve_s: float,
     queued_s: float = 0.0,
+    prefill_s: float = 0.0,
 ) -> Slack:
     """The slack of a running batch at point P.
 
     Args:
         clocks: the running requests that are not finished.
-        decode_upper_s: upper bound of the next decode step.
+        decode_upper_s: upper bound of the next decode step; 0 for the time that this step itself may take.
         reserve_s: kept back for prefills that arrive while the batch runs; it delays when training
             starts to spend a request's lead, and takes nothing from the steady state.
         queued_s: training already launched on the device and not finished (0 on a CPU).
+        prefill_s: upper bound of prefills that are known to come before the next decode step.
 
     Returns:
         Slack(inf, "none") for an empty batch.
@@ -84,7 +98,47 @@ def batch_slack(
             least, bound = clock.last_token_s + itl, "itl"
     if bound == "none":
         return UNBOUNDED
-    return Slack(least - now_s - decode_upper_s - queued_s, bound)
+    return Slack(least - now_s - decode_upper_s - queued_s - prefill_s, bound)
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Prompts that wait for their first token, with a TTFT target.
+
+    Attributes:
+        prompts: how many.
+        since_s: when the one that has waited longest came, earlier by what it may still have to wait for a place.
+        prefill_upper_s: upper bound of computing all of them.
+        admitted: the next prefill takes them; otherwise all places are taken, and decode steps come first.
+    """
+
+    prompts: int
+    since_s: float
+    prefill_upper_s: float
+    admitted: bool
+
+
+def backlog_slack(
+    backlog: Backlog,
+    targets: Targets,
+    *,
+    now_s: float,
+    decode_upper_s: float,
+    reserve_s: float,
+    queued_s: float = 0.0,
+) -> Slack:
+    """What may be spent before the first of the prompts that wait is due.
+
+    All of them are charged to each, since prompts that are computed together get their first tokens together.
+    ``reserve_s`` is for those that come meanwhile.
+
+    Returns:
+        Slack(-inf, ...) without a TTFT target: a prompt that waits then stops training.
+    """
+    if targets.ttft_s is None:
+        return Slack(float("-inf"), "ttft")
+    due = backlog.since_s + targets.ttft_s * (1 - KEPT_SHARE) - KEPT_S
+    return Slack(due - now_s - backlog.prefill_upper_s - decode_upper_s - reserve_s - queued_s, "ttft")
 
 
 class PrefillReserve:
@@ -123,7 +177,7 @@ class Attainment:
         self.finished = 0
         self.met = 0
 
-    def count(self, clock: RequestClock, tpot_s: float) -> None:
+    def count(self, clock: Clock, tpot_s: float) -> None:
         self.finished += 1
         steps = clock.emitted - 1
         self.met += steps <= 0 or clock.last_token_s - clock.first_token_s <= steps * tpot_s

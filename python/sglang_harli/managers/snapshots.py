@@ -30,17 +30,26 @@ def state_layout(tensors: list[tuple[str, torch.Tensor]]) -> tuple[list[TensorRe
 
 @dataclass(slots=True)
 class _Slice:
-    tensor: torch.Tensor  # flat bytes view of the live tensor
+    """Bytes ``start`` to ``start + len(place)`` of a live tensor.
+
+    They are looked up when they are copied: the tensor's data moves when training's memory is taken back.
+    """
+
+    tensor: torch.Tensor
+    start: int
     place: memoryview
+
+    def read(self) -> torch.Tensor:
+        flat = self.tensor.detach().view(-1).view(torch.uint8)
+        return flat[self.start : self.start + len(self.place)]
 
 
 def _slices(tensors: list[tuple[str, torch.Tensor]], places: dict[str, memoryview]) -> list[_Slice]:
     cut = []
     for name, tensor in tensors:
-        flat = tensor.detach().view(-1).view(torch.uint8)
         place = places[name]
-        for start in range(0, flat.numel(), SLICE_BYTES):
-            cut.append(_Slice(flat[start : start + SLICE_BYTES], place[start : start + SLICE_BYTES]))
+        for start in range(0, tensor.nbytes, SLICE_BYTES):
+            cut.append(_Slice(tensor, start, place[start : start + SLICE_BYTES]))
     return cut
 
 
@@ -59,11 +68,8 @@ class StateCopier:
         self.refs = refs
         self._slot = slot
         self._todo = _slices(tensors, {ref.name: slot.view(ref) for ref in refs})[::-1]
-        self._cuda = bool(tensors) and tensors[0][1].is_cuda
-        self._staging: torch.Tensor | None = None
+        self._staging: torch.Tensor | None = None  # pinned, once a tensor lies on a CUDA device
         self._flight: tuple[_Slice, torch.cuda.Event] | None = None
-        if self._cuda:
-            self._staging = torch.empty(SLICE_BYTES, dtype=torch.uint8, pin_memory=True)
 
     @property
     def done(self) -> bool:
@@ -71,28 +77,29 @@ class StateCopier:
 
     def run(self) -> int:
         """One copy quantum; returns the bytes moved (0: the device is not there yet)."""
-        if self._cuda:
+        if self._flight is not None or (self._todo and self._todo[-1].tensor.is_cuda):
             return self._run_cuda()
         moved = 0
-        while self._todo and moved < SLICE_BYTES:
+        while self._todo and moved < SLICE_BYTES and not self._todo[-1].tensor.is_cuda:
             piece = self._todo.pop()
-            torch.frombuffer(piece.place, dtype=torch.uint8).copy_(piece.tensor)
-            moved += piece.tensor.numel()
+            torch.frombuffer(piece.place, dtype=torch.uint8).copy_(piece.read())
+            moved += len(piece.place)
         return moved
 
     def _run_cuda(self) -> int:
-        assert self._staging is not None
+        if self._staging is None:
+            self._staging = torch.empty(SLICE_BYTES, dtype=torch.uint8, pin_memory=True)
         moved = 0
         if self._flight is not None:
             piece, event = self._flight
             if not event.query():
                 return 0
-            torch.frombuffer(piece.place, dtype=torch.uint8).copy_(self._staging[: piece.tensor.numel()])
-            moved, self._flight = piece.tensor.numel(), None
+            torch.frombuffer(piece.place, dtype=torch.uint8).copy_(self._staging[: len(piece.place)])
+            moved, self._flight = len(piece.place), None
         if self._todo:
             piece = self._todo.pop()
-            staged = self._staging[: piece.tensor.numel()]
-            staged.copy_(piece.tensor, non_blocking=True)
+            staged = self._staging[: len(piece.place)]
+            staged.copy_(piece.read(), non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._flight = (piece, event)

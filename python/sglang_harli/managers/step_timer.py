@@ -1,33 +1,102 @@
-"""How long batches take: wall time on a CPU, event pairs on CUDA (queried later, never waited for)."""
+"""How long batches take: a turn of the loop on a CPU, event pairs on CUDA (queried later, never waited for)."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 
-class HostTimer:
-    """For the CPU engine, whose ``run_batch`` returns when the batch is computed."""
+@dataclass(frozen=True, slots=True)
+class BatchLoad:
+    """What a batch computes, in the terms that its time depends on.
 
-    def __init__(self) -> None:
+    Attributes:
+        is_decode: a decode step; otherwise a prefill, mixed batches included.
+        requests: in the batch.
+        context_tokens: sum of their context lengths after the batch.
+        new_tokens: that are computed.
+        pairs: of a new token and one of the context that it may attend to, summed over the requests.
+        adapters: a request uses a LoRA adapter.
+    """
+
+    is_decode: bool
+    requests: int
+    context_tokens: int
+    new_tokens: int
+    pairs: int
+    adapters: bool = False
+
+
+def with_adapters(reqs: Iterable[Any]) -> bool:
+    """Whether one of SGLang's requests uses a LoRA adapter."""
+    return any(req.lora_id is not None for req in reqs)
+
+
+def load_of(batch: Any) -> BatchLoad:
+    """The load of one of SGLang's ScheduleBatches, from what it holds on the host: nothing waits for the device.
+
+    Leans on ScheduleBatch: forward_mode, reqs, seq_lens_cpu (None while it is known on the device only),
+    extend_lens; Req: origin_input_ids, output_ids, lora_id.
+    """
+    requests = len(batch.reqs)
+    lengths = batch.seq_lens_cpu
+    if lengths is None:
+        context = [len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs]
+    else:
+        context = lengths.tolist()
+    total = sum(context)
+    if batch.forward_mode.is_decode():
+        return BatchLoad(True, requests, total, requests, total, with_adapters(batch.reqs))
+    new = batch.extend_lens or ()
+    pairs = sum(tokens * length for tokens, length in zip(new, context, strict=False))
+    return BatchLoad(False, requests, total, sum(new), pairs)
+
+
+class HostTimer:
+    """For the CPU engine, whose ``run_batch`` returns when the batch is computed.
+
+    A step is a turn of the scheduler's loop: from where point P leaves it to the next point P, so that receiving,
+    batching and handing out tokens count, which a client waits for too.  The first batch after an idle turn counts
+    from its ``run_batch`` on.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._turned: float | None = None
         self._begin = 0.0
-        self._steps: list[tuple[bool, int, float]] = []
+        self._steps: list[tuple[BatchLoad, float, float]] = []
 
     def begin(self) -> None:
-        self._begin = time.perf_counter()
+        self._begin = self._clock() if self._turned is None else self._turned
+        self._turned = None
 
-    def end(self, is_decode: bool, batch_size: int) -> None:
-        self._steps.append((is_decode, batch_size, time.perf_counter() - self._begin))
+    def end(self, load: BatchLoad) -> None:
+        self._steps.append((load, self._begin, self._clock()))
 
-    def take(self) -> list[tuple[bool, int, float]]:
-        """(decode or prefill, batch size, seconds) of the batches that are over."""
+    def take(self) -> list[tuple[BatchLoad, float]]:
+        """At point P: load and seconds of the batches that are over."""
         steps, self._steps = self._steps, []
-        return steps
+        if not steps:
+            return []
+        *before, (load, begin, _) = (
+            steps  # overlapped: the first batch was not waited for before the second ran
+        )
+        return [*((b, end - begin) for b, begin, end in before), (load, self._clock() - begin)]
+
+    def turn(self) -> None:
+        """The loop goes on from point P."""
+        self._turned = self._clock()
 
     def drop(self) -> None:
         """Forget batches that were begun (the server went idle)."""
         self._steps.clear()
+        self._turned = None
 
 
 class EventTimer:
@@ -36,7 +105,7 @@ class EventTimer:
     def __init__(self, device_module: Any, stream: Any) -> None:
         self._device, self._stream = device_module, stream
         self._begun: Any = None
-        self._pending: deque[tuple[Any, Any, bool, int]] = deque(maxlen=64)
+        self._pending: deque[tuple[Any, Any, BatchLoad]] = deque(maxlen=64)
         self._spare: list[tuple[Any, Any]] = []
 
     def begin(self) -> None:
@@ -48,18 +117,21 @@ class EventTimer:
         pair[0].record(self._stream)
         self._begun = pair
 
-    def end(self, is_decode: bool, batch_size: int) -> None:
+    def end(self, load: BatchLoad) -> None:
         first, last = self._begun
         last.record(self._stream)
-        self._pending.append((first, last, is_decode, batch_size))
+        self._pending.append((first, last, load))
 
-    def take(self) -> list[tuple[bool, int, float]]:
+    def take(self) -> list[tuple[BatchLoad, float]]:
         steps = []
         while self._pending and self._pending[0][1].query():
-            first, last, is_decode, batch_size = self._pending.popleft()
-            steps.append((is_decode, batch_size, first.elapsed_time(last) / 1e3))
+            first, last, load = self._pending.popleft()
+            steps.append((load, first.elapsed_time(last) / 1e3))
             self._spare.append((first, last))
         return steps
+
+    def turn(self) -> None:
+        """The device's time is the batch's alone: the loop runs beside it."""
 
     def drop(self) -> None:
         self._pending.clear()

@@ -1,7 +1,7 @@
 """Builds the scheduler's trainer: binds the weights, states the limits, opens the link.
 
-Leans on SGLang 0.5.16: Scheduler.server_args, tp_worker.model_runner (model, model_config, lora_manager),
-ServerArgs (model_path, tokenizer_path, served_model_name, max_lora_rank, lora_target_modules, device).
+Leans on SGLang 0.5.16: Scheduler.server_args, token_to_kv_pool_allocator, tree_cache, tp_worker.model_runner (model, model_config, lora_manager,
+decode_cuda_graph_runner.capture_bs), ServerArgs (model_path, tokenizer_path, served_model_name, max_lora_rank, lora_target_modules, device).
 """
 
 from __future__ import annotations
@@ -10,19 +10,27 @@ import logging
 import os
 from typing import Any
 
-import psutil
 import torch
 
+from sglang_harli.config import HarliOptions, show_size
 from sglang_harli.core import scheduler_endpoint
 from sglang_harli.errors import UnsupportedError
 from sglang_harli.managers.adapter_loader import AdapterLoader
 from sglang_harli.managers.co_trainer import CoTrainer
+from sglang_harli.managers.memory_desk import MemoryDesk
+from sglang_harli.managers.profile_setup import profile_key, starting_priors
 from sglang_harli.managers.quantum_clock import make_clock
-from sglang_harli.managers.quantum_costs import QuantumCosts
 from sglang_harli.managers.service_link import ServiceLink
 from sglang_harli.managers.serving_side import ServingSide
+from sglang_harli.mem_cache.prefix_eviction import evict_stripes
+from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.frozen_base import bind as bind_base
+from sglang_harli.platforms.cpu.defaults import host_memory_bytes
+from sglang_harli.predictor import priors
+from sglang_harli.predictor.latency_predictor import LatencyPredictor
+from sglang_harli.predictor.profile_table import ProfileKey
+from sglang_harli.predictor.solo import Padding
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import ALL_LINEAR
 
@@ -30,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 # Cautious rates for the first guess of a quantum's cost, floating-point operations a second.
 _PRIOR_FLOPS = {"cpu": 2e10, "cuda": 5e13}
+# A first guess of what a request more, and a token of context more, add to a decode step, as a share of it.
+_PRIOR_SHARES = {"cpu": (0.1, 1e-4), "cuda": (0.01, 2e-5)}
 
 _FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
@@ -48,49 +58,71 @@ def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | No
         base = bind_base(runner.model, args.model_path, trust_remote_code=args.trust_remote_code)
     except UnsupportedError as error:
         return None, f"{error.message}; serve without finetuning: --harli-finetune off"
-    limits = served_limits(base, args, runner, side)
+    desk = side.memory = memory_desk(scheduler, base.device, side.options)
+    limits = served_limits(base, args, runner, side.options, desk)
     trainer: CoTrainer | None = None
 
     def hello() -> internal.Hello:
         run = trainer.run if trainer is not None else None
+        current = limits if trainer is None else trainer.limits  # `harli set` may have changed them
         message = internal.Hello(
-            pid=os.getpid(), rank=0, limits=limits, options=side.effective(), revision=side.revision
+            pid=os.getpid(), rank=0, limits=current, options=side.effective(), revision=side.revision
         )
         if run is not None:
             message.job, message.attempt = run.spec.job, run.spec.attempt
             message.step, message.next_cursor = run.training.applied_step, run.training.next_cursor
         return message
 
-    prior_token_s = 2 * _layer_parameters(limits) / _PRIOR_FLOPS[base.device.type]
+    key = profile_key(limits, args)
+    side.predictor = _predictor(limits, runner, key, side.options)
+    side.profile_key = key
+    side.check_targets()
     trainer = CoTrainer(
         base,
         limits,
         ServiceLink(scheduler_endpoint(side.options.absolute_run_dir), hello),
         AdapterLoader(runner.lora_manager),
-        QuantumCosts(prior_token_s),
+        side.predictor,
         make_clock(base.device.type, getattr(scheduler, "forward_stream", None)),
+        desk,
         quantum_rows=side.options.quantum_rows,
         set_options=side.set_options,
         status=side.status,
     )
     logger.info(
-        "harli: finetuning is on: %s, %s on %s, adapters up to rank %d on %s, %.0f MiB for training",
+        "harli: finetuning is on: %s, %s on %s, adapters up to rank %d on %s, up to %s for training%s",
         limits.architecture,
         limits.dtype,
         limits.device,
         limits.max_lora_rank,
         ",".join(limits.lora_target_modules),
-        limits.train_memory_bytes / 2**20,
+        show_size(limits.train_memory_bytes),
+        " beside the KV pool" if desk.pool is None else ", lent by the KV pool",
     )
     return trainer, None
 
 
-def served_limits(base: FrozenBase, args: Any, runner: Any, side: ServingSide) -> internal.ServedLimits:
+def memory_desk(scheduler: Any, device: torch.device, options: HarliOptions) -> MemoryDesk:
+    """Training's memory: lent by the scheduler's KV pool if that is ours, else of its own beside it."""
+    cpu = device.type == "cpu"
+    reserve = options.reserve_bytes(cpu)
+    allocator, cache = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
+    pool: UnifiedPool | None = getattr(allocator.get_kvcache(), "harli_pool", None)
+    if pool is None:
+        total = host_memory_bytes() if cpu else torch.cuda.get_device_properties(device).total_memory
+        return MemoryDesk(None, device, fixed_bytes=options.train_bytes(total, cpu), reserve_bytes=reserve)
+
+    def evict(stripes: int) -> int:
+        return evict_stripes(cache, allocator, stripes, pool.quota.kept_prefix_slots())
+
+    pool.evict = evict
+    return MemoryDesk(pool, device, reserve_bytes=reserve)
+
+
+def served_limits(
+    base: FrozenBase, args: Any, runner: Any, options: HarliOptions, desk: MemoryDesk
+) -> internal.ServedLimits:
     """What the served model allows a job."""
-    cpu = base.device.type == "cpu"
-    total = (
-        psutil.virtual_memory().total if cpu else torch.cuda.get_device_properties(base.device).total_memory
-    )
     served = runner.lora_manager.target_modules  # SGLang's fused names
     targets = tuple(m for m in ALL_LINEAR if _FUSED.get(m, m) in served)
     return internal.ServedLimits(
@@ -107,9 +139,26 @@ def served_limits(base: FrozenBase, args: Any, runner: Any, side: ServingSide) -
         max_seq_length=runner.model_config.context_len,
         max_lora_rank=runner.lora_manager.max_lora_rank,
         lora_target_modules=targets,
-        train_memory_bytes=side.options.train_bytes(total, cpu),
-        logits_bytes=side.options.logits_bytes,
+        train_memory_bytes=desk.ever_bytes,
+        logits_bytes=options.logits_bytes,
+        space_bytes=desk.space_bytes,
     )
+
+
+def _predictor(
+    limits: internal.ServedLimits, runner: Any, key: ProfileKey, options: HarliOptions
+) -> LatencyPredictor:
+    """Starts from this server's profile, or from a cautious guess of what such a model takes on such a device."""
+    flops = _PRIOR_FLOPS[limits.device]
+    guess = priors.first_guess(
+        token_s=2 * _layer_parameters(limits) / flops,
+        pair_s=4 * limits.hidden_size / flops,  # scores and weighted values: two products of a head's width
+        layers=limits.num_layers,
+        decode_shares=_PRIOR_SHARES[limits.device],
+    )
+    graphs = getattr(runner, "decode_cuda_graph_runner", None)
+    padding = Padding(getattr(graphs, "capture_bs", None) or ())
+    return LatencyPredictor(starting_priors(options.profile_path, key, guess, padding), padding=padding)
 
 
 def _layer_parameters(limits: internal.ServedLimits) -> int:

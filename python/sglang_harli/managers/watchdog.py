@@ -42,14 +42,15 @@ class SilenceCounter:
         self._spoken = False
         self.looks = 0
 
-    def look(self, pid: int | None, heard: int) -> bool:
+    def look(self, pid: int | None, heard: int, speaker: int | None = None) -> bool:
         """Whether the process with ``pid`` (None: there is none) has been silent for too long.
 
         Args:
             heard: number of messages that have come in all.
+            speaker: who named itself last; a process may speak for the first time before the first look at it.
         """
         if pid is None or pid != self._pid:
-            self._pid, self._heard, self._spoken, self.looks = pid, heard, False, 0
+            self._pid, self._heard, self._spoken, self.looks = pid, heard, speaker == pid, 0
             return False
         if heard != self._heard:
             self._heard, self._spoken, self.looks = heard, True, 0
@@ -115,8 +116,8 @@ class Watchdog:
             if self._stand_in is None:
                 self._degrade(keeper.gave_up)
             return
-        pid = keeper.pid
-        if self._silence.look(pid, self._publisher.heard):
+        pid, state = keeper.pid, self._publisher.state
+        if self._silence.look(pid, self._publisher.heard, state.pid if state is not None else None):
             looks = self._silence.looks
             logger.error(
                 "harli: the finetune service (pid %s) has said nothing for %d looks of %g s: killed, to be started "

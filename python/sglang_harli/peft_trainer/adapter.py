@@ -3,11 +3,15 @@
 Each layer's A and B matrices lie one behind the other in flat tensors: the fp32 weights (``master``),
 the copy in the base's dtype that is computed with, gradients and Adam's two moments.  A slice of the
 optimizer, a copy and an accumulation are then one or two calls a layer, whatever the rank or targets.
+
+The tensors are objects that stay; where their data lies is decided later and may change (``LayerBlock.lie_in``,
+see ``state_memory``).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +20,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from sglang_harli.errors import ConfigError
+from sglang_harli.errors import ConfigError, TrainingError
 from sglang_harli.peft_trainer.dropout import DropoutMasks
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.lora_linear import INPUT_GROUPS, LinearGroup
@@ -43,7 +47,7 @@ class Matrix:
 
 
 class LayerBlock:
-    """One decoder layer's share of the adapter.
+    """One decoder layer's share of the adapter.  Without memory until ``lie_in``: shapes and dtypes only.
 
     Attributes:
         matrices: A, B, A, B ... in the order of peft's injection.  Within the block the matrices lie by input
@@ -54,6 +58,8 @@ class LayerBlock:
         grad: summed gradients of the optimizer step.
         partial: gradients of the micro-batch in flight; None where a step has one micro-batch only.
         exp_avg, exp_avg_sq: Adam's moments.
+        flats: those of them that there are, each once, in the order in which memory is asked for.
+        state: adapter/, exp_avg/ and exp_avg_sq/ of each matrix by PEFT's key, fp32.
     """
 
     def __init__(self, matrices: list[Matrix], base: FrozenBase, *, accumulates: bool) -> None:
@@ -62,7 +68,7 @@ class LayerBlock:
         exact = torch.promote_types(base.dtype, torch.float32)
 
         def block(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(self.size, dtype=dtype, device=base.device)
+            return _nowhere((self.size,), dtype, base.device)
 
         self.master = block(exact)
         self.compute = self.master if exact == base.dtype else block(base.dtype)
@@ -70,14 +76,41 @@ class LayerBlock:
         self.partial = block(exact) if accumulates else None
         self.exp_avg = block(exact)
         self.exp_avg_sq = block(exact)
+        flats = (self.master, self.compute, self.grad, self.partial, self.exp_avg, self.exp_avg_sq)
+        self.flats: list[Tensor] = []
+        for flat in flats:
+            if flat is not None and not any(flat is other for other in self.flats):
+                self.flats.append(flat)
+        self._views: list[tuple[Tensor, Tensor, Matrix]] = []  # view, the flat that it is of, its place
+        parts = (("adapter", self.master), ("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq))
+        self.state = [(f"{part}/{m.key}", self.view(flat, m)) for part, flat in parts for m in matrices]
         self.groups: list[LinearGroup] = []
+
+    def view(self, flat: Tensor, matrix: Matrix, *, leaf: bool | None = None) -> Tensor:
+        """A tensor that is ``matrix`` of ``flat`` wherever that lies.
+
+        Args:
+            leaf: None: a plain tensor; else a Parameter, and whether autograd differentiates for it.
+        """
+        tensor = _nowhere(matrix.shape, flat.dtype, flat.device)
+        if leaf is not None:
+            tensor = nn.Parameter(tensor, requires_grad=leaf)
+        self._views.append((tensor, flat, matrix))
+        return tensor
+
+    def lie_in(self, places: list[Tensor]) -> None:
+        """From now on the data lies in ``places``, one for each of ``flats``; nothing is copied."""
+        for flat, place in zip(self.flats, places, strict=True):
+            flat.data = place
+        for view, flat, matrix in self._views:
+            view.data = matrix.of(flat)
 
     def refresh_compute(self) -> None:
         if self.compute is not self.master:
             self.compute.copy_(self.master)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw A as peft does under ``torch.manual_seed``; B is zero.
+        """Draw A as peft does under ``torch.manual_seed``; B and the moments are zero.
 
         peft makes two ``nn.Linear`` (each draws its weight), then draws A again, and rounds to the
         base's dtype.  The generator is on the CPU, as peft's draws are.
@@ -88,6 +121,8 @@ class LayerBlock:
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
             a.of(self.master).copy_(weight.to(self.compute.dtype))  # pyright: ignore[reportPossiblyUnboundVariable]
             b.of(self.master).zero_()
+        self.exp_avg.zero_()
+        self.exp_avg_sq.zero_()
         self.refresh_compute()
 
 
@@ -152,7 +187,7 @@ class Adapter:
         block = LayerBlock(matrices, self.base, accumulates=accumulates)
         for (own, part), matrix in places.items():
             linear = getattr(by_name[own][1], part)[_NAME]
-            linear.weight = nn.Parameter(matrix.of(block.compute), requires_grad=False)
+            linear.weight = block.view(block.compute, matrix, leaf=False)
         block.groups = [self._make_group(layer, group, block, places) for group in INPUT_GROUPS]
         return block
 
@@ -167,8 +202,8 @@ class Adapter:
             parts = [places[names[i], "lora_A"] for i in adapted]
             rank, width = parts[0].shape
             stacked = Matrix("", (rank * len(parts), width), parts[0].offset)
-            a = nn.Parameter(stacked.of(block.compute))
-            b = [nn.Parameter(places[names[i], "lora_B"].of(block.compute)) for i in adapted]
+            a = block.view(block.compute, stacked, leaf=True)
+            b = [block.view(block.compute, places[names[i], "lora_B"], leaf=True) for i in adapted]
         return LinearGroup(
             list(names),
             [getattr(holder, "base_layer", holder) for holder in holders],
@@ -180,11 +215,28 @@ class Adapter:
             masks=self.masks,
         )
 
-    def tensors(self, layer: int) -> list[tuple[str, Tensor]]:
-        """One layer's state by name: adapter/, exp_avg/ and exp_avg_sq/ of each matrix, fp32 views."""
+    def fill(self, layer: int, source: Callable[[str], Tensor] | None) -> None:
+        """One layer's weights and moments: drawn (the layers in order), or copied from a saved state.
+
+        Args:
+            source: gives a tensor of the saved state by its name in ``LayerBlock.state``; None: draw.
+
+        Raises:
+            TrainingError: ``bad_checkpoint``: another shape than this job's.
+        """
         block = self.blocks[layer]
-        parts = (("adapter", block.master), ("exp_avg", block.exp_avg), ("exp_avg_sq", block.exp_avg_sq))
-        return [(f"{part}/{m.key}", m.of(flat)) for part, flat in parts for m in block.matrices]
+        if source is None:
+            block.initialise(self.generator)
+            return
+        for name, tensor in block.state:
+            saved = source(name)
+            if saved.shape != tensor.shape:
+                raise TrainingError(
+                    f"the saved {name} has shape {tuple(saved.shape)}, this job's {tuple(tensor.shape)}",
+                    code="bad_checkpoint",
+                )
+            tensor.copy_(saved, non_blocking=True)
+        block.refresh_compute()
 
     def remove(self) -> None:
         """Take peft's modules out of the base model and let the tensors go; may be repeated."""
@@ -199,6 +251,13 @@ class Adapter:
             self._tuner = None
         self.base.model.requires_grad_(False)
         self.blocks.clear()  # the list is shared
+
+
+def _nowhere(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of this shape without memory of its own (one zero, seen everywhere)."""
+    tensor = torch.empty(0, dtype=dtype, device=device)
+    tensor.data = torch.zeros((), dtype=dtype, device=device).expand(shape)
+    return tensor
 
 
 def lora_config(hyperparameters: Hyperparameters) -> LoraConfig:

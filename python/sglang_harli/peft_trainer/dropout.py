@@ -44,21 +44,27 @@ class DropoutMasks:
         self._step = 0
         self._rows: list[tuple[int, int]] = []
         self._width = 0
+        self._columns: slice | None = None
 
-    def set_rows(self, step: int, rows: list[tuple[int, int]], width: int) -> None:
+    def set_rows(
+        self, step: int, rows: list[tuple[int, int]], width: int, columns: slice | None = None
+    ) -> None:
         """The activations that follow are ``[len(rows), width, features]`` of optimizer step ``step``.
 
         Args:
             rows: (position within the step, length in tokens) of each row.
             width: padded length.
+            columns: of the tokens, those that are computed; None: all.  Masks do not depend on it.
         """
-        self._step, self._rows, self._width = step, rows, width
+        self._step, self._rows, self._width, self._columns = step, rows, width, columns
 
     def draw(self, layer: int, module: str, features: int) -> torch.Tensor:
-        """``[rows * width, features]``: 0 or 1/(1 - probability); 0 on padding."""
+        """``[tokens, features]``: 0 or 1/(1 - probability); 0 on padding."""
         mask = torch.zeros(len(self._rows), self._width, features, dtype=self.dtype, device=self.device)
         keep = 1.0 - self.probability
         for i, (row, length) in enumerate(self._rows):
             self._generator.manual_seed(mask_seed(self.seed, self._step, row, layer, module))
             mask[i, :length].bernoulli_(keep, generator=self._generator)
+        if self._columns is not None:
+            mask = mask[:, self._columns].contiguous()
         return mask.view(-1, features).div_(keep)

@@ -25,21 +25,26 @@ class QuantumShape:
         rows: the most that may be taken: rows left in the layer; for HEAD blocks of target tokens.
         row_tokens: tokens that one of them costs (padded); 0 where cost does not depend on tokens.
         fixed: exactly ``rows`` must be run.
+        attended: tokens that each of them attends to, where it is not ``row_tokens``: ``rows`` are then blocks of tokens
+            within one row.
     """
 
     kind: QuantumKind
     rows: int
     row_tokens: int
     fixed: bool
+    attended: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class QuantumDone:
-    """What was run: ``tokens`` computed, padding included; ``first_of_shape``: its time misleads."""
+    """What was run: ``tokens`` computed, padding included, in rows (or of a row) of ``row_tokens``; ``first_of_shape``:
+    its time misleads."""
 
     kind: QuantumKind
     rows: int
     tokens: int
+    row_tokens: int
     first_of_shape: bool
 
 

@@ -4,46 +4,34 @@
         for each micro-batch: EMBED FORWARD... HEAD... BACKWARD... [ACCUMULATE...]
         OPTIMIZER...
 
-Between any two quanta training may rest for as long as it likes.  Nothing here waits for the device,
-reads a file or touches torch's global random state.
+Between any two quanta training may rest for as long as it likes, and its memory may be asked for.  Nothing
+here waits for the device (``spill`` alone does), reads a file or touches torch's global random state.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sglang_harli.core import QuantumKind
+from sglang_harli.core import MemoryPurpose, QuantumKind
 from sglang_harli.errors import ConfigError, StateError, TrainingError
+from sglang_harli.peft_trainer.activations import MicroBatchMemory
 from sglang_harli.peft_trainer.adapter import Adapter
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.intake import Fed, Intake
+from sglang_harli.peft_trainer.kept import KeptActivations
+from sglang_harli.peft_trainer.memory import HeapMemory, TrainMemory
 from sglang_harli.peft_trainer.optimizer import SlicedAdamW, layer_slices
 from sglang_harli.peft_trainer.records import MetricsRing, QuantumDone, QuantumShape, StepMetrics
 from sglang_harli.peft_trainer.schedule import LearningRate
-from sglang_harli.peft_trainer.step import HEAD_BLOCK, IGNORED, MicroBatchPass, ModelPieces, Rows
+from sglang_harli.peft_trainer.state_memory import StateMemory
+from sglang_harli.peft_trainer.step import MicroBatchPass, ModelPieces, training_mode
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
-
-
-@dataclass(slots=True)
-class _Fed:
-    batch: MicroBatch
-    rows: Rows
-
-
-@contextlib.contextmanager
-def _training_mode() -> Iterator[None]:
-    """Gradients on inside SGLang's inference mode, and backward on this very thread (its thread-local
-    contexts, such as memory pools, would not hold on autograd's)."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
-        yield
 
 
 class TrainingRun:
@@ -55,13 +43,26 @@ class TrainingRun:
         logits_bytes: the largest logits tensor, bytes.
         quantum_rows: fixes the split (same weights to the bit whatever comes between); None: chosen at
             each quantum.
+        memory: where everything sizeable lies; asked for when it is needed first.  None: torch's own.
+        keep_activations: keep layers' activations where there is memory.  Never with a fixed split, whose bits
+            must not depend on memory.
+
+    Attributes:
+        needs_memory: why ``peek`` was None though there is work: purpose and bytes that could not be had.
 
     Raises:
         ConfigError: target modules that the model lacks; logits of one token above ``logits_bytes``.
     """
 
     def __init__(
-        self, base: FrozenBase, spec: RunSpec, *, logits_bytes: int, quantum_rows: int | None = None
+        self,
+        base: FrozenBase,
+        spec: RunSpec,
+        *,
+        logits_bytes: int,
+        quantum_rows: int | None = None,
+        memory: TrainMemory | None = None,
+        keep_activations: bool = True,
     ) -> None:
         self.base, self.spec, self.quantum_rows = base, spec, quantum_rows
         hp = spec.hyperparameters
@@ -73,16 +74,19 @@ class TrainingRun:
                 f"give at least {token_bytes} bytes",
                 param="--harli-logits-mem",
             )
-        self._vocabulary = vocabulary
         self._head_tokens = logits_bytes // token_bytes
-        with _training_mode():
+        memory = HeapMemory(base.device) if memory is None else memory
+        self._micro_memory = MicroBatchMemory(base, memory, self._head_tokens)
+        self._kept = KeptActivations(memory) if keep_activations and quantum_rows is None else None
+        with training_mode():
             self._adapter = Adapter(base, hp)
-            self._pieces = ModelPieces(base, self._adapter)
+            self._state = StateMemory(self._adapter.blocks, memory)
+            self._pieces = ModelPieces(base, self._adapter, self._micro_memory, self._kept)
             self._optimizer = SlicedAdamW(self._adapter.blocks, hp, base.dtype)
             self._step_loss = torch.zeros((), dtype=torch.float64, device=base.device)
         self._rate = LearningRate(hp, spec.total_steps)
         self._accumulate_slices = layer_slices(self._adapter.blocks)
-        self._queue: deque[_Fed] = deque()
+        self._intake = Intake(vocabulary, max(1, hp.gradient_accumulation_steps))
         self._metrics = MetricsRing(half=base.dtype == torch.float16)
         self._seen: set[tuple[QuantumKind, int, int]] = set()
         self._pass: MicroBatchPass | None = None
@@ -92,9 +96,8 @@ class TrainingRun:
         self._restored_scale: tuple[float, float, float] | None = None
         self._index = 0  # micro-batches of the step under way that are in its gradients
         self._step_tokens = 0
-        self._epoch = 1
-        self._fed_cursor = (1, 0)  # (step, index) of the next batch to be fed
         self._released = False
+        self.needs_memory: tuple[MemoryPurpose, int] | None = None
         self.applied_step = 0
         self.tokens = 0
 
@@ -102,12 +105,12 @@ class TrainingRun:
     @property
     def batches_ahead(self) -> int:
         """Micro-batches fed and not begun."""
-        return len(self._queue) - (self._pass is not None)
+        return len(self._intake.queue) - (self._pass is not None)
 
     @property
     def next_cursor(self) -> BatchCursor:
         """The micro-batch to feed next (``epoch`` is that of the last one fed)."""
-        return BatchCursor(epoch=self._epoch, step=self._fed_cursor[0], index=self._fed_cursor[1])
+        return self._intake.cursor
 
     def feed(self, batch: MicroBatch, input_ids: np.ndarray, labels: np.ndarray) -> None:
         """Queue a micro-batch if it is the next one; one that came before, or that leaves a gap, is dropped.
@@ -118,37 +121,7 @@ class TrainingRun:
         Raises:
             TrainingError: ids outside the vocabulary, or rows that do not fit together.
         """
-        cursor = batch.cursor
-        if (cursor.step, cursor.index) != self._fed_cursor:
-            return
-        self._check(batch, input_ids, labels)
-        self._queue.append(_Fed(batch, Rows.make(batch.lengths, batch.rows, input_ids, labels)))
-        self._epoch = cursor.epoch
-        last = cursor.index + 1 == batch.micro_batches
-        self._fed_cursor = (cursor.step + 1, 0) if last else (cursor.step, cursor.index + 1)
-
-    def _check(self, batch: MicroBatch, input_ids: np.ndarray, labels: np.ndarray) -> None:
-        where = f"micro-batch {batch.cursor.index} of step {batch.cursor.step}"
-        total = sum(batch.lengths)
-        if not batch.lengths or min(batch.lengths) < 1 or not len(input_ids) == len(labels) == total:
-            raise TrainingError(
-                f"{where}: {len(input_ids)} ids and {len(labels)} labels for rows of {batch.lengths}",
-                code="bad_data",
-            )
-        targets = labels[labels != IGNORED]
-        for name, values in (("token", input_ids), ("label", targets)):
-            if len(values) and not 0 <= int(values.min()) <= int(values.max()) < self._vocabulary:
-                raise TrainingError(
-                    f"{where}: {name} ids must lie in 0..{self._vocabulary - 1}, "
-                    f"found {int(values.min())}..{int(values.max())}: was the file made for another tokenizer?",
-                    code="bad_data",
-                )
-        if batch.step_target_tokens < 1 or len(batch.rows) != len(batch.lengths):
-            raise TrainingError(f"{where}: a step needs at least one target token", code="bad_data")
-        if batch.micro_batches > max(1, self.spec.hyperparameters.gradient_accumulation_steps):
-            raise TrainingError(
-                f"{where}: more micro-batches than gradient_accumulation_steps", code="bad_data"
-            )
+        self._intake.feed(batch, input_ids, labels)
 
     # ---- where the run stands
     @property
@@ -172,26 +145,37 @@ class TrainingRun:
         return self.ready and not (self._stage == QuantumKind.OPTIMIZER and self._position)
 
     def peek(self) -> QuantumShape | None:
-        """The next quantum; None when it waits for data or the run is finished."""
+        """The next quantum, whose memory is held from now on; None when the run waits for memory (then
+        ``needs_memory`` says for what) or data, or is finished."""
+        self.needs_memory = None
+        shape = self._next()
+        if shape is None:
+            return None
+        if not self._state.obtain() and not (self.drop_unused() and self._state.obtain()):
+            self.needs_memory = (MemoryPurpose.STATE, self._state.nbytes)
+            return None
+        if self._state.spilled:
+            return QuantumShape(QuantumKind.COPY, 1, 0, True)
+        if shape.kind == QuantumKind.EMBED:
+            rows = self._intake.queue[0].rows
+            lacking = self._micro_memory.obtain(rows)
+            if lacking and self.drop_unused():
+                lacking = self._micro_memory.obtain(rows)
+            if lacking:
+                self.needs_memory = (MemoryPurpose.MICRO_BATCH, lacking)
+                return None
+        return shape
+
+    def _next(self) -> QuantumShape | None:
+        """The next quantum, if its memory is there."""
         if self._stage is not None:
             return QuantumShape(self._stage, 1, 0, True)
-        if self._pass is None:
-            if self.finished or not self._queue:
-                return None
-            rows = self._queue[0].rows
-            return QuantumShape(QuantumKind.EMBED, rows.count, rows.width, True)
-        kind, left = self._pass.kind, self._pass.left
-        assert kind is not None
-        width = self._pass.rows.width
-        if kind == QuantumKind.HEAD:
-            most = min(left, self._head_tokens)
-            if self.quantum_rows is not None:
-                return QuantumShape(kind, 1, min(most, self.quantum_rows * width), True)
-            block = min(HEAD_BLOCK, self._head_tokens)
-            return QuantumShape(kind, max(1, math.ceil(most / block)), min(block, most), False)
-        if self.quantum_rows is not None:
-            return QuantumShape(kind, min(left, self.quantum_rows), width, True)
-        return QuantumShape(kind, left, width, False)
+        if self._pass is not None:
+            return self._pass.shape(self._head_tokens, self.quantum_rows)
+        if self.finished or not self._intake.queue:
+            return None
+        rows = self._intake.queue[0].rows
+        return QuantumShape(QuantumKind.EMBED, rows.count, rows.width, True)
 
     # ---- work
     def run(self, rows: int) -> QuantumDone:
@@ -202,23 +186,25 @@ class TrainingRun:
         """
         shape = self.peek()
         if shape is None:
-            raise StateError("no quantum to run: the run waits for data or is finished")
+            waits = "memory" if self.needs_memory else "data"
+            raise StateError(f"no quantum to run: the run waits for {waits} or is finished")
         if not 1 <= rows <= shape.rows or (shape.fixed and rows != shape.rows):
             raise StateError(f"{rows} rows asked of a {shape.kind} quantum that offers {shape.rows}")
-        with _training_mode():
-            if self._stage is not None:
-                count, width = 1, 0
+        with training_mode():
+            tokens, width, misleads = 0, 0, self._pass is not None and self._pass.misleads
+            if self._state.spilled:
+                self._state.bring_back()
+            elif self._stage is not None:
                 self._run_stage()
             else:
-                count, width = self._run_pass(shape, rows)
-        key = (shape.kind, count, width)
-        first = key not in self._seen
-        self._seen.add(key)
-        return QuantumDone(shape.kind, rows, count * width, first)
+                tokens, width = self._run_pass(shape, rows)
+        first = misleads or (shape.kind, tokens, width) not in self._seen
+        self._seen.add((shape.kind, tokens, width))
+        return QuantumDone(shape.kind, rows, tokens, width, first)
 
     def _run_pass(self, shape: QuantumShape, rows: int) -> tuple[int, int]:
         if self._pass is None:
-            self._pass = self._begin(self._queue[0])
+            self._pass = self._begin(self._intake.queue[0])
         count = rows
         if shape.kind == QuantumKind.HEAD:
             count = min(rows * shape.row_tokens, self._pass.left, self._head_tokens)
@@ -230,7 +216,7 @@ class TrainingRun:
                 self._stage, self._position = QuantumKind.ACCUMULATE, 0
         return result
 
-    def _begin(self, fed: _Fed) -> MicroBatchPass:
+    def _begin(self, fed: Fed) -> MicroBatchPass:
         return MicroBatchPass(
             self._pieces,
             fed.rows,
@@ -244,7 +230,9 @@ class TrainingRun:
         """A slice of COPY, ACCUMULATE or OPTIMIZER."""
         position, self._position = self._position, self._position + 1
         if self._stage == QuantumKind.COPY:
-            self._copy(position)
+            self._state.carve()
+            with torch.no_grad():
+                self._adapter.fill(position, self._source)
             if self._position == len(self._adapter.blocks):
                 self._stage, self._source = None, None
         elif self._stage == QuantumKind.ACCUMULATE:
@@ -261,26 +249,10 @@ class TrainingRun:
                 if self._position == self._optimizer.operations:
                     self._end_step()
 
-    def _copy(self, layer: int) -> None:
-        block = self._adapter.blocks[layer]
-        with torch.no_grad():
-            if self._source is None:
-                block.initialise(self._adapter.generator)
-                return
-            for name, tensor in self._adapter.tensors(layer):
-                saved = self._source(name)
-                if saved.shape != tensor.shape:
-                    raise TrainingError(
-                        f"the saved {name} has shape {tuple(saved.shape)}, this job's {tuple(tensor.shape)}",
-                        code="bad_checkpoint",
-                    )
-                tensor.copy_(saved, non_blocking=True)
-            block.refresh_compute()
-
     def _end_micro_batch(self) -> None:
         """The gradients of the micro-batch are in the step's: it will not be run again."""
         assert self._pass is not None
-        fed = self._queue.popleft()
+        fed = self._intake.queue.popleft()
         self._step_loss.copy_(self._pass.loss) if self._index == 0 else self._step_loss.add_(self._pass.loss)
         self._step_tokens += fed.rows.tokens
         self.tokens += fed.rows.tokens
@@ -313,17 +285,48 @@ class TrainingRun:
         """
         return self._metrics.take()
 
-    def drop_micro_batch(self) -> None:
-        """Give back the activations' memory.  A micro-batch in flight starts again from its beginning, with
+    # ---- memory that is asked back; each of these says whether something was given back
+    def drop_unused(self) -> bool:
+        """Spaces held from one micro-batch to the next."""
+        spare = self._kept is not None and self._kept.give_back_spare()
+        in_use = self._pass is not None and self._stage is None
+        return (not in_use and self._micro_memory.give_back()) or spare
+
+    def drop_kept(self, enough: Callable[[], bool] | None = None) -> bool:
+        """Kept activations, range by range until it is ``enough`` (None: all); they are recomputed, in any split."""
+        return self._kept is not None and self._kept.drop(enough)
+
+    def cut(self, kind: QuantumKind) -> bool:
+        """The least quantum of ``kind``, if it comes next, is too long for now: recompute kept rows, or take one row in
+        blocks of tokens, if ``peek`` finds memory for that.  False: it is as small as it can be, or the split is fixed."""
+        free = self._stage is None and self.quantum_rows is None
+        return free and self._pass is not None and self._pass.kind == kind and self._pass.cut()
+
+    def drop_micro_batch(self) -> bool:
+        """All memory of activations.  A micro-batch in flight starts again from its beginning, with
         the same dropout; the gradients of those before it stay, and a step that is being applied goes on."""
         if self._stage != QuantumKind.ACCUMULATE:
             self._pass = None
-        self._pieces.activations.release()
+        kept = self.drop_kept()
+        return self._micro_memory.give_back() or kept
+
+    @property
+    def spilled(self) -> bool:
+        """State lies in host memory; it comes back, in COPY quanta, before anything else is run."""
+        return self._state.spilled
+
+    def spill(self) -> bool:
+        """The state to host memory, with its exact values and wherever in a step (the last resort: it waits for
+        the device).  It can be saved from there (``state_tensors``)."""
+        self.drop_kept()  # kept graphs refer to the weights where they lie now
+        with training_mode():
+            return self._state.spill()
 
     # ---- state
     def state_tensors(self) -> list[tuple[str, Tensor]]:
-        """Named views of the live state of ``applied_step``, always in the same order: for each layer
-        ``adapter/``, ``exp_avg/`` and ``exp_avg_sq/`` with PEFT's state-dict keys; fp32.
+        """The live state of ``applied_step`` by name, always in the same order: for each layer ``adapter/``,
+        ``exp_avg/`` and ``exp_avg_sq/`` with PEFT's state-dict keys; fp32.  The tensors hold it wherever it lies:
+        their data moves when it is spilled or comes back.
 
         Raises:
             StateError: while the optimizer applies a step, or before the adapter is there.
@@ -333,8 +336,7 @@ class TrainingRun:
         return self._state_tensors()
 
     def _state_tensors(self) -> list[tuple[str, Tensor]]:
-        layers = range(len(self._adapter.blocks))
-        return [named for layer in layers for named in self._adapter.tensors(layer)]
+        return [named for block in self._adapter.blocks for named in block.state]
 
     @property
     def state_bytes(self) -> int:
@@ -346,7 +348,7 @@ class TrainingRun:
         meta: dict[str, Any] = {
             "version": 1,
             "step": self.applied_step,
-            "epoch": self._epoch,
+            "epoch": self._intake.cursor.epoch,
             "tokens": self.tokens - self._step_tokens,  # a step under way begins again
             "seed": self.spec.hyperparameters.seed,
             "adam_steps": self.applied_step,
@@ -376,13 +378,12 @@ class TrainingRun:
         self._source = get
         self.applied_step = int(meta["step"])
         self.tokens = int(meta["tokens"])
-        self._epoch = int(meta["epoch"])
-        self._fed_cursor = (self.applied_step + 1, 0)
+        self._intake.begin_at(int(meta["epoch"]), self.applied_step + 1)
         scale = meta.get("loss_scale")
         adam_steps = float(meta["adam_steps"])
         growth = float(meta.get("loss_scale_growth", 0))
         self._restored_scale = None if scale is None else (float(scale), adam_steps, growth)
-        with _training_mode():
+        with training_mode():
             self._optimizer.load(adam_steps=adam_steps, scale=scale, growth=growth)
 
     def release(self) -> None:
@@ -390,6 +391,10 @@ class TrainingRun:
         if self._released:
             return
         self._released = True
+        self._pass = None
+        self.drop_unused()
+        self.drop_kept()
+        self._state.release()
         self._adapter.remove()
-        self._queue.clear()
+        self._intake.queue.clear()
         del self._optimizer, self._pieces, self._pass, self._source

@@ -117,7 +117,7 @@ class Calls(Exchange):
     def status(self) -> Steps[StatusAnswer]:
         return (yield from self.request("status", {}, StatusAnswer))
 
-    def set(self, values: dict[str, float | None], if_revision: int | None) -> Steps[SetAnswer]:
+    def set(self, values: dict[str, float | str | None], if_revision: int | None) -> Steps[SetAnswer]:
         args = public.SetArgs(values=values, if_revision=if_revision)
         return (yield from self.request("set", args, SetAnswer))
 

@@ -41,12 +41,16 @@ class SlotRef(Struct, frozen=True, kw_only=True):
 
 
 class RunSpec(Struct, frozen=True, kw_only=True):
-    """What the scheduler needs to know of a job to train it."""
+    """What the scheduler needs to know of a job to train it.
+
+    ``memory_bytes``: upper estimate of what it needs (``ServedLimits.job_memory_bytes``); 0: not known.
+    """
 
     job: str
     attempt: int
     hyperparameters: Hyperparameters
     total_steps: int
+    memory_bytes: int = 0
 
 
 class BatchCursor(Struct, frozen=True, kw_only=True):
@@ -134,12 +138,16 @@ class SnapshotReady(Message):
 
 
 class RunStopped(Message):
-    """Answer to StopRun: the run's memory is returned; ``step`` is the last one applied."""
+    """Answer to StopRun: the run's memory is returned; ``step`` is the last one applied.
+
+    ``reason``: why it ended without having been asked to ("": it was): the job goes on from its checkpoint.
+    """
 
     job: str
     attempt: int
     step: int
     after: int = 0
+    reason: str = ""
 
 
 class RunFailed(Message):
@@ -168,13 +176,14 @@ class StatusReport(Message):
     request: int
     serving: dict[str, Any]
     training: dict[str, Any] | None
+    pool: dict[str, Any] | None = None
 
 
 class OptionsSet(Message):
     """Answer to SetOptions."""
 
     request: int
-    outcome: str  # applied, stale, conflict
+    outcome: str  # applied, deferred, stale, conflict
     revision: int
     effective: dict[str, Any]
     text: str = ""
@@ -259,7 +268,7 @@ class StatusRequest(Message):
 
 class SetOptions(Message):
     request: int
-    values: dict[str, float | None]
+    values: dict[str, float | str | None]  # milliseconds, sizes, or none
     if_revision: int | None = None
 
 

@@ -288,13 +288,14 @@ class ListArgs(Struct, kw_only=True, forbid_unknown_fields=True):
 class SetArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     """``set``: live options; ``if_revision`` makes it conditional (stale if another came between)."""
 
-    values: dict[str, float | None]
+    values: dict[str, float | str | None]  # milliseconds; a size such as "512MiB"; null clears one
     if_revision: int | None = None
 
 
 class SetAnswer(Struct, kw_only=True):
-    """``outcome``: applied, deferred (in force once the scheduler is up), stale (``if_revision`` is not the
-    current one) or conflict (the values contradict each other); ``effective`` is what is in force."""
+    """``outcome``: applied, deferred (in force once the scheduler is up, or once training has given back what is
+    above ``max_train_mem``), stale (``if_revision`` is not the current one) or conflict (the values contradict
+    each other, or what runs); ``effective`` is what is in force."""
 
     outcome: str
     revision: int
@@ -303,7 +304,7 @@ class SetAnswer(Struct, kw_only=True):
 
 
 class StatusAnswer(Struct, kw_only=True):
-    """``status``: the service, the scheduler's view of serving and training, and the queue."""
+    """``status``: the service, the scheduler's view of serving, training and memory, and the queue."""
 
     service: dict[str, Any]
     serving: dict[str, Any] | None
@@ -311,6 +312,7 @@ class StatusAnswer(Struct, kw_only=True):
     jobs: dict[str, int]
     options: dict[str, Any]
     revision: int
+    pool: dict[str, Any] | None = None
 
 
 def encode(message: Any) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sglang_harli.config import show_size
 from sglang_harli.errors import ConfigError, HarliError, UnsupportedError
 from sglang_harli.protocol.internal import ServedLimits
 from sglang_harli.protocol.public import Hyperparameters
@@ -45,10 +46,10 @@ def check_length(hp: Hyperparameters, longest: int) -> None:
 
 
 def check_data(hp: Hyperparameters, longest_row: int, longest_line: int, limits: ServedLimits) -> None:
-    """The longest row against the model's limit and the training memory.
+    """The longest row against the model's limit, and the job against what training can ever have.
 
     Raises:
-        ConfigError: says what to lower.
+        ConfigError: says what to lower, and the largest batch_size that fits.
     """
     if longest_row > limits.max_seq_length:
         raise ConfigError(
@@ -58,10 +59,13 @@ def check_data(hp: Hyperparameters, longest_row: int, longest_line: int, limits:
         )
     need = limits.job_memory_bytes(hp, longest_row)
     if need > limits.train_memory_bytes:
+        largest = limits.largest_batch(hp, longest_row)
+        fits = f"batch_size {largest} or less fits" if largest else "not even batch_size 1 fits"
         raise ConfigError(
-            f"the job needs up to {_size(need)} of training memory and {_size(limits.train_memory_bytes)} are "
-            f"allowed: lower batch_size (now {hp.batch_size}), max_seq_length (longest row: {longest_row} tokens) "
-            f"or lora_r (now {hp.lora_r}), or raise --harli-max-train-mem",
+            f"the job needs {show_size(need)} of training memory and at most {show_size(limits.train_memory_bytes)} "
+            f"can ever be had: {fits} (now {hp.batch_size}); or lower max_seq_length (longest row: {longest_row} "
+            f"tokens) or lora_r (now {hp.lora_r}), or raise --harli-max-train-mem where it is given, else the KV pool "
+            "(--max-total-tokens, --mem-fraction-static)",
             code="memory_budget",
             param="batch_size",
         )
@@ -94,7 +98,3 @@ def model_length(model_path: str) -> int | None:
         "max_position_embeddings"
     )
     return value if isinstance(value, int) and value > 0 else None
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
 
-from sglang_harli.config import LIVE, HarliOptions
+from sglang_harli.config import LIVE, HarliOptions, LiveValue
 from sglang_harli.errors import ConfigError, NotReadyError
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import SetAnswer, SetArgs
@@ -43,7 +43,7 @@ class OptionsDesk:
         self._options = options
         self._link = link
         self._keep = keep
-        self._pending: dict[str, float | None] = msgspec.json.decode(pending) if pending else {}
+        self._pending: dict[str, LiveValue] = msgspec.json.decode(pending) if pending else {}
         self._applying: asyncio.Task[None] | None = None
         self.effective: dict[str, Any] = {name: getattr(options, name) for name in LIVE}
         self.revision = 0
@@ -98,7 +98,7 @@ class OptionsDesk:
         return SetAnswer(outcome=outcome, revision=self.revision, effective=self.effective, message=message)
 
 
-def check(values: dict[str, float | None]) -> None:
+def check(values: Mapping[str, LiveValue]) -> None:
     """Raise ConfigError naming the option and what is accepted."""
     if not values:
         raise ConfigError("nothing to set: give one or more of " + _names(), param="values")

@@ -144,6 +144,7 @@ class RunMachine:
             attempt=run.attempt,
             hyperparameters=change.record.hyperparameters,
             total_steps=change.record.total_steps,
+            memory_bytes=self._memory_bytes(change.record),
         )
         run.phase, run.scheduler_pid, run.said_at_s = Phase.STARTING, self.state.scheduler_pid, now.s
         run.start = internal.StartRun(
@@ -153,6 +154,10 @@ class RunMachine:
         start = Send(run.start)
         # A step back in the store comes first: its steps' metrics would be taken for known ones.
         return [Apply(change, then=(start,))] if change.drafts else [start]
+
+    def _memory_bytes(self, record: JobRecord) -> int:
+        limits, longest = self.state.limits, record.data.get("longest_row", 0)
+        return limits.job_memory_bytes(record.hyperparameters, longest) if limits and longest else 0
 
     def not_prepared(
         self, job: str, attempt: int, code: str, text: str, now: Now, param: str | None = None

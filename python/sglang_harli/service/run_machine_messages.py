@@ -123,7 +123,8 @@ def _over(state: State, run: Run | None, record: JobRecord, message: Any, now: N
     if isinstance(message, internal.RunFailed) and (running or record.status == JobStatus.QUEUED):
         change = jobs.fail(record, message.code, message.message, now.wall)
     elif running:
-        change = jobs.stopped(record, now.wall)
+        why = message.reason if isinstance(message, internal.RunStopped) else ""
+        change = jobs.interrupted(record, why, now.wall) if why else jobs.stopped(record, now.wall)
     else:
         return [done, *effects]
     return [Apply(change, then=(done,)), *effects]
@@ -154,42 +155,42 @@ def snapshot_written(state: State, message: internal.SnapshotReady, ok: bool, no
     writing = state.writing.pop(key)
     acks = tuple(Acknowledge(seq) for seq in sorted(writing.seqs))
     record = state.book.find(message.job)
-    effects: list[Effect]
     if record is None or record.attempt != message.attempt or record.status.final or record.publishing:
-        effects = list(acks)
-    elif ok:
-        effects = _checkpointed(state, record, message, acks, now)
-    else:
+        return [*acks, *_freed(state, writing)]
+    if not ok:
         state.given_up = key
-        effects = _given_up(state, record, message, acks, now)
-    if writing.orphaned:
-        effects.append(TakeBack(writing.path))
+        return _given_up(state, record, message, acks, now) + _freed(state, writing)
+    change, after = _checkpointed(state, record, message, now)
+    after = [Saved(record.id), Send(saved(message, message.step, ok=True)), *acks, *after]
+    # A service that is killed before the commit is told of the snapshot again, and reads the slot again.
+    return [Apply(change, then=(*after, *_freed(state, writing)))]
+
+
+def _freed(state: State, writing: Writing) -> list[Effect]:
+    """What of shared memory may go now that a snapshot is settled."""
+    effects: list[Effect] = [TakeBack(writing.path)] if writing.orphaned else []
     if state.greeted and state.run is None and not state.writing:
         effects.append(RemoveStale())
     return effects
 
 
 def _checkpointed(
-    state: State,
-    record: JobRecord,
-    message: internal.SnapshotReady,
-    acks: tuple[Acknowledge, ...],
-    now: Now,
-) -> list[Effect]:
+    state: State, record: JobRecord, message: internal.SnapshotReady, now: Now
+) -> tuple[Change, list[Effect]]:
+    """The transition, and what follows once it is durable."""
     told = message.meta.get("tokens")
     tokens = told if isinstance(told, int) else record.trained_tokens
     change = jobs.checkpoint_saved(record, message.step, tokens, message.reason)
-    after: tuple[Effect, ...] = (Saved(record.id), Send(saved(message, message.step, ok=True)), *acks)
-    ends: list[Effect] = []
+    after: list[Effect] = []
     if message.step == record.total_steps and record.status == JobStatus.RUNNING:
         if record.wish == Wish.CANCEL:
             change = jobs.then(change, lambda r: jobs.stopped(r, now.wall))
         else:  # one commit: both or none
             change = jobs.then(change, lambda r: Change(jobs.trained(r).record))
-            after = (*after, Publish(record.id))
+            after.append(Publish(record.id))
         if state.named(message) is not None:
-            ends = state.end()
-    return [Apply(change, then=after), *ends]
+            after += state.end()
+    return change, after
 
 
 def _given_up(

@@ -111,7 +111,7 @@ class SchedulerLink:
         return await self._ask(lambda number: internal.StatusRequest(request=number), timeout_s)
 
     async def ask_set(
-        self, values: dict[str, float | None], if_revision: int | None, timeout_s: float
+        self, values: dict[str, float | str | None], if_revision: int | None, timeout_s: float
     ) -> internal.OptionsSet | None:
         """Change live options; None where the scheduler does not answer in time."""
         return await self._ask(

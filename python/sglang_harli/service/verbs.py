@@ -205,6 +205,7 @@ class Verbs:
             jobs=self._desk.counts(),
             options=self._options.effective,
             revision=self._options.revision,
+            pool=report.pool if report else None,
         )
 
     async def _set(self, _caller: Caller, raw: dict[str, Any]) -> public.SetAnswer:

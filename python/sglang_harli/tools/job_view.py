@@ -6,16 +6,21 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from sglang_harli.core import short_id
+from sglang_harli.config import show_size
+from sglang_harli.core import MemoryPurpose, short_id
 from sglang_harli.protocol.public import Event, Job, StatusAnswer
 
+if TYPE_CHECKING:
+    from sglang_harli.predictor.sweep import Load
+
+PURPOSES = tuple(purpose.value for purpose in MemoryPurpose)
 LINE_EVERY_S = 5.0  # without a terminal, `watch` prints a line when the state changes and this often
 
 
@@ -35,14 +40,6 @@ def span(seconds: float | None) -> str:
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
-
-
-def size(count: int) -> str:
-    """1.5 GiB, 20.0 MiB, 12 B."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} B"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -126,8 +123,41 @@ def status_lines(answer: StatusAnswer) -> Iterator[str]:
         if values is None:
             yield f"{title}: not connected" if title == "serving" else f"{title}: none"
             continue
-        yield f"{title}:"
-        yield from _nested(values, "  ")
+        yield f"{title}: {values['why']}" if values.get("why") else f"{title}:"
+        shown = {name: value for name, value in values.items() if name not in ("prediction", "why")}
+        yield from _nested(shown, "  ")
+        yield from prediction_lines(values.get("prediction"))
+    yield from pool_lines(answer.pool)
+
+
+def prediction_lines(phases: dict[str, dict[str, Any]] | None) -> Iterator[str]:
+    """How good the predicted times of steps and quanta were lately."""
+    if not phases:
+        return
+    yield "  prediction (of the latest 200 of each; upper bound as a multiple of what is expected):"
+    for name, score in phases.items():
+        yield (
+            f"    {name:<16}error {100 * score['mape']:.1f}%, within the upper bound {100 * score['coverage']:.1f}%, "
+            f"upper bound {score['upper_ratio']:.2f}, steps {score['steps']}"
+        )
+
+
+def pool_lines(pool: dict[str, Any] | None) -> Iterator[str]:
+    """Whose the memory is, and what it has cost training to give it back."""
+    if pool is None:
+        return
+    held = [f"{name} {show_size(pool['by_owner'][name])}" for name in PURPOSES if pool["by_owner"].get(name)]
+    yield (
+        f"pool ({pool['backing']}): {show_size(pool['total_bytes'])} = requests and prefixes "
+        f"{show_size(pool['kv_bytes'])} + training {show_size(pool['train_bytes'])}"
+        f"{' (' + ', '.join(held) + ')' if held else ''} + free {show_size(pool['free_bytes'])}"
+    )
+    took, marks, most = pool["reclaim_ms"], pool["watermarks"], pool["max_train_bytes"]
+    yield (
+        f"  reclaims {pool['reclaims']} (median {took['p50']:g} ms, longest {took['max']:g} ms), dropped micro-batches "
+        f"{pool['dropped_micro_batches']}, spills {pool['spills']}; kept free {show_size(marks['low'])} to "
+        f"{show_size(marks['high'])}, at most {'all' if most is None else show_size(most)} to training"
+    )
 
 
 def _nested(values: dict[str, Any], indent: str) -> Iterator[str]:
@@ -138,7 +168,7 @@ def _nested(values: dict[str, Any], indent: str) -> Iterator[str]:
         else:
             shown = f"{value:.6g}" if isinstance(value, float) else value
             if name.endswith("_bytes") and isinstance(value, int):
-                name, shown = name.removesuffix("_bytes"), size(value)
+                name, shown = name.removesuffix("_bytes"), show_size(value)
             yield f"{indent}{name}: {'-' if value in (None, '', {}, []) else shown}"
 
 
@@ -190,6 +220,24 @@ def _watch_bar(looks: Iterable[Job], terminal: Console) -> Job:
             else:
                 progress.update(task, description=state(job), **values)
     return job
+
+
+def loads_bar(loads: list[Load]) -> Iterator[Load]:
+    """Hands the loads of a sweep out one by one, with a bar on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, console=console(to_stderr=True)) as progress:
+        task = progress.add_task("profile", total=len(loads))
+        for load in loads:
+            progress.update(task, description=f"batch {load.batch}, prompts of {load.prompt_tokens}")
+            yield load
+            progress.advance(task)
+
+
+def profile_lines(made: dict[str, Any]) -> Iterator[str]:
+    yield f"{made['path']}: {made['points']} measured points, {made['measured']} loads measured now"
+    if made["missing"]:
+        yield f"{made['missing']} loads are missing: run it again to go on"
+    yield "the server reads it when it starts"
 
 
 def data_report(report: dict[str, Any]) -> None:

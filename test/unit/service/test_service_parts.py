@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_harli.config import LIVE
+from sglang_harli.config import LIVE, LIVE_MS
 from sglang_harli.errors import ConfigError, UnsupportedError
 from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.service import admission, options_desk, public_door
@@ -26,10 +26,15 @@ def test_targets_that_are_not_served_are_named():
 
 def test_the_memory_budget_says_what_to_lower():
     tight = limits(train_memory_bytes=4 << 20)
-    with pytest.raises(
-        ConfigError, match=r"batch_size \(now 64\).*longest row: 100 tokens.*--harli-max-train-mem"
-    ):
-        admission.check_data(Hyperparameters(batch_size=64), 100, 1, tight)
+    hp = Hyperparameters(batch_size=64)
+    largest = tight.largest_batch(hp, 100)
+    fits = rf"batch_size {largest} or less fits \(now 64\).*longest row: 100 tokens.*--harli-max-train-mem"
+    with pytest.raises(ConfigError, match=fits) as caught:
+        admission.check_data(hp, 100, 1, tight)
+    assert caught.value.code == "memory_budget" and 0 < largest < 64
+    admission.check_data(Hyperparameters(batch_size=largest), 100, 1, tight)
+    with pytest.raises(ConfigError, match="not even batch_size 1 fits"):
+        admission.check_data(hp, 100, 1, limits(train_memory_bytes=1 << 16))
     admission.check_data(Hyperparameters(batch_size=1, lora_r=1), 4, 1, limits())
 
 
@@ -54,7 +59,7 @@ def test_what_cannot_be_set(values):
 
 
 def test_what_can_be_set_and_what_contradicts_itself():
-    options_desk.check(dict.fromkeys(LIVE, 25.0))
+    options_desk.check(dict.fromkeys(LIVE_MS, 25.0) | {"max_train_mem": "1GiB"})
     options_desk.check(dict.fromkeys(LIVE[1:]))
     assert options_desk.contradiction({"tpot_slo_ms": 50.0, "max_itl_ms": 40.0})
     assert options_desk.contradiction({"tpot_slo_ms": 50.0, "max_itl_ms": None}) is None

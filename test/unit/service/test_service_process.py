@@ -241,7 +241,7 @@ def test_set_before_the_scheduler_is_there_is_deferred_and_survives_a_restart(ow
 
 def test_an_endpoint_in_use_is_one_sentence(world, tmp_path):
     second = ServiceProcess(tmp_path / "runs", world.model, world.port).start()
-    assert second.process is not None and second.process.wait(20) == 1
+    assert second.process is not None and second.process.wait(60) == 1
     assert (
         second.log.read_text()
         .strip()

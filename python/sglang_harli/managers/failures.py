@@ -1,0 +1,29 @@
+"""What is said of a run that has failed."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from sglang_harli.errors import HarliError
+
+
+def describe(error: Exception) -> tuple[str, str]:
+    """A stable code and a message with what to change, for whoever reads the job."""
+    if isinstance(error, HarliError):
+        return error.code, error.message
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return "out_of_memory", (
+            f"training ran out of memory ({error}): lower batch_size, max_seq_length or lora_r, "
+            "or leave more outside the KV pool for training with --harli-train-reserve"
+        )
+    return "internal", f"{type(error).__name__}: {error}"
+
+
+def forget(error: Exception, device: torch.device) -> None:
+    """Let go of the memory that a failed run's tensors had: the frames of its traceback hold them."""
+    error.__traceback__ = None
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

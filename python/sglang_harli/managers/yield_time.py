@@ -1,0 +1,39 @@
+"""How long training had work and did not run, by reason.  Plain Python; a decision costs one comparison."""
+
+from __future__ import annotations
+
+
+class YieldTime:
+    """Adds up spans from a decision against training to the next quantum (or to the end of the work).
+
+    Attributes:
+        reason: of the span that is open, or None.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._since_s = 0.0
+        self._seconds: dict[str, float] = {}
+
+    def hold(self, reason: str, now_s: float) -> None:
+        """The policy said no; a span with another reason ends here."""
+        if reason != self.reason:
+            self.end(now_s)
+            self.reason, self._since_s = reason, now_s
+
+    def end(self, now_s: float) -> None:
+        """Training runs, or has nothing to do."""
+        if self.reason is not None:
+            self._add(now_s)
+            self.reason = None
+
+    def _add(self, now_s: float) -> None:
+        assert self.reason is not None
+        self._seconds[self.reason] = self._seconds.get(self.reason, 0.0) + now_s - self._since_s
+        self._since_s = now_s
+
+    def totals(self, now_s: float) -> dict[str, float]:
+        """Seconds by reason until now; they never fall."""
+        if self.reason is not None:
+            self._add(now_s)
+        return dict(self._seconds)

@@ -1,0 +1,53 @@
+"""What holds the pool's physical memory: one protocol, several ways (design section 6).
+
+host_backing    anonymous mmap; memory that is lent falls out of the KV region by madvise
+cuda_backing    CUDA virtual memory: physical handles are mapped here or there
+static_backing  nothing is remapped: training gets the very bytes of the KV rows, as separate extents
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from sglang_harli.mem_cache.geometry import PoolGeometry
+
+
+class Backing(Protocol):
+    """Physical memory of one pool.  Used from one thread."""
+
+    name: str  # host, cuda, static
+    contiguous: bool  # what is lent is one extent; else there are several (static)
+    geometry: PoolGeometry
+
+    def kv_bytes(self, buffer: int) -> Tensor:
+        """Buffer's bytes, uint8 ``[buffer_bytes]``.  Address and length never change; zero at first."""
+        ...
+
+    def lend(self, stripes: Sequence[int]) -> list[Tensor]:
+        """Move stripes' memory from the KV cache to training.
+
+        Whoever calls has made sure that no slot of them is in use.  What still runs on the device is ordered:
+        writes of forwards to slots that were freed come before training's first write.
+
+        Returns:
+            Extents, uint8: one of ``len(stripes) * stripe_bytes`` where memory can be remapped, else one for each
+            run of adjacent stripes and buffer.  Contents: undefined, in debug mode NaN in every 16-, 32- and
+            64-bit floating-point format.
+        """
+        ...
+
+    def take_back(self, stripes: Sequence[int], extents: Sequence[Tensor]) -> None:
+        """The reverse of one ``lend``, whole: the same stripes and extents.  Their KV rows hold zeros, ordered
+        before any later forward, and nothing of training reads or writes the extents any more."""
+        ...
+
+    def resident_bytes(self) -> int:
+        """Physical memory that the pool's regions hold now (the host asks the kernel)."""
+        ...
+
+    def close(self) -> None:
+        """Return everything; the tensors handed out must not be used any more."""
+        ...

@@ -1,0 +1,109 @@
+"""How the pool is cut: slots, chunks and stripes.  Pure arithmetic (design section 6).
+
+    buffer 0 (K of layer 0)   | chunk | chunk | chunk | ... | tail |
+    buffer 1 (V of layer 0)   | chunk | chunk | chunk | ... | tail |
+      ...
+                               stripe0 stripe1 stripe2
+
+A stripe is an aligned range of token slots, backed by one chunk in each buffer.  It is the unit in which
+memory moves.  Stripe 0 holds slot 0, where SGLang writes padded tokens, and the tail does not fill a stripe:
+both stay with the KV cache for ever, so that its capacity is exactly SGLang's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+LEAST_STRIPES = 64  # a small pool must be able to lend too
+LARGEST_CHUNK = 2 * 2**20  # on a host; on CUDA the granularity itself
+
+
+def runs_of(stripes: Iterable[int]) -> list[range]:
+    """Runs of adjacent stripes, ascending: ``[5, 2, 3]`` is ``[range(2, 4), range(5, 6)]``."""
+    runs: list[range] = []
+    for stripe in sorted(stripes):
+        if runs and runs[-1].stop == stripe:
+            runs[-1] = range(runs[-1].start, stripe + 1)
+        else:
+            runs.append(range(stripe, stripe + 1))
+    return runs
+
+
+@dataclass(frozen=True, slots=True)
+class PoolGeometry:
+    """One pool's cut.
+
+    Attributes:
+        slots: rows of each buffer, SGLang's padded page included (``size + page_size``).
+        row_bytes: one slot in one buffer; alike in all buffers.
+        buffers: K and V of each layer.
+        page_size: SGLang's, in slots; a stripe holds whole pages.
+        stripe_slots: slots of a stripe.
+    """
+
+    slots: int
+    row_bytes: int
+    buffers: int
+    page_size: int
+    stripe_slots: int
+
+    @classmethod
+    def plan(
+        cls, *, slots: int, row_bytes: int, buffers: int, page_size: int, granularity: int
+    ) -> PoolGeometry:
+        """The largest chunk of at most ``LARGEST_CHUNK`` (or one granule) that leaves ``LEAST_STRIPES`` stripes;
+        where none does, the smallest chunk that the granularity allows.
+
+        Args:
+            granularity: bytes in which the backing can move memory: the OS page, or 2 MiB on CUDA.
+        """
+        granule_slots = granularity // math.gcd(granularity, row_bytes)
+        smallest = math.lcm(granule_slots, page_size)
+        by_size = max(LARGEST_CHUNK // (smallest * row_bytes), 1)
+        by_count = max(slots // (smallest * LEAST_STRIPES), 1)
+        return cls(slots, row_bytes, buffers, page_size, smallest * min(by_size, by_count))
+
+    @property
+    def stripes(self) -> int:
+        """Full stripes, stripe 0 included."""
+        return self.slots // self.stripe_slots
+
+    @property
+    def lendable(self) -> range:
+        """The stripes that may be lent."""
+        return range(1, self.stripes)
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.stripe_slots * self.row_bytes
+
+    @property
+    def stripe_bytes(self) -> int:
+        return self.chunk_bytes * self.buffers
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self.slots * self.row_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """The budget: all buffers, whoever uses them."""
+        return self.buffer_bytes * self.buffers
+
+    @property
+    def stripe_pages(self) -> int:
+        """Pages of SGLang's slot allocator in a stripe."""
+        return self.stripe_slots // self.page_size
+
+    @property
+    def lendable_bytes(self) -> int:
+        return len(self.lendable) * self.stripe_bytes
+
+    def slots_of(self, stripe: int) -> range:
+        return range(stripe * self.stripe_slots, (stripe + 1) * self.stripe_slots)
+
+    def stripes_for(self, nbytes: int) -> int:
+        """Stripes that hold ``nbytes``."""
+        return -(-nbytes // self.stripe_bytes)

@@ -1,0 +1,316 @@
+"""One pool of memory for the KV cache and for training (design section 6).
+
+What is lent to training still counts as available in SGLang's accounts, because a lease is revocable at any
+allocation: ``reclaim`` is called by the slot allocator, inline, when it runs short of pages.  Used from the
+scheduler's thread alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from sglang_harli.core import MemoryPurpose
+from sglang_harli.mem_cache.backing import Backing
+from sglang_harli.mem_cache.chunk_ledger import ChunkLedger
+from sglang_harli.mem_cache.geometry import PoolGeometry
+from sglang_harli.mem_cache.quota import Quota
+from sglang_harli.mem_cache.train_arena import Lease, TrainArena
+
+logger = logging.getLogger(__name__)
+
+RECLAIMS_KEPT = 512  # latencies of the last ones
+EVICT_AGAIN_S = 0.02  # after an eviction of prefixes that gave too little; doubled while they give nothing,
+EVICT_AGAIN_MOST_S = 1.28  # up to this: a look at the prefixes takes the scheduler milliseconds
+
+Chooser = Callable[[Sequence[int], int], Sequence[int] | None]
+
+
+class SlotSource(Protocol):
+    """The slot allocator, as the pool sees it."""
+
+    size: int  # slots, without the padded page
+
+    def available_size(self) -> int:
+        """Slots that requests may have, lent ones included."""
+        ...
+
+    def free_stripes(self) -> list[int]:
+        """Lendable stripes known to be wholly free, highest first.  Exact; never synchronises with the device."""
+        ...
+
+    def withdraw(self, stripes: Sequence[int]) -> None:
+        """Take the pages of these stripes, just named free, out of the free list.  Never synchronises."""
+        ...
+
+    def restore(self, stripes: Sequence[int]) -> None:
+        """Put the pages of these stripes back into the free list."""
+        ...
+
+
+class UnifiedPool:
+    """The pool: ledger, quota, backing and slots together.
+
+    Args:
+        geometry: how it is cut.
+        backing: what holds its memory.
+        max_train_bytes: cap on what is lent; None: all that can be lent.
+        prefix_keep: share of the pool that cached prefixes keep when training grows.
+        clock: seconds, monotonic.
+
+    Attributes:
+        slots: the slot allocator, once it is built.
+        on_pressure: ``free at least n stripes now``: makes training give back leases; it cannot refuse.
+        evict: ``n stripes wanted``: evicts cached prefixes above the kept share; how many stripes became free.
+        leases: those held, by name.
+        reclaims: how often requests took memory back, in an allocation or just before it.
+        reclaim_seconds: how long the last ones took.
+    """
+
+    def __init__(
+        self,
+        geometry: PoolGeometry,
+        backing: Backing,
+        *,
+        max_train_bytes: int | None = None,
+        prefix_keep: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.geometry, self.backing = geometry, backing
+        self.ledger = ChunkLedger(geometry)
+        self.quota = Quota(geometry, max_train_bytes=max_train_bytes)
+        self.quota.prefix_keep = prefix_keep
+        self.slots: SlotSource | None = None
+        self.on_pressure: Callable[[int], None] | None = None
+        self.evict: Callable[[int], int] | None = None
+        self.leases: dict[str, Lease] = {}
+        self.arena = TrainArena(self)
+        self.reclaims = 0
+        self.reclaim_seconds: deque[float] = deque(maxlen=RECLAIMS_KEPT)
+        self._clock = clock
+        self._evict_again_s = 0.0  # not before
+        self._evict_pause_s = EVICT_AGAIN_S
+
+    # ------------------------------------------------------------------ figures
+    @property
+    def train_stripes(self) -> int:
+        return self.ledger.train_stripes
+
+    @property
+    def lent_slots(self) -> int:
+        """Slots whose memory training holds.  SGLang counts them as available."""
+        return self.ledger.train_stripes * self.geometry.stripe_slots
+
+    @property
+    def used_slots(self) -> int:
+        """Slots of requests and cached prefixes."""
+        return 0 if self.slots is None else self.slots.size - self.slots.available_size()
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that can be had without a reclaim."""
+        return 0 if self.slots is None else max(self.slots.available_size() - self.lent_slots, 0)
+
+    # ------------------------------------------------------------------ training takes and gives
+    def lease(
+        self, purpose: MemoryPurpose, name: str, stripes_needed: int, *, choose: Chooser | None = None
+    ) -> Lease | None:
+        """Lend stripes to training, if the quota allows it now.
+
+        Cached prefixes above the kept share are evicted for it where needed; not for kept activations, which save
+        work but are not needed.
+
+        Args:
+            name: not in use in the ledger.
+            stripes_needed: at least this many are taken.
+            choose: which of the free stripes (highest first) to take, at most as many as its second argument; None
+                when none do.  Default: the first ``stripes_needed``.
+
+        Returns:
+            None: not now.
+        """
+        allowed, free = self._takeable(stripes_needed, may_evict=purpose is not MemoryPurpose.KEPT)
+        if allowed < stripes_needed or self.slots is None:
+            return None
+        stripes = tuple((choose(free, allowed) if choose else free[:stripes_needed]) or ())
+        if not stripes:
+            return None
+        self.slots.withdraw(stripes)
+        self.ledger.lend(name, stripes, quota=self.quota.max_stripes)
+        try:
+            extents = self.backing.lend(stripes)
+        except MemoryError as error:
+            logger.warning("harli: the pool could not lend %d stripes: %s", len(stripes), error)
+            self.ledger.give_back(name)
+            self.slots.restore(stripes)
+            return None
+        lease = self.leases[name] = Lease(self, purpose, name, stripes, extents)
+        return lease
+
+    def _takeable(self, wanted: int, *, may_evict: bool) -> tuple[int, list[int]]:
+        """How many stripes may be taken, and the free ones.  They are counted only where that can matter."""
+        now_s, train = self._clock(), self.train_stripes
+        if self.slots is None or self.quota.cooling(now_s) or train + wanted > self.quota.max_stripes:
+            return 0, []
+        may_evict = may_evict and self._can_evict(now_s)
+        if not may_evict and self.free_slots // self.geometry.stripe_slots < wanted:
+            return 0, []
+        free = self.slots.free_stripes()
+        allowed = self.quota.may_take(now_s=now_s, free_stripes=len(free), train_stripes=train)
+        if (
+            allowed < wanted
+            and may_evict
+            and self._evict(now_s, wanted + self.quota.watermarks.high - len(free))
+        ):
+            free = self.slots.free_stripes()
+            allowed = self.quota.may_take(now_s=now_s, free_stripes=len(free), train_stripes=train)
+        return allowed, free
+
+    def _can_evict(self, now_s: float) -> bool:
+        return self.evict is not None and now_s >= self._evict_again_s
+
+    def _evict(self, now_s: float, stripes: int) -> int:
+        """Ask for the eviction of cached prefixes; not again at once where that gave too little."""
+        if self.evict is None or not self._can_evict(now_s):
+            return 0
+        used = self.used_slots
+        freed = self.evict(stripes)
+        self.quota.evicted(used - self.used_slots)
+        if freed:
+            self._evict_pause_s = EVICT_AGAIN_S
+        if freed < stripes:
+            self._evict_again_s = now_s + self._evict_pause_s
+        if not freed:
+            self._evict_pause_s = min(2 * self._evict_pause_s, EVICT_AGAIN_MOST_S)
+        return freed
+
+    def release(self, lease: Lease) -> None:
+        """End a lease: its memory goes back to the KV cache, its slots to the allocator.  May be repeated."""
+        if lease.revoked:
+            return
+        self.backing.take_back(lease.stripes, lease.extents)  # what it raises leaves the lease as it was
+        lease.revoked, lease.extents = True, []
+        stripes = self.ledger.give_back(lease.name)
+        del self.leases[lease.name]
+        if self.slots is not None:
+            self.slots.restore(stripes)
+
+    # ------------------------------------------------------------------ the KV cache takes back
+    def reclaim(self, slots: int) -> int:
+        """Free at least this many lent slots now: the allocator needs them before it answers.
+
+        Returns:
+            Slots that were given back: fewer only when no more were lent, or when training kept them against the
+            rules, which is logged as an error.
+        """
+        wanted = min(slots, self.lent_slots)
+        freed = self._take_back(wanted, self.on_pressure)
+        if freed < wanted:
+            logger.error(
+                "harli: the KV cache needs %d slots of training and got %d; still lent: %s",
+                wanted,
+                freed,
+                self.bytes_by_purpose(),
+            )
+        return freed
+
+    def give_ahead(self, stripes: int, give: Callable[[int], None]) -> int:
+        """Requests will need this many stripes in a moment: as ``reclaim``, but training may refuse.
+
+        Args:
+            give: gives back at least so many stripes, if it can without the last resorts.
+
+        Returns:
+            Slots that were given back.
+        """
+        return self._take_back(min(stripes, self.train_stripes) * self.geometry.stripe_slots, give)
+
+    def _take_back(self, slots: int, give: Callable[[int], None] | None) -> int:
+        """Have training give back, count and time it.  Returns: slots."""
+        if slots <= 0 or give is None:
+            return 0
+        began, lent = time.perf_counter(), self.lent_slots
+        give(-(-slots // self.geometry.stripe_slots))
+        freed = lent - self.lent_slots
+        if freed:
+            self.quota.reclaimed(self._clock())
+            self.reclaims += 1
+            self.reclaim_seconds.append(time.perf_counter() - began)
+        return freed
+
+    def must_give(self) -> int:
+        """Stripes that training should give back now, ahead of need; asking starts the cool-down when there are
+        some."""
+        train = self.train_stripes
+        if train == 0:
+            return 0
+        free = self.free_slots // self.geometry.stripe_slots
+        stripes = self.quota.must_give(free_stripes=free, train_stripes=train)
+        if stripes:
+            self.quota.reclaimed(self._clock())
+        return stripes
+
+    def tick(self, used_slots: int, *, idle: bool = False) -> None:
+        """Once per scheduler turn while a run is held.
+
+        While training holds memory, cached prefixes above the kept share are evicted when free slots get few: so
+        new prompts do not take training's memory for prefixes that nobody may ask for.  It begins half-way between
+        the watermarks, to fall on few turns, and refills to the high one.
+
+        Args:
+            used_slots: of requests and cached prefixes.
+            idle: nothing is served: the ledger is checked too.
+
+        Raises:
+            LedgerError: the ledger is not clean.
+        """
+        now_s = self._clock()
+        self.quota.observe(now_s=now_s, used_slots=used_slots)
+        if self.train_stripes:
+            marks, free = self.quota.watermarks, self.free_slots // self.geometry.stripe_slots
+            if 2 * free < marks.low + marks.high:
+                self._evict(now_s, marks.high - free)
+        if idle:
+            self.ledger.check()
+
+    # ------------------------------------------------------------------ for people and metrics
+    def bytes_by_purpose(self) -> dict[str, int]:
+        """Bytes that training holds, by purpose."""
+        held = dict.fromkeys((purpose.value for purpose in MemoryPurpose), 0)
+        for lease in self.leases.values():
+            held[lease.purpose.value] += len(lease.stripes) * self.geometry.stripe_bytes
+        return held
+
+    def status(self) -> dict[str, Any]:
+        """The pool in figures.  ``kv_bytes`` (requests, cached prefixes, the padded page), ``train_bytes`` and
+        ``free_bytes`` sum to ``total_bytes``; so does ``by_owner``, where ``kv`` has the free ones too."""
+        geometry, marks = self.geometry, self.quota.watermarks
+        total, train = geometry.total_bytes, self.train_stripes * geometry.stripe_bytes
+        free = self.free_slots * geometry.row_bytes * geometry.buffers
+        taken = sorted(self.reclaim_seconds)
+        last_s = self.reclaim_seconds[-1] if taken else 0.0
+        p50_s, max_s = (taken[len(taken) // 2], taken[-1]) if taken else (0.0, 0.0)
+        return {
+            "total_bytes": total,
+            "kv_bytes": total - train - free,
+            "train_bytes": train,
+            "free_bytes": free,
+            "by_owner": {"kv": total - train, **self.bytes_by_purpose()},
+            "watermarks": {
+                "low": marks.low * geometry.stripe_bytes,
+                "high": marks.high * geometry.stripe_bytes,
+            },
+            "reclaims": self.reclaims,
+            "reclaim_ms": {
+                name: round(1e3 * value_s, 3)
+                for name, value_s in (("p50", p50_s), ("max", max_s), ("last", last_s))
+            },
+            "moves": {"to_train": self.ledger.moves_to_train, "to_kv": self.ledger.moves_to_kv},
+            "max_train_bytes": self.quota.max_train_bytes,
+            "lendable_bytes": geometry.lendable_bytes,
+            "backing": self.backing.name,
+            "stripe_bytes": geometry.stripe_bytes,
+        }

@@ -1,0 +1,100 @@
+"""What a layer's backward needs of its forward, by name; each tensor in a slot, so that it may be moved meanwhile.
+
+Most of a layer is differentiated by hand (``layer``, ``lora_linear``, ``attention``).  What is not is a piece:
+a function that autograd differentiates, entered and left by plain tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+
+
+class Slot:
+    """Holds one tensor; whoever moves its contents puts the new one here."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class Trace:
+    """One layer's forward over a range of tokens.
+
+    Args:
+        kept: it lives long: dropout masks are not held but drawn again, for which their rows must be set.
+    """
+
+    __slots__ = ("kept", "masks", "pieces", "slots")
+
+    def __init__(self, *, kept: bool = False) -> None:
+        self.kept = kept
+        self.slots: dict[str, Slot] = {}
+        self.masks: dict[str, list[Tensor]] = {}
+        self.pieces: dict[str, Piece] = {}
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        self.slots[name] = Slot(tensor)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.slots[name].tensor
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.slots
+
+    def run(self, name: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """``function(*inputs)``, remembered as a piece."""
+        piece = self.pieces[name] = Piece()
+        return piece.run(function, *inputs)
+
+    def all_slots(self) -> list[Slot]:
+        """Of everything that is held, masks excepted."""
+        return [*self.slots.values(), *(slot for piece in self.pieces.values() for slot in piece.slots)]
+
+
+class Piece:
+    """A function that autograd differentiates; its graph holds memory through ``slots`` alone."""
+
+    __slots__ = ("_edge", "_entries", "slots")
+
+    def __init__(self) -> None:
+        self.slots: list[Slot] = []
+
+    def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        with torch.enable_grad(), saved_tensors_hooks(self._pack, _unpack):
+            door = torch.zeros((), device=inputs[0].device).requires_grad_()
+            entered = _Enter.apply(door, *inputs)
+            self._entries = [get_gradient_edge(tensor) for tensor in entered]
+            out = function(*entered)
+            self._edge = get_gradient_edge(out)
+        return out.detach()
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """Of each input its gradient; once only."""
+        return torch.autograd.grad([self._edge], self._entries, [grad])
+
+    def _pack(self, tensor: Tensor) -> Slot:
+        slot = Slot(tensor)
+        self.slots.append(slot)
+        return slot
+
+
+def _unpack(slot: Slot) -> Tensor:
+    return slot.tensor
+
+
+class _Enter(torch.autograd.Function):
+    """Hands tensors into a graph without a leaf that would hold them."""
+
+    @staticmethod
+    def forward(ctx: Any, door: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise AssertionError("gradients are taken at the entries")

@@ -1,0 +1,102 @@
+"""One line of costs with everything that makes it fit for a promise: fit, margin, accuracy, and doubt when it is old.
+
+Plain floats: an estimate takes about a microsecond, an observation some tens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from sglang_harli.core import LatencyEstimate
+from sglang_harli.predictor.accuracy import Accuracy
+from sglang_harli.predictor.margin import CAP, Margin
+from sglang_harli.predictor.recursive import TINY_S, Prior, RecursiveLine
+
+KNOWN = 0.03  # a relative standard deviation of the expectation that the margin covers anyway
+MOST_DOUBT = 1.0
+RELAXED_STEP = (
+    0.96  # of the bound's height above the expectation, each time that it alone holds training back
+)
+REGAINED = 0.25  # of full trust, by each observation
+
+
+class CostLine:
+    """Expectation and upper bound of a time that is linear in two features, learnt from what is measured.
+
+    Args:
+        prior: the line before anything is observed.
+        accuracy: counts this line's predictions; several lines of one phase share one.
+        forgetting: of the fit.
+    """
+
+    def __init__(self, prior: Prior, accuracy: Accuracy | None = None, *, forgetting: float = 0.99) -> None:
+        self.line = RecursiveLine(prior, forgetting=forgetting)
+        self.margin = Margin()
+        self.accuracy = Accuracy() if accuracy is None else accuracy
+        self._trust, self._discount, self._last_s = 1.0, 1.0, 0.0
+
+    @property
+    def seen(self) -> int:
+        return self.line.seen
+
+    @property
+    def ratio(self) -> float:
+        """Upper bound over expectation where the line is well known."""
+        return 1.0 + (self.margin.ratio - 1.0) * self._trust
+
+    def expected(self, x1: float, x2: float) -> float:
+        return self.line.expected(x1, x2) * self._discount
+
+    def upper(self, x1: float, x2: float) -> float:
+        """The bound widens where the line is extrapolated to what was never observed."""
+        doubt = self.line.doubt(x1, x2) - KNOWN
+        above = self.margin.ratio - 1.0
+        if doubt > 0.0:
+            above = min(above + min(doubt, MOST_DOUBT), CAP - 1.0)
+        return self.line.expected(x1, x2) * self._discount * (1.0 + above * self._trust)
+
+    def uppers(self, x1: float, x2: float, counts: Iterable[int]) -> list[float]:
+        """``upper(k * x1, k * x2)`` of each count ``k``, rising with it.
+
+        A part never takes longer than the whole: a bound that is wide because a small size was not seen for long
+        is cut to that of the larger one.
+        """
+        a, b, c, d, e = self.line.along(x1, x2)
+        above, trust, discount = self.margin.ratio - 1.0, self._trust, self._discount
+        plain = 1.0 + above * trust
+        bounds = []
+        for k in counts:
+            expected = max(a + b * k, TINY_S)
+            variance, ratio = c + k * (d + e * k), plain
+            if variance > (KNOWN * expected) ** 2:
+                doubt = min(math.sqrt(variance) / expected - KNOWN, MOST_DOUBT)
+                ratio = 1.0 + min(above + doubt, CAP - 1.0) * trust
+            bounds.append(expected * discount * ratio)
+        for at in range(len(bounds) - 2, -1, -1):
+            if bounds[at] > bounds[at + 1]:
+                bounds[at] = bounds[at + 1]
+        return bounds
+
+    def estimate(self, x1: float, x2: float) -> LatencyEstimate:
+        return LatencyEstimate(self.expected(x1, x2), self.upper(x1, x2))
+
+    def observe(self, x1: float, x2: float, seconds: float, now_s: float = 0.0) -> None:
+        """A step at this load took ``seconds``; ``now_s`` is the time by which ``relax`` counts."""
+        if not 0.0 < seconds < float("inf"):
+            return
+        if self.line.seen:
+            self.accuracy.count(self.expected(x1, x2), self.upper(x1, x2), seconds)
+            doubt = min(max(self.line.doubt(x1, x2) - KNOWN, 0.0), MOST_DOUBT)
+            self.margin.observe(seconds / self.line.expected(x1, x2) - doubt)
+        change = self.line.observe(x1, x2, seconds)
+        if change is not None:
+            self.margin.rescale(*change)
+        self._trust = min(self._trust + REGAINED, 1.0)
+        self._discount, self._last_s = 1.0, now_s
+
+    def relax(self, now_s: float, half_life_s: float) -> None:
+        """This estimate alone holds training back: lower the bound to the expectation, and doubt an old one."""
+        self._trust *= RELAXED_STEP
+        if now_s > self._last_s:
+            self._discount = 0.5 ** ((now_s - self._last_s) / half_life_s)

@@ -1,0 +1,211 @@
+"""What serving's steps and training's quanta will take: the two stages behind one set of calls (design section 7).
+
+    solo    T1 = c + beta * batch + kappa * context tokens, per SM share; prefill in tokens and pairs of them
+    co-run  T2 = T1 * (1 + rho * SMs of training), per kind of quantum; in turns: a sum
+    quanta  a line per kind
+
+Every estimate is an expectation and an upper bound that 99 of 100 steps are to keep.  Lines start from a profile table
+or a cautious guess, follow what is measured, and say how good they were.  One thread's, plain floats, no disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from sglang_harli.core import LatencyEstimate, QuantumKind
+from sglang_harli.predictor.accuracy import Accuracy, Score
+from sglang_harli.predictor.corun import CoRun
+from sglang_harli.predictor.cost_line import CostLine
+from sglang_harli.predictor.measured_points import MeasuredPoints
+from sglang_harli.predictor.priors import Priors, first_guess
+from sglang_harli.predictor.quanta import QuantumLines
+from sglang_harli.predictor.solo import WHOLE, Padding, SoloDecode, SoloPrefill, times
+
+KNOWN_FROM = 48  # batches
+DECODE, ADAPTED, PREFILL = "decode", "decode_adapters", "prefill"
+ADAPTER_GUESS = (
+    1.6  # a decode step with adapters over one without, before any was seen (*measured* on a CPU: 1.57)
+)
+
+
+class LatencyPredictor:
+    """The predictor of one scheduler.
+
+    Args:
+        priors: default: a cautious guess.
+        padding: of decode batches to CUDA graphs.
+        half_life_s: how fast a quantum's estimate that alone holds training back is doubted.
+
+    Attributes:
+        points: of the loads that were measured, for a profile.
+    """
+
+    def __init__(
+        self, priors: Priors | None = None, *, padding: Padding | None = None, half_life_s: float = 30.0
+    ) -> None:
+        priors = first_guess() if priors is None else priors
+        self._decode = SoloDecode(priors.decode, padding)
+        self._adapted: SoloDecode | None = None  # batches with a LoRA adapter; once there was one
+        self._prefill = SoloPrefill(priors.prefill)
+        self._quanta = QuantumLines(priors.quanta, half_life_s=half_life_s)
+        self._corun = CoRun(priors.corun)
+        self._profiled = priors.measured
+        self.points = MeasuredPoints()
+
+    # ---------------------------------------------------------------- estimates
+    def decode(
+        self, batch: int, context_tokens: int, share: int = WHOLE, *, adapters: bool = False
+    ) -> LatencyEstimate:
+        """A decode step of ``batch`` requests with so many tokens of context together, on ``share`` SMs.
+
+        Args:
+            adapters: a request of the batch uses a LoRA adapter, whose kernels then run.
+        """
+        if not adapters:
+            return self._decode.estimate(batch, context_tokens, share)
+        if self._adapted is not None:
+            return self._adapted.estimate(batch, context_tokens, share)
+        return times(self._decode.estimate(batch, context_tokens, share), ADAPTER_GUESS)
+
+    def prefill(self, tokens: int, pairs: int | None = None) -> LatencyEstimate:
+        """A prefill of ``tokens`` new tokens; ``pairs``: of a new token and one that it attends to."""
+        return self._prefill.estimate(tokens, pairs)
+
+    def corun(
+        self, batch: int, context_tokens: int, share: int, finetune_sms: int, kind: QuantumKind
+    ) -> LatencyEstimate:
+        """A decode step on ``share`` SMs beside quanta of ``kind`` on ``finetune_sms``."""
+        solo = self._decode.estimate(batch, context_tokens, share)
+        return self._corun.estimate(solo, share, finetune_sms, kind)
+
+    def quantum(self, kind: QuantumKind, tokens: int, row_tokens: int = 0) -> LatencyEstimate:
+        """A quantum of ``tokens`` tokens in rows of ``row_tokens``."""
+        return self._quanta.estimate(kind, tokens, row_tokens)
+
+    def prices(
+        self, kind: QuantumKind, sizes: Iterable[int], row_tokens: int, attended: int = 0
+    ) -> tuple[tuple[int, float], ...]:
+        """``(rows, upper bound in seconds)`` of each size, rising, as a QuantumOffer's candidates.
+
+        Args:
+            attended: tokens that each attends to, where it is not ``row_tokens`` (a row that is cut into blocks).
+        """
+        return self._quanta.prices(kind, sizes, row_tokens, attended)
+
+    # ---------------------------------------------------------------- measurements
+    def observe_decode(
+        self,
+        batch: int,
+        context_tokens: int,
+        seconds: float,
+        share: int = WHOLE,
+        *,
+        adapters: bool = False,
+    ) -> None:
+        """A decode step with nothing beside it took ``seconds``."""
+        if adapters:
+            if self._adapted is None:
+                self._adapted = self._decode.slower(ADAPTER_GUESS)
+            self._adapted.observe(batch, context_tokens, seconds, share)
+            return
+        self._decode.observe(batch, context_tokens, seconds, share)
+        self.points.decode(batch, context_tokens, seconds, share)
+
+    def observe_prefill(self, tokens: int, seconds: float, pairs: int | None = None) -> None:
+        """A prefill of ``tokens`` new tokens took ``seconds``; ``pairs`` as in ``prefill``."""
+        pairs = tokens * tokens if pairs is None else pairs
+        self._prefill.observe(tokens, seconds, pairs)
+        self.points.prefill(tokens, pairs, seconds)
+
+    def observe_corun(
+        self,
+        batch: int,
+        context_tokens: int,
+        share: int,
+        finetune_sms: int,
+        kind: QuantumKind,
+        seconds: float,
+    ) -> None:
+        solo = self._decode.estimate(batch, context_tokens, share)
+        self._corun.observe(solo, share, finetune_sms, kind, seconds)
+
+    def observe_quantum(
+        self,
+        kind: QuantumKind,
+        tokens: int,
+        row_tokens: int,
+        seconds: float,
+        *,
+        now_s: float,
+        first_of_shape: bool = False,
+    ) -> None:
+        """A quantum took ``seconds``; a shape's first run is left out once anything is known."""
+        self._quanta.observe(kind, tokens, row_tokens, seconds, now_s=now_s, first_of_shape=first_of_shape)
+        if not first_of_shape:
+            self.points.quantum(kind, tokens, row_tokens, seconds)
+
+    def relax(self, kind: QuantumKind, now_s: float) -> None:
+        """The estimate of ``kind`` alone holds training back: doubt it."""
+        self._quanta.relax(kind, now_s)
+
+    # ---------------------------------------------------------------- how good it is
+    @property
+    def profiled(self) -> bool:
+        """Whether it started from a profile of decode steps."""
+        return DECODE in self._profiled
+
+    def known(self, phase: str) -> bool:
+        """Whether ``decode`` or ``prefill`` rests on measurements: a profile's, or enough of its own."""
+        line = self._decode.line(WHOLE)[0] if phase == DECODE else self._prefill.line
+        return phase in self._profiled or line.seen >= KNOWN_FROM
+
+    def scores(self) -> dict[str, tuple[Score, float]]:
+        """By phase that was predicted: its score, and the ratio of upper bound to expectation now.
+
+        Phases: ``decode``, ``decode_adapters``, ``prefill``, each kind of quantum, and ``corun_`` with a kind.
+        """
+        whole, _ = self._decode.line(WHOLE)
+        phases: list[tuple[str, Accuracy, float]] = [
+            (DECODE, self._decode.accuracy, whole.ratio),
+            (PREFILL, self._prefill.line.accuracy, self._prefill.line.ratio),
+        ]
+        if self._adapted is not None:
+            phases.append((ADAPTED, self._adapted.accuracy, self._adapted.line(WHOLE)[0].ratio))
+        phases += [(kind.value, line.accuracy, line.ratio) for kind, line in self._quanta.lines.items()]
+        phases += [
+            (f"corun_{kind}", accuracy, self._corun.ratio(kind))
+            for kind, accuracy in self._corun.accuracy.items()
+        ]
+        found = ((name, accuracy.score(), ratio) for name, accuracy, ratio in phases)
+        return {name: (score, ratio) for name, score, ratio in found if score is not None}
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Error, coverage and margin by phase, as ``harli status`` shows them."""
+        return {
+            name: {
+                "steps": score.steps,
+                "mape": round(score.recent_mape, 4),
+                "coverage": round(score.recent_coverage, 4),
+                "total_mape": round(score.mape, 6),
+                "total_coverage": round(score.coverage, 6),
+                "upper_ratio": round(ratio, 3),
+            }
+            for name, (score, ratio) in self.scores().items()
+        }
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Per kind of quantum that has run: its line, ratio of the bound, runs seen, changes of speed found."""
+        return {kind.value: _line(line) for kind, line in self._quanta.lines.items() if line.seen}
+
+
+def _line(line: CostLine) -> dict[str, float]:
+    base, slope, square = line.line.terms
+    return {
+        "base_ms": round(base * 1e3, 4),
+        "token_ms": round(slope * 1e3, 6),
+        "pair_ms": round(square * 1e3, 9),
+        "upper_ratio": round(line.ratio, 3),
+        "seen": line.seen,
+        "changes": line.line.changes,
+    }

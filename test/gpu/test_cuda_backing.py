@@ -1,0 +1,228 @@
+"""The pool's memory on a real GPU: chunks move, graphs stay valid, nothing foreign is read; how long a move takes.
+
+pytest test/gpu/test_cuda_backing.py -s
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from sglang_harli.core import MemoryPurpose
+from sglang_harli.mem_cache.cuda_backing import CudaBacking, overhead_bytes
+from sglang_harli.mem_cache.cuda_driver import CudaDriver
+from sglang_harli.mem_cache.geometry import PoolGeometry
+from sglang_harli.mem_cache.unified_pool import UnifiedPool
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+
+STRIPES, LAYERS, ROW_BYTES = 8, 4, 2048  # 8 KV heads of 128 in bf16
+ROUNDS = 50
+
+
+class World:
+    """A backing with its streams."""
+
+    def __init__(self, *, layers: int = LAYERS, stripes: int = STRIPES, debug: bool = False) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        torch.empty(1, device=self.device)  # makes the context current
+        self.driver = CudaDriver(self.device.index)
+        self.forward, self.schedule = torch.cuda.Stream(), torch.cuda.Stream()
+        self.geometry = PoolGeometry.plan(
+            slots=stripes * self.driver.granularity // ROW_BYTES + 17,
+            row_bytes=ROW_BYTES,
+            buffers=2 * layers,
+            page_size=1,
+            granularity=self.driver.granularity,
+        )
+        self.backing = CudaBacking(self.geometry, self.device, self.driver, self.streams, debug=debug)
+
+    def streams(self) -> list[int]:
+        streams = (self.forward, self.schedule, torch.cuda.current_stream())
+        return [stream.cuda_stream for stream in streams]
+
+    def rows(self, buffer: int, stripe: int) -> torch.Tensor:
+        size = self.geometry.chunk_bytes
+        return self.backing.kv_bytes(buffer)[stripe * size : (stripe + 1) * size]
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "debug"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    world = World(debug=request.param)
+    yield world
+    torch.cuda.synchronize()
+    world.backing.close()
+
+
+def test_the_device_has_the_granularity_that_pools_are_planned_with(world: World):
+    assert world.geometry.chunk_bytes % world.driver.granularity == 0
+    assert world.geometry.stripes == STRIPES
+
+
+def test_memory_is_taken_once_and_given_back_at_the_end():
+    torch.cuda.synchronize()
+    before, _ = torch.cuda.mem_get_info()
+    world = World()
+    taken = before - torch.cuda.mem_get_info()[0]
+    expected = world.geometry.total_bytes + overhead_bytes(world.geometry, world.driver.granularity)
+    assert world.backing.resident_bytes() == expected
+    assert expected <= taken <= expected + (64 << 20)  # page tables
+    extents = world.backing.lend([1, 2, 3])
+    assert before - torch.cuda.mem_get_info()[0] <= taken + (16 << 20)
+    world.backing.take_back([1, 2, 3], extents)
+    del extents
+    torch.cuda.synchronize()
+    world.backing.close()
+    assert before - torch.cuda.mem_get_info()[0] <= 64 << 20
+
+
+def test_contents_follow_the_handles_and_come_back_as_zeros(world: World):
+    for buffer in range(world.geometry.buffers):
+        assert not world.backing.kv_bytes(buffer).any()
+        world.rows(buffer, 5).fill_(buffer + 1)
+        world.rows(buffer, 1).fill_(100)
+    addresses = [world.backing.kv_bytes(b).data_ptr() for b in range(world.geometry.buffers)]
+    extents = world.backing.lend([6, 5])
+    (extent,) = extents
+    if not world.backing._debug:
+        chunks = extent.view(2, world.geometry.buffers, -1)[1]
+        assert (
+            [int(c.min()) for c in chunks]
+            == [int(c.max()) for c in chunks]
+            == [b + 1 for b in range(world.geometry.buffers)]
+        )
+    extent.fill_(0xFF)
+    torch.cuda.synchronize()
+    lent = world.rows(3, 6)
+    assert lent.view(torch.bfloat16).isnan().all() if world.backing._debug else not lent.any()
+    world.backing.take_back([6, 5], extents)
+    for buffer in range(world.geometry.buffers):
+        assert not world.rows(buffer, 5).any()
+        assert not world.rows(buffer, 6).any()
+        assert (world.rows(buffer, 1) == 100).all()
+        assert world.backing.kv_bytes(buffer).data_ptr() == addresses[buffer]
+
+
+def test_training_computes_in_a_lease(world: World):
+    extents = world.backing.lend([2, 3, 4])
+    flat = extents[0].view(torch.bfloat16)
+    a, b = flat[: 512 * 512].view(512, 512), flat[512 * 512 : 2 * 512 * 512].view(512, 512)
+    a.normal_()
+    b.normal_()
+    torch.testing.assert_close(a @ b, a.clone() @ b.clone())
+    world.backing.take_back([2, 3, 4], extents)
+
+
+def test_a_forward_in_flight_ends_before_training_gets_its_memory(world: World):
+    row = world.rows(0, 4)
+    with torch.cuda.stream(world.forward):
+        torch.cuda._sleep(50_000_000)
+        row.fill_(77)
+    extents = world.backing.lend([4])
+    assert (extents[0].view(world.geometry.buffers, -1)[0] == (0xFF if world.backing._debug else 77)).all()
+    world.backing.take_back([4], extents)
+    assert not row.any()
+
+
+def test_a_quantum_in_flight_ends_before_its_memory_goes(world: World):
+    extents = world.backing.lend([4])
+    with torch.cuda.stream(world.forward):
+        torch.cuda._sleep(50_000_000)
+        extents[0].fill_(0xFF)
+    world.backing.take_back([4], extents)
+    with torch.cuda.stream(world.schedule):
+        found = [int(world.rows(b, 4).max()) for b in range(world.geometry.buffers)]
+    assert found == [0] * world.geometry.buffers
+
+
+def test_a_cuda_graph_replays_over_chunks_that_moved(world: World):
+    kv = world.backing.kv_bytes(0).view(torch.bfloat16)
+    row = world.geometry.slots_of(3).start
+    width = ROW_BYTES // 2
+    source = torch.ones(width, dtype=torch.bfloat16, device=world.device)
+    out = torch.empty_like(source)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=world.forward):
+        kv[row * width : (row + 1) * width].copy_(source)
+        out.copy_(kv[row * width : (row + 1) * width]).mul_(2)
+    for value in (1.0, 2.0, 3.0):
+        source.fill_(value)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(world.forward):
+            graph.replay()
+        extents = world.backing.lend([3, 4])
+        extents[0].fill_(0xFF)
+        world.backing.take_back([3, 4], extents)
+        assert (out == 2 * value).all()
+        assert not kv[row * width : (row + 1) * width].any()
+
+
+def test_reclaim_latency(capsys: pytest.CaptureFixture[str]):
+    """Prints what a move costs; asserts nothing about time."""
+    lines = []
+    for layers, stripes in ((4, 1), (32, 1), (32, 4)):
+        world = World(layers=layers, stripes=stripes + 4)
+        wanted = list(range(stripes, 0, -1))
+        lend_ms, back_ms = [], []
+        for _ in range(ROUNDS):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            extents = world.backing.lend(wanted)
+            lent = time.perf_counter()
+            world.backing.take_back(wanted, extents)
+            torch.cuda.synchronize()
+            lend_ms.append(1e3 * (lent - began))
+            back_ms.append(1e3 * (time.perf_counter() - lent))
+        moved = stripes * world.geometry.stripe_bytes / 2**20
+        lines.append(
+            f"{layers} layers, {stripes} stripes, {moved:.0f} MiB: lend {statistics.median(lend_ms):.2f} ms, "
+            f"take back {statistics.median(back_ms):.2f} ms (p50 of {ROUNDS}; max {max(back_ms):.2f} ms)"
+        )
+        world.backing.close()
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+
+
+class Slots:
+    """Every stripe is free: nothing is served in this test."""
+
+    def __init__(self, geometry: PoolGeometry) -> None:
+        self.geometry = geometry
+        self.size = geometry.slots - geometry.page_size
+        self.free = set(geometry.lendable)
+
+    def available_size(self) -> int:
+        return self.size
+
+    def free_stripes(self) -> list[int]:
+        return sorted(self.free, reverse=True)
+
+    def withdraw(self, stripes: Sequence[int]) -> None:
+        self.free -= set(stripes)
+
+    def restore(self, stripes: Sequence[int]) -> None:
+        self.free |= set(stripes)
+
+
+def test_the_pool_lends_and_reclaims_device_memory():
+    world = World(stripes=16)
+    pool = UnifiedPool(world.geometry, world.backing)
+    pool.slots = Slots(world.geometry)
+    lease = pool.arena.obtain(MemoryPurpose.MICRO_BATCH, [((1024, 1024), torch.float32)])
+    assert lease is not None
+    tensor = lease.carve((1024, 1024), torch.float32)
+    tensor.fill_(1)
+    assert float(tensor.sum()) == 1024 * 1024
+    pool.on_pressure = lambda _: lease.give_back()
+    assert pool.reclaim(1) > 0
+    assert pool.lent_slots == 0
+    torch.cuda.synchronize()
+    world.backing.close()

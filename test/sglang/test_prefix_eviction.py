@@ -1,0 +1,384 @@
+"""Whole stripes out of a real radix tree: what is locked, hot or kept stays, and SGLang's books agree."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from array import array
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_harli.core import MemoryPurpose
+from sglang_harli.mem_cache.geometry import PoolGeometry
+from sglang_harli.mem_cache.host_backing import HostBacking
+from sglang_harli.mem_cache.unified_pool import UnifiedPool
+
+STRIPE = 8  # pages
+SEEDS = itertools.count(1_000_000)  # token ids that no other entry has
+
+
+class World:
+    """A pool with its allocator and a radix tree over it."""
+
+    def __init__(
+        self,
+        stripes: int = 10,
+        page: int = 1,
+        fence: Any = None,
+        policy: str = "lru",
+        clock: Any = time.monotonic,
+    ) -> None:
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.radix_cache import RadixCache
+
+        from sglang_harli.mem_cache.slot_allocator import HarliPagedAllocator, HarliTokenAllocator
+
+        self.page, self.size = page, (stripes * STRIPE - 1) * page
+        geometry = PoolGeometry(self.size + page, 512, 2, page, STRIPE * page)
+        self.pool = UnifiedPool(geometry, HostBacking(geometry), clock=clock)
+        self.slots: Any
+        if page == 1:
+            self.slots = HarliTokenAllocator(self.size, torch.float32, "cpu", None, self.pool, fence)
+        else:
+            self.slots = HarliPagedAllocator(self.size, page, torch.float32, "cpu", None, self.pool, fence)
+        self.pool.slots = self.slots
+        params = CacheInitParams(
+            disable=False,
+            req_to_token_pool=None,  # type: ignore[arg-type]
+            token_to_kv_pool_allocator=self.slots,
+            page_size=page,
+            eviction_policy=policy,
+            enable_kv_cache_events=True,
+        )
+        self.tree = RadixCache(params)
+        self.held = 0  # slots of requests
+
+    def cache(self, pages: int, after: list[int] | None = None) -> list[int]:
+        """Cache a prefix of so many new pages behind another one; its token ids."""
+        from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
+        before = list(after or [])
+        tokens = before + [next(SEEDS) for _ in range(pages * self.page)]
+        slots = self.slots.alloc(len(tokens))
+        if slots is None:
+            return before
+        found = self.tree.insert(InsertParams(key=RadixKey(array("q", tokens)), value=slots)).prefix_len
+        self.slots.free(slots[:found])
+        return tokens
+
+    def node(self, tokens: list[int]) -> Any:
+        """The last entry of a prefix; looking refreshes it, as a request would."""
+        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
+        return self.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", tokens)))).last_device_node
+
+    def cached(self, tokens: list[int]) -> int:
+        """How many of these tokens are cached, without a look."""
+        node, left = self.tree.root_node, tokens
+        while left:
+            key = next((k for k in node.children if k in (left[0], tuple(left[: self.page]))), None)
+            if key is None:
+                break
+            node = node.children[key]
+            left = left[len(node.key) :]
+        return len(tokens) - len(left)
+
+    def evict(self, wanted: int, keep: int = 0) -> int:
+        from sglang_harli.mem_cache.prefix_eviction import evict_stripes
+
+        return evict_stripes(self.tree, self.slots, wanted, keep)
+
+    def use(self, pages: int) -> torch.Tensor | None:
+        """A request's slots."""
+        slots = self.slots.alloc(pages * self.page)
+        self.held += 0 if slots is None else len(slots)
+        return slots
+
+    def check(self) -> None:
+        """SGLang's own equation, and the tree's books."""
+        tree = self.tree
+        total = self.slots.available_size() + tree.evictable_size() + tree.protected_size() + self.held
+        assert total == self.size
+        nodes, stack = [], [tree.root_node]
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            nodes += [] if node is tree.root_node else [node]
+        assert sum(len(n.value) for n in nodes if n.lock_ref == 0) == tree.evictable_size()
+        assert sum(len(n.value) for n in nodes if n.lock_ref) == tree.protected_size()
+        assert tree.evictable_leaves - {tree.root_node} == {
+            n for n in nodes if not n.children and not n.lock_ref
+        }
+        values = [slot for n in nodes for slot in n.value.tolist()]
+        free = torch.cat((self.slots.free_pages, self.slots.release_pages)).tolist()
+        assert not {slot // self.page for slot in values} & set(free) and len(values) == len(set(values))
+
+
+@pytest.mark.parametrize("page", [1, 4])
+def test_the_least_valuable_entries_go_and_what_is_kept_stays(page):
+    world = World(page=page)
+    entries = [world.cache(STRIPE) for _ in range(9)]  # all but the last 7 pages
+    assert world.slots.available_size() == 7 * page
+    hot = entries[0]
+    world.node(hot)  # asked for a moment ago
+    keep = 7 * STRIPE * page
+    freed = world.evict(5, keep)
+    world.check()
+    cached = world.tree.evictable_size() + world.tree.protected_size()
+    assert freed >= 1 and cached >= keep
+    assert world.cached(hot) == len(hot)
+    assert world.evict(5, cached) == 0, "nothing below what is kept"
+    assert len(world.slots.free_stripes()) == freed
+
+
+def test_entries_that_came_since_the_last_count_can_go():
+    """Nothing was freed since, so nothing makes the counts anew: they must follow what was taken."""
+    world = World()
+    assert len(world.slots.free_stripes()) == 9
+    for _ in range(9):
+        world.cache(STRIPE)
+    assert len(world.slots.release_pages) == 0
+    assert world.evict(3) == 3
+    assert len(world.slots.free_stripes()) == 3
+    world.check()
+
+
+def test_a_stripe_that_costs_least_goes_first():
+    world = World(stripes=6)
+    world.use(STRIPE - 1)  # stripe 0
+    long = world.cache(2 * STRIPE)  # stripes 1, 2
+    short = world.cache(STRIPE)  # stripe 3
+    world.use(STRIPE)  # stripe 4; 5 is free
+    assert world.evict(1) == 1
+    assert world.cached(short) == 0 and world.cached(long) == len(long)
+    assert world.slots.free_stripes() == [5, 3]
+    world.check()
+
+
+def test_old_entries_go_before_new_ones_of_the_same_cost():
+    world = World(stripes=24)
+    world.use(STRIPE - 1)
+    entries = [world.cache(STRIPE) for _ in range(20)]
+    for entry in entries[:4]:
+        world.node(entry)  # asked for again
+    assert world.evict(4) == 4
+    gone = [number for number, entry in enumerate(entries) if world.cached(entry) == 0]
+    assert len(gone) == 4 and set(gone) <= set(range(4, 12)), (
+        "of the oldest eight, the four in the highest stripes"
+    )
+    assert gone == [8, 9, 10, 11]
+    world.check()
+
+
+def test_children_go_with_their_parent_and_not_the_other_way():
+    world = World(stripes=6)
+    world.use(STRIPE - 1)
+    root = world.cache(STRIPE)  # stripe 1
+    child = world.cache(STRIPE, after=root)  # took stripes 2 and 3, gave 2 back as duplicates
+    assert world.evict(1) == 1
+    assert world.cached(child) == len(root)  # the child alone was evicted
+    world.check()
+    child = world.cache(STRIPE, after=root)
+    assert world.evict(6) == 2  # everything that is cached
+    assert world.tree.evictable_size() == 0
+    world.check()
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "priority"])
+def test_what_is_in_use_keeps_its_whole_stripe(policy):
+    world = World(stripes=4, policy=policy)
+    world.use(STRIPE - 1)
+    locked = world.cache(2)
+    world.tree.inc_lock_ref(world.node(locked))
+    beside = world.cache(STRIPE - 2)  # fills stripe 1
+    world.use(1)
+    other = world.cache(STRIPE - 1)  # fills stripe 2
+    assert world.evict(3) == 0
+    assert world.cached(beside) and world.cached(other), "no entry is evicted for nothing"
+    world.tree.dec_lock_ref(world.node(locked))
+    assert world.evict(3) == 1
+    assert not world.cached(beside) and not world.cached(locked) and world.cached(other)
+    world.check()
+
+
+def test_removed_entries_are_told_to_routers():
+    from sglang.srt.disaggregation.kv_events import BlockRemoved
+
+    world = World(stripes=4)
+    world.use(STRIPE - 1)
+    world.cache(STRIPE)
+    world.tree.take_events()
+    assert world.evict(1) == 1
+    (event,) = world.tree.take_events()
+    assert isinstance(event, BlockRemoved) and len(event.block_hashes) == STRIPE
+
+
+class Late:
+    """Counts that arrive when the test says so, as a device's do."""
+
+    def __init__(self) -> None:
+        self.generation = 0
+
+    def fence(self) -> Any:
+        asked = self.generation
+        return lambda: self.generation > asked
+
+
+def late_world() -> tuple[World, Late, list[list[int]]]:
+    late = Late()
+    world = World(stripes=6, fence=late.fence)
+    world.use(STRIPE - 1)
+    entries = [world.cache(STRIPE) for _ in range(3)]
+    assert world.evict(1) == 0, "asked for, not here yet"
+    assert world.evict(1) == 0
+    late.generation += 1
+    return world, late, entries
+
+
+def test_on_a_device_it_happens_one_call_later():
+    world, late, entries = late_world()
+    assert world.evict(1) == 1
+    assert [world.cached(entry) for entry in entries].count(0) == 1
+    assert world.slots.free_stripes() == []
+    late.generation += 1
+    assert len(world.slots.free_stripes()) == 3
+    world.check()
+
+
+@pytest.mark.parametrize("late", [None, Late()], ids=["host", "device"])
+def test_training_grows_into_the_prefix_cache_down_to_what_is_kept(late):
+    now_s = itertools.count(step=1000.0)
+    world = World(stripes=20, fence=late.fence if late else None, clock=lambda: next(now_s))
+    world.use(STRIPE - 1)
+    entries = [world.cache(STRIPE) for _ in range(15)]  # 4 stripes are free
+    keep = 6 * STRIPE
+    world.pool.evict = lambda stripes: world.evict(stripes, keep)
+    asked = 0
+    while (lease := world.pool.lease(MemoryPurpose.MICRO_BATCH, "large", 12)) is None and asked < 10:
+        asked += 1
+        if late:
+            late.generation += 1
+    assert lease is not None and asked == (0 if late is None else 2), (
+        "one call for the entries, one for the slots"
+    )
+    assert sum(world.cached(entry) > 0 for entry in entries) == 7
+    world.check()
+    assert world.pool.lease(MemoryPurpose.KEPT, "more", 2) is None, "kept activations are not worth a prefix"
+    lease.give_back()
+    world.check()
+
+
+def test_an_entry_that_changed_meanwhile_is_left_alone():
+    world, _, (first, second, third) = late_world()
+    world.tree.inc_lock_ref(world.node(first))  # in use now
+    world.node(second[:3])  # split
+    world.cache(2, after=third)  # has a child now
+    assert world.evict(3) == 0
+    assert all(world.cached(entry) == len(entry) for entry in (first, second, third))
+    world.check()
+
+
+def test_a_flush_meanwhile_ends_the_look():
+    world, _, _ = late_world()
+    world.tree.reset()
+    world.slots.clear()
+    world.held = 0
+    assert world.evict(3) == 0
+    world.check()
+
+
+def test_caches_without_a_plain_tree_have_nothing_to_evict():
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+    from sglang.srt.mem_cache.chunk_cache import ChunkCache
+    from sglang.srt.session.streaming_session import StreamingSession
+
+    from sglang_harli.mem_cache.prefix_eviction import evict_stripes
+
+    world = World(stripes=4)
+    world.use(STRIPE - 1)
+    world.cache(STRIPE)
+    params = CacheInitParams(
+        disable=True,
+        req_to_token_pool=None,  # type: ignore[arg-type]
+        token_to_kv_pool_allocator=world.slots,
+        page_size=1,
+    )
+    assert evict_stripes(ChunkCache(params), world.slots, 1, 0) == 0
+
+    class OtherTree(type(world.tree)):
+        pass
+
+    world.tree.__class__ = OtherTree
+    assert evict_stripes(world.tree, world.slots, 1, 0) == 0
+    world.tree.__class__ = OtherTree.__bases__[0]
+    assert evict_stripes(StreamingSession(world.tree), world.slots, 1, 0) == 1
+
+
+@given(data=st.data(), page=st.sampled_from([1, 4]), keep=st.integers(0, 60), wanted=st.integers(1, 8))
+@settings(deadline=None, max_examples=80)
+def test_any_tree(data, page, keep, wanted):
+    world = World(stripes=data.draw(st.integers(3, 12)), page=page)
+    prefixes: list[list[int]] = [[]]
+    in_use: list[torch.Tensor] = []
+    locked: list[list[int]] = []
+    for _ in range(data.draw(st.integers(1, 25))):
+        kind = data.draw(st.sampled_from(["cache", "cache", "cache", "use", "end", "lock", "lend"]))
+        if kind == "cache":
+            before = data.draw(st.sampled_from(prefixes))
+            cut = data.draw(st.integers(0, len(before) // page)) * page
+            prefixes.append(world.cache(data.draw(st.integers(1, 6)), after=before[:cut]))
+        elif kind == "use" and (slots := world.use(data.draw(st.integers(1, 4)))) is not None:
+            in_use.append(slots)
+        elif kind == "end" and in_use:
+            slots = in_use.pop(data.draw(st.integers(0, len(in_use) - 1)))
+            world.held -= len(slots)
+            world.slots.free(slots)
+        elif kind == "lock":
+            locked.append(data.draw(st.sampled_from(prefixes)))
+            node = world.node(locked[-1])
+            world.tree.inc_lock_ref(node)
+            locked[-1] = locked[-1][: world.cached(locked[-1])]
+        elif kind == "lend":
+            world.pool.lease(MemoryPurpose.STATE, f"lease-{next(SEEDS)}", data.draw(st.integers(1, 3)))
+    world.check()
+    tree = world.tree
+    cached = tree.evictable_size() + tree.protected_size()
+    before = set(world.slots.free_stripes())
+    available = world.slots.available_size()
+    freed = world.evict(wanted, keep * page)
+    left = tree.evictable_size() + tree.protected_size()
+    assert left == cached or left >= keep * page
+    assert world.slots.available_size() + left == available + cached, "evicted slots are free, nothing else"
+    assert len(set(world.slots.free_stripes()) - before) == freed
+    assert (left == cached) == (freed == 0), "no entry is evicted for nothing"
+    for prefix in locked:
+        assert world.cached(prefix) == len(prefix), "what is locked stays"
+    world.check()
+
+
+@pytest.mark.parametrize("page", [1, 4])
+def test_of_one_long_entry_the_end_goes_and_its_beginning_still_matches(page):
+    world = World(stripes=10, page=page)
+    tokens = world.cache(9 * STRIPE)
+    keep = 3 * STRIPE * page
+    freed = world.evict(8, keep=keep)
+    assert freed >= 5 and world.slots.free_stripes()
+    left = world.cached(tokens)
+    assert keep <= left < len(tokens)
+    world.node(tokens)  # matches what is left, and finds the tree in order
+    world.check()
+
+
+def test_a_cut_entry_is_as_old_as_it_was():
+    world = World(stripes=10)
+    old, new = world.cache(5 * STRIPE), world.cache(3 * STRIPE)
+    world.evict(1, keep=7 * STRIPE)
+    world.evict(8, keep=3 * STRIPE)
+    assert world.cached(new) == len(new) and world.cached(old) == 0
+    world.check()

@@ -1,0 +1,114 @@
+"""The quick profile at start-up.  SGLang's TokenizerManager is stood in for; what it computes the real serving side learns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+from sglang_harli.config import HarliOptions
+from sglang_harli.errors import NotReadyError
+from sglang_harli.managers.serving_side import ServingSide
+from sglang_harli.managers.startup_profile import StartupProfile
+from sglang_harli.managers.step_timer import BatchLoad
+from sglang_harli.predictor import sweep
+from sglang_harli.predictor.latency_predictor import LatencyPredictor
+from sglang_harli.predictor.priors import first_guess, from_table
+from sglang_harli.predictor.profile_table import ProfileKey, load
+
+KEY = ProfileKey("m", "cpu", "bfloat16", "0.5.16", "")
+LIMITS = {"requests": 4, "row_tokens": 400, "slots": 4096, "vocab": 100, "sampled": 8}
+
+
+class World:
+    """A server that takes ``stall_s`` for a load."""
+
+    def __init__(self, run_dir: Path, stall_s: float = 0.0) -> None:
+        self.side = ServingSide(HarliOptions(run_dir=str(run_dir)))
+        self.side.profile_key = KEY
+        self.manager = SimpleNamespace(
+            server_status=ServerStatus.Starting, generate_request=self.generate, abort_request=self.abort
+        )
+        self.publisher = SimpleNamespace(was_ready=False, down=None, ask=self.ask)
+        self.stall_s, self.aborted, self.loads = stall_s, [], 0
+        self.refuses = False
+
+    async def ask(self, method: str, body: dict[str, Any]) -> dict[str, Any]:
+        assert method == "harli/profile"
+        if self.refuses:
+            raise NotReadyError("no")
+        return {"limits": LIMITS, "profiled": self.side.predictor.profiled, **(self.side.profile() or {})}
+
+    async def generate(self, request: Any, _http: Any) -> AsyncIterator[dict[str, Any]]:
+        await asyncio.sleep(self.stall_s)
+        self.loads += 1
+        prompts, new = request.input_ids, request.sampling_params["max_new_tokens"]
+        for step in range(0, new, LIMITS["sampled"]):
+            context = sum(len(prompt) + step for prompt in prompts)
+            self.side.learn(BatchLoad(True, len(prompts), context, len(prompts), context), 0.01)
+        yield {}
+
+    def abort(self, rid: str) -> None:
+        self.aborted.append(rid)
+
+    def run(self, budget_s: float) -> StartupProfile:
+        async def whole() -> StartupProfile:
+            profile = StartupProfile(self.publisher, self.manager, budget_s)  # type: ignore[arg-type]
+            profile.start()
+            await asyncio.sleep(0)
+            assert profile.done == (not budget_s)
+            self.manager.server_status, self.publisher.was_ready = ServerStatus.Up, True
+            if profile._task is not None:
+                await asyncio.wait_for(profile._task, 60)
+            assert profile.done
+            await profile.stop()
+            return profile
+
+        return asyncio.run(whole())
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    (tmp_path / "runs").mkdir()
+    return World(tmp_path / "runs")
+
+
+def test_without_a_budget_nothing_is_done(world):
+    world.run(0.0)
+    assert world.loads == 0 and not Path(world.side.options.profile_path).exists()
+
+
+def test_a_server_without_a_profile_measures_one_and_knows_it_at_once(world):
+    world.run(60.0)
+    found = load(world.side.options.profile_path, KEY)
+    assert found.table is not None and world.loads == len(sweep.grid(LIMITS)) > 1
+    assert sweep.missing(sweep.grid(LIMITS), found.table) == []
+    assert world.side.predictor.known("decode")
+
+
+def test_one_that_has_a_profile_measures_none(world):
+    world.run(60.0)
+    table = load(world.side.options.profile_path, KEY).table
+    assert table is not None
+    again = World(Path(world.side.options.run_dir))
+    again.side.predictor = LatencyPredictor(from_table(table, first_guess()))
+    again.run(60.0)
+    assert again.loads == 0
+
+
+def test_a_load_that_exceeds_the_budget_is_taken_back(tmp_path):
+    world = World(tmp_path, stall_s=3600.0)
+    world.run(0.05)
+    assert world.loads == 0 and len(world.aborted) == 1
+    assert not Path(world.side.options.profile_path).exists()
+
+
+def test_what_goes_wrong_does_not_keep_the_server_from_serving(world):
+    world.refuses = True
+    world.run(60.0)
+    assert world.loads == 0

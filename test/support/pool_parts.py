@@ -1,0 +1,104 @@
+"""What the pool's tests share: a small pool, and a slot allocator that one can see through."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+from sglang_harli.core import MemoryPurpose
+from sglang_harli.mem_cache.backing import Backing
+from sglang_harli.mem_cache.geometry import PoolGeometry
+from sglang_harli.mem_cache.host_backing import HostBacking
+from sglang_harli.mem_cache.unified_pool import UnifiedPool
+
+
+def small_geometry(stripes: int = 10, *, buffers: int = 4, tail: int = 17) -> PoolGeometry:
+    """Stripes of 64 slots, one OS page in each buffer, and a tail that fills none."""
+    return PoolGeometry(
+        slots=64 * stripes + tail, row_bytes=64, buffers=buffers, page_size=1, stripe_slots=64
+    )
+
+
+POOLS: weakref.WeakSet[UnifiedPool] = weakref.WeakSet()  # made since it was cleared
+
+
+class Clock:
+    """Seconds, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Slots:
+    """A slot allocator with its free slots in a set: lowest first, lent ones available, reclaimed when short."""
+
+    def __init__(self, pool: UnifiedPool) -> None:
+        self.pool, self.geometry = pool, pool.geometry
+        self.size = self.geometry.slots - self.geometry.page_size
+        self.free = set(range(self.geometry.page_size, self.geometry.slots))
+        self.lent: set[int] = set()
+        pool.slots = self
+
+    def available_size(self) -> int:
+        return len(self.free) + len(self.lent) * self.geometry.stripe_slots
+
+    def free_stripes(self) -> list[int]:
+        return [
+            s for s in reversed(self.geometry.lendable) if self.free.issuperset(self.geometry.slots_of(s))
+        ]
+
+    def withdraw(self, stripes: Sequence[int]) -> None:
+        for stripe in stripes:
+            slots = set(self.geometry.slots_of(stripe))
+            assert slots <= self.free and stripe not in self.lent
+            self.free -= slots
+            self.lent.add(stripe)
+
+    def restore(self, stripes: Sequence[int]) -> None:
+        for stripe in stripes:
+            self.lent.remove(stripe)
+            assert self.free.isdisjoint(self.geometry.slots_of(stripe))
+            self.free.update(self.geometry.slots_of(stripe))
+
+    def alloc(self, count: int) -> list[int] | None:
+        if count > self.available_size():
+            return None
+        if count > len(self.free):
+            self.pool.reclaim(count - len(self.free))
+        taken = sorted(self.free)[:count]
+        assert len(taken) == count, "reclaim gave too little"
+        self.free.difference_update(taken)
+        return taken
+
+    def release(self, slots: Sequence[int]) -> None:
+        assert self.free.isdisjoint(slots)
+        self.free.update(slots)
+
+
+def give_back_in_order(pool: UnifiedPool) -> None:
+    """Stands for the pressure ladder: leases go whole, in the order of their purposes, until it is enough."""
+    order = list(MemoryPurpose)
+
+    def pressure(stripes: int) -> None:
+        freed = 0
+        for lease in sorted(pool.leases.values(), key=lambda lease: order.index(lease.purpose)):
+            if freed >= stripes:
+                return
+            freed += len(lease.stripes)
+            lease.give_back()
+
+    pool.on_pressure = pressure
+
+
+def small_pool(
+    geometry: PoolGeometry | None = None, *, backing: Backing | None = None, debug: bool = True
+) -> tuple[UnifiedPool, Slots, Clock]:
+    """A pool on the host with a ladder that gives everything."""
+    geometry, clock = geometry or small_geometry(), Clock()
+    pool = UnifiedPool(geometry, backing or HostBacking(geometry, debug=debug), clock=clock)
+    POOLS.add(pool)
+    give_back_in_order(pool)
+    return pool, Slots(pool), clock

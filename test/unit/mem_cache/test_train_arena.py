@@ -1,0 +1,202 @@
+"""Spaces of training in the pool: what is carved where, in one extent and in many."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_harli.core import MemoryPurpose
+from sglang_harli.mem_cache import train_arena
+from sglang_harli.mem_cache.backing import Backing
+from sglang_harli.mem_cache.geometry import PoolGeometry
+from sglang_harli.mem_cache.host_backing import HostBacking
+from sglang_harli.mem_cache.static_backing import StaticBacking
+from sglang_harli.mem_cache.train_arena import Lease, place
+from sglang_harli.peft_trainer import memory
+from sglang_harli.peft_trainer.memory import Space, TrainMemory
+from support.pool_parts import small_geometry, small_pool
+
+GEOMETRY = small_geometry()  # 9 lendable stripes of 4 chunks of 4 KiB
+CHUNK = GEOMETRY.chunk_bytes
+BACKINGS = ["host", "static"]
+
+
+def make(name: str, geometry: PoolGeometry = GEOMETRY) -> Backing:
+    return HostBacking(geometry, debug=True) if name == "host" else StaticBacking(geometry, "cpu", debug=True)
+
+
+def obtain(arena: TrainMemory, *sizes: int, purpose: MemoryPurpose = MemoryPurpose.STATE) -> Lease | None:
+    """Float32 vectors of these many bytes."""
+    space = arena.obtain(purpose, [((size // 4,), torch.float32) for size in sizes])
+    assert space is None or isinstance(space, Lease)
+    return space
+
+
+def carve(space: Space, *sizes: int) -> list[torch.Tensor]:
+    return [space.carve((size // 4,), torch.float32) for size in sizes]
+
+
+def spans(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
+    return sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize) for t in tensors)
+
+
+def apart(tensors: list[torch.Tensor]) -> bool:
+    found = spans(tensors)
+    return all(end <= start for (_, end), (start, _) in itertools.pairwise(found))
+
+
+def test_the_trainer_and_the_pool_agree_on_sizes():
+    assert train_arena.ALIGNMENT == memory.ALIGNMENT
+    for shape, dtype in [
+        ((3, 5), torch.bfloat16),
+        ((), torch.float64),
+        ((0, 4), torch.float32),
+        ((64,), torch.float32),
+    ]:
+        assert train_arena.carved_bytes(shape, dtype) == memory.carved_bytes(shape, dtype)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    backing=st.sampled_from(BACKINGS),
+    sizes=st.lists(st.integers(0, 3 * CHUNK // 4).map(lambda n: 4 * n), min_size=1, max_size=12),
+    busy=st.sets(st.sampled_from(GEOMETRY.lendable), max_size=6),
+)
+def test_what_is_obtained_can_be_carved_in_order_and_apart(backing, sizes, busy):
+    pool, slots, _ = small_pool(backing=make(backing))
+    slots.free.difference_update(*(GEOMETRY.slots_of(stripe) for stripe in busy))
+    lease = obtain(pool.arena, *sizes)
+    if lease is None:
+        assert backing == "static" or sum(map(_aligned, sizes)) > (9 - len(busy)) * GEOMETRY.stripe_bytes
+        assert not slots.lent and not pool.leases
+        return
+    assert not busy & set(lease.stripes)
+    for _ in range(2):
+        tensors = carve(lease, *sizes)
+        assert apart(tensors)
+        for number, tensor in enumerate(tensors):
+            tensor.fill_(number)
+        assert all((t == number).all() for number, t in enumerate(tensors))
+        lease.reset()
+    lease.give_back()
+    pool.ledger.check()
+    assert not pool.leases and not slots.lent
+
+
+def _aligned(size: int) -> int:
+    return -(-size // train_arena.ALIGNMENT) * train_arena.ALIGNMENT
+
+
+@pytest.mark.parametrize("backing", BACKINGS)
+def test_no_more_stripes_than_needed_the_highest_first(backing):
+    pool, *_ = small_pool(backing=make(backing))
+    lease = obtain(pool.arena, CHUNK, CHUNK, CHUNK, CHUNK)
+    assert lease is not None and set(lease.stripes) == {9}
+    second = obtain(pool.arena, CHUNK, CHUNK, CHUNK, CHUNK, 256)
+    assert second is not None and set(second.stripes) == {7, 8}
+
+
+def test_a_tensor_larger_than_a_chunk_gets_a_run_of_stripes_in_a_static_pool():
+    pool, slots, _ = small_pool(backing=make("static"))
+    slots.free.difference_update(GEOMETRY.slots_of(8))  # 9 stands alone
+    lease = obtain(pool.arena, 3 * CHUNK)
+    assert lease is not None and {5, 6, 7} <= set(lease.stripes)
+    scattered, scattered_slots, _ = small_pool(backing=make("static"))
+    for stripe in range(1, 10, 2):
+        scattered_slots.free.difference_update(GEOMETRY.slots_of(stripe))
+    assert obtain(scattered.arena, 2 * CHUNK) is None
+    assert not scattered.leases and not scattered_slots.lent
+
+
+def test_could_ever_obtain_asks_for_the_empty_pool():
+    for backing in BACKINGS:
+        pool, slots, _ = small_pool(backing=make(backing))
+        slots.free.clear()
+        whole = [((9 * CHUNK,), torch.uint8)] * 4
+        assert pool.arena.could_ever_obtain(whole)
+        assert not pool.arena.could_ever_obtain([*whole, ((1,), torch.uint8)])
+        assert pool.arena.could_ever_obtain([((9 * CHUNK + 1,), torch.uint8)]) == (backing == "host")
+        pool.quota.max_train_bytes = 2 * GEOMETRY.stripe_bytes
+        assert not pool.arena.could_ever_obtain(whole[:3])
+
+
+@pytest.mark.parametrize("backing", BACKINGS)
+def test_other_tensors_may_be_carved_after_a_reset(backing):
+    pool, *_ = small_pool(backing=make(backing))
+    lease = obtain(pool.arena, CHUNK, 512, CHUNK)
+    assert lease is not None
+    first = carve(lease, CHUNK, 256)  # leaves the plan at the second
+    rest = lease.nbytes - CHUNK - 256
+    more = carve(lease, *[256] * (rest // 256))
+    assert apart(first + more)
+    with pytest.raises(MemoryError, match=r"no room for 256 bytes in lease 'state-1'.* has 0"):
+        lease.carve((1,), torch.float32)
+    lease.reset()
+    assert lease.plan([((CHUNK // 4,), torch.float32)] * 2)
+    assert not lease.plan([((lease.nbytes + 1,), torch.uint8)])
+    assert apart(carve(lease, CHUNK, CHUNK))
+
+
+def test_after_it_was_given_back_nothing_can_be_carved():
+    pool, slots, _ = small_pool()
+    lease = obtain(pool.arena, CHUNK)
+    assert lease is not None and not lease.revoked
+    lease.give_back()
+    lease.give_back()
+    assert lease.revoked and not slots.lent
+    with pytest.raises(MemoryError, match="given back"):
+        lease.carve((1,), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_memory_is_poisoned_in_debug_mode(dtype):
+    for backing in BACKINGS:
+        pool, *_ = small_pool(backing=make(backing))
+        space = pool.arena.obtain(MemoryPurpose.KEPT, [((7, 9), dtype)])
+        assert space is not None
+        tensor = space.carve((7, 9), dtype)
+        assert tensor.shape == (7, 9) and tensor.is_contiguous() and tensor.isnan().all()
+
+
+def test_nothing_asked_for_is_a_lease_all_the_same():
+    for backing in BACKINGS:
+        pool, *_ = small_pool(backing=make(backing))
+        lease = pool.arena.obtain(MemoryPurpose.STATE, [])
+        assert lease is not None and lease.nbytes == GEOMETRY.stripe_bytes
+
+
+@given(
+    extents=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    sizes=st.lists(st.integers(1, 12), max_size=8),
+)
+def test_places_lie_apart_within_their_extents(extents, sizes):
+    spots = place(extents, sizes)
+    if spots is None:
+        assert len(extents) > 1 or sum(sizes) > extents[0]
+        return
+    units = [(e, start + k) for (e, start), size in zip(spots, sizes, strict=True) for k in range(size)]
+    assert len(set(units)) == sum(sizes)
+    assert all(unit < extents[extent] for extent, unit in units)
+    if len(extents) == 1:
+        assert [start for _, start in spots] == [sum(sizes[:n]) for n in range(len(sizes))]
+
+
+def test_a_tensor_keeps_its_shape_and_is_aligned():
+    pool, *_ = small_pool()
+    tensors = [
+        ((3, 5), torch.bfloat16),
+        ((2, 3, 4), torch.float64),
+        ((), torch.int64),
+        ((0, 4), torch.float32),
+    ]
+    space = pool.arena.obtain(MemoryPurpose.STATE, tensors)
+    assert space is not None
+    for shape, dtype in tensors:
+        tensor = space.carve(shape, dtype)
+        assert tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.numel() == math.prod(shape)
+        assert tensor.data_ptr() % train_arena.ALIGNMENT == 0 or not tensor.numel()

@@ -1,0 +1,171 @@
+"""`harli profile` against an HTTP server in SGLang's place whose batches are learnt by the real serving side."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_harli.config import HarliOptions
+from sglang_harli.core import PROFILE_ROUTE, QuantumKind
+from sglang_harli.errors import ConfigError, HarliError, NotReadyError, UnsupportedError
+from sglang_harli.managers.serving_side import ServingSide
+from sglang_harli.managers.step_timer import BatchLoad
+from sglang_harli.predictor import sweep as sweeping
+from sglang_harli.predictor.latency_predictor import LatencyPredictor
+from sglang_harli.predictor.measured_points import KEPT_LOADS, MeasuredPoints
+from sglang_harli.predictor.priors import first_guess, from_table
+from sglang_harli.predictor.profile_table import ProfileKey, load
+from sglang_harli.tools import profile
+
+KEY = ProfileKey("m", "cpu", "bfloat16", "0.5.16", "")
+LIMITS = {"requests": 8, "row_tokens": 1200, "slots": 4096, "vocab": 100, "sampled": 8}
+
+
+class World:
+    """A server whose decode step takes 5 ms, 1 ms a request and 1 us a token of context."""
+
+    def __init__(self, run_dir: Path, *, key: ProfileKey | None = KEY) -> None:
+        self.side = ServingSide(HarliOptions(run_dir=str(run_dir)))
+        self.side.profile_key = key
+        self.refuses = False
+        self.asked: list[dict[str, Any]] = []
+        world = self
+
+        class Door(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if world.refuses:
+                    return self._answer("loading", 503)
+                if world.side.profile_key is None or self.path != PROFILE_ROUTE:
+                    return self._answer({"detail": "Not Found"}, 404)
+                self._answer({"limits": LIMITS, **(world.side.profile() or {})})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                world.generate(body)
+                self._answer([])
+
+            def _answer(self, value: Any, code: int = 200) -> None:
+                data = json.dumps(value).encode()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.http = HTTPServer(("127.0.0.1", 0), Door)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def generate(self, body: dict[str, Any]) -> None:
+        self.asked.append(body)
+        prompts, new = body["input_ids"], body["sampling_params"]["max_new_tokens"]
+        for step in range(0, new, LIMITS["sampled"]):
+            context = sum(len(prompt) + step for prompt in prompts)
+            seconds = 5e-3 + 1e-3 * len(prompts) + 1e-6 * context
+            self.side.learn(BatchLoad(True, len(prompts), context, len(prompts), context), seconds)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    (tmp_path / "runs").mkdir()
+    made = World(tmp_path / "runs")
+    yield made
+    made.http.shutdown()
+
+
+def sweep(world: World, *, budget_s: float = 60.0, output: str | None = None) -> dict[str, Any]:
+    return profile.sweep(world.url, output=output, budget_s=budget_s, progress=iter)
+
+
+def test_a_sweep_measures_every_load_that_fits_and_the_next_start_knows_them(world, tmp_path):
+    made = sweep(world)
+    assert made["missing"] == 0 and made["measured"] == len(world.asked) == len(sweeping.grid(LIMITS))
+    found = load(world.side.options.profile_path, KEY)
+    assert found.table is not None and found.table.points == made["points"]
+    predictor = LatencyPredictor(from_table(found.table, first_guess()))
+    for batch, context in ((1, 300), (6, 3000)):
+        seconds = predictor.decode(batch, context).expected_s
+        assert seconds == pytest.approx(5e-3 + 1e-3 * batch + 1e-6 * context, rel=0.03)
+
+
+def test_loads_stay_within_the_servers_limits():
+    loads = sweeping.grid(LIMITS)
+    assert {load.batch for load in loads} == {1, 2, 4, 8}
+    assert {load.prompt_tokens for load in loads} == {64, 256, 1024}
+    assert all(load.batch * (load.prompt_tokens + load.new_tokens) <= 0.9 * LIMITS["slots"] for load in loads)
+    prompts = sweeping.bodies(loads[1], 100)["input_ids"]
+    assert len(prompts) == loads[1].batch and prompts[0] != prompts[1]
+    assert all(0 <= token < 100 for prompt in prompts for token in prompt)
+
+
+def test_a_sweep_that_ended_early_goes_on_where_it_ended(world):
+    first = sweep(world, budget_s=0.0)
+    assert first["measured"] == 0 and first["missing"] == len(sweeping.grid(LIMITS))
+    world.generate(sweeping.bodies(sweeping.grid(LIMITS)[0], 100))
+    world.asked.clear()
+    second = sweep(world)
+    assert second["measured"] == len(world.asked) == len(sweeping.grid(LIMITS)) - 1
+    again = World(Path(world.side.options.run_dir))  # a new server: what it measured is gone, the file is not
+    third = sweep(again)
+    again.http.shutdown()
+    assert third["measured"] == 0 and third["points"] == second["points"]
+
+
+def test_a_foreign_file_is_replaced(world):
+    sweep(world)
+    other = ProfileKey("another model", "cpu", "bfloat16", "0.5.16", "")
+    world.side.profile_key = other
+    made = sweep(world)
+    assert "another model" in made["was"]
+    assert load(world.side.options.profile_path, other).table is not None
+
+
+def test_where_the_file_goes(world, tmp_path):
+    made = sweep(world, output=str(tmp_path / "elsewhere" / "p.json"))
+    assert Path(made["path"]).is_file() and not Path(world.side.options.profile_path).exists()
+    Path(world.side.options.run_dir).rmdir()
+    with pytest.raises(ConfigError, match="--output"):
+        sweep(world)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--output"):
+        sweep(world, output=str(tmp_path / "file" / "p.json"))
+
+
+def test_servers_that_are_none_or_do_not_finetune(tmp_path):
+    with pytest.raises(NotReadyError, match="--url"):
+        profile.ask("http://127.0.0.1:1")
+    with pytest.raises(ConfigError, match="--url"):
+        profile.ask("nonsense")
+    plain = World(tmp_path, key=None)
+    with pytest.raises(UnsupportedError, match="with finetuning"):
+        profile.ask(plain.url)
+    plain.http.shutdown()
+
+
+def test_a_server_that_refuses_is_quoted(world):
+    world.refuses = True
+    with pytest.raises(HarliError, match="answered 503"):
+        profile.ask(world.url)
+
+
+def test_points_are_bounded_and_few_times_are_no_point():
+    points = MeasuredPoints()
+    points.decode(1, 100, 0.01, 0)
+    points.decode(1, 100, 0.01, 0)
+    assert points.table(KEY).decode == ()
+    for n in range(3 * KEPT_LOADS):
+        for seconds in (0.01, 0.02, 0.9):
+            points.decode(n + 1, 100, seconds, 0)
+            points.quantum(QuantumKind.FORWARD, n + 1, 64, seconds)
+    table = points.table(KEY)
+    assert len(table.decode) == len(table.quanta) == KEPT_LOADS
+    assert {p.seconds for p in table.decode} == {0.02}
+    assert max(p.batch for p in table.decode) == 3 * KEPT_LOADS

@@ -1,0 +1,186 @@
+"""The arithmetic behind the co-location benchmark, beside its judge: noise, load, plan, table and picture."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from colocate_cells import TARGETS, Found, cell, late, of, results
+from hypothesis import given
+from hypothesis import strategies as st
+from project_files import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import bench_colocate
+import colocate_busy
+import colocate_calibrate
+import colocate_client
+import colocate_judge
+import colocate_noise
+import colocate_picture
+import colocate_plan
+import colocate_report
+from colocate_judge import (
+    BURST,
+    DEFAULT,
+    FAILS,
+    HARLI,
+    IDLE,
+    NICE,
+    PLAIN_LOOP,
+    SERVE,
+    SHIFT,
+    SLICES,
+    TRAIN,
+    judge,
+)
+
+# ------------------------------------------------------------------ noise
+CLEAN = {"stolen": 0.0, "foreign": 0.01, "before_ms": 10.0, "after_ms": 10.5}
+
+
+def test_the_noise_rule():
+    assert colocate_noise.why(CLEAN, 10.0) is None
+    assert colocate_noise.why({**CLEAN, "foreign": None}, 10.0) is None
+    for change in ({"stolen": 0.03}, {"foreign": 0.06}, {"before_ms": 12.6}, {"after_ms": 13.0}):
+        assert colocate_noise.why({**CLEAN, **change}, 10.0)
+
+
+def test_ticks_of_proc_stat():
+    assert colocate_noise.ticks("cpu  100 20 30 400 50 1 2 7 0 0") == (610.0, 153.0, 7.0)
+
+
+# ------------------------------------------------------------------ the load client
+def test_what_bench_serving_says_of_each_request():
+    details = {
+        "output_lens": [4, 2, 0, 4],
+        "ttfts": [0.1, 0.2, 0.0, 0.3],
+        "itls": [[0.01, 0.02, 0.03], [0.01], [], [0.01, 0.01, 0.01]],
+        "errors": ["", "", "boom", "cut off"],
+    }
+    found = colocate_client.seen(details, [4, 4, 4, 4])
+    assert found["tpots_ms"] == [20.0, None, None, None]  # too few tokens, failed, failed
+    assert found["ttfts_ms"] == [100.0, 200.0, None, None]
+    assert found["late"] == 3 and found["tokens"] == [4, 4, 4, 4] and len(found["gaps_ms"]) == 7
+
+
+def test_bench_servings_command_line():
+    load = colocate_client.Load(10, math.inf, 7, 128, 64, 0.5, concurrency=1)
+    words = load.arguments("http://x", Path("m"), Path("o.jsonl"))
+    pairs = dict(itertools.pairwise(words))
+    assert pairs["--request-rate"] == "inf" and pairs["--max-concurrency"] == "1" and pairs["--seed"] == "7"
+    assert {"--output-details", "--flush-cache", "--tokenize-prompt"} <= set(words)
+
+
+# ------------------------------------------------------------------ totals and rates
+def test_growth_between_two_moments_is_interpolated():
+    points = [(0.0, 0.0), (10.0, 100.0), (20.0, 120.0)]
+    assert colocate_busy.between(points, 5.0, 15.0) == pytest.approx(60.0)
+    assert colocate_busy.between(points, -5.0, 30.0) == pytest.approx(120.0)
+    assert colocate_busy.between([], 0.0, 1.0) == 0.0
+
+
+def test_the_busy_meter_adds_up_turns_with_a_batch(tmp_path, monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 3.01, 7.0])
+    monkeypatch.setattr(colocate_busy.time, "monotonic", lambda: next(clock))
+    meter = colocate_busy.Meter(str(tmp_path / "busy"))
+    for busy in (False, True, True, False):
+        meter.end_turn(busy=busy)
+    points = colocate_busy.read(tmp_path / "busy")
+    assert points == [(1.0, 0.0), (3.0, 2.0), (7.0, 2.01)]  # no line within a twentieth of a second
+
+
+@given(st.floats(0.05, 0.9), st.floats(0.01, 5.0))
+def test_rates_and_busy_shares_are_inverse(busy, service_s):
+    rate = colocate_calibrate.offered(busy, service_s)
+    assert colocate_calibrate.served(busy, rate) == pytest.approx(service_s)
+
+
+# ------------------------------------------------------------------ the plan
+def planned(*words: str) -> tuple[Any, Found]:
+    options = bench_colocate.parse(list(words))
+    loads = [load for load in options.loads if load]
+    found: Found = {"calibration": {"loads": {str(load): {"rate": 2.0, "tpot_ms": 10.0} for load in loads}}}
+    found["targets"] = {str(load): colocate_plan.targets_of(options, 10.0) for load in loads}
+    found["baseline"] = colocate_plan.baseline_of(dict.fromkeys(found["targets"], 10.0), found["targets"])
+    return options, found
+
+
+def test_the_full_run_covers_every_mode_load_and_target():
+    options, found = planned()
+    cells = colocate_plan.plan(options, found, 1)
+    names = {(c.mode, c.load, c.setting) for c in cells}
+    assert {(HARLI, load, label) for load in (20, 40, 60, 80) for label in TARGETS} <= names
+    assert {(SERVE, load, "") for load in (20, 40, 60, 80)} <= names
+    assert {c.mode for c in cells} == set(colocate_judge.MODES) and len(names) == len(cells)
+    assert found["baseline"] == {"load": 40, "target": "2x"}
+    assert (
+        options.requests * options.repetitions >= 400
+        and options.baseline_requests * options.repetitions == 120
+    )
+    rows = {(c.mode, c.load) for c in cells}
+    assert {(HARLI, BURST), (SERVE, BURST), (HARLI, SHIFT)} <= rows
+
+
+def test_the_quick_run_covers_what_is_asked_of_it():
+    options, found = planned("--quick")
+    names = {(c.mode, c.load, c.setting) for c in colocate_plan.plan(options, found, 1)}
+    assert {
+        (HARLI, 40, "1.5x"),
+        (HARLI, 40, "4x"),
+        (SERVE, 40, ""),
+        (TRAIN, IDLE, ""),
+        (HARLI, IDLE, DEFAULT),
+    } <= names
+    assert {m for m, _, _ in names} == {SERVE, TRAIN, PLAIN_LOOP, HARLI, NICE} and options.repetitions == 3
+
+
+def test_the_gpu_run_has_absolute_targets_and_no_second_copy_of_the_weights():
+    options, found = planned("--device", "cuda", "--quick")
+    cells = colocate_plan.plan(options, found, 1)
+    assert {c.mode for c in cells} == {SERVE, TRAIN, HARLI, SLICES} and options.model_size == "8b"
+    assert sorted(c.target_ms for c in cells if c.mode == HARLI and c.load) == [20.0, 30.0, 50.0]
+    assert found["baseline"]["target"] == "20 ms"
+
+
+# ------------------------------------------------------------------ what is printed
+def test_the_page_says_everything_once():
+    found = results()
+    of(HARLI, 40, "2x", tpots_ms=late(6))(found)
+    rows = judge(found)
+    text = colocate_report.page(found, rows)
+    table = [
+        line
+        for line in text.splitlines()
+        if line.startswith("| 40 (measured 40.0%)") or "| two processes |" in line
+    ]
+    assert (
+        len(table) == 2
+        and "2x: 0.0%" in text
+        and text.count("| FAILS |") == sum(r.verdict == FAILS for r in rows) == 1
+    )
+    assert "late" in text  # the 99th percentile of a cell where some did not end
+    assert "two processes: no setting keeps" in text and "nice 19: best setting" in text
+    json.dumps(found)
+
+
+def test_a_line_for_the_terminal():
+    line = colocate_report.line(cell(SERVE, 40, busy=0.41, disturbed="x"))
+    assert "40 requests in 20 s" in line and "busy 41.0%" in line and "disturbed: x" in line
+
+
+def test_the_picture_is_xml_with_a_point_for_each_setting_and_load():
+    found = results()
+    text = colocate_picture.svg(found)
+    assert text is not None
+    root = ElementTree.fromstring(text)
+    count = len([e for e in root.iter("{http://www.w3.org/2000/svg}circle") if e.get("class") == "point"])
+    assert count == sum(len(colocate_picture.points(found, load)) for load in (40, 80)) == 11
+    assert colocate_picture.svg({**found, "targets": {}}) is None
