@@ -39,7 +39,10 @@ def meta_info() -> dict[str, Any]:
 
 def _commit() -> str | None:
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git there
+        return None
     return done.stdout.strip() or None
 
 
@@ -72,6 +75,7 @@ def write(
     table: str,
     not_shown: str,
     folder: Path = RESULTS,
+    picture: str | None = None,
 ) -> Path:
     """Write ``<theme>_<device>_<yyyymm>.json`` and ``.md``; returns the page.
 
@@ -80,6 +84,7 @@ def write(
         results: every number, raw ones included, so that the table can be made again.
         table: the rendered table.
         not_shown: what these numbers do not say.
+        picture: SVG, written beside the page and shown below the table.
     """
     now = datetime.datetime.now(datetime.UTC)
     run_info = {
@@ -94,6 +99,9 @@ def write(
     stem = folder / f"{theme}_{device}_{now:%Y%m}"
     stem.with_suffix(".json").write_text(json.dumps(document, indent=2, default=str) + "\n")
     page = stem.with_suffix(".md")
+    if picture is not None:
+        stem.with_suffix(".svg").write_text(picture)
+        table = f"{table}\n\n![{question}]({stem.name}.svg)"
     page.write_text(_page(document, question, table, not_shown, stem.name))
     return page
 

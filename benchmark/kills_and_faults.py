@@ -1,6 +1,6 @@
 """Is anything lost, doubled or different when a process is killed at a named point, or a write is refused?
 
-    python benchmark/kills_and_faults.py [--skip-faults]
+    python benchmark/kills_and_faults.py [--skip-faults | --skip-kills]
 
 Runs ``pytest test/e2e/test_kill.py --points all`` (every named point with every victim on a bare host, six of them
 on a real server) and the tests of faults, and writes what they tried.  Exits with 1 when one fails, or when the
@@ -36,7 +36,9 @@ VICTIMS = ("service", "scheduler", "all")
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Kills at named points, and refused writes.")
-    parser.add_argument("--skip-faults", action="store_true", help="only the kills")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--skip-faults", action="store_true", help="only the kills")
+    one.add_argument("--skip-kills", action="store_true", help="only the faults; the page keeps its kills")
     parser.add_argument(
         "--results", type=Path, default=bench_report.RESULTS, help="folder of the result files"
     )
@@ -49,6 +51,16 @@ def run_kills(folder: Path) -> dict[str, Any]:
     code = _pytest(KILLS, "--points", "all", "--points-report", str(report))
     found = json.loads(report.read_text()) if report.exists() else {"kills": 0, "cases": []}
     return {**found, "exit_code": code, "seconds": round(time.monotonic() - began)}
+
+
+def last_kills(results: Path) -> dict[str, Any]:
+    """The kills of the newest result file there."""
+    files = sorted(results.glob("kills_and_faults_cpu_*.json"))
+    if not files:
+        raise SystemExit(
+            f"--skip-kills: no kills_and_faults_cpu_*.json in {results}: run it without the option"
+        )
+    return json.loads(files[-1].read_text())["results"]["kills"]
 
 
 def run_faults(folder: Path) -> dict[str, Any]:
@@ -100,7 +112,7 @@ def _totals(kills: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     with tempfile.TemporaryDirectory(prefix="harli-kills-") as name:
-        kills = run_kills(Path(name))
+        kills = last_kills(options.results) if options.skip_kills else run_kills(Path(name))
         faults = None if options.skip_faults else run_faults(Path(name))
     text = table(kills, faults)
     bench_report.write(

@@ -82,6 +82,8 @@ class Soak:
         return servers.start_server(
             self._model,
             *("--harli-quantum-rows", "1", "--max-loaded-loras", "8"),
+            # A small KV cache (64 MiB): one that fills with cached prefixes for an hour would look like a leak.
+            *("--max-total-tokens", "8192"),
             port=self._port,
             run_dir=self.run_dir,
             endpoint=self._door,
@@ -161,6 +163,8 @@ def main(argv: list[str] | None = None) -> int:
         model = folder / "model"
         make_model(model, "llama", size="25m", dtype="bfloat16", seconds=0)
         saves = None if options.skip_checkpoints else asyncio.run(soak_checkpoints.run(model, folder))
+        if saves is not None:
+            print(f"gaps during a checkpoint, ms: {saves['during']}", flush=True)
         soak = Soak(model, folder, options)
         began = time.monotonic()
         try:

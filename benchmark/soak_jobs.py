@@ -72,10 +72,14 @@ class JobClients:
     Args:
         endpoint: of the finetune service.
         seed: of what they submit and when they cancel or pause.
+        offered: what they choose from (default: ``kinds()``).
     """
 
-    def __init__(self, endpoint: str, *, clients: int, seed: int) -> None:
+    def __init__(
+        self, endpoint: str, *, clients: int, seed: int, offered: Sequence[Kind] | None = None
+    ) -> None:
         self.tickets: list[Ticket] = []
+        self.offered = list(offered or kinds())
         self._endpoint, self._clients, self._seed = endpoint, clients, seed
 
     @property
@@ -93,10 +97,9 @@ class JobClients:
                 group.create_task(self._client(random.Random(f"{self._seed} {number}"), stop))
 
     async def _client(self, rng: random.Random, stop: asyncio.Event) -> None:
-        offered = kinds()
         async with self.connect() as client:
             while not stop.is_set():
-                ticket = Ticket(f"soak-{rng.getrandbits(64):016x}", rng.choice(offered))
+                ticket = Ticket(f"soak-{rng.getrandbits(64):016x}", rng.choice(self.offered))
                 self.tickets.append(ticket)
                 await self.submit(client, ticket)
                 assert ticket.id is not None

@@ -1,0 +1,315 @@
+"""How much does a server train in the time that its latency target leaves over, and does it keep the target?
+
+    python benchmark/bench_colocate.py [--quick] [--json FILE]
+    python benchmark/bench_colocate.py --device cuda --model-size 8b [--quick]
+
+Side by side in one run, on the same requests from SGLang's own bench_serving: serve-only (plain SGLang), train-only (ours without
+requests, and a plain transformers + peft loop), serving and that loop as separate processes (uncoordinated; at nice 19 with
+--sleep-on-idle; with a duty cycle), fixed time slices, and harli.  Loads are per cent of the time that serve-only is busy,
+calibrated first; targets are multiples of its median TPOT there, set by ``harli set`` while the server runs.
+
+Everything is started once; only what is measured runs, the rest is held by SIGSTOP.  A repetition measures every cell once, in an
+order drawn anew; ratios are taken within a repetition.  The rule by which a disturbed cell is left out is in
+``colocate_noise.py``, what must hold in ``colocate_judge.py``.  Exits with 1 exactly when a row fails: when the whole 95% interval
+of its ratio is on the wrong side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import bench_report
+import colocate_noise
+import colocate_picture
+import colocate_report
+from colocate_calibrate import calibrate
+from colocate_judge import (
+    FAILS,
+    HARLI,
+    IDLE,
+    MODES,
+    NICE,
+    PLAIN_LOOP,
+    SEPARATE,
+    SERVE,
+    SLICES,
+    TRAIN,
+    UNCOORDINATED,
+    judge,
+)
+from colocate_modes import CUT_AFTER, Place, World, pinned
+from colocate_plan import Cell, baseline_of, plan, targets_of
+
+WARM_REQUESTS = 12
+CUDA_MODES = (SERVE, TRAIN, HARLI, SLICES)
+QUICK_MODES = {"cpu": (SERVE, TRAIN, PLAIN_LOOP, HARLI, NICE), "cuda": CUDA_MODES}
+LIMITS = ("--max-total-tokens", "65536", "--max-running-requests", "32")
+CUDA_FLAGS = (
+    *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--random-seed", "1"),
+    # two servers stand on the device: what each holds is set by its tokens
+    *("--mem-fraction-static", "0.8"),
+)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="loads idle and 40, targets 1.5 and 4, fewer requests and modes")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--model-size", default=None, help="of make-model: tiny, 25m, 100m, 1b, 8b (default: 25m; cuda: 8b)")
+    add("--loads", help="comma-separated: idle and per cent busy (default: idle,20,40,60,80)")
+    add("--targets", help="multiples of serve-only's median TPOT (default: 1.5,2,4; cuda: none)")
+    add("--targets-ms", help="targets in milliseconds instead (default on cuda: 20,30,50)")
+    add(
+        "--modes",
+        help=f"comma-separated (default: all; cuda: without separate processes): {', '.join(MODES)}",
+    )
+    add("--repetitions", type=int, help="(default: 3; cuda with --quick: 1)")
+    add("--requests", type=int, help="of a cell of one repetition (default: 134; quick: 20)")
+    add("--baseline-requests", type=int, help="the same of the baselines (default: 40; quick: as --requests)")
+    add("--seconds", type=float, help="of a cell without requests (default: 20; quick: 5)")
+    add(
+        "--limit-minutes",
+        type=float,
+        help="no repetition begins that would end later (default: 175; quick: 9.5, cuda 3.5)",
+    )
+    add("--flags", default="", help="more flags of every server, as one string")
+    add("--seed", type=int, default=1, help="of the order of cells")
+    add("--json", type=Path, help="write every number there as well")
+    add("--results", type=Path, default=bench_report.RESULTS, help="folder of the result files")
+    options = parser.parse_args(argv)
+    _defaults(options, parser)
+    return options
+
+
+def _defaults(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    quick, cuda = options.quick, options.device == "cuda"
+    options.model_size = options.model_size or ("8b" if cuda else "25m")
+    loads = (options.loads or ("idle,40" if quick or cuda else "idle,20,40,60,80")).split(",")
+    modes = (options.modes or ",".join(_modes(options))).split(",")
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        parser.error(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
+    options.modes = {SERVE, *modes}
+    try:
+        options.loads = sorted(IDLE if load == "idle" else int(load) for load in loads)
+        ms = options.targets_ms or ("20,30,50" if cuda and not options.targets else "")
+        multiples = options.targets or ("" if ms else "1.5,4" if quick else "1.5,2,4")
+        options.targets_ms = [float(value) for value in ms.split(",") if value]
+        options.targets = [float(value) for value in multiples.split(",") if value]
+    except ValueError as error:
+        parser.error(str(error))
+    if any(load and not 1 <= load <= 95 for load in options.loads):
+        parser.error("--loads: give idle, and per cent from 1 to 95")
+    options.repetitions = options.repetitions or (1 if cuda and quick else 3)
+    options.requests = options.requests or ((16 if cuda else 20) if quick else 134)
+    options.baseline_requests = options.baseline_requests or (options.requests if quick else 40)
+    options.seconds = options.seconds or (5.0 if quick else 20.0)
+    options.limit_minutes = options.limit_minutes or ((3.5 if cuda else 9.5) if quick else 175.0)
+
+
+def _modes(options: argparse.Namespace) -> tuple[str, ...]:
+    if options.quick:
+        return QUICK_MODES[options.device]
+    return CUDA_MODES if options.device == "cuda" else MODES
+
+
+# ------------------------------------------------------------------ the run
+def repetition(
+    world: World, options: argparse.Namespace, results: dict[str, Any], number: int, over_s: float
+) -> None:
+    """Measure every cell once in an order of its own, disturbed ones once again at the end."""
+    order = plan(options, results, number)
+    random.Random(f"{options.seed}-{number}").shuffle(order)
+    alone_s: dict[Any, float] = {}
+
+    def measure(cell: Cell) -> dict[str, Any]:
+        if cell.mode in SEPARATE:
+            cell = replace(cell, limit_s=CUT_AFTER * alone_s[cell.load, cell.requests])
+        found = world.measure(cell)
+        if cell.mode == SERVE:
+            alone_s[cell.load, cell.requests] = found["seconds"]
+        results["cells"].append(found)
+        print(colocate_report.line(found), flush=True)
+        return found
+
+    again = []
+    # separate processes end after three times serve-only's time: so that is measured before them
+    for cell in sorted(
+        order, key=lambda cell: cell.mode in SEPARATE and _alone_index(order, cell) > order.index(cell)
+    ):
+        if measure(cell)["disturbed"]:
+            again.append(cell)
+    for cell in again:
+        if time.monotonic() < over_s:
+            measure(cell)
+
+
+def _alone_index(order: list[Cell], cell: Cell) -> int:
+    """Where in the order the serve-only cell with the same requests is."""
+    return next(
+        n
+        for n, c in enumerate(order)
+        if c.mode == SERVE and (c.load, c.requests) == (cell.load, cell.requests)
+    )
+
+
+def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    began = time.monotonic()
+    over_s = began + 60 * options.limit_minutes
+    reference = colocate_noise.reference_ms()
+    results: dict[str, Any] = {
+        "device": options.device,
+        "noise_rule": colocate_noise.RULE,
+        "reference_ms": round(reference, 2),
+        "cells": [],
+        "repetitions_done": 0,
+    }
+    print(f"noise rule: {colocate_noise.RULE} ({reference:.1f} ms)", flush=True)
+    with World(place, reference) as world:
+        names = ["plain", *(["ours"] if options.modes & {TRAIN, HARLI, SLICES} else [])]
+        names += ["sleepy"] if NICE in options.modes else []
+        nices = [0] if options.modes & {PLAIN_LOOP, UNCOORDINATED} else []
+        world.start(names, [*nices, *([19] if NICE in options.modes else [])])
+        results["start_s"], results["limits"] = world.start_s, world.limits()
+        print(f"all up after {time.monotonic() - began:.0f} s: {world.start_s}", flush=True)
+        busy = [load for load in options.loads if load]
+        count, rounds = (options.requests, 1) if options.quick else (max(options.requests // 3, 12), 2)
+        results["calibration"] = found = calibrate(world, busy, count, rounds)
+        medians_ms = {load: row["tpot_ms"] for load, row in found["loads"].items()}
+        results["targets"] = {load: targets_of(options, ms) for load, ms in medians_ms.items()}
+        results["baseline"] = baseline_of(medians_ms, results["targets"])
+        print(f"calibrated: {json.dumps(found)}", flush=True)
+        if HARLI in options.modes and results["baseline"]:
+            warm_up(world, results)
+        for number in range(1, options.repetitions + 1):
+            started = time.monotonic()
+            repetition(world, options, results, number, over_s)
+            results["repetitions_done"] = number
+            results["seconds"] = round(time.monotonic() - began)
+            save(results)
+            if time.monotonic() + (time.monotonic() - started) > over_s and number < options.repetitions:
+                print(f"no time for another repetition within {options.limit_minutes:g} minutes", flush=True)
+                break
+    results["seconds"] = round(time.monotonic() - began)
+    return results
+
+
+def warm_up(world: World, results: dict[str, Any]) -> None:
+    """Discarded: our server begins with cautious estimates, and they settle within some hundred steps."""
+    at = results["baseline"]
+    load = str(at["load"])
+    rate = results["calibration"]["loads"][load]["rate"]
+    target_ms = results["targets"][load][at["target"]]
+    world.measure(Cell(HARLI, "", at["load"], 0, requests=WARM_REQUESTS, rate=rate, target_ms=target_ms))
+
+
+def make_place(options: argparse.Namespace, folder: Path, cores: frozenset[int] | None) -> Place:
+    """The model, and what is the same for every server."""
+    from sglang_harli.tools.make_model import make_model
+
+    dummy = options.model_size in ("1b", "8b")
+    model = folder / "model"
+    make_model(model, "llama", size=options.model_size, dtype="bfloat16", seconds=0, weights=not dummy)
+    flags = [*LIMITS, *(CUDA_FLAGS if options.device == "cuda" else ())]
+    flags += ["--load-format", "dummy"] if dummy else []
+    output_tokens = 64 if options.device == "cuda" else 40
+    return Place(
+        model=model,
+        folder=folder,
+        device=options.device,
+        prompt_tokens=128,
+        output_tokens=output_tokens,
+        ratio=0.5,
+        flags=(*flags, *options.flags.split()),
+        client_cores=cores,
+        weights_bytes=_weights_bytes(model),
+    )
+
+
+def _weights_bytes(model: Path) -> int:
+    """Of one copy, bf16."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return 2 * AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).num_parameters()
+
+
+def report(options: argparse.Namespace, place: Place, results: dict[str, Any], text: str) -> Path:
+    """JSON, page and picture; the path of the page."""
+    return bench_report.write(
+        "colocate-quick" if options.quick else "colocate",
+        options.device,
+        question="How much does a server train in the time that its latency target leaves over, and is the target kept?",
+        settings={
+            "model": f"Llama, {options.model_size}, bf16, random weights of {place.weights_bytes / 2**20:.0f} MiB: one copy in "
+            "harli, two in separate processes",
+            "requests": f"{options.requests} a cell and repetition ({options.baseline_requests} of the baselines), "
+            f"{place.prompt_tokens // 2} to {place.prompt_tokens} prompt and {place.output_tokens // 2} to "
+            f"{place.output_tokens} output tokens, Poisson arrivals, cache flushed before each cell",
+            "job": "LoRA rank 16 on all linear layers, micro-batches of 4 rows of 256 tokens, in every mode",
+            "servers": " ".join(place.flags),
+            "loads": ", ".join(f"{load}% busy" if load else "idle" for load in options.loads),
+            "without requests": f"{options.seconds:g} s a cell",
+            "cores": "the load client has one of its own" if place.client_cores else "shared by everything",
+        },
+        results=results,
+        table=text,
+        picture=colocate_picture.svg(results),
+        not_shown=(
+            "Other models and lengths, requests that share prefixes, adapters in the batch, and the quality of what is "
+            "trained. The load client runs on the same machine. Harvest is finetune tokens/s over train-only's; efficiency "
+            "divides it by the share of time that serve-only left idle in the same repetition. A row that is open is "
+            "neither shown to hold nor to fail."
+        ),
+        folder=options.results,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    # an exception, so that nothing is left behind: servers stand in sessions of their own, and held
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def save(results: dict[str, Any]) -> None:
+        if options.json is not None:
+            document = {"results": results, "meta_info": bench_report.meta_info()}
+            options.json.write_text(json.dumps(document, indent=1, default=str) + "\n")
+
+    with (
+        tempfile.TemporaryDirectory(prefix="harli-colocate-", ignore_cleanup_errors=True) as name,
+        pinned() as cores,
+    ):
+        place = make_place(options, Path(name), cores)
+        results = run(options, place, save)
+    rows = judge(results)
+    results["verdicts"] = [{"row": row.text, "verdict": row.verdict} for row in rows]
+    text = colocate_report.page(results, rows)
+    save(results)
+    page = report(options, place, results, text)
+    print(text)
+    print(f"written: {page} ({results['seconds']} s)")
+    failed = [row for row in rows if row.verdict == FAILS]
+    for row in failed:
+        print(f"FAILED: {row.text}: {row.found}, bound {row.bound:g}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
