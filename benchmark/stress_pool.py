@@ -39,7 +39,7 @@ from soak_jobs import JobClients, Kind, Ticket, digest, judge, kinds
 from stress_pool_traffic import MOST_TOKENS, Askers, Question, catalogue, tide
 from support.models import make_model
 
-POOL_TOKENS = 8192  # half of it, which prefixes may keep, is more than a job needs: none waits for ever
+POOL_TOKENS = 4096
 VOCAB = 509
 ENVIRONMENT = {
     "HARLI_POOL_DEBUG": "1",

@@ -124,7 +124,8 @@ class HarliOptions:
     )
     prefix_keep: float = _option(
         0.5,
-        "Share of the KV pool, 0 to 1, that cached prefixes keep: training may have the rest evicted.",
+        "Share of the KV pool, 0 to 1, that cached prefixes keep: training may have the rest evicted. One that no "
+        "request has used for a minute is not kept against what a job needs at least.",
     )
     profile_budget_s: float = _option(
         0.0,

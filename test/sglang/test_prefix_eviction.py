@@ -89,10 +89,17 @@ class World:
             left = left[len(node.key) :]
         return len(tokens) - len(left)
 
-    def evict(self, wanted: int, keep: int = 0) -> int:
+    def evict(self, wanted: int, keep: int = 0, unused_since_s: float | None = None) -> int:
         from sglang_harli.mem_cache.prefix_eviction import evict_stripes
 
-        return evict_stripes(self.tree, self.slots, wanted, keep)
+        return evict_stripes(self.tree, self.slots, wanted, keep, unused_since_s)
+
+    def age(self, tokens: list[int], by_s: float) -> None:
+        """The entries of a prefix were last used so much earlier."""
+        node = self.node(tokens)
+        while node is not self.tree.root_node:
+            node.last_access_time -= by_s
+            node = node.parent
 
     def use(self, pages: int) -> torch.Tensor | None:
         """A request's slots."""
@@ -258,7 +265,7 @@ def test_training_grows_into_the_prefix_cache_down_to_what_is_kept(late):
     world.use(STRIPE - 1)
     entries = [world.cache(STRIPE) for _ in range(15)]  # 4 stripes are free
     keep = 6 * STRIPE
-    world.pool.evict = lambda stripes: world.evict(stripes, keep)
+    world.pool.evict = lambda stripes, _unused_since_s: world.evict(stripes, keep)
     asked = 0
     while (lease := world.pool.lease(MemoryPurpose.MICRO_BATCH, "large", 12)) is None and asked < 10:
         asked += 1
@@ -372,6 +379,38 @@ def test_of_one_long_entry_the_end_goes_and_its_beginning_still_matches(page):
     left = world.cached(tokens)
     assert keep <= left < len(tokens)
     world.node(tokens)  # matches what is left, and finds the tree in order
+    world.check()
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "slru"])
+def test_the_share_is_kept_for_prefixes_in_use_only_where_memory_cannot_be_done_without(policy):
+    world = World(policy=policy)
+    entries = [world.cache(STRIPE) for _ in range(9)]
+    for entry in entries[:5]:
+        world.age(entry, by_s=120.0)
+    locked = world.node(entries[0])
+    world.tree.inc_lock_ref(locked)
+    locked.last_access_time -= 120.0
+    keep, minute_ago = world.size, time.monotonic() - 60.0
+    assert world.evict(9, keep) == 0, "the share is kept"
+    assert world.evict(9, keep, unused_since_s=minute_ago - 120.0) == 0, "none is unused for so long"
+    freed = world.evict(9, keep, unused_since_s=minute_ago)
+    world.check()
+    assert freed >= 2
+    assert all(world.cached(entry) == len(entry) for entry in (entries[0], *entries[5:])), (
+        "locked, and in use"
+    )
+    assert not any(world.cached(entry) for entry in entries[1:5])
+    assert world.evict(9, keep, unused_since_s=minute_ago) == 0
+
+
+def test_unused_entries_beyond_the_share_are_not_taken_with_the_used_ones_above_it():
+    world = World()
+    entries = [world.cache(STRIPE) for _ in range(9)]
+    world.age(entries[0], by_s=120.0)
+    keep = world.tree.evictable_size() - 3 * STRIPE  # three may go as it is
+    assert world.evict(9, keep, unused_since_s=time.monotonic() - 60.0) >= 1
+    assert world.tree.evictable_size() >= keep
     world.check()
 
 

@@ -213,10 +213,10 @@ def part(**changes: Any) -> dict[str, Any]:
         "differing": [],
         "jobs": {"acknowledged": 9, "statuses": {"succeeded": 8, "cancelled": 1}, **jobs},
         "pool": {
-            "total_bytes": 4097 * 512,
+            "total_bytes": (stress_pool.POOL_TOKENS + 1) * 512,  # and the padded page
             "kv_bytes": 512,
             "train_bytes": 0,
-            "by_owner": {"kv": 4097 * 512, "state": 0},
+            "by_owner": {"kv": (stress_pool.POOL_TOKENS + 1) * 512, "state": 0},
             "reclaims": 40,
             "reclaim_ms": {"p50": 1.0, "max": 3.0},
         },

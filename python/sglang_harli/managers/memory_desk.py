@@ -21,6 +21,7 @@ import torch
 from sglang_harli.config import show_size
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.errors import ConfigError
+from sglang_harli.mem_cache.quota import UNUSED_S
 from sglang_harli.peft_trainer.memory import HeapMemory, Space, Specs, TrainMemory, carved_bytes
 
 if TYPE_CHECKING:
@@ -225,8 +226,9 @@ class MemoryDesk:
                 f" and {show_size(high * pool.geometry.stripe_bytes)} stay free for growth" if high else ""
             )
             text += (
-                f"; prefixes may keep {pool.quota.prefix_keep:.0%} of it{growth}: lower --harli-prefix-keep or "
-                "batch_size, flush the cache, or give the KV cache more memory"
+                f"; prefixes may keep {pool.quota.prefix_keep:.0%} of it until no request has used them for "
+                f"{UNUSED_S:.0f} s{growth}: lower --harli-prefix-keep or batch_size, flush the cache, or give the KV "
+                "cache more memory"
             )
         return text
 

@@ -112,8 +112,8 @@ def memory_desk(scheduler: Any, device: torch.device, options: HarliOptions) -> 
         total = host_memory_bytes() if cpu else torch.cuda.get_device_properties(device).total_memory
         return MemoryDesk(None, device, fixed_bytes=options.train_bytes(total, cpu), reserve_bytes=reserve)
 
-    def evict(stripes: int) -> int:
-        return evict_stripes(cache, allocator, stripes, pool.quota.kept_prefix_slots())
+    def evict(stripes: int, unused_since_s: float | None) -> int:
+        return evict_stripes(cache, allocator, stripes, pool.quota.kept_prefix_slots(), unused_since_s)
 
     pool.evict = evict
     return MemoryDesk(pool, device, reserve_bytes=reserve)

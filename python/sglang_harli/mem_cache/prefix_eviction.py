@@ -1,7 +1,9 @@
 """Makes whole stripes free by evicting prefix-cache entries, for training's growth only.
 
 An entry may go only if SGLang's own eviction, in its own order, would have taken it too on the way down to the
-share that is kept: what is hot stays.  Among those the least valuable come first, and among equals the stripes
+share that is kept: what is hot stays.  For what a run cannot do without the share is that of prefixes in use: one that
+no request has used for a while may go too, or a job that was accepted would wait beside an idle server for ever.
+Among those that may go the least valuable come first, and among equals the stripes
 that cost the fewest cached tokens, the highest first.
 A stripe counts only if its other pages are free, so that nothing in use is near, and entries go with all that
 hangs below them, children first.  Of a long entry only the end goes, as much as is needed: it is cut in two first,
@@ -45,7 +47,11 @@ _NEVER = np.iinfo(np.int64).max
 
 
 def evict_stripes(
-    tree_cache: BasePrefixCache, allocator: StripedFreeList, wanted: int, keep_slots: int
+    tree_cache: BasePrefixCache,
+    allocator: StripedFreeList,
+    wanted: int,
+    keep_slots: int,
+    unused_since_s: float | None = None,
 ) -> int:
     """Evict unlocked prefixes so that whole stripes become free.
 
@@ -53,7 +59,8 @@ def evict_stripes(
         tree_cache: the scheduler's; one without a radix tree of SGLang's plain kind has nothing to evict.
         allocator: of its slots.
         wanted: stripes.
-        keep_slots: cached tokens, locked ones included, below which nothing is evicted.
+        keep_slots: cached tokens, locked ones included, below which nothing is evicted,
+        unused_since_s: but entries that no request has used since then (``time.monotonic``); None: nothing at all.
 
     Returns:
         Stripes that are free now because of it; on a device 0 while the entries are being counted.
@@ -62,19 +69,19 @@ def evict_stripes(
     if type(tree) is not RadixCache or tree.disable:  # subclasses keep entries elsewhere too
         return 0
     spare = tree.evictable_size() + tree.protected_size() - keep_slots  # tokens that may be evicted
-    if spare <= 0 or wanted <= 0:
+    if (spare <= 0 and unused_since_s is None) or wanted <= 0:
         return 0
     scan = allocator.prefix_scan
     if scan is None:
         allocator.count_stripes()
-        scan = allocator.prefix_scan = _look(tree, allocator, spare)
+        scan = allocator.prefix_scan = _look(tree, allocator, spare, unused_since_s)
     if scan is None or not scan.ready():
         return 0
     allocator.prefix_scan = None
     free = allocator.stripe_free_pages()
     if free is None or tree.root_node is not scan.root:
         return 0
-    chosen, stripes = scan.choose(free, wanted, spare)
+    chosen, stripes = scan.choose(free, wanted, max(spare, scan.unused_tokens(unused_since_s)))
     if chosen:
         _evict(tree, chosen)
         allocator.counts.forget()  # the next look is to see what has become free
@@ -92,11 +99,19 @@ def _evict(tree: RadixCache, nodes: Sequence[TreeNode]) -> None:
     tree.update_eviction_metrics(sum(map(len, slots)), began)
 
 
-def _look(tree: RadixCache, allocator: StripedFreeList, spare: int) -> _Scan | None:
+def _unused(node: TreeNode, since_s: float | None) -> bool:
+    return since_s is not None and node.last_access_time < since_s
+
+
+def _look(
+    tree: RadixCache, allocator: StripedFreeList, spare: int, unused_since_s: float | None
+) -> _Scan | None:
     """Start counting the entries that may go; None where there are none."""
     geometry = allocator.pool.geometry
     stripes = [stripe for stripe in reversed(geometry.lendable) if stripe not in allocator.lent_stripes]
-    nodes = _expendable(tree, spare, min(MAX_ENTRIES, MAX_CELLS // max(len(stripes), 1))) if stripes else []
+    if not stripes:
+        return None
+    nodes = _expendable(tree, spare, min(MAX_ENTRIES, MAX_CELLS // len(stripes)), unused_since_s)
     if not nodes:
         return None
     values = _slots_of(nodes)
@@ -119,8 +134,8 @@ def _at_once() -> bool:
     return True
 
 
-def _expendable(tree: RadixCache, tokens: int, piece: int) -> list[TreeNode]:
-    """Entries in the order in which SGLang would evict them, as long as they fit into so many tokens.
+def _expendable(tree: RadixCache, tokens: int, piece: int, unused_since_s: float | None) -> list[TreeNode]:
+    """Entries in the order in which SGLang would evict them, as long as they fit into so many tokens or are unused.
 
     An entry comes after all that hangs below it.
 
@@ -128,13 +143,18 @@ def _expendable(tree: RadixCache, tokens: int, piece: int) -> list[TreeNode]:
         piece: tokens; the end of a longer entry is cut off as an entry of its own.
     """
     priority = tree.eviction_strategy.get_priority
-    heap: list[Any] = [(priority(node), node.id, node) for node in tree.evictable_leaves]
+    heap: list[Any] = [
+        (priority(node), node.id, node)
+        for node in tree.evictable_leaves
+        if tokens > 0 or _unused(node, unused_since_s)
+    ]
     heapq.heapify(heap)
     found: list[TreeNode] = []
     remaining: dict[TreeNode, int] = {}  # children that are not in `found` yet
     while heap and len(found) < MAX_ENTRIES:
         _, _, node = heapq.heappop(heap)
-        most = min(tokens, piece) // tree.page_size * tree.page_size
+        room = piece if _unused(node, unused_since_s) else min(tokens, piece)
+        most = room // tree.page_size * tree.page_size
         if most <= 0:
             break
         if len(node.key) > most:
@@ -232,6 +252,12 @@ class _Scan:
                 evicted |= new
         freed = np.count_nonzero(possible & (costs == 0))
         return [self.nodes[index] for index in np.flatnonzero(evicted)], int(freed)
+
+    def unused_tokens(self, since_s: float | None) -> int:
+        """Tokens of the entries that no request has used since then."""
+        return sum(
+            len(value) for node, value in zip(self.nodes, self.values, strict=True) if _unused(node, since_s)
+        )
 
     def _alive(self) -> np.ndarray:
         """bool ``[nodes]``: still an entry as it was, and nothing below it but entries that may go."""

@@ -24,6 +24,9 @@ HALF_LIFE_S = 5.0  # of what is remembered of growth and of earlier use
 COOL_DOWN_S = 1.0
 LONGEST_COOL_DOWN_S = 30.0
 QUIET_S = 60.0
+UNUSED_S = (
+    60.0  # a prefix that no request has used for so long is not kept against what a run cannot do without
+)
 
 _BUCKET_S = 0.1  # the growth window is kept as the least use in each tenth of a second
 _BUCKETS = round(GROWTH_WINDOW_S / _BUCKET_S)
@@ -47,7 +50,7 @@ class Quota:
 
     Attributes:
         max_train_bytes: may be set at any time; what is lent above it stays until it is given back.
-        prefix_keep: share of the pool's slots, 0 to 1, that cached prefixes keep when training grows.
+        prefix_keep: share of the pool's slots, 0 to 1, that cached prefixes in use keep when training grows.
     """
 
     def __init__(self, geometry: PoolGeometry, *, max_train_bytes: int | None) -> None:

@@ -17,7 +17,7 @@ from sglang_harli.core import MemoryPurpose
 from sglang_harli.mem_cache.backing import Backing
 from sglang_harli.mem_cache.chunk_ledger import ChunkLedger
 from sglang_harli.mem_cache.geometry import PoolGeometry
-from sglang_harli.mem_cache.quota import Quota
+from sglang_harli.mem_cache.quota import UNUSED_S, Quota
 from sglang_harli.mem_cache.train_arena import Lease, TrainArena
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ EVICT_AGAIN_S = 0.02  # after an eviction of prefixes that gave too little; doub
 EVICT_AGAIN_MOST_S = 1.28  # up to this: a look at the prefixes takes the scheduler milliseconds
 
 Chooser = Callable[[Sequence[int], int], Sequence[int] | None]
+Evict = Callable[[int, float | None], int]
 
 
 class SlotSource(Protocol):
@@ -64,7 +65,8 @@ class UnifiedPool:
     Attributes:
         slots: the slot allocator, once it is built.
         on_pressure: ``free at least n stripes now``: makes training give back leases; it cannot refuse.
-        evict: ``n stripes wanted``: evicts cached prefixes above the kept share; how many stripes became free.
+        evict: ``n stripes wanted``: evicts cached prefixes above the kept share, and below it those that no request
+            has used since a moment of the clock, if one is given; how many stripes became free.
         leases: those held, by name.
         reclaims: how often requests took memory back, in an allocation or just before it.
         reclaim_seconds: how long the last ones took.
@@ -85,7 +87,7 @@ class UnifiedPool:
         self.quota.prefix_keep = prefix_keep
         self.slots: SlotSource | None = None
         self.on_pressure: Callable[[int], None] | None = None
-        self.evict: Callable[[int], int] | None = None
+        self.evict: Evict | None = None
         self.leases: dict[str, Lease] = {}
         self.arena = TrainArena(self)
         self.reclaims = 0
@@ -120,8 +122,8 @@ class UnifiedPool:
     ) -> Lease | None:
         """Lend stripes to training, if the quota allows it now.
 
-        Cached prefixes above the kept share are evicted for it where needed; not for kept activations, which save
-        work but are not needed.
+        Cached prefixes above the kept share, and those that no request has used for ``UNUSED_S``, are evicted for it
+        where needed; not for kept activations, which save work but are not needed.
 
         Args:
             name: not in use in the ledger.
@@ -163,7 +165,7 @@ class UnifiedPool:
         if (
             allowed < wanted
             and may_evict
-            and self._evict(now_s, wanted + self.quota.watermarks.high - len(free))
+            and self._evict(now_s, wanted + self.quota.watermarks.high - len(free), now_s - UNUSED_S)
         ):
             free = self.slots.free_stripes()
             allowed = self.quota.may_take(now_s=now_s, free_stripes=len(free), train_stripes=train)
@@ -172,12 +174,12 @@ class UnifiedPool:
     def _can_evict(self, now_s: float) -> bool:
         return self.evict is not None and now_s >= self._evict_again_s
 
-    def _evict(self, now_s: float, stripes: int) -> int:
+    def _evict(self, now_s: float, stripes: int, unused_since_s: float | None = None) -> int:
         """Ask for the eviction of cached prefixes; not again at once where that gave too little."""
         if self.evict is None or not self._can_evict(now_s):
             return 0
         used = self.used_slots
-        freed = self.evict(stripes)
+        freed = self.evict(stripes, unused_since_s)
         self.quota.evicted(used - self.used_slots)
         if freed:
             self._evict_pause_s = EVICT_AGAIN_S

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.mem_cache.host_backing import POISON, HostBacking
+from sglang_harli.mem_cache.quota import UNUSED_S
 from sglang_harli.mem_cache.train_arena import Lease
 from sglang_harli.mem_cache.unified_pool import EVICT_AGAIN_MOST_S, EVICT_AGAIN_S
 from support.pool_parts import small_geometry, small_pool
@@ -255,7 +256,7 @@ def cache_of(slots, stripes: list[int]):
         slots.free.difference_update(slots.geometry.slots_of(stripe))
     asked: list[int] = []
 
-    def evict(wanted: int) -> int:
+    def evict(wanted: int, _unused_since_s: float | None) -> int:
         asked.append(wanted)
         gone = [cached.pop() for _ in range(min(wanted, len(cached)))]
         for stripe in gone:
@@ -273,6 +274,24 @@ def test_cached_prefixes_go_for_state_and_batches_but_not_for_kept_activations()
     assert asked == [3] and slots.free_stripes() == []
     assert lease_of(pool, STATE, 20) is None and asked == [3], "above the cap nothing is evicted"
     assert lease_of(pool, STATE, 4) is not None and asked == [3, 4]
+
+
+def test_unused_prefixes_are_not_kept_against_a_lease_but_against_a_watermark():
+    pool, slots, clock = small_pool(small_geometry(18))
+    grow(pool, slots, clock, 2)
+    evict, _ = cache_of(slots, list(range(4, 18)))
+    told: list[float | None] = []
+
+    def told_evict(wanted: int, unused_since_s: float | None) -> int:
+        told.append(unused_since_s)
+        return evict(wanted, unused_since_s)
+
+    pool.evict = told_evict
+    assert lease_of(pool, BATCH, 1) is not None
+    assert told == [clock.now_s - UNUSED_S]
+    slots.alloc(2 * STRIPE)
+    pool.tick(pool.used_slots)
+    assert told[1:] == [None]
 
 
 def test_an_eviction_that_gave_too_little_is_not_repeated_at_once():
