@@ -40,6 +40,9 @@ ALL, FEW = "", "the baselines' requests"  # settings of serve-only
 ONE_BATCH = "4 rows"
 
 KEPT = 0.99  # of serve-only's share within target
+HOPELESS = (
+    0.9  # a setting of separate processes that keeps less in the first repetition is not measured again
+)
 EFFICIENCY = {"4x": 0.9, "2x": 0.8, "1.5x": 0.75}
 EFFICIENCY_UP_TO = 60  # per cent busy
 IDLE_HARVEST = 0.97
@@ -282,6 +285,7 @@ def _predictor(results: dict[str, Any]) -> Iterator[Row]:
     for cell in results["cells"]:
         if (
             cell["mode"] == HARLI
+            and cell["disturbed"] is None
             and cell.get("prediction")
             and isinstance(cell["load"], int)
             and cell["load"] > 0

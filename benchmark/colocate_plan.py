@@ -13,6 +13,7 @@ from colocate_judge import (
     DEFAULT,
     FEW,
     HARLI,
+    HOPELESS,
     IDLE,
     NICE,
     PLAIN_LOOP,
@@ -22,6 +23,7 @@ from colocate_judge import (
     SLICES,
     TRAIN,
     UNCOORDINATED,
+    kept,
 )
 from colocate_trainer import STEP_ROWS
 
@@ -85,10 +87,21 @@ def plan(options: argparse.Namespace, results: dict[str, Any], repetition: int) 
             ]
         at = results["baseline"]
         if at and int(load) == at["load"]:
-            cells += _baselines(options, {**of_load, "requests": options.baseline_requests})
+            baselines = _baselines(options, {**of_load, "requests": options.baseline_requests})
+            cells += [cell for cell in baselines if not _hopeless(results, cell)]
             if not options.quick and options.device == "cpu" and HARLI in modes:
                 cells += _special(at, targets, of_load)
     return cells
+
+
+def _hopeless(results: dict[str, Any], cell: Cell) -> bool:
+    """Whether a setting of separate processes kept so little before that it need not be measured again."""
+    at = results["baseline"]
+    if cell.mode not in SEPARATE:
+        return False
+    target_ms = results["targets"][str(at["load"])][at["target"]]
+    share = kept(results["cells"], cell.mode, cell.setting, at["load"], target_ms)
+    return share is not None and share.value < HOPELESS
 
 
 def _baselines(options: argparse.Namespace, of_load: dict[str, Any]) -> list[Cell]:

@@ -40,6 +40,7 @@ from stress_pool_traffic import MOST_TOKENS, Askers, Question, catalogue, tide
 from support.models import make_model
 
 POOL_TOKENS = 4096
+BATCH_SIZES = (2, 3, 6)  # the last needs two thirds of the pool: more than the kept prefixes leave
 VOCAB = 509
 ENVIRONMENT = {
     "HARLI_POOL_DEBUG": "1",
@@ -84,7 +85,7 @@ class Part:
         )
         offered = [
             Kind(k.name, k.rows, k.hyperparameters | {"batch_size": size})
-            for k, size in zip(kinds(), (2, 6, 12), strict=True)
+            for k, size in zip(kinds(), BATCH_SIZES, strict=True)
         ]
         self.jobs = JobClients(self.server.endpoint, clients=options.jobs, seed=options.seed, offered=offered)
         self.questions = catalogue(options.seed, POOL_TOKENS, VOCAB)

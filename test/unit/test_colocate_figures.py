@@ -11,7 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from colocate_cells import TARGETS, Found, cell, late, of, results
+from colocate_cells import REQUESTS, TARGETS, Found, cell, late, of, results
 from hypothesis import given
 from hypothesis import strategies as st
 from project_files import ROOT
@@ -39,6 +39,7 @@ from colocate_judge import (
     SHIFT,
     SLICES,
     TRAIN,
+    UNCOORDINATED,
     judge,
 )
 
@@ -69,6 +70,18 @@ def test_what_bench_serving_says_of_each_request():
     assert found["tpots_ms"] == [20.0, None, None, None]  # too few tokens, failed, failed
     assert found["ttfts_ms"] == [100.0, 200.0, None, None]
     assert found["late"] == 3 and found["tokens"] == [4, 4, 4, 4] and len(found["gaps_ms"]) == 7
+
+
+def test_a_token_whose_bytes_are_no_text_yet_is_seen():
+    said = {"text": "", "meta_info": {"completion_tokens": 1}}
+    assert colocate_client.loads(json.dumps(said))["text"]
+    for left_alone in (
+        {"text": "", "meta_info": {"completion_tokens": 0}},
+        {**said, "text": "a"},
+        ["text"],
+        {},
+    ):
+        assert colocate_client.loads(json.dumps(left_alone)) == left_alone
 
 
 def test_bench_servings_command_line():
@@ -108,6 +121,7 @@ def planned(*words: str) -> tuple[Any, Found]:
     options = bench_colocate.parse(list(words))
     loads = [load for load in options.loads if load]
     found: Found = {"calibration": {"loads": {str(load): {"rate": 2.0, "tpot_ms": 10.0} for load in loads}}}
+    found["cells"] = []
     found["targets"] = {str(load): colocate_plan.targets_of(options, 10.0) for load in loads}
     found["baseline"] = colocate_plan.baseline_of(dict.fromkeys(found["targets"], 10.0), found["targets"])
     return options, found
@@ -127,6 +141,23 @@ def test_the_full_run_covers_every_mode_load_and_target():
     )
     rows = {(c.mode, c.load) for c in cells}
     assert {(HARLI, BURST), (SERVE, BURST), (HARLI, SHIFT)} <= rows
+
+
+def not_ended(count: int) -> list[float | None]:
+    return [None] * count + [10.0] * (REQUESTS - count)
+
+
+def test_a_setting_that_kept_next_to_nothing_is_not_measured_again():
+    options, found = planned()
+    before = {(c.mode, c.setting) for c in colocate_plan.plan(options, found, 1)}
+    found["cells"] = [
+        cell(SERVE, 40, colocate_judge.FEW),
+        cell(UNCOORDINATED, 40, "2 threads", tpots_ms=not_ended(5)),  # keeps 35 of 40
+        cell(NICE, 40, "1 thread", tpots_ms=not_ended(4)),
+        cell(SLICES, 40, "5 ms", tpots_ms=not_ended(40)),
+    ]
+    after = {(c.mode, c.setting) for c in colocate_plan.plan(options, found, 2)}
+    assert before - after == {(UNCOORDINATED, "2 threads")} and after <= before
 
 
 def test_the_quick_run_covers_what_is_asked_of_it():
