@@ -40,7 +40,7 @@ from stress_pool_traffic import MOST_TOKENS, Askers, Question, catalogue, tide
 from support.models import make_model
 
 POOL_TOKENS = 4096
-BATCH_SIZES = (2, 3, 6)  # the last needs two thirds of the pool: more than the kept prefixes leave
+BATCH_SIZES = (2, 5, 9)  # the last needs more than the prefixes leave that are kept
 VOCAB = 509
 ENVIRONMENT = {
     "HARLI_POOL_DEBUG": "1",

@@ -53,6 +53,7 @@ class HarliScheduler(Scheduler):
             0.0  # when the sockets were last looked at, with a TTFT target and something to train
         )
         self._harli_gap_s = 0.0  # spent on training since the latest decode step
+        self._harli_quanta = 0  # that had run before the latest batch
         self._harli, self._harli_refusal = build(self, self._harli_side)
         self._harli_metrics: tuple[PoolMetrics | PredictorMetrics | QosMetrics, ...] = ()
         if self._harli is not None and self.server_args.enable_metrics:
@@ -143,7 +144,9 @@ class HarliScheduler(Scheduler):
     def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if self._harli is None or not (self._harli.busy or self._harli_sampled()):
             return super().run_batch(batch, *args, **kwargs)
-        load = load_of(batch)
+        quanta = self._harli.quanta
+        load = load_of(batch, after_training=quanta != self._harli_quanta)
+        self._harli_quanta = quanta
         self._harli_timer.begin()
         result = super().run_batch(batch, *args, **kwargs)
         self._harli_timer.end(load)
@@ -208,7 +211,7 @@ class HarliScheduler(Scheduler):
             steps = waiting_prompts.slot_waits(reqs, min(len(waiting), waiting_prompts.MOST))
             longest = steps[-1] if steps else 0
             step_s = side.predictor.decode(
-                len(reqs), context + longest * len(reqs), adapters=with_adapters(reqs)
+                len(reqs), context + longest * len(reqs), adapters=with_adapters(reqs), after_training=True
             ).upper_s
             slots_s = [count * step_s for count in steps]
         elif waiting and self.running_batch.batch_is_full:

@@ -93,7 +93,13 @@ class ServingSide:
             return
         if load.is_decode:
             self._last_decode = load.requests, load.context_tokens
-            self.predictor.observe_decode(load.requests, load.context_tokens, seconds, adapters=load.adapters)
+            self.predictor.observe_decode(
+                load.requests,
+                load.context_tokens,
+                seconds,
+                adapters=load.adapters,
+                after_training=load.after_training,
+            )
         else:
             self.predictor.observe_prefill(load.new_tokens, seconds, load.pairs)
         self._learnt += 1
@@ -173,7 +179,9 @@ class ServingSide:
             disturbed: a checkpoint is being written.
             backlog: prompts that wait under a TTFT target.
         """
-        decode_upper_s = self.predictor.decode(len(clocks), context_tokens, adapters=adapters).upper_s
+        decode_upper_s = self.predictor.decode(
+            len(clocks), context_tokens, adapters=adapters, after_training=True
+        ).upper_s
         decode_upper_s *= DISTURBED if disturbed else 1.0
         reserve_s = self.reserve.seconds(now_s)
         slack = batch_slack(

@@ -20,6 +20,7 @@ class BatchLoad:
         new_tokens: that are computed.
         pairs: of a new token and one of the context that it may attend to, summed over the requests.
         adapters: a request uses a LoRA adapter.
+        after_training: quanta ran between it and the batch before.
     """
 
     is_decode: bool
@@ -28,6 +29,7 @@ class BatchLoad:
     new_tokens: int
     pairs: int
     adapters: bool = False
+    after_training: bool = False
 
 
 def with_adapters(reqs: Iterable[Any]) -> bool:
@@ -35,7 +37,7 @@ def with_adapters(reqs: Iterable[Any]) -> bool:
     return any(req.lora_id is not None for req in reqs)
 
 
-def load_of(batch: Any) -> BatchLoad:
+def load_of(batch: Any, *, after_training: bool = False) -> BatchLoad:
     """The load of one of SGLang's ScheduleBatches, from what it holds on the host: nothing waits for the device.
 
     Leans on ScheduleBatch: forward_mode, reqs, seq_lens_cpu (None while it is known on the device only),
@@ -49,10 +51,10 @@ def load_of(batch: Any) -> BatchLoad:
         context = lengths.tolist()
     total = sum(context)
     if batch.forward_mode.is_decode():
-        return BatchLoad(True, requests, total, requests, total, with_adapters(batch.reqs))
+        return BatchLoad(True, requests, total, requests, total, with_adapters(batch.reqs), after_training)
     new = batch.extend_lens or ()
     pairs = sum(tokens * length for tokens, length in zip(new, context, strict=False))
-    return BatchLoad(False, requests, total, sum(new), pairs)
+    return BatchLoad(False, requests, total, sum(new), pairs, after_training=after_training)
 
 
 class HostTimer:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from sglang_harli.core import LatencyEstimate
 from sglang_harli.predictor.accuracy import Accuracy
 from sglang_harli.predictor.margin import CAP, Margin
-from sglang_harli.predictor.recursive import TINY_S, Prior, RecursiveLine
+from sglang_harli.predictor.recursive import CLAMP, TINY_S, Prior, RecursiveLine
 
 KNOWN = 0.03  # a relative standard deviation of the expectation that the margin covers anyway
 MOST_DOUBT = 1.0
@@ -19,6 +19,8 @@ RELAXED_STEP = (
     0.96  # of the bound's height above the expectation, each time that it alone holds training back
 )
 REGAINED = 0.25  # of full trust, by each observation
+LEVEL_KEPT = 0.97  # of the level, from one observation to the next
+SETTLED = 16  # observations after which errors are not those of a bad first guess
 
 
 class CostLine:
@@ -28,10 +30,20 @@ class CostLine:
         prior: the line before anything is observed.
         accuracy: counts this line's predictions; several lines of one phase share one.
         forgetting: of the fit.
+        follows: how far the level of the line goes with each observation, and then back: for times whose errors come
+            in spells; 0: not at all.
     """
 
-    def __init__(self, prior: Prior, accuracy: Accuracy | None = None, *, forgetting: float = 0.99) -> None:
+    def __init__(
+        self,
+        prior: Prior,
+        accuracy: Accuracy | None = None,
+        *,
+        forgetting: float = 0.99,
+        follows: float = 0.0,
+    ) -> None:
         self.line = RecursiveLine(prior, forgetting=forgetting)
+        self._follows, self._level = follows, 0.0  # the level is a logarithm
         self.margin = Margin()
         self.accuracy = Accuracy() if accuracy is None else accuracy
         self._trust, self._discount, self._last_s = 1.0, 1.0, 0.0
@@ -41,12 +53,21 @@ class CostLine:
         return self.line.seen
 
     @property
+    def settled(self) -> bool:
+        """Whether errors say something about the machine, not about the first guess."""
+        return self.line.seen >= SETTLED
+
+    @property
+    def _scale(self) -> float:
+        return self._discount * math.exp(self._level) if self._level else self._discount
+
+    @property
     def ratio(self) -> float:
         """Upper bound over expectation where the line is well known."""
         return 1.0 + (self.margin.ratio - 1.0) * self._trust
 
     def expected(self, x1: float, x2: float) -> float:
-        return self.line.expected(x1, x2) * self._discount
+        return self.line.expected(x1, x2) * self._scale
 
     def upper(self, x1: float, x2: float) -> float:
         """The bound widens where the line is extrapolated to what was never observed."""
@@ -54,7 +75,7 @@ class CostLine:
         above = self.margin.ratio - 1.0
         if doubt > 0.0:
             above = min(above + min(doubt, MOST_DOUBT), CAP - 1.0)
-        return self.line.expected(x1, x2) * self._discount * (1.0 + above * self._trust)
+        return self.line.expected(x1, x2) * self._scale * (1.0 + above * self._trust)
 
     def uppers(self, x1: float, x2: float, counts: Iterable[int]) -> list[float]:
         """``upper(k * x1, k * x2)`` of each count ``k``, rising with it.
@@ -63,7 +84,7 @@ class CostLine:
         is cut to that of the larger one.
         """
         a, b, c, d, e = self.line.along(x1, x2)
-        above, trust, discount = self.margin.ratio - 1.0, self._trust, self._discount
+        above, trust, scale = self.margin.ratio - 1.0, self._trust, self._scale
         plain = 1.0 + above * trust
         bounds = []
         for k in counts:
@@ -72,7 +93,7 @@ class CostLine:
             if variance > (KNOWN * expected) ** 2:
                 doubt = min(math.sqrt(variance) / expected - KNOWN, MOST_DOUBT)
                 ratio = 1.0 + min(above + doubt, CAP - 1.0) * trust
-            bounds.append(expected * discount * ratio)
+            bounds.append(expected * scale * ratio)
         for at in range(len(bounds) - 2, -1, -1):
             if bounds[at] > bounds[at + 1]:
                 bounds[at] = bounds[at + 1]
@@ -88,10 +109,17 @@ class CostLine:
         if self.line.seen:
             self.accuracy.count(self.expected(x1, x2), self.upper(x1, x2), seconds)
             doubt = min(max(self.line.doubt(x1, x2) - KNOWN, 0.0), MOST_DOUBT)
-            self.margin.observe(seconds / self.line.expected(x1, x2) - doubt)
+            ratio = seconds / (self.line.expected(x1, x2) * math.exp(self._level))
+            self.margin.observe(ratio - doubt)
+            if self._follows and self.settled:
+                most = CLAMP * self.line.scatter
+                self._level = LEVEL_KEPT * self._level + self._follows * min(
+                    max(math.log(ratio), -most), most
+                )
         change = self.line.observe(x1, x2, seconds)
         if change is not None:
             self.margin.rescale(*change)
+            self._level = 0.0  # the line itself has moved
         self._trust = min(self._trust + REGAINED, 1.0)
         self._discount, self._last_s = 1.0, now_s
 

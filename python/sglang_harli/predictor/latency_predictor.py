@@ -1,7 +1,8 @@
 """What serving's steps and training's quanta will take: the two stages behind one set of calls (design section 7).
 
     solo    T1 = c + beta * batch + kappa * context tokens, per SM share; prefill in tokens and pairs of them
-    co-run  T2 = T1 * (1 + rho * SMs of training), per kind of quantum; in turns: a sum
+    co-run  T2 = T1 * (1 + rho * SMs of training), per kind of quantum; in turns: a sum, and a factor on the step that
+            comes after training
     quanta  a line per kind
 
 Every estimate is an expectation and an upper bound that 99 of 100 steps are to keep.  Lines start from a profile table
@@ -55,18 +56,23 @@ class LatencyPredictor:
 
     # ---------------------------------------------------------------- estimates
     def decode(
-        self, batch: int, context_tokens: int, share: int = WHOLE, *, adapters: bool = False
+        self,
+        batch: int,
+        context_tokens: int,
+        share: int = WHOLE,
+        *,
+        adapters: bool = False,
+        after_training: bool = False,
     ) -> LatencyEstimate:
         """A decode step of ``batch`` requests with so many tokens of context together, on ``share`` SMs.
 
         Args:
             adapters: a request of the batch uses a LoRA adapter, whose kernels then run.
+            after_training: quanta run right before it.
         """
-        if not adapters:
-            return self._decode.estimate(batch, context_tokens, share)
-        if self._adapted is not None:
-            return self._adapted.estimate(batch, context_tokens, share)
-        return times(self._decode.estimate(batch, context_tokens, share), ADAPTER_GUESS)
+        solo = self._adapted if adapters and self._adapted is not None else self._decode
+        found = solo.estimate(batch, context_tokens, share, after_training=after_training)
+        return times(found, ADAPTER_GUESS) if adapters and self._adapted is None else found
 
     def prefill(self, tokens: int, pairs: int | None = None) -> LatencyEstimate:
         """A prefill of ``tokens`` new tokens; ``pairs``: of a new token and one that it attends to."""
@@ -102,15 +108,16 @@ class LatencyPredictor:
         share: int = WHOLE,
         *,
         adapters: bool = False,
+        after_training: bool = False,
     ) -> None:
-        """A decode step with nothing beside it took ``seconds``."""
+        """A decode step with nothing beside it took ``seconds``; ``after_training``: quanta ran right before it."""
         if adapters:
             if self._adapted is None:
                 self._adapted = self._decode.slower(ADAPTER_GUESS)
-            self._adapted.observe(batch, context_tokens, seconds, share)
+            self._adapted.observe(batch, context_tokens, seconds, share, after_training=after_training)
             return
-        self._decode.observe(batch, context_tokens, seconds, share)
-        self.points.decode(batch, context_tokens, seconds, share)
+        alone_s = self._decode.observe(batch, context_tokens, seconds, share, after_training=after_training)
+        self.points.decode(batch, context_tokens, alone_s, share)
 
     def observe_prefill(self, tokens: int, seconds: float, pairs: int | None = None) -> None:
         """A prefill of ``tokens`` new tokens took ``seconds``; ``pairs`` as in ``prefill``."""

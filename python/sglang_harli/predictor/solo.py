@@ -7,15 +7,18 @@ computes the graph's batch size, so that is the one that counts.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 
 from sglang_harli.core import LatencyEstimate
 from sglang_harli.predictor.accuracy import Accuracy
+from sglang_harli.predictor.after_training import AfterTraining
 from sglang_harli.predictor.cost_line import CostLine
 from sglang_harli.predictor.recursive import Prior
 
 WHOLE = 0  # the SM share of a device that is not split
+FOLLOWS = 0.1  # how far the level of decode steps goes with each: what disturbs one disturbs the next
 
 
 class Padding:
@@ -39,17 +42,26 @@ class SoloDecode:
 
     Args:
         priors: of each share; ``WHOLE`` stands for the undivided device.
+        after_training: how much slower a step is that training ran before.
 
     Raises:
         ValueError: no share at all.
     """
 
-    def __init__(self, priors: Mapping[int, Prior], padding: Padding | None = None) -> None:
+    def __init__(
+        self,
+        priors: Mapping[int, Prior],
+        padding: Padding | None = None,
+        after_training: AfterTraining | None = None,
+    ) -> None:
         if not priors:
             raise ValueError("a predictor needs a line for one SM share at least: give one for WHOLE")
         self.padding = Padding() if padding is None else padding
         self.accuracy = Accuracy()
-        self.lines = {share: CostLine(prior, self.accuracy) for share, prior in sorted(priors.items())}
+        self.after_training = AfterTraining() if after_training is None else after_training
+        self.lines = {
+            share: CostLine(prior, self.accuracy, follows=FOLLOWS) for share, prior in sorted(priors.items())
+        }
         self._shares = sorted(self.lines, key=lambda share: share or float("inf"))
 
     def line(self, share: int) -> tuple[CostLine, float]:
@@ -68,15 +80,37 @@ class SoloDecode:
         smallest = self._shares[0]
         return self.lines[smallest], smallest / share if smallest else 1.0
 
-    def estimate(self, batch: int, context_tokens: int, share: int = WHOLE) -> LatencyEstimate:
+    def estimate(
+        self, batch: int, context_tokens: int, share: int = WHOLE, *, after_training: bool = False
+    ) -> LatencyEstimate:
         line, factor = self.line(share)
+        factor *= self.after_training.of(after_training)
         return times(line.estimate(self.padding(batch), context_tokens), factor)
 
-    def observe(self, batch: int, context_tokens: int, seconds: float, share: int = WHOLE) -> None:
-        """A step took ``seconds``; one of a share that has no line teaches nothing."""
+    def observe(
+        self,
+        batch: int,
+        context_tokens: int,
+        seconds: float,
+        share: int = WHOLE,
+        *,
+        after_training: bool = False,
+    ) -> float:
+        """A step took ``seconds``; one of a share that has no line teaches nothing.
+
+        Returns:
+            What it would have taken with no training before it.
+        """
+        alone_s = seconds / self.after_training.of(after_training)
         line = self.lines.get(share)
-        if line is not None:
-            line.observe(self.padding(batch), context_tokens, seconds)
+        if line is not None and 0.0 < seconds < math.inf:
+            x1 = self.padding(batch)
+            if line.settled:
+                self.after_training.observe(
+                    alone_s / line.expected(x1, context_tokens), after_training=after_training
+                )
+            line.observe(x1, context_tokens, alone_s)
+        return alone_s
 
     def slower(self, factor: float) -> SoloDecode:
         """Of steps that take about so many times as long: starts from what these lines are now."""
@@ -84,7 +118,7 @@ class SoloDecode:
         for share, line in self.lines.items():
             base, per_request, per_token = line.line.terms
             priors[share] = Prior((factor * base, factor * per_request, factor * per_token), 0.5, 0.3)
-        return SoloDecode(priors, self.padding)
+        return SoloDecode(priors, self.padding, AfterTraining(self.after_training.factor))
 
 
 def times(estimate: LatencyEstimate, factor: float) -> LatencyEstimate:

@@ -168,6 +168,50 @@ def test_batches_with_adapters_have_a_line_of_their_own():
     assert {"decode", "decode_adapters"} <= set(predictor.summary())
 
 
+def test_the_step_after_training_is_slower_by_a_factor_that_is_learnt():
+    predictor, rng = LatencyPredictor(), random.Random(5)
+
+    def steps(count: int, factor: float, speed: float = 1.0) -> tuple[list[float], list[bool]]:
+        errors, covered = [], []
+        for _ in range(count):
+            batch, after = rng.choice((1, 2, 4)), rng.random() < 0.6
+            seconds = decode_s(batch, 100 * batch) * speed * (factor if after else 1) * rng.gauss(1, 0.02)
+            estimate = predictor.decode(batch, 100 * batch, after_training=after)
+            errors.append(abs(estimate.expected_s - seconds) / seconds)
+            covered.append(seconds <= estimate.upper_s)
+            predictor.observe_decode(batch, 100 * batch, seconds, after_training=after)
+        return errors, covered
+
+    steps(600, 1.15)
+    errors, covered = steps(600, 1.15)
+    assert sum(errors) / len(errors) < 0.03 and share(covered) >= 0.98
+    alone, after = predictor.decode(2, 200), predictor.decode(2, 200, after_training=True)
+    assert alone.expected_s == pytest.approx(decode_s(2, 200), rel=0.03)
+    assert after.expected_s / alone.expected_s == pytest.approx(1.15, abs=0.03)
+    steps(600, 1.15, speed=1.6)  # a slower machine is no larger factor
+    after = predictor.decode(2, 200, after_training=True)
+    assert after.expected_s / predictor.decode(2, 200).expected_s == pytest.approx(1.15, abs=0.04)
+    steps(900, 0.9)
+    assert predictor.decode(2, 200, after_training=True) == predictor.decode(2, 200), "never faster"
+
+
+def test_errors_that_come_in_spells_are_followed():
+    """As beside processes that are busy for a while: a bound for all times alike would be too wide or too narrow."""
+    predictor, rng, spell = LatencyPredictor(), random.Random(6), 0.0
+    errors, covered = [], []
+    for _ in range(3000):
+        spell = 0.93 * spell + rng.gauss(0, 0.03)
+        batch = rng.choice((1, 2, 3))
+        seconds = decode_s(batch, 100 * batch) * math.exp(spell) * rng.gauss(1, 0.02)
+        estimate = predictor.decode(batch, 100 * batch)
+        errors.append(abs(estimate.expected_s - seconds) / seconds)
+        covered.append(seconds <= estimate.upper_s)
+        predictor.observe_decode(batch, 100 * batch, seconds)
+    late = errors[400:]
+    assert sum(late) / len(late) < 0.05  # 0.055 where only the line follows
+    assert share(covered[400:]) >= 0.98  # 0.976
+
+
 def test_a_decode_step_is_padded_to_its_graph():
     predictor = LatencyPredictor(padding=Padding((1, 2, 4, 8)))
     assert predictor.decode(5, 100) == predictor.decode(8, 100)

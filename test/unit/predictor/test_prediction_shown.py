@@ -30,6 +30,7 @@ def test_the_load_of_a_batch(known):
     adapted = batch([10, 30], decode=True, known=known)
     adapted.reqs[1].lora_id = "a"
     assert load_of(adapted).adapters and not step.adapters
+    assert load_of(adapted, after_training=True).after_training and not step.after_training
     prefill = load_of(batch([10, 30], decode=False, extend=[10, 6], known=known))
     assert prefill == BatchLoad(False, 2, 40, 16, 10 * 10 + 6 * 30)
 
