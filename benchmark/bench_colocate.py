@@ -73,7 +73,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="loads idle and 40, targets 1.5 and 4, fewer requests and modes")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--model-size", default=None, help="of make-model: tiny, 25m, 100m, 1b, 8b (default: 25m; cuda: 8b)")
-    add("--loads", help="comma-separated: idle and per cent busy (default: idle,20,40,60,80)")
+    add("--loads", help="comma-separated: idle and per cent busy (default: idle,40,60,80)")
     add("--targets", help="multiples of serve-only's median TPOT (default: 1.5,2,4; cuda: none)")
     add("--targets-ms", help="targets in milliseconds instead (default on cuda: 20,30,50)")
     add(
@@ -101,7 +101,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def _defaults(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     quick, cuda = options.quick, options.device == "cuda"
     options.model_size = options.model_size or ("8b" if cuda else "25m")
-    loads = (options.loads or ("idle,40" if quick or cuda else "idle,20,40,60,80")).split(",")
+    loads = (options.loads or ("idle,40" if quick or cuda else "idle,40,60,80")).split(",")
     modes = (options.modes or ",".join(_modes(options))).split(",")
     if unknown := [mode for mode in modes if mode not in MODES]:
         parser.error(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
