@@ -31,6 +31,10 @@ def profile(
     url: Annotated[
         str, typer.Option(help="The HTTP address of a running server.")
     ] = "http://127.0.0.1:30000",
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="HARLI_API_KEY", help="The running server's API key, if it has one."),
+    ] = None,
     model_path: Annotated[
         str | None,
         typer.Option(
@@ -72,7 +76,8 @@ def profile(
                 param=ctx.args[0],
             )
         else:
-            made = tool.sweep(url, output=output, budget_s=budget_s, progress=job_view.loads_bar)
+            door = tool.Door(url, api_key)
+            made = tool.sweep(door, output=output, budget_s=budget_s, progress=job_view.loads_bar)
         current.show(made, lambda: job_view.profile_lines(made))
 
 

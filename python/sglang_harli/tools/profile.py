@@ -30,6 +30,19 @@ NOT_FOUND = "not_found"
 
 
 @dataclass(frozen=True, slots=True)
+class Door:
+    """A server's HTTP door.
+
+    Attributes:
+        url: of it.
+        api_key: what the server was given as ``--api-key``; None: nothing.
+    """
+
+    url: str
+    api_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServerProfile:
     """What a server says of itself.
 
@@ -44,19 +57,20 @@ class ServerProfile:
     limits: dict[str, int]
 
 
-def ask(url: str) -> ServerProfile:
-    """What the server at ``url`` has measured.
+def ask(door: Door) -> ServerProfile:
+    """What the server behind ``door`` has measured.
 
     Raises:
         NotReadyError: it cannot be reached.
+        ConfigError: it wants another API key.
         UnsupportedError: it is no server with finetuning.
     """
     none = (
-        f"the server at {url} says nothing of latencies that this harli understands: give the --url of a server "
+        f"the server at {door.url} says nothing of latencies that this harli understands: give the --url of a server "
         "of the same version that runs with finetuning"
     )
     try:
-        profile = _call(url, PROFILE_ROUTE, None)
+        profile = _call(door, PROFILE_ROUTE, None)
         return ServerProfile(profile["path"], profile_table.parse(profile["table"]), profile["limits"])
     except HarliError as error:
         if error.code == NOT_FOUND:
@@ -67,7 +81,7 @@ def ask(url: str) -> ServerProfile:
 
 
 def sweep(
-    url: str,
+    door: Door,
     *,
     output: str | None,
     budget_s: float,
@@ -76,7 +90,7 @@ def sweep(
     """Measure what is missing, and write the table: at the end, and on the way, so that a sweep that is cut off goes on.
 
     Args:
-        url: of the server's HTTP door.
+        door: of the server.
         output: the file; None: where the server looks for it.
         budget_s: no further load is begun after so many seconds.
         progress: shows the loads as they are taken.
@@ -85,9 +99,9 @@ def sweep(
         path, points, loads that were measured now, loads that are still missing.
 
     Raises:
-        ConfigError: the server's folder is not on this machine, or the file cannot be written.
+        ConfigError: the server's folder is not on this machine, the file cannot be written, or the API key is wrong.
     """
-    found = ask(url)
+    found = ask(door)
     path = _target(output, found.path)
     key = found.measured.key
     on_disk = profile_table.load(path, key)
@@ -98,12 +112,12 @@ def sweep(
     for load in progress(todo):
         if time.monotonic() >= ends_s:
             break
-        _call(url, "/generate", bodies(load, found.limits["vocab"]))
+        _call(door, "/generate", bodies(load, found.limits["vocab"]))
         measured += 1
         if time.monotonic() >= keep_s:
-            _keep(ask(url), found, on_disk, path)
+            _keep(ask(door), found, on_disk, path)
             keep_s = time.monotonic() + KEEP_EVERY_S
-    table = _keep(ask(url), found, on_disk, path)
+    table = _keep(ask(door), found, on_disk, path)
     return {
         "path": str(path),
         "points": table.points,
@@ -149,7 +163,7 @@ def sweep_new(
         log = Path(folder) / "server.log"
         report(f"starting a server for {model}")
         with ServerProcess(Path(model), Path(folder) / "runs", log, *flags) as server:
-            return sweep(server.url, output=output, budget_s=budget_s, progress=progress)
+            return sweep(Door(server.url), output=output, budget_s=budget_s, progress=progress)
 
 
 def _target(output: str | None, server_path: str) -> Path:
@@ -164,15 +178,22 @@ def _target(output: str | None, server_path: str) -> Path:
     return path
 
 
-def _call(url: str, path: str, body: dict[str, Any] | None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
+def _call(door: Door, path: str, body: dict[str, Any] | None) -> Any:
+    url, data = door.url, None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    if door.api_key:
+        headers["Authorization"] = f"Bearer {door.api_key}"
     try:
-        request = urllib.request.Request(
-            url.rstrip("/") + path, data=data, headers={"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(url.rstrip("/") + path, data=data, headers=headers)
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             return json.loads(answer.read())
     except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise ConfigError(
+                f"the server at {url} wants an API key{' other than this one' if door.api_key else ''}: "
+                "give --api-key, or HARLI_API_KEY in the environment",
+                param="--api-key",
+            ) from error
         text = error.read(500).decode(errors="replace")
         code = NOT_FOUND if error.code == 404 else "server_error"
         raise HarliError(f"{url}{path} answered {error.code}: {text}", code=code) from error

@@ -34,11 +34,18 @@ class World:
         self.side = ServingSide(HarliOptions(run_dir=str(run_dir)))
         self.side.profile_key = key
         self.refuses = False
+        self.wants: str | None = None  # the server's API key
+        self.key: str | None = None  # the tool's
         self.asked: list[dict[str, Any]] = []
         world = self
 
         class Door(BaseHTTPRequestHandler):
+            def refused(self) -> bool:
+                return world.wants is not None and self.headers["Authorization"] != f"Bearer {world.wants}"
+
             def do_GET(self) -> None:
+                if self.refused():
+                    return self._answer({"error": "Unauthorized"}, 401)
                 if world.refuses:
                     return self._answer("loading", 503)
                 if world.side.profile_key is None or self.path != PROFILE_ROUTE:
@@ -47,6 +54,8 @@ class World:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.refused():
+                    return self._answer({"error": "Unauthorized"}, 401)
                 world.generate(body)
                 self._answer([])
 
@@ -82,7 +91,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def sweep(world: World, *, budget_s: float = 60.0, output: str | None = None) -> dict[str, Any]:
-    return profile.sweep(world.url, output=output, budget_s=budget_s, progress=iter)
+    return profile.sweep(profile.Door(world.url, world.key), output=output, budget_s=budget_s, progress=iter)
 
 
 def test_a_sweep_measures_every_load_that_fits_and_the_next_start_knows_them(world, tmp_path):
@@ -141,19 +150,31 @@ def test_where_the_file_goes(world, tmp_path):
 
 def test_servers_that_are_none_or_do_not_finetune(tmp_path):
     with pytest.raises(NotReadyError, match="--url"):
-        profile.ask("http://127.0.0.1:1")
+        profile.ask(profile.Door("http://127.0.0.1:1"))
     with pytest.raises(ConfigError, match="--url"):
-        profile.ask("nonsense")
+        profile.ask(profile.Door("nonsense"))
     plain = World(tmp_path, key=None)
     with pytest.raises(UnsupportedError, match="with finetuning"):
-        profile.ask(plain.url)
+        profile.ask(profile.Door(plain.url))
     plain.http.shutdown()
 
 
 def test_a_server_that_refuses_is_quoted(world):
     world.refuses = True
     with pytest.raises(HarliError, match="answered 503"):
-        profile.ask(world.url)
+        profile.ask(profile.Door(world.url))
+
+
+def test_the_api_key_is_sent_and_a_wrong_one_is_said(world):
+    world.wants = "secret"
+    with pytest.raises(ConfigError, match="wants an API key: give --api-key, or HARLI_API_KEY"):
+        sweep(world)
+    world.key = "another"
+    with pytest.raises(ConfigError, match="other than this one"):
+        sweep(world)
+    assert not world.asked
+    world.key = "secret"
+    assert sweep(world)["missing"] == 0
 
 
 def test_points_are_bounded_and_few_times_are_no_point():
