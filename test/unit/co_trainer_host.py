@@ -50,8 +50,11 @@ class Peer:
             if isinstance(message, internal.Hello):
                 self.send(internal.Welcome(pid=self.pid, answers=message.seq))
 
-    def of(self, kind: type) -> list:
-        return [m for m in self.got if isinstance(m, kind)]
+    def of(self, kind: type, *, repeated: bool = False) -> list:
+        """Messages of a kind; those that were sent again, since nobody acknowledged them here, once unless asked for."""
+        found = [m for m in self.got if isinstance(m, kind)]
+        first = {m.seq: n for n, m in reversed(list(enumerate(found)))}
+        return [m for n, m in enumerate(found) if repeated or first[m.seq] == n]
 
 
 class Host:

@@ -47,7 +47,7 @@ def test_pulses_say_what_is_missing_until_it_comes(run_dir):
     peer.send(*batch(1))
     until(host, peer, lambda: peer.of(internal.SnapshotReady))
     peer.send(internal.Ack(seqs=[m.seq for m in peer.got]))  # and the SnapshotSaved behind it is lost
-    until(host, peer, lambda: len(peer.of(internal.SnapshotReady)) == 2)
+    until(host, peer, lambda: len(peer.of(internal.SnapshotReady, repeated=True)) == 2)
     until(host, peer, lambda: peer.of(internal.Pulse)[-1].snapshot == 1)
     for _ in range(2):
         peer.send(internal.SnapshotSaved(job="job-1", attempt=1, step=1))
@@ -62,8 +62,8 @@ def test_what_is_not_acknowledged_is_sent_again_without_a_restart(run_dir):
     until(host, peer, lambda: peer.of(internal.Hello))
     peer.send(internal.StartRun(spec=spec()))
     peer.send(*batch(1))
-    until(host, peer, lambda: len(peer.of(internal.StepDone)) == 2)  # the same one, twice
-    first, second = peer.of(internal.StepDone)
+    until(host, peer, lambda: len(peer.of(internal.StepDone, repeated=True)) == 2)  # the same one, twice
+    first, second = peer.of(internal.StepDone, repeated=True)
     assert (first.seq, first.step) == (second.seq, second.step)
     peer.send(internal.Ack(seqs=[m.seq for m in peer.got]))
     until(host, peer, lambda: host.link.unacknowledged == 0)
