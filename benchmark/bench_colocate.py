@@ -37,6 +37,7 @@ import colocate_noise
 import colocate_picture
 import colocate_report
 from colocate_calibrate import calibrate
+from colocate_client import pinned
 from colocate_judge import (
     FAILS,
     HARLI,
@@ -51,7 +52,7 @@ from colocate_judge import (
     UNCOORDINATED,
     judge,
 )
-from colocate_modes import CUT_AFTER, Place, World, pinned
+from colocate_modes import CUT_AFTER, Place, World
 from colocate_plan import Cell, baseline_of, plan, targets_of
 
 WARM_REQUESTS = 12

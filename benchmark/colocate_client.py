@@ -19,7 +19,7 @@ import threading
 import time
 import types
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,21 @@ def _abort(url: str) -> None:
     )
     with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=30):
         pass
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[frozenset[int] | None]:
+    """Keep one core for the load client where there are more than two; servers inherit the rest."""
+    cores = os.sched_getaffinity(0)
+    if len(cores) <= 2:
+        yield None
+        return
+    last = max(cores)
+    os.sched_setaffinity(0, cores - {last})
+    try:
+        yield frozenset({last})
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def seen(details: dict[str, Any], asked: list[int]) -> dict[str, Any]:

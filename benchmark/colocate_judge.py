@@ -8,7 +8,7 @@
         mode, setting, load, repetition, disturbed (None, or why it is left out)
         tpots_ms, ttfts_ms   of each request, in the same order in each mode; None: late whatever the target
         tokens               asked for by each request
-        tokens_per_s         trained
+        tokens_per_s         trained; train_only_tokens_per_s: by the same server in turns, of "default limits"
         busy                 share of the time in which serve-only had something to compute
         prediction           of decode steps, as ``harli status`` shows it
         limits_ms            {"idle", "busy"}: bounds of a quantum in force
@@ -212,8 +212,9 @@ def _harvest(results: dict[str, Any]) -> Iterator[Row]:
                 found = interval(efficiencies(cells, int(load), label))
                 yield Row(f"harvest efficiency, {load}% busy, {label}", found, EFFICIENCY[label])
     train = of(cells, TRAIN, IDLE)
-    idle = ratios(of(cells, HARLI, IDLE, DEFAULT), train)
-    yield Row("idle with default limits, of train-only", interval(list(idle.values())), IDLE_HARVEST)
+    default = of(cells, HARLI, IDLE, DEFAULT).values()
+    idle = [cell["tokens_per_s"] / cell["train_only_tokens_per_s"] for cell in default]
+    yield Row("idle with default limits, of train-only in turns with it", interval(idle), IDLE_HARVEST)
     if not settings_of(cells, PLAIN_LOOP):
         return
     one = ratios(train, of(cells, PLAIN_LOOP, IDLE, ONE_BATCH))

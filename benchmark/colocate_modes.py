@@ -19,9 +19,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ JOB_LIMIT_S = 180.0
 SETTLE_S = 1.0  # after something was let go, or options were set
 CUT_AFTER = 3.0  # times serve-only's time
 LAST_STEP_S = 5.0  # waited for the end of a step, to know how much of it was trained in time
+IDLE_TURNS = (HARLI, TRAIN, TRAIN, HARLI, HARLI, TRAIN, TRAIN, HARLI)
 SHIFT_STEPS = 400  # the predictor's figures are of its latest 200 steps, and 200 it may need
 SPIN = "while True: pass"
 
@@ -263,6 +263,8 @@ class World:
 
     def _ours(self, cell: Cell) -> dict[str, Any]:
         server = self.servers["ours"]
+        if cell.mode == HARLI and not cell.load:
+            return self._idle(cell, server)
         with servers.running(server), self._harli() as client:
             limits = self._targets(client, cell)
             time.sleep(SETTLE_S)
@@ -283,6 +285,25 @@ class World:
             peak = server.pss_bytes()
         trained = self._trained(points, found["began_s"], found["ended_s"])
         return {"prediction": prediction, "limits_ms": limits, **found, **trained, "pss_bytes": peak}
+
+    def _idle(self, cell: Cell, server: Server) -> dict[str, Any]:
+        """Nothing is served: default limits and train-only's in turns, since a machine's speed changes in seconds."""
+        spent_s, tokens = {HARLI: 0.0, TRAIN: 0.0}, {HARLI: 0.0, TRAIN: 0.0}
+        with servers.running(server), self._harli() as client:
+            for mode in IDLE_TURNS:
+                self._targets(client, replace(cell, mode=mode))
+                time.sleep(SETTLE_S / 2)
+                self._events(client)
+                offset_s = time.time() - time.monotonic()
+                began_s, _ = first = self._total(client, offset_s)
+                ended_s = began_s + cell.seconds / len(IDLE_TURNS) * 2
+                time.sleep(max(ended_s - time.monotonic(), 0.0))
+                points = [first, *self._steps(client, offset_s, ended_s, 0.0)]
+                spent_s[mode] += ended_s - began_s
+                tokens[mode] += colocate_busy.between(points, began_s, ended_s)
+            peak = server.pss_bytes()
+        rates = {mode: round(tokens[mode] / spent_s[mode], 2) for mode in tokens}
+        return {"tokens_per_s": rates[HARLI], "train_only_tokens_per_s": rates[TRAIN], "pss_bytes": peak}
 
     def _targets(self, client: FinetuneClient, cell: Cell) -> dict[str, float]:
         """``harli set`` for this cell; what is in force then."""
@@ -364,18 +385,3 @@ class World:
 def _score(client: FinetuneClient) -> dict[str, Any] | None:
     """The predictor's figures of decode steps; None while the scheduler does not answer, or has run none."""
     return ((client.status().serving or {}).get("prediction") or {}).get("decode")
-
-
-@contextlib.contextmanager
-def pinned() -> Iterator[frozenset[int] | None]:
-    """Keep one core for the load client where there are more than two; servers inherit the rest."""
-    cores = os.sched_getaffinity(0)
-    if len(cores) <= 2:
-        yield None
-        return
-    last = max(cores)
-    os.sched_setaffinity(0, cores - {last})
-    try:
-        yield frozenset({last})
-    finally:
-        os.sched_setaffinity(0, cores)

@@ -59,7 +59,7 @@ def repetition(n: int) -> list[Found]:
     limits = {"idle": 250.0, "busy": 40.0}
     cells = [
         cell(TRAIN, IDLE, tokens_per_s=2000.0 * wobble),
-        cell(HARLI, IDLE, DEFAULT, tokens_per_s=1990.0 * wobble),
+        cell(HARLI, IDLE, DEFAULT, tokens_per_s=1990.0 * wobble, train_only_tokens_per_s=2010.0 * wobble),
         cell(PLAIN_LOOP, IDLE, "4 rows", tokens_per_s=1600.0),
         cell(PLAIN_LOOP, IDLE, "2 rows", tokens_per_s=1900.0),
         cell(SERVE, BURST),
