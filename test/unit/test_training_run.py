@@ -33,6 +33,7 @@ from sglang_harli.errors import ConfigError, StateError, TrainingError, Unsuppor
 from sglang_harli.peft_trainer.dropout import DropoutMasks
 from sglang_harli.peft_trainer.frozen_base import from_transformers
 from sglang_harli.peft_trainer.run import TrainingRun
+from sglang_harli.peft_trainer.step import training_mode
 from sglang_harli.protocol.adapter_config import adapter_config
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch
 
@@ -111,8 +112,13 @@ def test_state_has_pefts_names_and_loads_in_plain_peft(tmp_path: Any) -> None:
     feed(run, steps)
     drive(run, everything)
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
-    with torch.no_grad():
-        live = model(input_ids=ids).logits
+    pieces = run._pieces
+    with training_mode():
+        x = pieces.embed(ids)
+        for program in pieces.layers:
+            x = program.forward(x, pieces.rotary.upto(ids.shape[1]))
+        live = pieces.norm.forward(x, None) @ pieces.head_weight.t()
+        bare = model(input_ids=ids).logits  # beside a run the base is as it was
     adapter = weights(run)
     assert "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight" in adapter
     parts = {"adapter", "exp_avg", "exp_avg_sq"}
@@ -122,7 +128,7 @@ def test_state_has_pefts_names_and_loads_in_plain_peft(tmp_path: Any) -> None:
     save_file(adapter, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter_config(hp, "base")))
     with torch.no_grad():
-        bare = model(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, bare, rtol=0, atol=0)
         loaded: Any = PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path))
         plain = loaded(input_ids=ids).logits
     torch.testing.assert_close(plain, live, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The adapter in training: peft's LoRA modules over flat storage, one block per decoder layer.
+"""The adapter in training: the matrices of peft's LoRA over flat storage, one block per decoder layer.
 
 Each layer's A and B matrices lie one behind the other in flat tensors: the fp32 weights (``master``),
 the copy in the base's dtype that is computed with, gradients and Adam's two moments.  A slice of the
@@ -13,11 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from sglang_harli.errors import ConfigError, TrainingError
@@ -26,7 +24,6 @@ from sglang_harli.peft_trainer.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.lora_linear import INPUT_GROUPS, LinearGroup
 from sglang_harli.protocol.public import Hyperparameters
 
-_NAME = "default"
 _STATE_PREFIX = "base_model.model."
 
 
@@ -50,7 +47,7 @@ class LayerBlock:
     """One decoder layer's share of the adapter.  Without memory until ``lie_in``: shapes and dtypes only.
 
     Attributes:
-        matrices: A, B, A, B ... in the order of peft's injection.  Within the block the matrices lie by input
+        matrices: A, B, A, B ... in the order in which peft injects them.  Within the block the matrices lie by input
             group: its A's one behind the other, then its B's.
         master: fp32 weights (fp64 for an fp64 base), the ones that are trained and saved.
         compute: the same in the base's dtype; ``master`` itself where the dtypes agree.
@@ -86,15 +83,15 @@ class LayerBlock:
         self.state = [(f"{part}/{m.key}", self.view(flat, m)) for part, flat in parts for m in matrices]
         self.groups: list[LinearGroup] = []
 
-    def view(self, flat: Tensor, matrix: Matrix, *, leaf: bool | None = None) -> Tensor:
+    def view(self, flat: Tensor, matrix: Matrix, *, leaf: bool = False) -> Tensor:
         """A tensor that is ``matrix`` of ``flat`` wherever that lies.
 
         Args:
-            leaf: None: a plain tensor; else a Parameter, and whether autograd differentiates for it.
+            leaf: a Parameter, that autograd may differentiate for.
         """
         tensor = _nowhere(matrix.shape, flat.dtype, flat.device)
-        if leaf is not None:
-            tensor = nn.Parameter(tensor, requires_grad=leaf)
+        if leaf:
+            tensor = nn.Parameter(tensor)
         self._views.append((tensor, flat, matrix))
         return tensor
 
@@ -127,10 +124,13 @@ class LayerBlock:
 
 
 class Adapter:
-    """peft's LoRA modules injected into the frozen base; ``remove`` takes them out again.
+    """A LoRA adapter on the frozen base, as peft makes it: its names, its order, its first weights.
+
+    peft's own injection goes through the whole model several times (*measured*, 32 layers: 150 ms), on a thread that
+    serves meanwhile; so its modules are not made, and the base stays as it is.  A test holds this to peft.
 
     Args:
-        base: gets the modules; one adapter at a time.
+        base: what is trained on.
         hyperparameters: rank, alpha, rsLoRA, dropout, targets, seed, accumulation.
 
     Raises:
@@ -151,51 +151,38 @@ class Adapter:
             DropoutMasks(hp.lora_dropout, hp.seed, base.device, base.dtype) if hp.lora_dropout > 0 else None
         )
         self.generator = torch.Generator().manual_seed(hp.seed)
-        # Weights on the meta device: drawing them takes long on a large model and is done layer by layer.
-        self._tuner: Any = LoraModel(base.model, lora_config(hp), _NAME, low_cpu_mem_usage=True)
-        self.blocks: list[LayerBlock] = []
-        try:
-            found = self._modules_by_layer()
-            for layer in range(len(base.layers)):
-                self.blocks.append(self._make_block(layer, found[layer]))
-        except BaseException:
-            self.remove()
-            raise
+        self.blocks = [self._make_block(layer) for layer in range(len(base.layers))]
 
-    def _modules_by_layer(self) -> list[list[tuple[str, Any]]]:
-        found: list[list[tuple[str, Any]]] = [[] for _ in self.base.layers]
-        for name in self._tuner.targeted_module_names:
-            # model.layers.N.self_attn.q_proj
-            found[int(name.split(".")[2])].append((name, self.base.model.get_submodule(name)))
-        return found
-
-    def _make_block(self, layer: int, modules: list[tuple[str, Any]]) -> LayerBlock:
-        """Lay out one layer's matrices and hand peft's modules their views."""
-        by_name = {name.rsplit(".", 1)[-1]: (name, module) for name, module in modules}
-        places: dict[tuple[str, str], Matrix] = {}
-        offset = 0
+    def _make_block(self, layer: int) -> LayerBlock:
+        """Lay out one layer's matrices."""
+        linears = self.base.linears(layer)
+        targets = [name for name in linears if name in self.hyperparameters.target_modules]
+        rank, places, offset = self.hyperparameters.lora_r, dict[tuple[str, str], Matrix](), 0
         for group in INPUT_GROUPS:
             for part in ("lora_A", "lora_B"):
-                for own in (own for own in group if own in by_name):
-                    name, module = by_name[own]
-                    linear = getattr(module, part)[_NAME]
-                    shape = (linear.out_features, linear.in_features)
-                    places[own, part] = Matrix(f"{_STATE_PREFIX}{name}.{part}.weight", shape, offset)
+                for own in (own for own in group if own in targets):
+                    path, linear = linears[own]
+                    shape = (rank, linear.in_features) if part == "lora_A" else (linear.out_features, rank)
+                    key = f"{_STATE_PREFIX}model.layers.{layer}.{path}.{part}.weight"
+                    places[own, part] = Matrix(key, shape, offset)
                     offset += shape[0] * shape[1]
-        matrices = [places[own, part] for own in by_name for part in ("lora_A", "lora_B")]
+        matrices = [places[own, part] for own in targets for part in ("lora_A", "lora_B")]
         accumulates = self.hyperparameters.gradient_accumulation_steps > 1
         block = LayerBlock(matrices, self.base, accumulates=accumulates)
-        for (own, part), matrix in places.items():
-            linear = getattr(by_name[own][1], part)[_NAME]
-            linear.weight = block.view(block.compute, matrix, leaf=False)
-        block.groups = [self._make_group(layer, group, block, places) for group in INPUT_GROUPS]
+        block.groups = [
+            self._make_group(layer, [(name, linears[name][1]) for name in group], block, places)
+            for group in INPUT_GROUPS
+        ]
         return block
 
     def _make_group(
-        self, layer: int, names: tuple[str, ...], block: LayerBlock, places: dict[tuple[str, str], Matrix]
+        self,
+        layer: int,
+        linears: list[tuple[str, nn.Linear]],
+        block: LayerBlock,
+        places: dict[tuple[str, str], Matrix],
     ) -> LinearGroup:
-        owner = self.base.layers[layer]
-        holders = [getattr(owner.self_attn if hasattr(owner.self_attn, n) else owner.mlp, n) for n in names]
+        names = [name for name, _ in linears]
         adapted = [i for i, name in enumerate(names) if (name, "lora_A") in places]
         a, b = None, []
         if adapted:
@@ -205,8 +192,8 @@ class Adapter:
             a = block.view(block.compute, stacked, leaf=True)
             b = [block.view(block.compute, places[names[i], "lora_B"], leaf=True) for i in adapted]
         return LinearGroup(
-            list(names),
-            [getattr(holder, "base_layer", holder) for holder in holders],
+            names,
+            [linear for _, linear in linears],
             adapted,
             a,
             list(b),
@@ -237,20 +224,6 @@ class Adapter:
                 )
             tensor.copy_(saved, non_blocking=True)
         block.refresh_compute()
-
-    def remove(self) -> None:
-        """Take peft's modules out of the base model and let the tensors go; may be repeated."""
-        if self._tuner is not None:
-            # peft's unload() does just this, behind a progress bar on stderr.
-            for name in self._tuner.targeted_module_names:
-                owner, _, leaf = name.rpartition(".")
-                setattr(
-                    self.base.model.get_submodule(owner), leaf, self.base.model.get_submodule(name).base_layer
-                )
-            del self.base.model.peft_config
-            self._tuner = None
-        self.base.model.requires_grad_(False)
-        self.blocks.clear()  # the list is shared
 
 
 def _nowhere(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -51,12 +51,18 @@ class FrozenBase:
     def layers(self) -> nn.ModuleList:
         return self.model.model.layers
 
+    def linears(self, layer: int) -> dict[str, tuple[str, nn.Linear]]:
+        """(path within the layer, module) of each linear of a layer by its own name such as ``q_proj``, in order."""
+        return {
+            path.rsplit(".", 1)[-1]: (path, module)
+            for path, module in self.layers[layer].named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
     def linear_sizes(self) -> dict[str, tuple[int, int]]:
         """(in, out) features of each linear of one layer, by its own name such as ``q_proj``."""
         return {
-            name.rsplit(".", 1)[-1]: (module.in_features, module.out_features)
-            for name, module in self.layers[0].named_modules()
-            if isinstance(module, nn.Linear)
+            name: (linear.in_features, linear.out_features) for name, (_, linear) in self.linears(0).items()
         }
 
     def window(self, layer: int) -> int | None:

@@ -29,7 +29,7 @@ class LayerProgram:
     """Runs one layer on ``[rows, width, hidden]``; the weights stay where they are.  Call without gradients.
 
     Args:
-        layer: transformers' decoder layer (with or without peft's modules in it).
+        layer: transformers' decoder layer.
         groups: its linears by ``INPUT_GROUPS``: q k v, o, gate up, down.
         window: tokens that a position attends to, or None for all before it.
         wants_x: whether the gradient of its input is wanted.

@@ -4,7 +4,7 @@ peft's own forward makes three passes over each output (product, scaling, sum), 
 matrix, and leaves autograd five nodes a module; small quanta are bound by just that.  Here the A
 matrices of q, k and v (or gate and up) are one product, their outputs lie side by side in one tensor, the
 frozen weights are one product where they are one tensor (SGLang's ``qkv_proj`` and ``gate_up_proj``), and
-the backward is written out.  peft still makes the modules, their weights and their names.
+the backward is written out.
 """
 
 from __future__ import annotations

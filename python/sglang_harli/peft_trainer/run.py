@@ -38,7 +38,7 @@ class TrainingRun:
     """A job in training on a frozen base.
 
     Args:
-        base: takes the adapter's modules until ``release``; one run at a time.
+        base: stays as it is.
         spec: the job's hyperparameters and number of optimizer steps.
         logits_bytes: the largest logits tensor, bytes.
         quantum_rows: fixes the split (same weights to the bit whatever comes between); None: chosen at
@@ -387,7 +387,7 @@ class TrainingRun:
             self._optimizer.load(adam_steps=adam_steps, scale=scale, growth=growth)
 
     def release(self) -> None:
-        """Take the adapter out of the base and let all memory go; only this may be called again after."""
+        """Let all memory go; only this may be called again after."""
         if self._released:
             return
         self._released = True
@@ -395,6 +395,6 @@ class TrainingRun:
         self.drop_unused()
         self.drop_kept()
         self._state.release()
-        self._adapter.remove()
+        self._adapter.blocks.clear()  # the list is shared
         self._intake.queue.clear()
         del self._optimizer, self._pieces, self._pass, self._source
