@@ -68,7 +68,7 @@ class ActiveRun:
                 self._restore = Slot.open(start.restore)
                 self.training.load_state(reader(self._restore, start.restore.tensors), start.meta)
             except BaseException:
-                self.training.release()  # the base is as it was
+                self.training.release()  # its memory goes back
                 raise
         self._total_tokens = self.training.tokens
 
