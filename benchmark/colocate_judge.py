@@ -301,5 +301,5 @@ def _predictor(results: dict[str, Any]) -> Iterator[Row]:
     shifts = [c["shift"] for c in results["cells"] if c["load"] == SHIFT and c.get("shift")]
     if shifts:
         found = [s["after"]["coverage"] for s in shifts if s["steps"] >= 400]
-        text = "within their upper bound from 200 steps after another process took a core"
+        text = "within their upper bound from 200 steps after another process took half a core"
         yield Row(text, interval(found, logs=False), COVERAGE)

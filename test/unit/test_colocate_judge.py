@@ -60,7 +60,7 @@ FAULTS: list[tuple[Change, str]] = [
     (of(HARLI, 40, prediction={"mape": 0.01, "coverage": 0.95}), "within their upper bound"),
     (
         of(HARLI, SHIFT, shift={"after": {"coverage": 0.97}, "steps": 400}),
-        "after another process took a core",
+        "after another process took half a core",
     ),
 ]
 
