@@ -16,6 +16,8 @@ from co_trainer_host import VOCAB, Host, Peer, batch, give_slot, spec, temporary
 
 from sglang_harli.core import Decision, QuantumKind, shm_dir
 from sglang_harli.managers import qos_policy
+from sglang_harli.managers.co_trainer import PATIENCE
+from sglang_harli.managers.slo_ledger import Slack
 from sglang_harli.peft_trainer.row_blocks import BLOCK
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import Slot
@@ -214,6 +216,33 @@ def test_options_that_are_not_accepted_are_answered_and_leave_the_run_alone(run_
     peer.socket.close()
 
 
+@pytest.mark.parametrize(("reason", "idle_comes"), [(qos_policy.BANKING, False), (qos_policy.TOO_LONG, True)])
+def test_who_waits_for_more_is_offered_no_less(run_dir: str, reason: str, idle_comes: bool) -> None:
+    peer, host = Peer(run_dir), Host(run_dir, quantum_rows=None)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    peer.send(internal.StartRun(spec=spec(steps=1)))
+    peer.send(*batch(1, lengths=(2 * BLOCK + 1, 5)))
+    trainer = host.trainer
+
+    def forward() -> bool:
+        offer = trainer.offer()
+        return offer is not None and offer.kind is QuantumKind.FORWARD
+
+    until(host, peer, forward)
+    before = trainer.offer()
+    assert before is not None
+    costs = trainer.predictor.costs()
+    for _ in range(3 * PATIENCE):
+        assert not trainer.held_back(
+            before, Decision(0, 0, reason), Slack(0.05, "tpot", idle_comes=idle_comes)
+        )
+    after = trainer.offer()
+    assert after is not None and after.held_back == 0
+    assert after.candidates == before.candidates and trainer.predictor.costs() == costs
+    host.link.close()
+    peer.socket.close()
+
+
 def test_a_row_that_is_too_long_for_now_is_taken_in_blocks(run_dir: str) -> None:
     peer, host = Peer(run_dir), Host(run_dir, quantum_rows=None)
     until(host, peer, lambda: peer.of(internal.Hello))
@@ -222,7 +251,7 @@ def test_a_row_that_is_too_long_for_now_is_taken_in_blocks(run_dir: str) -> None
     trainer, too_long = host.trainer, Decision(0, 0, qos_policy.TOO_LONG)
     cuts = []
     while not peer.of(internal.StepDone):
-        if (offer := trainer.offer()) is not None and trainer.held_back(offer, too_long, 0.0):
+        if (offer := trainer.offer()) is not None and trainer.held_back(offer, too_long, Slack(0.0, "tpot")):
             again = trainer.offer()
             assert again is not None and not again.fixed
             if offer.kind is QuantumKind.FORWARD:  # its last block is the smallest

@@ -14,15 +14,18 @@ from sglang_harli.core import QuantumKind, QuantumOffer, StepLoad
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.serving_side import DISTURBED, ServingSide, targets_of
 from sglang_harli.managers.slo_ledger import (
+    IDLE_SEEN_S,
     KEPT_S,
     KEPT_SHARE,
     UNBOUNDED,
     Attainment,
     PrefillReserve,
+    QuietSteps,
     RequestClock,
     Slack,
     Targets,
     batch_slack,
+    expecting,
 )
 from sglang_harli.managers.step_timer import BatchLoad
 from sglang_harli.protocol.internal import SetOptions
@@ -82,6 +85,100 @@ def test_a_quantum_under_load_never_exceeds_slack_or_bound(running, waiting, sla
         assert not any(
             r > decision.rows and u <= min(slack, 0.1) for r, u in candidates
         )  # the largest that fits
+
+
+SIZES = offer((1, 0.010), (2, 0.014), (4, 0.024))
+
+
+@pytest.mark.parametrize(
+    ("later_s", "toll_s", "rows"),
+    [
+        (0.030, 0.0, 0),  # four rows train 1.67 times as much per second as one
+        (0.015, 0.0, 0),  # two rows come within reach, at 1.43 times
+        (0.0139, 0.0, 1),  # nothing larger does
+        (-math.inf, 0.0, 1),  # by default nobody waits
+    ],
+)
+def test_training_waits_for_a_size_that_is_worth_it(later_s, toll_s, rows):
+    slack = Slack(0.012, "tpot", later_s, toll_s)
+    decision = qos_policy.decide(StepLoad(running=1), slack, SIZES, TARGETS)
+    assert decision.rows == rows
+    assert decision.reason == (qos_policy.SLACK if rows else qos_policy.BANKING)
+
+
+def test_what_training_costs_the_next_step_counts_against_short_quanta():
+    sizes = offer((1, 0.010), (2, 0.0195))
+    alone, charged = (Slack(0.012, "tpot", 1.0, toll_s) for toll_s in (0.0, 0.003))
+    assert qos_policy.decide(StepLoad(running=1), alone, sizes, TARGETS).rows == 1
+    assert qos_policy.decide(StepLoad(running=1), charged, sizes, TARGETS).reason == qos_policy.BANKING
+
+
+@given(
+    slack=st.floats(-1, 1),
+    more=st.floats(0, 1),
+    toll=st.floats(0, 0.01),
+    costs=st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=6),
+)
+def test_waiting_is_for_something_that_would_fit_and_is_better(slack, more, toll, costs):
+    candidates = tuple(enumerate(sorted(costs), start=1))
+    load, later = StepLoad(running=1), Slack(slack, "tpot", slack + more, toll)
+    decision = qos_policy.decide(load, later, offer(*candidates), TARGETS)
+    greedy = qos_policy.decide(load, Slack(slack, "tpot"), offer(*candidates), TARGETS)
+    if decision.reason != qos_policy.BANKING:
+        assert decision == greedy
+        return
+    assert greedy.quanta
+    now = greedy.rows / (dict(candidates)[greedy.rows] + toll)
+    assert any(
+        rows > greedy.rows and upper <= slack + more and rows / (upper + toll) > now
+        for rows, upper in candidates
+    )
+
+
+def expected(slack: Slack, *, decode_s: float = 0.0385, idle_comes: bool = False) -> Slack:
+    return expecting(slack, TARGETS, decode_s=decode_s, quiet_steps=8, toll_s=0.002, idle_comes=idle_comes)
+
+
+def test_slack_grows_by_what_a_decode_step_leaves_of_the_target():
+    slack = expected(Slack(0.01, "tpot"))
+    assert (slack.seconds, slack.toll_s, slack.idle_comes) == (0.01, 0.002, False)
+    assert slack.later_s == pytest.approx(0.01 + 4 * (0.05 * (1 - KEPT_SHARE) - 0.0385))
+    assert expected(Slack(0.08, "tpot")).later_s == TARGETS.busy_quantum_s  # no longer quantum runs beside it
+    for held in (Slack(0.01, "itl"), Slack(0.01, "ttft")):  # those do not grow with the tokens that come
+        assert expected(held) is held
+    slow = Slack(0.01, "tpot")
+    assert expected(slow, decode_s=0.06) is slow
+
+
+def test_where_idle_time_comes_its_quanta_are_waited_for():
+    for bound in ("tpot", "itl", "ttft"):
+        slack = expected(Slack(0.01, bound), idle_comes=True)
+        assert (slack.seconds, slack.later_s, slack.idle_comes) == (0.01, TARGETS.idle_quantum_s, True)
+    plenty = expected(Slack(TARGETS.idle_quantum_s, "tpot"), idle_comes=True)  # enough is banked
+    assert not plenty.idle_comes and plenty.later_s == TARGETS.busy_quantum_s
+
+
+def test_idle_time_that_was_seen_lately_is_expected_again():
+    side = ServingSide(HarliOptions())
+    clocks = [RequestClock(0.0, 0.0, 1)]
+    assert not side.slack(clocks, 100, 0.01, 0.0).idle_comes
+    side.idle_s = 10.0
+    assert side.slack([RequestClock(11.0, 11.0, 1)], 100, 11.0, 0.0).idle_comes
+    assert not side.slack([RequestClock(13.0, 13.0, 1)], 100, 10.0 + IDLE_SEEN_S, 0.0).idle_comes
+
+
+def test_quiet_steps_follow_the_requests_that_come():
+    quiet = QuietSteps(first=8.0)
+    assert quiet.steps == 8.0
+    for _ in range(100):
+        for _ in range(3):
+            quiet.decode()
+        quiet.prefill()
+        quiet.prefill()  # of the same arrivals
+    assert quiet.steps == pytest.approx(3.0, abs=0.01)
+    for _ in range(40):
+        quiet.decode()
+    assert quiet.steps == 40
 
 
 def test_slack_counts_banked_time_decode_reserve_and_queued_training():
@@ -158,14 +255,17 @@ def _simulate(jobs: list[tuple[float, int]], *, train: bool) -> list[bool]:
     reserve = PrefillReserve(half_life_s=1e9)
     reserve.prefill(2 * prefill_s)
     reserve.decode(0.0)
+    quiet, idle_s = QuietSteps(), -math.inf
     quantum = offer((1, 0.012), (2, 0.020), (4, 0.036))
     while waiting or running:
         if waiting and waiting[0][1][0] <= now:
             index, (_, tokens) = waiting.pop(0)
             now += prefill_s
+            quiet.prefill()
             running[index] = [now, now, 1, tokens]
         elif running:
             now += decode_s
+            quiet.decode()
             for index, row in list(running.items()):
                 row[1], row[2] = now, row[2] + 1
                 if row[2] >= row[3]:
@@ -176,9 +276,18 @@ def _simulate(jobs: list[tuple[float, int]], *, train: bool) -> list[bool]:
             continue
         while train:
             load = StepLoad(running=len(running), waiting=bool(waiting and waiting[0][1][0] <= now))
+            idle_s = now if load.idle else idle_s
             clocks = [RequestClock(r[0], r[1], r[2]) for r in running.values()]
             slack = batch_slack(
                 clocks, TARGETS, now_s=now, decode_upper_s=decode_s, reserve_s=reserve.seconds(now)
+            )
+            slack = expecting(
+                slack,
+                TARGETS,
+                decode_s=decode_s,
+                quiet_steps=quiet.steps,
+                toll_s=0.0,
+                idle_comes=now - idle_s < IDLE_SEEN_S,
             )
             decision = qos_policy.decide(load, slack, quantum, TARGETS)
             if not decision.quanta or not (waiting or running):

@@ -24,6 +24,7 @@ from sglang_harli.managers.failures import describe, forget
 from sglang_harli.managers.memory_desk import MemoryDesk
 from sglang_harli.managers.quantum_clock import DeviceClock, HostClock, Work
 from sglang_harli.managers.service_link import ServiceLink
+from sglang_harli.managers.slo_ledger import Slack
 from sglang_harli.managers.training_status import training_status
 from sglang_harli.managers.yield_time import YieldTime
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
@@ -246,13 +247,21 @@ class CoTrainer:
     def _single(self, kind: QuantumKind, tokens: int) -> QuantumOffer:
         return QuantumOffer(kind, ((1, self.predictor.quantum(kind, tokens).upper_s),), True)
 
-    def held_back(self, offer: QuantumOffer, decision: Decision, slack_s: float) -> bool:
-        """The policy said no: offer less (True: ask again), or show why and let an estimate that is to blame decay."""
+    def held_back(self, offer: QuantumOffer, decision: Decision, slack: Slack) -> bool:
+        """The policy said no: offer less (True: ask again), or show why and let an estimate that is to blame decay.
+
+        Not where training waits for more: small pieces train less per second, and what was kept would be computed twice.
+        """
+        if decision.reason == qos_policy.BANKING or slack.idle_comes:
+            self._enter(SubState.YIELDING, decision.reason)
+            return False
         self._held_back += 1
-        too_long = decision.reason == qos_policy.TOO_LONG or (slack_s > 0 and self._held_back > PATIENCE)
+        too_long = decision.reason == qos_policy.TOO_LONG or (
+            slack.seconds > 0 and self._held_back > PATIENCE
+        )
         if too_long and self.run is not None and self.run.training.cut(offer.kind):
             return True
-        if decision.reason == qos_policy.TOO_LONG or (slack_s > 0 and self._held_back > 20):
+        if decision.reason == qos_policy.TOO_LONG or (slack.seconds > 0 and self._held_back > 20):
             self.predictor.relax(offer.kind, time.perf_counter())
         self._enter(SubState.YIELDING, decision.reason)
         return False

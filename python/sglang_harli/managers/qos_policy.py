@@ -22,12 +22,15 @@ NO_SLACK = {
     "none": "no slack",
 }
 PAUSED = "generation is paused"
+BANKING = "a larger quantum, which trains more per second, is to fit later"
 TOO_LONG = "the smallest quantum exceeds --harli-max-quantum-ms: it trains while nothing is served"
+WORTH_WAITING = 0.1
 # Short names of the reasons not to train, as metrics show them.
 LABELS = {
     PREFILL_WAITING: "prompt",
     PAUSED: "paused",
     TOO_LONG: "too_long",
+    BANKING: "banking",
     **{text: bound for bound, text in NO_SLACK.items()},
 }
 
@@ -39,6 +42,11 @@ def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) 
     small runs all the same, since nobody waits for it yet.  While a request runs, or waits under a deadline
     of its own (``load.promised``), a quantum's upper bound stays under the slack and under
     ``targets.busy_quantum_s``.
+
+    The largest that fits is not always worth its time: a short quantum trains less per second than a long one, and
+    makes the next decode step longer all the same (``slack.toll_s``).  What serving does not lose to it now is there
+    later, as banked time or as idle time.  So training waits where a size that trains more per second may fit later
+    (``slack.later_s``).
     """
     if load.waiting:
         return Decision(0, 0, PREFILL_WAITING)
@@ -51,7 +59,18 @@ def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) 
     rows = _largest(offer, min(slack.seconds, targets.busy_quantum_s))
     if not rows:
         return Decision(0, 0, NO_SLACK[slack.bound])
+    if _pays_to_wait(offer, rows, slack):
+        return Decision(0, 0, BANKING)
     return Decision(1, rows, SLACK)
+
+
+def _pays_to_wait(offer: QuantumOffer, rows: int, slack: Slack) -> bool:
+    """Whether a size that may fit later trains ``WORTH_WAITING`` more per second than ``rows`` now."""
+    least = (1 + WORTH_WAITING) * rows / (dict(offer.candidates)[rows] + slack.toll_s)
+    return any(
+        later > rows and upper_s <= slack.later_s and later >= least * (upper_s + slack.toll_s)
+        for later, upper_s in offer.candidates
+    )
 
 
 def _largest(offer: QuantumOffer, limit_s: float) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -260,11 +261,11 @@ class HarliScheduler(Scheduler):
                 backlog=backlog,
             )
             room_s = side.targets.busy_quantum_s - self._harli_gap_s - queued_s
-            slack = slo_ledger.Slack(min(slack.seconds, room_s), slack.bound)
+            slack = replace(slack, seconds=min(slack.seconds, room_s))
             decision = qos_policy.decide(load, slack, offer, side.targets)
             if not decision.quanta:
                 told = not ran or decision.reason == qos_policy.TOO_LONG
-                if told and trainer.held_back(offer, decision, slack.seconds):
+                if told and trainer.held_back(offer, decision, slack):
                     continue
                 trainer.yielded.hold(decision.reason, now_s)
                 return
@@ -292,6 +293,7 @@ class HarliScheduler(Scheduler):
                 break
             trainer.run_quantum(offer, decision)
             trainer.settle()
+            self._harli_side.idle_s = time.perf_counter()
             ran = True
         if not ran or housekeeping:
             self._harli_housekeeping_at = begin_s

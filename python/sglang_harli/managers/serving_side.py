@@ -14,14 +14,17 @@ from sglang_harli.config import LIVE, HarliOptions
 from sglang_harli.errors import ConfigError
 from sglang_harli.managers.possible_targets import CONSEQUENCE, impossible
 from sglang_harli.managers.slo_ledger import (
+    IDLE_SEEN_S,
     Attainment,
     Backlog,
     PrefillReserve,
+    QuietSteps,
     RequestClock,
     Slack,
     Targets,
     backlog_slack,
     batch_slack,
+    expecting,
 )
 from sglang_harli.managers.step_timer import BatchLoad
 from sglang_harli.predictor.latency_predictor import DECODE, PREFILL, LatencyPredictor
@@ -68,6 +71,7 @@ class ServingSide:
         decode_steps: while there was something to train.
         impossible: targets in force that serving alone cannot keep here, each with a sentence.
         last_slack: of the latest decision.
+        idle_s: when training ran last while nothing was served.
     """
 
     def __init__(self, options: HarliOptions) -> None:
@@ -78,6 +82,8 @@ class ServingSide:
         self.predictor = LatencyPredictor()
         self.profile_key: ProfileKey | None = None
         self.reserve = PrefillReserve()
+        self.quiet = QuietSteps()
+        self.idle_s = float("-inf")
         self.attainment = Attainment()
         self.decode_steps = 0
         self.impossible: dict[str, str] = {}
@@ -127,8 +133,10 @@ class ServingSide:
         if load.is_decode:
             self.decode_steps += 1
             self.reserve.decode(now_s)
+            self.quiet.decode()
         else:
             self.reserve.prefill(seconds)
+            self.quiet.prefill()
 
     @staticmethod
     def _clock(req: Any) -> RequestClock | None:
@@ -179,10 +187,11 @@ class ServingSide:
             disturbed: a checkpoint is being written.
             backlog: prompts that wait under a TTFT target.
         """
-        decode_upper_s = self.predictor.decode(
-            len(clocks), context_tokens, adapters=adapters, after_training=True
-        ).upper_s
-        decode_upper_s *= DISTURBED if disturbed else 1.0
+        after, alone = (
+            self.predictor.decode(len(clocks), context_tokens, adapters=adapters, after_training=trained)
+            for trained in (True, False)
+        )
+        decode_upper_s = after.upper_s * (DISTURBED if disturbed else 1.0)
         reserve_s = self.reserve.seconds(now_s)
         slack = batch_slack(
             clocks,
@@ -192,6 +201,14 @@ class ServingSide:
             reserve_s=reserve_s,
             queued_s=queued_s,
             prefill_s=0.0 if backlog is None or not backlog.admitted else backlog.prefill_upper_s,
+        )
+        slack = expecting(
+            slack,
+            self.targets,
+            decode_s=alone.expected_s,
+            quiet_steps=self.quiet.steps,
+            toll_s=after.expected_s - alone.expected_s,
+            idle_comes=now_s - self.idle_s < IDLE_SEEN_S,
         )
         if backlog is not None:
             waits = backlog_slack(

@@ -15,6 +15,8 @@ from typing import Protocol
 # the jitter of other processes.  A share of each token's time, and once the gap around the last token.
 KEPT_SHARE = 0.03
 KEPT_S = 0.002
+IDLE_SEEN_S = 2.0  # where nothing was served within this time, there will be such time again
+QUIET_SEEN = 0.1  # weight of the newest span between two new requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +57,16 @@ class Slack:
     Attributes:
         seconds: the least over the batch, after the decode step, the reserve and queued training.
         bound: which promise is the tightest (``tpot``, ``itl`` or ``ttft``), for the reason shown.
+        later_s: the longest quantum that may fit later, if training waits (``expecting``).
+        toll_s: how much longer the next decode step is after training, whatever that was.
+        idle_comes: training may wait for idle time.
     """
 
     seconds: float
     bound: str
+    later_s: float = float("-inf")
+    toll_s: float = 0.0
+    idle_comes: bool = False
 
 
 UNBOUNDED = Slack(float("inf"), "none")
@@ -99,6 +107,30 @@ def batch_slack(
     if bound == "none":
         return UNBOUNDED
     return Slack(least - now_s - decode_upper_s - queued_s - prefill_s, bound)
+
+
+def expecting(
+    slack: Slack, targets: Targets, *, decode_s: float, quiet_steps: float, toll_s: float, idle_comes: bool
+) -> Slack:
+    """The slack with what may fit later.
+
+    Where there is idle time now and then, that is the longest quantum of idle time, unless as much has been banked.
+    Otherwise each decode step alone adds what it leaves of the TPOT target, until a new request comes, which has nothing
+    banked; half of the usual time until then is counted on.
+
+    Args:
+        decode_s: a decode step without training before it.
+        quiet_steps: decode steps that usually pass between two new requests.
+        toll_s: see ``Slack``.
+        idle_comes: there was idle time lately.
+    """
+    if idle_comes and slack.seconds < targets.idle_quantum_s:
+        return Slack(slack.seconds, slack.bound, targets.idle_quantum_s, toll_s, True)
+    gain_s = targets.tpot_s * (1 - KEPT_SHARE) - decode_s
+    if slack.bound != "tpot" or gain_s <= 0:
+        return slack
+    later_s = min(slack.seconds + gain_s * quiet_steps / 2, targets.busy_quantum_s)
+    return Slack(slack.seconds, slack.bound, later_s, toll_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +200,27 @@ class PrefillReserve:
         if not self._level:
             return 0.0
         return self._level * 0.5 ** ((now_s - self._at) / self.half_life_s)
+
+
+class QuietSteps:
+    """Decode steps that usually pass between two prefills of new requests: a running mean, or more while it is quiet."""
+
+    def __init__(self, first: float = 8.0) -> None:
+        self._mean = first
+        self._since = 0
+
+    def prefill(self) -> None:
+        """A prefill batch ran; those right behind one another count once."""
+        if self._since:
+            self._mean += QUIET_SEEN * (self._since - self._mean)
+            self._since = 0
+
+    def decode(self) -> None:
+        self._since += 1
+
+    @property
+    def steps(self) -> float:
+        return max(self._mean, self._since)
 
 
 class Attainment:

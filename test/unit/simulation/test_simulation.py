@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sglang_harli.core import StepLoad
 from sglang_harli.errors import ConfigError
+from sglang_harli.managers import qos_policy
 from sglang_harli.managers.slo_ledger import KEPT_S, KEPT_SHARE, Clock
 from sglang_harli.tools.simulation import command, compare, engine, oracle, policies, temporal
 from sglang_harli.tools.simulation.results import Outcome
@@ -91,6 +92,29 @@ def test_quanta_between_steps_turn_nobody_late(trace, quiet):
     alone = engine.run_temporal(trace, world, policies.ServeOnly(), TARGETS)
     assert alone.attainment == 1.0
     assert ours.attainment == 1.0
+
+
+@pytest.mark.parametrize("gap_s", [0.15, 0.3, 0.5])  # 89, 66 and 46% busy
+@pytest.mark.parametrize("tpot_s", [0.020, 0.040])
+def test_banking_for_larger_quanta_trains_more_and_keeps_the_target(gap_s, tpot_s, monkeypatch):
+    rng, requests, at_s = random.Random(1), [], 0.0
+    for _ in range(150):
+        at_s += rng.expovariate(1 / gap_s)
+        requests.append(TraceRequest(at_s, 100, rng.randint(20, 40)))
+    trace, world, targets = (
+        Trace("short answers", tuple(requests)),
+        TemporalWorld(),
+        engine.targets_of(tpot_s),
+    )
+
+    def run() -> Outcome:
+        return engine.run_temporal(trace, world, policies.HarliTemporal(world, targets), targets)
+
+    banking = run()
+    monkeypatch.setattr(qos_policy, "WORTH_WAITING", float("inf"))
+    greedy = run()
+    assert banking.attainment == greedy.attainment == 1.0
+    assert banking.rate > 1.02 * greedy.rate
 
 
 def conserved(outcome: Outcome, trace: Trace) -> None:

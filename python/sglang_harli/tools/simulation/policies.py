@@ -10,16 +10,19 @@ import bisect
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from sglang_harli.core import QuantumKind, QuantumOffer, RungOffer, StepLoad
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.slo_ledger import (
+    IDLE_SEEN_S,
     Clock,
     PrefillReserve,
-    Slack,
+    QuietSteps,
     Targets,
     batch_slack,
+    expecting,
 )
 from sglang_harli.tools.simulation.worlds import SpatialWorld, TemporalWorld
 
@@ -195,27 +198,40 @@ class HarliTemporal:
 
     def __init__(self, world: TemporalWorld, targets: Targets, margin: float = 1.0) -> None:
         self._world, self._targets, self._margin = world, targets, margin
-        self._reserve = PrefillReserve()
+        self._reserve, self._quiet = PrefillReserve(), QuietSteps()
+        self._idle_s = -math.inf
         candidates = tuple((rows, world.predicted_quantum_s(rows) * margin) for rows in world.sizes)
         self._offer = QuantumOffer(QuantumKind.BACKWARD, candidates)
 
     def rows(self, now_s: float, gap_s: float, load: StepLoad, running: Sequence[Clock]) -> int:
-        decode_s = self._world.predicted_s(load.running, load.context_tokens) * self._margin
+        if load.idle:
+            self._idle_s = now_s
+        decode_s = self._world.predicted_s(load.running, load.context_tokens)
         slack = batch_slack(
             running,
             self._targets,
             now_s=now_s,
-            decode_upper_s=decode_s,
+            decode_upper_s=decode_s * self._margin,
             reserve_s=self._reserve.seconds(now_s),
         )
-        slack = Slack(min(slack.seconds, self._targets.busy_quantum_s - gap_s), slack.bound)
+        slack = expecting(
+            slack,
+            self._targets,
+            decode_s=decode_s,
+            quiet_steps=self._quiet.steps,
+            toll_s=0.0,
+            idle_comes=now_s - self._idle_s < IDLE_SEEN_S,
+        )
+        slack = replace(slack, seconds=min(slack.seconds, self._targets.busy_quantum_s - gap_s))
         return qos_policy.decide(load, slack, self._offer, self._targets).rows
 
     def stepped(self, now_s: float, seconds: float, *, prefill: bool) -> None:
         if prefill:
             self._reserve.prefill(seconds)
+            self._quiet.prefill()
         else:
             self._reserve.decode(now_s)
+            self._quiet.decode()
 
 
 class FixedQuantum:
