@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -53,9 +54,10 @@ from colocate_judge import (
     judge,
 )
 from colocate_modes import CUT_AFTER, Place, World
-from colocate_plan import Cell, baseline_of, plan, targets_of
+from colocate_plan import Cell, baseline_of, in_blocks, plan, targets_of
 
 WARM_REQUESTS = 12
+REQUESTS, BASELINE_REQUESTS, SECONDS = 400, 120, 60.0  # of a cell, all repetitions together
 CUDA_MODES = (SERVE, TRAIN, HARLI, SLICES)
 QUICK_MODES = {"cpu": (SERVE, TRAIN, PLAIN_LOOP, HARLI, NICE), "cuda": CUDA_MODES}
 LIMITS = ("--max-total-tokens", "65536", "--max-running-requests", "32")
@@ -81,10 +83,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--modes",
         help=f"comma-separated (default: all; cuda: without separate processes): {', '.join(MODES)}",
     )
-    add("--repetitions", type=int, help="(default: 3; cuda with --quick: 1)")
-    add("--requests", type=int, help="of a cell of one repetition (default: 134; quick: 20)")
-    add("--baseline-requests", type=int, help="the same of the baselines (default: 40; quick: as --requests)")
-    add("--seconds", type=float, help="of a cell without requests (default: 20; quick: 5)")
+    add("--repetitions", type=int, help="(default: 6; quick and cuda: 3; both: 1)")
+    add("--requests", type=int, help="of a cell of one repetition (default: 400 of all; quick: 20)")
+    add(
+        "--baseline-requests",
+        type=int,
+        help="the same of the baselines (default: 120 of all; quick: as --requests)",
+    )
+    add("--seconds", type=float, help="of a cell without requests (default: 60 of all; quick: 5)")
     add(
         "--limit-minutes",
         type=float,
@@ -117,10 +123,15 @@ def _defaults(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         parser.error(str(error))
     if any(load and not 1 <= load <= 95 for load in options.loads):
         parser.error("--loads: give idle, and per cent from 1 to 95")
-    options.repetitions = options.repetitions or (1 if cuda and quick else 3)
-    options.requests = options.requests or ((16 if cuda else 20) if quick else 134)
-    options.baseline_requests = options.baseline_requests or (options.requests if quick else 40)
-    options.seconds = options.seconds or (5.0 if quick else 20.0)
+    # many short repetitions: what is compared is measured within minutes, and the machine's speed changes in those
+    options.repetitions = options.repetitions or ((1 if cuda else 3) if quick else 3 if cuda else 6)
+    options.requests = options.requests or (
+        (16 if cuda else 20) if quick else math.ceil(REQUESTS / options.repetitions)
+    )
+    options.baseline_requests = options.baseline_requests or (
+        options.requests if quick else math.ceil(BASELINE_REQUESTS / options.repetitions)
+    )
+    options.seconds = options.seconds or (5.0 if quick else SECONDS / options.repetitions)
     options.limit_minutes = options.limit_minutes or ((3.5 if cuda else 9.5) if quick else 175.0)
 
 
@@ -135,8 +146,7 @@ def repetition(
     world: World, options: argparse.Namespace, results: dict[str, Any], number: int, over_s: float
 ) -> None:
     """Measure every cell once in an order of its own, disturbed ones once again at the end."""
-    order = plan(options, results, number)
-    random.Random(f"{options.seed}-{number}").shuffle(order)
+    order = in_blocks(plan(options, results, number), random.Random(f"{options.seed}-{number}"))
     alone_s: dict[Any, float] = {}
 
     def measure(cell: Cell) -> dict[str, Any]:
@@ -149,25 +159,10 @@ def repetition(
         print(colocate_report.line(found), flush=True)
         return found
 
-    again = []
-    # separate processes end after three times serve-only's time: so that is measured before them
-    for cell in sorted(
-        order, key=lambda cell: cell.mode in SEPARATE and _alone_index(order, cell) > order.index(cell)
-    ):
-        if measure(cell)["disturbed"]:
-            again.append(cell)
+    again = [cell for cell in order if measure(cell)["disturbed"]]
     for cell in again:
         if time.monotonic() < over_s:
             measure(cell)
-
-
-def _alone_index(order: list[Cell], cell: Cell) -> int:
-    """Where in the order the serve-only cell with the same requests is."""
-    return next(
-        n
-        for n, c in enumerate(order)
-        if c.mode == SERVE and (c.load, c.requests) == (cell.load, cell.requests)
-    )
 
 
 def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -156,10 +156,18 @@ def ratios(
     return {n: value(over[n]) / value(under[n]) for n in both if value(under[n]) > 0}
 
 
+def harvests(cells: Cells, load: int | str, setting: str) -> dict[int, float]:
+    """Of our server beside requests: finetune tokens/s over train-only's, by repetition.
+
+    Train-only's rate is that of right before and after the cell: a machine's speed changes within minutes.
+    """
+    ours = of(cells, HARLI, load, setting)
+    return {n: c["tokens_per_s"] / c["train_only_tokens_per_s"] for n, c in sorted(ours.items())}
+
+
 def efficiencies(cells: Cells, load: int, setting: str) -> list[float]:
     """Harvest ratio over the share of time that serve-only left idle, by repetition."""
-    harvest = ratios(of(cells, HARLI, load, setting), of(cells, TRAIN, IDLE))
-    alone = of(cells, SERVE, load, ALL)
+    harvest, alone = harvests(cells, load, setting), of(cells, SERVE, load, ALL)
     return [harvest[n] / (1 - alone[n]["busy"]) for n in harvest if n in alone and alone[n]["busy"] < 1]
 
 

@@ -16,7 +16,6 @@ import contextlib
 import functools
 import os
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from colocate_client import Client, Load
 from colocate_judge import HARLI, NICE, PLAIN_LOOP, SHIFT, SLICES, TRAIN, UNCOORDINATED
 from colocate_noise import Watch
 from colocate_plan import Cell
+from colocate_spinner import half_a_core_taken
 from colocate_trainer import ROW_TOKENS, STEP_ROWS, Trainer
 from sglang_harli import FinetuneClient
 from sglang_harli.platforms.cpu import engine
@@ -46,16 +46,6 @@ CUT_AFTER = 3.0  # times serve-only's time
 LAST_STEP_S = 5.0  # waited for the end of a step, to know how much of it was trained in time
 IDLE_TURNS = (HARLI, TRAIN, TRAIN, HARLI, HARLI, TRAIN, TRAIN, HARLI)
 SHIFT_STEPS = 400  # the predictor's figures are of its latest 200 steps, and 200 it may need
-# In turns: who takes a core for good stops two threads that wait for each other, at 4 s a token.
-TAKEN_S, LEFT_S = 0.02, 0.02
-SPIN = f"""
-import time
-while True:
-    ends_s = time.perf_counter() + {TAKEN_S}
-    while time.perf_counter() < ends_s:
-        pass
-    time.sleep({LEFT_S})
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +264,9 @@ class World:
         server = self.servers["ours"]
         if cell.mode == HARLI and not cell.load:
             return self._idle(cell, server)
+        beside = cell.mode == HARLI and isinstance(cell.load, int) and cell.seconds > 0
         with servers.running(server), self._harli() as client:
+            turns = [self._turn(client, cell, TRAIN, cell.seconds)] if beside else []
             limits = self._targets(client, cell)
             time.sleep(SETTLE_S)
             self._events(client)  # those before are not needed
@@ -292,27 +284,33 @@ class World:
             prediction = _score(client)
             points = [first, *self._steps(client, offset_s, found["ended_s"], first[1])]
             peak = server.pss_bytes()
+            if beside:
+                turns.append(self._turn(client, cell, TRAIN, cell.seconds))
+                found["train_only_tokens_per_s"] = _rate(turns)
         trained = self._trained(points, found["began_s"], found["ended_s"])
         return {"prediction": prediction, "limits_ms": limits, **found, **trained, "pss_bytes": peak}
 
     def _idle(self, cell: Cell, server: Server) -> dict[str, Any]:
         """Nothing is served: default limits and train-only's in turns, since a machine's speed changes in seconds."""
-        spent_s, tokens = {HARLI: 0.0, TRAIN: 0.0}, {HARLI: 0.0, TRAIN: 0.0}
+        turns: dict[str, list[tuple[float, float]]] = {HARLI: [], TRAIN: []}
         with servers.running(server), self._harli() as client:
             for mode in IDLE_TURNS:
-                self._targets(client, replace(cell, mode=mode))
-                time.sleep(SETTLE_S / 2)
-                self._events(client)
-                offset_s = time.time() - time.monotonic()
-                began_s, _ = first = self._total(client, offset_s)
-                ended_s = began_s + cell.seconds / len(IDLE_TURNS) * 2
-                time.sleep(max(ended_s - time.monotonic(), 0.0))
-                points = [first, *self._steps(client, offset_s, ended_s, 0.0)]
-                spent_s[mode] += ended_s - began_s
-                tokens[mode] += colocate_busy.between(points, began_s, ended_s)
+                turns[mode].append(self._turn(client, cell, mode, cell.seconds / len(IDLE_TURNS) * 2))
             peak = server.pss_bytes()
-        rates = {mode: round(tokens[mode] / spent_s[mode], 2) for mode in tokens}
+        rates = {mode: _rate(found) for mode, found in turns.items()}
         return {"tokens_per_s": rates[HARLI], "train_only_tokens_per_s": rates[TRAIN], "pss_bytes": peak}
+
+    def _turn(self, client: FinetuneClient, cell: Cell, mode: str, seconds: float) -> tuple[float, float]:
+        """(finetune tokens, seconds) with nothing served under the limits of ``mode``."""
+        self._targets(client, replace(cell, mode=mode))
+        time.sleep(SETTLE_S / 2)
+        self._events(client)
+        offset_s = time.time() - time.monotonic()
+        began_s, _ = first = self._total(client, offset_s)
+        ended_s = began_s + seconds
+        time.sleep(max(ended_s - time.monotonic(), 0.0))
+        points = [first, *self._steps(client, offset_s, ended_s, 0.0)]
+        return colocate_busy.between(points, began_s, ended_s), seconds
 
     def _targets(self, client: FinetuneClient, cell: Cell) -> dict[str, float]:
         """``harli set`` for this cell; what is in force then."""
@@ -377,18 +375,19 @@ class World:
         with ThreadPoolExecutor(1) as thread:
             load = thread.submit(self._serve, cell, server, lambda: None)
             time.sleep(cell.seconds)
-            spinner = subprocess.Popen([sys.executable, "-c", SPIN])
-            try:
+            with half_a_core_taken():
                 before = decode_steps()
                 while not load.done() and decode_steps()["steps"] < before["steps"] + SHIFT_STEPS:
                     time.sleep(0.1)
                 after = decode_steps()
-            finally:
-                spinner.kill()
-                spinner.wait()
             found = load.result()
         steps = after["steps"] - before["steps"]
         return {**found, "shift": {"before": before, "after": after, "steps": steps}}
+
+
+def _rate(turns: list[tuple[float, float]]) -> float:
+    """Tokens per second of all turns together."""
+    return round(sum(tokens for tokens, _ in turns) / sum(seconds for _, seconds in turns), 2)
 
 
 def _score(client: FinetuneClient) -> dict[str, Any] | None:

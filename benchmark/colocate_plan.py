@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from colocate_trainer import STEP_ROWS
 
 BURST_REQUESTS = 32  # as many as the servers run at once
 SHIFT_REQUESTS, SHIFT_AFTER_S = 60, 5.0
+REFERENCE = 0.2  # of the seconds of a cell without requests
 DUTIES = (0.5, 0.25, 0.1, 0.05)
 SLICES_MS = {"cpu": (5.0, 10.0, 20.0, 40.0), "cuda": (10.0, 20.0)}
 
@@ -44,7 +46,7 @@ class Cell:
         rate: requests per second.
         target_ms, slice_ms: set in our server.
         rows, threads, duty: of the plain loop.
-        seconds: of a cell without requests.
+        seconds: of a cell without requests; of train-only right before and after one of ours beside requests.
         limit_s: requests that have not ended by then are late.
     """
 
@@ -64,7 +66,7 @@ class Cell:
 
 
 def plan(options: argparse.Namespace, results: dict[str, Any], repetition: int) -> list[Cell]:
-    """The cells of a repetition, in the order in which they are thought of."""
+    """The cells of a repetition, in the order in which they are thought of (see ``in_blocks``)."""
     modes, cells = options.modes, []
     quiet = {"load": IDLE, "repetition": repetition, "seconds": options.seconds}
     if TRAIN in modes:
@@ -82,7 +84,14 @@ def plan(options: argparse.Namespace, results: dict[str, Any], repetition: int) 
         cells.append(Cell(SERVE, ALL, requests=options.requests, **of_load))
         if HARLI in modes:
             cells += [
-                Cell(HARLI, label, requests=options.requests, target_ms=target_ms, **of_load)
+                Cell(
+                    HARLI,
+                    label,
+                    requests=options.requests,
+                    target_ms=target_ms,
+                    seconds=options.seconds * REFERENCE,
+                    **of_load,
+                )
                 for label, target_ms in targets.items()
             ]
         at = results["baseline"]
@@ -92,6 +101,25 @@ def plan(options: argparse.Namespace, results: dict[str, Any], repetition: int) 
             if not options.quick and options.device == "cpu" and HARLI in modes:
                 cells += _special(at, targets, of_load)
     return cells
+
+
+def in_blocks(cells: list[Cell], rng: random.Random) -> list[Cell]:
+    """Load by load, in an order drawn anew, and so the cells of each: a machine's speed changes within minutes.
+
+    Separate processes end after three times serve-only's time, so they come behind the serve-only cell with the same
+    requests.
+    """
+    loads = list(dict.fromkeys(cell.load for cell in cells))
+    rng.shuffle(loads)
+    ordered: list[Cell] = []
+    for load in loads:
+        block = [cell for cell in cells if cell.load == load]
+        rng.shuffle(block)
+        alone = {cell.requests: n for n, cell in enumerate(block) if cell.mode == SERVE}
+        waits = [cell.mode in SEPARATE and alone[cell.requests] > n for n, cell in enumerate(block)]
+        ordered += [cell for cell, late in zip(block, waits, strict=True) if not late]
+        ordered += [cell for cell, late in zip(block, waits, strict=True) if late]
+    return ordered
 
 
 def _hopeless(results: dict[str, Any], cell: Cell) -> bool:

@@ -21,6 +21,7 @@ from colocate_judge import (
     Interval,
     Row,
     efficiencies,
+    harvests,
     kept,
     of,
     on_time,
@@ -77,10 +78,10 @@ def main_table(results: dict[str, Any]) -> str:
         serving = [c for c in found if "tpots_ms" in c]
         training = [c["tokens_per_s"] for c in found if "tokens_per_s" in c]
         gaps = [c["gap_ms"]["p99"] for c in serving if c["gap_ms"]]
+        paired = mode == HARLI and all("train_only_tokens_per_s" in c for c in found)
         harvest = ratios(of(cells, mode, load, setting), of(cells, TRAIN, IDLE)) if training else {}
-        gained = (
-            efficiencies(cells, load, setting) if mode == HARLI and isinstance(load, int) and load else []
-        )
+        harvest = harvests(cells, load, setting) if paired else harvest
+        gained = efficiencies(cells, load, setting) if paired and isinstance(load, int) and load else []
         row = [
             _load(load, found),
             mode,

@@ -70,7 +70,13 @@ def repetition(n: int) -> list[Found]:
         cells.append(cell(SERVE, load, busy=1 - idle))
         cells += [
             cell(
-                HARLI, load, label, tokens_per_s=0.95 * idle * 2000.0, prediction=prediction, limits_ms=limits
+                HARLI,
+                load,
+                label,
+                tokens_per_s=0.95 * idle * 2000.0,
+                train_only_tokens_per_s=2000.0,
+                prediction=prediction,
+                limits_ms=limits,
             )
             for label in TARGETS
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,21 @@ def test_the_full_run_covers_every_mode_load_and_target():
     )
     rows = {(c.mode, c.load) for c in cells}
     assert {(HARLI, BURST), (SERVE, BURST), (HARLI, SHIFT)} <= rows
+
+
+def test_cells_are_measured_load_by_load_each_once_in_an_order_of_its_own():
+    options, found = planned()
+    cells = colocate_plan.plan(options, found, 1)
+    orders = [colocate_plan.in_blocks(cells, random.Random(seed)) for seed in range(20)]
+    for order in orders:
+        assert len(order) == len(cells) and set(order) == set(cells)
+        loads = [cell.load for cell in order]
+        assert sum(a != b for a, b in itertools.pairwise(loads)) == len(set(loads)) - 1
+        for n, apart in enumerate(order):  # they end by what serve-only took
+            if apart.mode in colocate_judge.SEPARATE:
+                alone = [c for c in order[:n] if c.mode == SERVE and c.load == apart.load]
+                assert any(c.requests == apart.requests for c in alone)
+    assert len({tuple(order) for order in orders}) > 10
 
 
 def not_ended(count: int) -> list[float | None]:

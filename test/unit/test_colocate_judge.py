@@ -47,6 +47,7 @@ FAULTS: list[tuple[Change, str]] = [
     (of(HARLI, 40, "2x", tokens_per_s=0.79 * 1200), "efficiency, 40% busy, 2x"),
     (of(HARLI, 40, "1.5x", tokens_per_s=0.74 * 1200), "efficiency, 40% busy, 1.5x"),
     (of(SERVE, 40, busy=0.2), "efficiency, 40% busy, 2x"),
+    (of(HARLI, 40, "2x", train_only_tokens_per_s=2500.0), "efficiency, 40% busy, 2x"),
     (of(HARLI, IDLE, tokens_per_s=0.96 * 2000), "idle with default limits"),
     (of(PLAIN_LOOP, IDLE, "4 rows", tokens_per_s=1800.0), "plain loop in one batch"),
     (of(PLAIN_LOOP, IDLE, "2 rows", tokens_per_s=2050.0), "plain loop at its best (2 rows)"),
