@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,6 +19,7 @@ from typing import Any
 
 import bench_load
 import bench_servers as servers
+from bench_neighbour import ALWAYS, neighbour
 from sglang_harli import FinetuneClient
 
 MAPE, COVERAGE, BACK_WITHIN = 0.10, 0.98, 200
@@ -35,7 +34,6 @@ MIXES = (
     ((2, 1000, 100),),
 )
 ROWS = 64
-BUSY = "while True: pass"
 PHASES = ("decode", "decode_adapters")
 
 
@@ -143,17 +141,6 @@ def traffic(url: str, vocab: int) -> Iterator[None]:
         raise RuntimeError(f"a client failed: {failures[0]!r}") from failures[0]
 
 
-@contextlib.contextmanager
-def neighbour() -> Iterator[None]:
-    """Another process that computes all the time on one core."""
-    process = subprocess.Popen([sys.executable, "-c", BUSY])
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
 def _rows() -> list[dict[str, str]]:
     text = "a river, a stone bridge and a lamp in the garden by the harbour "
     return [{"prompt": f"{n}: ", "completion": text * 4} for n in range(ROWS)]
@@ -183,7 +170,7 @@ def measure(model: Path | None, size: str, steps: int, limit_s: float) -> dict[s
                 warm = watch(server, lambda seen: seen.steps >= WARM_UP, limit_s)
                 begin = warm[-1].steps
                 quiet = watch(server, lambda seen: seen.steps >= begin + steps, limit_s)
-                with neighbour():
+                with neighbour(ALWAYS):
                     begin_disturbed = quiet[-1].steps
                     disturbed = watch(server, lambda seen: seen.steps >= begin_disturbed + steps, limit_s)
                 begin_after = disturbed[-1].steps

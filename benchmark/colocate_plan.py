@@ -149,7 +149,7 @@ def _baselines(options: argparse.Namespace, of_load: dict[str, Any]) -> list[Cel
 
 
 def _special(at: dict[str, Any], targets: dict[str, float], of_load: dict[str, Any]) -> list[Cell]:
-    """A burst from idle to full load, and a core taken away under load."""
+    """A burst from idle to full load, and half of a core taken away under load."""
     label = at["target"]
     burst = {**of_load, "load": BURST, "rate": math.inf, "requests": BURST_REQUESTS}
     shift = {**of_load, "load": SHIFT, "requests": SHIFT_REQUESTS, "seconds": SHIFT_AFTER_S}

@@ -164,7 +164,9 @@ def test_idle_time_that_was_seen_lately_is_expected_again():
     assert not side.slack(clocks, 100, 0.01, 0.0).idle_comes
     side.idle_s = 10.0
     assert side.slack([RequestClock(11.0, 11.0, 1)], 100, 11.0, 0.0).idle_comes
-    assert not side.slack([RequestClock(13.0, 13.0, 1)], 100, 10.0 + IDLE_SEEN_S, 0.0).idle_comes
+    later_s = 10.0 + IDLE_SEEN_S
+    late = side.slack([RequestClock(later_s, later_s, 1)], 100, later_s, 0.0)
+    assert not late.idle_comes and late.seconds < side.targets.idle_quantum_s
 
 
 def test_quiet_steps_follow_the_requests_that_come():

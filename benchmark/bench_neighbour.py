@@ -1,0 +1,31 @@
+"""Another process that computes beside what is measured."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+ALWAYS = "while True: pass"
+# Two threads that wait for each other stop where a core is taken for good: SGLang's decode on two cores then takes
+# 4 s a token (*measured*), so that a predictor's next 400 steps would take half an hour.
+HALF = """
+import time
+while True:
+    ends_s = time.perf_counter() + 0.02
+    while time.perf_counter() < ends_s:
+        pass
+    time.sleep(0.02)
+"""
+
+
+@contextlib.contextmanager
+def neighbour(program: str) -> Iterator[None]:
+    """It runs for the length of a block; ``program``: takes a core always, or half of one in turns."""
+    process = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
