@@ -1,7 +1,7 @@
 """One exchange between a client and the finetune service: connecting, asking, asking again.
 
 Like ``calls``, which builds the verbs on it, it is written as generators of (operation, argument) pairs that
-``client`` carries out: ``open`` a fresh socket; ``send`` frames; ``wait`` at most so many seconds, answered
+``client`` carries out: ``open`` a fresh socket, with the keys or without; ``send`` frames; ``wait`` at most so many seconds, answered
 by ``connected``, ``lost``, ``refused`` with why, ``message`` with its first frame, or ``nothing``; ``sleep``
 seconds; ``call`` something that takes its time; ``emit`` something to the caller.
 """
@@ -112,11 +112,11 @@ class Exchange:
             NotReadyError: nobody answers in time.
             ConfigError: it is refused: the CURVE keys are missing or not the right ones.
         """
-        yield "open", None
+        yield "open", True
         patience = patience if self._seen else None
         limit_s = self.connect_timeout_s if patience is None else max(0.0, patience.left_s)
         begun = time.monotonic()
-        unclear = 0
+        unclear = 0  # handshakes in a row that ended so
         while (left := limit_s - (time.monotonic() - begun)) > 0:
             what, why = yield "wait", min(left, SLICE_S)
             if what == "connected":
@@ -124,18 +124,32 @@ class Exchange:
                 return
             if what == "refused":
                 unclear = unclear + 1 if why == "unclear" else 0
-                self._check_keys(why, unclear)
+                if why != "unclear":
+                    raise self._wrong_keys(why)
+                if self._keys is not None and unclear >= UNCLEAR:
+                    # a service without keys that hangs up before its greeting is read looks the same
+                    raise self._wrong_keys("mechanism" if (yield from self._open_to_all()) else why)
             if patience is not None and time.monotonic() - begun > SLICE_S:
                 patience.lost()
+        hangs_up = "; what listens there hangs up: it is something else, or asks for CURVE keys"
         raise NotReadyError(
             f"no finetune service answers at {self.endpoint} (tried for {limit_s:g} s): start the "
-            f"server, or give its --harli-finetune-endpoint by --endpoint or HARLI_ENDPOINT",
+            f"server, or give its --harli-finetune-endpoint by --endpoint or HARLI_ENDPOINT"
+            f"{hangs_up if unclear >= UNCLEAR else ''}",
             code="cannot_connect",
         )
 
-    def _check_keys(self, why: str, unclear: int) -> None:
-        if why == "unclear" and (self._keys is None or unclear < UNCLEAR):
-            return  # a service that is just going away looks the same
+    def _open_to_all(self) -> Steps[bool]:
+        """Whether the service takes a connection without keys; nothing is sent on it."""
+        yield "open", False
+        end = time.monotonic() + SLICE_S
+        while (left := end - time.monotonic()) > 0:
+            what, _ = yield "wait", left
+            if what in ("connected", "refused"):
+                return bool(what == "connected")
+        return False
+
+    def _wrong_keys(self, why: str) -> ConfigError:
         where = f"the finetune service at {self.endpoint}"
         problem = {
             (
@@ -150,7 +164,7 @@ class Exchange:
             "accepts clients with CURVE keys only: give their folder by --curve-keys or HARLI_CURVE_KEYS "
             "(harli make-keys makes some)",
         )
-        raise ConfigError(f"{where} {problem}", code="curve_keys", param="curve_keys")
+        return ConfigError(f"{where} {problem}", code="curve_keys", param="curve_keys")
 
     def request(
         self,

@@ -34,7 +34,7 @@ class Wire:
         self._monitor: Any = None
         self._lost = False
 
-    def open(self) -> None:
+    def open(self, with_keys: bool) -> None:
         self.close()
         self._lost = False
         self._socket = self._context.socket(zmq.DEALER)
@@ -48,7 +48,7 @@ class Wire:
             (zmq.IPV6, self._endpoint.startswith("tcp://[")),
         ):
             self._socket.setsockopt(option, value)
-        if self._keys is not None:
+        if self._keys is not None and with_keys:
             self._keys.apply(self._socket)
         wanted = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | sum(_REFUSED)
         self._monitor = self._socket.get_monitor_socket(wanted)
@@ -106,7 +106,7 @@ class SyncWire(Wire):
 
     def do(self, operation: str, argument: Any) -> Any:
         if operation == "open":
-            return self.open()
+            return self.open(argument)
         if operation == "send":
             return self.send(argument)
         if operation == "wait":
@@ -124,7 +124,7 @@ class AsyncWire(Wire):
 
     async def do(self, operation: str, argument: Any) -> Any:
         if operation == "open":
-            return self.open()
+            return self.open(argument)
         if operation == "send":
             return self.send(argument)
         if operation == "wait":

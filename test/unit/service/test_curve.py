@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from sglang_harli.client import FinetuneClient
 from sglang_harli.config import HarliOptions
-from sglang_harli.errors import ConfigError
+from sglang_harli.errors import ConfigError, NotReadyError
 from sglang_harli.managers.supervisor import check_endpoint_free
-from sglang_harli.protocol import curve_keys
+from sglang_harli.protocol import curve_keys, exchange
 from support.service_peers import ServiceProcess
 from support.service_world import free_port, pairs, until
 
@@ -77,6 +80,55 @@ def test_everybody_else_is_told_why_not(guarded, keys, tmp_path):
 
 def test_keys_where_none_are_asked_for(shared, keys):
     assert "does not use CURVE keys" in refused(shared.service.endpoint, keys / "client")
+
+
+@pytest.mark.parametrize(
+    ("without_keys", "reason"),
+    [
+        ([("nothing", None), ("connected", None)], "does not use CURVE keys"),
+        ([("refused", "mechanism")], "has another key than server.key in mine"),
+        ([("refused", "unclear")], "has another key than server.key in mine"),
+        ([], "has another key than server.key in mine"),
+    ],
+)
+def test_a_service_that_hangs_up_first_is_asked_without_keys(without_keys, reason, monkeypatch):
+    """Whose greeting is read first is a race, and a connection that ends in it says no reason."""
+    monkeypatch.setattr(exchange, "SLICE_S", 0.05)
+    answers = iter([*[("refused", "unclear")] * exchange.UNCLEAR, *without_keys])
+    opened = []
+    steps = exchange.Exchange("tcp://127.0.0.1:1", keys="mine").connect()
+    with pytest.raises(ConfigError, match=reason):
+        operation, argument = next(steps)
+        while True:
+            if operation == "open":
+                opened.append(argument)
+                operation, argument = next(steps)
+            operation, argument = steps.send(next(answers, ("nothing", None)))
+    assert opened == [True, False]
+
+
+def test_what_hangs_up_at_once_is_told(keys):
+    def hang_up() -> None:
+        while not done.is_set():
+            with contextlib.suppress(TimeoutError):
+                listener.accept()[0].close()
+
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.1)
+        answering = threading.Thread(target=hang_up)
+        answering.start()
+        endpoint = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            with (
+                FinetuneClient(endpoint, connect_timeout_s=2) as client,
+                pytest.raises(NotReadyError, match="hangs up: it is something else, or asks for CURVE keys"),
+            ):
+                client.status()
+            assert "has another key" in refused(endpoint, keys / "client")
+        finally:
+            done.set()
+            answering.join()
 
 
 def test_the_environment_names_the_keys(guarded, keys):
