@@ -7,10 +7,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-ALWAYS = "while True: pass"
-# Two threads that wait for each other stop where a core is taken for good: SGLang's decode on two cores then takes
-# 4 s a token (*measured*), so that a predictor's next 400 steps would take half an hour.
-HALF = """
+# Half of a core, in turns: two threads that wait for each other stop where a core is taken for good. SGLang's decode on two
+# cores then takes 4 s a token (*measured*), so that a predictor's next 400 steps would take half an hour.
+PROGRAM = """
 import time
 while True:
     ends_s = time.perf_counter() + 0.02
@@ -21,9 +20,9 @@ while True:
 
 
 @contextlib.contextmanager
-def neighbour(program: str) -> Iterator[None]:
-    """It runs for the length of a block; ``program``: takes a core always, or half of one in turns."""
-    process = subprocess.Popen([sys.executable, "-c", program])
+def neighbour() -> Iterator[None]:
+    """It takes half of a core for the length of a block."""
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM])
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ Exits with 1 when a decision takes 50 us or more (p99), an error is 10% or more,
 than 98% of the steps, before the change or from 200 steps after it.
 
 With ``--server`` nothing of that, but the predictions of a real one on the CPU engine (a 25M-parameter model): decode steps of
-mixed loads while a job trains; then another process takes a core, and gives it back.  Exits with 1 when the error is
+mixed loads while a job trains; then another process takes half a core, and gives it back.  Exits with 1 when the error is
 10% or more, a bound covers less than 98% of the steps, or coverage is not back within 200 steps of a change.
 """
 
@@ -241,7 +241,7 @@ def judge_server(options: argparse.Namespace) -> int:
         results={"server": found, "wrong": wrong},
         table=shown,
         not_shown="One machine and one model. What else ran on the machine is not controlled, other than the "
-        "process that takes a core.",
+        "process that takes half a core.",
         folder=options.results,
     )
     print(page)

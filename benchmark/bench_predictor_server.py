@@ -1,4 +1,4 @@
-"""The latency predictor on a real server: mixed loads while a job trains, then while another process takes a core.
+"""The latency predictor on a real server: mixed loads while a job trains, then while another process takes half a core.
 
 Part of ``bench_predictor.py`` (``--server``).  The server judges every decode step by a prediction that had not seen
 it, so all loads are held out; this reads its counts ten times a second.
@@ -19,7 +19,7 @@ from typing import Any
 
 import bench_load
 import bench_servers as servers
-from bench_neighbour import ALWAYS, neighbour
+from bench_neighbour import neighbour
 from sglang_harli import FinetuneClient
 
 MAPE, COVERAGE, BACK_WITHIN = 0.10, 0.98, 200
@@ -170,7 +170,7 @@ def measure(model: Path | None, size: str, steps: int, limit_s: float) -> dict[s
                 warm = watch(server, lambda seen: seen.steps >= WARM_UP, limit_s)
                 begin = warm[-1].steps
                 quiet = watch(server, lambda seen: seen.steps >= begin + steps, limit_s)
-                with neighbour(ALWAYS):
+                with neighbour():
                     begin_disturbed = quiet[-1].steps
                     disturbed = watch(server, lambda seen: seen.steps >= begin_disturbed + steps, limit_s)
                 begin_after = disturbed[-1].steps

@@ -261,18 +261,30 @@ def _separate(results: dict[str, Any]) -> Iterator[Row]:
 
 
 def burst_excess(ours: dict[str, Any], alone: dict[str, Any], target_ms: float) -> tuple[float, float]:
-    """How much of what a burst may cost was used, 1 being all: (first tokens, the tokens after them).
+    """How much of what a burst may cost was used, 1 being all: (first tokens, last tokens), from when they were sent.
 
-    The k-th first token may come one quantum of idle time later than serve-only's k-th.  The rest of a request may take
-    its target, or serve-only's time where that is longer, and one quantum.
+    The k-th first token may come one quantum of idle time later than serve-only's k-th.  A request's last token may come as
+    long after its first as its target says, and one quantum; where that is later, one quantum of idle time after
+    serve-only's.  (Not TPOT by TPOT: whom the first prefill takes, and then waits for the others', is chance.)
     """
+    idle_ms, busy_ms = ours["limits_ms"]["idle"], ours["limits_ms"]["busy"]
     firsts = [sorted(math.inf if t is None else t for t in cell["ttfts_ms"]) for cell in (ours, alone)]
-    first = max(a / (b + ours["limits_ms"]["idle"]) for a, b in zip(*firsts, strict=True))
-    rest = 0.0
-    for a, b, tokens in zip(ours["tpots_ms"], alone["tpots_ms"], ours["tokens"], strict=True):
-        allowed = max(target_ms, b or target_ms) * (tokens - 1) + ours["limits_ms"]["busy"]
-        rest = max(rest, math.inf if a is None else a * (tokens - 1) / allowed)
-    return first, rest
+    first = max(a / (b + idle_ms) for a, b in zip(*firsts, strict=True))
+    last = 0.0
+    for begun, end, end_alone, tokens in zip(
+        ours["ttfts_ms"], _ends_ms(ours), _ends_ms(alone), ours["tokens"], strict=True
+    ):
+        if end is None:
+            return first, math.inf
+        allowed = begun + target_ms * (tokens - 1) + busy_ms
+        last = max(last, end / max(allowed, (end_alone or 0.0) + idle_ms))
+    return first, last
+
+
+def _ends_ms(cell: dict[str, Any]) -> Iterator[float | None]:
+    """When each request's last token came; None: it failed or did not end in time."""
+    for first, tpot, tokens in zip(cell["ttfts_ms"], cell["tpots_ms"], cell["tokens"], strict=True):
+        yield None if first is None or tpot is None else first + tpot * (tokens - 1)
 
 
 def _burst(results: dict[str, Any]) -> Iterator[Row]:
@@ -283,7 +295,10 @@ def _burst(results: dict[str, Any]) -> Iterator[Row]:
     ours, alone = of(cells, HARLI, BURST), of(cells, SERVE, BURST)
     found = [burst_excess(ours[n], alone[n], target_ms) for n in sorted(set(ours) & set(alone))]
     for place, text in enumerate(
-        ("first token, of serve-only's and one quantum", "the rest, of its target and one quantum")
+        (
+            "first token, of serve-only's and one quantum",
+            "last token, of its target (or serve-only's) and one quantum",
+        )
     ):
         values = [min(pair[place], 1e6) for pair in found]
         yield Row(f"burst from idle: the latest {text}", interval(values), 1.0, at_least=False)

@@ -26,7 +26,7 @@ from typing import Any
 import bench_load
 import bench_servers as servers
 import colocate_busy
-from bench_neighbour import HALF, neighbour
+from bench_neighbour import neighbour
 from bench_servers import Server
 from colocate_client import Client, Load
 from colocate_judge import HARLI, NICE, PLAIN_LOOP, SHIFT, SLICES, TRAIN, UNCOORDINATED
@@ -375,7 +375,7 @@ class World:
         with ThreadPoolExecutor(1) as thread:
             load = thread.submit(self._serve, cell, server, lambda: None)
             time.sleep(cell.seconds)
-            with neighbour(HALF):
+            with neighbour():
                 before = decode_steps()
                 while not load.done() and decode_steps()["steps"] < before["steps"] + SHIFT_STEPS:
                     time.sleep(0.1)

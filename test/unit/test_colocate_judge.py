@@ -55,8 +55,8 @@ FAULTS: list[tuple[Change, str]] = [
     (of(UNCOORDINATED, 40, tpots_ms=[10.0] * REQUESTS), "of two processes, 2 threads"),
     (of(HARLI, 40, "2x", pss_bytes=4 * 2**30), "memory of all processes"),
     (of(HARLI, BURST, ttfts_ms=slow(3, 400.0)), "the latest first token"),
-    (of(HARLI, BURST, tpots_ms=lambda c: [22.0, *c["tpots_ms"][1:]]), "the latest the rest"),
-    (of(HARLI, BURST, tpots_ms=late(1)), "the latest the rest"),
+    (of(HARLI, BURST, tpots_ms=lambda c: [22.0, *c["tpots_ms"][1:]]), "the latest last token"),
+    (of(HARLI, BURST, tpots_ms=late(1)), "the latest last token"),
     (of(HARLI, 40, prediction={"mape": 0.2, "coverage": 0.99}), "mean error of predicted"),
     (of(HARLI, 40, prediction={"mape": 0.01, "coverage": 0.95}), "within their upper bound"),
     (

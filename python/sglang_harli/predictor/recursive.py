@@ -199,7 +199,7 @@ class RecursiveLine:
         q1 = r[1] * u[0] + r[3] * u[1] + r[4] * u[2]
         q2 = r[2] * u[0] + r[4] * u[1] + r[5] * u[2]
         known = u[0] * q0 + u[1] * q1 + u[2] * q2
-        if known > 1.0:  # less than one observation's worth is not forgotten
+        if known > 1.0:  # where next to nothing is known, nothing fades
             r = plus_outer(r, (q0, q1, q2), -weight * (1.0 - self.forgetting) / known)
         r = plus_outer(r, u, weight)
         p = inverse(r)
