@@ -83,7 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--modes",
         help=f"comma-separated (default: all; cuda: without separate processes): {', '.join(MODES)}",
     )
-    add("--repetitions", type=int, help="(default: 6; quick and cuda: 3; both: 1)")
+    add("--repetitions", type=int, help="(default: 10; quick and cuda: 3; both: 1)")
     add("--requests", type=int, help="of a cell of one repetition (default: 400 of all; quick: 20)")
     add(
         "--baseline-requests",
@@ -124,7 +124,7 @@ def _defaults(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     if any(load and not 1 <= load <= 95 for load in options.loads):
         parser.error("--loads: give idle, and per cent from 1 to 95")
     # many short repetitions: what is compared is measured within minutes, and the machine's speed changes in those
-    options.repetitions = options.repetitions or ((1 if cuda else 3) if quick else 3 if cuda else 6)
+    options.repetitions = options.repetitions or ((1 if cuda else 3) if quick else 3 if cuda else 10)
     options.requests = options.requests or (
         (16 if cuda else 20) if quick else math.ceil(REQUESTS / options.repetitions)
     )

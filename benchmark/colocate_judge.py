@@ -14,13 +14,14 @@
         limits_ms            {"idle", "busy"}: bounds of a quantum in force
 
 A ratio is taken within a repetition, between cells of the same load and the same requests.  Intervals are 95%: Student's t over
-repetitions (of logarithms), for shares of requests a bootstrap over the requests of each repetition, in pairs.  A row fails
+repetitions (of logarithms), for shares of requests a bootstrap over repetitions and the requests of each, in pairs.  A row fails
 exactly when its whole interval is on the wrong side of its bound; it holds when the whole interval is on the right side;
 otherwise it is open.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 from collections import Counter
@@ -37,6 +38,7 @@ SEPARATE = (UNCOORDINATED, NICE)
 BURST, SHIFT, IDLE = "burst", "core taken", 0
 DEFAULT = "default limits"
 ALL, FEW = "", "the baselines' requests"  # settings of serve-only
+APART = ", "  # between a target's label and what else a setting of ours says
 ONE_BATCH = "4 rows"
 
 KEPT = 0.99  # of serve-only's share within target
@@ -53,6 +55,7 @@ HOLDS, FAILS, OPEN, MISSING = "holds", "FAILS", "open", "no data"
 # Two-sided 95% points of Student's t by degrees of freedom.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 RESAMPLES = 2000
+TOGETHER_MS = 10.0  # first tokens that one prefill gives out come within this time
 
 Cells = list[dict[str, Any]]
 
@@ -109,18 +112,23 @@ def on_time(cell: dict[str, Any], target_ms: float) -> list[int]:
 def shares(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Interval | None:
     """Ratio of the share on time in the first to that in the second, over pairs of repetitions.
 
-    Requests are drawn with replacement within each repetition, the same ones on both sides.
+    Drawn with replacement: repetitions, since all requests of a cell share the machine's speed in that minute, and
+    requests within each, the same ones on both sides.
     """
     pairs = [pair for pair in pairs if pair[0] and len(pair[0]) == len(pair[1])]
     over, under = sum(sum(p[0]) for p in pairs), sum(sum(p[1]) for p in pairs)
     if not under:
         return None
     rng = np.random.default_rng(0)
+    times = rng.multinomial(
+        len(pairs), [1 / len(pairs)] * len(pairs), size=RESAMPLES
+    )  # each repetition is drawn
     drawn_over, drawn_under = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
-    for pair in pairs:  # a draw of requests is a draw of how many are on time on both sides, on one, on none
+    for pair, count in zip(pairs, times.T, strict=True):
+        # a draw of requests is a draw of how many are on time on both sides, on one, on none
         kinds = Counter(zip(*pair, strict=True))
-        names, chances = list(kinds), [count / len(pair[0]) for count in kinds.values()]
-        drawn = rng.multinomial(len(pair[0]), chances, size=RESAMPLES)
+        names, chances = list(kinds), [size / len(pair[0]) for size in kinds.values()]
+        drawn = rng.multinomial(len(pair[0]) * count, chances)
         drawn_over += drawn @ [a for a, _ in names]
         drawn_under += drawn @ [b for _, b in names]
     ratios = drawn_over[drawn_under > 0] / drawn_under[drawn_under > 0]
@@ -233,13 +241,23 @@ def _harvest(results: dict[str, Any]) -> Iterator[Row]:
     yield Row(text, interval(list(best.values())), OVER_BEST)
 
 
+def with_few(cells: Cells, load: int | str, label: str) -> dict[int, dict[str, Any]]:
+    """Our cells with the requests that the baselines have: few requests may come faster or slower than the rate says."""
+    return of(cells, HARLI, load, label + APART + FEW) or of(cells, HARLI, load, label)
+
+
+def label_of(setting: str) -> str:
+    """The target's label in a setting of ours."""
+    return setting.partition(APART)[0]
+
+
 def _separate(results: dict[str, Any]) -> Iterator[Row]:
     cells, at = results["cells"], results["baseline"]
     if at is None:
         return
     load, label = at["load"], at["target"]
     target_ms = results["targets"][str(load)][label]
-    ours = of(cells, HARLI, load, label)
+    ours = with_few(cells, load, label)
     memory: list[float] = []
     for mode in SEPARATE:
         for setting in settings_of(cells, mode):
@@ -263,13 +281,15 @@ def _separate(results: dict[str, Any]) -> Iterator[Row]:
 def burst_excess(ours: dict[str, Any], alone: dict[str, Any], target_ms: float) -> tuple[float, float]:
     """How much of what a burst may cost was used, 1 being all: (first tokens, last tokens), from when they were sent.
 
-    The k-th first token may come one quantum of idle time later than serve-only's k-th.  A request's last token may come as
+    The k-th first token may come one quantum of idle time later than serve-only's k-th; of those that one prefill gives out
+    together the last one counts, since who comes during a quantum is computed with whom it holds up.  A request's last token may come as
     long after its first as its target says, and one quantum; where that is later, one quantum of idle time after
     serve-only's.  (Not TPOT by TPOT: whom the first prefill takes, and then waits for the others', is chance.)
     """
     idle_ms, busy_ms = ours["limits_ms"]["idle"], ours["limits_ms"]["busy"]
     firsts = [sorted(math.inf if t is None else t for t in cell["ttfts_ms"]) for cell in (ours, alone)]
-    first = max(a / (b + idle_ms) for a, b in zip(*firsts, strict=True))
+    behind = [bisect.bisect_right(firsts[0], a + TOGETHER_MS) - 1 for a in firsts[0]]
+    first = max(a / (firsts[1][last] + idle_ms) for a, last in zip(firsts[0], behind, strict=True))
     last = 0.0
     for begun, end, end_alone, tokens in zip(
         ours["ttfts_ms"], _ends_ms(ours), _ends_ms(alone), ours["tokens"], strict=True

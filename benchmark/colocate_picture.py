@@ -6,7 +6,7 @@ import statistics
 from html import escape
 from typing import Any
 
-from colocate_judge import HARLI, MODES, SERVE, on_time
+from colocate_judge import HARLI, MODES, SERVE, label_of, on_time
 from colocate_report import groups, members, targets_at
 
 WIDTH, PANEL, LEFT, RIGHT, TOP, BOTTOM = 430, 330, 58, 20, 40, 46
@@ -28,7 +28,7 @@ def points(results: dict[str, Any], load: int) -> list[tuple[str, str, float, fl
     at = results["baseline"]
     found = []
     for at_load, mode, setting in groups(results["cells"]):
-        label = setting if mode == HARLI else at and at["target"]
+        label = label_of(setting) if mode == HARLI else at and at["target"]
         if at_load != load or label not in targets:
             continue
         cells, _ = members(results["cells"], load, mode, setting)

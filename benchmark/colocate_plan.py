@@ -10,6 +10,7 @@ from typing import Any
 
 from colocate_judge import (
     ALL,
+    APART,
     BURST,
     DEFAULT,
     FEW,
@@ -96,7 +97,7 @@ def plan(options: argparse.Namespace, results: dict[str, Any], repetition: int) 
             ]
         at = results["baseline"]
         if at and int(load) == at["load"]:
-            baselines = _baselines(options, {**of_load, "requests": options.baseline_requests})
+            baselines = _baselines(options, targets, at, {**of_load, "requests": options.baseline_requests})
             cells += [cell for cell in baselines if not _hopeless(results, cell)]
             if not options.quick and options.device == "cpu" and HARLI in modes:
                 cells += _special(at, targets, of_load)
@@ -132,10 +133,15 @@ def _hopeless(results: dict[str, Any], cell: Cell) -> bool:
     return share is not None and share.value < HOPELESS
 
 
-def _baselines(options: argparse.Namespace, of_load: dict[str, Any]) -> list[Cell]:
+def _baselines(
+    options: argparse.Namespace, targets: dict[str, float], at: dict[str, Any], of_load: dict[str, Any]
+) -> list[Cell]:
     modes, cells = options.modes, []
     if options.baseline_requests != options.requests and modes & {*SEPARATE, SLICES}:
         cells.append(Cell(SERVE, FEW, **of_load))
+        if HARLI in modes:
+            label = at["target"]
+            cells.append(Cell(HARLI, label + APART + FEW, target_ms=targets[label], **of_load))
     if UNCOORDINATED in modes:
         cells.append(Cell(UNCOORDINATED, "2 threads", **of_load))
     if NICE in modes:

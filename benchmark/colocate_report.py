@@ -23,10 +23,12 @@ from colocate_judge import (
     efficiencies,
     harvests,
     kept,
+    label_of,
     of,
     on_time,
     ratios,
     settings_of,
+    with_few,
 )
 
 LATE_MS = math.inf
@@ -119,7 +121,7 @@ def _within(results: dict[str, Any], load: int | str, mode: str, setting: str, s
         return "-"
     targets = targets_at(results, load)
     if mode == HARLI:
-        targets = {k: v for k, v in targets.items() if k == setting}
+        targets = {k: v for k, v in targets.items() if k == label_of(setting)}
     parts = []
     for label, target_ms in targets.items():
         flags = [flag for cell in serving for flag in on_time(cell, target_ms)]
@@ -165,6 +167,9 @@ def baselines(results: dict[str, Any]) -> str:
             )
         elif settings_of(cells, mode):
             lines.append(f"- {mode}: no setting keeps 99% of serve-only's share")
+    if lines and (ours := with_few(cells, at["load"], at["target"])):
+        speed = statistics.median(cell["tokens_per_s"] for cell in ours.values())
+        lines.append(f"- {HARLI}, with the same requests: {speed:.0f} tokens/s")
     return (
         f"At {at['load']}% busy, target {at['target']} ({target_ms:.1f} ms):\n\n" + "\n".join(lines)
         if lines

@@ -136,6 +136,9 @@ def test_the_full_run_covers_every_mode_load_and_target():
     assert {(SERVE, load, "") for load in (40, 60, 80)} <= names
     assert {c.mode for c in cells} == set(colocate_judge.MODES) and len(names) == len(cells)
     assert found["baseline"] == {"load": 40, "target": "2x"}
+    apart = {c.requests for c in cells if c.mode in colocate_judge.SEPARATE}
+    ours = [c for c in cells if c.setting == "2x" + colocate_judge.APART + colocate_judge.FEW]
+    assert [(c.mode, c.load, {c.requests}) for c in ours] == [(HARLI, 40, apart)]
     assert (
         options.requests * options.repetitions >= 400
         and options.baseline_requests * options.repetitions == 120

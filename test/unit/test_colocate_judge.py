@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import colocate_judge
+import colocate_report
 from colocate_judge import (
     BURST,
     FAILS,
@@ -105,6 +106,17 @@ def test_disturbed_cells_enter_nothing():
     assert row.verdict == HOLDS and row.found is not None and row.found.n == 2
 
 
+def test_separate_processes_are_compared_on_the_requests_that_they_had():
+    found = results()
+    setting = "2x" + colocate_judge.APART + FEW
+    few = [cell(HARLI, 40, setting, repetition=n, tokens_per_s=200.0) for n in (1, 2, 3)]
+    found["cells"] += few
+    (row,) = [row for row in judge(found) if "of nice 19, 1 thread" in row.text]
+    assert row.verdict == FAILS and row.found.value == pytest.approx(200 / 300, rel=0.01)
+    assert "harli, with the same requests: 200 tokens/s" in colocate_report.page(found, [])
+    assert colocate_judge.label_of(setting) == "2x"
+
+
 def test_a_setting_that_does_not_keep_the_share_is_not_compared():
     texts = [row.text for row in judge(results())]
     assert not [text for text in texts if "of two processes, 2 threads" in text]
@@ -160,3 +172,22 @@ def test_shares_are_of_the_same_requests():
     found = shares([(half, all_on)])
     assert found is not None and found.value == 0.5 and 0.3 < found.lower < 0.5 < found.upper < 0.7
     assert shares([(half, [0] * 40)]) is None and shares([]) is None
+
+
+def test_requests_of_one_repetition_are_no_independent_witnesses():
+    """All of a slow minute's requests are late together: one such minute of four proves nothing."""
+    on, late = [1] * 100, [1] * 60 + [0] * 40
+    one = shares([(late, on), (on, on), (on, on), (on, on)])
+    assert one is not None and one.value == 0.9 and one.lower < 0.85 and one.upper == 1.0
+    each = shares([(late, on)] * 4)
+    assert each is not None and each.upper < 0.7
+
+
+def test_first_tokens_of_one_prefill_are_compared_as_one():
+    alone = cell(SERVE, BURST, ttfts_ms=[60.0] + [350.0] * 15)
+    ours = cell(
+        HARLI, BURST, ttfts_ms=[320.0 + 0.1 * n for n in range(16)], limits_ms={"idle": 250.0, "busy": 40.0}
+    )
+    assert colocate_judge.burst_excess(ours, alone, 20.0)[0] == pytest.approx(321.5 / 600.0, rel=0.01)
+    ours["ttfts_ms"][0] = 311.0 - 2 * colocate_judge.TOGETHER_MS
+    assert colocate_judge.burst_excess(ours, alone, 20.0)[0] == pytest.approx(291.0 / 310.0, rel=0.01)
