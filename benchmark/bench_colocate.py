@@ -185,7 +185,7 @@ def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any
         results["start_s"], results["limits"] = world.start_s, world.limits()
         print(f"all up after {time.monotonic() - began:.0f} s: {world.start_s}", flush=True)
         busy = [load for load in options.loads if load]
-        count, rounds = (options.requests, 1) if options.quick else (max(options.requests // 3, 12), 2)
+        count, rounds = (options.requests, 1) if options.quick else (max(options.requests // 2, 12), 4)
         results["calibration"] = found = calibrate(world, busy, count, rounds)
         medians_ms = {load: row["tpot_ms"] for load, row in found["loads"].items()}
         results["targets"] = {load: targets_of(options, ms) for load, ms in medians_ms.items()}

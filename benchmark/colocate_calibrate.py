@@ -34,26 +34,31 @@ def calibrate(world: World, loads: list[int], requests: int, rounds: int) -> dic
 
     Returns:
         ``service_s`` and ``tpot_ms`` of requests one by one; ``loads``: {per cent: {rate, tpot_ms, seconds, measured:
-        (rate, busy) of each round}}; the TPOT and the seconds are those of the last round.
+        (rate, busy) of each round}}; the TPOT is of all rounds, the seconds are those of the last.
     """
     place, server = world.place, world.servers["plain"]
     alone = Load(ALONE, math.inf, 1, place.prompt_tokens, place.output_tokens, place.ratio, concurrency=1)
     with servers.running(server):
         found = world.client.run(server.url, place.model, alone, START_LIMIT_S, lambda: None)
     service_s = (found["ended_s"] - found["began_s"]) / ALONE
-    answer: dict[str, Any] = {}
-    for load in loads:
-        rate, measured = offered(load / 100, service_s), []
-        for _ in range(rounds):
-            cell = world.measure(Cell(SERVE, "", load, 0, requests=requests, rate=rate))
-            measured.append((round(rate, 4), round(cell["busy"], 4)))
-            answer[str(load)] = {
-                "tpot_ms": statistics.median(t for t in cell["tpots_ms"] if t is not None),
+    answer: dict[str, Any] = {
+        str(load): {"rate": offered(load / 100, service_s), "measured": []} for load in loads
+    }
+    tpots_ms: dict[str, list[float]] = {name: [] for name in answer}
+    services_s: dict[str, list[float]] = {name: [] for name in answer}
+    for number in range(rounds):  # load by load in each: a machine's speed changes in minutes
+        for load in loads:
+            name = str(load)
+            rate = answer[name]["rate"]
+            cell = world.measure(Cell(SERVE, "", load, -number, requests=requests, rate=rate))
+            answer[name]["measured"].append((round(rate, 4), round(cell["busy"], 4)))
+            tpots_ms[name] += [t for t in cell["tpots_ms"] if t is not None]
+            services_s[name].append(served(cell["busy"], rate))
+            answer[name] |= {
+                "rate": offered(load / 100, statistics.median(services_s[name])),
+                "tpot_ms": statistics.median(tpots_ms[name]),
                 "seconds": cell["seconds"],
-                "measured": measured,
             }
-            rate = offered(load / 100, served(cell["busy"], rate))
-        answer[str(load)]["rate"] = rate
     return {
         "service_s": round(service_s, 4),
         "tpot_ms": statistics.median(t for t in found["tpots_ms"] if t is not None),

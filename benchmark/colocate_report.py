@@ -9,6 +9,7 @@ from typing import Any
 
 from bench_load import percentile
 from colocate_judge import (
+    ALL,
     BURST,
     HARLI,
     IDLE,
@@ -191,6 +192,19 @@ def prediction(results: dict[str, Any]) -> str:
     )
 
 
+def effective_targets(results: dict[str, Any]) -> str:
+    """Targets as multiples of what serve-only's median turned out to be in the run."""
+    found = []
+    for load, targets in results["targets"].items():
+        cells = of(results["cells"], SERVE, int(load), ALL).values()
+        ended = [t for cell in cells for t in cell["tpots_ms"] if t is not None]
+        if ended:
+            median_ms = statistics.median(ended)
+            times = ", ".join(f"{label} {ms / median_ms:.2f}" for label, ms in targets.items())
+            found.append(f"{load}%: {median_ms:.2f} ms, of which the targets are {times}")
+    return f"Serve-only's median TPOT in the run itself: {'; '.join(found)}." if found else ""
+
+
 def page(results: dict[str, Any], rows: Sequence[Row]) -> str:
     """Everything that is printed, as Markdown."""
     calibration = results["calibration"]
@@ -202,6 +216,7 @@ def page(results: dict[str, Any], rows: Sequence[Row]) -> str:
     parts = [
         main_table(results),
         f"Serve-only, calibrated: one request alone {calibration['tpot_ms']:.2f} ms a token; {loads}.",
+        effective_targets(results),
         baselines(results),
         prediction(results),
         verdicts(rows),

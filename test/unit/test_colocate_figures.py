@@ -216,6 +216,7 @@ def test_the_page_says_everything_once():
         and "2x: 0.0%" in text
         and text.count("| FAILS |") == sum(r.verdict == FAILS for r in rows) == 1
     )
+    assert "40%: 10.20 ms, of which the targets are 1.5x 1.47, 2x 1.96, 4x 3.92" in text
     assert "late" in text  # the 99th percentile of a cell where some did not end
     assert "two processes: no setting keeps" in text and "nice 19: best setting" in text
     json.dumps(found)

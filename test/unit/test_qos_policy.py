@@ -224,6 +224,40 @@ def test_the_reserve_is_the_recent_maximum_of_summed_prefills_and_decays():
     assert math.isclose(reserve.seconds(101.0), 0.025)
 
 
+def test_prompts_one_after_the_other_put_a_batch_further_behind():
+    reserve = PrefillReserve(half_life_s=1.0)
+    for number in range(6):  # every other step one of 30 ms
+        if number % 2:
+            reserve.prefill(0.03)
+        reserve.decode(now_s=float(number) / 1e6)
+    assert math.isclose(reserve.seconds(0.0), 0.03, rel_tol=1e-3), "each for itself"
+    assert math.isclose(reserve.seconds(0.0, spare_s=0.0), 0.09, rel_tol=1e-3)
+    assert math.isclose(reserve.seconds(0.0, spare_s=-1.0), 0.09, rel_tol=1e-3), "no more than what came"
+    assert math.isclose(reserve.seconds(0.0, spare_s=0.005), 0.09 - 5 * 0.005, rel_tol=1e-3)
+    assert math.isclose(reserve.seconds(1.0, spare_s=0.0), 0.045, rel_tol=1e-3)
+
+
+@given(
+    hold_ups=st.lists(st.sampled_from((0.0, 0.0, 0.02, 0.05)), min_size=1, max_size=32),
+    spare_s=st.floats(0.0, 0.05),
+)
+def test_the_reserve_is_what_prompts_put_a_batch_behind(hold_ups, spare_s):
+    """Never more; less by what the steps leave that a row lacks to the next span."""
+    reserve = PrefillReserve()
+    for seconds in hold_ups:
+        if seconds:
+            reserve.prefill(seconds)
+        reserve.decode(0.0)
+    behind, most = 0.0, 0.0
+    for seconds in hold_ups:
+        behind += seconds
+        most = max(most, behind)
+        behind = max(behind - spare_s, 0.0)
+    kept = reserve.seconds(0.0, spare_s)
+    assert max(hold_ups) - 1e-9 <= kept <= most + 1e-9
+    assert kept >= most - (len(hold_ups) - 1) * spare_s - 1e-9
+
+
 def test_attainment_is_a_mean_over_the_request():
     attainment = Attainment()
     attainment.count(RequestClock(0.0, 0.50, 11), 0.05)

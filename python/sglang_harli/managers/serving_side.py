@@ -25,6 +25,7 @@ from sglang_harli.managers.slo_ledger import (
     backlog_slack,
     batch_slack,
     expecting,
+    spare,
 )
 from sglang_harli.managers.step_timer import BatchLoad
 from sglang_harli.predictor.latency_predictor import DECODE, PREFILL, LatencyPredictor
@@ -192,13 +193,12 @@ class ServingSide:
             for trained in (True, False)
         )
         decode_upper_s = after.upper_s * (DISTURBED if disturbed else 1.0)
-        reserve_s = self.reserve.seconds(now_s)
         slack = batch_slack(
             clocks,
             self.targets,
             now_s=now_s,
             decode_upper_s=decode_upper_s,
-            reserve_s=reserve_s,
+            reserve_s=self.reserve.seconds(now_s, spare(self.targets, alone.expected_s)),
             queued_s=queued_s,
             prefill_s=0.0 if backlog is None or not backlog.admitted else backlog.prefill_upper_s,
         )
@@ -216,7 +216,7 @@ class ServingSide:
                 self.targets,
                 now_s=now_s,
                 decode_upper_s=decode_upper_s,
-                reserve_s=reserve_s,
+                reserve_s=self.reserve.seconds(now_s),
                 queued_s=queued_s,
             )
             slack = min(slack, waits, key=lambda each: each.seconds)

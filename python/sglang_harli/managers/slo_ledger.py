@@ -7,8 +7,10 @@ All times are seconds of one monotonic clock.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 # What is kept of the target for what a client sees and the scheduler does not: detokenization, HTTP, and
@@ -17,6 +19,8 @@ KEPT_SHARE = 0.03
 KEPT_S = 0.002
 IDLE_SEEN_S = 2.0  # where nothing was served within this time, there will be such time again
 QUIET_SEEN = 0.1  # weight of the newest span between two new requests
+HELD_UP = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32)  # decode steps over which hold-ups are added up
+ENOUGH_S = 1e6  # a decode step that leaves so much makes up for any hold-up
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,11 @@ def batch_slack(
     return Slack(least - now_s - decode_upper_s - queued_s - prefill_s, bound)
 
 
+def spare(targets: Targets, decode_s: float) -> float:
+    """What a decode step of that length leaves of the TPOT target, in seconds; negative where it takes longer."""
+    return targets.tpot_s * (1 - KEPT_SHARE) - decode_s
+
+
 def expecting(
     slack: Slack, targets: Targets, *, decode_s: float, quiet_steps: float, toll_s: float, idle_comes: bool
 ) -> Slack:
@@ -126,7 +135,7 @@ def expecting(
     """
     if idle_comes and slack.seconds < targets.idle_quantum_s:
         return Slack(slack.seconds, slack.bound, targets.idle_quantum_s, toll_s, True)
-    gain_s = targets.tpot_s * (1 - KEPT_SHARE) - decode_s
+    gain_s = spare(targets, decode_s)
     if slack.bound != "tpot" or gain_s <= 0:
         return slack
     later_s = min(slack.seconds + gain_s * quiet_steps / 2, targets.busy_quantum_s)
@@ -174,15 +183,17 @@ def backlog_slack(
 
 
 class PrefillReserve:
-    """How long prefills hold up a running batch: a decaying maximum of recent hold-ups.
+    """How far prefills of new requests put a running batch behind, so that what it has banked is not spent before.
 
-    Consecutive prefill batches between two decode steps count as one hold-up, since a running request
-    feels their sum.
+    Prompts that come one after the other hold it up further than one of them, and the decode steps between them make up
+    for some of that.  So kept are decaying maxima of the hold-ups within 1, 2, 3, 4, 6 ... decode steps; consecutive prefill
+    batches between two steps are one hold-up, since a running request feels their sum.
     """
 
-    def __init__(self, half_life_s: float = 5.0) -> None:
+    def __init__(self, half_life_s: float = 60.0) -> None:
         self.half_life_s = half_life_s
-        self._level = 0.0
+        self._recent = deque([0.0] * HELD_UP[-1], HELD_UP[-1])  # of each decode step, the latest first
+        self._levels = [0.0] * len(HELD_UP)
         self._at = 0.0
         self._open = 0.0
 
@@ -192,14 +203,28 @@ class PrefillReserve:
 
     def decode(self, now_s: float) -> None:
         """A decode step ran: the hold-up before it, if any, is over."""
+        self._recent.appendleft(self._open)
         if self._open:
-            self._level = max(self.seconds(now_s), self._open)
+            fade, sums = self._fade(now_s), list(accumulate(self._recent))
+            self._levels = [
+                max(level * fade, sums[span - 1]) for level, span in zip(self._levels, HELD_UP, strict=True)
+            ]
             self._at, self._open = now_s, 0.0
 
-    def seconds(self, now_s: float) -> float:
-        if not self._level:
+    def seconds(self, now_s: float, spare_s: float = ENOUGH_S) -> float:
+        """Seconds to keep.
+
+        Args:
+            spare_s: what a decode step leaves of the TPOT target, and makes up for hold-ups with (``spare``).
+        """
+        if not self._levels[0]:
             return 0.0
-        return self._level * 0.5 ** ((now_s - self._at) / self.half_life_s)
+        spare_s = max(spare_s, 0.0)
+        behind = (level - (span - 1) * spare_s for level, span in zip(self._levels, HELD_UP, strict=True))
+        return max(behind) * self._fade(now_s)
+
+    def _fade(self, now_s: float) -> float:
+        return 0.5 ** ((now_s - self._at) / self.half_life_s)
 
 
 class QuietSteps:

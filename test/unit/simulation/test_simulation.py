@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_harli.core import StepLoad
+from sglang_harli.core import SmSplit, StepLoad
 from sglang_harli.errors import ConfigError
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.slo_ledger import KEPT_S, KEPT_SHARE, Clock
@@ -20,6 +20,7 @@ from sglang_harli.tools.simulation.results import Outcome
 from sglang_harli.tools.simulation.worlds import (
     RATE_MODELS,
     Noise,
+    Rung,
     SpatialWorld,
     TemporalWorld,
     ada_rungs,
@@ -115,6 +116,26 @@ def test_banking_for_larger_quanta_trains_more_and_keeps_the_target(gap_s, tpot_
     greedy = run()
     assert banking.attainment == greedy.attainment == 1.0
     assert banking.rate > 1.02 * greedy.rate
+
+
+@pytest.mark.parametrize("tpot_s", [0.018, 0.036])
+def test_prompts_that_come_in_a_row_turn_nobody_late(tpot_s):
+    """Two cores at 72% busy: a prefill takes 25 ms, a step 7 to 10, and now and then several come at once."""
+    rng, requests, at_s = random.Random(1), [], 0.0
+    for _ in range(600):
+        at_s += rng.expovariate(5.0)
+        requests.append(TraceRequest(at_s, 100, rng.randint(20, 40)))
+    trace, targets = Trace("short answers", tuple(requests)), engine.targets_of(tpot_s)
+    world = TemporalWorld(
+        solo=Rung(SmSplit(1, 0), 6.5e-3, 0.6e-3, 0.5e-6, 1.0),
+        prefill_s=10e-3,
+        prefill_token_s=150e-6,
+        quantum_s=3e-3,
+    )
+    alone = engine.run_temporal(trace, world, policies.ServeOnly(), targets)
+    ours = engine.run_temporal(trace, world, policies.HarliTemporal(world, targets), targets)
+    assert alone.attainment == ours.attainment == 1.0
+    assert ours.rate > (1 - alone.busy_s / alone.window_s) * world.best_rate
 
 
 def conserved(outcome: Outcome, trace: Trace) -> None:

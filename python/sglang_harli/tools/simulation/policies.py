@@ -23,6 +23,7 @@ from sglang_harli.managers.slo_ledger import (
     Targets,
     batch_slack,
     expecting,
+    spare,
 )
 from sglang_harli.tools.simulation.worlds import SpatialWorld, TemporalWorld
 
@@ -212,7 +213,7 @@ class HarliTemporal:
             self._targets,
             now_s=now_s,
             decode_upper_s=decode_s * self._margin,
-            reserve_s=self._reserve.seconds(now_s),
+            reserve_s=self._reserve.seconds(now_s, spare(self._targets, decode_s)),
         )
         slack = expecting(
             slack,
