@@ -53,7 +53,10 @@ def calibrate(world: World, loads: list[int], requests: int, rounds: int) -> dic
             cell = world.measure(Cell(SERVE, "", load, -number, requests=requests, rate=rate))
             answer[name]["measured"].append((round(rate, 4), round(cell["busy"], 4)))
             tpots_ms[name] += [t for t in cell["tpots_ms"] if t is not None]
-            services_s[name].append(served(cell["busy"], rate))
+            came = (
+                requests / cell["seconds"]
+            )  # few requests may come much faster or slower than the rate says
+            services_s[name].append(served(cell["busy"], came))
             answer[name] |= {
                 "rate": offered(load / 100, statistics.median(services_s[name])),
                 "tpot_ms": statistics.median(tpots_ms[name]),
