@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._inductor.config
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import bench_report
@@ -44,8 +45,8 @@ def copied(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The same, with ``out`` filled by a copy."""
 
     @functools.wraps(product)
-    def call(*args: Any, out: torch.Tensor | None = None) -> torch.Tensor:
-        result = product(*args)
+    def call(*args: Any, out: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
+        result = product(*args, **more)
         return result if out is None else out.copy_(result)
 
     return call
@@ -144,6 +145,9 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    torch._inductor.config.cpp_wrapper = (
+        True  # its kernels are called from C++, past what is put in place above
+    )
     with training_mode():
         programs, rotary = layers()
         found = {str(tokens): measure(programs, rotary, tokens, args.repeats) for tokens in BLOCKS}

@@ -158,6 +158,18 @@ def test_where_idle_time_comes_its_quanta_are_waited_for():
     assert not plenty.idle_comes and plenty.later_s == TARGETS.busy_quantum_s
 
 
+@given(seconds=st.floats(-1, 1), rows=st.integers(1, 4))
+def test_where_idle_time_comes_only_what_is_banked_beyond_its_longest_quantum_is_spent(seconds, rows):
+    sizes = offer(*((n, 0.01 * n) for n in range(1, rows + 1)))
+    slack = expected(Slack(seconds, "tpot"), idle_comes=True)
+    decision = qos_policy.decide(StepLoad(running=1), slack, sizes, TARGETS)
+    assert bool(decision.quanta) == (seconds >= TARGETS.idle_quantum_s)
+    if not decision.quanta:
+        fits = seconds >= 0.01
+        assert decision.reason == (qos_policy.IDLE_COMES if fits else qos_policy.NO_SLACK["tpot"])
+    assert qos_policy.decide(StepLoad(), slack, sizes, TARGETS).rows == rows, "and idle time is used"
+
+
 def test_idle_time_that_was_seen_lately_is_expected_again():
     side = ServingSide(HarliOptions())
     clocks = [RequestClock(0.0, 0.0, 1)]

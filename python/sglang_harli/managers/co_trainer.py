@@ -252,7 +252,7 @@ class CoTrainer:
 
         Not where training waits for more: small pieces train less per second, and what was kept would be computed twice.
         """
-        if decision.reason == qos_policy.BANKING or slack.idle_comes:
+        if slack.idle_comes or decision.reason == qos_policy.BANKING:
             self._enter(SubState.YIELDING, decision.reason)
             return False
         self._held_back += 1

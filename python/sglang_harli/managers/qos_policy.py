@@ -23,6 +23,7 @@ NO_SLACK = {
 }
 PAUSED = "generation is paused"
 BANKING = "a larger quantum, which trains more per second, is to fit later"
+IDLE_COMES = "idle time was seen lately and costs requests nothing: training waits for it"
 TOO_LONG = "the smallest quantum exceeds --harli-max-quantum-ms: it trains while nothing is served"
 WORTH_WAITING = 0.1
 # Short names of the reasons not to train, as metrics show them.
@@ -31,6 +32,7 @@ LABELS = {
     PAUSED: "paused",
     TOO_LONG: "too_long",
     BANKING: "banking",
+    IDLE_COMES: "idle_comes",
     **{text: bound for bound, text in NO_SLACK.items()},
 }
 
@@ -46,7 +48,8 @@ def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) 
     The largest that fits is not always worth its time: a short quantum trains less per second than a long one, and
     makes the next decode step longer all the same (``slack.toll_s``).  What serving does not lose to it now is there
     later, as banked time or as idle time.  So training waits where a size that trains more per second may fit later
-    (``slack.later_s``).
+    (``slack.later_s``), and where idle time comes: what requests have banked then goes to what they may yet meet, unless it
+    is more than the longest quantum of idle time takes (``slack.idle_comes``).
     """
     if load.waiting:
         return Decision(0, 0, PREFILL_WAITING)
@@ -59,6 +62,8 @@ def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) 
     rows = _largest(offer, min(slack.seconds, targets.busy_quantum_s))
     if not rows:
         return Decision(0, 0, NO_SLACK[slack.bound])
+    if slack.idle_comes:
+        return Decision(0, 0, IDLE_COMES)
     if _pays_to_wait(offer, rows, slack):
         return Decision(0, 0, BANKING)
     return Decision(1, rows, SLACK)

@@ -63,7 +63,7 @@ class Slack:
         bound: which promise is the tightest (``tpot``, ``itl`` or ``ttft``), for the reason shown.
         later_s: the longest quantum that may fit later, if training waits (``expecting``).
         toll_s: how much longer the next decode step is after training, whatever that was.
-        idle_comes: training may wait for idle time.
+        idle_comes: training waits for idle time.
     """
 
     seconds: float
@@ -123,7 +123,7 @@ def expecting(
 ) -> Slack:
     """The slack with what may fit later.
 
-    Where there is idle time now and then, that is the longest quantum of idle time, unless as much has been banked.
+    Where there is idle time now and then, training waits for it, unless as much as its longest quantum takes has been banked.
     Otherwise each decode step alone adds what it leaves of the TPOT target, until a new request comes, which has nothing
     banked; half of the usual time until then is counted on.
 

@@ -111,6 +111,7 @@ def test_banking_for_larger_quanta_trains_more_and_keeps_the_target(gap_s, tpot_
     def run() -> Outcome:
         return engine.run_temporal(trace, world, policies.HarliTemporal(world, targets), targets)
 
+    monkeypatch.setattr(policies, "IDLE_SEEN_S", 0.0)
     banking = run()
     monkeypatch.setattr(qos_policy, "WORTH_WAITING", float("inf"))
     greedy = run()
