@@ -113,6 +113,13 @@ def test_what_training_costs_the_next_step_counts_against_short_quanta():
     assert qos_policy.decide(StepLoad(running=1), charged, sizes, TARGETS).reason == qos_policy.BANKING
 
 
+def test_a_quantum_that_takes_no_time_runs_wherever_there_is_slack():
+    """Of a kind that has not been measured, and whose first estimate is nothing."""
+    for sizes in (offer((1, 0.0)), offer((1, 0.0), (2, 0.0)), offer((1, 0.0), (2, 0.01))):
+        decision = qos_policy.decide(StepLoad(running=1), Slack(1e-9, "tpot", 1.0), sizes, TARGETS)
+        assert decision.quanta == 1 and decision.reason == qos_policy.SLACK
+
+
 @given(
     slack=st.floats(-1, 1),
     more=st.floats(0, 1),

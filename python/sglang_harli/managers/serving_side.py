@@ -207,7 +207,7 @@ class ServingSide:
             self.targets,
             decode_s=alone.expected_s,
             quiet_steps=self.quiet.steps,
-            toll_s=after.expected_s - alone.expected_s,
+            toll_s=max(after.expected_s - alone.expected_s, 0.0),
             idle_comes=now_s - self.idle_s < IDLE_SEEN_S,
         )
         if backlog is not None:
