@@ -71,11 +71,11 @@ def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) 
 
 def _pays_to_wait(offer: QuantumOffer, rows: int, slack: Slack) -> bool:
     """Whether a size that may fit later trains ``WORTH_WAITING`` more per second than ``rows`` now."""
-    now_s = dict(offer.candidates)[rows] + slack.toll_s  # may be 0, so nothing is divided by it
+    taken_s = dict(offer.candidates)[rows] + slack.toll_s  # may be 0, so nothing is divided by it
     return any(
         later > rows
         and upper_s <= slack.later_s
-        and later * now_s >= (1 + WORTH_WAITING) * rows * (upper_s + slack.toll_s)
+        and later * taken_s >= (1 + WORTH_WAITING) * rows * (upper_s + slack.toll_s)
         for later, upper_s in offer.candidates
     )
 
