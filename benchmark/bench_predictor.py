@@ -32,6 +32,7 @@ from sglang_harli.managers import qos_policy
 from sglang_harli.managers.co_trainer import SIZES
 from sglang_harli.managers.serving_side import ServingSide
 from sglang_harli.managers.slo_ledger import RequestClock
+from sglang_harli.managers.step_timer import BatchLoad
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 
 DECISION_US, MAPE, COVERAGE, BACK_WITHIN = 50.0, 0.10, 0.98, 200
@@ -163,6 +164,17 @@ def costs(calls: int) -> dict[str, dict[str, float]]:
     rows = [rng.choice((1, 2, 4, 8)) for _ in range(1024)]
     for n in range(1024):
         predictor.observe_decode(rows[n], 500 * rows[n], (7e-3 + 1e-3 * rows[n]) * times[n])
+    for n in range(64):  # hold-ups by new requests, so that the reserve is not empty
+        prompt = rows[n] * 100
+        prefill = BatchLoad(
+            is_decode=False, requests=1, context_tokens=prompt, new_tokens=prompt, pairs=prompt**2 // 2
+        )
+        decode = BatchLoad(
+            is_decode=True, requests=BATCH, context_tokens=500 * BATCH, new_tokens=BATCH, pairs=0
+        )
+        side.step(prefill, 0.01 * times[n], 0.1)
+        for _ in range(rows[n]):
+            side.step(decode, 0.01, 0.1)
     clocks = [RequestClock(0.0, 1.0 + n / 100, 30) for n in range(BATCH)]
     load = StepLoad(running=BATCH, context_tokens=500 * BATCH)
 

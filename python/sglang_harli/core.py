@@ -109,11 +109,18 @@ class QuantumOffer:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the policy allows now: ``quanta`` 0 or 1 of at most ``rows`` rows, and why."""
+    """What the policy allows now.
+
+    Attributes:
+        quanta, rows: 0 or 1, of at most so many rows.
+        reason: why.
+        needs_s: of a refusal: below this slack, in seconds, the answer stays what it is; 0: that is not known.
+    """
 
     quanta: int
     rows: int
     reason: str
+    needs_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,24 @@
-"""TTFT deadlines, explanation and metrics of a real server: more prompts than places, in chunks, beside a job."""
+"""TTFT deadlines, explanation and metrics of a real server: more prompts than places, in chunks, beside a job.
+
+And what a decision that goes wrong costs: the job, not the serving.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sglang_harli import FinetuneClient
 from sglang_harli.core import JobStatus
+from support import faulty_plugin
 from support.http import PROMPTS, generate, get
 from support.models import make_model
 from support.server import Server, start_server
@@ -26,19 +33,31 @@ FLAGS = (
 ROWS = [{"prompt": f"question {i}", "completion": f" answer {i}"} for i in range(16)]
 
 
+HYPERPARAMETERS = {
+    "n_epochs": 10_000,
+    "batch_size": 4,
+    "lora_r": 4,
+    "max_seq_length": 32,
+    "checkpoint_every": 0,
+}
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, faults: Path) -> Iterator[Server]:
     model = make_model(tmp_path_factory.mktemp("model") / "tiny", dtype="bfloat16")
-    with start_server(model, *FLAGS) as running:
+    with start_server(model, *FLAGS, env=faulty_plugin.environment(faults)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[FinetuneClient]:
     with FinetuneClient(server.endpoint) as made:
-        job = made.submit(
-            ROWS, n_epochs=10_000, batch_size=4, lora_r=4, max_seq_length=32, checkpoint_every=0
-        )
+        job = made.submit(ROWS, **HYPERPARAMETERS)
         until(lambda: made.get(job.id).step > 0)
         yield made
         made.cancel(job.id)
@@ -62,6 +81,55 @@ def burst(server: Server) -> None:
     with ThreadPoolExecutor(len(TEXTS)) as pool:
         answers = pool.map(lambda text: generate(server.url, text, tokens=TOKENS), TEXTS)
         assert [len(answer) for answer in answers] == [TOKENS] * len(TEXTS)
+
+
+@contextlib.contextmanager
+def never_idle(server: Server) -> Iterator[list[int]]:
+    """Long answers on both places, each place's next one sent before the other's has ended; how many tokens came, by answer."""
+    over, lengths = threading.Event(), []
+
+    def stream(first: int) -> None:
+        lengths.append(len(generate(server.url, PROMPTS[first], tokens=first * 100 + 100, ignore_eos=True)))
+        while not over.is_set():
+            lengths.append(len(generate(server.url, PROMPTS[first], tokens=200, ignore_eos=True)))
+
+    with ThreadPoolExecutor(2) as pool:
+        streams = [pool.submit(stream, first) for first in (0, 1)]
+        try:
+            yield lengths
+        finally:
+            over.set()
+        for each in streams:
+            each.result()
+
+
+def test_a_job_that_begins_beside_requests_and_never_sees_idle_time_trains(server):
+    with FinetuneClient(server.endpoint) as client, never_idle(server) as lengths:
+        until(lambda: len(lengths) >= 2)
+        job = client.submit(ROWS, **HYPERPARAMETERS)
+        until(lambda: client.get(job.id).step > 1)
+        client.cancel(job.id)
+        until(lambda: client.get(job.id).status is JobStatus.CANCELLED)
+    assert set(lengths) == {100, 200}
+
+
+def test_a_decision_that_goes_wrong_fails_the_job_beside_requests_and_in_idle_time_and_not_serving(
+    server, faults
+):
+    switch = faults / "fault"
+    with FinetuneClient(server.endpoint) as client:
+        for load in (lambda: never_idle(server), lambda: contextlib.nullcontext([200])):
+            with load() as lengths:
+                until(lambda lengths=lengths: lengths)
+                job = client.submit(ROWS, **HYPERPARAMETERS)
+                until(lambda job=job: client.get(job.id).step > 0)
+                switch.touch()
+                found = until(lambda job=job: (j := client.get(job.id)).status is JobStatus.FAILED and j)
+                assert "division by zero, on purpose" in found.error.message
+                switch.unlink()
+            assert set(lengths) <= {100, 200}
+        assert client.status().training is None
+        assert len(generate(server.url, PROMPTS[0], tokens=TOKENS)) == TOKENS
 
 
 def test_a_burst_beyond_the_places_is_answered_while_training_uses_the_time_it_has(server, client):

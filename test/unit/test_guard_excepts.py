@@ -1,4 +1,4 @@
-"""Broad excepts stand at exactly three boundaries, where one failure must not take the rest along."""
+"""Broad excepts stand at exactly four boundaries, where one failure must not take the rest along."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ BOUNDARIES = {
         "managers/co_trainer.py",
         "CoTrainer.poll",
     ): "a control message fails its run; the scheduler's loop goes on",
+    (
+        "managers/scheduler.py",
+        "HarliScheduler._harli_safely",
+    ): "a decision or an estimate fails the run; the scheduler's loop goes on",
     ("service/app.py", "App.handle"): "one request gets an error reply; the service goes on",
 }
 

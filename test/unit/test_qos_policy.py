@@ -26,6 +26,7 @@ from sglang_harli.managers.slo_ledger import (
     Targets,
     batch_slack,
     expecting,
+    spare,
 )
 from sglang_harli.managers.step_timer import BatchLoad
 from sglang_harli.protocol.internal import SetOptions
@@ -160,7 +161,7 @@ def test_slack_grows_by_what_a_decode_step_leaves_of_the_target():
 def test_where_idle_time_comes_its_quanta_are_waited_for():
     for bound in ("tpot", "itl", "ttft"):
         slack = expected(Slack(0.01, bound), idle_comes=True)
-        assert (slack.seconds, slack.later_s, slack.idle_comes) == (0.01, TARGETS.idle_quantum_s, True)
+        assert (slack.seconds, slack.later_s, slack.idle_comes) == (0.01, float("-inf"), True)
     plenty = expected(Slack(TARGETS.idle_quantum_s, "tpot"), idle_comes=True)  # enough is banked
     assert not plenty.idle_comes and plenty.later_s == TARGETS.busy_quantum_s
 
@@ -175,6 +176,36 @@ def test_where_idle_time_comes_only_what_is_banked_beyond_its_longest_quantum_is
         fits = seconds >= 0.01
         assert decision.reason == (qos_policy.IDLE_COMES if fits else qos_policy.NO_SLACK["tpot"])
     assert qos_policy.decide(StepLoad(), slack, sizes, TARGETS).rows == rows, "and idle time is used"
+
+
+@given(
+    seconds=st.floats(-1, 1),
+    decode_s=st.floats(0.001, 0.06),
+    idle_comes=st.booleans(),
+    costs=st.lists(st.floats(1e-3, 0.2), min_size=1, max_size=4),
+)
+def test_a_refusal_stands_for_the_steps_that_nobody_asks_again(seconds, decode_s, idle_comes, costs):
+    sizes = offer(*enumerate(sorted(costs), start=1))
+    slack = expected(Slack(seconds, "tpot"), decode_s=decode_s, idle_comes=idle_comes)
+    decision = qos_policy.decide(StepLoad(running=1), slack, sizes, TARGETS)
+    unasked = qos_policy.ask_again_after(decision, slack)
+    assert 0 <= unasked <= qos_policy.MOST_UNASKED
+    for step in range(1, unasked + 1):
+        banked_s = seconds + step * spare(TARGETS, decode_s)
+        later = expected(Slack(banked_s, "tpot"), decode_s=decode_s, idle_comes=idle_comes)
+        assert not qos_policy.decide(StepLoad(running=1), later, sizes, TARGETS).quanta
+
+
+def test_a_refusal_that_a_prompt_or_another_promise_made_is_asked_again_at_once():
+    for load, slack in (
+        (StepLoad(running=1, waiting=1), Slack(-1.0, "tpot")),
+        (StepLoad(running=1), Slack(-1.0, "itl")),
+        (StepLoad(running=1), Slack(-1.0, "ttft")),
+        (StepLoad(running=1), Slack(0.0101, "tpot", 1.0, gain_s=0.02)),  # banking for the next size
+    ):
+        decision = qos_policy.decide(load, slack, SIZES, TARGETS)
+        assert not decision.quanta and qos_policy.ask_again_after(decision, slack) == 0
+    assert qos_policy.ask_again_after(decision, Slack(-1.0, "tpot", gain_s=0.02)) == 0
 
 
 def test_idle_time_that_was_seen_lately_is_expected_again():

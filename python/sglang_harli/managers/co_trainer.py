@@ -121,7 +121,7 @@ class CoTrainer:
                     spec = message.spec
                     self._report_failure(spec.job, spec.attempt, message.step, message.step, error)
                 elif not isinstance(message, internal.StatusRequest | internal.SetOptions):
-                    self._fail(error)  # those two are no business of the run
+                    self.fail(error)  # those two are no business of the run
 
     def _current(self, message: Any) -> ActiveRun | None:
         """The run a message is about; messages of another job or an older attempt are dropped."""
@@ -217,7 +217,7 @@ class CoTrainer:
             shape = run.next_shape()
         except (HarliError, MemoryError, RuntimeError) as error:  # of the memory that it asks for
             logger.exception("harli: training's memory cannot be had")
-            self._fail(error)
+            self.fail(error)
             return None
         if shape is None:
             self._wait(run)
@@ -242,20 +242,22 @@ class CoTrainer:
             self.desk.tick(idle=idle)
         except HarliError as error:  # the pool's books do not agree: training ends, serving goes on
             logger.exception("harli: the pool of memory is not in order")
-            self._fail(error)
+            self.fail(error)
 
     def _single(self, kind: QuantumKind, tokens: int) -> QuantumOffer:
         return QuantumOffer(kind, ((1, self.predictor.quantum(kind, tokens).upper_s),), True)
 
-    def held_back(self, offer: QuantumOffer, decision: Decision, slack: Slack) -> bool:
+    def held_back(self, offer: QuantumOffer, decision: Decision, slack: Slack, unasked: int = 0) -> bool:
         """The policy said no: offer less (True: ask again), or show why and let an estimate that is to blame decay.
+
+        ``unasked``: how often it would have said so since it was last asked (``qos_policy.ask_again_after``).
 
         Not where training waits for more: small pieces train less per second, and what was kept would be computed twice.
         """
         if slack.idle_comes or decision.reason == qos_policy.BANKING:
             self._enter(SubState.YIELDING, decision.reason)
             return False
-        self._held_back += 1
+        self._held_back += 1 + unasked
         too_long = decision.reason == qos_policy.TOO_LONG or (
             slack.seconds > 0 and self._held_back > PATIENCE
         )
@@ -277,7 +279,7 @@ class CoTrainer:
             logger.exception("harli: a training quantum (%s) failed", offer.kind.value)
             # Where it was another job's adapter, its loading has failed, not the run.
             if offer.kind is not QuantumKind.ADAPTER:
-                self._fail(error)
+                self.fail(error)
             return
         upper_s = dict(offer.candidates).get(decision.rows, offer.candidates[-1][1])
         self.clock.close(work, upper_s)
@@ -335,7 +337,8 @@ class CoTrainer:
             run.give_up(reason)
             self._release()
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """End the run in progress, if there is one, and say why."""
         run = self.run
         if run is None:
             return
@@ -359,7 +362,7 @@ class CoTrainer:
             if not run.final_snapshot():
                 return
         except HarliError as error:  # the run had failed, and the last metrics say so now
-            self._fail(error)
+            self.fail(error)
             return
         deadline = time.monotonic() + limit_s
         while self.run is not None and time.monotonic() < deadline:

@@ -26,6 +26,7 @@ BANKING = "a larger quantum, which trains more per second, is to fit later"
 IDLE_COMES = "idle time was seen lately and costs requests nothing: training waits for it"
 TOO_LONG = "the smallest quantum exceeds --harli-max-quantum-ms: it trains while nothing is served"
 WORTH_WAITING = 0.1
+MOST_UNASKED = 8  # decode steps
 # Short names of the reasons not to train, as metrics show them.
 LABELS = {
     PREFILL_WAITING: "prompt",
@@ -61,12 +62,26 @@ def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) 
         return Decision(0, 0, TOO_LONG)
     rows = _largest(offer, min(slack.seconds, targets.busy_quantum_s))
     if not rows:
-        return Decision(0, 0, NO_SLACK[slack.bound])
+        return Decision(0, 0, NO_SLACK[slack.bound], targets.idle_quantum_s if slack.idle_comes else least_s)
     if slack.idle_comes:
-        return Decision(0, 0, IDLE_COMES)
+        return Decision(0, 0, IDLE_COMES, targets.idle_quantum_s)
     if _pays_to_wait(offer, rows, slack):
         return Decision(0, 0, BANKING)
     return Decision(1, rows, SLACK)
+
+
+def ask_again_after(decision: Decision, slack: Slack) -> int:
+    """Decode steps that may pass after a refusal before the answer can be another one, as long as no request ends.
+
+    A decision takes a few percent of a decode step of a small model, whose weights have driven it out of the caches
+    (*measured* on two cores: 0.2 of 8 ms, five times what it takes in a loop), and is not to be had for nothing where
+    it is known beforehand.  Half of the steps that it should take, and ``MOST_UNASKED`` at most: the clock counts too.
+    """
+    if not decision.needs_s or slack.bound != "tpot":
+        return 0
+    if slack.gain_s <= 0:
+        return MOST_UNASKED
+    return max(min(int((decision.needs_s - slack.seconds) / slack.gain_s / 2), MOST_UNASKED), 0)
 
 
 def _pays_to_wait(offer: QuantumOffer, rows: int, slack: Slack) -> bool:

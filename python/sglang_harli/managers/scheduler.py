@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -25,7 +26,7 @@ from sglang_harli.managers.predictor_metrics import PredictorMetrics
 from sglang_harli.managers.qos_metrics import QosMetrics
 from sglang_harli.managers.service_link import has_arrived
 from sglang_harli.managers.serving_side import ServingSide
-from sglang_harli.managers.step_timer import load_of, make_timer, with_adapters
+from sglang_harli.managers.step_timer import BatchLoad, load_of, make_timer, with_adapters
 from sglang_harli.managers.trainer_setup import build
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,10 @@ class HarliScheduler(Scheduler):
         self._harli_looked_s = (
             0.0  # when the sockets were last looked at, with a TTFT target and something to train
         )
+        self._harli_measured: list[tuple[BatchLoad, float]] = []  # that nothing was learnt from yet
+        self._harli_unasked = self._harli_unasked_for = 0  # decode steps without a decision, and for how many
         self._harli_gap_s = 0.0  # spent on training since the latest decode step
+        self._harli_logged = ""  # what went wrong last, outside of a quantum
         self._harli_quanta = 0  # that had run before the latest batch
         self._harli, self._harli_refusal = build(self, self._harli_side)
         self._harli_metrics: tuple[PoolMetrics | PredictorMetrics | QosMetrics, ...] = ()
@@ -80,9 +84,12 @@ class HarliScheduler(Scheduler):
         """Also takes what the finetune service has sent; runs every loop turn, paused or not."""
         known = len(self.waiting_queue)
         super().process_input_requests(recv_reqs)
+        if self._harli is not None:
+            self._harli_safely(self._harli_take_messages, known)
+
+    def _harli_take_messages(self, known: int) -> None:
+        """``known``: how many prompts waited before those that have just come."""
         trainer = self._harli
-        if trainer is None:
-            return
         if trainer.busy and self._harli_side.targets.ttft_s is not None:
             waiting_prompts.came(islice(self.waiting_queue, known, None), self._harli_looked_s)
             self._harli_looked_s = time.perf_counter()
@@ -93,6 +100,19 @@ class HarliScheduler(Scheduler):
             trainer.desk.make_room(self._harli_coming())
         for metrics in self._harli_metrics:
             metrics.update(time.monotonic())
+
+    def _harli_safely(self, part: Callable[..., None], *args: Any) -> None:
+        """Do a part of ours between two of SGLang's: where it goes wrong, the run in progress fails and serving goes on.
+
+        Where there is no run to end, the same may go wrong with every batch, and is logged once.
+        """
+        try:
+            part(*args)
+        except Exception as error:  # boundary: our parts of the scheduler's loop
+            if self._harli.training or repr(error) != self._harli_logged:
+                self._harli_logged = repr(error)
+                logger.exception("harli: beside serving, this went wrong")
+            self._harli.fail(error)
 
     def _harli_coming(self) -> int:
         """Slots that the next prefill may take: at most, for what of the prompts is cached is not known yet."""
@@ -162,31 +182,39 @@ class HarliScheduler(Scheduler):
         """Point P: the batch's tokens are out; quanta that fit the slack go in here."""
         super().process_batch_result(batch, result)
         if self._harli is not None:
-            self._harli_point_p(batch, result)
+            self._harli_safely(self._harli_point_p, batch, result)
             self._harli_timer.turn()
 
     def _harli_point_p(self, batch: Any, result: Any) -> None:
-        trainer = self._harli
-        side, measured = self._harli_side, self._harli_timer.take()
+        trainer, side = self._harli, self._harli_side
+        self._harli_measured += self._harli_timer.take()
+        decoded = batch.forward_mode.is_decode()
         if not trainer.busy:
-            for load, seconds in measured:
-                side.learn(load, seconds)
+            self._harli_learn(side.learn)
+            return
+        finished = side.count_finished(batch.reqs) if decoded else 0
+        if decoded and not finished and self._harli_unasked < self._harli_unasked_for:
+            self._harli_unasked += 1
+            self._harli_gap_s = 0.0
             return
         now_s = time.perf_counter()
-        for load, seconds in measured:
-            side.step(load, seconds, now_s)
+        self._harli_learn(lambda load, seconds: side.step(load, seconds, now_s))
         trainer.tick()
         if getattr(result, "delay_sample_func", None) is not None:
             return
-        if batch.forward_mode.is_decode():
+        if decoded:
             self._harli_gap_s = 0.0
-            side.count_finished(batch.reqs)
             self._harli_fill(batch.reqs, decoded=True)
         elif self._harli_prompts_wait():
             reqs = dict.fromkeys(
                 [*self.running_batch.reqs, *batch.reqs]
             )  # with overlap the one holds the other already
             self._harli_fill(list(reqs), decoded=False)
+
+    def _harli_learn(self, learn: Callable[[BatchLoad, float], None]) -> None:
+        measured, self._harli_measured = self._harli_measured, []
+        for load, seconds in measured:
+            learn(load, seconds)
 
     def _harli_prompts_wait(self) -> bool:
         """Between two prefills: whether there may be time under the TTFT target before the next one."""
@@ -247,11 +275,12 @@ class HarliScheduler(Scheduler):
         begin_s = time.perf_counter()
         spent_s = self._harli_gap_s if clocks else 0.0
         ran = False
+        unasked, self._harli_unasked, self._harli_unasked_for = self._harli_unasked, 0, 0
         while (offer := trainer.offer()) is not None:
             load = self._harli_load(len(clocks), context, backlog)
             now_s, queued_s = time.perf_counter(), trainer.queued_s
             self._harli_gap_s = spent_s + now_s - begin_s
-            slack = side.slack(
+            found = side.slack(
                 clocks,
                 context,
                 now_s,
@@ -261,13 +290,14 @@ class HarliScheduler(Scheduler):
                 backlog=backlog,
             )
             room_s = side.targets.busy_quantum_s - self._harli_gap_s - queued_s
-            slack = replace(slack, seconds=min(slack.seconds, room_s))
+            slack = replace(found, seconds=min(found.seconds, room_s))
             decision = qos_policy.decide(load, slack, offer, side.targets)
             if not decision.quanta:
                 told = not ran or decision.reason == qos_policy.TOO_LONG
-                if told and trainer.held_back(offer, decision, slack):
+                if told and trainer.held_back(offer, decision, slack, unasked):
                     continue
                 trainer.yielded.hold(decision.reason, now_s)
+                self._harli_unasked_for = 0 if ran else qos_policy.ask_again_after(decision, found)
                 return
             trainer.run_quantum(offer, decision)
             ran = True
@@ -276,28 +306,32 @@ class HarliScheduler(Scheduler):
 
     def on_idle(self) -> None:
         """Quanta back to back while nothing runs, looking for arrivals between them."""
-        trainer = self._harli
         self._harli_timer.drop()
-        if trainer is None or not trainer.busy:
+        if self._harli is None or not self._harli.busy:
             super().on_idle()
             return
         begin_s = time.monotonic()
         housekeeping = begin_s - self._harli_housekeeping_at > HOUSEKEEPING_S
+        quanta = self._harli.quanta
+        self._harli_safely(self._harli_fill_idle, begin_s, housekeeping)
+        if self._harli.quanta == quanta or housekeeping:
+            self._harli_housekeeping_at = begin_s
+            super().on_idle()
+
+    def _harli_fill_idle(self, begin_s: float, housekeeping: bool) -> None:
+        """``begin_s``: when the turn began, on the monotonic clock; ``housekeeping``: training's memory has its turn too."""
+        trainer = self._harli
+        self._harli_unasked_for = 0
         trainer.tick(idle=housekeeping)
-        ran = False
         while time.monotonic() - begin_s < IDLE_TURN_S and (offer := trainer.offer()) is not None:
             load = self._harli_load(0, 0)
             decision = qos_policy.decide(load, slo_ledger.UNBOUNDED, offer, self._harli_side.targets)
             if not decision.quanta:
                 trainer.yielded.hold(decision.reason, time.perf_counter())
-                break
+                return
             trainer.run_quantum(offer, decision)
             trainer.settle()
             self._harli_side.idle_s = time.perf_counter()
-            ran = True
-        if not ran or housekeeping:
-            self._harli_housekeeping_at = begin_s
-            super().on_idle()
 
     def maybe_sleep_on_idle(self) -> None:
         """With --sleep-on-idle: not while there is something to train."""

@@ -161,13 +161,17 @@ class ServingSide:
         """Tokens that the next decode step of these requests attends to."""
         return sum(len(req.origin_input_ids) + len(req.output_ids) for req in reqs if not req.finished())
 
-    def count_finished(self, reqs: Iterable[Any]) -> None:
+    def count_finished(self, reqs: Iterable[Any]) -> int:
+        """How many have finished since the call before."""
+        count = 0
         for req in reqs:
             if req.finished() and not getattr(req, "harli_counted", False):
                 req.harli_counted = True
+                count += 1
                 clock = self._clock(req)
                 if clock is not None:
                     self.attainment.count(clock, self.targets.tpot_s)
+        return count
 
     def slack(
         self,

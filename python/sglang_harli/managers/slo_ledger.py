@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -63,7 +63,8 @@ class Slack:
         bound: which promise is the tightest (``tpot``, ``itl`` or ``ttft``), for the reason shown.
         later_s: the longest quantum that may fit later, if training waits (``expecting``).
         toll_s: how much longer the next decode step is after training, whatever that was.
-        idle_comes: training waits for idle time.
+        idle_comes: training waits for idle time, so that nothing is to fit later.
+        gain_s: what a decode step without training before it adds to ``seconds``; 0 or less: nothing.
     """
 
     seconds: float
@@ -71,6 +72,7 @@ class Slack:
     later_s: float = float("-inf")
     toll_s: float = 0.0
     idle_comes: bool = False
+    gain_s: float = 0.0
 
 
 UNBOUNDED = Slack(float("inf"), "none")
@@ -133,13 +135,13 @@ def expecting(
         toll_s: see ``Slack``.
         idle_comes: there was idle time lately.
     """
-    if idle_comes and slack.seconds < targets.idle_quantum_s:
-        return Slack(slack.seconds, slack.bound, targets.idle_quantum_s, toll_s, True)
     gain_s = spare(targets, decode_s)
+    if idle_comes and slack.seconds < targets.idle_quantum_s:
+        return replace(slack, toll_s=toll_s, idle_comes=True, gain_s=gain_s)
     if slack.bound != "tpot" or gain_s <= 0:
         return slack
     later_s = min(slack.seconds + gain_s * quiet_steps / 2, targets.busy_quantum_s)
-    return Slack(slack.seconds, slack.bound, later_s, toll_s)
+    return replace(slack, later_s=later_s, toll_s=toll_s, gain_s=gain_s)
 
 
 @dataclass(frozen=True, slots=True)
