@@ -168,16 +168,17 @@ def repetition(
 def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     began = time.monotonic()
     over_s = began + 60 * options.limit_minutes
-    reference = colocate_noise.reference_ms()
+    pieces = colocate_noise.Pieces()
+    reference = pieces.reference()
     results: dict[str, Any] = {
         "device": options.device,
         "noise_rule": colocate_noise.RULE,
-        "reference_ms": round(reference, 2),
+        "reference_ms": {name: round(ms, 2) for name, ms in reference.items()},
         "cells": [],
         "repetitions_done": 0,
     }
-    print(f"noise rule: {colocate_noise.RULE} ({reference:.1f} ms)", flush=True)
-    with World(place, reference) as world:
+    print(f"noise rule: {colocate_noise.RULE} ({results['reference_ms']} ms)", flush=True)
+    with World(place, colocate_noise.Watch(pieces, reference)) as world:
         names = ["plain", *(["ours"] if options.modes & {TRAIN, HARLI, SLICES} else [])]
         names += ["sleepy"] if NICE in options.modes else []
         nices = [0] if options.modes & {PLAIN_LOOP, UNCOORDINATED} else []

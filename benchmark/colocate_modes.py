@@ -67,9 +67,9 @@ class Place:
 class World:
     """Everything that runs, held until a cell lets it go."""
 
-    def __init__(self, place: Place, reference_ms: float) -> None:
+    def __init__(self, place: Place, watch: Watch) -> None:
         self.place = place
-        self.watch = Watch(reference_ms)
+        self.watch = watch
         self.servers: dict[str, Server] = {}
         self.trainers: dict[int, Trainer] = {}
         self.start_s: dict[str, float] = {}

@@ -124,6 +124,7 @@ def test_gate_is_open_while_graphs_with_lora_are_captured(sglang_runner, tiny_mo
     greedy_tokens(runner, PROMPTS, 2)
     wrapper = next(iter(runner.lora_manager.lora_modules[0].values()))
     assert wrapper.set_lora is False
+    assert vars(wrapper)["base_layer"] is wrapper.get_submodule("base_layer")
     with capture_mode.model_capture_mode():
         assert wrapper.set_lora is True
         assert not lora_gate._is_idle(runner.lora_manager, [None])

@@ -45,14 +45,38 @@ from colocate_judge import (
 )
 
 # ------------------------------------------------------------------ noise
-CLEAN = {"stolen": 0.0, "foreign": 0.01, "before_ms": 10.0, "after_ms": 10.5}
+REFERENCE = {"count": 10.0, "read": 4.0}
+CLEAN = {
+    "stolen": 0.0,
+    "foreign": 0.01,
+    "before_count": 10.0,
+    "after_count": 10.5,
+    "before_read": 4.9,
+    "after_read": 4.0,
+}
 
 
 def test_the_noise_rule():
-    assert colocate_noise.why(CLEAN, 10.0) is None
-    assert colocate_noise.why({**CLEAN, "foreign": None}, 10.0) is None
-    for change in ({"stolen": 0.03}, {"foreign": 0.06}, {"before_ms": 12.6}, {"after_ms": 13.0}):
-        assert colocate_noise.why({**CLEAN, **change}, 10.0)
+    assert colocate_noise.why(CLEAN, REFERENCE) is None
+    assert colocate_noise.why({**CLEAN, "foreign": None}, REFERENCE) is None
+    for change in (
+        *({"stolen": 0.03}, {"foreign": 0.06}),
+        *({"before_count": 12.6}, {"after_count": 13.0}, {"before_read": 5.1}, {"after_read": 8.0}),
+    ):
+        assert colocate_noise.why({**CLEAN, **change}, REFERENCE)
+
+
+def test_a_cell_is_watched_by_what_the_pieces_of_work_take_around_it():
+    pieces = colocate_noise.Pieces()
+    reference = pieces.reference()
+    assert reference.keys() == REFERENCE.keys() and min(reference.values()) > 0
+    for best, calm in ((1e6, True), (1e-6, False)):
+        watch = colocate_noise.Watch(pieces, {"read": best})
+        watch.begin()
+        found = watch.end()
+        assert found["before_count"] > 0 and found["after_read"] > 0
+        assert found["why"] is None or not calm or "piece" not in found["why"]
+        assert calm or found["why"]
 
 
 def test_ticks_of_proc_stat():

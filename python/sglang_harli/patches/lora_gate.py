@@ -55,7 +55,10 @@ def install() -> None:
         return is_capturing() and variant() != "nolora"
 
     def assign(layer: Any, value: bool) -> None:
-        layer.__dict__["_has_lora_buffers"] = value
+        values = layer.__dict__
+        values["_has_lora_buffers"] = value
+        # A forward asks for it up to eight times, and nn.Module looks for a submodule last of all.
+        values["base_layer"] = values["_modules"]["base_layer"]
 
     BaseLayerWithLoRA.set_lora = property(is_set, assign)  # type: ignore[assignment]
 
