@@ -107,7 +107,8 @@ def test_a_job_that_begins_beside_requests_and_never_sees_idle_time_trains(serve
     with FinetuneClient(server.endpoint) as client, never_idle(server) as lengths:
         until(lambda: len(lengths) >= 2)
         job = client.submit(ROWS, **HYPERPARAMETERS)
-        until(lambda: client.get(job.id).step > 1)
+        seen = until(lambda: (found := client.status().training) and found["step"] > 1 and found)
+        assert seen["quanta"] == seen["busy_quanta"] > 0, "there was idle time"
         client.cancel(job.id)
         until(lambda: client.get(job.id).status is JobStatus.CANCELLED)
     assert set(lengths) == {100, 200}
