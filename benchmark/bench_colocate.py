@@ -6,11 +6,13 @@
 Side by side in one run, on the same requests from SGLang's own bench_serving: serve-only (plain SGLang), train-only (ours without
 requests, and a plain transformers + peft loop), serving and that loop as separate processes (uncoordinated; at nice 19 with
 --sleep-on-idle; with a duty cycle), fixed time slices, and harli.  Loads are per cent of the time that serve-only is busy,
-calibrated first; targets are multiples of its median TPOT there, set by ``harli set`` while the server runs.
+calibrated first; targets are multiples of its median TPOT there, set by ``harli set`` while the server runs.  Our server with its
+job paused is a control: what of a difference is training's.
 
 Everything is started once; only what is measured runs, the rest is held by SIGSTOP.  A repetition measures every cell once, in an
 order drawn anew; ratios are taken within a repetition.  The rule by which a disturbed cell is left out is in
-``colocate_noise.py``, what must hold in ``colocate_judge.py``.  Exits with 1 exactly when a row fails: when the whole 95% interval
+``colocate_noise.py``, what must hold in ``colocate_judge.py``.  Where too few requests are left, harli and serve-only are measured in
+further repetitions; ``--resume`` goes on with a run that was ended, on its targets and rates.  Exits with 1 exactly when a row fails: when the whole 95% interval
 of its ratio is on the wrong side.
 """
 
@@ -45,6 +47,7 @@ from colocate_judge import (
     IDLE,
     MODES,
     NICE,
+    PAUSED,
     PLAIN_LOOP,
     SEPARATE,
     SERVE,
@@ -54,7 +57,7 @@ from colocate_judge import (
     judge,
 )
 from colocate_modes import CUT_AFTER, Place, World
-from colocate_plan import Cell, baseline_of, in_blocks, plan, targets_of
+from colocate_plan import Cell, baseline_of, in_blocks, plan, plan_lacking, targets_of
 
 WARM_REQUESTS = 12
 REQUESTS, BASELINE_REQUESTS, SECONDS = 400, 120, 60.0  # of a cell, all repetitions together
@@ -99,6 +102,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--flags", default="", help="more flags of every server, as one string")
     add("--seed", type=int, default=1, help="of the order of cells")
     add("--json", type=Path, help="write every number there as well")
+    add("--resume", type=Path, help="a file that --json wrote: go on with it, under the same options")
     add("--results", type=Path, default=bench_report.RESULTS, help="folder of the result files")
     options = parser.parse_args(argv)
     _defaults(options, parser)
@@ -133,6 +137,10 @@ def _defaults(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     )
     options.seconds = options.seconds or (5.0 if quick else SECONDS / options.repetitions)
     options.limit_minutes = options.limit_minutes or ((3.5 if cuda else 9.5) if quick else 175.0)
+    try:
+        options.begun = resumed(options)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _modes(options: argparse.Namespace) -> tuple[str, ...]:
@@ -143,10 +151,15 @@ def _modes(options: argparse.Namespace) -> tuple[str, ...]:
 
 # ------------------------------------------------------------------ the run
 def repetition(
-    world: World, options: argparse.Namespace, results: dict[str, Any], number: int, over_s: float
+    world: World,
+    options: argparse.Namespace,
+    results: dict[str, Any],
+    number: int,
+    over_s: float,
+    cells: list[Cell],
 ) -> None:
     """Measure every cell once in an order of its own, disturbed ones once again at the end."""
-    order = in_blocks(plan(options, results, number), random.Random(f"{options.seed}-{number}"))
+    order = in_blocks(cells, random.Random(f"{options.seed}-{number}"))
     alone_s: dict[Any, float] = {}
 
     def measure(cell: Cell) -> dict[str, Any]:
@@ -165,46 +178,92 @@ def repetition(
             measure(cell)
 
 
+def resumed(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The results to go on with; None: from the beginning.
+
+    Raises:
+        ValueError: the file is no such thing, or was measured under other options.
+    """
+    if options.resume is None:
+        return None
+    try:
+        document = json.loads(options.resume.read_text())
+        results, commit = document["results"], document["meta_info"]["commit"]
+        found = results["device"], {int(load): [*targets] for load, targets in results["targets"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--resume {options.resume}: not a file that --json wrote ({error!r})") from None
+    labels = [*targets_of(options, 1.0)]
+    asked = options.device, {load: labels for load in options.loads if load}
+    if found != asked:
+        raise ValueError(
+            f"--resume {options.resume}: measured {found} (device, targets by load), asked for {asked}"
+        )
+    results.setdefault("commits", [commit])
+    return results
+
+
 def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     began = time.monotonic()
     over_s = began + 60 * options.limit_minutes
     pieces = colocate_noise.Pieces()
-    reference = pieces.reference()
-    results: dict[str, Any] = {
-        "device": options.device,
-        "noise_rule": colocate_noise.RULE,
-        "reference_ms": {name: round(ms, 2) for name, ms in reference.items()},
-        "cells": [],
-        "repetitions_done": 0,
-    }
-    print(f"noise rule: {colocate_noise.RULE} ({results['reference_ms']} ms)", flush=True)
-    with World(place, colocate_noise.Watch(pieces, reference)) as world:
-        names = ["plain", *(["ours"] if options.modes & {TRAIN, HARLI, SLICES} else [])]
+    results: dict[str, Any] = options.begun
+    begun = results is not None
+    if not begun:
+        results = {
+            "device": options.device,
+            "noise_rule": colocate_noise.RULE,
+            "reference_ms": {name: round(ms, 2) for name, ms in pieces.reference().items()},
+            "cells": [],
+            "repetitions_done": 0,
+            "seconds": 0,
+            "commits": [],
+        }
+    results["commits"].append(bench_report.commit())
+    before_s = results["seconds"]
+    print(f"noise rule: {results['noise_rule']} ({results['reference_ms']} ms)", flush=True)
+    with World(place, colocate_noise.Watch(pieces, results["reference_ms"])) as world:
+        names = ["plain", *(["ours"] if options.modes & {TRAIN, HARLI, PAUSED, SLICES} else [])]
         names += ["sleepy"] if NICE in options.modes else []
         nices = [0] if options.modes & {PLAIN_LOOP, UNCOORDINATED} else []
         world.start(names, [*nices, *([19] if NICE in options.modes else [])])
         results["start_s"], results["limits"] = world.start_s, world.limits()
         print(f"all up after {time.monotonic() - began:.0f} s: {world.start_s}", flush=True)
-        busy = [load for load in options.loads if load]
-        count, rounds = (options.requests, 1) if options.quick else (max(options.requests // 2, 12), 4)
-        results["calibration"] = found = calibrate(world, busy, count, rounds)
-        medians_ms = {load: row["tpot_ms"] for load, row in found["loads"].items()}
-        results["targets"] = {load: targets_of(options, ms) for load, ms in medians_ms.items()}
-        results["baseline"] = baseline_of(medians_ms, results["targets"])
-        print(f"calibrated: {json.dumps(found)}", flush=True)
+        if not begun:
+            calibrated(world, options, results)
         if HARLI in options.modes and results["baseline"]:
             warm_up(world, results)
-        for number in range(1, options.repetitions + 1):
+
+        def measured(number: int, cells: list[Cell]) -> bool:
+            """Whether there is time for another repetition like this one."""
             started = time.monotonic()
-            repetition(world, options, results, number, over_s)
+            repetition(world, options, results, number, over_s, cells)
             results["repetitions_done"] = number
-            results["seconds"] = round(time.monotonic() - began)
+            results["seconds"] = round(before_s + time.monotonic() - began)
             save(results)
-            if time.monotonic() + (time.monotonic() - started) > over_s and number < options.repetitions:
-                print(f"no time for another repetition within {options.limit_minutes:g} minutes", flush=True)
-                break
-    results["seconds"] = round(time.monotonic() - began)
+            return time.monotonic() + (time.monotonic() - started) <= over_s
+
+        more, number = True, results["repetitions_done"] + 1
+        while more and number <= options.repetitions:
+            more = measured(number, plan(options, results, number))
+            number += 1
+        while more and (cells := plan_lacking(options, results, number)):
+            more = measured(number, cells)
+            number += 1
+        if not more and (number <= options.repetitions or plan_lacking(options, results, number)):
+            print(f"no time for another repetition within {options.limit_minutes:g} minutes", flush=True)
+    results["seconds"] = round(before_s + time.monotonic() - began)
     return results
+
+
+def calibrated(world: World, options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Rates and targets of each load, and where the baselines are compared."""
+    busy = [load for load in options.loads if load]
+    count, rounds = (options.requests, 1) if options.quick else (max(options.requests // 2, 12), 4)
+    results["calibration"] = found = calibrate(world, busy, count, rounds)
+    medians_ms = {load: row["tpot_ms"] for load, row in found["loads"].items()}
+    results["targets"] = {load: targets_of(options, ms) for load, ms in medians_ms.items()}
+    results["baseline"] = baseline_of(medians_ms, results["targets"])
+    print(f"calibrated: {json.dumps(found)}", flush=True)
 
 
 def warm_up(world: World, results: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def meta_info() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "versions": versions,
         "cpu": _cpu_model(),
@@ -37,7 +37,8 @@ def meta_info() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Of the checkout, ``-dirty`` behind it where files have changed."""
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -33,7 +33,8 @@ import numpy as np
 
 SERVE, TRAIN, PLAIN_LOOP = "serve-only", "train-only", "plain loop"
 UNCOORDINATED, NICE, SLICES, HARLI = "two processes", "nice 19", "fixed slices", "harli"
-MODES = (SERVE, TRAIN, PLAIN_LOOP, UNCOORDINATED, NICE, SLICES, HARLI)
+PAUSED = "paused job"  # what our server costs without training; nothing is judged by it
+MODES = (SERVE, TRAIN, PLAIN_LOOP, UNCOORDINATED, NICE, SLICES, PAUSED, HARLI)
 SEPARATE = (UNCOORDINATED, NICE)
 BURST, SHIFT, IDLE = "burst", "core taken", 0
 DEFAULT = "default limits"

@@ -26,10 +26,11 @@ from typing import Any
 import bench_load
 import bench_servers as servers
 import colocate_busy
+import colocate_shown as shown
 from bench_neighbour import neighbour
 from bench_servers import Server
 from colocate_client import Client, Load
-from colocate_judge import HARLI, NICE, PLAIN_LOOP, SHIFT, SLICES, TRAIN, UNCOORDINATED
+from colocate_judge import HARLI, NICE, PAUSED, PLAIN_LOOP, SHIFT, SLICES, TRAIN, UNCOORDINATED
 from colocate_noise import Watch
 from colocate_plan import Cell
 from colocate_trainer import ROW_TOKENS, STEP_ROWS, Trainer
@@ -45,6 +46,7 @@ SETTLE_S = 1.0  # after something was let go, or options were set
 CUT_AFTER = 3.0  # times serve-only's time
 LAST_STEP_S = 5.0  # waited for the end of a step, to know how much of it was trained in time
 IDLE_TURNS = (HARLI, TRAIN, TRAIN, HARLI, HARLI, TRAIN, TRAIN, HARLI)
+LOOK_S = 1.0  # a look takes time of the cores that decode: ten in a second are seen in the predictor's error
 SHIFT_STEPS = 400  # the predictor's figures are of its latest 200 steps, and 200 it may need
 
 
@@ -198,7 +200,7 @@ class World:
         self.watch.begin()
         if cell.mode == PLAIN_LOOP:
             found = self._plain_loop(cell)
-        elif cell.mode in (TRAIN, HARLI, SLICES):
+        elif cell.mode in (TRAIN, HARLI, PAUSED, SLICES):
             found = self._ours(cell)
         else:
             found = self._plain(cell)
@@ -216,7 +218,7 @@ class World:
             time.sleep(cell.seconds)
             ended_s = time.monotonic()
         trainer.finish_step(ended_s)
-        return {**self._trained(trainer.points, began_s, ended_s), "pss_bytes": trainer.pss_bytes()}
+        return {**shown.trained(trainer.points, began_s, ended_s), "pss_bytes": trainer.pss_bytes()}
 
     def _plain(self, cell: Cell) -> dict[str, Any]:
         server = self.servers["sleepy" if cell.mode == NICE else "plain"]
@@ -242,7 +244,7 @@ class World:
             return {**found, "busy": busy_s / (ended_s - began_s), "pss_bytes": peak}
         ended_s = cut_s[0] if cut_s else ended_s
         trainer.finish_step(ended_s)
-        trained = self._trained(trainer.points, began_s, ended_s)
+        trained = shown.trained(trainer.points, began_s, ended_s)
         return {**found, **trained, "pss_bytes": peak + trainer.pss_bytes()}
 
     def _serve(self, cell: Cell, server: Server, on_limit: Any) -> dict[str, Any]:
@@ -264,6 +266,11 @@ class World:
         server = self.servers["ours"]
         if cell.mode == HARLI and not cell.load:
             return self._idle(cell, server)
+        if cell.mode == PAUSED:
+            with servers.running(server), self._harli() as client, shown.paused(client, self._job):
+                time.sleep(SETTLE_S)
+                found = self._serve(cell, server, lambda: None)
+                return {**found, "pss_bytes": server.pss_bytes()}
         beside = cell.mode == HARLI and isinstance(cell.load, int) and cell.seconds > 0
         with servers.running(server), self._harli() as client:
             turns = [self._turn(client, cell, TRAIN, cell.seconds)] if beside else []
@@ -272,6 +279,7 @@ class World:
             self._events(client)  # those before are not needed
             offset_s = time.time() - time.monotonic()
             first = self._total(client, offset_s)
+            quanta = shown.quanta(client)
             found: dict[str, Any] = {}
             if cell.load == SHIFT:
                 found = self._shift(cell, server, client)
@@ -281,14 +289,22 @@ class World:
                 found["began_s"] = time.monotonic()
                 time.sleep(cell.seconds)
                 found["ended_s"] = time.monotonic()
-            prediction = _score(client)
+            prediction, ran = shown.decode_steps(client), shown.quanta(client)
             points = [first, *self._steps(client, offset_s, found["ended_s"], first[1])]
             peak = server.pss_bytes()
             if beside:
                 turns.append(self._turn(client, cell, TRAIN, cell.seconds))
-                found["train_only_tokens_per_s"] = _rate(turns)
-        trained = self._trained(points, found["began_s"], found["ended_s"])
-        return {"prediction": prediction, "limits_ms": limits, **found, **trained, "pss_bytes": peak}
+                found["train_only_tokens_per_s"] = shown.rate(turns)
+        trained = shown.trained(points, found["began_s"], found["ended_s"])
+        between = {name: ran[name] - quanta[name] for name in ran.keys() & quanta.keys()}
+        return {
+            "prediction": prediction,
+            "quanta": between,
+            "limits_ms": limits,
+            **found,
+            **trained,
+            "pss_bytes": peak,
+        }
 
     def _idle(self, cell: Cell, server: Server) -> dict[str, Any]:
         """Nothing is served: default limits and train-only's in turns, since a machine's speed changes in seconds."""
@@ -297,7 +313,7 @@ class World:
             for mode in IDLE_TURNS:
                 turns[mode].append(self._turn(client, cell, mode, cell.seconds / len(IDLE_TURNS) * 2))
             peak = server.pss_bytes()
-        rates = {mode: _rate(found) for mode, found in turns.items()}
+        rates = {mode: shown.rate(found) for mode, found in turns.items()}
         return {"tokens_per_s": rates[HARLI], "train_only_tokens_per_s": rates[TRAIN], "pss_bytes": peak}
 
     def _turn(self, client: FinetuneClient, cell: Cell, mode: str, seconds: float) -> tuple[float, float]:
@@ -355,18 +371,12 @@ class World:
                 return points
             time.sleep(0.05)
 
-    @staticmethod
-    def _trained(points: list[tuple[float, float]], began_s: float, ended_s: float) -> dict[str, Any]:
-        """Finetune tokens per second in a window; what of a step was done in it is interpolated."""
-        tokens = colocate_busy.between(points, began_s, ended_s)
-        return {"tokens_per_s": round(tokens / (ended_s - began_s), 2), "window_s": ended_s - began_s}
-
     def _shift(self, cell: Cell, server: Server, client: FinetuneClient) -> dict[str, Any]:
         """Load all the time; another process takes half of a core, and the predictor is judged from 200 steps later on."""
 
         def decode_steps() -> dict[str, Any]:
             deadline = time.monotonic() + JOB_LIMIT_S
-            while (score := _score(client)) is None:  # the scheduler did not answer in time
+            while (score := shown.decode_steps(client)) is None:  # the scheduler did not answer in time
                 if time.monotonic() > deadline:
                     raise RuntimeError("harli status shows no predicted decode steps")
                 time.sleep(0.2)
@@ -378,18 +388,8 @@ class World:
             with neighbour():
                 before = decode_steps()
                 while not load.done() and decode_steps()["steps"] < before["steps"] + SHIFT_STEPS:
-                    time.sleep(0.1)
+                    time.sleep(LOOK_S)
                 after = decode_steps()
             found = load.result()
         steps = after["steps"] - before["steps"]
         return {**found, "shift": {"before": before, "after": after, "steps": steps}}
-
-
-def _rate(turns: list[tuple[float, float]]) -> float:
-    """Tokens per second of all turns together."""
-    return round(sum(tokens for tokens, _ in turns) / sum(seconds for _, seconds in turns), 2)
-
-
-def _score(client: FinetuneClient) -> dict[str, Any] | None:
-    """The predictor's figures of decode steps; None while the scheduler does not answer, or has run none."""
-    return ((client.status().serving or {}).get("prediction") or {}).get("decode")

@@ -6,7 +6,7 @@ import statistics
 from html import escape
 from typing import Any
 
-from colocate_judge import HARLI, MODES, SERVE, label_of, on_time
+from colocate_judge import HARLI, MODES, PAUSED, SERVE, label_of, on_time
 from colocate_report import groups, members, targets_at
 
 WIDTH, PANEL, LEFT, RIGHT, TOP, BOTTOM = 430, 330, 58, 20, 40, 46
@@ -15,6 +15,7 @@ COLOURS = {
     "two processes": "#b0413e",
     "nice 19": "#c98a2b",
     "fixed slices": "#7d6bb0",
+    PAUSED: "#6a9a78",
     HARLI: "#2f6f8f",
 }
 

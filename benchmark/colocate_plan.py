@@ -18,6 +18,7 @@ from colocate_judge import (
     HOPELESS,
     IDLE,
     NICE,
+    PAUSED,
     PLAIN_LOOP,
     SEPARATE,
     SERVE,
@@ -83,6 +84,8 @@ def plan(options: argparse.Namespace, results: dict[str, Any], repetition: int) 
             "rate": results["calibration"]["loads"][load]["rate"],
         }
         cells.append(Cell(SERVE, ALL, requests=options.requests, **of_load))
+        if PAUSED in modes:
+            cells.append(Cell(PAUSED, ALL, requests=options.requests, **of_load))
         if HARLI in modes:
             cells += [
                 Cell(
@@ -102,6 +105,25 @@ def plan(options: argparse.Namespace, results: dict[str, Any], repetition: int) 
             if not options.quick and options.device == "cpu" and HARLI in modes:
                 cells += _special(at, targets, of_load)
     return cells
+
+
+def plan_lacking(options: argparse.Namespace, results: dict[str, Any], repetition: int) -> list[Cell]:
+    """Cells of serve-only and harli that are to be measured once more than was planned.
+
+    Those for which fewer requests than asked for in all repetitions are left, where disturbed cells are left out.
+    """
+    asked = options.requests * options.repetitions
+    lacking: set[tuple[int | str, str]] = set()
+    for load, targets in results["targets"].items():
+        for label, target_ms in targets.items():
+            found = kept(results["cells"], HARLI, label, int(load), target_ms)
+            if HARLI in options.modes and (found is None or found.n < asked):
+                lacking |= {(int(load), label), (int(load), ALL)}
+    return [
+        cell
+        for cell in plan(options, results, repetition)
+        if cell.mode in (SERVE, HARLI) and cell.load and (cell.load, cell.setting) in lacking
+    ]
 
 
 def in_blocks(cells: list[Cell], rng: random.Random) -> list[Cell]:

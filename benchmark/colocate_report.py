@@ -220,9 +220,17 @@ def page(results: dict[str, Any], rows: Sequence[Row]) -> str:
         baselines(results),
         prediction(results),
         verdicts(rows),
-        f"Noise. {results['noise_rule']}. {results['repetitions_done']} repetitions.",
+        f"Noise. {results['noise_rule']}. {results['repetitions_done']} repetitions."
+        + _sittings(results.get("commits", ())),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _sittings(commits: Sequence[str | None]) -> str:
+    """Where a run was ended and resumed: at which commits it was measured."""
+    if len(commits) < 2:
+        return ""
+    return f" Measured in {len(commits)} sittings, on the same targets and rates, at commits {', '.join(map(str, commits))}."
 
 
 def line(cell: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ from colocate_judge import (
     HARLI,
     IDLE,
     NICE,
+    PAUSED,
     PLAIN_LOOP,
     SERVE,
     SHIFT,
@@ -157,7 +158,7 @@ def test_the_full_run_covers_every_mode_load_and_target():
     cells = colocate_plan.plan(options, found, 1)
     names = {(c.mode, c.load, c.setting) for c in cells}
     assert {(HARLI, load, label) for load in (40, 60, 80) for label in TARGETS} <= names
-    assert {(SERVE, load, "") for load in (40, 60, 80)} <= names
+    assert {(mode, load, "") for mode in (SERVE, PAUSED) for load in (40, 60, 80)} <= names
     assert {c.mode for c in cells} == set(colocate_judge.MODES) and len(names) == len(cells)
     assert found["baseline"] == {"load": 40, "target": "2x"}
     apart = {c.requests for c in cells if c.mode in colocate_judge.SEPARATE}
@@ -224,6 +225,39 @@ def test_the_gpu_run_has_absolute_targets_and_no_second_copy_of_the_weights():
     assert found["baseline"]["target"] == "20 ms"
 
 
+def test_what_was_disturbed_is_measured_again_until_there_are_the_requests_asked_for():
+    options, found = planned("--repetitions", "3", "--requests", str(REQUESTS), "--loads", "40,80")
+    found["cells"] = results()["cells"]
+    assert colocate_plan.plan_lacking(options, found, 4) == []
+    of(HARLI, 40, "2x", disturbed=lambda c: "stolen" if c["repetition"] == 2 else None)(found)
+    again = colocate_plan.plan_lacking(options, found, 4)
+    assert {(c.mode, c.load, c.setting) for c in again} == {(SERVE, 40, ""), (HARLI, 40, "2x")}
+    of(SERVE, 80, disturbed=lambda c: "stolen" if c["repetition"] == 1 else None)(found)
+    again = colocate_plan.plan_lacking(options, found, 4)
+    assert {c.setting for c in again if c.load == 80} == {"", *TARGETS}
+    assert {c.repetition for c in again} == {4} and {c.requests for c in again} == {REQUESTS}
+
+
+def test_a_run_goes_on_from_its_file_under_the_same_options_only(tmp_path, capsys):
+    file = tmp_path / "full.json"
+    file.write_text(json.dumps({"results": results(), "meta_info": {"commit": "abc1234"}}))
+    options = bench_colocate.parse(["--loads", "idle,40,80", "--resume", str(file)])
+    assert options.begun["commits"] == ["abc1234"] and options.begun["repetitions_done"] == 3
+    for flags, words in (
+        (["--loads", "idle,40"], "80: ['1.5x', '2x', '4x']"),
+        (["--loads", "40,80", "--targets", "2"], "asked for ('cpu', {40: ['2x']"),
+        (["--quick"], "asked for ('cpu', {40: ['1.5x', '4x']})"),
+    ):
+        with pytest.raises(SystemExit):
+            bench_colocate.parse([*flags, "--resume", str(file)])
+        assert words in capsys.readouterr().err
+    for text in ("", "[]", '{"results": {"device": "cpu"}}'):
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            bench_colocate.parse(["--resume", str(file)])
+        assert f"--resume {file}: not a file that --json wrote" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------ what is printed
 def test_the_page_says_everything_once():
     found = results()
@@ -243,6 +277,9 @@ def test_the_page_says_everything_once():
     assert "40%: 10.20 ms, of which the targets are 1.5x 1.47, 2x 1.96, 4x 3.92" in text
     assert "late" in text  # the 99th percentile of a cell where some did not end
     assert "two processes: no setting keeps" in text and "nice 19: best setting" in text
+    assert "sittings" not in text
+    found["commits"] = ["abc1234", "def5678"]
+    assert "Measured in 2 sittings" in colocate_report.page(found, rows)
     json.dumps(found)
 
 
