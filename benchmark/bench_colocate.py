@@ -12,8 +12,8 @@ job paused is a control: what of a difference is training's.
 Everything is started once; only what is measured runs, the rest is held by SIGSTOP.  A repetition measures every cell once, in an
 order drawn anew; ratios are taken within a repetition.  The rule by which a disturbed cell is left out is in
 ``colocate_noise.py``, what must hold in ``colocate_judge.py``.  Where too few requests are left, harli and serve-only are measured in
-further repetitions; ``--resume`` goes on with a run that was ended, on its targets and rates.  Exits with 1 exactly when a row fails: when the whole 95% interval
-of its ratio is on the wrong side.
+further repetitions; ``--resume`` goes on with a run that was ended, on its targets and rates.  Exits with 1 exactly when a row fails:
+when the whole 95% interval of its ratio is on the wrong side.
 """
 
 from __future__ import annotations
@@ -189,35 +189,39 @@ def resumed(options: argparse.Namespace) -> dict[str, Any] | None:
     try:
         document = json.loads(options.resume.read_text())
         results, commit = document["results"], document["meta_info"]["commit"]
-        found = results["device"], {int(load): [*targets] for load, targets in results["targets"].items()}
+        found = {name: results[name] for name in measured_under(options)}
+        found["targets"] = {load: [*targets] for load, targets in results["targets"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--resume {options.resume}: not a file that --json wrote ({error!r})") from None
     labels = [*targets_of(options, 1.0)]
-    asked = options.device, {load: labels for load in options.loads if load}
-    if found != asked:
-        raise ValueError(
-            f"--resume {options.resume}: measured {found} (device, targets by load), asked for {asked}"
-        )
+    asked = measured_under(options) | {"targets": {str(load): labels for load in options.loads if load}}
+    for name, value in asked.items():
+        if found[name] != value:
+            raise ValueError(
+                f"--resume {options.resume}: {name} there: {found[name]!r}; asked for: {value!r}"
+            )
     results.setdefault("commits", [commit])
     return results
+
+
+def measured_under(options: argparse.Namespace) -> dict[str, Any]:
+    """What all cells of a run have in common."""
+    names = ("device", "model_size", "flags")
+    return {name: getattr(options, name) for name in names} | {"noise_rule": colocate_noise.RULE}
 
 
 def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     began = time.monotonic()
     over_s = began + 60 * options.limit_minutes
     pieces = colocate_noise.Pieces()
-    results: dict[str, Any] = options.begun
-    begun = results is not None
-    if not begun:
-        results = {
-            "device": options.device,
-            "noise_rule": colocate_noise.RULE,
-            "reference_ms": {name: round(ms, 2) for name, ms in pieces.reference().items()},
-            "cells": [],
-            "repetitions_done": 0,
-            "seconds": 0,
-            "commits": [],
-        }
+    results: dict[str, Any] = options.begun or {
+        **measured_under(options),
+        "reference_ms": {name: round(ms, 2) for name, ms in pieces.reference().items()},
+        "cells": [],
+        "repetitions_done": 0,
+        "seconds": 0,
+        "commits": [],
+    }
     results["commits"].append(bench_report.commit())
     before_s = results["seconds"]
     print(f"noise rule: {results['noise_rule']} ({results['reference_ms']} ms)", flush=True)
@@ -228,29 +232,21 @@ def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any
         world.start(names, [*nices, *([19] if NICE in options.modes else [])])
         results["start_s"], results["limits"] = world.start_s, world.limits()
         print(f"all up after {time.monotonic() - began:.0f} s: {world.start_s}", flush=True)
-        if not begun:
+        if options.begun is None:
             calibrated(world, options, results)
         if HARLI in options.modes and results["baseline"]:
             warm_up(world, results)
-
-        def measured(number: int, cells: list[Cell]) -> bool:
-            """Whether there is time for another repetition like this one."""
+        took_s, number = 0.0, results["repetitions_done"] + 1
+        while cells := (plan if number <= options.repetitions else plan_lacking)(options, results, number):
             started = time.monotonic()
+            if took_s and started + took_s > over_s:
+                print(f"no time for another repetition within {options.limit_minutes:g} minutes", flush=True)
+                break
             repetition(world, options, results, number, over_s, cells)
             results["repetitions_done"] = number
             results["seconds"] = round(before_s + time.monotonic() - began)
             save(results)
-            return time.monotonic() + (time.monotonic() - started) <= over_s
-
-        more, number = True, results["repetitions_done"] + 1
-        while more and number <= options.repetitions:
-            more = measured(number, plan(options, results, number))
-            number += 1
-        while more and (cells := plan_lacking(options, results, number)):
-            more = measured(number, cells)
-            number += 1
-        if not more and (number <= options.repetitions or plan_lacking(options, results, number)):
-            print(f"no time for another repetition within {options.limit_minutes:g} minutes", flush=True)
+            took_s, number = time.monotonic() - started, number + 1
     results["seconds"] = round(before_s + time.monotonic() - began)
     return results
 

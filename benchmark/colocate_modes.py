@@ -4,7 +4,7 @@ Everything is started once and held by SIGSTOP; a cell lets its own server (and 
 
 plain    plain SGLang with our launcher's limits, no plugin but the one that adds up busy turns (``colocate_busy.py``)
 sleepy   plain SGLang with --sleep-on-idle and no plugin at all: what a trainer at lowest priority runs beside
-ours     our launcher; one job trains all the time, targets are set while it runs
+ours     our launcher; one job trains all the time but in cells of the mode "paused job", targets are set while it runs
 
 Fixed time slices are our server with a target that never binds and ``max-quantum-ms`` as the slice: after each decode
 step training gets that long, whatever the requests can spare.
@@ -41,7 +41,6 @@ NEVER_BINDS_MS = 3_600_000.0
 TRAIN_ONLY_QUANTUM_MS = 1000.0
 JOB_ROWS, WORDS = 64, 80  # of text that is longer than a row in any tokenizer: each row is cut to its length
 START_LIMIT_S = 600.0
-JOB_LIMIT_S = 180.0
 SETTLE_S = 1.0  # after something was let go, or options were set
 CUT_AFTER = 3.0  # times serve-only's time
 LAST_STEP_S = 5.0  # waited for the end of a step, to know how much of it was trained in time
@@ -159,7 +158,7 @@ class World:
                 on_overflow="truncate",
                 lora_r=16,
             )
-            deadline = time.monotonic() + JOB_LIMIT_S
+            deadline = time.monotonic() + shown.JOB_LIMIT_S
             while (seen := client.get(job.id)).step < 3:
                 if seen.status.final or time.monotonic() > deadline:
                     raise RuntimeError(f"the job does not train: {seen}")
@@ -349,7 +348,7 @@ class World:
 
     def _total(self, client: FinetuneClient, offset_s: float) -> tuple[float, float]:
         """The end of the next step, as the zero of what is counted."""
-        deadline = time.monotonic() + JOB_LIMIT_S
+        deadline = time.monotonic() + shown.JOB_LIMIT_S
         while time.monotonic() < deadline:
             steps = self._events(client)
             if steps:
@@ -375,7 +374,7 @@ class World:
         """Load all the time; another process takes half of a core, and the predictor is judged from 200 steps later on."""
 
         def decode_steps() -> dict[str, Any]:
-            deadline = time.monotonic() + JOB_LIMIT_S
+            deadline = time.monotonic() + shown.JOB_LIMIT_S
             while (score := shown.decode_steps(client)) is None:  # the scheduler did not answer in time
                 if time.monotonic() > deadline:
                     raise RuntimeError("harli status shows no predicted decode steps")

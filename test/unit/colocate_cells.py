@@ -92,6 +92,8 @@ def repetition(n: int) -> list[Found]:
 def results() -> Found:
     return {
         "device": "cpu",
+        "model_size": "25m",
+        "flags": "",
         "targets": {"40": dict(TARGETS), "80": dict(TARGETS)},
         "baseline": {"load": 40, "target": "2x"},
         "calibration": {

@@ -244,13 +244,19 @@ def test_a_run_goes_on_from_its_file_under_the_same_options_only(tmp_path, capsy
     options = bench_colocate.parse(["--loads", "idle,40,80", "--resume", str(file)])
     assert options.begun["commits"] == ["abc1234"] and options.begun["repetitions_done"] == 3
     for flags, words in (
-        (["--loads", "idle,40"], "80: ['1.5x', '2x', '4x']"),
-        (["--loads", "40,80", "--targets", "2"], "asked for ('cpu', {40: ['2x']"),
-        (["--quick"], "asked for ('cpu', {40: ['1.5x', '4x']})"),
+        (["--loads", "idle,40"], "targets there: {'40': ['1.5x', '2x', '4x'], '80': ['1.5x', '2x', '4x']}"),
+        (["--loads", "40,80", "--targets", "2"], "asked for: {'40': ['2x'], '80': ['2x']}"),
+        (["--quick"], "asked for: {'40': ['1.5x', '4x']}"),
+        (["--model-size", "tiny"], "model_size there: '25m'; asked for: 'tiny'"),
     ):
         with pytest.raises(SystemExit):
             bench_colocate.parse([*flags, "--resume", str(file)])
         assert words in capsys.readouterr().err
+    older = results() | {"noise_rule": "one piece of work"}
+    file.write_text(json.dumps({"results": older, "meta_info": {"commit": "abc1234"}}))
+    with pytest.raises(SystemExit):
+        bench_colocate.parse(["--loads", "idle,40,80", "--resume", str(file)])
+    assert "noise_rule there: 'one piece of work'" in capsys.readouterr().err
     for text in ("", "[]", '{"results": {"device": "cpu"}}'):
         file.write_text(text)
         with pytest.raises(SystemExit):
