@@ -27,6 +27,7 @@ from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.frozen_base import bind as bind_base
 from sglang_harli.platforms.cpu.defaults import host_memory_bytes
+from sglang_harli.platforms.cpu.malloc import keep_freed_memory
 from sglang_harli.predictor import priors
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.predictor.profile_table import ProfileKey
@@ -58,6 +59,8 @@ def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | No
         base = bind_base(runner.model, args.model_path, trust_remote_code=args.trust_remote_code)
     except UnsupportedError as error:
         return None, f"{error.message}; serve without finetuning: --harli-finetune off"
+    if base.device.type == "cpu":
+        keep_freed_memory()
     desk = side.memory = memory_desk(scheduler, base.device, side.options)
     limits = served_limits(base, args, runner, side.options, desk)
     trainer: CoTrainer | None = None
