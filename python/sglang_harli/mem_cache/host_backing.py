@@ -2,7 +2,8 @@
 
 Nothing is moved: a page that is lent falls out of the KV mapping (``MADV_DONTNEED``), and the training mapping
 faults in a fresh one when it is written; so the physical memory of both together stays within the budget, and the
-resident size of the process really falls when memory is given away unused.
+resident size of the process really falls when memory is given away unused.  The KV mapping is in memory from the start, as SGLang's own
+pool is, which it fills with zeros: else the first requests would wait for the kernel.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sglang_harli.mem_cache.train_window import IntervalAllocator
 
 POISON = 0xFF  # a byte: repeated, it is NaN in 16-, 32- and 64-bit floating point
 WINDOW_SHARE = 2  # address space of the training mapping, times what can be lent: room against fragmentation
+MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
 MAP_NORESERVE = getattr(
     mmap, "MAP_NORESERVE", 0x4000
 )  # Python names it from 3.13 on; on x86 and Arm it is this
@@ -50,6 +52,7 @@ class HostBacking:
         self._stride = -(-geometry.buffer_bytes // mmap.PAGESIZE) * mmap.PAGESIZE  # from buffer to buffer
         lendable = len(geometry.lendable)
         self._kv = _Region(self._stride * geometry.buffers)
+        self._kv.populate()
         self._window = _Region(max(WINDOW_SHARE * lendable * geometry.stripe_bytes, mmap.PAGESIZE))
         self._places = IntervalAllocator(WINDOW_SHARE * lendable)  # of the window, in stripes
 
@@ -130,6 +133,13 @@ class _Region:
         with suppress(OSError):
             self.map.madvise(mmap.MADV_NOHUGEPAGE)
         self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+
+    def populate(self) -> None:
+        """Have all of it in memory, which holds zeros."""
+        try:
+            self.map.madvise(MADV_POPULATE_WRITE)
+        except OSError:  # an older kernel
+            self.bytes.fill_(0)
 
     def discard(self, start: int, length: int) -> None:
         """The range holds zeros and no memory."""

@@ -59,8 +59,6 @@ def test_resident_memory_of_the_process_falls_and_rises_with_what_is_lent():
 def test_resident_bytes_are_exact_and_never_above_the_budget():
     geometry = small_geometry()
     backing = HostBacking(geometry)
-    assert backing.resident_bytes() == 0
-    fill(backing)
     budget = backing.resident_bytes()
     assert geometry.total_bytes <= budget < geometry.total_bytes + geometry.buffers * mmap.PAGESIZE
     extents = backing.lend([3, 9, 4])
@@ -69,6 +67,18 @@ def test_resident_bytes_are_exact_and_never_above_the_budget():
     assert backing.resident_bytes() == budget
     backing.take_back([3, 9, 4], extents)
     assert backing.resident_bytes() == budget - 3 * geometry.stripe_bytes
+    fill(backing)
+    assert backing.resident_bytes() == budget
+
+
+@pytest.mark.parametrize("populated_by", ["kernel", "writing"])
+def test_the_kv_cache_is_in_memory_from_the_start(monkeypatch, populated_by):
+    if populated_by == "writing":  # an older kernel refuses the advice
+        monkeypatch.setattr("sglang_harli.mem_cache.host_backing.MADV_POPULATE_WRITE", -1)
+    geometry = small_geometry()
+    backing = HostBacking(geometry)
+    assert backing.resident_bytes() >= geometry.total_bytes
+    assert all((backing.kv_bytes(buffer) == 0).all() for buffer in range(geometry.buffers))
 
 
 @pytest.mark.parametrize("debug", [False, True])
