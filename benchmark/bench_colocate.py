@@ -213,10 +213,9 @@ def measured_under(options: argparse.Namespace) -> dict[str, Any]:
 def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     began = time.monotonic()
     over_s = began + 60 * options.limit_minutes
-    pieces = colocate_noise.Pieces()
     results: dict[str, Any] = options.begun or {
         **measured_under(options),
-        "reference_ms": {name: round(ms, 2) for name, ms in pieces.reference().items()},
+        "reference_ms": None,
         "cells": [],
         "repetitions_done": 0,
         "seconds": 0,
@@ -224,8 +223,9 @@ def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any
     }
     results["commits"].append(bench_report.commit())
     before_s = results["seconds"]
-    print(f"noise rule: {results['noise_rule']} ({results['reference_ms']} ms)", flush=True)
-    with World(place, colocate_noise.Watch(pieces, results["reference_ms"])) as world:
+    print(f"noise rule: {results['noise_rule']}", flush=True)
+    watch = colocate_noise.Watch(colocate_noise.Pieces(), results["reference_ms"])
+    with World(place, watch) as world:
         names = ["plain", *(["ours"] if options.modes & {TRAIN, HARLI, PAUSED, SLICES} else [])]
         names += ["sleepy"] if NICE in options.modes else []
         nices = [0] if options.modes & {PLAIN_LOOP, UNCOORDINATED} else []
@@ -234,6 +234,8 @@ def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any
         print(f"all up after {time.monotonic() - began:.0f} s: {world.start_s}", flush=True)
         if options.begun is None:
             calibrated(world, options, results)
+            results["reference_ms"] = watch.calibrated()
+        print(f"pieces of work, ms: {results['reference_ms']}", flush=True)
         if HARLI in options.modes and results["baseline"]:
             warm_up(world, results)
         took_s, number = 0.0, results["repetitions_done"] + 1

@@ -69,8 +69,6 @@ def test_the_noise_rule():
 
 def test_a_cell_is_watched_by_what_the_pieces_of_work_take_around_it():
     pieces = colocate_noise.Pieces()
-    reference = pieces.reference()
-    assert reference.keys() == REFERENCE.keys() and min(reference.values()) > 0
     for best, calm in ((1e6, True), (1e-6, False)):
         watch = colocate_noise.Watch(pieces, {"read": best})
         watch.begin()
@@ -78,6 +76,32 @@ def test_a_cell_is_watched_by_what_the_pieces_of_work_take_around_it():
         assert found["before_count"] > 0 and found["after_read"] > 0
         assert found["why"] is None or not calm or "piece" not in found["why"]
         assert calm or found["why"]
+
+
+class Scripted(colocate_noise.Pieces):
+    """Takes what it is told."""
+
+    def __init__(self, *counts_ms: float) -> None:
+        self._counts_ms = list(counts_ms)
+
+    def ms(self) -> dict[str, float]:
+        return {"count": self._counts_ms.pop(0), "read": 4.0}
+
+
+def test_the_reference_is_the_machine_as_it_usually_is_while_rates_are_calibrated():
+    watch = colocate_noise.Watch(Scripted(4.2, 5.3, 5.5, 5.2, 6.4, 6.8))
+    for _ in range(2):  # a fast minute at first
+        watch.begin()
+        found = watch.end()
+        assert "piece" not in (found["why"] or "")
+    assert watch.calibrated() == {"count": 5.25, "read": 4.0}
+    watch.begin()
+    assert "6.8 ms after it" in watch.end()["why"]
+
+
+def test_a_run_without_loads_has_a_reference_too():
+    watch = colocate_noise.Watch(Scripted(5.0))
+    assert watch.calibrated() == {"count": 5.0, "read": 4.0}
 
 
 def test_ticks_of_proc_stat():
