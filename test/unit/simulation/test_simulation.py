@@ -6,9 +6,10 @@ import dataclasses
 import json
 import random
 from collections.abc import Sequence
+from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sglang_harli.core import SmSplit, StepLoad
@@ -139,6 +140,10 @@ def test_prompts_that_come_in_a_row_turn_nobody_late(tpot_s):
     assert ours.rate > (1 - alone.busy_s / alone.window_s) * world.best_rate
 
 
+TO_THE_END = 1000.0  # windows: with few places for requests a trace takes more than a run usually waits for
+OVERLOAD = Trace("short", (TraceRequest(0.0, 900, 90),) * 20)
+
+
 def conserved(outcome: Outcome, trace: Trace) -> None:
     assert outcome.finished == outcome.requests == len(trace.requests)
     assert outcome.tokens == sum(request.output_tokens for request in trace.requests)
@@ -153,6 +158,7 @@ def conserved(outcome: Outcome, trace: Trace) -> None:
     max_running=st.integers(1, 40),
     sigma=st.sampled_from((0.0, 0.05)),
 )
+@example(trace=OVERLOAD, which=3, decode_only=False, max_running=1, sigma=0.05)
 @settings(max_examples=60, deadline=None)
 def test_requests_and_tokens_are_conserved(trace, which, decode_only, max_running, sigma):
     world = SpatialWorld(decode_only=decode_only, noise=Noise(sigma), max_prefill_tokens=1000)
@@ -164,12 +170,15 @@ def test_requests_and_tokens_are_conserved(trace, which, decode_only, max_runnin
         policies.BatchThreshold(world),
         policies.FixedRung(world, 0),
     )[which]
-    conserved(engine.run_spatial(trace, world, policy, rates(), TARGETS, max_running=max_running), trace)
+    with patch.object(engine, "DRAIN", TO_THE_END):
+        outcome = engine.run_spatial(trace, world, policy, rates(), TARGETS, max_running=max_running)
+    conserved(outcome, trace)
 
 
 @given(
     trace=short_traces(), which=st.integers(0, 3), decode_only=st.booleans(), max_running=st.integers(1, 40)
 )
+@example(trace=OVERLOAD, which=0, decode_only=False, max_running=1)
 @settings(max_examples=60, deadline=None)
 def test_temporal_runs_conserve_too(trace, which, decode_only, max_running):
     world = TemporalWorld(decode_only=decode_only)
@@ -179,10 +188,12 @@ def test_temporal_runs_conserve_too(trace, which, decode_only, max_running):
         policies.QuantumBelowBatch(4, 3),
         policies.ServeOnly(),
     )[which]
-    outcome = engine.run_temporal(trace, world, policy, TARGETS, max_running=max_running)
+    with patch.object(engine, "DRAIN", TO_THE_END):
+        outcome = engine.run_temporal(trace, world, policy, TARGETS, max_running=max_running)
     conserved(outcome, trace)
     assert outcome.rate <= world.best_rate * (1 + 1e-9)
-    assert (outcome.rate == 0.0) == (which == 3)
+    served_throughout = outcome.busy_s >= outcome.window_s - 1e-9  # prompts may wait all the time
+    assert outcome.rate == 0.0 if which == 3 else outcome.rate > 0.0 or served_throughout
 
 
 @given(trace=short_traces(), model=st.sampled_from(RATE_MODELS), seed=st.integers(0, 5))
