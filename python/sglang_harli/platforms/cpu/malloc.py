@@ -1,8 +1,8 @@
 """Has glibc keep what training frees, instead of giving every large temporary back to the kernel and asking for it again.
 
 By default glibc maps each allocation from 128 KiB (a limit that grows to 32 MiB) of its own and unmaps it when it is freed, and
-gives the heap's free end back: a training step then faults in the same megabytes again for every layer, and the next decode step
-finds its temporaries gone as well.  A sixth of training's time went there (benchmark/README.md).
+gives the heap's free end back: a training step then faults in the same megabytes again for every layer.  A sixth of training's time
+went there (benchmark/README.md).
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import ctypes
 import os
 from collections.abc import Mapping
 
-KEPT_BYTES = (
-    2**30
-)  # a free end of the heap up to this, and freed allocations up to this, stay with the process
+# A free end of the heap up to this, and freed allocations up to this, stay with the process.
+KEPT_BYTES = 2**30
 GROWTH_BYTES = 64 * 2**20  # by which the heap grows at least
 
 # Numbers of glibc's malloc.h.
