@@ -63,6 +63,7 @@ WARM_REQUESTS = 12
 REQUESTS, BASELINE_REQUESTS, SECONDS = 400, 120, 60.0  # of a cell, all repetitions together
 CUDA_MODES = (SERVE, TRAIN, HARLI, SLICES)
 QUICK_MODES = {"cpu": (SERVE, TRAIN, PLAIN_LOOP, HARLI, NICE), "cuda": CUDA_MODES}
+MACHINE = ("cpu", "cores", "gpu")
 LIMITS = ("--max-total-tokens", "65536", "--max-running-requests", "32")
 CUDA_FLAGS = (
     *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--random-seed", "1"),
@@ -102,7 +103,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--flags", default="", help="more flags of every server, as one string")
     add("--seed", type=int, default=1, help="of the order of cells")
     add("--json", type=Path, help="write every number there as well")
-    add("--resume", type=Path, help="a file that --json wrote: go on with it, under the same options")
+    add(
+        "--resume",
+        type=Path,
+        help="a file that --json wrote: go on with it, same machine and options",
+    )
     add("--results", type=Path, default=bench_report.RESULTS, help="folder of the result files")
     options = parser.parse_args(argv)
     _defaults(options, parser)
@@ -182,14 +187,16 @@ def resumed(options: argparse.Namespace) -> dict[str, Any] | None:
     """The results to go on with; None: from the beginning.
 
     Raises:
-        ValueError: the file is no such thing, or was measured under other options.
+        ValueError: the file is no such thing, or was measured under other options or on another machine.
     """
     if options.resume is None:
         return None
     try:
         document = json.loads(options.resume.read_text())
-        results, commit = document["results"], document["meta_info"]["commit"]
+        results, measured_at = document["results"], document["meta_info"]
+        commit = measured_at["commit"]
         found = {name: results[name] for name in measured_under(options)}
+        found |= {name: measured_at[name] for name in MACHINE}
         found["targets"] = {load: [*targets] for load, targets in results["targets"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--resume {options.resume}: not a file that --json wrote ({error!r})") from None
@@ -199,6 +206,13 @@ def resumed(options: argparse.Namespace) -> dict[str, Any] | None:
         if found[name] != value:
             raise ValueError(
                 f"--resume {options.resume}: {name} there: {found[name]!r}; asked for: {value!r}"
+            )
+    # targets and rates are of the processor that they were calibrated on: on another one they say nothing
+    here = bench_report.meta_info()
+    for name in MACHINE:
+        if found[name] != here[name]:
+            raise ValueError(
+                f"--resume {options.resume}: {name} there: {found[name]!r}; this machine's: {here[name]!r}"
             )
     results.setdefault("commits", [commit])
     return results

@@ -20,6 +20,7 @@ from project_files import ROOT
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 import bench_colocate
+import bench_report
 import colocate_busy
 import colocate_calibrate
 import colocate_client
@@ -263,8 +264,8 @@ def test_what_was_disturbed_is_measured_again_until_there_are_the_requests_asked
 
 
 def test_a_run_goes_on_from_its_file_under_the_same_options_only(tmp_path, capsys):
-    file = tmp_path / "full.json"
-    file.write_text(json.dumps({"results": results(), "meta_info": {"commit": "abc1234"}}))
+    file, machine = tmp_path / "full.json", bench_report.meta_info() | {"commit": "abc1234"}
+    file.write_text(json.dumps({"results": results(), "meta_info": machine}))
     options = bench_colocate.parse(["--loads", "idle,40,80", "--resume", str(file)])
     assert options.begun["commits"] == ["abc1234"] and options.begun["repetitions_done"] == 3
     for flags, words in (
@@ -277,10 +278,15 @@ def test_a_run_goes_on_from_its_file_under_the_same_options_only(tmp_path, capsy
             bench_colocate.parse([*flags, "--resume", str(file)])
         assert words in capsys.readouterr().err
     older = results() | {"noise_rule": "one piece of work"}
-    file.write_text(json.dumps({"results": older, "meta_info": {"commit": "abc1234"}}))
-    with pytest.raises(SystemExit):
-        bench_colocate.parse(["--loads", "idle,40,80", "--resume", str(file)])
-    assert "noise_rule there: 'one piece of work'" in capsys.readouterr().err
+    for written, where, words in (
+        (older, machine, "noise_rule there: 'one piece of work'"),
+        (results(), machine | {"cpu": "Another 9000"}, "cpu there: 'Another 9000'; this machine's: "),
+        (results(), machine | {"cores": 4096}, "cores there: 4096; this machine's: "),
+    ):
+        file.write_text(json.dumps({"results": written, "meta_info": where}))
+        with pytest.raises(SystemExit):
+            bench_colocate.parse(["--loads", "idle,40,80", "--resume", str(file)])
+        assert words in capsys.readouterr().err
     for text in ("", "[]", '{"results": {"device": "cpu"}}'):
         file.write_text(text)
         with pytest.raises(SystemExit):
