@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 from project_files import code_files, functions, parse, relative
 
-MAX_FILE_LINES = 400
+REPORTED_FILE_LINES = 400  # a warning names the file: split it by the question it answers when you are there
+MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 
 # Path, or path::qualified name -> why it may be longer.
@@ -12,12 +15,14 @@ EXCEPTIONS: dict[str, str] = {}
 
 
 def test_files_and_functions_are_small():
-    too_long = {}
+    too_long, large = {}, []
     for path in code_files():
         name = relative(path)
         lines = len(path.read_text(encoding="utf-8").splitlines())
         if lines > MAX_FILE_LINES:
             too_long[name] = f"{lines} lines, at most {MAX_FILE_LINES}"
+        elif lines > REPORTED_FILE_LINES:
+            large.append(f"{name}: {lines} lines")
         for qualified, node in functions(parse(path)):
             span = (node.end_lineno or node.lineno) - node.lineno + 1
             if span > MAX_FUNCTION_LINES:
@@ -26,6 +31,8 @@ def test_files_and_functions_are_small():
     assert not new, "split these by the question they answer:\n" + "\n".join(new)
     gone = sorted(set(EXCEPTIONS) - set(too_long))
     assert not gone, f"no longer too long: take them off the list: {gone}"
+    if large:
+        warnings.warn(f"over {REPORTED_FILE_LINES} lines: {'; '.join(large)}", stacklevel=1)
 
 
 def test_exceptions_have_reasons():
