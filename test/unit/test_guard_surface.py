@@ -80,7 +80,7 @@ HYPERPARAMETERS = {
     "n_epochs": 3,
     "learning_rate": 2e-4,
     "lr_scheduler": "linear",
-    "warmup_ratio": 0.03,
+    "warmup_ratio": 0.0,
     "batch_size": 4,
     "gradient_accumulation_steps": 1,
     "lora_r": 16,

@@ -18,7 +18,7 @@ class LearningRate:
 
     Args:
         hyperparameters: learning_rate, lr_scheduler, warmup_ratio.
-        total_steps: optimizer steps of the whole run; the first ceil(ratio * total) warm up.
+        total_steps: optimizer steps of the whole run.
     """
 
     def __init__(self, hyperparameters: Hyperparameters, total_steps: int) -> None:
@@ -28,7 +28,7 @@ class LearningRate:
         scheduler: Any = get_scheduler(
             _NAMES[hyperparameters.lr_scheduler],
             holder,
-            num_warmup_steps=math.ceil(hyperparameters.warmup_ratio * total_steps),
+            num_warmup_steps=warmup_steps(hyperparameters.warmup_ratio, total_steps),
             num_training_steps=total_steps,
         )
         self._factor = scheduler.lr_lambdas[0]
@@ -36,3 +36,11 @@ class LearningRate:
     def at(self, step: int) -> float:
         """The rate that optimizer step ``step`` (counted from 1) is taken with."""
         return self.peak * self._factor(step - 1)
+
+
+def warmup_steps(ratio: float, total_steps: int) -> int:
+    """Steps that warm up, rounded up as in transformers' Trainer.
+
+    Never all of them: the first warm-up step has rate 0, so a run of one step would learn nothing.
+    """
+    return min(math.ceil(ratio * total_steps), total_steps - 1)

@@ -54,7 +54,7 @@ class Hyperparameters(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     n_epochs: Annotated[int, Meta(ge=1, le=10_000)] = 3
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 2e-4
     lr_scheduler: str = "linear"
-    warmup_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.03
+    warmup_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.0
     batch_size: Annotated[int, Meta(ge=1, le=4096)] = 4
     gradient_accumulation_steps: Annotated[int, Meta(ge=1, le=4096)] = 1
     lora_r: Annotated[int, Meta(ge=1, le=1024)] = 16

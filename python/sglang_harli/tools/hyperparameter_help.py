@@ -16,6 +16,7 @@ CHOICES = {
     "use_rslora": ("true", "false"),
 }
 NOTES = {
+    "warmup_ratio": "share of all steps; the first warm-up step has rate 0",
     "max_seq_length": "tokens",
     "max_grad_norm": "0 turns clipping off",
     "checkpoint_every": "optimizer steps; 0: on pause and at the end only",
