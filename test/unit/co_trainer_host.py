@@ -109,7 +109,8 @@ class Host:
         )
 
     def hello(self) -> internal.Hello:
-        return internal.Hello(pid=7, rank=0, limits=self.limits)
+        hold = self.trainer.hold if hasattr(self, "trainer") else ""
+        return internal.Hello(pid=7, rank=0, limits=self.limits, hold=hold)
 
     def turn(self) -> bool:
         """One turn of an idle loop; whether a quantum ran."""

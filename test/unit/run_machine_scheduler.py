@@ -57,6 +57,7 @@ class Scheduler:
         self.attempts: dict[str, int] = {}
         self.service_pid: int | None = None
         self.pulse_at = 0.0
+        self.hold = ""  # why no run is to start
 
     # ---- out
     def send(self, message: Any) -> None:
@@ -70,7 +71,7 @@ class Scheduler:
     def hello(self) -> None:
         run = self.run
         self.seq += 1
-        message = internal.Hello(pid=self.pid, rank=0, limits=LIMITS, seq=self.seq)
+        message = internal.Hello(pid=self.pid, rank=0, limits=LIMITS, seq=self.seq, hold=self.hold)
         if run is not None:
             message.job, message.attempt, message.step = run.job, run.attempt, run.applied
             message.next_cursor = self._cursor(run)
@@ -131,6 +132,9 @@ class Scheduler:
         spec = message.spec
         if spec.attempt <= self.attempts.get(spec.job, 0) or message.scheduler != self.pid:
             return
+        if self.hold:
+            self.hello()
+            return
         self.attempts[spec.job] = spec.attempt
         self.run = None
         path = message.restore.path if message.restore else None
@@ -189,6 +193,11 @@ class Scheduler:
                 job=run.job, attempt=run.attempt, step=run.applied, after=run.told, reason=reason
             )
         )
+
+    def hold_runs(self, reason: str) -> None:
+        """Take no run for a while, or (``""``) again; what a hello says and is lost comes with the next one."""
+        self.hold = reason
+        self.hello()
 
     def give_up(self) -> None:
         """Requests need the memory of the run."""

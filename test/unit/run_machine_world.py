@@ -20,7 +20,9 @@ from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.service import jobs
 from sglang_harli.service import run_machine_state as machine
 from sglang_harli.service.jobs import JobRecord
+from sglang_harli.service.queue_order import QueueOrder
 from sglang_harli.service.run_machine import RunMachine
+from sglang_harli.service.run_machine_holds import NotNow
 from sglang_harli.service.run_machine_state import Effect, Now, Preparation
 
 
@@ -106,6 +108,9 @@ class Service:
         self.world = world
         self.pid = world.new_name()
         self.records = dict(world.store)
+        self.queue = QueueOrder()
+        for record in self.records.values():
+            self.queue.update(record)
         self.machine = RunMachine(self)
         self.uncommitted: deque[tuple[jobs.Change, tuple[Effect, ...]]] = deque()
         self.work: list[Any] = []
@@ -121,12 +126,13 @@ class Service:
         return self.records.get(job)
 
     def next_queued(self) -> JobRecord | None:
-        queued = [r for r in self.records.values() if r.status == JobStatus.QUEUED]
-        return min(queued, key=lambda r: r.number, default=None)
+        job = self.queue.first()
+        return None if job is None else self.records[job]
 
     # ---- effects
     def apply(self, change: jobs.Change, then: tuple[Effect, ...] = ()) -> None:
         self.records[change.record.id] = change.record
+        self.queue.update(change.record)
         self.uncommitted.append((change, then))
 
     def do(self, effects: list[Effect] | tuple[Effect, ...]) -> None:
@@ -139,6 +145,8 @@ class Service:
                 case machine.Acknowledge(seq):
                     self.machine.acknowledged(seq)
                     self.send(internal.Ack(seqs=[seq]))
+                case machine.HoldJob(job, reason):
+                    self.queue.hold(job, reason)
                 case machine.AskHello():
                     self.send(internal.Welcome(pid=self.pid, answers=0))
                 case machine.TakeBack(path):
@@ -150,10 +158,13 @@ class Service:
                     self.publications.add(job)
                 case machine.Saved():
                     pass
+                case machine.Prepare(job, restore=True) if job in self.machine.state.holds:
+                    raise AssertionError("a run was begun that is held")
                 case _:
                     self.work.append(effect)
 
     def send(self, message: Any) -> None:
+        assert not (isinstance(message, internal.StartRun) and self.machine.state.hold), "runs are held"
         self.world.to_scheduler.append(copy.deepcopy(message))
 
     def settle(self) -> None:
@@ -207,13 +218,16 @@ class Service:
         self.settle()
         return True
 
-    def finish(self, index: int, *, ok: bool = True) -> bool:
-        """Finish one piece of work under way."""
+    def finish(self, index: int, *, ok: bool = True, passing: bool = True) -> bool:
+        """Finish one piece of work under way; not ``ok``: what it needs is not there, for a while or (``passing``
+        false) until the server is another."""
         if not self.work:
             return False
         effect = self.work.pop(index % len(self.work))
         now = self.world.now
         match effect:
+            case machine.Prepare(job, attempt) | machine.MakeSlot(job, attempt) if not ok:
+                self.do(self.machine.put_off(job, attempt, NotNow("trouble", passing), now))
             case machine.Prepare(job, attempt, _, restore):
                 found = self._restore(self.records[job]) if restore else Preparation(FixedPlan())
                 self.do(self.machine.prepared(job, attempt, found, now))

@@ -69,3 +69,19 @@ def test_what_is_not_acknowledged_is_sent_again_without_a_restart(run_dir):
     until(host, peer, lambda: host.link.unacknowledged == 0)
     host.link.close()
     peer.socket.close()
+
+
+def test_a_start_while_no_run_is_taken_is_dropped_and_answered_by_a_hello(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    host.trainer.hold_runs("the served model is being checked")
+    until(host, peer, lambda: [m.hold for m in peer.of(internal.Hello)] == ["", host.trainer.hold])
+    peer.send(internal.StartRun(spec=spec(1)))
+    until(host, peer, lambda: len(peer.of(internal.Hello)) == 3)
+    assert host.trainer.run is None
+    host.trainer.hold_runs("")
+    peer.send(internal.StartRun(spec=spec(1)))
+    until(host, peer, lambda: peer.of(internal.RunStarted))
+    assert peer.of(internal.Hello)[-1].hold == "" and not peer.of(internal.RunFailed)
+    host.link.close()
+    peer.socket.close()

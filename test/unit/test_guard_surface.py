@@ -151,7 +151,7 @@ MESSAGES = {
         "linear_sizes max_seq_length max_lora_rank lora_target_modules train_memory_bytes logits_bytes "
         "space_bytes"
     ),
-    "Hello": "seq pid rank limits refusal job attempt step next_cursor options revision",
+    "Hello": "seq pid rank limits refusal job attempt step next_cursor options revision hold",
     "Pulse": "seq job attempt step next_cursor state_bytes has_slot snapshot stopping",
     "RunStarted": "seq job attempt step state_bytes",
     "StepDone": (

@@ -10,6 +10,7 @@ from sglang_harli.core import JobStatus
 from sglang_harli.protocol import internal
 from sglang_harli.service import jobs
 from sglang_harli.service import run_machine as run_machine_module
+from sglang_harli.service.run_machine_holds import NotNow
 from sglang_harli.service.run_machine_state import AskHello, Now, Phase, SaveSnapshot, Send
 from support.service_peers import limits
 
@@ -64,6 +65,129 @@ def test_a_full_shared_memory_fails_the_job_and_stops_its_run():
     failed = record(world)
     assert failed.error is not None and failed.error.code == "shared_memory"
     assert world.scheduler.run is None and machine.run is None
+
+
+# ------------------------------------------------------------------ jobs that are held
+def two_jobs() -> World:
+    """Both wait for a scheduler; the first one is about to be prepared."""
+    world = World()
+    for number in (1, 2):
+        world.service.apply(jobs.created(new_job(number), "fine"))
+    while world.service.commit():
+        pass
+    world.scheduler.hello()
+    while not world.service.work:
+        flush_wire(world)
+        world.service.commit()
+    return world
+
+
+def test_trouble_while_a_run_is_prepared_puts_its_job_off_and_the_next_one_starts() -> None:
+    world = two_jobs()
+    assert world.service.finish(0, ok=False)
+    first, second = world.service.records.values()
+    assert (first.status, first.error) == (JobStatus.QUEUED, None)
+    assert second.status == JobStatus.RUNNING
+    assert world.service.queue.reason(first.id) == "trouble; tried again after 2 s"
+    assert [d.message for d in world.service.uncommitted[0][0].drafts] == ["trouble; goes on from step 0"]
+    drain(world)
+    assert [r.status for r in world.store.values()] == [JobStatus.SUCCEEDED] * 2
+
+
+def test_each_pause_is_longer_up_to_a_bound_and_a_step_forgets_them() -> None:
+    world = World()
+    world.service.apply(jobs.created(new_job(1), "fine"))
+    state, pauses = world.service.machine.state, []
+    for _ in range(11):
+        while not world.service.work:
+            flush_wire(world)
+            world.service.commit() or world.tick(1.0)
+        began = world.s
+        world.service.finish(0, ok=False)
+        [hold] = state.holds.values()
+        pauses.append(hold.until_s - began)
+    assert pauses == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]
+    drain(world)
+    assert not state.troubles and record(world).status == JobStatus.SUCCEEDED
+
+
+def test_what_another_server_can_change_waits_for_it() -> None:
+    world = two_jobs()
+    world.service.finish(0, ok=False, passing=False)
+    first = next(iter(world.service.records.values()))
+    drain(world)
+    assert (record_of(world, first.id).status, len(world.service.machine.state.holds)) == (
+        JobStatus.QUEUED,
+        1,
+    )
+    assert world.service.queue.reason(first.id) == "trouble"
+    world.kill_scheduler()
+    drain(world)
+    assert record_of(world, first.id).status == JobStatus.SUCCEEDED
+
+
+@pytest.mark.parametrize("wish", ["pause", "cancel"])
+def test_a_job_that_is_put_off_as_it_should_stop_has_stopped(wish: str) -> None:
+    world = two_jobs()
+    first = next(iter(world.service.records.values()))
+    asked = jobs.ask_pause(first) if wish == "pause" else jobs.ask_cancel(first, 1.0, in_flight=False)
+    world.service.apply(asked)
+    world.service.finish(0, ok=False)
+    assert record_of(world, first.id).status == (JobStatus.PAUSED if wish == "pause" else JobStatus.CANCELLED)
+    assert not world.service.machine.state.holds
+
+
+def test_no_run_starts_while_the_scheduler_takes_none() -> None:
+    world = two_jobs()
+    world.scheduler.hold_runs("the served model is being checked")
+    flush(world)
+    first = next(iter(world.service.records.values()))
+    assert (first.status, world.scheduler.run) == (JobStatus.QUEUED, None)
+    world.tick(30.0)
+    flush(world)
+    assert world.service.machine.run is None
+    world.scheduler.hold = ""  # its hello is lost: it is asked for
+    world.tick(30.0)
+    flush(world)
+    assert record_of(world, first.id).status == JobStatus.RUNNING
+
+
+def test_a_hold_leaves_the_run_in_progress_alone() -> None:
+    world = training()
+    world.scheduler.hold_runs("the served model is being checked")
+    drain(world)
+    assert record(world).status == JobStatus.SUCCEEDED
+
+
+def test_a_run_that_no_longer_has_what_it_needs_is_saved_and_goes_on_later() -> None:
+    world = training()
+    for _ in range(2):
+        world.scheduler.work()
+    flush(world)
+    job = record(world)
+    world.service.do(world.service.machine.put_off(job.id, job.attempt, NotNow("EIO"), world.now))
+    drain(world)
+    assert record(world).status == JobStatus.SUCCEEDED and record(world).attempt == 2
+    told = {e[3] for e in world.events if e[1] == "step_metrics"}
+    assert told == {1, 2, 3, 4}  # the first step was not done twice
+    assert sum(n for e, n in world.events.items() if e[1] == "step_metrics") == 4
+
+
+def drain(world: World) -> None:
+    """All goes well for a while."""
+    for _ in range(60):
+        for late in (True, False):
+            while world.deliver(to_service=True, late=late) or world.deliver(to_service=False, late=late):
+                pass
+        while world.service.commit() or world.service.finish(0) or world.service.publish():
+            pass
+        for _ in range(3):
+            world.scheduler.work()
+        world.tick(10.0)
+
+
+def record_of(world: World, job: str) -> jobs.JobRecord:
+    return world.service.records[job]
 
 
 def test_training_waits_while_the_store_cannot_be_written(monkeypatch):

@@ -92,6 +92,10 @@ class Protocol(RuleBasedStateMachine):
     def give_up(self) -> None:
         self.world.scheduler.give_up()
 
+    @rule(reason=st.sampled_from(["the served model is being checked", ""]))
+    def hold_runs(self, reason: str) -> None:
+        self.world.scheduler.hold_runs(reason)
+
     @rule(which=PLACES)
     def damage(self, which: int) -> None:
         """The newest checkpoint of a job that is not over becomes unreadable."""
@@ -117,9 +121,9 @@ class Protocol(RuleBasedStateMachine):
         for _ in range(count):
             self.world.service.commit()
 
-    @rule(index=PLACES, ok=st.sampled_from([True, True, True, False]))
-    def finish_work(self, index: int, ok: bool) -> None:
-        self.world.service.finish(index, ok=ok)
+    @rule(index=PLACES, ok=st.sampled_from([True, True, True, False]), passing=st.booleans())
+    def finish_work(self, index: int, ok: bool, passing: bool) -> None:
+        self.world.service.finish(index, ok=ok, passing=passing)
 
     @rule()
     def publish(self) -> None:
@@ -160,7 +164,18 @@ class Protocol(RuleBasedStateMachine):
             assert not record.checkpoint_step or record.checkpoint_step in self.world.disk[record.id]
             assert 0 <= record.checkpoint_step <= record.step <= record.total_steps
 
+    @invariant()
+    def no_job_waits_for_one_that_is_held(self) -> None:
+        service = self.world.service
+        held = set(service.machine.state.holds)
+        queued = {r.id for r in service.records.values() if r.status == JobStatus.QUEUED}
+        first = service.queue.first()
+        assert first in queued - held if queued - held else first is None
+        for job in queued & held:
+            assert service.queue.reason(job) == service.machine.state.holds[job].reason
+
     def teardown(self) -> None:
+        self.world.kill_scheduler()  # what only another server can change is changed
         quiet = 0
         for _ in range(ROUNDS):
             self._round()

@@ -85,6 +85,7 @@ class CoTrainer:
         self.quantum_rows = quantum_rows
         self.run: ActiveRun | None = None
         self.held = False  # /pause_generation pauses training too
+        self.hold = ""  # why no run starts now, for the hello; "": it may
         self._apply_options, self._status = set_options, status
         self._sub_state = (SubState.TRAINING.value, "")
         self._told_at = self._ask_memory_at = self._pulse_at = 0.0
@@ -135,12 +136,21 @@ class CoTrainer:
         late = spec.attempt <= self._attempts.get(spec.job, 0)  # that run is held, or over
         if late or message.scheduler not in (0, os.getpid()):
             return
+        if self.hold:  # the service has not read that yet
+            self.link.say_hello()
+            return
         self._note(spec.job, spec.attempt)
         if self.run is not None:
             self._release()  # the store wants another run
         memory = self.desk.memory
         self.run = ActiveRun(self.base, message, self.limits, self.link, self.quantum_rows, memory)
         self.desk.attach(self.run.training, spec.memory_bytes, self._give_up)
+
+    def hold_runs(self, reason: str) -> None:
+        """Start no run from now on, for a reason that queued jobs show; ``""``: runs may start again.  The run in
+        progress goes on."""
+        self.hold = reason
+        self.link.say_hello()
 
     def _note(self, job: str, attempt: int) -> None:
         self._attempts[job] = max(attempt, self._attempts.pop(job, 0))

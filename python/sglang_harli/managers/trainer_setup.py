@@ -71,6 +71,7 @@ def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | No
         message = internal.Hello(
             pid=os.getpid(), rank=0, limits=current, options=side.effective(), revision=side.revision
         )
+        message.hold = trainer.hold if trainer is not None else ""
         if run is not None:
             message.job, message.attempt = run.spec.job, run.spec.attempt
             message.step, message.next_cursor = run.training.applied_step, run.training.next_cursor

@@ -63,7 +63,10 @@ class BatchCursor(Struct, frozen=True, kw_only=True):
 
 # ------------------------------------------------------------------ scheduler -> service
 class Hello(Message):
-    """On every (re)connection.  ``run`` is the (job, attempt, applied step, snapshot in hand) in progress."""
+    """On every (re)connection, and where something that it says has changed.  ``job``, ``attempt``, ``step`` and
+    ``next_cursor``: of the run in progress.  ``hold``: why no run is to start now ("": it may); the next hello
+    may lift it.
+    """
 
     pid: int
     rank: int
@@ -75,6 +78,7 @@ class Hello(Message):
     next_cursor: BatchCursor | None = None
     options: dict[str, Any] = field(default_factory=dict)
     revision: int = 0
+    hold: str = ""
 
 
 class Pulse(Message):

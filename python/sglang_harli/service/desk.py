@@ -104,6 +104,10 @@ class JobDesk:
         job = self._queue.first()
         return None if job is None else self._records[job]
 
+    def hold(self, job: str, reason: str) -> None:
+        """Pass a queued job over, for a reason that is shown; ``""`` ends that."""
+        self._queue.hold(job, reason)
+
     def public(self, record: JobRecord) -> Job:
         """The job as clients see it; a queued one with the reason it waits, and none as over that is not so in
         the store: a crash would take it back."""

@@ -7,46 +7,71 @@ from bisect import bisect_left, insort
 from sglang_harli.core import JobStatus, short_id
 from sglang_harli.service.jobs import JobRecord
 
+_Place = tuple[int, int, str]  # (-priority, number, id)
+
 
 class QueueOrder:
     """Higher priority first, then the order of creation; a job that comes back finds its old place.
 
-    A sorted list that follows each change: the next job is found at once, a place by bisection.
+    A sorted list that follows each change: the next job is found at once, a place by bisection.  A job that is
+    held keeps its place and is passed over: the jobs behind it do not wait for it.
     """
 
     def __init__(self) -> None:
-        self._keys: list[tuple[int, int, str]] = []  # (-priority, number, id) of the queued jobs
-        self._of: dict[str, tuple[int, int, str]] = {}
+        self._ready: list[_Place] = []  # of the queued jobs that are not held, sorted
+        self._places: dict[str, _Place] = {}  # of all queued jobs
+        self._holds: dict[str, str] = {}  # job -> why it does not start now
         self._training: dict[str, None] = {}  # running and not merely publishing, oldest first
 
     def update(self, record: JobRecord) -> None:
-        """Take a job's new state over."""
-        key = None
+        """Take a job's new state over.  A hold ends where its job is paused or over."""
+        place = None
         if record.status == JobStatus.QUEUED:
-            key = (-record.priority, record.number, record.id)
-        old = self._of.get(record.id)
-        if key != old:
-            if old is not None:
-                del self._keys[bisect_left(self._keys, old)]
-                del self._of[record.id]
-            if key is not None:
-                insort(self._keys, key)
-                self._of[record.id] = key
+            place = (-record.priority, record.number, record.id)
+        if place != self._places.get(record.id):
+            self._remove(record.id)
+            if place is not None:
+                self._insert(record.id, place)
+        if record.status not in (JobStatus.QUEUED, JobStatus.RUNNING):
+            self._holds.pop(record.id, None)
         if record.status == JobStatus.RUNNING and not record.publishing:
             self._training[record.id] = None
         else:
             self._training.pop(record.id, None)
 
+    def hold(self, job: str, reason: str) -> None:
+        """Pass the job over, for a reason that is shown; ``""`` ends that."""
+        place = self._places.get(job)
+        self._remove(job)
+        if reason:
+            self._holds[job] = reason
+        else:
+            self._holds.pop(job, None)
+        if place is not None:
+            self._insert(job, place)
+
+    def _insert(self, job: str, place: _Place) -> None:
+        self._places[job] = place
+        if job not in self._holds:
+            insort(self._ready, place)
+
+    def _remove(self, job: str) -> None:
+        place = self._places.pop(job, None)
+        if place is not None and job not in self._holds:
+            del self._ready[bisect_left(self._ready, place)]
+
     def first(self) -> str | None:
         """The id of the job whose turn is next."""
-        return self._keys[0][2] if self._keys else None
+        return self._ready[0][2] if self._ready else None
 
     def reason(self, job: str) -> str | None:
         """What a queued job waits for within the queue; None for any other job."""
-        key = self._of.get(job)
-        if key is None:
+        place = self._places.get(job)
+        if place is None:
             return None
-        ahead = bisect_left(self._keys, key)
+        if job in self._holds:
+            return self._holds[job]
+        ahead = bisect_left(self._ready, place)
         count = "next" if ahead == 0 else f"{ahead} job{'s' if ahead > 1 else ''} ahead"
         running = next(iter(self._training), None)
         if running is None:

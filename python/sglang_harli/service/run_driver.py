@@ -78,7 +78,7 @@ class RunDriver:
             async with asyncio.TaskGroup() as self._tasks:
                 while True:
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._wake.wait(), TICK_S if self._machine.run else None)
+                        await asyncio.wait_for(self._wake.wait(), TICK_S if self._machine.waits else None)
                     self._wake.clear()
                     self._do(self._machine.tick(_now()))
                     self._do(self._machine.advance(_now()))
@@ -115,6 +115,8 @@ class RunDriver:
                 self._machine.acknowledged(seq)
                 if self._link is not None:
                     self._link.acknowledge(seq)
+            case machine.HoldJob(job, reason):
+                self._desk.hold(job, reason)
             case machine.AskHello():
                 if self._link is not None:
                     self._link.ask_hello()

@@ -7,14 +7,17 @@ is known here dies with the process; the jobs' records outlive it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.internal import BatchCursor, SlotRef
 from sglang_harli.service import jobs
 from sglang_harli.service import run_machine_hello as hello_part
+from sglang_harli.service import run_machine_holds as holds
 from sglang_harli.service import run_machine_messages as message_part
 from sglang_harli.service.jobs import Change, JobRecord, Wish
+from sglang_harli.service.run_machine_holds import NotNow
 from sglang_harli.service.run_machine_state import (
     SAY_AGAIN_S,
     SILENT_S,
@@ -56,6 +59,13 @@ class RunMachine:
         """Whether a run or a checkpoint is under way."""
         return self.state.run is not None or bool(self.state.writing)
 
+    @property
+    def waits(self) -> bool:
+        """Whether time alone may bring something to do."""
+        state = self.state
+        timed = any(hold.until_s < math.inf for hold in state.holds.values())
+        return state.run is not None or bool(state.hold) or timed
+
     # ------------------------------------------------------------ what is wanted, and time
     def advance(self, now: Now) -> list[Effect]:
         """Do what the store wants next: start the next job, or tell the run of a pause or a cancel."""
@@ -63,7 +73,7 @@ class RunMachine:
         run = state.run
         if run is None:
             # A snapshot still being written may bring the very job further: it is waited for.
-            ready = state.greeted and state.limits is not None and not state.writing
+            ready = state.greeted and state.limits is not None and not state.writing and not state.hold
             record = state.book.next_queued() if ready else None
             return self._begin(record, now) if record is not None else []
         if run.phase in (Phase.PREPARING, Phase.STOPPING):
@@ -77,12 +87,12 @@ class RunMachine:
         return []
 
     def tick(self, now: Now) -> list[Effect]:
-        """Time has passed: say again what has no answer."""
+        """Time has passed: say again what has no answer, and end the pauses that are over."""
         run = self.state.run
+        effects = holds.lift_due(self.state, now) + holds.still_held(self.state, now)
         if run is None or run.phase is Phase.PREPARING:
-            return []
+            return effects
         waiting = run.phase in (Phase.STARTING, Phase.STOPPING) or run.asked != Wish.RUN
-        effects: list[Effect] = []
         if waiting and now.s - run.said_at_s >= SAY_AGAIN_S:
             effects += hello_part.again(run, now)
         if now.s - run.heard_at_s >= SILENT_S:
@@ -135,6 +145,9 @@ class RunMachine:
         if record.wish != Wish.RUN:  # paused or cancelled while it was prepared
             change = jobs.then(change, lambda r: jobs.stopped(r, now.wall))
             return [Apply(change), *self.state.end()]
+        if self.state.hold:  # said while it was prepared
+            change = jobs.then(change, lambda r: jobs.interrupted(r, self.state.hold, now.wall))
+            return [Apply(change), *self.state.end()]
         return self._start(run, change, found, now)
 
     def _start(self, run: Run, change: Change, found: Preparation, now: Now) -> list[Effect]:
@@ -167,6 +180,15 @@ class RunMachine:
             return []
         effects = self._failed(run, code, text, now, param)
         return effects + (self.state.unwanted(run, now) if run.adopting else self.state.end())
+
+    def put_off(self, job: str, attempt: int, why: NotNow, now: Now) -> list[Effect]:
+        """The run cannot be prepared, its snapshots have no slot or its data cannot be read, and that is no verdict
+        on the job: it waits in the queue."""
+        run = self.state.run
+        if run is None or (run.job, run.attempt) != (job, attempt):
+            return []
+        run.making_slot = False
+        return holds.put_off(self.state, run, why, now)
 
     def slot_made(self, job: str, attempt: int, ref: SlotRef) -> list[Effect]:
         run = self.state.run

@@ -6,6 +6,7 @@ from sglang_harli.core import JobStatus
 from sglang_harli.protocol import internal
 from sglang_harli.service import jobs
 from sglang_harli.service.jobs import JobRecord
+from sglang_harli.service.run_machine_holds import lift_all
 from sglang_harli.service.run_machine_state import (
     Apply,
     Effect,
@@ -25,17 +26,17 @@ PULSE_GRACE_S = 1.5
 def hello(state: State, message: internal.Hello, now: Now) -> list[Effect]:
     """Compare the scheduler's run with ours: adopt it, stop it, or start ours again."""
     first, state.greeted = not state.greeted, True
-    state.limits = message.limits
+    state.limits, state.hold = message.limits, message.hold
     restarted = state.scheduler_pid != message.pid
     state.scheduler_pid = message.pid
     run = state.run
-    effects: list[Effect] = []
+    effects: list[Effect] = lift_all(state) if restarted else []
     if message.job is None:
-        effects = _none_held(state, run, now, restarted=restarted) if run is not None else []
+        effects += _none_held(state, run, now, restarted=restarted) if run is not None else []
     elif run is None:
-        effects = _meet(state, message, now)
+        effects += _meet(state, message, now)
     elif state.named(message) is None:
-        effects = [_stop(message)]
+        effects.append(_stop(message))
     else:
         run.heard_at_s = now.s
         run.applied = max(run.applied, message.step)
@@ -47,6 +48,8 @@ def hello(state: State, message: internal.Hello, now: Now) -> list[Effect]:
 def _none_held(state: State, run: Run, now: Now, *, restarted: bool) -> list[Effect]:
     if run.phase is Phase.PREPARING and not run.adopting:
         return []
+    if run.phase is Phase.STARTING and state.hold:  # its StartRun was dropped, or will be
+        return state.lost(run, state.hold, now)
     if run.phase is Phase.STARTING and run.scheduler_pid == state.scheduler_pid:
         return again(run, now)  # the StartRun may have been lost; it is no harm to say it twice
     why = "the scheduler was restarted" if restarted else "the scheduler has lost the run"

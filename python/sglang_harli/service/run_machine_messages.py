@@ -14,6 +14,7 @@ from sglang_harli.protocol import internal
 from sglang_harli.service import jobs
 from sglang_harli.service.jobs import Change, JobRecord, Wish
 from sglang_harli.service.run_machine_hello import pulse, saved
+from sglang_harli.service.run_machine_holds import forget
 from sglang_harli.service.run_machine_state import (
     Acknowledge,
     Apply,
@@ -83,6 +84,7 @@ def _started(state: State, run: Run | None, message: internal.RunStarted) -> lis
 def _step_done(state: State, run: Run | None, record: JobRecord, message: internal.StepDone) -> list[Effect]:
     if run is not None:
         run.applied = max(run.applied, message.step)
+        forget(state, run.job)
     known = (message.attempt, message.step) <= (record.metrics_attempt, record.metrics_step)
     if record.status.final or (known and message.seq not in state.unstored):
         return [Acknowledge(message.seq)]

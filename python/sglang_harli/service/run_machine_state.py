@@ -70,13 +70,22 @@ class Acknowledge:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldJob:
+    """Pass a job over while it is queued, for a reason that is shown; ``""`` ends that."""
+
+    job: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class AskHello:
     """Have the scheduler say which run it holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """Read the job's data and, with ``restore``, its checkpoint; answered by ``prepared`` or ``not_prepared``."""
+    """Read the job's data and, with ``restore``, its checkpoint; answered by ``prepared``, ``not_prepared`` or
+    ``put_off``."""
 
     job: str
     attempt: int
@@ -86,7 +95,7 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class MakeSlot:
-    """Answered by ``slot_made`` or ``slot_refused``."""
+    """Answered by ``slot_made``, ``slot_refused`` or ``put_off``."""
 
     job: str
     attempt: int
@@ -128,6 +137,7 @@ Effect = (
     Apply
     | Send
     | Acknowledge
+    | HoldJob
     | AskHello
     | Prepare
     | MakeSlot
@@ -193,6 +203,14 @@ class Run:
     told_at_s: float = float("-inf")
 
 
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A queued job does not start before ``until_s`` (infinity: not with this scheduler)."""
+
+    reason: str
+    until_s: float
+
+
 @dataclass
 class Writing:
     """``path``: the slot it lies in; ``seqs``: the messages that announced it; ``orphaned``: its run is over,
@@ -207,6 +225,8 @@ class Writing:
 class State:
     """Attributes:
     greeted: a hello has been read, and the scheduler has not said that it ends.
+    hold: why the scheduler takes no run now, "" where it does; ``asked_at_s``: when that was last asked.
+    holds, troubles: queued jobs that are passed over, and how often in a row each met trouble.
     writing: snapshots on their way to disk, by job, attempt and step.
     given_up: the last snapshot that could not be written.
     unstored: numbers of StepDones that are not durable yet.
@@ -217,6 +237,10 @@ class State:
     greeted: bool = False
     scheduler_pid: int = 0
     limits: ServedLimits | None = None
+    hold: str = ""
+    asked_at_s: float = float("-inf")
+    holds: dict[str, Hold] = field(default_factory=dict)
+    troubles: dict[str, int] = field(default_factory=dict)
     writing: dict[tuple[str, int, int], Writing] = field(default_factory=dict)
     given_up: tuple[str, int, int] | None = None
     unstored: set[int] = field(default_factory=set)

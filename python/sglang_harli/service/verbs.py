@@ -181,7 +181,8 @@ class Verbs:
             return f"this server cannot train: {self._scheduler.refusal}"
         if self._desk.journal.trouble is not None:
             return self._desk.journal.trouble
-        return "waiting for the scheduler" if self._scheduler.hello is None else None
+        hello = self._scheduler.hello
+        return "waiting for the scheduler" if hello is None else hello.hold or None
 
     # ---- the server
     async def _status(self, _caller: Caller, _raw: dict[str, Any]) -> public.StatusAnswer:
@@ -194,6 +195,7 @@ class Verbs:
             "scheduler_answers": report is not None,
             "http_pid": self._http.pid,
             "refusal": self._scheduler.refusal,
+            "hold": (hello.hold or None) if hello else None,
             "store": self._desk.journal.trouble or "ok",
             "followers": len(self._subscriptions),
             "space": await self._space.report(),

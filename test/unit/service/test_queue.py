@@ -43,15 +43,44 @@ class TestOrder:
         for record in jobs.values():
             queue.update(record)
         states = [JobStatus.QUEUED, JobStatus.QUEUED, JobStatus.PAUSED, JobStatus.SUCCEEDED]
-        for _ in range(2000):
+        held: set[int] = set()
+        for _ in range(3000):
             number = rng.randrange(60)
-            jobs[number] = msgspec.structs.replace(
-                jobs[number], status=rng.choice(states), priority=rng.choice((-3, 0, 0, 7))
+            if rng.random() < 0.4:
+                (held.discard if (free := rng.random() < 0.5) else held.add)(number)
+                queue.hold(jobs[number].id, "" if free else f"job {number} waits")
+            else:
+                jobs[number] = msgspec.structs.replace(
+                    jobs[number], status=rng.choice(states), priority=rng.choice((-3, 0, 0, 7))
+                )
+                queue.update(jobs[number])
+                if jobs[number].status != JobStatus.QUEUED:  # a hold does not outlive the wait
+                    held.discard(number)
+            queued = sorted(
+                (r for r in jobs.values() if r.status == JobStatus.QUEUED),
+                key=lambda r: (-r.priority, r.number),
             )
-            queue.update(jobs[number])
-            queued = [r for r in jobs.values() if r.status == JobStatus.QUEUED]
-            first = min(queued, key=lambda r: (-r.priority, r.number), default=None)
-            assert queue.first() == (first.id if first else None)
+            ready = [r for r in queued if r.number not in held]
+            assert queue.first() == (ready[0].id if ready else None)
+            for record in queued:
+                if record.number in held:
+                    assert queue.reason(record.id) == f"job {record.number} waits"
+            if len(ready) > 1:
+                assert queue.reason(ready[-1].id).startswith(f"{len(ready) - 1} job")
+
+    def test_a_held_job_keeps_its_place_and_those_behind_do_not_wait(self):
+        queue = QueueOrder()
+        for number in range(3):
+            queue.update(job(number))
+        queue.hold(job(0).id, "no room in /dev/shm")
+        assert queue.first() == job(1).id
+        assert queue.reason(job(0).id) == "no room in /dev/shm"
+        assert queue.reason(job(1).id) == "next: about to start"
+        queue.update(job(0, status=JobStatus.RUNNING))  # put off: it comes back held
+        queue.update(job(0))
+        assert queue.first() == job(1).id
+        queue.hold(job(0).id, "")
+        assert queue.first() == job(0).id
 
     def test_the_reason_names_the_place_and_the_running_job(self):
         queue = QueueOrder()

@@ -1,0 +1,100 @@
+"""The run machine's part for jobs that cannot run now, through no fault of their own (pure).
+
+Such a job goes back to the queue and is *held*: it is passed over, with a reason that is shown, and the jobs behind
+it do not wait.  Trouble of the environment (a full disk, no file descriptor left) ends by itself: the job is tried
+again after a pause, longer each time.  What only another server can change is held until the scheduler is another
+process.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sglang_harli.core import JobStatus
+from sglang_harli.service import jobs
+from sglang_harli.service.run_machine_state import (
+    SILENT_S,
+    Apply,
+    AskHello,
+    Effect,
+    Hold,
+    HoldJob,
+    Now,
+    Phase,
+    Run,
+    State,
+)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class NotNow:
+    """Why a run does not go on, where that is no verdict on its job.
+
+    ``passing``: it ends by itself, and is tried again after a pause; else another server has to come.
+    """
+
+    reason: str
+    passing: bool = True
+
+
+def pause_s(troubles: int) -> float:
+    """The pause after so many troubles in a row, from 1 on."""
+    return min(FIRST_PAUSE_S * 2 ** min(troubles - 1, 30), LONGEST_PAUSE_S)
+
+
+def put_off(state: State, run: Run, why: NotNow, now: Now) -> list[Effect]:
+    """End the run; its job goes back to the queue and waits.  The last applied step is saved first where a slot for
+    it is there."""
+    record = state.running(run)
+    effects: list[Effect] = []
+    if record is not None:
+        change = jobs.interrupted(record, why.reason, now.wall)
+        if change.record.status == JobStatus.QUEUED:
+            effects.append(_hold(state, record.id, why, now))
+        effects.append(Apply(change))
+    if run.phase is Phase.PREPARING and not run.adopting:
+        return effects + state.end()
+    slot_there = record is not None and (run.adopting or run.slot is not None)
+    return effects + state.unwanted(run, now, snapshot=slot_there)
+
+
+def _hold(state: State, job: str, why: NotNow, now: Now) -> HoldJob:
+    until_s, reason = math.inf, why.reason
+    if why.passing:
+        state.troubles[job] = count = state.troubles.get(job, 0) + 1
+        pause = pause_s(count)
+        until_s, reason = now.s + pause, f"{reason}; tried again after {pause:g} s"
+    state.holds[job] = Hold(reason, until_s)
+    return HoldJob(job, reason)
+
+
+def lift_due(state: State, now: Now) -> list[Effect]:
+    """Jobs whose pause is over may start."""
+    return _lift(state, [job for job, hold in state.holds.items() if hold.until_s <= now.s])
+
+
+def lift_all(state: State) -> list[Effect]:
+    """The server is another: whatever kept jobs back may be gone."""
+    return _lift(state, list(state.holds))
+
+
+def _lift(state: State, held: list[str]) -> list[Effect]:
+    for job in held:
+        del state.holds[job]
+    return [HoldJob(job, "") for job in held]
+
+
+def still_held(state: State, now: Now) -> list[Effect]:
+    """The hello that lifts the scheduler's hold may have been lost: it is asked for now and then."""
+    if not state.hold or state.run is not None or now.s - state.asked_at_s < SILENT_S:
+        return []
+    state.asked_at_s = now.s
+    return [AskHello()]
+
+
+def forget(state: State, job: str) -> None:
+    """The job got further: its next trouble is the first one again."""
+    state.troubles.pop(job, None)
