@@ -46,6 +46,37 @@ class MemoryPurpose(enum.StrEnum):
     STATE = "state"  # adapter, gradients, optimizer: moved to host memory last
 
 
+class Reason(enum.StrEnum):
+    """Why training runs, or does not, at one decision of the scheduler's policy.
+
+    The value is the text shown in ``harli status`` and in the job's sub-state; ``label`` is the short name in metrics
+    (``other`` where there is none).
+    """
+
+    label: str
+
+    def __new__(cls, text: str, label: str = "other") -> Reason:
+        reason = str.__new__(cls, text)
+        reason._value_ = text
+        reason.label = label
+        return reason
+
+    IDLE = "nothing is served"
+    SLACK = "slack under the latency target"
+    PREFILL_WAITING = "a prompt waits for prefill", "prompt"
+    NO_SLACK_TPOT = "no slack under the TPOT target", "tpot"
+    NO_SLACK_ITL = "no slack under --harli-max-itl-ms", "itl"
+    NO_SLACK_TTFT = "no slack under the TTFT target", "ttft"
+    NO_SLACK = "no slack", "none"
+    PAUSED = "generation is paused", "paused"
+    BANKING = "a larger quantum, which trains more per second, is to fit later", "banking"
+    IDLE_COMES = "idle time was seen lately and costs requests nothing: training waits for it", "idle_comes"
+    TOO_LONG = (
+        "the smallest quantum exceeds --harli-max-quantum-ms: it trains while nothing is served",
+        "too_long",
+    )
+
+
 class QuantumKind(enum.StrEnum):
     """The kinds of training work that the scheduler slots in (design section 5)."""
 
@@ -98,13 +129,11 @@ class QuantumOffer:
         candidates: ``(rows, upper_s)`` in rising order of rows; the first is the least that can be
             run.  Kinds that are not cut by rows offer one candidate.
         fixed: the split is fixed (``--harli-quantum-rows``, or a kind that is not cut).
-        held_back: how often in a row this offer was refused because of its estimate alone.
     """
 
     kind: QuantumKind
     candidates: tuple[tuple[int, float], ...]
     fixed: bool = False
-    held_back: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +148,7 @@ class Decision:
 
     quanta: int
     rows: int
-    reason: str
+    reason: Reason
     needs_s: float = 0.0
 
 
@@ -162,7 +191,7 @@ class RungChoice:
     rung: int
     train_s: float
     rate: float
-    reason: str
+    reason: Reason
 
 
 # ------------------------------------------------------------------ names and places

@@ -41,10 +41,9 @@ from sglang.utils import TypeBasedDispatcher  # noqa: E402
 from sglang_harli import core  # noqa: E402
 from sglang_harli.config import HarliOptions  # noqa: E402
 from sglang_harli.core import StepLoad  # noqa: E402
-from sglang_harli.managers import child_process, control, qos_policy, trainer_setup  # noqa: E402
+from sglang_harli.managers import child_process, control, trainer_setup  # noqa: E402
 from sglang_harli.managers.publisher import Publisher  # noqa: E402
 from sglang_harli.managers.serving_side import ServingSide  # noqa: E402
-from sglang_harli.managers.slo_ledger import UNBOUNDED  # noqa: E402
 from sglang_harli.patches import catalog  # noqa: E402
 from sglang_harli.plugin import TABLE  # noqa: E402
 from support import model_runner  # noqa: E402
@@ -126,11 +125,11 @@ def host(options: HarliOptions, model: str, registrations: str) -> None:
         trainer.poll()
         if trainer.run is not None:
             trainer.tick(idle=True)
-        offer = trainer.offer()
-        if offer is None:
+        chosen = trainer.slotting.next_idle(StepLoad, side.targets)
+        if chosen is None:
             trainer.link.socket.poll(WAIT_MS)
             continue
-        trainer.run_quantum(offer, qos_policy.decide(StepLoad(), UNBOUNDED, offer, side.targets))
+        trainer.run_quantum(*chosen)
 
 
 async def _publish(manager: Manager, endpoint: str) -> None:

@@ -13,13 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import StepLoad, make_ipc_dir, scheduler_endpoint, shm_dir
-from sglang_harli.managers import qos_policy
 from sglang_harli.managers.co_trainer import CoTrainer
 from sglang_harli.managers.memory_desk import MemoryDesk
 from sglang_harli.managers.quantum_clock import HostClock
 from sglang_harli.managers.service_link import ServiceLink
 from sglang_harli.managers.serving_side import ServingSide
-from sglang_harli.managers.slo_ledger import UNBOUNDED
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer import frozen_base
 from sglang_harli.protocol import internal
@@ -116,11 +114,10 @@ class Host:
         """One turn of an idle loop; whether a quantum ran."""
         self.trainer.poll()
         self.trainer.tick(idle=True)
-        offer = self.trainer.offer()
-        if offer is None:
+        chosen = self.trainer.slotting.next_idle(StepLoad, self.side.targets)
+        if chosen is None:
             return False
-        decision = qos_policy.decide(StepLoad(), UNBOUNDED, offer, self.side.targets)
-        self.trainer.run_quantum(offer, decision)
+        self.trainer.run_quantum(*chosen)
         return True
 
 

@@ -14,10 +14,7 @@ import pytest
 import torch
 from co_trainer_host import VOCAB, Host, Peer, batch, give_slot, spec, temporary_run_dir, until
 
-from sglang_harli.core import Decision, QuantumKind, shm_dir
-from sglang_harli.managers import qos_policy
-from sglang_harli.managers.co_trainer import PATIENCE
-from sglang_harli.managers.slo_ledger import Slack
+from sglang_harli.core import Decision, QuantumKind, Reason, shm_dir
 from sglang_harli.peft_trainer.row_blocks import BLOCK
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import Slot
@@ -216,48 +213,21 @@ def test_options_that_are_not_accepted_are_answered_and_leave_the_run_alone(run_
     peer.socket.close()
 
 
-@pytest.mark.parametrize(("reason", "idle_comes"), [(qos_policy.BANKING, False), (qos_policy.TOO_LONG, True)])
-def test_who_waits_for_more_is_offered_no_less(run_dir: str, reason: str, idle_comes: bool) -> None:
-    peer, host = Peer(run_dir), Host(run_dir, quantum_rows=None)
-    until(host, peer, lambda: peer.of(internal.Hello))
-    peer.send(internal.StartRun(spec=spec(steps=1)))
-    peer.send(*batch(1, lengths=(2 * BLOCK + 1, 5)))
-    trainer = host.trainer
-
-    def forward() -> bool:
-        offer = trainer.offer()
-        return offer is not None and offer.kind is QuantumKind.FORWARD
-
-    until(host, peer, forward)
-    before = trainer.offer()
-    assert before is not None
-    costs = trainer.predictor.costs()
-    for _ in range(3 * PATIENCE):
-        assert not trainer.held_back(
-            before, Decision(0, 0, reason), Slack(0.05, "tpot", idle_comes=idle_comes)
-        )
-    after = trainer.offer()
-    assert after is not None and after.held_back == 0
-    assert after.candidates == before.candidates and trainer.predictor.costs() == costs
-    host.link.close()
-    peer.socket.close()
-
-
 def test_a_row_that_is_too_long_for_now_is_taken_in_blocks(run_dir: str) -> None:
     peer, host = Peer(run_dir), Host(run_dir, quantum_rows=None)
     until(host, peer, lambda: peer.of(internal.Hello))
     peer.send(internal.StartRun(spec=spec(steps=1)))
     peer.send(*batch(1, lengths=(2 * BLOCK + 1, 5)))
-    trainer, too_long = host.trainer, Decision(0, 0, qos_policy.TOO_LONG)
+    trainer = host.trainer
     cuts = []
     while not peer.of(internal.StepDone):
-        if (offer := trainer.offer()) is not None and trainer.held_back(offer, too_long, Slack(0.0, "tpot")):
+        if (offer := trainer.offer()) is not None and trainer.cut(offer.kind):
             again = trainer.offer()
             assert again is not None and not again.fixed
             if offer.kind is QuantumKind.FORWARD:  # its last block is the smallest
                 assert [rows for rows, _ in again.candidates] == [1, 2, 3]
                 assert again.candidates[0][1] <= offer.candidates[0][1]
-            trainer.run_quantum(again, Decision(1, 1, qos_policy.SLACK))
+            trainer.run_quantum(again, Decision(1, 1, Reason.SLACK))
             cuts.append(offer.kind)
             continue
         if not host.turn():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_harli.config import HarliOptions
-from sglang_harli.core import QuantumKind, QuantumOffer, StepLoad, SubState
+from sglang_harli.core import QuantumKind, QuantumOffer, Reason, StepLoad, SubState
 from sglang_harli.managers import explanation, qos_policy
 from sglang_harli.managers.possible_targets import impossible
 from sglang_harli.managers.serving_side import CHECK_EVERY, ServingSide, targets_of
@@ -28,10 +28,10 @@ OFFER = QuantumOffer(QuantumKind.BACKWARD, ((1, 1e-4), (2, 2e-4)))
 @pytest.mark.parametrize(
     ("sub_state", "reason", "changes", "says"),
     [
-        ("training", qos_policy.IDLE, {}, "Training runs in large quanta: nothing is served."),
+        ("training", Reason.IDLE, {}, "Training runs in large quanta: nothing is served."),
         (
             "training",
-            qos_policy.SLACK,
+            Reason.SLACK,
             {},
             "Training runs between decode steps: the next decode step takes 10 ms, at most 12.5, "
             "and the TPOT target leaves 7.5 ms beside it.",
@@ -43,8 +43,8 @@ OFFER = QuantumOffer(QuantumKind.BACKWARD, ((1, 1e-4), (2, 2e-4)))
             "Training yields: no slack under the TTFT target; the next decode step takes 10 ms, at most 12.5, "
             "which is 3.25 ms more than the TTFT target leaves.",
         ),
-        ("yielding", qos_policy.PREFILL_WAITING, {}, "Training yields: a prompt waits for prefill."),
-        ("yielding", qos_policy.PAUSED, {"slack_ms": None}, "Training yields: generation is paused."),
+        ("yielding", Reason.PREFILL_WAITING, {}, "Training yields: a prompt waits for prefill."),
+        ("yielding", Reason.PAUSED, {"slack_ms": None}, "Training yields: generation is paused."),
         (
             "waiting_data",
             "waiting for the next micro-batch",
@@ -66,7 +66,7 @@ def test_the_sentence(sub_state, reason, changes, says):
 
 @given(
     sub_state=st.sampled_from([s.value for s in SubState]),
-    reason=st.sampled_from([*qos_policy.LABELS, qos_policy.IDLE, qos_policy.SLACK, ""]),
+    reason=st.sampled_from([*Reason, ""]),
     slack_ms=st.none() | st.floats(-1e3, 1e3),
     bound=st.sampled_from((None, "none", "tpot", "itl", "ttft")),
 )
@@ -76,14 +76,14 @@ def test_every_state_has_one_sentence(sub_state, reason, slack_ms, bound):
 
 
 def test_yield_time_by_reason():
-    yielded = YieldTime()
-    yielded.hold("a", 1.0)
-    yielded.hold("a", 2.0)
-    yielded.hold("b", 3.0)
-    assert yielded.totals(3.5) == {"a": 2.0, "b": 0.5}
+    yielded, a, b = YieldTime(), Reason.BANKING, Reason.PAUSED
+    yielded.hold(a, 1.0)
+    yielded.hold(a, 2.0)
+    yielded.hold(b, 3.0)
+    assert yielded.totals(3.5) == {a: 2.0, b: 0.5}
     yielded.end(4.0)
     yielded.end(9.0)
-    assert yielded.totals(10.0) == {"a": 2.0, "b": 1.0}
+    assert yielded.totals(10.0) == {a: 2.0, b: 1.0}
 
 
 # ---------------------------------------------------------------- impossible targets

@@ -74,6 +74,7 @@ LIGHT = (
     "mem_cache.train_window",
     "managers.qos_policy",
     "managers.slo_ledger",
+    "managers.slotting",
     "managers.step_timer",
     "managers.serving_side",
     "predictor.latency_predictor",

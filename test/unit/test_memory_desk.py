@@ -10,9 +10,9 @@ import pytest
 import torch
 from co_trainer_host import Host, Peer, batch, give_slot, spec, temporary_run_dir, until
 
-from sglang_harli.core import Decision, MemoryPurpose, QuantumKind, StepLoad, SubState
+from sglang_harli.core import MemoryPurpose, QuantumKind, StepLoad, SubState
 from sglang_harli.managers import qos_policy
-from sglang_harli.managers.slo_ledger import UNBOUNDED, Slack
+from sglang_harli.managers.slo_ledger import UNBOUNDED
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer import state_memory
 from sglang_harli.protocol import internal
@@ -314,7 +314,7 @@ def test_a_kept_range_that_is_too_long_for_now_is_recomputed_in_pieces(run_dir):
         world.peer.pump()
         offer = trainer.offer()
     assert offer.fixed and len(offer.candidates) == 1
-    trainer.held_back(offer, Decision(0, 0, qos_policy.TOO_LONG), Slack(0.0, "tpot"))
+    assert trainer.cut(offer.kind)
     again = trainer.offer()
     assert again is not None and again.kind is QuantumKind.BACKWARD and not again.fixed
     assert again.candidates[0][0] == 1

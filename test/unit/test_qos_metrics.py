@@ -9,7 +9,7 @@ import pytest
 from co_trainer_host import Host, Peer, batch, spec, temporary_run_dir, until
 from prometheus_client import CollectorRegistry, generate_latest
 
-from sglang_harli.managers import qos_policy
+from sglang_harli.core import Reason
 from sglang_harli.managers.qos_metrics import QosMetrics
 from sglang_harli.managers.slo_ledger import RequestClock
 from sglang_harli.managers.step_timer import BatchLoad
@@ -34,8 +34,8 @@ def test_metrics_and_status_of_a_run(run_dir):
     host.side.step(BatchLoad(True, 1, 300, 1, 300), 0.01, 0.0)
     host.side.slack([RequestClock(0.0, 1.0, 30)], 300, 1.0, 0.0)
     host.side.attainment.count(RequestClock(0.0, 0.1, 11), 0.05)
-    host.trainer.yielded.hold(qos_policy.PREFILL_WAITING, 1.0)
-    host.trainer.yielded.end(3.5)
+    host.trainer.slotting.yielded.hold(Reason.PREFILL_WAITING, 1.0)
+    host.trainer.slotting.yielded.end(3.5)
     metrics.update(1.5)  # not yet a second later
     metrics.update(2.5)
     text = generate_latest(registry).decode()

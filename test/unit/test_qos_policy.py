@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_harli.config import HarliOptions
-from sglang_harli.core import QuantumKind, QuantumOffer, StepLoad
+from sglang_harli.core import QuantumKind, QuantumOffer, Reason, StepLoad
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.serving_side import DISTURBED, ServingSide, targets_of
 from sglang_harli.managers.slo_ledger import (
@@ -42,13 +42,13 @@ def test_a_waiting_prompt_stops_training():
     decision = qos_policy.decide(
         StepLoad(running=1, waiting=1), Slack(9.0, "tpot"), offer((1, 0.001)), TARGETS
     )
-    assert (decision.quanta, decision.reason) == (0, qos_policy.PREFILL_WAITING)
+    assert (decision.quanta, decision.reason) == (0, Reason.PREFILL_WAITING)
     assert qos_policy.decide(StepLoad(waiting=1), UNBOUNDED, offer((1, 0.001)), TARGETS).quanta == 0
 
 
 def test_idle_takes_the_largest_that_stays_under_the_idle_bound():
     decision = qos_policy.decide(StepLoad(), UNBOUNDED, offer((1, 0.1), (2, 0.2), (4, 0.4)), TARGETS)
-    assert (decision.quanta, decision.rows, decision.reason) == (1, 2, qos_policy.IDLE)
+    assert (decision.quanta, decision.rows, decision.reason) == (1, 2, Reason.IDLE)
 
 
 def test_idle_runs_the_least_quantum_even_when_it_exceeds_the_bound():
@@ -57,7 +57,7 @@ def test_idle_runs_the_least_quantum_even_when_it_exceeds_the_bound():
 
 def test_a_row_over_the_busy_bound_waits_for_idle_time_and_says_so():
     decision = qos_policy.decide(StepLoad(running=1), Slack(9.0, "tpot"), offer((1, 0.11)), TARGETS)
-    assert (decision.quanta, decision.reason) == (0, qos_policy.TOO_LONG)
+    assert (decision.quanta, decision.reason) == (0, Reason.TOO_LONG)
 
 
 def test_slack_is_named_by_the_promise_that_is_tightest():
@@ -104,21 +104,21 @@ def test_training_waits_for_a_size_that_is_worth_it(later_s, toll_s, rows):
     slack = Slack(0.012, "tpot", later_s, toll_s)
     decision = qos_policy.decide(StepLoad(running=1), slack, SIZES, TARGETS)
     assert decision.rows == rows
-    assert decision.reason == (qos_policy.SLACK if rows else qos_policy.BANKING)
+    assert decision.reason == (Reason.SLACK if rows else Reason.BANKING)
 
 
 def test_what_training_costs_the_next_step_counts_against_short_quanta():
     sizes = offer((1, 0.010), (2, 0.0195))
     alone, charged = (Slack(0.012, "tpot", 1.0, toll_s) for toll_s in (0.0, 0.003))
     assert qos_policy.decide(StepLoad(running=1), alone, sizes, TARGETS).rows == 1
-    assert qos_policy.decide(StepLoad(running=1), charged, sizes, TARGETS).reason == qos_policy.BANKING
+    assert qos_policy.decide(StepLoad(running=1), charged, sizes, TARGETS).reason == Reason.BANKING
 
 
 def test_a_quantum_that_takes_no_time_runs_wherever_there_is_slack():
     """Of a kind that has not been measured, and whose first estimate is nothing."""
     for sizes in (offer((1, 0.0)), offer((1, 0.0), (2, 0.0)), offer((1, 0.0), (2, 0.01))):
         decision = qos_policy.decide(StepLoad(running=1), Slack(1e-9, "tpot", 1.0), sizes, TARGETS)
-        assert decision.quanta == 1 and decision.reason == qos_policy.SLACK
+        assert decision.quanta == 1 and decision.reason == Reason.SLACK
 
 
 @given(
@@ -132,7 +132,7 @@ def test_waiting_is_for_something_that_would_fit_and_is_better(slack, more, toll
     load, later = StepLoad(running=1), Slack(slack, "tpot", slack + more, toll)
     decision = qos_policy.decide(load, later, offer(*candidates), TARGETS)
     greedy = qos_policy.decide(load, Slack(slack, "tpot"), offer(*candidates), TARGETS)
-    if decision.reason != qos_policy.BANKING:
+    if decision.reason != Reason.BANKING:
         assert decision == greedy
         return
     assert greedy.quanta
@@ -174,7 +174,7 @@ def test_where_idle_time_comes_only_what_is_banked_beyond_its_longest_quantum_is
     assert bool(decision.quanta) == (seconds >= TARGETS.idle_quantum_s)
     if not decision.quanta:
         fits = seconds >= 0.01
-        assert decision.reason == (qos_policy.IDLE_COMES if fits else qos_policy.NO_SLACK["tpot"])
+        assert decision.reason == (Reason.IDLE_COMES if fits else qos_policy.NO_SLACK["tpot"])
     assert qos_policy.decide(StepLoad(), slack, sizes, TARGETS).rows == rows, "and idle time is used"
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_harli.config import HarliOptions
-from sglang_harli.core import QuantumKind, QuantumOffer, StepLoad
+from sglang_harli.core import QuantumKind, QuantumOffer, Reason, StepLoad
 from sglang_harli.managers import qos_policy, waiting_prompts
 from sglang_harli.managers.serving_side import ServingSide, targets_of
 from sglang_harli.managers.slo_ledger import (
@@ -124,7 +124,7 @@ def test_the_policy_trains_while_a_promised_prompt_has_time_and_names_it_when_no
     held = qos_policy.decide(load, Slack(0.01, "ttft"), offer, TARGETS)
     assert (held.quanta, held.reason) == (0, qos_policy.NO_SLACK["ttft"])
     stops = qos_policy.decide(StepLoad(waiting=1, promised=2), Slack(9.0, "ttft"), offer, TARGETS)
-    assert (stops.quanta, stops.reason) == (0, qos_policy.PREFILL_WAITING)
+    assert (stops.quanta, stops.reason) == (0, Reason.PREFILL_WAITING)
 
 
 # ---------------------------------------------------------------- the loop

@@ -16,17 +16,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from sglang_harli.core import Decision, QuantumKind, QuantumOffer, SubState
+from sglang_harli.core import Decision, QuantumKind, QuantumOffer, Reason, SubState
 from sglang_harli.errors import HarliError
-from sglang_harli.managers import qos_policy
 from sglang_harli.managers.active_run import ActiveRun
 from sglang_harli.managers.failures import describe, forget
 from sglang_harli.managers.memory_desk import MemoryDesk
 from sglang_harli.managers.quantum_clock import DeviceClock, HostClock, Work
 from sglang_harli.managers.service_link import ServiceLink
-from sglang_harli.managers.slo_ledger import Slack
+from sglang_harli.managers.slotting import Slotting
 from sglang_harli.managers.training_status import training_status
-from sglang_harli.managers.yield_time import YieldTime
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.protocol import internal
@@ -40,7 +38,6 @@ PROGRESS_EVERY_S = 0.5
 PULSE_EVERY_S = 2.0
 ASK_MEMORY_EVERY_S = 0.01  # a run that waits for it
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 1024)  # rows of a quantum to choose from
-PATIENCE = 8  # refusals in a row after which a quantum is taken in smaller pieces than it would be
 KNOWN_RUNS = 1024  # jobs whose newest attempt is remembered, to tell a late StartRun
 
 
@@ -64,6 +61,9 @@ class CoTrainer:
         desk: training's memory.
         quantum_rows: a fixed split, or None.
         set_options, status: what the scheduler does for ``harli set`` and ``harli status``.
+
+    Attributes:
+        slotting: decides when its quanta run.
     """
 
     def __init__(
@@ -90,9 +90,8 @@ class CoTrainer:
         self._sub_state = (SubState.TRAINING.value, "")
         self._told_at = self._ask_memory_at = self._pulse_at = 0.0
         self._attempts: dict[str, int] = {}  # the newest attempt of each job that was held here, or stopped
-        self._held_back = 0
         self.quanta, self.busy_quanta, self.train_s = 0, 0, 0.0
-        self.yielded = YieldTime()
+        self.slotting = Slotting(self)
         self._handlers: dict[type, Callable[[Any, list[bytes]], None]] = {
             internal.StartRun: self._start,
             internal.MicroBatch: self._about_run,
@@ -213,11 +212,7 @@ class CoTrainer:
         if self._loading:
             return self._single(QuantumKind.ADAPTER, 1)
         run = self.run
-        if run is None:
-            return None
-        if self.held:
-            self.yielded.hold(qos_policy.PAUSED, time.perf_counter())
-            self._enter(SubState.YIELDING, qos_policy.PAUSED)
+        if run is None or self.held:
             return None
         if run.copying:
             return self._single(QuantumKind.COPY, 1)
@@ -234,10 +229,14 @@ class CoTrainer:
             return None
         sizes = [*(r for r in SIZES if r < shape.rows and not shape.fixed), shape.rows]
         candidates = self.predictor.prices(shape.kind, sizes, shape.row_tokens, shape.attended)
-        return QuantumOffer(shape.kind, candidates, shape.fixed, self._held_back)
+        return QuantumOffer(shape.kind, candidates, shape.fixed)
+
+    @property
+    def barred(self) -> Reason | None:
+        """Why nothing is offered although there is a run."""
+        return Reason.PAUSED if self.held and self.run is not None else None
 
     def _wait(self, run: ActiveRun) -> None:
-        self.yielded.end(time.perf_counter())
         if not run.lacks_memory:
             self._enter(*run.waiting_for())
             return
@@ -257,31 +256,21 @@ class CoTrainer:
     def _single(self, kind: QuantumKind, tokens: int) -> QuantumOffer:
         return QuantumOffer(kind, ((1, self.predictor.quantum(kind, tokens).upper_s),), True)
 
-    def held_back(self, offer: QuantumOffer, decision: Decision, slack: Slack, unasked: int = 0) -> bool:
-        """The policy said no: offer less (True: ask again), or show why and let an estimate that is to blame decay.
+    def cut(self, kind: QuantumKind) -> bool:
+        """Offer less of ``kind``; False: it is as small as it can be."""
+        return self.run is not None and self.run.training.cut(kind)
 
-        ``unasked``: how often it would have said so since it was last asked (``qos_policy.ask_again_after``).
+    def relax(self, kind: QuantumKind, now_s: float) -> None:
+        """The estimate of ``kind`` alone holds training back: doubt it."""
+        self.predictor.relax(kind, now_s)
 
-        Not where training waits for more: small pieces train less per second, and what was kept would be computed twice.
-        """
-        if slack.idle_comes or decision.reason == qos_policy.BANKING:
-            self._enter(SubState.YIELDING, decision.reason)
-            return False
-        self._held_back += 1 + unasked
-        too_long = decision.reason == qos_policy.TOO_LONG or (
-            slack.seconds > 0 and self._held_back > PATIENCE
-        )
-        if too_long and self.run is not None and self.run.training.cut(offer.kind):
-            return True
-        if decision.reason == qos_policy.TOO_LONG or (slack.seconds > 0 and self._held_back > 20):
-            self.predictor.relax(offer.kind, time.perf_counter())
-        self._enter(SubState.YIELDING, decision.reason)
-        return False
+    def yields(self, reason: Reason) -> None:
+        """Show why it does not run."""
+        self._enter(SubState.YIELDING, reason)
 
     def run_quantum(self, offer: QuantumOffer, decision: Decision) -> None:
         """Run (on CUDA: launch) the quantum that was decided."""
         begin = time.perf_counter()
-        self.yielded.end(begin)
         try:
             with self.clock.span():
                 work = self._run(offer.kind, decision.rows)
@@ -299,9 +288,8 @@ class CoTrainer:
                 self.predictor.observe_quantum(
                     w.kind, w.tokens, w.row_tokens, done.seconds, now_s=now_s, first_of_shape=w.first_of_shape
                 )
-        self._held_back = 0
         self.quanta += 1
-        self.busy_quanta += decision.reason != qos_policy.IDLE
+        self.busy_quanta += decision.reason is not Reason.IDLE
         self.train_s += now_s - begin
         if self.run is not None and not self.run.copying:
             self._enter(SubState.TRAINING, decision.reason)
@@ -338,7 +326,7 @@ class CoTrainer:
             run.release()
             self.desk.detach()
             self._told_at = 0.0
-            self.yielded.end(time.perf_counter())
+            self.slotting.yielded.end(time.perf_counter())
 
     def _give_up(self, reason: str) -> None:
         """Requests need the memory of the run: it is taken up again from its checkpoint, when there is memory."""
@@ -391,14 +379,14 @@ class CoTrainer:
         if not self._may_tell(now_s):
             return
         self._told_at = now_s
-        self._sub_state = (str(sub_state), reason)
+        self._sub_state = (str(sub_state), str(reason))
         self.link.send(
             internal.Progress(
                 job=run.spec.job,
                 attempt=run.spec.attempt,
                 step=run.training.applied_step,
                 sub_state=str(sub_state),
-                reason=reason,
+                reason=str(reason),
                 tokens=run.training.tokens,
             )
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_harli.core import SubState
+from sglang_harli.core import Reason, SubState
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.possible_targets import CONSEQUENCE
 
@@ -23,7 +23,7 @@ def why(sub_state: str, reason: str, serving: dict[str, Any]) -> str:
         serving: ``ServingSide.status()``.
     """
     impossible = serving.get("impossible_targets") or []
-    if sub_state == SubState.TRAINING and reason == qos_policy.IDLE:
+    if sub_state == SubState.TRAINING and reason == Reason.IDLE:
         return "Training runs in large quanta: nothing is served."
     if impossible and sub_state in (SubState.TRAINING, SubState.YIELDING):
         return f"Training yields until nothing is served: {'; '.join(impossible)}, so {CONSEQUENCE}."

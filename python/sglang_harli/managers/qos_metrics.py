@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sglang_harli.managers.pool_metrics import EVERY_S, make
-from sglang_harli.managers.qos_policy import LABELS
 from sglang_harli.managers.serving_side import ServingSide
 
 if TYPE_CHECKING:  # it needs torch
@@ -77,11 +76,10 @@ class QosMetrics:
         if steps:
             self._made["harli_quanta_per_step"].set(quanta / steps)
             self._at = (side.decode_steps, busy)
-        totals = trainer.yielded.totals(time.perf_counter())
+        totals = trainer.slotting.yielded.totals(time.perf_counter())
         by_label: dict[str, float] = {}
         for reason, seconds in totals.items():
-            label = LABELS.get(reason, "other")
-            by_label[label] = by_label.get(label, 0.0) + seconds
+            by_label[reason.label] = by_label.get(reason.label, 0.0) + seconds
         self._count("harli_yield_seconds_total", "reason", by_label)
         met, finished = side.attainment.met, side.attainment.finished
         self._count("harli_slo_requests_total", "met", {"yes": met, "no": finished - met})

@@ -9,33 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sglang_harli.core import Decision, QuantumOffer, RungChoice, RungOffer, StepLoad
+from sglang_harli.core import Decision, QuantumOffer, Reason, RungChoice, RungOffer, StepLoad
 from sglang_harli.managers.slo_ledger import KEPT_SHARE, Slack, Targets
 
-IDLE = "nothing is served"
-SLACK = "slack under the latency target"
-PREFILL_WAITING = "a prompt waits for prefill"
+# By the promise that is the tightest (``Slack.bound``).
 NO_SLACK = {
-    "tpot": "no slack under the TPOT target",
-    "itl": "no slack under --harli-max-itl-ms",
-    "ttft": "no slack under the TTFT target",
-    "none": "no slack",
+    "tpot": Reason.NO_SLACK_TPOT,
+    "itl": Reason.NO_SLACK_ITL,
+    "ttft": Reason.NO_SLACK_TTFT,
+    "none": Reason.NO_SLACK,
 }
-PAUSED = "generation is paused"
-BANKING = "a larger quantum, which trains more per second, is to fit later"
-IDLE_COMES = "idle time was seen lately and costs requests nothing: training waits for it"
-TOO_LONG = "the smallest quantum exceeds --harli-max-quantum-ms: it trains while nothing is served"
 WORTH_WAITING = 0.1
 MOST_UNASKED = 8  # decode steps
-# Short names of the reasons not to train, as metrics show them.
-LABELS = {
-    PREFILL_WAITING: "prompt",
-    PAUSED: "paused",
-    TOO_LONG: "too_long",
-    BANKING: "banking",
-    IDLE_COMES: "idle_comes",
-    **{text: bound for bound, text in NO_SLACK.items()},
-}
 
 
 def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) -> Decision:
@@ -53,21 +38,21 @@ def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) 
     is more than the longest quantum of idle time takes (``slack.idle_comes``).
     """
     if load.waiting:
-        return Decision(0, 0, PREFILL_WAITING)
+        return Decision(0, 0, Reason.PREFILL_WAITING)
     least_rows, least_s = offer.candidates[0]
     if load.idle:
         rows = _largest(offer, targets.idle_quantum_s) or least_rows
-        return Decision(1, rows, IDLE)
+        return Decision(1, rows, Reason.IDLE)
     if least_s > targets.busy_quantum_s:
-        return Decision(0, 0, TOO_LONG)
+        return Decision(0, 0, Reason.TOO_LONG)
     rows = _largest(offer, min(slack.seconds, targets.busy_quantum_s))
     if not rows:
         return Decision(0, 0, NO_SLACK[slack.bound], targets.idle_quantum_s if slack.idle_comes else least_s)
     if slack.idle_comes:
-        return Decision(0, 0, IDLE_COMES, targets.idle_quantum_s)
+        return Decision(0, 0, Reason.IDLE_COMES, targets.idle_quantum_s)
     if _pays_to_wait(offer, rows, slack):
-        return Decision(0, 0, BANKING)
-    return Decision(1, rows, SLACK)
+        return Decision(0, 0, Reason.BANKING)
+    return Decision(1, rows, Reason.SLACK)
 
 
 def ask_again_after(decision: Decision, slack: Slack) -> int:
@@ -149,10 +134,10 @@ def choose_rung(
     """
     if load.idle:
         best = max(range(len(offers)), key=lambda i: offers[i].rate)
-        return RungChoice(best, offers[best].beside_s, offers[best].rate, IDLE)
+        return RungChoice(best, offers[best].beside_s, offers[best].rate, Reason.IDLE)
     fastest = min(range(len(offers)), key=lambda i: offers[i].alone_s)
     if load.waiting:
-        return RungChoice(fastest, 0.0, 0.0, PREFILL_WAITING)
+        return RungChoice(fastest, 0.0, 0.0, Reason.PREFILL_WAITING)
     price = _price(offers, targets, quiet_steps)
     best = RungChoice(fastest, 0.0, 0.0, NO_SLACK[slack.bound])
     worth = -price * offers[fastest].alone_s
@@ -164,9 +149,9 @@ def choose_rung(
         step_s = offer.alone_s + train_s * (1 - offer.alone_s / offer.beside_s)
         done = offer.rate * train_s
         if done - price * step_s > worth:
-            best, worth = RungChoice(i, train_s, done / step_s, SLACK), done - price * step_s
+            best, worth = RungChoice(i, train_s, done / step_s, Reason.SLACK), done - price * step_s
         if i == current and done - price * step_s > -price * offers[fastest].alone_s:
-            stays = RungChoice(i, train_s, done / step_s, SLACK)
+            stays = RungChoice(i, train_s, done / step_s, Reason.SLACK)
     if stays is not None and best.train_s and best.rate <= stays.rate * (1 + STAY):
         return stays
     return best

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -20,12 +19,12 @@ import zmq
 from sglang.srt.managers.scheduler import Scheduler
 
 from sglang_harli.core import StepLoad
-from sglang_harli.managers import control, qos_policy, slo_ledger, waiting_prompts
+from sglang_harli.managers import control, slo_ledger, waiting_prompts
 from sglang_harli.managers.pool_metrics import PoolMetrics
 from sglang_harli.managers.predictor_metrics import PredictorMetrics
 from sglang_harli.managers.qos_metrics import QosMetrics
 from sglang_harli.managers.service_link import has_arrived
-from sglang_harli.managers.serving_side import ServingSide
+from sglang_harli.managers.serving_side import Boundary, ServingSide
 from sglang_harli.managers.step_timer import BatchLoad, load_of, make_timer, with_adapters
 from sglang_harli.managers.trainer_setup import build
 
@@ -55,8 +54,6 @@ class HarliScheduler(Scheduler):
             0.0  # when the sockets were last looked at, with a TTFT target and something to train
         )
         self._harli_measured: list[tuple[BatchLoad, float]] = []  # that nothing was learnt from yet
-        self._harli_unasked = self._harli_unasked_for = 0  # decode steps without a decision, and for how many
-        self._harli_gap_s = 0.0  # spent on training since the latest decode step
         self._harli_logged = ""  # what went wrong last, outside of a quantum
         self._harli_quanta = 0  # that had run before the latest batch
         self._harli, self._harli_refusal = build(self, self._harli_side)
@@ -193,9 +190,7 @@ class HarliScheduler(Scheduler):
             self._harli_learn(side.learn)
             return
         finished = side.count_finished(batch.reqs) if decoded else 0
-        if decoded and not finished and self._harli_unasked < self._harli_unasked_for:
-            self._harli_unasked += 1
-            self._harli_gap_s = 0.0
+        if decoded and not trainer.slotting.decoded(finished=finished > 0):
             return
         now_s = time.perf_counter()
         self._harli_learn(lambda load, seconds: side.step(load, seconds, now_s))
@@ -203,7 +198,6 @@ class HarliScheduler(Scheduler):
         if getattr(result, "delay_sample_func", None) is not None:
             return
         if decoded:
-            self._harli_gap_s = 0.0
             self._harli_fill(batch.reqs, decoded=True)
         elif self._harli_prompts_wait():
             reqs = dict.fromkeys(
@@ -254,55 +248,21 @@ class HarliScheduler(Scheduler):
             slots_s=slots_s,
         )
 
-    def _harli_load(
-        self, running: int, context_tokens: int, backlog: slo_ledger.Backlog | None = None
-    ) -> StepLoad:
-        waiting = int(has_arrived(self.ipc_channels.recv_from_tokenizer))
-        if backlog is None:
-            waiting += len(self.waiting_queue) + (self.chunked_req is not None)
-            return StepLoad(running, context_tokens, waiting)
-        return StepLoad(running, context_tokens, waiting, backlog.prompts)
+    def _harli_arrived(self) -> int:
+        return int(has_arrived(self.ipc_channels.recv_from_tokenizer))
+
+    def _harli_waiting(self) -> int:
+        return self._harli_arrived() + len(self.waiting_queue) + (self.chunked_req is not None)
 
     def _harli_fill(self, reqs: list[Any], *, decoded: bool) -> None:
-        """Quanta between two steps, one decision each.
-
-        A request may have banked seconds (a job that begins under a long answer): what is spent between two
-        tokens stays under the bound of one quantum all the same, so that no gap is felt as a stall.
-        """
-        trainer, side = self._harli, self._harli_side
-        clocks, context, adapters = side.clocks(reqs), side.context_tokens(reqs), with_adapters(reqs)
+        """Quanta between two steps."""
+        side = self._harli_side
+        context = side.context_tokens(reqs)
         backlog = self._harli_backlog(reqs, context, decoded=decoded)
-        begin_s = time.perf_counter()
-        spent_s = self._harli_gap_s if clocks else 0.0
-        ran = False
-        unasked, self._harli_unasked, self._harli_unasked_for = self._harli_unasked, 0, 0
-        while (offer := trainer.offer()) is not None:
-            load = self._harli_load(len(clocks), context, backlog)
-            now_s, queued_s = time.perf_counter(), trainer.queued_s
-            self._harli_gap_s = spent_s + now_s - begin_s
-            found = side.slack(
-                clocks,
-                context,
-                now_s,
-                queued_s,
-                adapters=adapters,
-                disturbed=trainer.saving,
-                backlog=backlog,
-            )
-            room_s = side.targets.busy_quantum_s - self._harli_gap_s - queued_s
-            slack = replace(found, seconds=min(found.seconds, room_s))
-            decision = qos_policy.decide(load, slack, offer, side.targets)
-            if not decision.quanta:
-                told = not ran or decision.reason == qos_policy.TOO_LONG
-                if told and trainer.held_back(offer, decision, slack, unasked):
-                    continue
-                trainer.yielded.hold(decision.reason, now_s)
-                self._harli_unasked_for = 0 if ran else qos_policy.ask_again_after(decision, found)
-                return
-            trainer.run_quantum(offer, decision)
-            ran = True
-            if load.idle:  # the batch's last request has finished: the loop must see to what comes next
-                return
+        waiting = self._harli_waiting if backlog is None else self._harli_arrived
+        self._harli.slotting.fill(
+            Boundary(side, side.clocks(reqs), context, with_adapters(reqs), backlog, waiting)
+        )
 
     def on_idle(self) -> None:
         """Quanta back to back while nothing runs, looking for arrivals between them."""
@@ -310,7 +270,7 @@ class HarliScheduler(Scheduler):
         if self._harli is None or not self._harli.busy:
             super().on_idle()
             return
-        begin_s = time.monotonic()
+        begin_s = time.perf_counter()
         housekeeping = begin_s - self._harli_housekeeping_at > HOUSEKEEPING_S
         quanta = self._harli.quanta
         self._harli_safely(self._harli_fill_idle, begin_s, housekeeping)
@@ -319,19 +279,15 @@ class HarliScheduler(Scheduler):
             super().on_idle()
 
     def _harli_fill_idle(self, begin_s: float, housekeeping: bool) -> None:
-        """``begin_s``: when the turn began, on the monotonic clock; ``housekeeping``: training's memory has its turn too."""
-        trainer = self._harli
-        self._harli_unasked_for = 0
+        """``begin_s``: when the turn began; ``housekeeping``: training's memory has its turn too."""
+        trainer, side = self._harli, self._harli_side
         trainer.tick(idle=housekeeping)
-        while time.monotonic() - begin_s < IDLE_TURN_S and (offer := trainer.offer()) is not None:
-            load = self._harli_load(0, 0)
-            decision = qos_policy.decide(load, slo_ledger.UNBOUNDED, offer, self._harli_side.targets)
-            if not decision.quanta:
-                trainer.yielded.hold(decision.reason, time.perf_counter())
-                return
-            trainer.run_quantum(offer, decision)
-            trainer.settle()
-            self._harli_side.idle_s = time.perf_counter()
+
+        def load() -> StepLoad:
+            return StepLoad(waiting=self._harli_waiting())
+
+        if trainer.slotting.fill_idle(load, side.targets, begin_s + IDLE_TURN_S):
+            side.idle_s = time.perf_counter()
 
     def maybe_sleep_on_idle(self) -> None:
         """With --sleep-on-idle: not while there is something to train."""

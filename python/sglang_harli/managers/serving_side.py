@@ -7,10 +7,12 @@ the class is tested without SGLang.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sglang_harli.config import LIVE, HarliOptions
+from sglang_harli.core import StepLoad
 from sglang_harli.errors import ConfigError
 from sglang_harli.managers.possible_targets import CONSEQUENCE, impossible
 from sglang_harli.managers.slo_ledger import (
@@ -299,3 +301,44 @@ class ServingSide:
             "slo_attainment": round(self.attainment.share, 4),
             "prediction": self.predictor.summary(),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """What is served, between two of its steps: ``slotting.Serving``.
+
+    Attributes:
+        clocks, context_tokens, adapters: of the requests that go on decoding, as ``ServingSide.slack`` takes them.
+        backlog: prompts that wait under a TTFT target.
+        waiting: how many prompts wait now that training stops for at once; asked before each decision.
+    """
+
+    side: ServingSide
+    clocks: list[RequestClock]
+    context_tokens: int
+    adapters: bool
+    backlog: Backlog | None
+    waiting: Callable[[], int]
+
+    @property
+    def targets(self) -> Targets:
+        return self.side.targets
+
+    @property
+    def running(self) -> int:
+        return len(self.clocks)
+
+    def load(self) -> StepLoad:
+        promised = 0 if self.backlog is None else self.backlog.prompts
+        return StepLoad(len(self.clocks), self.context_tokens, self.waiting(), promised)
+
+    def slack(self, now_s: float, queued_s: float, *, disturbed: bool) -> Slack:
+        return self.side.slack(
+            self.clocks,
+            self.context_tokens,
+            now_s,
+            queued_s,
+            adapters=self.adapters,
+            disturbed=disturbed,
+            backlog=self.backlog,
+        )

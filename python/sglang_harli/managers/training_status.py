@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from sglang_harli.managers import explanation, qos_policy
+from sglang_harli.core import Reason
+from sglang_harli.managers import explanation
 from sglang_harli.managers.active_run import ActiveRun
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def training_status(
         sub_state, reason: as they were told last.
         serving: what is shown of serving, which the explanation quotes.
     """
-    yielded = trainer.yielded.totals(time.perf_counter())
+    yielded = trainer.slotting.yielded.totals(time.perf_counter())
     return {
         "job": run.spec.job,
         "attempt": run.spec.attempt,
@@ -30,12 +31,12 @@ def training_status(
         "sub_state": sub_state,
         "reason": reason,
         "why": explanation.why(sub_state, reason, serving),
-        "idle_only": reason == qos_policy.TOO_LONG or bool(serving.get("impossible_targets")),
+        "idle_only": reason == Reason.TOO_LONG or bool(serving.get("impossible_targets")),
         "batches_ahead": run.training.batches_ahead,
         "spilled": run.training.spilled,
         "quanta": trainer.quanta,
         "busy_quanta": trainer.busy_quanta,
         "train_s": round(trainer.train_s, 3),
-        "yield_s": {why: round(seconds, 3) for why, seconds in yielded.items()},
+        "yield_s": {str(why): round(seconds, 3) for why, seconds in yielded.items()},
         "costs": trainer.predictor.costs(),
     }

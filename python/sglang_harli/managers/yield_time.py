@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sglang_harli.core import Reason
+
 
 class YieldTime:
     """Adds up spans from a decision against training to the next quantum (or to the end of the work).
@@ -11,11 +13,11 @@ class YieldTime:
     """
 
     def __init__(self) -> None:
-        self.reason: str | None = None
+        self.reason: Reason | None = None
         self._since_s = 0.0
-        self._seconds: dict[str, float] = {}
+        self._seconds: dict[Reason, float] = {}
 
-    def hold(self, reason: str, now_s: float) -> None:
+    def hold(self, reason: Reason, now_s: float) -> None:
         """The policy said no; a span with another reason ends here."""
         if reason != self.reason:
             self.end(now_s)
@@ -32,7 +34,7 @@ class YieldTime:
         self._seconds[self.reason] = self._seconds.get(self.reason, 0.0) + now_s - self._since_s
         self._since_s = now_s
 
-    def totals(self, now_s: float) -> dict[str, float]:
+    def totals(self, now_s: float) -> dict[Reason, float]:
         """Seconds by reason until now; they never fall."""
         if self.reason is not None:
             self._add(now_s)

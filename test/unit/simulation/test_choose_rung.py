@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_harli.core import RungOffer, SmSplit, StepLoad
+from sglang_harli.core import Reason, RungOffer, SmSplit, StepLoad
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.slo_ledger import (
     KEPT_S,
@@ -70,7 +70,7 @@ def test_training_is_launched_only_where_the_step_fits(offers, slack_s, current,
     if choice.train_s:
         assert step_s(offers, choice) <= slack_s + 1e-9
         assert choice.train_s <= offers[choice.rung].beside_s
-        assert choice.reason == qos_policy.SLACK
+        assert choice.reason == Reason.SLACK
     else:
         assert offers[choice.rung].alone_s == min(offer.alone_s for offer in offers)
         assert choice.reason == qos_policy.NO_SLACK["tpot"]
@@ -158,7 +158,7 @@ def test_a_cap_on_gaps_is_not_banked_against():
 def test_idle_trains_the_most_and_a_waiting_prompt_pauses():
     offers = ada(1, 100)
     idle = qos_policy.choose_rung(StepLoad(), Slack(0.0, "none"), offers, TARGETS, quantum_s=QUANTUM_S)
-    assert offers[idle.rung].rate == 112.0 and idle.reason == qos_policy.IDLE
+    assert offers[idle.rung].rate == 112.0 and idle.reason == Reason.IDLE
     waiting = StepLoad(running=1, context_tokens=100, waiting=1)
     paused = qos_policy.choose_rung(waiting, Slack(1.0, "tpot"), offers, TARGETS, quantum_s=QUANTUM_S)
-    assert paused.train_s == 0.0 and paused.reason == qos_policy.PREFILL_WAITING
+    assert paused.train_s == 0.0 and paused.reason == Reason.PREFILL_WAITING

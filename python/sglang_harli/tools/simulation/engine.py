@@ -120,8 +120,9 @@ def run_temporal(
             seconds = world.noise.true(world.predicted_s(load.running, load.context_tokens))
             tally.serve(now_s, now_s + seconds, load.running)
             now_s += seconds
+            ended = len(batch.finished)
             tokens += batch.step(now_s)
-            policy.stepped(now_s, seconds, prefill=False)
+            policy.stepped(now_s, seconds, prefill=False, finished=len(batch.finished) - ended)
         elif not batch.waiting and batch.next_arrival_s is None:
             break
         now_s = _train(batch, world, policy, tally, now_s)

@@ -10,21 +10,22 @@ import bisect
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Protocol
 
-from sglang_harli.core import QuantumKind, QuantumOffer, RungOffer, StepLoad
+from sglang_harli.core import Decision, QuantumKind, QuantumOffer, RungOffer, StepLoad
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.slo_ledger import (
     IDLE_SEEN_S,
     Clock,
     PrefillReserve,
     QuietSteps,
+    Slack,
     Targets,
     batch_slack,
     expecting,
     spare,
 )
+from sglang_harli.managers.slotting import Slotting
 from sglang_harli.tools.simulation.worlds import SpatialWorld, TemporalWorld
 
 JOINS_SEEN = 0.02  # weight of the newest step in the running share of steps that bring a new request
@@ -185,11 +186,34 @@ class TemporalPolicy(Protocol):
         """Rows of the next quantum, or 0; ``gap_s``: spent on quanta since the last step."""
         ...
 
-    def stepped(self, now_s: float, seconds: float, *, prefill: bool) -> None: ...
+    def stepped(self, now_s: float, seconds: float, *, prefill: bool, finished: int = 0) -> None:
+        """A step, or a prefill, took ``seconds``; ``finished``: requests that ended with it."""
+        ...
+
+
+class _Quanta:
+    """Training in a simulation: always the same quantum to offer (``slotting.Training``).  The engine runs it."""
+
+    queued_s, saving, barred = 0.0, False, None
+
+    def __init__(self, world: TemporalWorld, margin: float) -> None:
+        candidates = tuple((rows, world.predicted_quantum_s(rows) * margin) for rows in world.sizes)
+        self._offer = QuantumOffer(QuantumKind.BACKWARD, candidates)
+
+    def offer(self) -> QuantumOffer:
+        return self._offer
+
+    def cut(self, kind: QuantumKind) -> bool:
+        return False
+
+    def run_quantum(self, offer: QuantumOffer, decision: Decision) -> None: ...
+    def settle(self) -> None: ...
+    def relax(self, kind: QuantumKind, now_s: float) -> None: ...
+    def yields(self, reason: str) -> None: ...
 
 
 class HarliTemporal:
-    """``qos_policy.decide`` on the ledger's slack, as the scheduler asks it between two decode steps.
+    """The scheduler's own loop between two steps of serving (``Slotting``), on the ledger's slack.
 
     Args:
         margin: upper bound over expectation; 1: predictions hold exactly.
@@ -198,41 +222,62 @@ class HarliTemporal:
     name = "harli"
 
     def __init__(self, world: TemporalWorld, targets: Targets, margin: float = 1.0) -> None:
-        self._world, self._targets, self._margin = world, targets, margin
+        self.targets = targets
+        self._world, self._margin = world, margin
         self._reserve, self._quiet = PrefillReserve(), QuietSteps()
         self._idle_s = -math.inf
-        candidates = tuple((rows, world.predicted_quantum_s(rows) * margin) for rows in world.sizes)
-        self._offer = QuantumOffer(QuantumKind.BACKWARD, candidates)
+        self._slotting = Slotting(_Quanta(world, margin), lambda: self._now_s)
+        self._now_s, self._load = 0.0, StepLoad()
+        self._clocks: Sequence[Clock] = ()
+        self._due = True
 
     def rows(self, now_s: float, gap_s: float, load: StepLoad, running: Sequence[Clock]) -> int:
+        self._now_s, self._load, self._clocks = now_s, load, running
         if load.idle:
             self._idle_s = now_s
-        decode_s = self._world.predicted_s(load.running, load.context_tokens)
-        slack = batch_slack(
-            running,
-            self._targets,
-            now_s=now_s,
-            decode_upper_s=decode_s * self._margin,
-            reserve_s=self._reserve.seconds(now_s, spare(self._targets, decode_s)),
-        )
-        slack = expecting(
-            slack,
-            self._targets,
-            decode_s=decode_s,
-            quiet_steps=self._quiet.steps,
-            toll_s=0.0,
-            idle_comes=now_s - self._idle_s < IDLE_SEEN_S,
-        )
-        slack = replace(slack, seconds=min(slack.seconds, self._targets.busy_quantum_s - gap_s))
-        return qos_policy.decide(load, slack, self._offer, self._targets).rows
+            chosen = self._slotting.next_idle(self.load, self.targets)
+        elif gap_s or self._due:
+            if not gap_s:
+                self._slotting.begin(self)
+            chosen = self._slotting.next(self)
+        else:
+            chosen = None
+        return chosen[1].rows if chosen is not None else 0
 
-    def stepped(self, now_s: float, seconds: float, *, prefill: bool) -> None:
+    def stepped(self, now_s: float, seconds: float, *, prefill: bool, finished: int = 0) -> None:
         if prefill:
             self._reserve.prefill(seconds)
             self._quiet.prefill()
         else:
             self._reserve.decode(now_s)
             self._quiet.decode()
+            self._due = self._slotting.decoded(finished=finished > 0)
+
+    # ---- slotting.Serving
+    @property
+    def running(self) -> int:
+        return len(self._clocks)
+
+    def load(self) -> StepLoad:
+        return self._load
+
+    def slack(self, now_s: float, queued_s: float, *, disturbed: bool) -> Slack:
+        decode_s = self._world.predicted_s(self._load.running, self._load.context_tokens)
+        slack = batch_slack(
+            self._clocks,
+            self.targets,
+            now_s=now_s,
+            decode_upper_s=decode_s * self._margin,
+            reserve_s=self._reserve.seconds(now_s, spare(self.targets, decode_s)),
+        )
+        return expecting(
+            slack,
+            self.targets,
+            decode_s=decode_s,
+            quiet_steps=self._quiet.steps,
+            toll_s=0.0,
+            idle_comes=now_s - self._idle_s < IDLE_SEEN_S,
+        )
 
 
 class FixedQuantum:
@@ -245,7 +290,7 @@ class FixedQuantum:
     def rows(self, now_s: float, gap_s: float, load: StepLoad, running: Sequence[Clock]) -> int:
         return 0 if load.waiting or gap_s else self._rows
 
-    def stepped(self, now_s: float, seconds: float, *, prefill: bool) -> None:
+    def stepped(self, now_s: float, seconds: float, *, prefill: bool, finished: int = 0) -> None:
         pass
 
 
