@@ -12,9 +12,10 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
-from sglang_harli.errors import ConfigError
+from sglang_harli.errors import ConfigError, shown
 
 FLAG_PREFIX = "--harli-"
 # The switch: set by the launcher or by HarliServerArgs when any --harli- option came; children inherit it.
@@ -29,7 +30,9 @@ DEFAULT_ENDPOINT = "tcp://127.0.0.1:30100"
 
 _LOOPBACK = re.compile(r"^tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d{1,5})\Z|^ipc://.+\Z")
 _ANY_TCP = re.compile(r"^tcp://(\[[0-9a-fA-F:.]+\]|\*|[A-Za-z0-9._-]+):(\d{1,5})\Z")
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(b|kb|mb|gb|kib|mib|gib)?\s*$", re.IGNORECASE)
+_SIZE = re.compile(r"^\s*([0-9]{1,24}(?:\.[0-9]{1,24})?)\s*(b|kb|mb|gb|kib|mib|gib)?\s*$", re.IGNORECASE)
+MAX_SIZE = 2**60
+MAX_COUNT = 1_000_000  # of rows, of checkpoints
 TRAIN_RESERVE_CPU, TRAIN_RESERVE_CUDA = 256 * 2**20, 2**30
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -43,12 +46,17 @@ def parse_size(text: str) -> int:
     """Bytes from ``"512MiB"``, ``"1.5gb"`` or a plain number of bytes.
 
     Raises:
-        ConfigError: not a size.
+        ConfigError: not a size, or more than 1 EiB.
     """
     match = _SIZE.match(text)
     if match is None:
-        raise ConfigError(f"{text!r} is not a size: give bytes or a number with KB, MB, GB, KiB, MiB or GiB")
-    return int(float(match[1]) * _UNITS[(match[2] or "b").lower()])
+        raise ConfigError(
+            f"{shown(text)} is not a size: give bytes or a number with KB, MB, GB, KiB, MiB or GiB"
+        )
+    size = int(Fraction(match[1]) * _UNITS[(match[2] or "b").lower()])
+    if size > MAX_SIZE:
+        raise ConfigError(f"{shown(text)} is not accepted: give at most 1073741824GiB")
+    return size
 
 
 def show_size(count: int) -> str:
@@ -149,10 +157,9 @@ class HarliOptions:
             missing = value is None and name == "tpot_slo_ms"  # the one target that is always there
             if missing or (value is not None and not (_is_number(value) and 0 < value <= 3_600_000)):
                 raise _bad(name, value, "a number of milliseconds above 0 and at most 3,600,000")
-        if self.quantum_rows is not None and self.quantum_rows < 1:
-            raise _bad("quantum_rows", self.quantum_rows, "an integer of at least 1")
-        if self.keep_checkpoints < 1:
-            raise _bad("keep_checkpoints", self.keep_checkpoints, "an integer of at least 1")
+        if self.quantum_rows is not None:
+            self._check_count("quantum_rows")
+        self._check_count("keep_checkpoints")
         self._check_endpoint()
         if not self.run_dir:
             raise _bad("run_dir", self.run_dir, "a folder")
@@ -163,18 +170,20 @@ class HarliOptions:
         for name in ("max_train_mem", "train_reserve", "logits_mem"):
             self._check_size(name)
 
+    def _check_count(self, name: str) -> None:
+        value = getattr(self, name)
+        if not (_is_number(value) and int(value) == value and 1 <= value <= MAX_COUNT):
+            raise _bad(name, value, f"an integer of at least 1 and at most {MAX_COUNT:,}")
+
     def _check_size(self, name: str) -> None:
         value = getattr(self, name)
         if value is None:
             return
-        try:
-            size = parse_size(value) if isinstance(value, str) else None
-        except ConfigError:
-            size = None
-        if size is None:
-            raise _bad(name, value, "a size such as 512MiB or 2GB")
-        if size < 2**20:
-            raise _bad(name, value, "a size of at least 1MiB")
+        match = _SIZE.match(value) if isinstance(value, str) else None
+        if match is None:
+            raise _bad(name, value, "a size such as 512MiB or 2GB (KB, MB, GB, KiB, MiB or GiB)")
+        if not 2**20 <= Fraction(match[1]) * _UNITS[(match[2] or "b").lower()] <= MAX_SIZE:
+            raise _bad(name, value, "a size of at least 1MiB and at most 1073741824GiB")
 
     def _check_endpoint(self) -> None:
         match = _LOOPBACK.match(self.finetune_endpoint)
@@ -274,7 +283,7 @@ def parse_live(name: str, text: str) -> tuple[str, LiveValue]:
     key = name.replace("-", "_")
     if key not in LIVE:
         known = ", ".join(n.replace("_", "-") for n in LIVE)
-        raise ConfigError(f"{name!r} cannot be set while the server runs; accepted: {known}", param=name)
+        raise ConfigError(f"{shown(name)} cannot be set while the server runs; accepted: {known}", param=name)
     if text.lower() == "none" and key != "tpot_slo_ms":
         return key, None
     value: LiveValue = text
@@ -282,19 +291,24 @@ def parse_live(name: str, text: str) -> tuple[str, LiveValue]:
         try:
             value = float(text)
         except ValueError as error:
-            raise ConfigError(f"{name}={text!r}: give a number of milliseconds", param=name) from error
+            raise ConfigError(
+                f"{name}={shown(text)} is not accepted: give a number of milliseconds above 0 and at most 3,600,000",
+                param=name,
+            ) from error
     HarliOptions().replace(**{key: value})  # the same check as at start-up
     return key, value
 
 
 def _is_number(value: Any) -> bool:
     """Finite; values also come over the wire, where a text may stand."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _bad(name: str, value: Any, accepted: str) -> ConfigError:
     flag = FLAG_PREFIX + name.replace("_", "-")
-    return ConfigError(f"{flag} {value!r} is not accepted: give {accepted}", param=flag)
+    return ConfigError(f"{flag} {shown(value)} is not accepted: give {accepted}", param=flag)
 
 
 @dataclass(frozen=True, kw_only=True)

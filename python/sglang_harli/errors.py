@@ -9,6 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
+SHOWN = 80
+
+
+def shown(value: Any) -> str:
+    """A value in a message: in Python's form, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
+
 
 class HarliError(Exception):
     """Base of all errors that harli raises on purpose.

@@ -33,6 +33,10 @@ def test_the_defaults_are_accepted():
         ({"max_itl_ms": float("inf")}, "milliseconds above 0"),
         ({"max_quantum_ms": 4e6}, "at most 3,600,000"),
         ({"quantum_rows": 0}, "at least 1"),
+        ({"quantum_rows": 10**30}, "at most 1,000,000"),
+        ({"keep_checkpoints": 0}, "at least 1"),
+        ({"keep_checkpoints": 10**400}, "at most 1,000,000"),
+        ({"tpot_slo_ms": 10**400}, "at most 3,600,000"),
         ({"finetune_endpoint": "tcp://0.0.0.0:30100"}, "loopback only"),
         ({"finetune_endpoint": "tcp://127.0.0.1:70000"}, "loopback only"),
         ({"run_dir": ""}, "a folder"),
@@ -43,6 +47,9 @@ def test_the_defaults_are_accepted():
         ({"prefix_keep": 1.5}, "a share from 0 to 1"),
         ({"prefix_keep": float("nan")}, "a share from 0 to 1"),
         ({"logits_mem": "1KiB"}, "at least 1MiB"),
+        ({"logits_mem": "9" * 20 + "GiB"}, "at most 1073741824GiB"),
+        ({"logits_mem": "9" * 400}, "a size such as"),
+        ({"logits_mem": "inf"}, "a size such as"),
     ],
 )
 def test_a_bad_value_names_the_flag_and_what_is_accepted(values, accepted):
@@ -83,16 +90,30 @@ def test_options_survive_the_way_to_the_service(options):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("512MiB", 512 * MIB), ("1.5gb", 1_500_000_000), (" 2 GiB ", 2 * GIB), ("1048576", MIB), ("3kb", 3000)],
+    [
+        ("512MiB", 512 * MIB),
+        ("1.5gb", 1_500_000_000),
+        (" 2 GiB ", 2 * GIB),
+        ("1048576", MIB),
+        ("3kb", 3000),
+        ("0.1GiB", GIB // 10),
+    ],
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1MiB", "1 TiB x", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1MiB", "1 TiB x", "nan", "1e3", "9" * 400, "9" * 9000, "\u0663MiB"]
+)
 def test_what_is_no_size(text):
     with pytest.raises(ConfigError, match="is not a size"):
         parse_size(text)
+
+
+def test_a_size_that_no_machine_has():
+    with pytest.raises(ConfigError, match="at most 1073741824GiB"):
+        parse_size("2000000000GiB")
 
 
 def test_what_may_be_lent_and_what_stays_outside_the_pool():
@@ -124,8 +145,9 @@ def test_live_options_that_are_not_accepted():
         parse_live("run-dir", "x")
     with pytest.raises(ConfigError, match="a number of milliseconds"):
         parse_live("tpot-slo-ms", "none")
-    with pytest.raises(ConfigError, match="above 0"):
-        parse_live("max-itl-ms", "-2")
+    for text in ("-2", "0", "inf", "nan", "9" * 400, "fast", "caf\udce9"):
+        with pytest.raises(ConfigError, match="a number of milliseconds above 0 and at most 3,600,000"):
+            parse_live("max-itl-ms", text)
     assert parse_live("max-train-mem", "None") == ("max_train_mem", None)
     with pytest.raises(ConfigError, match="--harli-max-train-mem 'much' is not accepted: give a size"):
         parse_live("max-train-mem", "much")

@@ -6,16 +6,15 @@ Each call is a generator of (operation, argument) pairs, carried out by ``client
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from typing import Any
 
 import msgspec
 
-from sglang_harli.core import SUFFIX_PATTERN, short_id
+from sglang_harli.core import short_id
 from sglang_harli.errors import ConfigError, NotFoundError
-from sglang_harli.protocol import exchange, public, uploading
+from sglang_harli.protocol import accepted, exchange, public, uploading
 from sglang_harli.protocol.data_source import Data, DataSource
 from sglang_harli.protocol.exchange import SLICE_S, Exchange, Patience, Steps
 from sglang_harli.protocol.public import Event, Job, SetAnswer, StatusAnswer
@@ -42,12 +41,6 @@ class Calls(Exchange):
         priority: int = 0,
         resume_from: str | None = None,
     ) -> Steps[Job]:
-        if suffix is not None and not re.match(SUFFIX_PATTERN, suffix):
-            raise ConfigError(
-                f"suffix {suffix!r} is not accepted: give 1 to 40 of A-Z a-z 0-9 . _ - beginning with a letter "
-                "or digit",
-                param="suffix",
-            )
         parsed = msgspec.to_builtins(public.parse_hyperparameters(pairs))  # the same check as the server's
         if data is None and resume_from is None:
             raise ConfigError(
@@ -59,9 +52,10 @@ class Calls(Exchange):
             suffix=suffix,
             hyperparameters={name: parsed[name] for name in pairs},
             idempotency_key=key or uuid.uuid4().hex,
-            priority=_priority(priority),
+            priority=priority,
             resume_from=resume_from,
         )
+        accepted.check(args)  # before a large file is read
         if data is None:
             return (yield from self.request("submit", args, Job, (), SUBMIT_TIMEOUT_S))
         with DataSource(data) as source:
@@ -111,7 +105,7 @@ class Calls(Exchange):
         return (yield from self.request(verb, public.JobArgs(job=job), Job, patience=patience))
 
     def prioritize(self, job: str, priority: int) -> Steps[Job]:
-        args = public.PrioritizeArgs(job=job, priority=_priority(priority))
+        args = public.PrioritizeArgs(job=job, priority=priority)
         return (yield from self.request("prioritize", args, Job))
 
     def status(self) -> Steps[StatusAnswer]:
@@ -203,11 +197,3 @@ class _Jobs(msgspec.Struct):
 
 class _Events(msgspec.Struct):
     events: list[Event]
-
-
-def _priority(value: int) -> int:
-    if not -100 <= value <= 100:
-        raise ConfigError(
-            f"priority {value} is not accepted: give a whole number from -100 to 100", param="priority"
-        )
-    return value

@@ -18,7 +18,7 @@ import msgspec
 
 from sglang_harli import errors
 from sglang_harli.errors import ConfigError, HarliError, NotFoundError, NotReadyError, ProtocolError
-from sglang_harli.protocol import public
+from sglang_harli.protocol import accepted, public
 from sglang_harli.protocol.public import BUSY, Reply, Request
 
 CONNECT_TIMEOUT_S = 30.0  # how long a call tries to reach the service, also after it was lost
@@ -228,6 +228,13 @@ class Exchange:
 
 # ------------------------------------------------------------------ messages
 def header(verb: str, args: Any) -> Request:
+    """A request.
+
+    Raises:
+        ConfigError: one of its arguments is not accepted; the service says the same.
+    """
+    if isinstance(args, msgspec.Struct):
+        accepted.check(args)
     return Request(v=public.VERSION, id=uuid.uuid4().hex, verb=verb, args=msgspec.to_builtins(args))
 
 

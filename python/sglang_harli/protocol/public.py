@@ -13,7 +13,8 @@ import orjson
 from msgspec import Meta, Struct, field
 
 from sglang_harli.core import SUFFIX_PATTERN, JobStatus
-from sglang_harli.errors import ConfigError, ProtocolError
+from sglang_harli.errors import SHOWN, ConfigError, ProtocolError, shown
+from sglang_harli.protocol import accepted
 
 VERSION = 1
 VERBS = (
@@ -37,7 +38,13 @@ MAX_INLINE_BYTES = 16 << 20  # of the data frames behind one `submit`
 BUSY = "busy"  # the code of a refusal that clients answer by trying again
 
 Priority = Annotated[int, Meta(ge=-100, le=100)]
-UploadId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]  # chosen by the client
+UploadId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z"), accepted.words("32 hex digits")]  # of the client
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z"), accepted.words("64 hex digits")]
+Suffix = Annotated[
+    str,
+    Meta(pattern=SUFFIX_PATTERN),
+    accepted.words("1 to 40 of A-Z a-z 0-9 . _ - beginning with a letter or digit"),
+]
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULERS = ("linear", "cosine", "constant")
@@ -62,39 +69,27 @@ class Hyperparameters(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
     target_modules: tuple[str, ...] = ALL_LINEAR
-    max_seq_length: Annotated[int, Meta(ge=2)] | None = None  # None: the model's limit
+    max_seq_length: Annotated[int, Meta(ge=2), accepted.most(10_000_000)] | None = (
+        None  # None: the model's limit
+    )
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
-    max_grad_norm: Annotated[float, Meta(ge=0)] = 1.0  # 0 turns clipping off
-    checkpoint_every: Annotated[int, Meta(ge=0)] = 50  # optimizer steps; 0: on pause and at the end only
+    max_grad_norm: Annotated[float, Meta(ge=0), accepted.most(10**9)] = 1.0  # 0 turns clipping off
+    # Optimizer steps; 0: on pause and at the end only.
+    checkpoint_every: Annotated[int, Meta(ge=0), accepted.most(10**9)] = 50
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 42
     on_overflow: str = "error"
 
     def check(self) -> None:
-        """Raise ConfigError naming the field and the accepted values (also what the types cannot say)."""
-        try:
-            msgspec.convert(msgspec.to_builtins(self), Hyperparameters)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"hyperparameter not accepted: {error}", param=str(error)) from error
-        for name, value, accepted in (
-            ("lr_scheduler", self.lr_scheduler, SCHEDULERS),
-            ("on_overflow", self.on_overflow, OVERFLOWS),
-        ):
-            if value not in accepted:
-                raise ConfigError(
-                    f"{name}={value!r} is not accepted: give one of {', '.join(accepted)}", param=name
-                )
-        unknown = [m for m in self.target_modules if m not in ALL_LINEAR]
-        if unknown or not self.target_modules or len(set(self.target_modules)) != len(self.target_modules):
-            raise ConfigError(
-                f"target_modules={list(self.target_modules)!r} is not accepted: give one or more of "
-                f"{', '.join(ALL_LINEAR)}, each once",
-                param="target_modules",
-            )
+        """Raise ConfigError naming the field and the accepted values."""
+        parse_hyperparameters({name: getattr(self, name) for name in self.__struct_fields__})
 
     @property
     def scaling(self) -> float:
         """The factor on B·A: alpha/r, or alpha/sqrt(r) with rsLoRA."""
         return self.lora_alpha / (self.lora_r**0.5 if self.use_rslora else self.lora_r)
+
+
+_HYPERPARAMETERS = {f.name: f.type for f in msgspec.structs.fields(Hyperparameters)}
 
 
 def parse_hyperparameters(pairs: dict[str, Any]) -> Hyperparameters:
@@ -103,30 +98,37 @@ def parse_hyperparameters(pairs: dict[str, Any]) -> Hyperparameters:
     Raises:
         ConfigError: unknown key (the known ones are listed) or a value out of bounds.
     """
-    known = {f.name for f in msgspec.structs.fields(Hyperparameters)}
     for name in pairs:
-        if name not in known:
+        if name not in _HYPERPARAMETERS:
             raise ConfigError(
-                f"unknown hyperparameter {name!r}; accepted: {', '.join(sorted(known))}", param=name
+                f"unknown hyperparameter {shown(name)}; accepted: {', '.join(sorted(_HYPERPARAMETERS))}",
+                param=name[:SHOWN],
             )
-    values = dict(pairs)
-    targets = values.get("target_modules")
-    if isinstance(targets, str):
-        values["target_modules"] = (
-            list(ALL_LINEAR) if targets in ("all", "all-linear") else targets.split(",")
+    return Hyperparameters(**{name: _hyperparameter(name, given) for name, given in pairs.items()})
+
+
+def _hyperparameter(name: str, given: Any) -> Any:
+    choices = {"lr_scheduler": SCHEDULERS, "on_overflow": OVERFLOWS}.get(name)
+    if choices is not None and given not in choices:
+        raise accepted.refused(name, given, f"one of {', '.join(choices)}")
+    if name == "target_modules":
+        return _target_modules(given)
+    if name == "max_seq_length" and isinstance(given, str) and given.lower() in ("none", ""):
+        return None
+    return accepted.value(name, given, _HYPERPARAMETERS[name], lax=True)
+
+
+def _target_modules(given: Any) -> tuple[str, ...]:
+    """From a list, or a text with commas."""
+    if given in ("all", "all-linear"):
+        return ALL_LINEAR
+    names = given.split(",") if isinstance(given, str) else given
+    listed = isinstance(names, list | tuple) and bool(names) and all(name in ALL_LINEAR for name in names)
+    if not listed or len(set(names)) != len(names):
+        raise accepted.refused(
+            "target_modules", given, f"one or more of {', '.join(ALL_LINEAR)}, each once, or all"
         )
-    if isinstance(values.get("max_seq_length"), str) and values["max_seq_length"].lower() in ("none", ""):
-        values["max_seq_length"] = None
-    try:
-        result = msgspec.convert(values, Hyperparameters, strict=False)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"hyperparameter not accepted: {error}", param=_path_of(str(error))) from error
-    result.check()
-    return result
-
-
-def _path_of(text: str) -> str | None:
-    return text.rsplit("`$.", 1)[-1].rstrip("`") if "`$." in text else None
+    return tuple(names)
 
 
 class JobError(Struct, frozen=True):
@@ -232,8 +234,8 @@ class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
 
     filename: Annotated[str, Meta(max_length=1024)] = ""
     size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)] = 0
-    sha256: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
-    suffix: Annotated[str, Meta(pattern=SUFFIX_PATTERN)] | None = None
+    sha256: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z"), accepted.words("64 hex digits")] = ""
+    suffix: Suffix | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     idempotency_key: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
     priority: Priority = 0
@@ -247,7 +249,7 @@ class UploadArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     upload: UploadId
     filename: Annotated[str, Meta(max_length=1024)] = ""
     size: Annotated[int, Meta(ge=1)]  # the limit, MAX_DATA_BYTES, is told by name
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    sha256: Sha256
     offset: Annotated[int, Meta(ge=0)]
 
 
@@ -339,6 +341,6 @@ def decode(data: bytes, kind: type[Any]) -> Any:
 def convert_args(args: dict[str, Any], kind: type[Any]) -> Any:
     """A request's ``args`` as ``kind``; ProtocolError names the field."""
     try:
-        return msgspec.convert(args, kind)
-    except msgspec.ValidationError as error:
-        raise ProtocolError(f"bad arguments: {error}", param=_path_of(str(error))) from error
+        return accepted.convert(args, kind)
+    except ConfigError as error:
+        raise ProtocolError(error.message, param=error.param) from error

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from sglang_harli.config import LIVE, HarliOptions, LiveValue
-from sglang_harli.errors import ConfigError, NotReadyError
+from sglang_harli.errors import SHOWN, ConfigError, NotReadyError, shown
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import SetAnswer, SetArgs
 from sglang_harli.service.scheduler_link import SchedulerLink
@@ -105,7 +105,7 @@ def check(values: Mapping[str, LiveValue]) -> None:
     for name, value in values.items():
         if name not in LIVE:
             raise ConfigError(
-                f"{name!r} cannot be set while the server runs; accepted: {_names()}", param=name
+                f"{shown(name)} cannot be set while the server runs; accepted: {_names()}", param=name[:SHOWN]
             )
         if value is None and name == "tpot_slo_ms":
             raise ConfigError("tpot_slo_ms cannot be cleared: give a number of milliseconds", param=name)

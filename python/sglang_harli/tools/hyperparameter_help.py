@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from msgspec import inspect
+import msgspec
 
-from sglang_harli.protocol import public
+from sglang_harli.protocol import accepted, public
 
 CHOICES = {
     "lr_scheduler": public.SCHEDULERS,
@@ -23,19 +23,17 @@ NOTES = {
     "batch_size": "rows of a micro-batch",
     "on_overflow": "what becomes of rows over max_seq_length",
 }
-SIGNS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
 
 
 def describe() -> Iterator[tuple[str, str]]:
     """(name, what is accepted) of each, read from the protocol's own declaration."""
-    declared = inspect.type_info(public.Hyperparameters)
-    assert isinstance(declared, inspect.StructType)
-    for field in declared.fields:
+    for field in msgspec.structs.fields(public.Hyperparameters):
         name = field.encode_name
-        kinds = field.type.types if isinstance(field.type, inspect.UnionType) else (field.type,)
-        parts = [f"default {_default(name, field.default)}", *_bounds(kinds[0])]
+        parts = [f"default {_default(name, field.default)}"]
         if name in CHOICES:
             parts.append(("any of " if name == "target_modules" else "one of ") + ", ".join(CHOICES[name]))
+        else:
+            parts.append(accepted.wording(field.type))
         if name in NOTES:
             parts.append(NOTES[name])
         yield name, "; ".join(parts)
@@ -52,11 +50,4 @@ def _default(name: str, value: Any) -> str:
         else f"{value:g}"
         if isinstance(value, float)
         else str(value)
-    )
-
-
-def _bounds(kind: Any) -> list[str]:
-    found = [(word, getattr(kind, sign, None)) for sign, word in SIGNS]
-    return [", ".join(f"{word} {value:,}" for word, value in found if value is not None)] * any(
-        value is not None for _, value in found
     )
