@@ -60,7 +60,7 @@ def test_a_full_shared_memory_fails_the_job_and_stops_its_run():
     world = training()
     machine = world.service.machine
     job = record(world)
-    world.service.do(machine.slot_refused(job.id, job.attempt, 5, "no space", world.now))
+    world.service.do(machine.slot_refused(job.id, job.attempt, "shared memory has no room", world.now))
     flush(world)
     failed = record(world)
     assert failed.error is not None and failed.error.code == "shared_memory"

@@ -7,15 +7,18 @@ tracker would unlink a slot when any one process ends.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
+from sglang_harli import core
 from sglang_harli.fault_points import Write, reach
 from sglang_harli.protocol.internal import SlotRef, TensorRef
 
@@ -33,11 +36,23 @@ def layout(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> tuple[li
     return refs, max(offset, _ALIGN)
 
 
+class SlotError(OSError):
+    """A slot cannot be made or opened; the text says why, and what to do where it is not for lack of room."""
+
+
+def refusal(what: str, error: OSError) -> str:
+    """Why there is no slot for ``what``, and what to do: one sentence."""
+    if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
+        return f"shared memory has no room for {what} ({error}): make room in /dev/shm"
+    return f"shared memory cannot be used for {what}: {error}"
+
+
 class Slot:
     """A mapped slot.  ``buffer`` is a writable memoryview over the whole file.
 
     Raises:
-        OSError: shared memory is full (creating) or the file is gone (opening).
+        SlotError: shared memory is full (creating), the file is gone (opening), or it or its folder is not this
+            user's alone.
     """
 
     def __init__(
@@ -45,30 +60,25 @@ class Slot:
     ) -> None:
         self.path = path
         self.nbytes = nbytes
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
-        fd = os.open(path, flags, 0o600)
+        folder, name = os.path.split(path)
         try:
-            if create:
-                _check_room(fd, nbytes)
-                for start in range(0, nbytes, _PART):  # a full /dev/shm is an error here, not a SIGBUS later
-                    os.posix_fallocate(fd, start, min(_PART, nbytes - start))
-                    rest()
-            elif os.fstat(fd).st_size < nbytes:
-                raise OSError(f"slot {path} is shorter than the {nbytes} bytes it should have")
-            self.map = mmap.mmap(fd, nbytes)
-        except BaseException:
-            if create:
-                os.unlink(path)
-            raise
-        finally:
-            os.close(fd)
+            at = core.open_private(Path(folder))
+            try:
+                self.map = _create(at, name, nbytes, rest) if create else _open(at, name, nbytes)
+            finally:
+                os.close(at)
+        except OSError as error:
+            raise _slot_error(error, path) from error
         self.buffer = memoryview(self.map)
 
     @classmethod
     def create(cls, folder: Path, nbytes: int, rest: Callable[[], None] = lambda: None) -> Slot:
         """A new slot in ``folder`` (made with mode 0700), its pages faulted in; ``rest`` is called in between."""
-        reach(Write.SLOT)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            reach(Write.SLOT)
+            os.close(core.open_private(folder, make=True))
+        except OSError as error:
+            raise _slot_error(error, folder) from error
         slot = cls(str(folder / f"slot-{secrets.token_hex(8)}"), nbytes, create=True, rest=rest)
         pages = np.frombuffer(slot.buffer, dtype=np.uint8)
         for start in range(0, nbytes, _PART):
@@ -100,6 +110,42 @@ class Slot:
         Path(self.path).unlink(missing_ok=True)
 
 
+def _slot_error(error: OSError, path: str | Path) -> SlotError:
+    if error.errno is None:
+        return SlotError(str(error))
+    return SlotError(error.errno, f"{error.strerror} ({path})")
+
+
+def _create(at: int, name: str, nbytes: int, rest: Callable[[], None]) -> mmap.mmap:
+    """``at``: descriptor of the folder."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(name, flags, 0o600, dir_fd=at)
+    try:
+        _check_room(fd, nbytes)
+        for start in range(0, nbytes, _PART):  # a full /dev/shm is an error here, not a SIGBUS later
+            os.posix_fallocate(fd, start, min(_PART, nbytes - start))
+            rest()
+        return mmap.mmap(fd, nbytes)
+    except BaseException:
+        os.unlink(name, dir_fd=at)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _open(at: int, name: str, nbytes: int) -> mmap.mmap:
+    fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+            raise PermissionError(f"slot {name} is not a file of uid {os.getuid()} with mode 0600")
+        if info.st_size < nbytes:
+            raise OSError(f"slot {name} is shorter than the {nbytes} bytes it should have")
+        return mmap.mmap(fd, nbytes)
+    finally:
+        os.close(fd)
+
+
 def _check_room(fd: int, nbytes: int) -> None:
     """Refuse what cannot fit before its first part is taken from everybody else."""
     disk = os.fstatvfs(fd)
@@ -108,8 +154,18 @@ def _check_room(fd: int, nbytes: int) -> None:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {nbytes} bytes wanted, {free} free")
 
 
+def stale(folder: Path) -> list[Path]:
+    """The slots in ``folder``, if that is this user's alone."""
+    try:
+        os.close(core.open_private(folder))
+    except OSError:
+        return []
+    return sorted(folder.glob("slot-*"))
+
+
 def remove_stale(folder: Path) -> None:
-    """Remove the slots that a killed server of this run directory left behind."""
-    if folder.is_dir():
-        for path in folder.glob("slot-*"):
-            path.unlink(missing_ok=True)
+    """Remove the slots of a server of this run directory that is no more, and their folder."""
+    for path in stale(folder):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # a link or another user's stays

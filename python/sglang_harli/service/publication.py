@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import HarliError
 from sglang_harli.fault_points import Point, reach
+from sglang_harli.protocol import shared_memory
 from sglang_harli.protocol.adapter_config import adapter_config
 from sglang_harli.protocol.internal import AdapterPublished, SlotRef
 from sglang_harli.protocol.shared_memory import Slot
@@ -144,8 +145,7 @@ class Publication:
             job,
             lambda: self._off(checkpoints.save_adapter, paths.adapter, paths.checkpoints, step, config),
             "adapter_failed",
-            f"the adapter cannot be saved in {paths.adapter}",
-            "make room on the disk",
+            lambda error: f"the adapter cannot be saved in {paths.adapter} ({error}): make room on the disk",
         )
         drafts = (
             Draft("adapter_saved", f"adapter saved in {paths.adapter}", data={"path": str(paths.adapter)}),
@@ -168,8 +168,7 @@ class Publication:
                     job,
                     lambda: self._off(checkpoints.load_adapter, paths.adapter, self._shm),
                     "shared_memory",
-                    "shared memory has no room for the adapter",
-                    "make room in /dev/shm",
+                    lambda error: shared_memory.refusal("the adapter", error),
                 )
             except CheckpointError as error:
                 if fresh:
@@ -180,17 +179,20 @@ class Publication:
             fresh = True
 
     async def _again(
-        self, job: str, call: Callable[[], Awaitable[_T]], code: str, trouble: str, remedy: str
+        self, job: str, call: Callable[[], Awaitable[_T]], code: str, explain: Callable[[OSError], str]
     ) -> _T:
-        """Try a write until it succeeds, with pauses, as long as the job's adapter is wanted."""
+        """Try a write until it succeeds, with pauses, as long as the job's adapter is wanted.
+
+        ``explain``: what is wrong and what to do, one sentence.
+        """
         for pause_s in (*PAUSES_S, None):
             try:
                 return await call()
             except OSError as error:
-                text = f"{trouble} ({error})"
+                text = explain(error)
                 if pause_s is None or not self._wanted(job):
-                    raise _GivenUpError(f"{text}: {remedy}", code=code) from error
-                self._desk.apply(jobs.warn(self._desk.get(job), f"{text}: trying again in {pause_s:g} s"))
+                    raise _GivenUpError(text, code=code) from error
+                self._desk.apply(jobs.warn(self._desk.get(job), f"{text}; trying again in {pause_s:g} s"))
             await asyncio.sleep(pause_s)
         raise AssertionError("the last try returns or raises")
 

@@ -60,7 +60,7 @@ class RunDriver:
         self._wake = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
         # Slots of a service that was killed: a scheduler that still trains may hold one of them.
-        self._stale = sorted(shm.glob("slot-*"))
+        self._stale = shared_memory.stale(shm)
         self._machine = RunMachine(desk)
         self._feeder: Feeder | None = None  # of the run in progress
         desk.listeners.append(lambda _record: self._wake.set())
@@ -168,7 +168,8 @@ class RunDriver:
         try:
             ref = await self._off(_make_slot, self._shm, asked.nbytes)
         except OSError as error:
-            effects = self._machine.slot_refused(asked.job, asked.attempt, asked.nbytes, str(error), _now())
+            text = shared_memory.refusal(f"the {asked.nbytes} bytes of a checkpoint", error)
+            effects = self._machine.slot_refused(asked.job, asked.attempt, text, _now())
         else:
             effects = self._machine.slot_made(asked.job, asked.attempt, ref)
         self._do(effects)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import shutil
 import zlib
 from pathlib import Path
@@ -13,6 +12,7 @@ import msgspec
 from safetensors import SafetensorError
 
 from sglang_harli.errors import HarliError
+from sglang_harli.protocol import shared_memory
 from sglang_harli.protocol.internal import ServedLimits
 from sglang_harli.service import admission, checkpoints
 from sglang_harli.service.checkpoints import CheckpointError
@@ -27,7 +27,6 @@ UNREADABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError),
     *(BadZipFile, zlib.error, SafetensorError, msgspec.MsgspecError),
 )
-_FULL = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)
 
 
 def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits, fingerprint: str) -> Feeder:
@@ -95,12 +94,9 @@ def _restore_one(record: JobRecord, paths: JobPaths, shm: Path, step: int) -> Pr
         if step == record.total_steps:
             return Preparation(None, trained=True)
         slot, ref, meta, tokens = checkpoints.load_state(paths.checkpoints, step, shm)
+    except shared_memory.SlotError as error:
+        raise HarliError(shared_memory.refusal("the checkpoint", error), code="shared_memory") from error
     except OSError as error:
-        if error.errno in _FULL:
-            raise HarliError(
-                f"the checkpoint does not fit into shared memory ({error}): make room in /dev/shm",
-                code="shared_memory",
-            ) from error
         raise CheckpointError(str(error)) from error
     except UNREADABLE as error:
         raise CheckpointError(f"{type(error).__name__}: {error}") from error

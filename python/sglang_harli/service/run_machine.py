@@ -197,12 +197,11 @@ class RunMachine:
         run.making_slot, run.slot = False, ref
         return self.state.want_slot(run, ref.nbytes)
 
-    def slot_refused(self, job: str, attempt: int, nbytes: int, error: str, now: Now) -> list[Effect]:
+    def slot_refused(self, job: str, attempt: int, text: str, now: Now) -> list[Effect]:
         run = self.state.run
         if run is None or (run.job, run.attempt) != (job, attempt):
             return []
         run.making_slot = False
-        text = f"shared memory has no room for the {nbytes} bytes of a checkpoint ({error}): make room in /dev/shm"
         return self._failed(run, "shared_memory", text, now) + self.state.unwanted(run, now)
 
     def _preparing(self, job: str, attempt: int) -> Run | None:
