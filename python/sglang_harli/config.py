@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from sglang_harli import core
 from sglang_harli.errors import ConfigError, shown
 
 FLAG_PREFIX = "--harli-"
@@ -29,6 +30,7 @@ POOL_DEBUG_ENV = (
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:30100"
 
 _LOOPBACK = re.compile(r"^tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d{1,5})\Z|^ipc://.+\Z")
+_BARE_IPV6 = re.compile(r"^tcp://([0-9a-fA-F:.]*:[0-9a-fA-F:.]*):(\d{1,5})\Z")  # its brackets are missing
 _ANY_TCP = re.compile(r"^tcp://(\[[0-9a-fA-F:.]+\]|\*|[A-Za-z0-9._-]+):(\d{1,5})\Z")
 _SIZE = re.compile(r"^\s*([0-9]{1,24}(?:\.[0-9]{1,24})?)\s*(b|kb|mb|gb|kib|mib|gib)?\s*$", re.IGNORECASE)
 MAX_SIZE = 2**60
@@ -40,6 +42,11 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2*
 def is_loopback(endpoint: str) -> bool:
     """Whether only this host reaches a ZMQ address (loopback or ipc)."""
     return _LOOPBACK.match(endpoint) is not None
+
+
+def ipc_path(endpoint: str) -> str | None:
+    """The path of the Unix socket behind an ``ipc://`` address; None of another address."""
+    return endpoint.removeprefix("ipc://") if endpoint.startswith("ipc://") else None
 
 
 def parse_size(text: str) -> int:
@@ -186,6 +193,18 @@ class HarliOptions:
             raise _bad(name, value, "a size of at least 1MiB and at most 1073741824GiB")
 
     def _check_endpoint(self) -> None:
+        path = ipc_path(self.finetune_endpoint)
+        if path is not None and not core.fits_socket(path):
+            raise _bad(
+                "finetune_endpoint",
+                self.finetune_endpoint,
+                f"a path of at most {core.MAX_SOCKET_PATH} bytes behind ipc:// (this one has "
+                f"{len(os.fsencode(path))}), which is what a Unix socket can have",
+            )
+        bare = _BARE_IPV6.match(self.finetune_endpoint)
+        if bare is not None:
+            form = f"tcp://[{bare[1]}]:{bare[2]}"
+            raise _bad("finetune_endpoint", self.finetune_endpoint, f"an IPv6 address in brackets: {form}")
         match = _LOOPBACK.match(self.finetune_endpoint)
         if match is None and (self.curve_keys or self.allow_insecure_endpoint):
             match = _ANY_TCP.match(self.finetune_endpoint)
@@ -193,7 +212,7 @@ class HarliOptions:
             raise _bad(
                 "finetune_endpoint",
                 self.finetune_endpoint,
-                "tcp://127.0.0.1:PORT (loopback only) or ipc://PATH; for another address also --harli-curve-keys "
+                "tcp://127.0.0.1:PORT or tcp://[::1]:PORT (loopback only), or ipc://PATH; for another address also --harli-curve-keys "
                 "FOLDER (harli make-keys makes one), or --harli-allow-insecure-endpoint",
             )
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib
 import pkgutil
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +30,9 @@ from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.auth import add_api_key_middleware
 
-from sglang_harli import plugin
+from sglang_harli import FinetuneClient, plugin
 from sglang_harli.config import HarliOptions
+from sglang_harli.errors import HarliError
 from sglang_harli.managers import http_app, supervisor
 from sglang_harli.managers.publisher import TENSOR_PATH
 from sglang_harli.managers.startup_profile import StartupProfile
@@ -297,12 +299,25 @@ def test_the_profile_is_asked_of_the_scheduler_only_when_it_is_wanted(
     assert asked == ["harli/profile"] * 2
 
 
-def test_install_stops_the_server_when_the_service_never_came_up(
-    manager: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_service_that_never_came_up_does_not_keep_the_server_from_serving(
+    tmp_path: Path, manager: Any, healthy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "running", lambda: SimpleNamespace(gave_up="the finetune service ended"))
-    with pytest.raises(SystemExit, match="--harli-finetune off serves without it"):
-        http_app.install(FastAPI(), SimpleNamespace(harli_options=HarliOptions), manager)
+    keeper = Supervisor("harli_no_such_module", {})
+    keeper.give_up("there is no folder for the sockets")
+    monkeypatch.setattr(supervisor, "running", lambda: keeper)
+    app = FastAPI()
+    options = HarliOptions(run_dir=str(tmp_path), finetune_endpoint=f"ipc://{tmp_path}/public.sock")
+    http_app.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
+    with TestClient(app) as client:
+        end = time.monotonic() + 30
+        while client.get("/health_generate").status_code != 200:
+            assert time.monotonic() < end
+        with FinetuneClient(options.finetune_endpoint) as finetune:
+            told = finetune.status().service
+            assert (told["state"], told["reason"]) == ("down", "there is no folder for the sockets")
+            with pytest.raises(HarliError, match="there is no folder for the sockets") as caught:
+                finetune.list()
+            assert caught.value.code == "finetune_down"
 
 
 # ------------------------------------------------------------------ the app

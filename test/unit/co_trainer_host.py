@@ -135,7 +135,7 @@ def until(host: Host, peer: Peer, reached: Callable[[], object], *, limit_s: flo
     while not reached():
         assert time.monotonic() < deadline, [type(m).__name__ for m in peer.got][-20:]
         if not host.turn():
-            host.link.socket.poll(5)
+            host.link.wait(0.005)
         peer.pump()
 
 

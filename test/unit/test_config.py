@@ -39,6 +39,13 @@ def test_the_defaults_are_accepted():
         ({"tpot_slo_ms": 10**400}, "at most 3,600,000"),
         ({"finetune_endpoint": "tcp://0.0.0.0:30100"}, "loopback only"),
         ({"finetune_endpoint": "tcp://127.0.0.1:70000"}, "loopback only"),
+        ({"finetune_endpoint": "tcp://::1:30100"}, r"in brackets: tcp://\[::1\]:30100"),
+        ({"finetune_endpoint": "tcp://fe80::2:1:80", "curve_keys": "k"}, r"tcp://\[fe80::2:1\]:80"),
+        (
+            {"finetune_endpoint": "ipc://" + "/s" * 54},
+            r"at most 107 bytes behind ipc:// \(this one has 108\)",
+        ),
+        ({"finetune_endpoint": "ipc:///" + "ü" * 60}, r"\(this one has 121\)"),
         ({"run_dir": ""}, "a folder"),
         ({"tpot_slo_ms": "fast"}, "milliseconds above 0"),
         ({"max_train_mem": "lots"}, "a size such as"),
@@ -60,7 +67,13 @@ def test_a_bad_value_names_the_flag_and_what_is_accepted(values, accepted):
     assert caught.value.param == flag
 
 
-@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:1", "tcp://localhost:30100", "ipc:///run/harli.sock"])
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        *("tcp://127.0.0.1:1", "tcp://localhost:30100", "tcp://[::1]:30100"),
+        *("ipc:///run/harli.sock", "ipc://@abstract", "ipc:///" + "s" * 106),
+    ],
+)
 def test_loopback_endpoints(endpoint):
     assert HarliOptions(finetune_endpoint=endpoint).finetune_endpoint == endpoint
 

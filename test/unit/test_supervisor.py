@@ -15,10 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from sglang_harli import core
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 from sglang_harli.errors import StateError, UnsupportedError
 from sglang_harli.managers import supervisor
-from sglang_harli.managers.supervisor import RestartPolicy, RunDirLock, Supervisor, check_endpoint_free
+from sglang_harli.managers.endpoint_check import check_endpoint_free
+from sglang_harli.managers.supervisor import RestartPolicy, RunDirLock, Supervisor
+from sglang_harli.protocol.shared_memory import Slot
 
 QUICK = RestartPolicy(first_s=0.05, longest_s=0.2, healthy_s=60.0, limit=3)
 
@@ -106,6 +109,38 @@ def test_endpoint_in_use_is_refused_and_free_ones_pass(tmp_path: Path) -> None:
             check_endpoint_free(endpoint, grace_s=0.2)
     check_endpoint_free(endpoint)
     check_endpoint_free(f"ipc://{tmp_path}/door")
+    assert not (tmp_path / "door").exists()
+    for name in ("localhost", socket.gethostname(), "lo", "*", "[::1]"):  # what the service can bind passes
+        check_endpoint_free(f"tcp://{name}:{endpoint.rsplit(':', 1)[1]}")
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://192.0.2.1:30100", "tcp://host.invalid:30100"])
+def test_an_address_of_another_host_is_refused_at_once(endpoint: str) -> None:
+    with pytest.raises(
+        StateError, match=f"{endpoint}: it is not an address of this host; give another tcp://"
+    ):
+        check_endpoint_free(endpoint, grace_s=60.0)
+
+
+def test_a_socket_that_somebody_listens_at_is_in_use_and_one_left_behind_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "door"
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(str(path))
+        taken.listen()
+        with pytest.raises(StateError, match="Address already in use; give another ipc://PATH"):
+            check_endpoint_free(f"ipc://{path}", grace_s=0.2)
+    assert path.exists()
+    check_endpoint_free(f"ipc://{path}")
+
+
+def test_a_file_in_the_place_of_a_socket_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text("precious")
+    with pytest.raises(StateError, match="there is a file or a folder of that name"):
+        check_endpoint_free(f"ipc://{path}", grace_s=60.0)
+    assert path.read_text() == "precious"
+    with pytest.raises(StateError, match="its folder does not exist"):
+        check_endpoint_free(f"ipc://{tmp_path}/missing/door", grace_s=60.0)
 
 
 # ------------------------------------------------------------------ restarts
@@ -241,6 +276,42 @@ import signal; signal.pause()
     assert pid is not None
     assert not is_alive(pid)
     RunDirLock(str(tmp_path / "runs")).release()
+
+
+def test_the_slots_of_a_run_go_when_the_server_ends_and_before_the_next_one_starts(
+    child_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "SERVICE_MODULE", child_module(LIVES))
+    (tmp_path / "runs").mkdir()
+    folder = core.shm_dir(str(tmp_path / "runs"))
+    killed = Slot.create(folder, 4096)  # what a killed server left behind
+    supervisor.start(server_args(tmp_path / "runs"))
+    try:
+        assert not Path(killed.path).exists()
+        held = Slot.create(folder, 4096)
+        with pytest.raises(SystemExit, match="in use by the server with pid"):  # and takes nothing away
+            supervisor.start(server_args(tmp_path / "runs"))
+        assert Path(held.path).exists()
+    finally:
+        supervisor.stop()
+    assert not folder.exists()
+
+
+def test_without_a_folder_for_sockets_serving_goes_on_without_the_service(
+    child_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor, "SERVICE_MODULE", child_module(LIVES))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(core, "ipc_dir", lambda run_dir: tmp_path / "file" / "key")
+    supervisor.start(server_args(tmp_path / "runs"))
+    try:
+        keeper = supervisor.running()
+        assert keeper is not None and keeper.starts == 0 and keeper.pid is None
+        assert keeper.gave_up is not None
+        assert "no folder for the sockets of the finetune service" in keeper.gave_up
+        assert "serving goes on without finetuning" in caplog.text
+    finally:
+        supervisor.stop()
 
 
 def test_start_does_nothing_when_finetuning_is_off(tmp_path: Path) -> None:

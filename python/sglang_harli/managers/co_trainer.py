@@ -364,7 +364,7 @@ class CoTrainer:
             return
         deadline = time.monotonic() + limit_s
         while self.run is not None and time.monotonic() < deadline:
-            self.link.socket.poll(50)
+            self.link.wait(0.05)
             self.poll()
 
     # ---------------------------------------------------------------- what is shown

@@ -39,18 +39,10 @@ def install(app: FastAPI, server_args: Any, tokenizer_manager: Any) -> None:
         app: sglang.srt.entrypoints.http_server.app.
         server_args: HarliServerArgs.
         tokenizer_manager: SGLang's TokenizerManager; gets the attribute ``harli_publisher``.
-
-    Raises:
-        SystemExit: the finetune service could not be started at all.
     """
     options: HarliOptions = server_args.harli_options()
     if not options.enabled:
         return
-    keeper = supervisor.running()
-    if keeper is not None and keeper.gave_up is not None:
-        raise SystemExit(
-            f"sglang-harli: {keeper.gave_up}; its own lines above say why (--harli-finetune off serves without it)"
-        )
     publisher = Publisher(tokenizer_manager, core.http_endpoint(options.absolute_run_dir))
     tokenizer_manager.harli_publisher = publisher
     metrics = MetricsCollector() if server_args.enable_metrics else None

@@ -56,6 +56,7 @@ class Publisher:
     def __init__(self, tokenizer_manager: Any, endpoint: str) -> None:
         self._manager = tokenizer_manager
         self._endpoint = endpoint
+        self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._task: asyncio.Task[None] | None = None
         self._queue: asyncio.Queue[internal.PublishAdapter] = asyncio.Queue()
@@ -71,26 +72,45 @@ class Publisher:
     # ---------------------------------------------------------------- life
     def start(self) -> None:
         """Connect and begin; inside the server's running event loop."""
-        self._context = zmq.asyncio.Context()
-        self._socket = socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a service that is away
-        socket.setsockopt(zmq.RECONNECT_IVL, 100)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        socket.connect(self._endpoint)
-        self._task = asyncio.create_task(self._run(socket), name="harli-publisher")
+        self._task = asyncio.create_task(self._run(), name="harli-publisher")
         self._task.add_done_callback(_log_failure)
 
     async def stop(self) -> None:
-        if self._task is None or self._socket is None:
+        if self._task is None:
             return
         self._task.cancel()
         await asyncio.wait([self._task])
-        self._socket.close()
-        self._context.term()
-        self._task = self._socket = None
+        if self._context is not None:
+            self._context.destroy()
+        self._task = self._socket = self._context = None
 
-    async def _run(self, socket: zmq.asyncio.Socket) -> None:
+    async def _open(self) -> zmq.asyncio.Socket:
+        """Connect; where that is impossible (no descriptor is left) it is logged, and tried again each second."""
+        told = ""
+        while True:
+            socket = None
+            try:
+                if self._context is None:
+                    self._context = zmq.asyncio.Context()
+                socket = self._context.socket(zmq.DEALER)
+                socket.setsockopt(zmq.LINGER, 0)
+                socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a service that is away
+                socket.setsockopt(zmq.RECONNECT_IVL, 100)
+                socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+                socket.connect(self._endpoint)
+                return socket
+            except zmq.ZMQError as error:
+                if socket is not None:
+                    socket.close()
+                if told != str(error):
+                    told = str(error)
+                    logger.error(
+                        "harli: no link to the finetune service (%s): serving goes on without it", error
+                    )
+            await asyncio.sleep(HELLO_EVERY_S)
+
+    async def _run(self) -> None:
+        self._socket = socket = await self._open()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._greet())
             tasks.create_task(self._receive(socket))
@@ -132,7 +152,8 @@ class Publisher:
     async def _send(self, message: internal.Message) -> None:
         self._seq += 1
         message.seq = self._seq
-        assert self._socket is not None
+        if self._socket is None:  # not open yet
+            return
         try:
             await self._socket.send(internal.encode(message), zmq.NOBLOCK)
         except zmq.Again:  # away; it asks again, or is greeted, when it is back

@@ -62,8 +62,9 @@ class HarliScheduler(Scheduler):
             side = self._harli_side
             qos = QosMetrics(side, self._harli)
             self._harli_metrics = (PoolMetrics(self._harli.desk), PredictorMetrics(side.predictor), qos)
-        if self._harli is not None and self.idle_sleeper is not None:
-            self.idle_sleeper.poller.register(self._harli.link.socket, zmq.POLLIN)
+        socket = self._harli.link.socket if self._harli is not None else None
+        if socket is not None and self.idle_sleeper is not None:
+            self.idle_sleeper.poller.register(socket, zmq.POLLIN)
 
     def get_init_info(self) -> dict[str, Any]:
         """SGLang's, with the hello that proves to the main process that this class is in place."""

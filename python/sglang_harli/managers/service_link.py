@@ -32,26 +32,49 @@ def has_arrived(socket: Any) -> bool:
 class ServiceLink:
     """One DEALER socket, connected for the life of the process.
 
+    Where it cannot be opened (no descriptor is left), that is logged and tried again each second: until then there is
+    nothing to train.
+
     Args:
         endpoint: core.scheduler_endpoint(run_dir).
         make_hello: builds the hello of this moment (limits, run in progress, options).
+
+    Attributes:
+        socket: None until it could be opened.
     """
 
     def __init__(self, endpoint: str, make_hello: Callable[[], internal.Hello]) -> None:
-        self._context = zmq.Context(io_threads=1)
-        self.socket = self._context.socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 1000)
-        self.socket.setsockopt(zmq.RECONNECT_IVL, 100)
-        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        self.socket.setsockopt(zmq.SNDHWM, 2 * RING)
-        self.socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a service that is away
-        self.socket.connect(endpoint)
+        self._endpoint = endpoint
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self.socket: zmq.Socket[bytes] | None = None
+        self._trouble = ""  # that was logged last
         self._make_hello = make_hello
         # Beyond those of any scheduler before: a late acknowledgement must not be taken for one of this life.
         self._seq = time.monotonic_ns() // 1000
         self._ring = Unacknowledged()
         self.service_pid: int | None = None
         self._hello_at = 0.0
+        self._open()
+
+    def _open(self) -> None:
+        socket = None
+        try:
+            if self._context is None:
+                self._context = zmq.Context(io_threads=1)
+            socket = self._context.socket(zmq.DEALER)
+            socket.setsockopt(zmq.LINGER, 1000)
+            socket.setsockopt(zmq.RECONNECT_IVL, 100)
+            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+            socket.setsockopt(zmq.SNDHWM, 2 * RING)
+            socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a service that is away
+            socket.connect(self._endpoint)
+            self.socket = socket
+        except zmq.ZMQError as error:
+            if socket is not None:
+                socket.close(0)
+            if self._trouble != str(error):
+                self._trouble = str(error)
+                logger.error("harli: no link to the finetune service (%s): serving goes on without it", error)
 
     # ---------------------------------------------------------------- out
     def send(self, message: internal.Message) -> None:
@@ -64,6 +87,8 @@ class ServiceLink:
             self._send_now(message)
 
     def _send_now(self, message: internal.Message) -> bool:
+        if self.socket is None:
+            return False
         try:
             self.socket.send(internal.encode(message), zmq.NOBLOCK)
         except zmq.Again:  # away: the ring has what matters
@@ -77,6 +102,8 @@ class ServiceLink:
     def say_hello(self) -> None:
         """Also where something that it says has changed."""
         self._hello_at = time.monotonic()
+        if self.socket is None:
+            self._open()
         hello = self._make_hello()
         self._seq += 1
         hello.seq = self._seq
@@ -91,7 +118,7 @@ class ServiceLink:
         elif len(self._ring):
             for kept in self._ring.due(time.monotonic()):
                 self._send_now(kept)
-        if not has_arrived(self.socket):
+        if self.socket is None or not has_arrived(self.socket):
             return []
         messages = []
         for _ in range(MAX_PER_POLL):
@@ -127,6 +154,15 @@ class ServiceLink:
     def unacknowledged(self) -> int:
         return len(self._ring)
 
+    def wait(self, seconds: float) -> None:
+        """Return when a message has come, or after so many seconds."""
+        if self.socket is None:
+            time.sleep(seconds)
+        else:
+            self.socket.poll(int(seconds * 1000))
+
     def close(self) -> None:
-        self.socket.close()
-        self._context.term()
+        if self.socket is not None:
+            self.socket.close()
+        if self._context is not None:
+            self._context.term()

@@ -9,12 +9,9 @@ only when nothing is left to supervise.
 from __future__ import annotations
 
 import atexit
-import errno
 import fcntl
 import logging
 import os
-import re
-import socket
 import subprocess
 import sys
 import threading
@@ -25,20 +22,18 @@ from typing import Any
 from sglang_harli import core
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 from sglang_harli.errors import ConfigError, StateError, UnsupportedError
+from sglang_harli.managers.endpoint_check import check_endpoint_free
 from sglang_harli.platforms.cpu import engine
-from sglang_harli.protocol import curve_keys
+from sglang_harli.protocol import curve_keys, shared_memory
 
 logger = logging.getLogger(__name__)
 
 SERVICE_MODULE = "sglang_harli.service.app"
 # The service is to end within this after SIGTERM: SGLang's own answer to an end is an immediate SIGKILL.
 STOP_GRACE_S = 5.0
-# A server that has just been killed still holds its port for a moment.
-PORT_GRACE_S = 5.0
 # SGLang ends by killing its children and then itself: a death is worth a line only if this process lives on.
 _SETTLE_S = 0.3
 _STDERR = 2
-_TCP = re.compile(r"^tcp://(?:\[([^\]]+)\]|([^:\]]+)):(\d+)$")
 
 
 # ------------------------------------------------------------------ one server per run directory
@@ -57,10 +52,11 @@ class RunDirLock:
     """
 
     def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
         self.path = os.path.join(run_dir, "lock")
         try:
             os.makedirs(run_dir, mode=0o700, exist_ok=True)
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise UnsupportedError(
                 f"--harli-run-dir {run_dir}: {error.strerror} ({error.filename}); give a folder that can be written",
@@ -88,37 +84,6 @@ class RunDirLock:
 
     def release(self) -> None:
         os.close(self._fd)  # the file stays: unlinking it would let two servers lock two files of one name
-
-
-def check_endpoint_free(endpoint: str, grace_s: float = PORT_GRACE_S) -> None:
-    """Whether the service will be able to bind ``endpoint``; ipc endpoints always pass.
-
-    Here, so that a port in use is one sentence at start-up, not a service that dies again and again.
-
-    Raises:
-        StateError: the address is in use, still so after ``grace_s`` seconds, or not an address of this host.
-    """
-    match = _TCP.match(endpoint)
-    if match is None:
-        return
-    host, port = match[1] or match[2], int(match[3])
-    host = "0.0.0.0" if host == "*" else host
-    deadline = time.monotonic() + grace_s
-    while True:
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-                probe.listen(1)  # two sockets with SO_REUSEADDR may bind one address; only one may listen
-                return
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                raise StateError(
-                    f"--harli-finetune-endpoint {endpoint}: {error.strerror}; give another tcp://127.0.0.1:PORT",
-                    code="endpoint_in_use",
-                ) from error
-        time.sleep(0.1)
 
 
 # ------------------------------------------------------------------ the child
@@ -152,7 +117,7 @@ class Supervisor:
     Attributes:
         pid: of the child, None while it is down.
         starts: how often it was started.
-        gave_up: None, or why it is no longer restarted.
+        gave_up: None, or why it is not (re)started any more.
     """
 
     def __init__(
@@ -175,6 +140,11 @@ class Supervisor:
 
     def start(self) -> None:
         self._thread.start()
+
+    def give_up(self, reason: str) -> None:
+        """Never start the child; instead of ``start``."""
+        self.gave_up = reason
+        logger.error("harli: %s; serving goes on without finetuning: restart the server", reason)
 
     def kill_child(self) -> None:
         """SIGKILL to a child that hangs; it is started again as after any other death."""
@@ -207,11 +177,8 @@ class Supervisor:
             deaths = 1 if lived_s >= self._policy.healthy_s else deaths + 1
             delay_s = self._policy.delay_s(deaths)
             if delay_s is None:
-                self.gave_up = (
+                self.give_up(
                     f"the finetune service ended {deaths} times in a row, the last time with {ending}"
-                )
-                logger.error(
-                    "harli: %s; serving goes on without finetuning: restart the server", self.gave_up
                 )
                 return
             logger.warning(
@@ -275,7 +242,7 @@ def start(server_args: Any) -> None:
         server_args: HarliServerArgs.
 
     Raises:
-        SystemExit: the run directory or the endpoint is another's, or a folder cannot be made.
+        SystemExit: the run directory or the endpoint is another's or cannot be used, or the keys cannot.
     """
     global _running
     options: HarliOptions = server_args.harli_options()
@@ -288,14 +255,19 @@ def start(server_args: Any) -> None:
         if options.absolute_curve_keys:
             curve_keys.load_server_keys(options.absolute_curve_keys)
         check_endpoint_free(options.finetune_endpoint)
-        core.make_ipc_dir(run_dir)
-    except (ConfigError, StateError, UnsupportedError, PermissionError) as error:
+    except (ConfigError, StateError, UnsupportedError) as error:
         if lock is not None:
             lock.release()
         raise SystemExit(f"sglang-harli: {error}") from error
     supervisor = Supervisor(SERVICE_MODULE, service_environment(options, server_args))
     _running = supervisor, lock
     atexit.register(stop)
+    shared_memory.remove_stale(core.shm_dir(run_dir))
+    try:
+        core.make_ipc_dir(run_dir)
+    except OSError as error:  # another user's folder, a full disk: no reason not to serve
+        supervisor.give_up(f"there is no folder for the sockets of the finetune service ({error})")
+        return
     supervisor.start()
 
 
@@ -313,4 +285,5 @@ def stop(*args: Any, **kwargs: Any) -> None:
     supervisor, lock = _running
     _running = None
     supervisor.stop()
+    shared_memory.remove_stale(core.shm_dir(lock.run_dir))  # of a run that was in training: it is memory
     lock.release()

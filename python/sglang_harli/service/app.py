@@ -53,6 +53,7 @@ class App:
 
     Raises:
         HarliError: the store cannot be opened or the endpoint cannot be bound.
+        OSError, zmq.ZMQError: a folder cannot be made, or no socket opened.
     """
 
     def __init__(self, config: ServiceConfig) -> None:
@@ -215,7 +216,10 @@ async def _main(config: ServiceConfig) -> None:
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     # Ctrl-C reaches the whole group of processes; the server ends this one when its state is saved.
     loop.add_signal_handler(signal.SIGINT, lambda: None)
-    app = App(config)
+    try:
+        app = App(config)
+    except (OSError, zmq.ZMQError) as error:
+        raise HarliError(f"the finetune service cannot start: {error}", code="start") from error
     try:
         await app.run(stop)
     finally:
