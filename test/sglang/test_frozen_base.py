@@ -172,7 +172,7 @@ class TestRefusals:
         [
             ({"architectures": ["GptOssForCausalLM"]}, "GptOssForCausalLM"),
             ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-            ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type dynamic"),
+            ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
         ],
     )
     def test_config(

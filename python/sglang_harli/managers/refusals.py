@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_harli.errors import UnsupportedError
+from sglang_harli.peft_trainer import model_math
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 WAY_OUT = "drop it, or serve without finetuning by --harli-finetune off"
 
 # (flag, what it asks for, whether these arguments ask for it)
@@ -60,14 +60,14 @@ def refuse_model(server_args: Any) -> None:
     """Check the model behind SGLang's resolved arguments.
 
     Raises:
-        UnsupportedError: naming the architecture or the quantisation, and the way out.
+        UnsupportedError: naming the architecture, the quantisation or the config's field, and the way out.
     """
     config = server_args.get_model_config().hf_config
     architectures = list(getattr(config, "architectures", None) or ["unknown"])
-    if architectures[0] not in ARCHITECTURES:
+    if architectures[0] not in model_math.ARCHITECTURES:
         raise UnsupportedError(
             f"{server_args.model_path} is a {architectures[0]}, which cannot be finetuned yet "
-            f"(accepted: {', '.join(ARCHITECTURES)}): serve it without finetuning by --harli-finetune off",
+            f"(accepted: {', '.join(model_math.ARCHITECTURES)}): serve it without finetuning by --harli-finetune off",
             param="--model-path",
         )
     quantisation = getattr(config, "quantization_config", None)
@@ -78,6 +78,7 @@ def refuse_model(server_args: Any) -> None:
             "the unquantised model, or serve without finetuning by --harli-finetune off",
             param="--model-path",
         )
+    model_math.check(config)
 
 
 def _method(quantisation: Any) -> str | None:

@@ -17,18 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sglang_harli.errors import UnsupportedError
+from sglang_harli.peft_trainer import model_math
+from sglang_harli.peft_trainer.model_math import refuse
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DENSE_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
-# These rescale their frequencies with the longest position seen: a host sync, and state that is not the step's.
-_MOVING_ROPE = ("dynamic", "longrope")
-_WAY_OUT = "; start with --harli-finetune off to serve this model without finetuning"
-
-
-def _refuse(what: str) -> UnsupportedError:
-    return UnsupportedError(f"cannot finetune on this model: {what}{_WAY_OUT}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ def from_transformers(model: nn.Module) -> FrozenBase:
         UnsupportedError: an architecture or rotary embedding that is not supported.
     """
     config: Any = model.config
-    _check_config(config)
+    model_math.check(config)
     model.requires_grad_(False)
     model.eval()
     config._attn_implementation = "sdpa"
@@ -102,14 +95,14 @@ def bind(sglang_model: nn.Module, model_path: str, *, trust_remote_code: bool = 
             another shape) or the architecture.
     """
     config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    _check_config(config)
+    model_math.check(config)
     _check_dense(sglang_model)
     served = _served_parameters(sglang_model)
     embed = served.get("model.embed_tokens.weight")
     if embed is None:
-        raise _refuse("the served model has no parameter model.embed_tokens.weight")
+        raise refuse("the served model has no parameter model.embed_tokens.weight")
     if embed.dtype not in DTYPES:
-        raise _refuse(f"model.embed_tokens.weight is {embed.dtype}; accepted: float32, bfloat16, float16")
+        raise refuse(f"model.embed_tokens.weight is {embed.dtype}; accepted: float32, bfloat16, float16")
     with torch.inference_mode(False):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -120,36 +113,23 @@ def bind(sglang_model: nn.Module, model_path: str, *, trust_remote_code: bool = 
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device=embed.device)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
-            raise _refuse(f"{name} of the training model has no counterpart in the served model")
+            raise refuse(f"{name} of the training model has no counterpart in the served model")
     model.requires_grad_(False)
     model.eval()
     return FrozenBase(model, embed.dtype, embed.device, config)
 
 
-def _check_config(config: Any) -> None:
-    names = getattr(config, "architectures", None) or [type(config).__name__.replace("Config", "ForCausalLM")]
-    if names[0] not in ARCHITECTURES:
-        raise _refuse(f"architecture {names[0]} is not supported (supported: {', '.join(ARCHITECTURES)})")
-    if getattr(config, "quantization_config", None):
-        raise _refuse("its config has a quantization_config; quantised weights are not supported")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in _MOVING_ROPE:
-        raise _refuse(
-            f"rope_type {rope} is not supported (its frequencies change with the length of the input)"
-        )
-
-
 def _check_dense(sglang_model: nn.Module) -> None:
     for name, module in sglang_model.named_modules():
         if getattr(module, "use_intel_amx_backend", False):
-            raise _refuse(f"{name}.weight is packed for AMX")
+            raise refuse(f"{name}.weight is packed for AMX")
         method = getattr(module, "quant_method", None)
         if (
             method is not None
             and "weight" in module._parameters
             and type(method).__name__ not in _DENSE_METHODS
         ):
-            raise _refuse(f"{name}.weight is quantised or packed ({type(method).__name__})")
+            raise refuse(f"{name}.weight is quantised or packed ({type(method).__name__})")
 
 
 def _served_parameters(sglang_model: nn.Module) -> dict[str, Tensor]:
@@ -169,7 +149,7 @@ def _fill(model: Any, config: Any, served: dict[str, Tensor], dtype: torch.dtype
             continue
         source, view = _view(name, tuple(parameter.shape), config, served)
         if view.dtype != dtype:
-            raise _refuse(f"{source} is {view.dtype} but model.embed_tokens.weight is {dtype}")
+            raise refuse(f"{source} is {view.dtype} but model.embed_tokens.weight is {dtype}")
         used.add(source)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(view, requires_grad=False))
@@ -177,7 +157,7 @@ def _fill(model: Any, config: Any, served: dict[str, Tensor], dtype: torch.dtype
         model.tie_weights()
     for name in served:
         if name not in used:
-            raise _refuse(f"{name} of the served model has no place in {type(model).__name__}")
+            raise refuse(f"{name} of the served model has no place in {type(model).__name__}")
 
 
 def _view(name: str, shape: tuple[int, ...], config: Any, served: dict[str, Tensor]) -> tuple[str, Tensor]:
@@ -189,7 +169,7 @@ def _view(name: str, shape: tuple[int, ...], config: Any, served: dict[str, Tens
     source = f"{prefix}.{fused[module]}.{leaf}" if module in fused else name
     tensor = served.get(source)
     if tensor is None:
-        raise _refuse(f"the served model has no parameter {source}")
+        raise refuse(f"the served model has no parameter {source}")
     if module in ("q_proj", "k_proj", "v_proj"):
         tensor = _split_qkv(source, module, tensor, config)
     elif module in ("gate_proj", "up_proj"):
@@ -199,7 +179,7 @@ def _view(name: str, shape: tuple[int, ...], config: Any, served: dict[str, Tens
         if tensor.dim() == len(shape) and tensor.shape[axis] > size and _may_be_padded(module, axis):
             tensor = tensor.narrow(axis, 0, size)
     if tuple(tensor.shape) != shape:
-        raise _refuse(f"{source} gives shape {tuple(tensor.shape)} for {name}, which needs {shape}")
+        raise refuse(f"{source} gives shape {tuple(tensor.shape)} for {name}, which needs {shape}")
     return source, tensor
 
 
@@ -214,7 +194,7 @@ def _split_qkv(source: str, module: str, tensor: Tensor, config: Any) -> Tensor:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     if tensor.shape[0] != queries + 2 * keys:
-        raise _refuse(
+        raise refuse(
             f"{source} has {tensor.shape[0]} rows; {config.num_attention_heads} query and "
             f"{config.num_key_value_heads} key-value heads of {head} make {queries + 2 * keys}"
         )
