@@ -253,7 +253,7 @@ def start(server_args: Any) -> None:
     try:
         lock = RunDirLock(run_dir)
         if options.absolute_curve_keys:
-            curve_keys.load_server_keys(options.absolute_curve_keys)
+            curve_keys.check_server_folder(options.absolute_curve_keys)
         check_endpoint_free(options.finetune_endpoint)
     except (ConfigError, StateError, UnsupportedError) as error:
         if lock is not None:

@@ -9,6 +9,7 @@ Secret files must not be readable by others.
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,8 @@ CLIENTS = "clients"
 
 @dataclass(frozen=True, slots=True)
 class ServerKeys:
-    """``clients``: public keys (Z85) that may connect."""
-
     public: bytes
     secret: bytes = field(repr=False)
-    clients: frozenset[bytes]
 
     def apply(self, socket: Any) -> None:
         """Before it is bound."""
@@ -54,23 +52,44 @@ class ClientKeys:
 
 def load_server_keys(folder: str) -> ServerKeys:
     """Raises ConfigError naming the file at fault."""
-    public, secret = _secret(Path(folder) / SERVER_SECRET, "--harli-curve-keys")
-    return ServerKeys(public, secret, load_client_list(folder))
+    return ServerKeys(*_secret(Path(folder) / SERVER_SECRET, "--harli-curve-keys"))
 
 
-def load_client_list(folder: str) -> frozenset[bytes]:
-    """Raises ConfigError naming the file at fault."""
-    clients = Path(folder) / CLIENTS
-    keys = frozenset(
-        _read(path, "--harli-curve-keys")[0] for path in sorted(clients.glob("*.key")) if path.is_file()
-    )
+def check_server_folder(folder: str) -> None:
+    """At start-up: the server's keys and those of all clients can be used.
+
+    Raises:
+        ConfigError: naming the file at fault, or where there is no client.
+    """
+    load_server_keys(folder)
+    keys, refused = client_list(folder)
+    if refused:
+        raise refused[0]
     if not keys:
+        clients = Path(folder) / CLIENTS
         raise ConfigError(
             f"--harli-curve-keys {folder}: there is no .key file in {clients}, so nobody could connect: put the "
             "client.key of each client there (harli make-keys makes a first one)",
             param="--harli-curve-keys",
         )
-    return keys
+
+
+def client_list(folder: str) -> tuple[frozenset[bytes], list[ConfigError]]:
+    """The public keys (Z85) that may connect now, and the files that cannot be used, which admit nobody.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    keys, refused = set(), []
+    with os.scandir(Path(folder) / CLIENTS) as entries:
+        paths = sorted(entry.path for entry in entries if entry.name.endswith(".key"))
+    for path in map(Path, paths):
+        try:
+            if not path.is_dir():
+                keys.add(_read(path, "--harli-curve-keys")[0])
+        except ConfigError as error:
+            refused.append(error)
+    return frozenset(keys), refused
 
 
 def load_client_keys(folder: str) -> ClientKeys:
@@ -133,8 +152,10 @@ def _secret(path: Path, option: str) -> tuple[bytes, bytes]:
 
 def _read(path: Path, option: str) -> tuple[bytes, bytes | None]:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is not a file")
         public, secret = certs.load_certificate(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:  # IndexError: a line that is cut off
         raise ConfigError(
             f"{option}: {path} cannot be used ({error}): harli make-keys FOLDER makes a pair of folders",
             param=option,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 
-from sglang_harli.errors import ConfigError
 from sglang_harli.protocol import curve_keys
 
 logger = logging.getLogger(__name__)
@@ -20,18 +20,22 @@ DOMAIN = "harli"
 class DoorKeys:
     """Answers libzmq's question about each client's key (ZAP); made inside the running event loop.
 
+    The clients' files are read at each connection, by a thread: a file that is added, replaced or removed counts from
+    the next connection on, wherever a link to it leads, and a disk that hangs keeps only new clients waiting.
+
     Args:
         context: of the sockets that it guards.
-        folder: ``--harli-curve-keys``; clients that are added or removed count from their next connection on.
+        folder: ``--harli-curve-keys``.
 
     Raises:
-        ConfigError: a key is missing, or its file is open to others.
+        ConfigError: the server's key is missing, or its file is open to others.
     """
 
     def __init__(self, context: zmq.asyncio.Context, folder: str) -> None:
         self._folder = folder
         self._keys = curve_keys.load_server_keys(folder)
-        self._allowed: tuple[int, frozenset[bytes]] = (0, frozenset())
+        self._reader = ThreadPoolExecutor(1, "keys")
+        self._logged = ""
         self._authenticator = AsyncioAuthenticator(context)
         self._authenticator.start()
         self._authenticator.configure_curve_callback(DOMAIN, credentials_provider=self)
@@ -41,19 +45,23 @@ class DoorKeys:
         socket.zap_domain = DOMAIN.encode()
         self._keys.apply(socket)
 
-    def callback(self, _domain: str, key: bytes) -> bool:
+    async def callback(self, _domain: str, key: bytes) -> bool:
         """zmq.auth's question: may the client with this public key (Z85) connect?"""
-        try:
-            changed = (Path(self._folder) / curve_keys.CLIENTS).stat().st_mtime_ns
-            if changed != self._allowed[0]:
-                self._allowed = (changed, curve_keys.load_client_list(self._folder))
-        except (ConfigError, OSError) as error:
-            logger.warning("nobody can connect to the finetune endpoint: %s", error)
-            return False
-        allowed = key in self._allowed[1]
+        allowed, trouble = await asyncio.get_running_loop().run_in_executor(self._reader, self._look, key)
+        if trouble and trouble != self._logged:
+            logger.warning("a client's key cannot be used, and admits nobody: %s", trouble)
+        self._logged = trouble
         if not allowed:
             logger.warning("a client with the unknown key %s was refused", key.decode(errors="replace"))
         return allowed
 
+    def _look(self, key: bytes) -> tuple[bool, str]:
+        try:
+            keys, refused = curve_keys.client_list(self._folder)
+        except OSError as error:
+            return False, str(error)
+        return key in keys, "; ".join(error.message for error in refused)
+
     def close(self) -> None:
         self._authenticator.stop()
+        self._reader.shutdown(wait=False, cancel_futures=True)

@@ -16,7 +16,7 @@ import pytest
 from sglang_harli.client import FinetuneClient
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import ConfigError, NotReadyError
-from sglang_harli.managers.supervisor import check_endpoint_free
+from sglang_harli.managers.endpoint_check import check_endpoint_free
 from sglang_harli.protocol import curve_keys, exchange
 from support.service_peers import ServiceProcess
 from support.service_world import free_port, pairs, until
@@ -76,6 +76,94 @@ def test_everybody_else_is_told_why_not(guarded, keys, tmp_path):
     with pytest.raises(ConfigError, match=r"client\.key_secret"):
         FinetuneClient(guarded.endpoint, curve_keys=stray)
     assert guarded.alive
+
+
+@pytest.fixture
+def replaced(keys, tmp_path):
+    """Two clients of the guarded service, and the file that may let one of them in."""
+    clients = []
+    for name in ("old", "new"):
+        curve_keys.make_keys(str(tmp_path / name))
+        shutil.copy(keys / "client" / "server.key", tmp_path / name / "client" / "server.key")
+        clients.append(tmp_path / name / "client")
+    yield *clients, keys / "server" / "clients" / "guest.key"
+    (keys / "server" / "clients" / "guest.key").unlink(missing_ok=True)
+
+
+def served(endpoint: str, folder: Path) -> None:
+    with FinetuneClient(endpoint, curve_keys=folder) as client:
+        client.status()
+
+
+def copy_over(source: Path, target: Path) -> None:
+    """As cp does, and with the time of the file before: the folder's own time stays too."""
+    before = target.stat()
+    shutil.copyfile(source, target)
+    os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def rename_over(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target.with_suffix(".tmp"))
+    target.with_suffix(".tmp").rename(target)
+
+
+@pytest.mark.parametrize("replace", [copy_over, rename_over])
+def test_a_key_that_was_replaced_counts_no_more(guarded, replaced, replace):
+    old, new, guest = replaced
+    shutil.copyfile(old / "client.key", guest)
+    served(guarded.endpoint, old)
+    replace(new / "client.key", guest)
+    served(guarded.endpoint, new)
+    assert "does not know the key" in refused(guarded.endpoint, old)
+
+
+def test_keys_behind_links_that_move_as_a_whole(guarded, replaced, tmp_path):
+    """As a Kubernetes secret is mounted: the file is a link, by way of a link that is renamed."""
+    old, new, guest = replaced
+    for version, client in (("v1", old), ("v2", new)):
+        (tmp_path / version).mkdir()
+        shutil.copyfile(client / "client.key", tmp_path / version / "guest.key")
+    (tmp_path / "..data").symlink_to("v1")
+    guest.symlink_to(tmp_path / "..data" / "guest.key")
+    served(guarded.endpoint, old)
+    (tmp_path / "..tmp").symlink_to("v2")
+    (tmp_path / "..tmp").rename(tmp_path / "..data")
+    served(guarded.endpoint, new)
+    assert "does not know the key" in refused(guarded.endpoint, old)
+    (tmp_path / "..data").unlink()
+    assert "does not know the key" in refused(guarded.endpoint, new)
+
+
+@pytest.mark.parametrize("content", [b"", b"    public-key", b'public-key = "short"', b"\xff\xfe"])
+def test_a_file_that_cannot_be_used_admits_nobody_and_keeps_nobody_else_out(guarded, keys, replaced, content):
+    old, _, guest = replaced
+    guest.write_bytes(content)
+    assert "does not know the key" in refused(guarded.endpoint, old)
+    served(guarded.endpoint, keys / "client")
+    assert "guest.key" in guarded.log.read_text()
+    shutil.copyfile(old / "client.key", guest)
+    served(guarded.endpoint, old)
+
+
+def test_while_the_folder_is_away_nobody_new_is_let_in(guarded, keys):
+    clients = keys / "server" / "clients"
+    clients.rename(keys / "away")
+    assert "does not know the key" in refused(guarded.endpoint, keys / "client")
+    (keys / "away").rename(clients)
+    served(guarded.endpoint, keys / "client")
+
+
+def test_a_service_starts_again_beside_a_broken_key_which_a_first_start_refuses(tmp_path, model, keys):
+    server = tmp_path / "server"
+    shutil.copytree(keys / "server", server)
+    (server / "clients" / "torn.key").write_text("public-key")
+    with pytest.raises(ConfigError, match=r"clients/torn\.key cannot be used"):
+        curve_keys.check_server_folder(str(server))
+    service = ServiceProcess(tmp_path / "runs", model, free_port(), curve_keys=str(server)).start()
+    try:
+        served(service.endpoint, keys / "client")
+    finally:
+        service.kill()
 
 
 def test_keys_where_none_are_asked_for(shared, keys):
@@ -176,7 +264,7 @@ def test_secret_files_that_others_may_read_are_refused(tmp_path):
     (tmp_path / "server" / "server.key_secret").chmod(0o600)
     (tmp_path / "server" / "clients" / "client.key").unlink()
     with pytest.raises(ConfigError, match="nobody could connect"):
-        curve_keys.load_server_keys(str(tmp_path / "server"))
+        curve_keys.check_server_folder(str(tmp_path / "server"))
 
 
 @pytest.mark.parametrize("address", ["tcp://0.0.0.0:30100", "tcp://*:30100", "tcp://host-1.example:30100"])
