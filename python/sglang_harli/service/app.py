@@ -22,7 +22,7 @@ from sglang_harli import core
 from sglang_harli.config import SERVICE_ENV, ServiceConfig
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol import internal, public
-from sglang_harli.service import hidden_torch
+from sglang_harli.service import hidden_torch, run_dir_modes
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.http_link import HttpLink
 from sglang_harli.service.job_store import JobStore, sqlite_url
@@ -59,6 +59,7 @@ class App:
     def __init__(self, config: ServiceConfig) -> None:
         run_dir = Path(config.options.absolute_run_dir)
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        run_dir_modes.close_to_others(run_dir)
         core.make_ipc_dir(str(run_dir))
         shm = core.shm_dir(str(run_dir))
         self._context = zmq.asyncio.Context()
@@ -227,6 +228,7 @@ async def _main(config: ServiceConfig) -> None:
 
 
 def main() -> None:
+    run_dir_modes.keep_to_ourselves()
     hidden_torch.hide()
     logging.basicConfig(
         level=logging.INFO,
