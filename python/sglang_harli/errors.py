@@ -7,6 +7,8 @@ expect, and keeps its fields picklable (they cross process borders).
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 SHOWN = 80
@@ -55,6 +57,14 @@ def _rebuild(
     cls: type[HarliError], message: str, code: str, param: str | None, details: list[Any]
 ) -> HarliError:
     return cls(message, code=code, param=param, details=details)
+
+
+def grouped(details: list[dict[str, Any]]) -> Iterator[tuple[str, str, int]]:
+    """Which lines, why and how many: neighbours of a report with the same reason together."""
+    for reason, rows in itertools.groupby(details, lambda row: row.get("reason")):
+        lines = [row.get("line") for row in rows]
+        where = f"line {lines[0]}" if len(lines) == 1 else f"lines {lines[0]} to {lines[-1]}"
+        yield where, str(reason), len(lines)
 
 
 class ConfigError(HarliError, ValueError):

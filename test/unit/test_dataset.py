@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_harli.errors import DataError, NotReadyError
-from sglang_harli.service import dataset
+from sglang_harli.service import data_lines, dataset
 from sglang_harli.service.chat_rows import Row, RowError, RowTokenizer
 from sglang_harli.service.token_store import TokenReader, TokenWriter
 from support.models import CHAT_TEMPLATE
@@ -241,7 +241,9 @@ def test_reasons(tmp_path, tokenizer, record, reason):
 
 
 def test_bytes_that_are_not_text(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="line 1: not JSON"):
+    with pytest.raises(
+        DataError, match=r"line 1: not UTF-8: byte 0xff .* at column 13: save the file as UTF-8"
+    ):
         scan(tmp_path, tokenizer, b'{"prompt": "\xff\xfe", "completion": "x"}\n')
 
 
@@ -260,13 +262,13 @@ def test_an_empty_file(tmp_path, tokenizer, content):
 
 
 def test_the_report_is_bounded(tmp_path, tokenizer):
-    with pytest.raises(DataError, match=r"5000 of 5000 lines.*and 4990 more") as caught:
+    with pytest.raises(DataError, match=r"5000 of 5000 lines.*lines 1 to 1000: .*; and 4000 more") as caught:
         scan(tmp_path, tokenizer, "{}\n" * 5000)
     assert len(caught.value.details) == dataset.MAX_REPORTED
 
 
 def test_a_line_without_end_is_not_held_in_memory(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(dataset, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(data_lines, "MAX_LINE_BYTES", 1000)
     with pytest.raises(DataError) as caught:
         scan(tmp_path, tokenizer, GOOD + "\n" + "x" * 5000 + "\n" + GOOD + "\n" + "y" * 1001)
     assert [row["line"] for row in caught.value.details] == [2, 4]

@@ -95,12 +95,13 @@ def session(ctx: typer.Context, endpoint: str | None, as_json: bool) -> Iterator
 
 def report(error: HarliError, as_json: bool) -> None:
     """One line on stderr per problem; with --json also the whole as an object on stdout."""
-    # The message of a data error repeats its first lines at fault, which follow one by one.
-    headline = error.message.partition(": line ")[0] if error.details else error.message
-    print(f"error: {headline}", file=sys.stderr)
-    for row in error.details:
-        place = f"line {row['line']}: " if "line" in row else ""
-        print(f"  {place}{row.get('reason') or row.get('message') or row}", file=sys.stderr)
+    # The message of a data error repeats its first lines at fault, which follow.
+    headline, refused, _ = (
+        error.message.partition(" not accepted: ") if error.details else (error.message, "", "")
+    )
+    print(f"error: {headline}{refused.removesuffix(': ')}", file=sys.stderr)
+    for lines, reason, _ in errors.grouped(error.details):
+        print(f"  {lines}: {reason}", file=sys.stderr)
     if as_json:
         print_json(
             {"error": {name: getattr(error, name) for name in ("code", "message", "param", "details")}}

@@ -236,7 +236,6 @@ def main() -> None:
         datefmt="%Y-%m-%d %H:%M:%S",
         stream=sys.stderr,
     )
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     text = os.environ.get(SERVICE_ENV)
     if text is None:
         raise SystemExit(f"{SERVICE_ENV} is not set: the finetune service is started by the server")

@@ -5,20 +5,23 @@ The file is streamed: neither it nor its tokens are ever in memory as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import orjson
 from msgspec import Struct, to_builtins
 
-from sglang_harli.errors import DataError, NotReadyError
+from sglang_harli.errors import DataError, NotReadyError, grouped
 from sglang_harli.protocol.public import BUSY
+from sglang_harli.service import data_format, foreign_rows
 from sglang_harli.service.chat_rows import Row, RowError, RowTokenizer
+from sglang_harli.service.data_lines import read_lines
+from sglang_harli.service.row_json import RowReader
 from sglang_harli.service.token_store import TokenWriter
 
-MAX_LINE_BYTES = 16 << 20
-MAX_REPORTED = 1000  # lines at fault in one report's details; the message names the first ten
+MAX_REPORTED = 1000  # lines at fault in one report's details
+SHOWN = 10  # reasons in its message
+MAX_NAMED = 20  # fields that are named as ignored, or as repeated
 FIELDS = {"messages", "tools", "prompt", "completion"}
 
 
@@ -39,6 +42,7 @@ class DataSummary(Struct, kw_only=True):
     max_seq_length: int | None = None
     ignored_fields: list[str] = []
     tokenizer: str = ""  # fingerprint
+    repeated_fields: list[str] = []  # that stand twice in their object; the last one counts
 
     def text(self) -> str:
         parts = [f"{self.rows} rows, {self.tokens} tokens of which {self.target_tokens} are learned"]
@@ -53,6 +57,8 @@ class DataSummary(Struct, kw_only=True):
             )
         if self.ignored_fields:
             parts.append(f"fields ignored: {', '.join(self.ignored_fields)}")
+        if self.repeated_fields:
+            parts.append(f"there twice, the last one counts: {', '.join(self.repeated_fields)}")
         return "; ".join(parts)
 
     def builtins(self) -> dict[str, Any]:
@@ -78,57 +84,60 @@ def scan(
         stop: asked at every line; true ends the scan with NotReadyError.
 
     Raises:
-        DataError: lines that are not accepted (``details``: line, field, reason of each), or no row at all.
+        DataError: lines that are not accepted (``details``: line, field, reason of each), no row at all, or a file
+            that is not JSONL.
     """
+    summary, error = look(
+        path, tokenizer, name=name, max_length=max_length, on_overflow=on_overflow, writer=writer, stop=stop
+    )
+    if error is not None:
+        raise error
+    return summary
+
+
+def look(
+    path: Path,
+    tokenizer: RowTokenizer,
+    *,
+    name: str,
+    max_length: int | None = None,
+    on_overflow: str = "error",
+    writer: TokenWriter | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[DataSummary, DataError | None]:
+    """As ``scan``, with the figures of the rows that are accepted also where others are not."""
     summary = DataSummary(file=name, max_seq_length=max_length, tokenizer=tokenizer.fingerprint)
     report = _Report(name)
     ignored: set[str] = set()
-    for number, raw in read_lines(path):
+    repeated: list[str] = summary.repeated_fields
+    about = data_format.look_at(path)
+    if about.refusal is not None:
+        return summary, DataError(f"{name}: {about.refusal}", param="data")
+    reader = RowReader(about.coding)
+    for line in read_lines(path, about.coding):
         if stop():
             raise NotReadyError("the service is stopping: submit again in a moment", code=BUSY)
         summary.lines += 1
         try:
-            record = _parse(raw)
+            record = reader.read(line)
+            foreign_rows.check(record)
             rows = tokenizer.rows(record)
-            ignored |= {key for key in record if key not in FIELDS}
+            ignored |= {key for key in record if key not in FIELDS and len(ignored) < MAX_REPORTED}
+            repeated += [f"{field} (line {line.number})" for field in reader.twice]
+            del repeated[MAX_NAMED:]
             summary.cut_conversations += len(rows) > 1
             for row in rows:
-                _take(_fit(row, max_length, on_overflow, summary), number, summary, writer)
+                _take(_fit(row, max_length, on_overflow, summary), line.number, summary, writer)
         except RowError as error:
-            report.add(number, error)
-    summary.ignored_fields = sorted(ignored)[:20]
-    report.close(summary)
-    return summary
+            report.add(line.number, error)
+    summary.ignored_fields = sorted(map(_named, ignored))[:MAX_NAMED]
+    return summary, report.error(summary)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Line numbers (from 1) and contents of the lines that are not blank; None for one that is too long.
-
-    A byte-order mark and carriage returns are taken off.
-    """
-    with path.open("rb") as file:
-        number = 0
-        while raw := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(raw) > MAX_LINE_BYTES:
-                while raw and not raw.endswith(b"\n"):
-                    raw = file.readline(MAX_LINE_BYTES)
-                yield number, None
-                continue
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            raw = raw.strip()
-            if raw:
-                yield number, raw
-
-
-def _parse(raw: bytes | None) -> Any:
-    if raw is None:
-        raise RowError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise RowError(f"not JSON: {error.msg} at column {error.colno}") from error
+def _named(field: str) -> str:
+    """A field's name as it is stored and shown: names of any length and of no text come with data."""
+    name = field.encode("utf-8", "backslashreplace").decode()
+    return name if len(name) <= 64 else name[:64] + "..."
 
 
 def _fit(row: Row, max_length: int | None, on_overflow: str, summary: DataSummary) -> Row | None:
@@ -179,14 +188,17 @@ class _Report:
     def add(self, line: int, error: RowError) -> None:
         self._count += 1
         if len(self._details) < MAX_REPORTED:
-            self._details.append({"line": line, "field": error.field, "reason": error.reason})
+            reason = error.reason.encode("utf-8", "backslashreplace").decode()  # it may quote what is no text
+            self._details.append({"line": line, "field": error.field, "reason": reason})
 
-    def close(self, summary: DataSummary) -> None:
+    def error(self, summary: DataSummary) -> DataError | None:
         if self._count:
-            shown = "; ".join(f"line {d['line']}: {d['reason']}" for d in self._details[:10])
-            more = f"; and {self._count - 10} more" if self._count > 10 else ""
-            raise DataError(
-                f"{self._name}: {self._count} of {summary.lines} lines not accepted: {shown}{more}",
+            groups = list(grouped(self._details))[:SHOWN]
+            shown = "; ".join(f"{lines}: {reason}" for lines, reason, _ in groups)
+            left = self._count - sum(count for *_, count in groups)
+            return DataError(
+                f"{self._name}: {self._count} of {summary.lines} lines not accepted: {shown}"
+                f"{f'; and {left} more' if left else ''}",
                 param="data",
                 details=self._details,
             )
@@ -196,4 +208,5 @@ class _Report:
                 if summary.dropped
                 else "it holds no line of data"
             )
-            raise DataError(f"{self._name}: nothing to train on: {why}", param="data")
+            return DataError(f"{self._name}: nothing to train on: {why}", param="data")
+        return None

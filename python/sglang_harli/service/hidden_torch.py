@@ -7,7 +7,6 @@ and asks ``importlib.util.find_spec`` whether it is.  Call ``hide`` before the f
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 from importlib.machinery import ModuleSpec
 
@@ -26,6 +25,7 @@ def hide() -> None:
     importlib.util.find_spec = _without_torch
     # transformers says "PyTorch was not found" at its first import; here that is meant to be.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # It warns of rows over its own limit, "will result in indexing errors": rows are checked against the model's.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Rust threads of the tokenizer would compete with decode steps for cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -6,14 +6,17 @@ Uses the service's own code, so what passes here passes there (the served limits
 from __future__ import annotations
 
 import os
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from sglang_harli.errors import ConfigError, DataError
+from sglang_harli.protocol.data_source import as_text, open_file
 from sglang_harli.protocol.public import OVERFLOWS
 from sglang_harli.service import admission, hidden_torch
 from sglang_harli.service.chat_rows import Row, RowTokenizer
-from sglang_harli.service.dataset import DataSummary, scan
+from sglang_harli.service.dataset import look
 from sglang_harli.service.token_store import TokenWriter
 
 EXAMPLES = 3
@@ -24,7 +27,7 @@ class _Collector:
     """Stands where the service's writer of rows stands."""
 
     def __init__(self) -> None:
-        self.lengths: list[int] = []
+        self.lengths = array("I")
         self.targets = 0
         self.examples: list[tuple[int, Row]] = []
 
@@ -75,29 +78,30 @@ def check_data(
         DataError: the file cannot be read.
     """
     path = Path(data)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file", code="unreadable_file", param="data")
+    open_file(path).close()
+    name = as_text(path.name)
     limit = _limit(model, max_seq_length, on_overflow)
     tokenizer = _load(model, trust_remote_code)
-    seen, error = _Collector(), None
-    summary = DataSummary(file=path.name, max_seq_length=limit)
+    seen = _Collector()
     try:
-        summary = scan(
+        summary, error = look(
             path,
             RowTokenizer(tokenizer),
-            name=path.name,
+            name=name,
             max_length=limit,
             on_overflow=on_overflow,
             writer=cast(TokenWriter, seen),
         )
-    except DataError as found:
-        error = found
+    except OSError as trouble:
+        raise DataError(
+            f"{name} cannot be read: {trouble.strerror or trouble}", code="unreadable_file", param="data"
+        ) from trouble
     return seen.report(tokenizer) | {
         "ok": error is None,
-        "file": str(path),
+        "file": as_text(str(path)),
         "truncated": summary.truncated,
         "dropped": summary.dropped,
-        "notes": summary.text() if error is None else None,
+        "notes": summary.text() if summary.rows else None,
         "max_seq_length": limit,
         "bad_lines": error.details if error else [],
         "message": error.message if error else None,
@@ -121,7 +125,7 @@ def _limit(model: str, max_seq_length: int | None, on_overflow: str) -> int | No
     return max_seq_length or limit
 
 
-def histogram(lengths: list[int]) -> list[dict[str, int]]:
+def histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
     """Up to ``BUCKETS`` equal ranges of lengths and the number of rows in each."""
     if not lengths:
         return []
