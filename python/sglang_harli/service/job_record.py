@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from sglang_harli.core import JobStatus, SubState
@@ -18,6 +19,19 @@ class Wish(enum.StrEnum):
     RUN = "run"
     PAUSE = "pause"
     CANCEL = "cancel"
+
+
+class Asked(Struct, frozen=True, kw_only=True):
+    """What a submit asked for: what must be the same where it is repeated with the same idempotency key.
+
+    ``hyperparameters``: those that it named.
+    """
+
+    sha256: str
+    suffix: str | None = None
+    resume_from: str | None = None
+    priority: int = 0
+    hyperparameters: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class JobRecord(Struct, frozen=True, kw_only=True):
@@ -33,7 +47,8 @@ class JobRecord(Struct, frozen=True, kw_only=True):
         priority: higher ones leave the queue first; equal ones in the order of ``number``.
         resumed_from: the job whose checkpoint this one began with.
         carried: that was its adapter only, as this job's ``step-0`` checkpoint: without it there is no start.
-        data_sha256: of the submitted file, to tell a repeated submit from another one.
+        data_sha256: of the data.
+        asked: to tell a repeated submit from another one; None of a job of version 0.1, or without a key.
     """
 
     id: str
@@ -71,6 +86,7 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     priority: int = 0
     resumed_from: str | None = None
     carried: bool = False
+    asked: Asked | None = None
 
     @property
     def eta_s(self) -> float | None:

@@ -25,11 +25,12 @@ from sglang_harli.protocol.public import (
     UploadArgs,
     parse_hyperparameters,
 )
-from sglang_harli.service import admission, continuation, dataset, feeder, jobs
+from sglang_harli.service import admission, continuation, dataset, feeder, jobs, repeated_submit
 from sglang_harli.service.continuation import Origin, Start
 from sglang_harli.service.dataset import DataSummary
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.job_files import INCOMING, JobPaths, fsync_folder, fsync_tree
+from sglang_harli.service.job_record import Asked
 from sglang_harli.service.jobs import JobRecord
 from sglang_harli.service.model_tokenizer import ModelTokenizer
 from sglang_harli.service.scheduler_link import SchedulerLink
@@ -65,7 +66,7 @@ class Submission:
         self._uploads = uploads
         # Folders reach the disk several at a time: the file system commits them together.
         self._settlers = ThreadPoolExecutor(SETTLERS, "settle")
-        self._running: dict[str, asyncio.Task[JobRecord]] = {}
+        self._running: dict[str, tuple[asyncio.Task[JobRecord], Asked]] = {}  # by idempotency key
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -87,15 +88,16 @@ class Submission:
         """
         _check_frames(args, frames)
         key = args.idempotency_key
-        task = self._running.get(key) if key else None
-        if task is not None:  # the job may be known already and not be durable yet
-            return self._again(await asyncio.shield(task), args)
+        task, first = self._running.get(key, (None, None)) if key else (None, None)
+        if task is not None and first is not None:  # the job may be known already and not be durable yet
+            self._check_same(args, "a submit that is under way", first)
+            return self._desk.public(self._desk.get((await asyncio.shield(task)).id))
         known = self._desk.by_key(key) if key else None
         if known is not None:
             return self._again(known, args)
         task = asyncio.create_task(self._create(args, frames))
         if key:
-            self._running[key] = task
+            self._running[key] = task, repeated_submit.asked(args)
         try:
             return self._desk.public(await asyncio.shield(task))
         finally:
@@ -103,15 +105,17 @@ class Submission:
                 self._running.pop(key, None)
 
     def _again(self, record: JobRecord, args: SubmitArgs) -> Job:
-        same_data = record.data_sha256 == args.sha256 or (args.resume_from and not args.sha256)
-        if not same_data or (record.suffix, record.resumed_from) != (args.suffix, args.resume_from):
-            raise ConfigError(
-                f"idempotency_key {args.idempotency_key!r} belongs to job {record.id}, which has other data: "
-                "give each submit a key of its own",
-                code="idempotency_conflict",
-                param="idempotency_key",
-            )
+        if record.asked is not None:
+            self._check_same(args, f"job {record.id}", record.asked)
+        else:
+            _conflict(args, f"job {record.id}", repeated_submit.differences_of_before(record, args))
         return self._desk.public(self._desk.get(record.id))
+
+    def _check_same(self, args: SubmitArgs, owner: str, first: Asked) -> None:
+        origin = self._desk.find(first.resume_from) if first.resume_from else None
+        others = origin.hyperparameters if origin is not None else Hyperparameters()
+        again = repeated_submit.asked(args)
+        _conflict(args, owner, repeated_submit.differences(first, again, others))
 
     async def _create(self, args: SubmitArgs, frames: Sequence[bytes]) -> JobRecord:
         if self._desk.journal.trouble:
@@ -176,6 +180,7 @@ class Submission:
             data_sha256=args.sha256,
             suffix=args.suffix,
             idempotency_key=args.idempotency_key,
+            asked=repeated_submit.asked(args) if args.idempotency_key else None,
             priority=args.priority,
         )
 
@@ -239,6 +244,16 @@ class Submission:
         except OSError:
             shutil.rmtree(final, ignore_errors=True)
             raise
+
+
+def _conflict(args: SubmitArgs, owner: str, differences: list[str]) -> None:
+    if differences:
+        raise ConfigError(
+            f"idempotency_key {args.idempotency_key!r} belongs to {owner}; this submit has {', '.join(differences)}: "
+            "give each submit a key of its own",
+            code="idempotency_conflict",
+            param="idempotency_key",
+        )
 
 
 def _check_frames(args: SubmitArgs, frames: Sequence[bytes]) -> None:

@@ -1,0 +1,67 @@
+"""Whether a submit whose idempotency key is known asks for the same job again.
+
+As at other APIs with such keys: everything that makes the job must be the same, the file's name apart, which is
+only shown.  Defaults may be left out or named.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from sglang_harli.errors import ConfigError
+from sglang_harli.protocol.public import Hyperparameters, SubmitArgs, parse_hyperparameters
+from sglang_harli.service.job_record import Asked, JobRecord
+
+DATA = "other data"
+
+
+def asked(args: SubmitArgs) -> Asked:
+    """What makes the job, of a submit that was accepted or may be."""
+    return Asked(
+        sha256=args.sha256,
+        suffix=args.suffix,
+        resume_from=args.resume_from,
+        priority=args.priority,
+        hyperparameters=_typed(args.hyperparameters),
+    )
+
+
+def _typed(given: dict[str, Any]) -> dict[str, Any]:
+    """As they are stored: ``"3"`` and ``3`` are the same."""
+    try:
+        values = msgspec.to_builtins(parse_hyperparameters(given))
+    except ConfigError:  # accepted once, by another version
+        return given
+    return {name: values[name] for name in given}
+
+
+def differences(first: Asked, again: Asked, others: Hyperparameters) -> list[str]:
+    """What the second submit asks for otherwise, in words; ``others``: those that a submit does not name."""
+    found = [DATA] if first.sha256 != again.sha256 else []
+    for name in ("resume_from", "suffix", "priority"):
+        found += _difference(name, getattr(first, name), getattr(again, name))
+    rest = msgspec.to_builtins(others)
+    for name in dict.fromkeys([*first.hyperparameters, *again.hyperparameters]):
+        old, new = (asked.hyperparameters.get(name, rest.get(name)) for asked in (first, again))
+        found += _difference(name, old, new)
+    return found
+
+
+def _difference(name: str, old: Any, new: Any) -> list[str]:
+    return [] if old == new else [f"{name}={_shown(new)} instead of {_shown(old)}"]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+def differences_of_before(record: JobRecord, args: SubmitArgs) -> list[str]:
+    """The same for a job of version 0.1, whose record does not say what was named."""
+    same_data = record.data_sha256 == args.sha256 or (args.resume_from and not args.sha256)
+    found = [] if same_data else [DATA]
+    found += _difference("resume_from", record.resumed_from, args.resume_from)
+    return found + _difference("suffix", record.suffix, args.suffix)
