@@ -14,8 +14,9 @@ says is written once, in ``protocol.calls``; the clients here only carry it out,
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq
 
@@ -31,7 +32,9 @@ from sglang_harli.protocol.exchange import (
     T,
 )
 from sglang_harli.protocol.public import Event, Job, SetAnswer, StatusAnswer
-from sglang_harli.protocol.wire import AsyncWire, SyncWire
+from sglang_harli.protocol.wire import AsyncWire, SyncWire, Wire, closed
+
+W = TypeVar("W", bound=Wire)
 
 
 class _Client:
@@ -57,6 +60,35 @@ class _Client:
             keys=folder,
         )
         self._context: zmq.Context[Any] = zmq.Context()
+        self._wires: set[Any] = set()  # of the calls under way, iterators that are kept included
+        self._closed = False
+        # Also for a client that is forgotten.  It holds context and sockets: left to the garbage collector with the
+        # client, the context may be asked to end first, and would wait for its sockets for ever.
+        self._end = weakref.finalize(self, _end, self._context, self._wires)
+        self._end.atexit = False
+
+    def close(self) -> None:
+        """Release the sockets; the client cannot be used afterwards, and calls under way end with StateError."""
+        self._closed = True
+        self._end()
+
+    def _opened(self, wire: W) -> W:
+        """A wire that ``close`` knows of."""
+        self._wires.add(wire)
+        if self._closed:
+            self._ended(wire)
+            raise closed()
+        return wire
+
+    def _ended(self, wire: Any) -> None:
+        wire.end()
+        self._wires.discard(wire)
+
+
+def _end(context: zmq.Context[Any], wires: set[Any]) -> None:
+    for wire in list(wires):
+        wire.end()
+    context.term()
 
 
 class FinetuneClient(_Client):
@@ -83,10 +115,6 @@ class FinetuneClient(_Client):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        """Release the sockets; the client cannot be used afterwards."""
-        self._context.term()
 
     def submit(
         self,
@@ -192,7 +220,7 @@ class FinetuneClient(_Client):
         return self._run(self._calls.wait(job, timeout_s, poll_s))
 
     def _emitted(self, steps: Steps[None]) -> Iterator[Any]:
-        wire = SyncWire(self._context, self.endpoint, self._keys)
+        wire = self._opened(SyncWire(self._context, self.endpoint, self._keys))
         try:
             operation, argument = next(steps)
             while True:
@@ -205,10 +233,10 @@ class FinetuneClient(_Client):
         except StopIteration:
             return
         finally:
-            wire.close()
+            self._ended(wire)
 
     def _run(self, steps: Steps[T]) -> T:
-        wire = SyncWire(self._context, self.endpoint, self._keys)
+        wire = self._opened(SyncWire(self._context, self.endpoint, self._keys))
         try:
             operation, argument = next(steps)
             while True:
@@ -216,7 +244,7 @@ class FinetuneClient(_Client):
         except StopIteration as stop:
             return stop.value
         finally:
-            wire.close()
+            self._ended(wire)
 
 
 class AsyncFinetuneClient(_Client):
@@ -227,10 +255,6 @@ class AsyncFinetuneClient(_Client):
 
     async def __aexit__(self, *exc: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        """Release the sockets; the client cannot be used afterwards."""
-        self._context.term()
 
     async def submit(
         self,
@@ -294,7 +318,7 @@ class AsyncFinetuneClient(_Client):
         return await self._run(self._calls.wait(job, timeout_s, poll_s))
 
     async def _emitted(self, steps: Steps[None]) -> AsyncIterator[Any]:
-        wire = AsyncWire(self._context, self.endpoint, self._keys)
+        wire = self._opened(AsyncWire(self._context, self.endpoint, self._keys))
         try:
             operation, argument = next(steps)
             while True:
@@ -307,10 +331,10 @@ class AsyncFinetuneClient(_Client):
         except StopIteration:
             return
         finally:
-            wire.close()
+            self._ended(wire)
 
     async def _run(self, steps: Steps[T]) -> T:
-        wire = AsyncWire(self._context, self.endpoint, self._keys)
+        wire = self._opened(AsyncWire(self._context, self.endpoint, self._keys))
         try:
             operation, argument = next(steps)
             while True:
@@ -318,7 +342,7 @@ class AsyncFinetuneClient(_Client):
         except StopIteration as stop:
             return stop.value
         finally:
-            wire.close()
+            self._ended(wire)
 
 
 def _live(values: dict[str, float | str | None]) -> dict[str, float | str | None]:

@@ -1,8 +1,8 @@
 """One exchange between a client and the finetune service: connecting, asking, asking again.
 
 Like ``calls``, which builds the verbs on it, it is written as generators of (operation, argument) pairs that
-``client`` carries out: ``open`` a fresh socket, with the keys or without; ``send`` frames; ``wait`` at most so many seconds, answered
-by ``connected``, ``lost``, ``refused`` with why, ``message`` with its first frame, or ``nothing``; ``sleep``
+``client`` carries out: ``open`` a fresh socket, with the keys or without; ``send`` frames; ``wait`` at most so many seconds,
+answered by ``connected``, ``lost``, ``refused`` with why, ``message`` with its first frame, or ``nothing``; ``sleep``
 seconds; ``call`` something that takes its time; ``emit`` something to the caller.
 """
 
@@ -19,6 +19,7 @@ import msgspec
 from sglang_harli import errors
 from sglang_harli.errors import ConfigError, HarliError, NotFoundError, NotReadyError, ProtocolError
 from sglang_harli.protocol import accepted, public
+from sglang_harli.protocol.endpoints import check_endpoint
 from sglang_harli.protocol.public import BUSY, Reply, Request
 
 CONNECT_TIMEOUT_S = 30.0  # how long a call tries to reach the service, also after it was lost
@@ -110,8 +111,9 @@ class Exchange:
 
         Raises:
             NotReadyError: nobody answers in time.
-            ConfigError: it is refused: the CURVE keys are missing or not the right ones.
+            ConfigError: the endpoint is no address, or the CURVE keys are missing or not the right ones.
         """
+        check_endpoint(self.endpoint)
         yield "open", True
         patience = patience if self._seen else None
         limit_s = self.connect_timeout_s if patience is None else max(0.0, patience.left_s)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import zmq
-import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from sglang_harli.errors import ConfigError
+from sglang_harli.errors import ConfigError, StateError
 from sglang_harli.protocol.curve_keys import ClientKeys
+from sglang_harli.protocol.endpoints import FORMS
 
 LINGER_MS = 200
 _REFUSED = (
@@ -24,12 +24,10 @@ _REFUSED = (
 
 
 class Wire:
-    """A DEALER socket and its monitor.  ``IMMEDIATE``: nothing is queued for a peer that is not there."""
+    """A DEALER socket and its monitor, of one call.  ``IMMEDIATE``: nothing is queued for a peer that is not there."""
 
-    def __init__(
-        self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None, poller: Any
-    ) -> None:
-        self._context, self._endpoint, self._keys, self.poller = context, endpoint, keys, poller
+    def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
+        self._context, self._endpoint, self._keys = context, endpoint, keys
         self._socket: Any = None
         self._monitor: Any = None
         self._lost = False
@@ -52,14 +50,11 @@ class Wire:
             self._keys.apply(self._socket)
         wanted = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | sum(_REFUSED)
         self._monitor = self._socket.get_monitor_socket(wanted)
-        self.poller.register(self._socket, zmq.POLLIN)
-        self.poller.register(self._monitor, zmq.POLLIN)
         try:
             self._socket.connect(self._endpoint)
         except zmq.ZMQError as error:
             raise ConfigError(
-                f"endpoint {self._endpoint!r} is not accepted ({error.strerror}): give tcp://127.0.0.1:PORT or "
-                "ipc://PATH",
+                f"endpoint {self._endpoint!r} is not accepted ({error.strerror}): give {FORMS}",
                 param="endpoint",
             ) from error
 
@@ -91,49 +86,123 @@ class Wire:
         return ("nothing" if event is None else "connected"), None
 
     def close(self) -> None:
-        if self._socket is not None:
-            self.poller.unregister(self._socket)
-            self.poller.unregister(self._monitor)
-            self._socket.disable_monitor()
-            self._monitor.close(0)
-            self._socket.close()
-            self._socket = self._monitor = None
+        opened, self._socket = self._socket, None
+        monitor, self._monitor = self._monitor, None
+        if opened is not None:
+            opened.disable_monitor()
+            monitor.close(0)
+            opened.close()
 
 
 class SyncWire(Wire):
+    """Used by one thread; ended by that, or by any other."""
+
     def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
-        super().__init__(context, endpoint, keys, zmq.Poller())
+        super().__init__(context, endpoint, keys)
+        self._ended = threading.Event()
+        # Held while the sockets are used.  Reentrant: the garbage collector may end a wire in the midst of anything.
+        self._using = threading.RLock()
 
     def do(self, operation: str, argument: Any) -> Any:
-        if operation == "open":
-            return self.open(argument)
-        if operation == "send":
-            return self.send(argument)
-        if operation == "wait":
-            if not self._lost:
-                self.poller.poll(argument * 1000)
-            return self.read()
         if operation == "call":
             return argument()
-        return time.sleep(argument)
+        if operation == "sleep":
+            self._ended.wait(argument)
+            return None
+        with self._using:
+            if self._ended.is_set():
+                raise closed()
+            if operation == "open":
+                return self.open(argument)
+            if operation == "send":
+                return self.send(argument)
+            try:
+                if not self._lost:
+                    sockets = [(self._socket, zmq.POLLIN), (self._monitor, zmq.POLLIN)]
+                    zmq.zmq_poll(sockets, int(argument * 1000))
+                return self.read()
+            except zmq.ZMQError as error:
+                if self._ended.is_set():  # by a signal handler of this thread, within poll
+                    raise closed() from error
+                raise
+
+    def end(self) -> None:
+        """No more is done; a call under way notices within a second."""
+        self._ended.set()
+        with self._using:
+            self.close()
 
 
 class AsyncWire(Wire):
+    """Used and ended in one event loop."""
+
     def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
-        super().__init__(context, endpoint, keys, zmq.asyncio.Poller())
+        super().__init__(context, endpoint, keys)
+        self._ended = asyncio.Event()
+        self._news = asyncio.Event()
+        self._watched: tuple[asyncio.AbstractEventLoop, list[int]] | None = None
 
     async def do(self, operation: str, argument: Any) -> Any:
+        if operation == "call":
+            return await asyncio.to_thread(argument)
+        if operation == "sleep":
+            await _wait(self._ended, argument)
+            return None
+        if self._ended.is_set():
+            raise closed()
         if operation == "open":
             return self.open(argument)
         if operation == "send":
             return self.send(argument)
-        if operation == "wait":
-            if not self._lost:
-                await self.poller.poll(argument * 1000)
-            return self.read()
-        if operation == "call":
-            return await asyncio.to_thread(argument)
-        return await asyncio.sleep(argument)
+        if not self._lost and not self._readable():
+            await self._wait_for_news(argument)
+        return self.read()
+
+    async def _wait_for_news(self, seconds: float) -> None:
+        """Until a socket has something.  Their descriptors tell of changes only: nobody may wait where something
+        is there already, and they are watched no longer than somebody waits."""
+        self._news.clear()
+        loop = asyncio.get_running_loop()
+        self._watched = loop, [self._socket.FD, self._monitor.FD]
+        for descriptor in self._watched[1]:
+            loop.add_reader(descriptor, self._news.set)
+        end = loop.time() + seconds
+        try:
+            while not self._readable() and (left := end - loop.time()) > 0:
+                self._news.clear()
+                await _wait(self._news, left)
+                if self._ended.is_set():
+                    raise closed()
+        finally:
+            self._unwatch()
+
+    def _readable(self) -> bool:
+        return bool((self._socket.EVENTS | self._monitor.EVENTS) & zmq.POLLIN)
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            loop, descriptors = self._watched
+            self._watched = None
+            if not loop.is_closed():
+                for descriptor in descriptors:
+                    loop.remove_reader(descriptor)
+
+    def end(self) -> None:
+        """No more is done; a call under way notices at once."""
+        self._unwatch()
+        self.close()
+        self._ended.set()
+        self._news.set()
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+
+
+def closed() -> StateError:
+    return StateError("this client is closed: make a new one", code="client_closed")
 
 
 def _why(event: int, value: int) -> str:
