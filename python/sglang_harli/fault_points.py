@@ -55,6 +55,7 @@ class Write(enum.StrEnum):
     RENAME = "write-rename"  # fsync and rename of a checkpoint or an adapter folder
     ADAPTER = "write-adapter"
     SLOT = "write-slot"  # a new slot in shared memory
+    TOKENIZER = "write-tokenizer"  # the server's tokenizer and chat template, for the service
 
 
 def reach(point: Point | Write) -> None:

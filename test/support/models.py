@@ -74,7 +74,7 @@ def _defaults(arch: str) -> dict[str, Any]:
 
 def write_tokenizer(folder: Path, *, vocab_size: int, seed: int = 0) -> None:
     """A byte-level BPE tokenizer of at most ``vocab_size`` tokens, with the chat template."""
-    text = _trained_bpe(vocab_size, seed)
+    text = trained_bpe(vocab_size, seed)
     (folder / "tokenizer.json").write_text(text)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -89,7 +89,8 @@ def write_tokenizer(folder: Path, *, vocab_size: int, seed: int = 0) -> None:
 
 
 @cache
-def _trained_bpe(vocab_size: int, seed: int) -> str:
+def trained_bpe(vocab_size: int, seed: int, special_tokens: tuple[str, ...] = SPECIAL_TOKENS) -> str:
+    """The JSON of a byte-level BPE tokenizer; the special tokens have the first ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -97,7 +98,7 @@ def _trained_bpe(vocab_size: int, seed: int) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

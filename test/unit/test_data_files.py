@@ -281,7 +281,7 @@ def test_fields_that_stand_twice_are_told_with_their_line(scan, tokenizer, row, 
     assert summary.repeated_fields == [f"{field} (line 2)"] and line == 2
     assert f"there twice, the last one counts: {field} (line 2)" in summary.text()
     assert ids == tokenizer.rows(json.loads(row))[0].ids
-    assert learned in tokenizer._tokenizer.decode(ids)
+    assert learned in tokenizer.served.decode(ids)
 
 
 def test_ignored_fields_may_stand_twice_and_the_list_is_bounded(scan):

@@ -215,7 +215,10 @@ def test_all_bad_lines_in_one_report(tmp_path, tokenizer):
         ({"messages": [{"content": "x"}]}, "message 1: field 'role' is missing"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "'robot'; accepted: system"),
         ({"messages": [{"role": "user"}]}, "message 1: field 'content' is missing"),
-        ({"messages": [{"role": "user", "content": 5}]}, "must be a string, it is a number"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "must be a string or a list of text parts, it is a number",
+        ),
         (chat("x"), "the last message has role 'user'"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "the first message is an answer"),
         (chat("x", ""), "message 2: field 'content' is empty"),

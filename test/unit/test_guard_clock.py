@@ -21,6 +21,7 @@ STAMPS = {
     ("service/publication.py", "Publication._publish"): "finished_at of a job",
     ("service/publication.py", "Publication._give_up"): "finished_at of a job",
     ("service/run_driver.py", "_now"): "started_at and finished_at of a job; time-outs get the other clock",
+    ("service/served_tokenizer.py", "today"): "the date that a chat template asks for",
     ("service/submission.py", "Submission._record"): "created_at of a job",
     ("service/verbs.py", "Verbs._cancel.ask"): "finished_at of a job",
     ("tools/job_view.py", "progress_line"): "the time in a line for people",

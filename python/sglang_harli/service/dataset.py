@@ -14,15 +14,17 @@ from msgspec import Struct, to_builtins
 from sglang_harli.errors import DataError, NotReadyError, grouped
 from sglang_harli.protocol.public import BUSY
 from sglang_harli.service import data_format, foreign_rows
-from sglang_harli.service.chat_rows import Row, RowError, RowTokenizer
+from sglang_harli.service.chat_rows import RowTokenizer, unused_fields
 from sglang_harli.service.data_lines import read_lines
+from sglang_harli.service.data_row import Reading, Row, over_limit
+from sglang_harli.service.row_error import RowError
 from sglang_harli.service.row_json import RowReader
+from sglang_harli.service.row_notes import Note
 from sglang_harli.service.token_store import TokenWriter
 
 MAX_REPORTED = 1000  # lines at fault in one report's details
 SHOWN = 10  # reasons in its message
 MAX_NAMED = 20  # fields that are named as ignored, or as repeated
-FIELDS = {"messages", "tools", "prompt", "completion"}
 
 
 class DataSummary(Struct, kw_only=True):
@@ -43,6 +45,7 @@ class DataSummary(Struct, kw_only=True):
     ignored_fields: list[str] = []
     tokenizer: str = ""  # fingerprint
     repeated_fields: list[str] = []  # that stand twice in their object; the last one counts
+    notes: list[Note] = []
 
     def text(self) -> str:
         parts = [f"{self.rows} rows, {self.tokens} tokens of which {self.target_tokens} are learned"]
@@ -59,6 +62,7 @@ class DataSummary(Struct, kw_only=True):
             parts.append(f"fields ignored: {', '.join(self.ignored_fields)}")
         if self.repeated_fields:
             parts.append(f"there twice, the last one counts: {', '.join(self.repeated_fields)}")
+        parts += [note.text for note in self.notes]
         return "; ".join(parts)
 
     def builtins(self) -> dict[str, Any]:
@@ -81,7 +85,7 @@ def scan(
         path: the file; ``name`` is what messages call it.
         max_length: longest row in tokens (None: no limit).
         on_overflow: ``error``, ``truncate`` or ``drop`` for longer rows.
-        stop: asked at every line; true ends the scan with NotReadyError.
+        stop: asked at every line and answer; true ends the scan with NotReadyError.
 
     Raises:
         DataError: lines that are not accepted (``details``: line, field, reason of each), no row at all, or a file
@@ -114,23 +118,32 @@ def look(
     if about.refusal is not None:
         return summary, DataError(f"{name}: {about.refusal}", param="data")
     reader = RowReader(about.coding)
-    for line in read_lines(path, about.coding):
+
+    def go_on() -> None:
         if stop():
             raise NotReadyError("the service is stopping: submit again in a moment", code=BUSY)
+
+    reading = Reading(limit=max_length if on_overflow == "error" else None, stop=go_on)
+    for line in read_lines(path, about.coding):
+        go_on()
         summary.lines += 1
+        reading.notes.line = line.number
         try:
             record = reader.read(line)
             foreign_rows.check(record)
-            rows = tokenizer.rows(record)
-            ignored |= {key for key in record if key not in FIELDS and len(ignored) < MAX_REPORTED}
+            rows = 0
+            for row in tokenizer.each_row(record, reading):
+                _take(_fit(row, max_length, on_overflow, summary), line.number, summary, writer)
+                rows += 1
+            if len(ignored) < MAX_REPORTED:
+                ignored |= unused_fields(record)
             repeated += [f"{field} (line {line.number})" for field in reader.twice]
             del repeated[MAX_NAMED:]
-            summary.cut_conversations += len(rows) > 1
-            for row in rows:
-                _take(_fit(row, max_length, on_overflow, summary), line.number, summary, writer)
+            summary.cut_conversations += rows > 1
         except RowError as error:
             report.add(line.number, error)
     summary.ignored_fields = sorted(map(_named, ignored))[:MAX_NAMED]
+    summary.notes = reading.notes.notes()
     return summary, report.error(summary)
 
 
@@ -150,10 +163,7 @@ def _fit(row: Row, max_length: int | None, on_overflow: str, summary: DataSummar
         summary.dropped += 1
         return None
     if on_overflow == "error":
-        raise RowError(
-            f"{len(row.ids)} tokens, the limit is {max_length} (max_seq_length): shorten it, or submit with "
-            "on_overflow=truncate or on_overflow=drop"
-        )
+        raise over_limit(len(row.ids), max_length)
     short = row.cut(max_length)
     if not short.target_tokens:
         raise RowError(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sglang_harli.fault_points import Write, reach
-from sglang_harli.service.chat_rows import Row
+from sglang_harli.service.data_row import Row
 
 
 class _FlatFile:
