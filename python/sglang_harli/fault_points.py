@@ -58,7 +58,13 @@ class Write(enum.StrEnum):
     TOKENIZER = "write-tokenizer"  # the server's tokenizer and chat template, for the service
 
 
-def reach(point: Point | Write) -> None:
+class Read(enum.StrEnum):
+    """Reads that a disk can keep waiting."""
+
+    ROWS = "read-rows"  # service: those of a micro-batch
+
+
+def reach(point: Point | Write | Read) -> None:
     """Do what a test has armed at this point; nothing otherwise.
 
     Raises:

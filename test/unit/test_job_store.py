@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import msgspec
 import orjson
@@ -57,6 +58,22 @@ def test_a_store_of_another_version_is_refused(store, tmp_path):
     store.write(settings={"schema": "99"})
     with pytest.raises(HarliError, match="schema 99"):
         JobStore(sqlite_url(tmp_path / "harli.db"))
+
+
+@pytest.mark.parametrize("name", ["what?mode=memory", "50%", "a#b", "%2F", "ü b", "x;y&z"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    made = JobStore(sqlite_url(folder / "harli.db"))
+    made.write([record()])
+    made.close()
+    assert (folder / "harli.db").is_file()
+    again = JobStore(sqlite_url(folder / "harli.db"))
+    assert len(again.jobs()) == 1
+    again.close()
+    (folder / "bad.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(HarliError, match=re.escape(f"the job store {folder}/bad.db cannot be opened")):
+        JobStore(sqlite_url(folder / "bad.db"))
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path):

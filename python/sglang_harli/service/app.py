@@ -200,6 +200,7 @@ class App:
         self._desk.committed.clear()  # what is still written is told to nobody: the sockets are going
         self._worker.shutdown(wait=False, cancel_futures=True)
         self._submission.close()
+        self._driver.close()
         self._uploads.close()
         self._disk.shutdown(wait=True, cancel_futures=True)
         self._desk.journal.close()

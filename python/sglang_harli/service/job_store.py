@@ -27,7 +27,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from sglang_harli.errors import HarliError, NotReadyError
@@ -64,8 +64,10 @@ _settings = Table(
 )
 
 
-def sqlite_url(path: Path) -> str:
-    return f"sqlite:///{path}"
+def sqlite_url(path: Path) -> URL:
+    return URL.create(
+        "sqlite", database=str(path)
+    )  # a path may hold what means something in the text of a URL
 
 
 class JobStore:
@@ -76,9 +78,11 @@ class JobStore:
         HarliError: the database cannot be opened, or is of another version of harli.
     """
 
-    def __init__(self, url: str) -> None:
-        self._engine: Engine = create_engine(url)
-        if make_url(url).get_backend_name() == "sqlite":
+    def __init__(self, url: str | URL) -> None:
+        address = make_url(url)
+        where = address.database if address.get_backend_name() == "sqlite" else address
+        self._engine: Engine = create_engine(address)
+        if address.get_backend_name() == "sqlite":
             event.listen(self._engine, "connect", _tune_sqlite)
         try:
             _metadata.create_all(self._engine)
@@ -86,15 +90,17 @@ class JobStore:
             if schema is None:
                 self.write(settings={"schema": SCHEMA})
         except SQLAlchemyError as error:
-            raise HarliError(f"the job store {url} cannot be opened: {_why(error)}", code="store") from error
+            raise HarliError(
+                f"the job store {where} cannot be opened: {_why(error)}", code="store"
+            ) from error
         except NotReadyError as error:
             raise HarliError(
-                f"the job store {url} cannot be opened: {error.message}: end the process that holds it, or make room",
+                f"the job store {where} cannot be opened: {error.message}: end the process that holds it, or make room",
                 code="store",
             ) from error
         if schema not in (None, SCHEMA):
             raise HarliError(
-                f"the job store {url} has schema {schema}, this harli reads {SCHEMA}: give another --harli-run-dir",
+                f"the job store {where} has schema {schema}, this harli reads {SCHEMA}: give another --harli-run-dir",
                 code="store",
             )
 

@@ -159,7 +159,7 @@ class Publication:
             CheckpointError: neither the folder nor the checkpoint is whole.
             _GivenUpError: the disk or shared memory refuses.
         """
-        fresh = not paths.adapter.is_dir()
+        fresh = not await self._off(paths.adapter.is_dir)
         if fresh:
             await self._save(job, paths)
         while True:
@@ -203,7 +203,7 @@ class Publication:
     async def _publish(self, job: str, paths: JobPaths) -> str | None:
         """Ask until there is an answer; None when the adapter answers (or is not wanted any more), else why it
         does not."""
-        if self._wanted(job) and not paths.adapter.is_dir():
+        if self._wanted(job) and not await self._off(paths.adapter.is_dir):
             await self._save(job, paths)  # whether or not anybody is there to serve it
         refused = 0
         while True:

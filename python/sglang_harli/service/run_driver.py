@@ -10,16 +10,16 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from sglang_harli.errors import HarliError
-from sglang_harli.fault_points import Point, reach
+from sglang_harli.fault_points import Point, Read, reach
 from sglang_harli.protocol import internal, shared_memory
 from sglang_harli.service import run_machine_state as machine
 from sglang_harli.service.desk import JobDesk
-from sglang_harli.service.feeder import Feeder
+from sglang_harli.service.feeder import Batch, Feeder
 from sglang_harli.service.job_files import JobPaths
 from sglang_harli.service.politeness import Pace
 from sglang_harli.service.publication import Publication
@@ -58,6 +58,9 @@ class RunDriver:
         self._link: SchedulerLink | None = None
         self._writer = SnapshotWriter(desk, disk)
         self._wake = asyncio.Event()
+        # One thread that reads rows: they stay in order, and training never waits behind a checkpoint's files.
+        self._reader = ThreadPoolExecutor(1, "feeder")
+        self._hungry = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
         # Slots of a service that was killed: a scheduler that still trains may hold one of them.
         self._stale = shared_memory.stale(shm)
@@ -76,14 +79,14 @@ class RunDriver:
     async def run(self) -> None:
         try:
             async with asyncio.TaskGroup() as self._tasks:
+                self._tasks.create_task(self._feed())
                 while True:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._wake.wait(), TICK_S if self._machine.waits else None)
                     self._wake.clear()
                     self._do(self._machine.tick(_now()))
                     self._do(self._machine.advance(_now()))
-                    await self._feed()
-                    self._close_files()
+                    self._hungry.set()
         finally:
             self._tasks = None
 
@@ -180,31 +183,42 @@ class RunDriver:
 
     # ------------------------------------------------------------ feeding
     async def _feed(self) -> None:
-        fed = 0
-        while (cursor := self._machine.next_batch()) is not None:
-            run = self._machine.run
-            assert run is not None and isinstance(run.plan, Feeder)
-            try:
-                batch = run.plan.batch(cursor)
-            except UNREADABLE as error:
+        """Beside everything else: a disk that hangs keeps the run waiting for data, and nobody who asks."""
+        while True:
+            await self._hungry.wait()
+            self._hungry.clear()
+            while await self._feed_one():
+                pass
+            self._close_files()
+
+    async def _feed_one(self) -> bool:
+        """Whether there may be another micro-batch to send."""
+        cursor, run = self._machine.next_batch(), self._machine.run
+        if cursor is None or run is None:
+            return False
+        assert isinstance(run.plan, Feeder)
+        try:
+            batch = await asyncio.get_running_loop().run_in_executor(self._reader, _read, run.plan, cursor)
+        except UNREADABLE as error:
+            if self._machine.run is run:
                 self._do(self._machine.data_failed(cursor, str(error), _now()))
-                return
-            message = internal.MicroBatch(
-                job=run.job,
-                attempt=run.attempt,
-                cursor=cursor,
-                micro_batches=batch.micro_batches,
-                lengths=batch.lengths,
-                rows=batch.rows,
-                step_target_tokens=batch.step_target_tokens,
-            )
-            if not self._send(message, batch.input_ids.data, batch.labels.data):
-                return  # nobody is there: tried again at the next tick
-            reach(Point.MICRO_BATCH_FED)
-            self._machine.fed(cursor)
-            fed += 1
-            if fed % 16 == 0:  # a step may have thousands of them
-                await asyncio.sleep(0)
+            return False
+        if self._machine.run is not run or self._machine.next_batch() != cursor:
+            return True  # it stopped, or goes on from somewhere else, since
+        message = internal.MicroBatch(
+            job=run.job,
+            attempt=run.attempt,
+            cursor=cursor,
+            micro_batches=batch.micro_batches,
+            lengths=batch.lengths,
+            rows=batch.rows,
+            step_target_tokens=batch.step_target_tokens,
+        )
+        if not self._send(message, batch.input_ids.data, batch.labels.data):
+            return False  # nobody is there: tried again at the next tick
+        reach(Point.MICRO_BATCH_FED)
+        self._machine.fed(cursor)
+        return True
 
     def _close_files(self) -> None:
         """Close the data of a run that is over."""
@@ -212,6 +226,9 @@ class RunDriver:
         if self._feeder is not None and self._feeder is not plan:
             self._feeder.close()
         self._feeder = plan if isinstance(plan, Feeder) else None
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------ short hands
     def _send(self, message: internal.Message, *frames: Any) -> bool:
@@ -223,6 +240,11 @@ class RunDriver:
 
     async def _off(self, call: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._disk, call, *args)
+
+
+def _read(plan: Feeder, cursor: internal.BatchCursor) -> Batch:
+    reach(Read.ROWS)
+    return plan.batch(cursor)
 
 
 def _make_slot(folder: Path, nbytes: int) -> internal.SlotRef:

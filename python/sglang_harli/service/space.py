@@ -26,6 +26,8 @@ class Space:
         self._run_dir = run_dir
         self._thread = ThreadPoolExecutor(1, "space", initializer=be_polite, initargs=(19,))
         self._counting: asyncio.Future[None] | None = None
+        self._looker = ThreadPoolExecutor(1, "free space")
+        self._looking: asyncio.Future[int] | None = None
         self._found: dict[str, int] | None = None
         self._next_at = 0.0
 
@@ -37,7 +39,7 @@ class Space:
             self._counting.add_done_callback(self._counted)
         if self._found is None and self._counting is not None:
             await asyncio.wait({self._counting}, timeout=FIRST_S)
-        return {"counting": True} if self._found is None else self._found | {"free_bytes": self._free()}
+        return {"counting": True} if self._found is None else self._found | {"free_bytes": await self._free()}
 
     def _counted(self, _done: asyncio.Future[None]) -> None:
         self._counting = None
@@ -48,11 +50,20 @@ class Space:
         took = time.monotonic() - begun
         self._next_at = time.monotonic() + max(EVERY_S, 20 * took)
 
-    def _free(self) -> int:
-        try:
-            return shutil.disk_usage(self._run_dir).free
-        except OSError:
-            return 0
+    async def _free(self) -> int:
+        """0 where the disk does not say so within a second."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.get_running_loop().run_in_executor(self._looker, _free, self._run_dir)
+        looking = self._looking
+        await asyncio.wait([looking], timeout=FIRST_S)
+        return looking.result() if looking.done() else 0
+
+
+def _free(run_dir: Path) -> int:
+    try:
+        return shutil.disk_usage(run_dir).free
+    except OSError:
+        return 0
 
 
 def count(run_dir: Path) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import shutil
@@ -127,11 +128,13 @@ class Submission:
             hp = origin.hyperparameters
         else:
             hp = parse_hyperparameters(args.hyperparameters)
-        longest = self._longest(hp)
+        loop = asyncio.get_running_loop()
+        longest = await loop.run_in_executor(self._settlers, self._longest, hp)
         job = self._desk.new_id()
         incoming = self._desk.run_dir / f"{INCOMING}{job}"
-        uploaded = self._uploads.take(args.upload, args.size, args.sha256) if args.upload else None
-        loop = asyncio.get_running_loop()
+        uploaded = None
+        if args.upload:
+            uploaded = await self._uploads.take(args.upload, args.size, args.sha256)
         try:
             summary, start = await loop.run_in_executor(
                 self._worker, self._take_in, args, uploaded or frames, incoming, hp, longest, origin
@@ -143,9 +146,10 @@ class Submission:
                 code="storage",
             ) from error
         finally:
-            shutil.rmtree(incoming, ignore_errors=True)
-            if uploaded is not None:
-                shutil.rmtree(uploaded.parent, ignore_errors=True)
+            for folder in (incoming, uploaded.parent if uploaded is not None else None):
+                if folder is not None:
+                    with contextlib.suppress(RuntimeError):  # the service ends; its next start removes it
+                        await loop.run_in_executor(self._settlers, _remove, folder)
         reach(Point.DATA_STORED)
         record = self._record(job, args, hp, summary)
         if origin is not None:
@@ -254,6 +258,10 @@ def _conflict(args: SubmitArgs, owner: str, differences: list[str]) -> None:
             code="idempotency_conflict",
             param="idempotency_key",
         )
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_frames(args: SubmitArgs, frames: Sequence[bytes]) -> None:

@@ -32,14 +32,21 @@ KEEP_FREE = 64 << 20  # bytes of the disk that uploads leave for checkpoints and
 
 @dataclass
 class _Upload:
-    """``queued`` and ``received``: bytes handed to the disk's thread, and written by it."""
+    """``queued`` and ``received``: bytes handed to the disk's thread, and written by it.
 
+    ``spoken_for``: bytes of the disk that other uploads were promised before it.  ``whole``: all bytes are there, and
+    are those that were announced.
+    """
+
+    filename: str
     size: int
     sha256: str
     folder: Path
     touched: float
     queued: int = 0
     received: int = 0
+    spoken_for: int = 0
+    whole: bool = False
     file: BinaryIO | None = None
     digest: Any = field(default_factory=hashlib.sha256)
     writing: asyncio.Future[None] | None = None
@@ -98,17 +105,19 @@ class Uploads:
                 raise self._storage(error) if isinstance(error, OSError) else error from error
         return UploadAnswer(offset=upload.received)
 
-    def take(self, upload: str, size: int, sha256: str) -> Path:
-        """The whole file, of which the caller is now the owner (``discard`` removes its folder).
+    async def take(self, upload: str, size: int, sha256: str) -> Path:
+        """The whole file, of which the caller is now the owner, its folder included.
 
         Raises:
             NotFoundError: there is no such upload (any more).
             ProtocolError: it is not whole, or another file.
         """
         found = self._uploads.get(upload)
-        if found is None:
+        if found is not None and found.writing is not None:  # a submit may come right behind the last chunk
+            await asyncio.wait([found.writing])
+        if found is None or self._uploads.get(upload) is not found:
             raise self._unknown(upload)
-        if (found.received, found.sha256) != (size, sha256) or found.size != size:
+        if not found.whole or (found.size, found.sha256) != (size, sha256):
             raise ProtocolError(
                 f"upload {upload} holds {found.received} of {found.size} bytes with sha256 {found.sha256}, the submit "
                 f"names {size} bytes with sha256 {sha256}",
@@ -152,19 +161,8 @@ class Uploads:
                 code=BUSY,
             )
         missing = sum(upload.size - upload.received for upload in self._uploads.values())
-        try:
-            free = shutil.disk_usage(self._run_dir).free
-        except OSError as error:
-            raise self._storage(error) from error
-        if args.size > free - missing - KEEP_FREE:
-            raise HarliError(
-                f"{args.filename} has {args.size} bytes, and {max(0, free - missing - KEEP_FREE)} are free for it in "
-                f"{self._run_dir}: make room, then submit again",
-                code="storage",
-                param="size",
-            )
         folder = self._run_dir / f"{UPLOADING}{args.upload}"
-        upload = _Upload(args.size, args.sha256, folder, time.monotonic())
+        upload = _Upload(args.filename, args.size, args.sha256, folder, time.monotonic(), spoken_for=missing)
         self._uploads[args.upload] = upload
         return upload
 
@@ -197,6 +195,7 @@ class Uploads:
     def _write(upload: _Upload, chunk: bytes) -> None:
         reach(Write.DATA)
         if upload.file is None:
+            _check_room(upload)
             upload.folder.mkdir(mode=0o700)
             upload.file = upload.path.open("xb", buffering=0)
         view = memoryview(chunk)
@@ -213,6 +212,19 @@ class Uploads:
                     code="data_mismatch",
                     param="sha256",
                 )
+            upload.whole = True
+
+
+def _check_room(upload: _Upload) -> None:
+    run_dir = upload.folder.parent
+    room = shutil.disk_usage(run_dir).free - upload.spoken_for - KEEP_FREE
+    if upload.size > room:
+        raise HarliError(
+            f"{upload.filename} has {upload.size} bytes, and {max(0, room)} are free for it in {run_dir}: make room, "
+            "then submit again",
+            code="storage",
+            param="size",
+        )
 
 
 def _remove(upload: _Upload) -> None:
