@@ -181,7 +181,7 @@ def costs(calls: int) -> dict[str, dict[str, float]]:
     def observe(n: int) -> None:
         count, seconds = rows[n % 1024], times[n % 1024]
         tokens = count * ROW_TOKENS
-        predictor.observe_quantum(kind, tokens, ROW_TOKENS, seconds * 1e-4 * tokens, now_s=float(n))
+        predictor.observe_quantum(kind, tokens, ROW_TOKENS, seconds * 1e-4 * tokens)
 
     def decision(_n: int) -> None:
         offer = QuantumOffer(kind, predictor.prices(kind, SIZES, ROW_TOKENS))

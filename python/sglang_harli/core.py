@@ -64,6 +64,7 @@ class Reason(enum.StrEnum):
 
     IDLE = "nothing is served"
     SLACK = "slack under the latency target"
+    PROBE = "the smallest quantum runs once, to be measured: its estimate alone held training back"
     PREFILL_WAITING = "a prompt waits for prefill", "prompt"
     NO_SLACK_TPOT = "no slack under the TPOT target", "tpot"
     NO_SLACK_ITL = "no slack under --harli-max-itl-ms", "itl"
@@ -130,11 +131,13 @@ class QuantumOffer:
         candidates: ``(rows, upper_s)`` in rising order of rows; the first is the least that can be
             run.  Kinds that are not cut by rows offer one candidate.
         fixed: the split is fixed (``--harli-quantum-rows``, or a kind that is not cut).
+        doubt: what the price of the first candidate may be multiplied with where that price alone holds training back.
     """
 
     kind: QuantumKind
     candidates: tuple[tuple[int, float], ...]
     fixed: bool = False
+    doubt: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,7 +155,7 @@ def test_one_row_is_cut_and_the_next_is_offered_whole() -> None:
     assert cut(run)
     keys_first = run.peek()
     assert keys_first is not None and (keys_first.kind, keys_first.rows) == (QuantumKind.FORWARD, 3)
-    assert run.run(3).first_of_shape  # what it took is no forward's time
+    assert run.run(3).misleads  # what it took is no forward's time
     take(2)
     take(1)
     take(2)

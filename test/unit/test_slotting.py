@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 
 from sglang_harli.core import Decision, QuantumKind, QuantumOffer, Reason, StepLoad
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.slo_ledger import Slack, Targets
-from sglang_harli.managers.slotting import DOUBTED_AFTER, PATIENCE, Slotting
+from sglang_harli.managers.slotting import DOUBTED_AFTER, PATIENCE, PROBE_EVERY_S, PROBE_SHARE, Slotting
+from sglang_harli.predictor.latency_predictor import LatencyPredictor
+from sglang_harli.predictor.priors import first_guess
 
 TARGETS = Targets(tpot_s=0.05, ttft_s=None, max_itl_s=None, busy_quantum_s=0.1, idle_quantum_s=0.25)
 KIND = QuantumKind.BACKWARD
@@ -26,6 +29,7 @@ class Quanta:
     saving: bool = False
     now_s: float = 0.0
     ran: list[int] = field(default_factory=list)
+    doubt: float = 1.0
     doubted: int = 0
     shown: list[Reason] = field(default_factory=list)
 
@@ -33,7 +37,7 @@ class Quanta:
         return self.now_s
 
     def offer(self) -> QuantumOffer | None:
-        return None if self.barred else QuantumOffer(KIND, self.sizes)
+        return None if self.barred else QuantumOffer(KIND, self.sizes, doubt=self.doubt)
 
     def run_quantum(self, offer: QuantumOffer, decision: Decision) -> None:
         self.ran.append(decision.rows)
@@ -73,6 +77,40 @@ class Served:
 
     def slack(self, now_s: float, queued_s: float, *, disturbed: bool) -> Slack:
         return Slack(self.slack_s, self.bound, self.later_s, idle_comes=self.idle_comes, gain_s=self.gain_s)
+
+
+@dataclass
+class Took:
+    at_s: float
+    rows: int
+    price_s: float
+    seconds: float
+
+
+class Predicted(Quanta):
+    """Quanta of blocks of 64 tokens, priced by the real predictor, that take ``truth`` times its first guess."""
+
+    def __init__(self, predictor: LatencyPredictor, truth: float) -> None:
+        super().__init__()
+        self.predictor, self.took = predictor, []
+        self.true_s = {
+            rows: truth * predictor.quantum(KIND, 64 * rows, 64).expected_s for rows in (1, 2, 4, 8, 16)
+        }
+        self.took: list[Took] = []
+
+    def offer(self) -> QuantumOffer:
+        return QuantumOffer(
+            KIND, self.predictor.prices(KIND, self.true_s, 64), doubt=self.predictor.doubt(KIND)
+        )
+
+    def run_quantum(self, offer: QuantumOffer, decision: Decision) -> None:
+        rows = decision.rows
+        self.took.append(Took(self.now_s, rows, dict(offer.candidates)[rows], self.true_s[rows]))
+        self.now_s += self.true_s[rows]
+        self.predictor.observe_quantum(KIND, 64 * rows, 64, self.true_s[rows])
+
+    def relax(self, kind: QuantumKind, now_s: float) -> None:
+        self.predictor.relax(kind, now_s)
 
 
 def test_what_runs_between_two_tokens_stays_under_the_bound_of_one_quantum():
@@ -149,6 +187,67 @@ def test_who_waits_for_more_is_offered_no_less(served):
     assert set(quanta.shown) == {Reason.BANKING if served.later_s > 0 else Reason.NO_SLACK_TPOT}
 
 
+@pytest.mark.parametrize(
+    ("doubt", "served", "runs"),
+    [
+        (0.09, Served(slack_s=0.01), True),
+        (0.11, Served(slack_s=0.01), False),  # not enough yet
+        (1.0, Served(slack_s=0.2), False),
+        (0.09, Served(slack_s=-0.01), False),  # nobody's estimate is to blame
+        (0.09, Served(slack_s=0.01, waiting=1), False),
+        (0.09, Served(slack_s=0.01, idle_comes=True), False),  # it is measured in idle time
+        (0.5, Served(slack_s=0.2), True),  # longer than --harli-max-quantum-ms
+    ],
+)
+def test_the_least_quantum_alone_is_tried_where_its_estimate_is_doubted(doubt, served, runs):
+    quanta = Quanta(sizes=((1, 0.11), (2, 0.22), (4, 0.44)), doubt=doubt)
+    slotting = Slotting(quanta, quanta.clock)
+    slotting.fill(served)
+    assert quanta.ran == [1] * runs and slotting.probes == runs
+
+
+def test_probes_are_rare_and_rarer_where_they_take_long():
+    quanta, served = Quanta(sizes=((1, 0.11), (2, 0.22)), doubt=1e-9), Served(slack_s=0.001)
+    slotting = Slotting(quanta, quanta.clock)
+    began: list[float] = []
+    while quanta.now_s < 150.0:
+        ran = len(quanta.ran)
+        slotting.decoded(finished=True)
+        slotting.fill(served)
+        if len(quanta.ran) > ran:
+            began.append(quanta.now_s)
+            quanta.sizes = ((1, 0.11 * 2 ** len(began)), (2, 1.0))
+        quanta.now_s += 0.01
+    took = [0.11 * 2**n for n in range(len(began))]
+    for n in range(1, len(began)):
+        assert began[n] - began[n - 1] >= max(PROBE_EVERY_S, took[n - 1] / PROBE_SHARE)
+    assert set(quanta.ran) == {1} and slotting.probes == len(began) == 4
+    assert [took[n] / PROBE_SHARE <= began[n + 1] - began[n] < took[n] / PROBE_SHARE + 2.0 for n in range(3)]
+
+
+@pytest.mark.parametrize("truth", [0.002, 0.02, 1.0])
+def test_a_guess_that_is_too_high_is_found_out_by_one_small_quantum(truth):
+    """Requests run all the time with 4 ms of slack; a block of 64 tokens is guessed to take seconds, and takes ``truth`` times
+    that.  What is not a probe fits by its bound, and probes take no more than their share."""
+    predictor = LatencyPredictor(first_guess(token_s=5e-3))
+    quanta = Predicted(predictor, truth)
+    slotting, served = Slotting(quanta, quanta.clock), Served(slack_s=0.004)
+    guess_s = predictor.quantum(KIND, 64, 64).expected_s
+    assert guess_s > 1.0
+    while quanta.now_s < 600.0:
+        slotting.decoded(finished=True)
+        slotting.fill(served)
+        quanta.now_s += 0.01
+    probes = [entry for entry in quanta.took if entry.price_s > served.slack_s]
+    assert all(entry.rows == 1 for entry in probes) and len(probes) == slotting.probes
+    assert 0.0 < probes[0].at_s < 15.0, "a guess is found out soon"
+    spans = [later.at_s - one.at_s for one, later in pairwise(probes)]
+    assert all(span >= PROBE_EVERY_S for span in spans)
+    assert sum(entry.seconds for entry in probes[:-1]) <= 0.0101 * 600.0
+    fits = truth == 0.002
+    assert (len(quanta.took) > 10_000) if fits else (len(quanta.took) == len(probes))
+
+
 def test_after_a_refusal_steps_pass_unasked_and_count_as_refusals():
     quanta = Quanta()
     slotting, served = Slotting(quanta, quanta.clock), Served(slack_s=-0.03, gain_s=0.005)
@@ -162,6 +261,16 @@ def test_after_a_refusal_steps_pass_unasked_and_count_as_refusals():
     served.slack_s = 0.001  # now it is the estimate that holds it back
     slotting.fill(served)
     assert quanta.doubted == 1, "the steps that nobody asked count"
+
+
+def test_where_the_gap_is_full_and_not_the_slack_the_next_step_is_asked():
+    quanta = Quanta()
+    slotting, served = Slotting(quanta, quanta.clock), Served(slack_s=9.0)
+    slotting.decoded(finished=False)
+    slotting.fill(served)
+    quanta.now_s += 0.02
+    slotting.fill(served)  # behind a prefill: nothing has room in the gap
+    assert slotting.decoded(finished=False)
 
 
 def test_the_time_in_which_it_waits_counts_by_reason():

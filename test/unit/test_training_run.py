@@ -32,6 +32,7 @@ from sglang_harli.core import QuantumKind
 from sglang_harli.errors import ConfigError, StateError, TrainingError, UnsupportedError
 from sglang_harli.peft_trainer.dropout import DropoutMasks
 from sglang_harli.peft_trainer.frozen_base import from_transformers
+from sglang_harli.peft_trainer.records import SHAPES_KEPT, ShapesSeen
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.peft_trainer.step import training_mode
 from sglang_harli.protocol.adapter_config import adapter_config
@@ -228,12 +229,24 @@ class TestQuanta:
         feed(run, steps)
         seen = []
         while (shape := run.peek()) is not None:
-            done = run.run(shape.rows if shape.fixed else min(2, shape.rows))
+            count = shape.rows if shape.fixed else min(2, shape.rows)
+            new, again = run.new_shapes(shape, [count, count])
+            done = run.run(count)
+            assert new == again == done.first_of_shape and not done.misleads
             if done.kind == QuantumKind.FORWARD:
                 assert shape.row_tokens == 9
                 seen.append((done.tokens, done.first_of_shape))
         assert seen[:2] == [(18, True), (3, True)]
         assert set(seen[2:]) == {(18, False), (3, False)}
+
+    def test_shapes_that_have_not_run_for_long_are_forgotten(self) -> None:
+        seen = ShapesSeen()
+        assert seen.add(QuantumKind.FORWARD, 8, 8) and not seen.add(QuantumKind.FORWARD, 8, 8)
+        for width in range(9, 9 + SHAPES_KEPT - 1):
+            assert seen.add(QuantumKind.FORWARD, width, width)
+        assert seen.has(QuantumKind.FORWARD, 8, 8)
+        assert seen.add(QuantumKind.BACKWARD, 8, 8) and not seen.has(QuantumKind.FORWARD, 8, 8)
+        assert seen.has(QuantumKind.FORWARD, 9, 9)
 
     def test_waiting_for_data(self) -> None:
         run = make_run(tiny_model(dtype=torch.float32), HP, STEPS)

@@ -228,8 +228,9 @@ class CoTrainer:
             self._wait(run)
             return None
         sizes = [*(r for r in SIZES if r < shape.rows and not shape.fixed), shape.rows]
-        candidates = self.predictor.prices(shape.kind, sizes, shape.row_tokens, shape.attended)
-        return QuantumOffer(shape.kind, candidates, shape.fixed)
+        firsts = run.training.new_shapes(shape, sizes)
+        candidates = self.predictor.prices(shape.kind, sizes, shape.row_tokens, shape.attended, firsts)
+        return QuantumOffer(shape.kind, candidates, shape.fixed, self.predictor.doubt(shape.kind))
 
     @property
     def barred(self) -> Reason | None:
@@ -254,7 +255,8 @@ class CoTrainer:
             self.fail(error)
 
     def _single(self, kind: QuantumKind, tokens: int) -> QuantumOffer:
-        return QuantumOffer(kind, ((1, self.predictor.quantum(kind, tokens).upper_s),), True)
+        upper_s, doubt = self.predictor.quantum(kind, tokens).upper_s, self.predictor.doubt(kind)
+        return QuantumOffer(kind, ((1, upper_s),), True, doubt)
 
     def cut(self, kind: QuantumKind) -> bool:
         """Offer less of ``kind``; False: it is as small as it can be."""
@@ -286,8 +288,10 @@ class CoTrainer:
         for done in self.clock.take():
             if (w := done.work).tokens:
                 self.predictor.observe_quantum(
-                    w.kind, w.tokens, w.row_tokens, done.seconds, now_s=now_s, first_of_shape=w.first_of_shape
+                    w.kind, w.tokens, w.row_tokens, done.seconds, first_of_shape=w.first_of_shape
                 )
+            else:
+                self.predictor.ran(w.kind)
         self.quanta += 1
         self.busy_quanta += decision.reason is not Reason.IDLE
         self.train_s += now_s - begin
@@ -315,7 +319,9 @@ class CoTrainer:
         done = run.training.run(rows)
         if run.after_quantum():
             self._release()
-        tokens = max(done.tokens, 1)  # kinds that are not cut by rows count as one token
+        tokens = (
+            0 if done.misleads else max(done.tokens, 1)
+        )  # kinds that are not cut by rows count as one token
         return Work(kind, tokens, done.row_tokens, done.first_of_shape)
 
     # ---------------------------------------------------------------- ends of a run

@@ -25,6 +25,8 @@ def why(sub_state: str, reason: str, serving: dict[str, Any]) -> str:
     impossible = serving.get("impossible_targets") or []
     if sub_state == SubState.TRAINING and reason == Reason.IDLE:
         return "Training runs in large quanta: nothing is served."
+    if sub_state == SubState.TRAINING and reason == Reason.PROBE:
+        return f"Training yields for the most part, and tries its smallest quantum now and then: {_room(serving)}."
     if impossible and sub_state in (SubState.TRAINING, SubState.YIELDING):
         return f"Training yields until nothing is served: {'; '.join(impossible)}, so {CONSEQUENCE}."
     if sub_state == SubState.TRAINING:

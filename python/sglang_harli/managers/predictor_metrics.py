@@ -10,7 +10,7 @@ from typing import Any
 from sglang_harli.managers.pool_metrics import EVERY_S, make
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 
-# Name: (kind, help, labels).  Phases: decode, prefill, each kind of quantum, corun_ with a kind.
+# Name: (kind, help, labels).  Phases: decode, prefill, each kind of quantum, first_ and corun_ with a kind.
 PREDICTOR_METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "harli_predictor_mape_ratio": (
         "gauge",

@@ -25,7 +25,8 @@ QOS_METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "harli_quanta_total": (
         "counter",
-        "Training quanta that ran, while requests were served and not.",
+        "Training quanta that ran, while requests were served and not; probe: the smallest, to be measured, although its "
+        "estimate did not fit.",
         ("load",),
     ),
     "harli_quanta_per_step": ("gauge", "Training quanta per decode step, lately.", ()),
@@ -70,8 +71,9 @@ class QosMetrics:
         side, trainer = self._side, self._trainer
         if side.last_slack is not None:
             self._made["harli_slack_seconds"].set(side.last_slack.seconds)
-        busy = trainer.busy_quanta
-        self._count("harli_quanta_total", "load", {"busy": busy, "idle": trainer.quanta - busy})
+        busy, probes = trainer.busy_quanta, trainer.slotting.probes
+        loads = {"busy": busy - probes, "probe": probes, "idle": trainer.quanta - busy}
+        self._count("harli_quanta_total", "load", loads)
         steps, quanta = side.decode_steps - self._at[0], busy - self._at[1]
         if steps:
             self._made["harli_quanta_per_step"].set(quanta / steps)

@@ -19,6 +19,7 @@ NO_SLACK = {
     "ttft": Reason.NO_SLACK_TTFT,
     "none": Reason.NO_SLACK,
 }
+_PRICE_REFUSED = frozenset({Reason.TOO_LONG, *NO_SLACK.values()})
 WORTH_WAITING = 0.1
 MOST_UNASKED = 8  # decode steps
 
@@ -55,6 +56,20 @@ def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) 
     return Decision(1, rows, Reason.SLACK)
 
 
+def probe(decision: Decision, slack: Slack, offer: QuantumOffer, targets: Targets) -> Decision | None:
+    """The least quantum, to measure it, where its estimate alone was refused and is doubted by now (``QuantumOffer.doubt``).
+
+    No other size is: what a doubted estimate says is no promise.  So a probe may take longer than the slack, and whoever
+    asks keeps to ``slotting.PROBE_EVERY_S``.
+    """
+    if slack.idle_comes or decision.reason not in _PRICE_REFUSED:
+        return None
+    rows, upper_s = offer.candidates[0]
+    if upper_s * offer.doubt > min(slack.seconds, targets.busy_quantum_s):
+        return None
+    return Decision(1, rows, Reason.PROBE)
+
+
 def ask_again_after(decision: Decision, slack: Slack) -> int:
     """Decode steps that may pass after a refusal before the answer can be another one, as long as no request ends.
 
@@ -62,8 +77,8 @@ def ask_again_after(decision: Decision, slack: Slack) -> int:
     (*measured* on two cores: 0.2 of 8 ms, several times what it takes in a loop), so none is made where its
     answer is known beforehand.  Half of the steps that it should take, and ``MOST_UNASKED`` at most: the clock counts too.
     """
-    if not decision.needs_s or slack.bound != "tpot":
-        return 0
+    if not decision.needs_s or slack.bound != "tpot" or slack.seconds >= decision.needs_s:
+        return 0  # not a matter of this slack
     if slack.gain_s <= 0:
         return MOST_UNASKED
     return max(min(int((decision.needs_s - slack.seconds) / slack.gain_s / 2), MOST_UNASKED), 0)

@@ -18,6 +18,11 @@ from sglang_harli.managers.yield_time import YieldTime
 
 PATIENCE = 8  # refusals in a row after which a quantum is taken in smaller pieces than it would be
 DOUBTED_AFTER = 20  # refusals in a row after which the estimate is doubted
+# A probe runs although its estimate says that it does not fit.  At a TPOT target of 50 ms a request gets 200 tokens in
+# this time, so that one that takes the default --harli-max-quantum-ms, 100 ms, costs each of them 1% of the target; one
+# that takes longer is not repeated before it is at most as much.
+PROBE_EVERY_S = 10.0
+PROBE_SHARE = 0.01
 
 
 class Serving(Protocol):
@@ -91,6 +96,7 @@ class Slotting:
 
     Attributes:
         yielded: how long training had work and did not run, by reason.
+        probes: quanta that ran to be measured, although their estimates did not fit.
     """
 
     def __init__(self, training: Training, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -99,6 +105,9 @@ class Slotting:
         self._held_back = 0  # refusals in a row that smaller pieces or another estimate may undo
         self._skipped = self._skip = 0  # decode steps without a decision since the last one, and for how many
         self._gap_s = 0.0  # spent on training since the latest decode step
+        self.probes = 0
+        self._probe_from_s = float("-inf")  # no probe before that
+        self._probed_s: float | None = None  # when the one began that has just run
         # Of the boundary at hand: when it began, what had been spent before it, steps skipped before it, whether a quantum ran.
         self._begin_s = self._spent_s = 0.0
         self._unasked = 0
@@ -130,6 +139,7 @@ class Slotting:
 
     def next(self, serving: Serving) -> tuple[QuantumOffer, Decision] | None:
         """The quantum to run now, or None: the next step of serving is to begin."""
+        self._count_probe()
         while (offer := self._offer()) is not None:
             load, targets = serving.load(), serving.targets
             now_s, queued_s = self._clock(), self._training.queued_s
@@ -140,6 +150,8 @@ class Slotting:
             decision = qos_policy.decide(load, slack, offer, targets)
             if decision.quanta:
                 return self._chosen(offer, decision, now_s)
+            if (probe := self._probe(decision, slack, offer, targets, now_s)) is not None:
+                return self._chosen(offer, probe, now_s)
             told = not self._ran or decision.reason is Reason.TOO_LONG
             if told and self._hold_back(offer, decision, slack, now_s):
                 continue
@@ -187,6 +199,25 @@ class Slotting:
         self.yielded.end(now_s)
         self._held_back, self._ran = 0, True
         return offer, decision
+
+    def _probe(
+        self, decision: Decision, slack: Slack, offer: QuantumOffer, targets: Targets, now_s: float
+    ) -> Decision | None:
+        """The least quantum where its estimate alone holds training back for too long; see ``PROBE_EVERY_S``."""
+        if offer.doubt >= 1.0 or self._ran or now_s < self._probe_from_s:
+            return None
+        probe = qos_policy.probe(decision, slack, offer, targets)
+        if probe is not None:
+            self.probes += 1
+            self._probed_s = now_s
+        return probe
+
+    def _count_probe(self) -> None:
+        """How long a probe took says when the next one may run; on a device it is queued still."""
+        if self._probed_s is not None:
+            now_s = self._clock()
+            took_s = now_s - self._probed_s + self._training.queued_s
+            self._probe_from_s, self._probed_s = now_s + max(PROBE_EVERY_S, took_s / PROBE_SHARE), None
 
     def _hold_back(self, offer: QuantumOffer, decision: Decision, slack: Slack, now_s: float) -> bool:
         """The policy said no: offer less (True: ask again), or show why and let an estimate that is to blame decay.

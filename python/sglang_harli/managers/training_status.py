@@ -36,6 +36,7 @@ def training_status(
         "spilled": run.training.spilled,
         "quanta": trainer.quanta,
         "busy_quanta": trainer.busy_quanta,
+        "probes": trainer.slotting.probes,
         "train_s": round(trainer.train_s, 3),
         "yield_s": {str(why): round(seconds, 3) for why, seconds in yielded.items()},
         "costs": trainer.predictor.costs(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,14 +38,40 @@ class QuantumShape:
 
 @dataclass(frozen=True, slots=True)
 class QuantumDone:
-    """What was run: ``tokens`` computed, padding included, in rows (or of a row) of ``row_tokens``; ``first_of_shape``:
-    its time misleads."""
+    """What was run: ``tokens`` computed, padding included, in rows (or of a row) of ``row_tokens``.
+
+    ``first_of_shape``: memory and code paths were new.  ``misleads``: its time says nothing about its kind.
+    """
 
     kind: QuantumKind
     rows: int
     tokens: int
     row_tokens: int
     first_of_shape: bool
+    misleads: bool = False
+
+
+SHAPES_KEPT = 1024  # as many as oneDNN keeps compiled by default
+
+
+class ShapesSeen:
+    """The shapes that ran lately: kind, tokens and width; the least recently run are forgotten."""
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[tuple[QuantumKind, int, int], None] = OrderedDict()
+
+    def has(self, kind: QuantumKind, tokens: int, width: int) -> bool:
+        return (kind, tokens, width) in self._seen
+
+    def add(self, kind: QuantumKind, tokens: int, width: int) -> bool:
+        """Such a quantum runs; whether it is new."""
+        key = (kind, tokens, width)
+        new = key not in self._seen
+        self._seen[key] = None
+        self._seen.move_to_end(key)
+        if len(self._seen) > SHAPES_KEPT:
+            self._seen.popitem(last=False)
+        return new
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ here waits for the device (``spill`` alone does), reads a file or touches torch'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from sglang_harli.peft_trainer.intake import Fed, Intake
 from sglang_harli.peft_trainer.kept import KeptActivations
 from sglang_harli.peft_trainer.memory import HeapMemory, TrainMemory
 from sglang_harli.peft_trainer.optimizer import SlicedAdamW, layer_slices
-from sglang_harli.peft_trainer.records import MetricsRing, QuantumDone, QuantumShape, StepMetrics
+from sglang_harli.peft_trainer.records import MetricsRing, QuantumDone, QuantumShape, ShapesSeen, StepMetrics
 from sglang_harli.peft_trainer.schedule import LearningRate
 from sglang_harli.peft_trainer.state_memory import StateMemory
 from sglang_harli.peft_trainer.step import MicroBatchPass, ModelPieces, training_mode
@@ -88,7 +88,7 @@ class TrainingRun:
         self._accumulate_slices = layer_slices(self._adapter.blocks)
         self._intake = Intake(vocabulary, max(1, hp.gradient_accumulation_steps))
         self._metrics = MetricsRing(half=base.dtype == torch.float16)
-        self._seen: set[tuple[QuantumKind, int, int]] = set()
+        self._shapes = ShapesSeen()
         self._pass: MicroBatchPass | None = None
         self._stage: QuantumKind | None = QuantumKind.COPY  # None: the pass decides, or data is awaited
         self._position = 0  # slice within COPY, ACCUMULATE or OPTIMIZER
@@ -192,23 +192,36 @@ class TrainingRun:
             raise StateError(f"{rows} rows asked of a {shape.kind} quantum that offers {shape.rows}")
         with training_mode():
             tokens, width, misleads = 0, 0, self._pass is not None and self._pass.misleads
+            first = self._shapes.add(shape.kind, *self._extent(shape, rows))
             if self._state.spilled:
                 self._state.bring_back()
             elif self._stage is not None:
                 self._run_stage()
             else:
                 tokens, width = self._run_pass(shape, rows)
-        first = misleads or (shape.kind, tokens, width) not in self._seen
-        self._seen.add((shape.kind, tokens, width))
-        return QuantumDone(shape.kind, rows, tokens, width, first)
+        return QuantumDone(shape.kind, rows, tokens, width, first, misleads)
+
+    def new_shapes(self, shape: QuantumShape, sizes: Iterable[int]) -> list[bool]:
+        """Of each size (rows, as ``shape`` counts them), whether no quantum of its extent has run lately."""
+        return [not self._shapes.has(shape.kind, *self._extent(shape, rows)) for rows in sizes]
+
+    def _count(self, shape: QuantumShape, rows: int) -> int:
+        if shape.kind != QuantumKind.HEAD or self._pass is None:
+            return rows
+        return min(rows * shape.row_tokens, self._pass.left, self._head_tokens)
+
+    def _extent(self, shape: QuantumShape, rows: int) -> tuple[int, int]:
+        """Tokens of such a quantum, and its width; zeros for kinds that are not cut by rows."""
+        if self._stage is not None or self._state.spilled:
+            return 0, 0
+        if self._pass is None:  # it begins with all rows
+            return rows * shape.row_tokens, shape.row_tokens
+        return self._pass.extent(self._count(shape, rows))
 
     def _run_pass(self, shape: QuantumShape, rows: int) -> tuple[int, int]:
         if self._pass is None:
             self._pass = self._begin(self._intake.queue[0])
-        count = rows
-        if shape.kind == QuantumKind.HEAD:
-            count = min(rows * shape.row_tokens, self._pass.left, self._head_tokens)
-        result = self._pass.run(count)
+        result = self._pass.run(self._count(shape, rows))
         if self._pass.kind is None:
             if self._pass.overwrite:
                 self._end_micro_batch()

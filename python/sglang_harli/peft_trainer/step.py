@@ -199,6 +199,18 @@ class MicroBatchPass:
         """The time of the next quantum says nothing about its kind."""
         return self._blocks is not None and self._blocks.fills
 
+    def extent(self, count: int) -> tuple[int, int]:
+        """What ``run(count)`` would return."""
+        kind = self.kind
+        if self._blocks is not None:
+            return min(count * BLOCK, self._blocks.left), self._blocks.length
+        if kind == QuantumKind.EMBED:
+            return self.rows.count * self.rows.width, self.rows.width
+        if kind == QuantumKind.HEAD:
+            return count, 1
+        width = self.rows.lengths[self.done]  # sorted: the longest of the range
+        return count * width, width
+
     def run(self, count: int) -> tuple[int, int]:
         """One quantum of ``count`` rows (head: target tokens; a row that is cut: blocks), at most ``left``.
 

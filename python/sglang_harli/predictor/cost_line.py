@@ -1,4 +1,4 @@
-"""One line of costs with everything that makes it fit for a promise: fit, margin, accuracy, and doubt when it is old.
+"""One line of costs with everything that makes it fit for a promise: fit, margin and accuracy.
 
 Plain floats: an estimate takes about a microsecond, an observation some tens.
 """
@@ -15,10 +15,6 @@ from sglang_harli.predictor.recursive import CLAMP, TINY_S, Prior, RecursiveLine
 
 KNOWN = 0.03  # a relative standard deviation of the expectation that the margin covers anyway
 MOST_DOUBT = 1.0
-RELAXED_STEP = (
-    0.96  # of the bound's height above the expectation, each time that it alone holds training back
-)
-REGAINED = 0.25  # of full trust, by each observation
 LEVEL_KEPT = 0.97  # of the level, from one observation to the next
 SETTLED = 16  # observations after which errors are not those of a bad first guess
 
@@ -46,7 +42,6 @@ class CostLine:
         self._follows, self._level = follows, 0.0  # the level is a logarithm
         self.margin = Margin()
         self.accuracy = Accuracy() if accuracy is None else accuracy
-        self._trust, self._discount, self._last_s = 1.0, 1.0, 0.0
 
     @property
     def seen(self) -> int:
@@ -59,12 +54,12 @@ class CostLine:
 
     @property
     def _scale(self) -> float:
-        return self._discount * math.exp(self._level) if self._level else self._discount
+        return math.exp(self._level) if self._level else 1.0
 
     @property
     def ratio(self) -> float:
         """Upper bound over expectation where the line is well known."""
-        return 1.0 + (self.margin.ratio - 1.0) * self._trust
+        return self.margin.ratio
 
     def expected(self, x1: float, x2: float) -> float:
         return self.line.expected(x1, x2) * self._scale
@@ -75,7 +70,7 @@ class CostLine:
         above = self.margin.ratio - 1.0
         if doubt > 0.0:
             above = min(above + min(doubt, MOST_DOUBT), CAP - 1.0)
-        return self.line.expected(x1, x2) * self._scale * (1.0 + above * self._trust)
+        return self.line.expected(x1, x2) * self._scale * (1.0 + above)
 
     def uppers(self, x1: float, x2: float, counts: Iterable[int]) -> list[float]:
         """``upper(k * x1, k * x2)`` of each count ``k``, rising with it.
@@ -84,15 +79,15 @@ class CostLine:
         is cut to that of the larger one.
         """
         a, b, c, d, e = self.line.along(x1, x2)
-        above, trust, scale = self.margin.ratio - 1.0, self._trust, self._scale
-        plain = 1.0 + above * trust
+        above, scale = self.margin.ratio - 1.0, self._scale
+        plain = 1.0 + above
         bounds = []
         for k in counts:
             expected = max(a + b * k, TINY_S)
             variance, ratio = c + k * (d + e * k), plain
             if variance > (KNOWN * expected) ** 2:
                 doubt = min(math.sqrt(variance) / expected - KNOWN, MOST_DOUBT)
-                ratio = 1.0 + min(above + doubt, CAP - 1.0) * trust
+                ratio = 1.0 + min(above + doubt, CAP - 1.0)
             bounds.append(expected * scale * ratio)
         for at in range(len(bounds) - 2, -1, -1):
             if bounds[at] > bounds[at + 1]:
@@ -102,8 +97,8 @@ class CostLine:
     def estimate(self, x1: float, x2: float) -> LatencyEstimate:
         return LatencyEstimate(self.expected(x1, x2), self.upper(x1, x2))
 
-    def observe(self, x1: float, x2: float, seconds: float, now_s: float = 0.0) -> None:
-        """A step at this load took ``seconds``; ``now_s`` is the time by which ``relax`` counts."""
+    def observe(self, x1: float, x2: float, seconds: float) -> None:
+        """A step at this load took ``seconds``."""
         if not 0.0 < seconds < float("inf"):
             return
         if self.line.seen:
@@ -120,11 +115,3 @@ class CostLine:
         if change is not None:
             self.margin.rescale(*change)
             self._level = 0.0  # the line itself has moved
-        self._trust = min(self._trust + REGAINED, 1.0)
-        self._discount, self._last_s = 1.0, now_s
-
-    def relax(self, now_s: float, half_life_s: float) -> None:
-        """This estimate alone holds training back: lower the bound to the expectation, and doubt an old one."""
-        self._trust *= RELAXED_STEP
-        if now_s > self._last_s:
-            self._discount = 0.5 ** ((now_s - self._last_s) / half_life_s)

@@ -36,20 +36,17 @@ class LatencyPredictor:
     Args:
         priors: default: a cautious guess.
         padding: of decode batches to CUDA graphs.
-        half_life_s: how fast a quantum's estimate that alone holds training back is doubted.
 
     Attributes:
         points: of the loads that were measured, for a profile.
     """
 
-    def __init__(
-        self, priors: Priors | None = None, *, padding: Padding | None = None, half_life_s: float = 30.0
-    ) -> None:
+    def __init__(self, priors: Priors | None = None, *, padding: Padding | None = None) -> None:
         priors = first_guess() if priors is None else priors
         self._decode = SoloDecode(priors.decode, padding)
         self._adapted: SoloDecode | None = None  # batches with a LoRA adapter; once there was one
         self._prefill = SoloPrefill(priors.prefill)
-        self._quanta = QuantumLines(priors.quanta, half_life_s=half_life_s)
+        self._quanta = QuantumLines(priors.quanta)
         self._corun = CoRun(priors.corun)
         self._profiled = priors.measured
         self.points = MeasuredPoints()
@@ -90,14 +87,24 @@ class LatencyPredictor:
         return self._quanta.estimate(kind, tokens, row_tokens)
 
     def prices(
-        self, kind: QuantumKind, sizes: Iterable[int], row_tokens: int, attended: int = 0
+        self,
+        kind: QuantumKind,
+        sizes: Iterable[int],
+        row_tokens: int,
+        attended: int = 0,
+        firsts: Iterable[bool] = (),
     ) -> tuple[tuple[int, float], ...]:
         """``(rows, upper bound in seconds)`` of each size, rising, as a QuantumOffer's candidates.
 
         Args:
             attended: tokens that each attends to, where it is not ``row_tokens`` (a row that is cut into blocks).
+            firsts: of each size, whether it would be the first run of its shape, whose bound stands further off.
         """
-        return self._quanta.prices(kind, sizes, row_tokens, attended)
+        return self._quanta.prices(kind, sizes, row_tokens, attended, firsts)
+
+    def doubt(self, kind: QuantumKind) -> float:
+        """What the price of the least quantum of ``kind`` may be multiplied with, from 1 down (``relax``)."""
+        return self._quanta.doubt(kind)
 
     # ---------------------------------------------------------------- measurements
     def observe_decode(
@@ -144,16 +151,20 @@ class LatencyPredictor:
         row_tokens: int,
         seconds: float,
         *,
-        now_s: float,
         first_of_shape: bool = False,
     ) -> None:
-        """A quantum took ``seconds``; a shape's first run is left out once anything is known."""
-        self._quanta.observe(kind, tokens, row_tokens, seconds, now_s=now_s, first_of_shape=first_of_shape)
+        """A quantum took ``seconds``; a shape's first run has a bound of its own once anything is known."""
+        self._quanta.ran(kind)
+        self._quanta.observe(kind, tokens, row_tokens, seconds, first_of_shape=first_of_shape)
         if not first_of_shape:
             self.points.quantum(kind, tokens, row_tokens, seconds)
 
+    def ran(self, kind: QuantumKind) -> None:
+        """A quantum of ``kind`` has run whose time says nothing: it is not doubted any more."""
+        self._quanta.ran(kind)
+
     def relax(self, kind: QuantumKind, now_s: float) -> None:
-        """The estimate of ``kind`` alone holds training back: doubt it."""
+        """The estimate of ``kind`` alone holds training back: doubt it, until the next run."""
         self._quanta.relax(kind, now_s)
 
     # ---------------------------------------------------------------- how good it is
@@ -170,7 +181,8 @@ class LatencyPredictor:
     def scores(self) -> dict[str, tuple[Score, float]]:
         """By phase that was predicted: its score, and the ratio of upper bound to expectation now.
 
-        Phases: ``decode``, ``decode_adapters``, ``prefill``, each kind of quantum, and ``corun_`` with a kind.
+        Phases: ``decode``, ``decode_adapters``, ``prefill``, each kind of quantum, ``first_`` with a kind (the first run of
+        each shape) and ``corun_`` with a kind.
         """
         whole, _ = self._decode.line(WHOLE)
         phases: list[tuple[str, Accuracy, float]] = [
@@ -180,6 +192,9 @@ class LatencyPredictor:
         if self._adapted is not None:
             phases.append((ADAPTED, self._adapted.accuracy, self._adapted.line(WHOLE)[0].ratio))
         phases += [(kind.value, line.accuracy, line.ratio) for kind, line in self._quanta.lines.items()]
+        phases += [
+            (f"first_{kind}", first.accuracy, first.ratio) for kind, first in self._quanta.firsts.items()
+        ]
         phases += [
             (f"corun_{kind}", accuracy, self._corun.ratio(kind))
             for kind, accuracy in self._corun.accuracy.items()

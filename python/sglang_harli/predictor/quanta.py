@@ -9,10 +9,16 @@ from collections.abc import Iterable, Mapping
 
 from sglang_harli.core import LatencyEstimate, QuantumKind
 from sglang_harli.predictor.cost_line import CostLine
+from sglang_harli.predictor.doubt import Doubt
+from sglang_harli.predictor.first_runs import FirstRuns
 from sglang_harli.predictor.recursive import Prior
 
 ATTENDING = frozenset({QuantumKind.FORWARD, QuantumKind.BACKWARD, QuantumKind.BACKWARD_KEPT})
 FORGETTING = 0.98
+# How fast an estimate that alone holds training back is doubted, seconds: one that rests on a measurement, which says
+# something for as long as the machine does not change, and a guess, which may be tens of times too high.
+HALF_LIFE_S = 30.0
+GUESS_HALF_LIFE_S = 1.0
 
 
 class QuantumLines:
@@ -20,48 +26,65 @@ class QuantumLines:
 
     Args:
         priors: of every kind.
-        half_life_s: how fast an estimate that alone holds training back is doubted.
+
+    Attributes:
+        lines, firsts: by kind; ``firsts``: of the first run of a shape.
     """
 
-    def __init__(self, priors: Mapping[QuantumKind, Prior], *, half_life_s: float = 30.0) -> None:
-        self.half_life_s = half_life_s
+    def __init__(self, priors: Mapping[QuantumKind, Prior]) -> None:
         self.lines = {kind: CostLine(priors[kind], forgetting=FORGETTING) for kind in QuantumKind}
+        self.firsts = {kind: FirstRuns() for kind in QuantumKind}
+        self._doubts = {kind: Doubt() for kind in QuantumKind}
+        self._measured: set[QuantumKind] = set()  # by a run that was not the first of its shape
 
     def estimate(self, kind: QuantumKind, tokens: int, row_tokens: int) -> LatencyEstimate:
         """``row_tokens``: the padded length of one row, which its tokens attend to."""
         return self.lines[kind].estimate(tokens, _pairs(kind, tokens, row_tokens))
 
     def prices(
-        self, kind: QuantumKind, sizes: Iterable[int], row_tokens: int, attended: int = 0
+        self,
+        kind: QuantumKind,
+        sizes: Iterable[int],
+        row_tokens: int,
+        attended: int = 0,
+        firsts: Iterable[bool] = (),
     ) -> tuple[tuple[int, float], ...]:
-        """``(rows, upper bound in seconds)`` of each size, rising, as a QuantumOffer's candidates.
-
-        Args:
-            attended: tokens that each attends to, where it is not ``row_tokens``.
-        """
-        rows, tokens = tuple(sizes), row_tokens or 1
-        uppers = self.lines[kind].uppers(tokens, _pairs(kind, tokens, attended or row_tokens), rows)
+        """``(rows, upper bound in seconds)`` of each size, rising; see ``LatencyPredictor.prices``."""
+        rows, tokens, line = tuple(sizes), row_tokens or 1, self.lines[kind]
+        pairs = _pairs(kind, tokens, attended or row_tokens)
+        uppers = line.uppers(tokens, pairs, rows)
+        ratio = self.firsts[kind].ratio
+        for at, first in enumerate(firsts):
+            if first:
+                count = rows[at]
+                uppers[at] = max(uppers[at], line.expected(count * tokens, count * pairs) * ratio)
         return tuple(zip(rows, uppers, strict=True))
 
     def observe(
-        self,
-        kind: QuantumKind,
-        tokens: int,
-        row_tokens: int,
-        seconds: float,
-        *,
-        now_s: float,
-        first_of_shape: bool,
+        self, kind: QuantumKind, tokens: int, row_tokens: int, seconds: float, *, first_of_shape: bool
     ) -> None:
-        """A quantum took ``seconds``; a shape's first run (allocation, code paths) is left out unless nothing else
-        is known."""
-        line = self.lines[kind]
+        """A quantum took ``seconds``; a shape's first run (allocation, code paths) has a bound of its own, unless nothing
+        else is known."""
+        line, pairs = self.lines[kind], _pairs(kind, tokens, row_tokens)
         if first_of_shape and line.seen:
+            self.firsts[kind].observe(line.expected(tokens, pairs), seconds)
             return
-        line.observe(tokens, _pairs(kind, tokens, row_tokens), seconds, now_s)
+        if not first_of_shape:
+            self._measured.add(kind)
+        line.observe(tokens, pairs, seconds)
 
     def relax(self, kind: QuantumKind, now_s: float) -> None:
-        self.lines[kind].relax(now_s, self.half_life_s)
+        """The estimate of ``kind`` alone holds training back."""
+        half_life_s = HALF_LIFE_S if kind in self._measured else GUESS_HALF_LIFE_S
+        self._doubts[kind].refused(now_s, half_life_s)
+
+    def doubt(self, kind: QuantumKind) -> float:
+        """What the price of the least quantum of ``kind`` may be multiplied with."""
+        return self._doubts[kind].level
+
+    def ran(self, kind: QuantumKind) -> None:
+        """A quantum of ``kind`` has run: the next one is priced without doubt."""
+        self._doubts[kind].ran()
 
 
 def _pairs(kind: QuantumKind, tokens: int, row_tokens: int) -> int:

@@ -81,7 +81,7 @@ def test_quanta_are_learnt_and_bounded(base, slope, seed):
     for n in range(200):
         tokens = rng.choice((32, 64, 128, 256))
         seconds = (base + slope * tokens) * rng.uniform(0.95, 1.05)
-        predictor.observe_quantum(kind, tokens, 32, seconds, now_s=float(n), first_of_shape=n < 2)
+        predictor.observe_quantum(kind, tokens, 32, seconds, first_of_shape=n < 2)
     for tokens in (32, 256):
         estimate, truth = predictor.quantum(kind, tokens, 32), base + slope * tokens
         assert 0.9 * truth < estimate.expected_s < 1.1 * truth
@@ -90,10 +90,10 @@ def test_quanta_are_learnt_and_bounded(base, slope, seed):
 
 def test_attention_makes_long_rows_dearer_than_short_ones_of_the_same_tokens():
     predictor, rng = LatencyPredictor(), random.Random(0)
-    for n in range(500):
+    for _ in range(500):
         rows, width = rng.choice((1, 2, 4)), rng.choice((64, 256, 1024))
         seconds = 1e-3 + 1e-5 * rows * width + 2e-8 * rows * width * width
-        predictor.observe_quantum(QuantumKind.FORWARD, rows * width, width, seconds, now_s=float(n))
+        predictor.observe_quantum(QuantumKind.FORWARD, rows * width, width, seconds)
     long, short = (predictor.quantum(QuantumKind.FORWARD, 1024, w).expected_s for w in (1024, 64))
     assert long == pytest.approx(1e-3 + 1e-5 * 1024 + 2e-8 * 1024**2, rel=0.05)
     assert short == pytest.approx(1e-3 + 1e-5 * 1024 + 2e-8 * 1024 * 64, rel=0.1)
@@ -106,8 +106,8 @@ def test_attention_makes_long_rows_dearer_than_short_ones_of_the_same_tokens():
 )
 def test_a_part_never_costs_more_than_the_whole(observed, width, kind):
     predictor = LatencyPredictor()
-    for n, (rows, seconds) in enumerate(observed):
-        predictor.observe_quantum(kind, max(rows * width, 1), width, seconds, now_s=float(n))
+    for rows, seconds in observed:
+        predictor.observe_quantum(kind, max(rows * width, 1), width, seconds)
     prices = predictor.prices(kind, SIZES, width)
     assert [rows for rows, _ in prices] == list(SIZES)
     bounds = [upper for _, upper in prices]
@@ -119,36 +119,90 @@ def test_a_part_never_costs_more_than_the_whole(observed, width, kind):
 def test_larger_quanta_are_tried_step_by_step():
     """Where only one row was ever run, the bound of many rows stands further off than that of one."""
     predictor = LatencyPredictor()
-    for n in range(200):
-        predictor.observe_quantum(QuantumKind.FORWARD, 64, 64, 0.01, now_s=float(n))
+    for _ in range(200):
+        predictor.observe_quantum(QuantumKind.FORWARD, 64, 64, 0.01)
     one, many = (predictor.quantum(QuantumKind.FORWARD, rows * 64, 64) for rows in (1, 32))
     assert one.upper_s / one.expected_s < 1.05
     assert many.upper_s / many.expected_s > 1.2
 
 
-def test_an_estimate_that_alone_holds_training_back_decays_and_comes_back():
-    predictor, kind = LatencyPredictor(), QuantumKind.FORWARD
-    for n in range(20):
-        predictor.observe_quantum(kind, 100, 100, 0.2 if n == 5 else 0.02, now_s=float(n))
-    before = predictor.quantum(kind, 100, 100)
-    predictor.relax(kind, 20.0)
-    after = predictor.quantum(kind, 100, 100)
-    assert after.expected_s < after.upper_s < before.upper_s
-    for n in range(400):
-        predictor.relax(kind, 20.0 + n / 10)
-    assert predictor.quantum(kind, 100, 100).upper_s < before.upper_s / 2
-    for n in range(5):
-        predictor.observe_quantum(kind, 100, 100, 0.02, now_s=61.0 + n)
-    assert predictor.quantum(kind, 100, 100).upper_s > 0.02
+def observed(kind: QuantumKind, seconds: float = 0.02, count: int = 20) -> LatencyPredictor:
+    predictor = LatencyPredictor()
+    for _ in range(count):
+        predictor.observe_quantum(kind, 100, 100, seconds)
+    return predictor
 
 
-def test_first_runs_of_a_shape_do_not_enter_once_something_is_known():
+def test_doubt_begins_with_the_first_refusal_whatever_the_clock_shows():
+    """An hour after the last run, and on a machine that has been up for months."""
+    kind = QuantumKind.FORWARD
+    for predictor, now_s in ((LatencyPredictor(), 1e7), (observed(kind), 3600.0)):
+        before = predictor.prices(kind, SIZES, 100)
+        predictor.relax(kind, now_s)
+        assert predictor.doubt(kind) == 1.0
+        predictor.relax(kind, now_s + 0.02)
+        assert predictor.doubt(kind) > 0.98
+        assert predictor.prices(kind, SIZES, 100) == before, "no size is priced by it"
+
+
+def test_a_measured_estimate_is_doubted_slowly_and_a_guess_fast_and_one_call_halves_it_at_most():
+    kind = QuantumKind.FORWARD
+    for predictor, half_life_s in ((observed(kind), 30.0), (LatencyPredictor(), 1.0)):
+        for n in range(201):
+            predictor.relax(kind, 50.0 + n * half_life_s / 100)
+        assert predictor.doubt(kind) == pytest.approx(0.25)
+        predictor.relax(kind, 1e9)  # nothing was held back meanwhile
+        assert predictor.doubt(kind) == pytest.approx(0.125)
+        assert predictor.doubt(QuantumKind.BACKWARD) == 1.0
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda predictor: predictor.observe_quantum(QuantumKind.FORWARD, 100, 100, 0.02),
+        lambda predictor: predictor.observe_quantum(QuantumKind.FORWARD, 1, 1, 0.02, first_of_shape=True),
+        lambda predictor: predictor.ran(QuantumKind.FORWARD),
+    ],
+)
+def test_any_run_ends_the_doubt(run):
+    kind = QuantumKind.FORWARD
+    predictor = observed(kind)
+    for n in range(10):
+        predictor.relax(kind, n * 20.0)
+    assert predictor.doubt(kind) < 0.1
+    run(predictor)
+    assert predictor.doubt(kind) == 1.0
+    predictor.relax(kind, 1e6)
+    assert predictor.doubt(kind) == 1.0, "its clock begins anew"
+
+
+def test_first_runs_of_a_shape_do_not_enter_the_line_once_something_is_known():
     predictor, kind = LatencyPredictor(), QuantumKind.FORWARD
-    predictor.observe_quantum(kind, 10, 10, 0.01, now_s=0.0, first_of_shape=True)
+    predictor.observe_quantum(kind, 10, 10, 0.01, first_of_shape=True)
     level = predictor.quantum(kind, 10, 10)
-    predictor.observe_quantum(kind, 10, 10, 5.0, now_s=1.0, first_of_shape=True)
+    predictor.observe_quantum(kind, 10, 10, 5.0, first_of_shape=True)
     assert predictor.quantum(kind, 10, 10) == level
     assert level.expected_s == pytest.approx(0.01)
+
+
+def test_first_runs_of_a_shape_have_a_bound_and_are_counted():
+    """One of eight layers takes 1.3 to 1.7 times as long, for each new width."""
+    predictor, kind, rng = LatencyPredictor(), QuantumKind.FORWARD, random.Random(0)
+    misses = plain_misses = 0
+    for n in range(1200):
+        width, first = rng.randint(32, 512), n % 8 == 0
+        seconds = (1e-3 + 2e-5 * width) * rng.gauss(1.5 if first else 1.0, 0.06 if first else 0.01)
+        if n > 400 and first:
+            ((_, upper),) = predictor.prices(kind, (1,), width, firsts=(True,))
+            ((_, plain),) = predictor.prices(kind, (1,), width)
+            misses += seconds > upper
+            plain_misses += seconds > plain
+            assert upper < 2.2 * plain, "a bound, no excuse"
+        predictor.observe_quantum(kind, width, width, seconds, first_of_shape=first)
+    assert misses <= 3 and plain_misses > 90
+    shown = predictor.summary()
+    assert shown["first_forward"]["steps"] == 149 and shown["first_forward"]["total_coverage"] > 0.95
+    assert shown["forward"]["steps"] == 1050 and shown["first_forward"]["mape"] < 0.1
 
 
 def test_batches_with_adapters_have_a_line_of_their_own():
@@ -273,9 +327,9 @@ def test_in_turns_is_a_sum():
 def test_the_summary_says_how_good_each_phase_is():
     predictor = LatencyPredictor()
     assert predictor.summary() == {} and predictor.costs() == {}
-    for n in range(50):
+    for _ in range(50):
         predictor.observe_decode(2, 100, 0.01)
-        predictor.observe_quantum(QuantumKind.HEAD, 16, 1, 0.004, now_s=float(n))
+        predictor.observe_quantum(QuantumKind.HEAD, 16, 1, 0.004)
     summary = predictor.summary()
     assert set(summary) == {"decode", "head"}
     assert summary["decode"]["steps"] == 49  # the first has nothing to be judged by
