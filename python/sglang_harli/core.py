@@ -223,6 +223,17 @@ def adapter_name(served_name: str, suffix: str | None, job_id: str) -> str:
     return f"{base}{ADAPTER_MARK}{middle}{short_id(job_id)}"
 
 
+def colon_refusal(served_name: str, flag: str) -> str | None:
+    """Why a name cannot be served, one sentence; None: it can.  SGLang asserts the same, a minute later."""
+    if ":" not in served_name or served_name.lower().startswith(("s3://", "gs://", "az://")):
+        return None
+    fix = served_name.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
+    return (
+        f"{flag} {served_name!r} holds a colon, which SGLang reads as base:adapter in a model's name: give "
+        f"--served-model-name {fix}"
+    )
+
+
 def looks_like_adapter(name: str) -> bool:
     """Whether a model name has the form of an adapter of ours (so that a miss is a 404)."""
     return ADAPTER_MARK in name
@@ -233,12 +244,11 @@ def run_key(run_dir: str) -> str:
     return hashlib.sha256(os.path.realpath(run_dir).encode()).hexdigest()[:16]
 
 
-def ipc_dir(run_dir: str) -> Path:
-    """The private folder (mode 0700) of the sockets between a server's processes.
+def private_tmp() -> Path:
+    """This user's folder among temporary files (mode 0700 where ``open_private`` makes it).
 
-    Not in the run directory itself: a unix socket's path is limited to 107 bytes.  It lies in the first place that is
-    short enough, can be written and holds no such folder of another user's.  Each process of the server finds the
-    same one, since all of them have one environment.
+    It lies in the first place where sockets' paths are short enough, that can be written and holds no such folder of
+    another user's.  Each process of a server finds the same one, since all of them have one environment.
     """
     places = [
         *(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP", "XDG_RUNTIME_DIR")),
@@ -246,8 +256,16 @@ def ipc_dir(run_dir: str) -> Path:
         "/var/tmp",
     ]
     folders = [Path(os.path.abspath(place), f"harli-{os.getuid()}") for place in places if place]
-    short = [folder for folder in folders if fits_socket(f"{folder}/{run_key(run_dir)}/{_LONGEST_SOCKET}")]
-    return next((folder for folder in short if _can_be_ours(folder)), short[0]) / run_key(run_dir)
+    short = [folder for folder in folders if fits_socket(f"{folder}/{run_key('')}/{_LONGEST_SOCKET}")]
+    return next((folder for folder in short if _can_be_ours(folder)), short[0])
+
+
+def ipc_dir(run_dir: str) -> Path:
+    """The private folder (mode 0700) of the sockets between a server's processes.
+
+    Not in the run directory itself: a unix socket's path is limited to 107 bytes.
+    """
+    return private_tmp() / run_key(run_dir)
 
 
 def fits_socket(path: str) -> bool:

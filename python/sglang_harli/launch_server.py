@@ -1,9 +1,9 @@
 """``python -m sglang_harli.launch_server``: SGLang's server, with finetuning, on whatever device there is.
 
-A thin door: it picks the device, puts the CPU engine's stand-in on the path while there is time, turns the
-switch on and calls SGLang's own entry point.  All of it stands under ``__main__``, because SGLang's children
-run this module again.  Leans on SGLang 0.5.16: ``plugins.load_plugins``, ``server_args.prepare_server_args``,
-``launch_server.run_server``, ``utils.kill_process_tree``.
+A thin door: it refuses at once what can be known at once, gives caches a place, picks the device, puts the CPU engine's
+stand-in on the path while there is time, turns the switch on and calls SGLang's own entry point.  All of it stands under
+``__main__``, because SGLang's children run this module again.  Leans on SGLang 0.5.16: ``plugins.load_plugins``,
+``server_args.prepare_server_args``, ``launch_server.run_server``, ``utils.kill_process_tree``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from sglang_harli.config import HarliOptions
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,12 +29,16 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: with one sentence, for a device, option or SGLang version that is not accepted.
     """
-    from sglang_harli.errors import ConfigError
+    from sglang_harli.errors import HarliError
+    from sglang_harli.managers import supervisor
 
     try:
-        check_options(argv)
-        choice = _prepare_environment(argv)
-    except ConfigError as error:
+        options = check_options(argv)
+        flags = {argument.split("=")[0] for argument in argv}
+        if options.enabled and not flags & {"-h", "--help", "--config"}:  # a file may say something else
+            supervisor.claim(options)
+        notes = _prepare_environment(argv)
+    except HarliError as error:
         raise SystemExit(f"sglang-harli: {error}") from error
 
     from sglang_harli import plugin
@@ -45,7 +52,8 @@ def main(argv: Sequence[str]) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     HookRegistry.apply_hooks()
-    print(choice, file=sys.stderr, flush=True)
+    for note in notes:
+        print(note, file=sys.stderr, flush=True)
     server_args = prepare_server_args(list(argv))
 
     from sglang.launch_server import run_server
@@ -57,8 +65,9 @@ def main(argv: Sequence[str]) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-def check_options(argv: Sequence[str]) -> None:
-    """Refuse a wrong ``--harli-`` option at once: SGLang's parser is up after ten seconds, ours now.
+def check_options(argv: Sequence[str]) -> HarliOptions:
+    """Refuse a wrong ``--harli-`` option, or a name that cannot be served, at once: SGLang's parser is up after ten
+    seconds, ours now.
 
     Raises:
         ConfigError: an unknown option, or a value that is not accepted.
@@ -83,15 +92,38 @@ def check_options(argv: Sequence[str]) -> None:
             near = difflib.get_close_matches(argument.split("=")[0], known, n=1, cutoff=0.75)
             hint = f"did you mean {near[0]}" if near else "--help lists the options"
             raise ConfigError(f"{argument} is not an option: {hint}")
-    HarliOptions(**vars(ours))
+    _check_served_name(rest)
+    return HarliOptions(**vars(ours))
 
 
-def _prepare_environment(argv: Sequence[str]) -> object:
-    """Device, stand-in and switch, before sglang is imported; children inherit them."""
+def _check_served_name(argv: Sequence[str]) -> None:
+    from sglang_harli.core import colon_refusal
+    from sglang_harli.errors import ConfigError
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model-path", "--model", dest="model", nargs="?")
+    parser.add_argument("--served-model-name", dest="served", nargs="?")
+    given, _ = parser.parse_known_args(list(argv))
+    flag, name = ("--served-model-name", given.served) if given.served else ("--model-path", given.model)
+    reason = colon_refusal(name or "", flag)
+    if reason is not None:
+        raise ConfigError(reason, param=flag)
+
+
+def _prepare_environment(argv: Sequence[str]) -> list[object]:
+    """Caches, device, stand-in and switch, before sglang is imported; children inherit them.
+
+    Returns what is to be said of them, one line each.
+
+    Raises:
+        ConfigError: there is no place for caches, or no such device.
+    """
     from sglang_harli.config import SWITCH_ENV
+    from sglang_harli.managers import user_caches
     from sglang_harli.platforms.cpu import engine
     from sglang_harli.platforms.device import choose_device
 
+    notes: list[object] = [f"harli: {line}" for line in user_caches.provide()]
     choice = choose_device(argv)
     if choice.cpu_engine:
         engine.turn_on()
@@ -99,7 +131,7 @@ def _prepare_environment(argv: Sequence[str]) -> object:
     plugins = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
     if plugins and "harli" not in plugins:
         os.environ["SGLANG_PLUGINS"] = ",".join([*plugins, "harli"])
-    return choice
+    return [*notes, choice]
 
 
 if __name__ == "__main__":

@@ -283,6 +283,15 @@ def test_the_supported_architectures_pass(make_args, tiny_model, arch):
 
 
 # ------------------------------------------------------------------ version and hello
+def test_a_served_name_with_a_colon_is_refused_before_the_model_is_looked_at(make_args):
+    with pytest.raises(SystemExit, match=r"'a:b' holds a colon.*: give --served-model-name a-b"):
+        make_args(harli_tpot_slo_ms=5.0, served_model_name="a:b")
+    with pytest.raises(
+        SystemExit, match=r"--model-path '/m/a:b' holds a colon.*: give --served-model-name a-b"
+    ):
+        make_args(harli_tpot_slo_ms=5.0, model_path="/m/a:b")
+
+
 def test_another_sglang_is_refused_where_harli_was_asked_for(monkeypatch, caplog):
     import sglang.version
 

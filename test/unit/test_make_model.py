@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from sglang_harli.errors import ConfigError
 from sglang_harli.tools import make_model as tool
 from sglang_harli.tools.toy_text import RELATIONS, ToyWorld
+from support.other_user import needs_root, open_folder, run_python
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
 CLASSES = {
@@ -34,6 +37,34 @@ def test_each_architecture_loads_and_answers_in_turns(arch: str, tmp_path: Path)
     ids = tokenizer("hello ☂", return_tensors="pt")
     assert tokenizer.decode(ids["input_ids"][0]) == "hello ☂"
     assert model(**ids).logits.shape[-1] == made["vocab_size"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_the_umask_says_who_may_read_a_model(tmp_path: Path, umask: int):
+    before = os.umask(umask)
+    try:
+        tool.make_model(tmp_path / "m", steps=0, overrides=SMALL)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "m").iterdir()}
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+    assert "model.safetensors" in modes
+
+
+@needs_root
+def test_a_user_without_a_name_or_a_home_makes_a_model():
+    script = """
+import os
+from sglang_harli.tools.make_model import make_model
+small = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
+make_model(os.environ["TMPDIR"] + "/m", steps=1, overrides=small, report=print)
+"""
+    with open_folder() as folder:
+        done = run_python(script, HOME="/", TMPDIR=str(folder), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        assert (folder / "m" / "model.safetensors").exists()
+    assert "has no entry in the passwd file: USER=uid" in done.stdout
+    assert "caches cannot be written in HOME=/" in done.stdout
 
 
 def test_the_chat_template_keeps_prompts_and_answers_apart(tmp_path: Path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang_harli import core
 from sglang_harli.errors import UnsupportedError
 from sglang_harli.peft_trainer import model_math
 
@@ -48,6 +49,11 @@ def refuse_flags(server_args: Any) -> None:
             raise UnsupportedError(
                 f"{flag} ({what}) does not work with finetuning yet: {WAY_OUT}", param=flag
             )
+    served = server_args.served_model_name
+    flag, name = ("--served-model-name", served) if served else ("--model-path", server_args.model_path)
+    reason = core.colon_refusal(name, flag)
+    if reason is not None:
+        raise UnsupportedError(reason, param=flag)
     device = (server_args.device or "cuda").split(":")[0]
     if device not in ("cuda", "cpu"):
         raise UnsupportedError(

@@ -220,6 +220,7 @@ class Supervisor:
 
 
 # ------------------------------------------------------------------ of this server
+_claimed: RunDirLock | None = None  # taken before SGLang was imported
 _running: tuple[Supervisor, RunDirLock] | None = None
 
 
@@ -233,6 +234,36 @@ def service_environment(options: HarliOptions, server_args: Any) -> dict[str, st
         trust_remote_code=bool(server_args.trust_remote_code),
     )
     return {SERVICE_ENV: config.to_json(), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def claim(options: HarliOptions) -> None:
+    """Lock the run directory if it is there, and check keys and endpoint: what another server is in the way of.
+
+    The launcher asks before SGLang is imported, which takes a minute on a busy machine; ``start`` asks again.
+
+    Raises:
+        StateError, UnsupportedError, ConfigError: as in ``start``.
+    """
+    global _claimed
+    if os.path.isdir(options.absolute_run_dir):  # else it is made only by a server that comes so far
+        _claimed = RunDirLock(options.absolute_run_dir)
+    _check(options)
+
+
+def _check(options: HarliOptions) -> None:
+    if options.absolute_curve_keys:
+        curve_keys.check_server_folder(options.absolute_curve_keys)
+    check_endpoint_free(options.finetune_endpoint)
+
+
+def _lock(run_dir: str) -> RunDirLock:
+    global _claimed
+    lock, _claimed = _claimed, None
+    if lock is not None and lock.run_dir == run_dir:
+        return lock
+    if lock is not None:
+        lock.release()
+    return RunDirLock(run_dir)
 
 
 def start(server_args: Any) -> None:
@@ -251,10 +282,8 @@ def start(server_args: Any) -> None:
     run_dir = options.absolute_run_dir
     lock = None
     try:
-        lock = RunDirLock(run_dir)
-        if options.absolute_curve_keys:
-            curve_keys.check_server_folder(options.absolute_curve_keys)
-        check_endpoint_free(options.finetune_endpoint)
+        lock = _lock(run_dir)
+        _check(options)
     except (ConfigError, StateError, UnsupportedError) as error:
         if lock is not None:
             lock.release()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_harli.errors import ConfigError
+from sglang_harli.managers import user_caches
 from sglang_harli.tools.toy_text import ToyWorld
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -108,6 +109,9 @@ def make_model(
     if steps is None:
         steps = round((shape.default_s if seconds is None else seconds) * shape.steps_per_s)
     began = time.monotonic()
+    report = report or (lambda line: None)
+    for line in user_caches.provide():  # before torch is imported
+        report(line)
     world = ToyWorld(seed)
     tokenizer = _tokenizer(world, shape, seed)
     config = _config(arch, shape, tokenizer, dtype, overrides or {})
@@ -118,7 +122,7 @@ def make_model(
         model = _random_model(config, seed)
         made |= {"parameters": model.num_parameters(), "steps": steps}
         if steps:
-            made["loss"] = _pretrain(model, tokenizer, world, steps, seed, report or (lambda line: None))
+            made["loss"] = _pretrain(model, tokenizer, world, steps, seed, report)
         _save_weights(model, path, dtype)
     else:
         config.save_pretrained(path)
@@ -301,6 +305,9 @@ def _save_weights(model: Any, path: Path, dtype: str) -> None:
     finally:
         if bars:
             logging.enable_progress_bar()
+    mode = (path / "config.json").stat().st_mode & 0o777
+    for weights in path.glob("*.safetensors"):
+        weights.chmod(mode)  # safetensors makes them readable for their owner alone
 
 
 def _write_generation_config(path: Path, tokenizer: Any) -> None:

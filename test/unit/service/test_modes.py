@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sglang_harli.client import FinetuneClient
+from support.other_user import needs_root, run_python
 from support.service import ServiceProcess
 from support.service_world import pairs, until
 
@@ -70,15 +69,14 @@ def test_a_run_directory_that_is_made_is_private_and_says_nothing(tmp_path, mode
         service.close()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@needs_root
 def test_an_ipc_endpoint_is_open_to_the_servers_user_alone(model):
     service = ServiceProcess(str(model)).start()
     try:
         path = service.endpoint.removeprefix("ipc://")
         assert not os.stat(path).st_mode & OTHERS
         service.folder.chmod(0o755)
-        other = f"import os, socket; os.setuid(54321); socket.socket(socket.AF_UNIX).connect({path!r})"
-        done = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=60)
+        done = run_python(f"import socket; socket.socket(socket.AF_UNIX).connect({path!r})")
         assert "PermissionError" in done.stderr
         with FinetuneClient(service.endpoint) as client:
             client.status()
