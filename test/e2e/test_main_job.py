@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from sglang_harli import FinetuneClient
 from sglang_harli.core import JobStatus, short_id
-from sglang_harli.errors import DataError, HarliError
+from sglang_harli.errors import ConfigError, DataError, HarliError
 from sglang_harli.protocol.public import Job
 from support.http import PROMPTS, chat, generate, generate_all, get, post
 from support.models import make_model
@@ -218,6 +219,37 @@ def test_an_adapter_loaded_from_files_is_padded(server, taught, run_dir, alone):
     assert by_hand == generate(server.url, PROMPTS[2], lora=taught.fine_tuned_model)
     assert by_hand != alone[2]
     assert post(server.url, "/unload_lora_adapter", {"lora_name": "by-hand"})[0] == 200
+
+
+def test_other_weights_are_another_base_until_they_are_the_first_again(
+    server, client, taught, alone, model, tmp_path
+):
+    name, other = taught.fine_tuned_model, make_model(tmp_path / "other", "qwen3", seed=1)
+    job = client.submit(ROWS, n_epochs=60, batch_size=2, checkpoint_every=0)
+    until(lambda: client.get(job.id).step >= 5)
+    client.pause(job.id)
+    until(lambda: client.get(job.id).status is JobStatus.PAUSED)
+    assert post(server.url, "/update_weights_from_disk", {"model_path": other})[0] == 200
+    says = f"its base is {model}, and this server serves {model} ({other}): their weights differ"
+    until(lambda: name not in [m["id"] for m in get(server.url, "/v1/models")[1]["data"]])
+    assert get(server.url, f"/v1/models/{name}")[0] == 404
+    status, error = chat(server.url, name, QUESTIONS[0][0])
+    assert status == 404 and says in json.dumps(error)
+    status, error = post(server.url, "/generate", {"text": "a", "lora_path": name})
+    assert status == 400 and says in json.dumps(error)
+    assert says in str(client.resume(job.id).reason)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        client.submit(resume_from=taught.id, n_epochs=61)
+    between = client.wait(client.submit(ROWS, n_epochs=1).id, 60)  # does not wait for the job before it
+    assert (between.status, client.get(job.id).status) == (JobStatus.SUCCEEDED, JobStatus.QUEUED)
+    assert post(server.url, "/update_weights_from_disk", {"model_path": model})[0] == 200
+    done = client.wait(job.id, 60)
+    assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 2)
+    status, answer = chat(server.url, name, QUESTIONS[0][0])
+    assert status == 200, answer
+    assert answer["choices"][0]["message"]["content"].strip() == QUESTIONS[0][1]
+    assert chat(server.url, between.fine_tuned_model, "a")[0] == 404
+    assert generate_all(server.url) == alone
 
 
 def final_weights(run_dir: Path, job: str) -> bytes:

@@ -50,6 +50,9 @@ class SchedulerPeer(Peer):
         self.ring: deque[internal.Message] = deque()
         self.options: dict[str, Any] = {"tpot_slo_ms": 50.0}
         self.revision = 0
+        self.base: internal.BasePrint | None = None  # what it serves; None: it does not say
+        self.updates = 0
+        self.held = ""  # why no run is to start
         self.pid = os.getpid()
         self._drop()
 
@@ -68,9 +71,20 @@ class SchedulerPeer(Peer):
         self._next_at = 0.0
         self._last: internal.BatchCursor | None = None
 
-    def restart(self) -> None:
-        """As if the scheduler process had died and come back."""
+    def update_weights(self, base: internal.BasePrint) -> None:
+        """As SGLang's update does, where no job trains."""
+        assert self.spec is None
+        self.base, self.updates = base, self.updates + 1
+        self._hello()
+
+    def hold_runs(self, reason: str) -> None:
+        self.held = reason
+        self._hello()
+
+    def restart(self, base: internal.BasePrint | None = None) -> None:
+        """As if the scheduler process had died and come back, with ``base`` where one is given."""
         self._drop()
+        self.base, self.updates = base or self.base, 0
         self.ring.clear()
         self.pid += 1
         self.service_pid = None
@@ -104,6 +118,9 @@ class SchedulerPeer(Peer):
             next_cursor=cursor,
             options=self.options,
             revision=self.revision,
+            base=self.base,
+            updates=self.updates,
+            hold=self.held,
         )
 
     def take(self, message: Any, frames: list[bytes]) -> None:
@@ -136,7 +153,11 @@ class SchedulerPeer(Peer):
             message.spec.attempt,
         ):
             return  # said twice
-        assert message.scheduler == self.pid
+        if message.scheduler != self.pid:
+            return  # for the one before
+        if self.held or message.updates != self.updates:
+            self._hello()
+            return
         self._drop()
         self.starts.append(message)
         self.spec, self.step, self._saved = message.spec, message.step, message.step

@@ -99,7 +99,7 @@ class Peer:
             self.socket.setsockopt(option, value)
         self.socket.connect(endpoint)
         self._source = source
-        self._seq = 0
+        self._seq = time.monotonic_ns() // 1000  # beyond those of a peer before, as in the scheduler
         self.service_pid: int | None = None
         self._hello_at = 0.0
         self._ending = threading.Event()

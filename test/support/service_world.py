@@ -20,6 +20,7 @@ from sglang_harli import core
 from sglang_harli.client import FinetuneClient
 from sglang_harli.errors import ConfigError
 from sglang_harli.protocol import public
+from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.public import Job
 from support.scheduler_peer import SchedulerPeer
 from support.service_peers import HttpPeer, ServiceProcess
@@ -76,8 +77,10 @@ class World:
             self.join_scheduler()
             self.join_http()
 
-    def join_scheduler(self, **limits: Any) -> SchedulerPeer:
-        self.scheduler = SchedulerPeer(self.run_dir, **limits).start()
+    def join_scheduler(self, *, base: BasePrint | None = None, **limits: Any) -> SchedulerPeer:
+        self.scheduler = SchedulerPeer(self.run_dir, **limits)
+        self.scheduler.base = base
+        self.scheduler.start()
         self._stack.callback(self.scheduler.close)
         until(lambda: self.scheduler.service_pid, "the welcome")
         return self.scheduler

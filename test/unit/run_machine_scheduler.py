@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 TOTAL_STEPS, MICRO_BATCHES, EVERY = 4, 2, 2
 STATE_BYTES = 64
 LIMITS = limits()
+BASES = tuple(
+    internal.BasePrint(
+        model="m", path=f"m/{number}", dtype="float32", math={}, weights={"x": (number,)}, digest=str(number)
+    )
+    for number in (1.0, 2.0)
+)
 
 
 @dataclass
@@ -51,13 +57,14 @@ class Scheduler:
     def __init__(self, world: World) -> None:
         self.world = world
         self.pid = world.new_name()
-        self.seq = self.pid * 1_000_000
+        self.seq = self.before = self.pid * 1_000_000
         self.ring = Unacknowledged()
         self.run: Held | None = None
         self.attempts: dict[str, int] = {}
         self.service_pid: int | None = None
         self.pulse_at = 0.0
         self.hold = ""  # why no run is to start
+        self.base, self.updates = world.base, 0
 
     # ---- out
     def send(self, message: Any) -> None:
@@ -71,7 +78,15 @@ class Scheduler:
     def hello(self) -> None:
         run = self.run
         self.seq += 1
-        message = internal.Hello(pid=self.pid, rank=0, limits=LIMITS, seq=self.seq, hold=self.hold)
+        message = internal.Hello(
+            pid=self.pid,
+            rank=0,
+            limits=LIMITS,
+            seq=self.seq,
+            hold=self.hold,
+            base=self.base,
+            updates=self.updates,
+        )
         if run is not None:
             message.job, message.attempt, message.step = run.job, run.attempt, run.applied
             message.next_cursor = self._cursor(run)
@@ -108,7 +123,7 @@ class Scheduler:
     def receive(self, message: Any) -> None:
         run = self.run
         match message:
-            case internal.Welcome():
+            case internal.Welcome() if not 0 < message.answers <= self.before:
                 new, self.service_pid = message.pid != self.service_pid, message.pid
                 if new or not message.answers:
                     for kept in self.ring.all():
@@ -132,9 +147,11 @@ class Scheduler:
         spec = message.spec
         if spec.attempt <= self.attempts.get(spec.job, 0) or message.scheduler != self.pid:
             return
-        if self.hold:
+        if self.hold or message.updates != self.updates:
             self.hello()
             return
+        base = self.world.store[spec.job].base
+        assert base is not None and base.digest == self.base.digest, "a job is trained on another base"
         self.attempts[spec.job] = spec.attempt
         self.run = None
         path = message.restore.path if message.restore else None
@@ -198,6 +215,13 @@ class Scheduler:
         """Take no run for a while, or (``""``) again; what a hello says and is lost comes with the next one."""
         self.hold = reason
         self.hello()
+
+    def update_weights(self, base: internal.BasePrint) -> None:
+        """SGLang's update, which is refused while a job trains."""
+        if self.run is None:
+            self.world.base = self.base = base
+            self.updates += 1
+            self.hello()
 
     def give_up(self) -> None:
         """Requests need the memory of the run."""

@@ -11,10 +11,11 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from run_machine_scheduler import MICRO_BATCHES, STATE_BYTES, TOTAL_STEPS, Scheduler
+from run_machine_scheduler import BASES, MICRO_BATCHES, STATE_BYTES, TOTAL_STEPS, Scheduler
 
 from sglang_harli.core import JobStatus
 from sglang_harli.protocol import internal
+from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.internal import BatchCursor, SlotRef
 from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.service import jobs
@@ -24,6 +25,7 @@ from sglang_harli.service.queue_order import QueueOrder
 from sglang_harli.service.run_machine import RunMachine
 from sglang_harli.service.run_machine_holds import NotNow
 from sglang_harli.service.run_machine_state import Effect, Now, Preparation
+from sglang_harli.service.served_base import ServedBase
 
 
 class FixedPlan:
@@ -55,6 +57,7 @@ class World:
     events: Counter[tuple[Any, ...]] = field(default_factory=Counter)  # durable ones
     started: Counter[tuple[str, int]] = field(default_factory=Counter)
     refused: set[str] = field(default_factory=set)  # jobs of which the disk did not take a snapshot
+    base: BasePrint = BASES[0]  # that is served
     s: float = 1000.0
     names: int = 0
 
@@ -78,7 +81,9 @@ class World:
         self.to_scheduler.clear()
         self.service = Service(self)
 
-    def kill_scheduler(self) -> None:
+    def kill_scheduler(self, base: BasePrint | None = None) -> None:
+        """``base``: the next one serves another base."""
+        self.base = base or self.base
         self.late_to_scheduler.clear()
         self.to_scheduler.clear()
         self.late_to_service.extend(self.to_service)
@@ -108,7 +113,8 @@ class Service:
         self.world = world
         self.pid = world.new_name()
         self.records = dict(world.store)
-        self.queue = QueueOrder()
+        self.served = ServedBase()
+        self.queue = QueueOrder(self.served.other)
         for record in self.records.values():
             self.queue.update(record)
         self.machine = RunMachine(self)
@@ -129,6 +135,9 @@ class Service:
         job = self.queue.first()
         return None if job is None else self.records[job]
 
+    def without_base(self) -> list[JobRecord]:
+        return [r for r in self.records.values() if r.base is None]
+
     # ---- effects
     def apply(self, change: jobs.Change, then: tuple[Effect, ...] = ()) -> None:
         self.records[change.record.id] = change.record
@@ -147,6 +156,10 @@ class Service:
                     self.send(internal.Ack(seqs=[seq]))
                 case machine.HoldJob(job, reason):
                     self.queue.hold(job, reason)
+                case machine.ServeBase(base):
+                    self.served.serve(base)
+                    for record in self.records.values():
+                        self.queue.update(record)
                 case machine.AskHello():
                     self.send(internal.Welcome(pid=self.pid, answers=0))
                 case machine.TakeBack(path):
@@ -269,14 +282,18 @@ class Service:
     def publish(self) -> bool:
         if not self.publications:
             return False
-        record = self.records[self.publications.pop()]
+        ready = sorted(job for job in self.publications if not self.served.other(self.records[job]))
+        if not ready:
+            return False
+        self.publications.remove(ready[0])
+        record = self.records[ready[0]]
         if record.publishing:
             self.apply(jobs.published(record, self.world.s))
             self.settle()
         return True
 
 
-def new_job(number: int) -> JobRecord:
+def new_job(number: int, base: BasePrint | None = None) -> JobRecord:
     return JobRecord(
         id=f"ftjob-{number:024d}",
         number=number,
@@ -287,4 +304,5 @@ def new_job(number: int) -> JobRecord:
         adapter_name=f"m-ft-{number}",
         total_steps=TOTAL_STEPS,
         data={},
+        base=base,
     )

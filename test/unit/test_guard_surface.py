@@ -13,7 +13,7 @@ import msgspec
 from project_files import package_files, parse
 
 from sglang_harli import config, core
-from sglang_harli.protocol import internal, public, served_limits
+from sglang_harli.protocol import base_print, internal, public, served_limits
 
 # --harli-<name with dashes>: default.
 FLAGS = {
@@ -151,7 +151,8 @@ MESSAGES = {
         "linear_sizes max_seq_length max_lora_rank lora_target_modules train_memory_bytes logits_bytes "
         "space_bytes"
     ),
-    "Hello": "seq pid rank limits refusal job attempt step next_cursor options revision hold",
+    "BasePrint": "model path dtype math weights digest",
+    "Hello": "seq pid rank limits refusal job attempt step next_cursor options revision hold base updates",
     "Pulse": "seq job attempt step next_cursor state_bytes has_slot snapshot stopping",
     "RunStarted": "seq job attempt step state_bytes",
     "StepDone": (
@@ -164,7 +165,7 @@ MESSAGES = {
     "StatusReport": "seq request serving training pool",
     "OptionsSet": "seq request outcome revision effective text",
     "Welcome": "seq pid answers",
-    "StartRun": "seq spec scheduler step restore meta",
+    "StartRun": "seq spec scheduler updates step restore meta",
     "MicroBatch": "seq job attempt cursor micro_batches lengths rows step_target_tokens",
     "SnapshotSlot": "seq job attempt slot",
     "SnapshotSaved": "seq job attempt step ok",
@@ -173,7 +174,7 @@ MESSAGES = {
     "StatusRequest": "seq request",
     "SetOptions": "seq request values if_revision",
     "HttpHello": "seq pid served_model_name",
-    "ServiceState": "seq pid endpoint_bound scheduler_seen refusal adapters jobs greeted_by",
+    "ServiceState": "seq pid endpoint_bound scheduler_seen refusal adapters jobs greeted_by others",
     "PublishAdapter": "seq request job name config slot",
     "AdapterPublished": "seq request job name ok code text",
     "AdapterWanted": "seq name",
@@ -233,7 +234,7 @@ def test_hyperparameters():
 
 
 def test_message_fields():
-    found = {**structs(public), **structs(internal), **structs(served_limits)}
+    found = {**structs(public), **structs(internal), **structs(served_limits), **structs(base_print)}
     found.pop("Hyperparameters")  # its own test
     names = {name: {f.name for f in msgspec.structs.fields(kind)} for name, kind in found.items()}
     assert names == {name: set(fields.split()) for name, fields in MESSAGES.items()}

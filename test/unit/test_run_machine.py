@@ -72,7 +72,7 @@ def two_jobs() -> World:
     """Both wait for a scheduler; the first one is about to be prepared."""
     world = World()
     for number in (1, 2):
-        world.service.apply(jobs.created(new_job(number), "fine"))
+        world.service.apply(jobs.created(new_job(number), "fine"))  # before the first hello: without a base
     while world.service.commit():
         pass
     world.scheduler.hello()

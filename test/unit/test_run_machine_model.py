@@ -25,12 +25,13 @@ class Protocol(RuleBasedStateMachine):
         super().__init__()
         self.world = World()
         self.acknowledged: set[str] = set()
+        self.bases: dict[str, Any] = {}  # of each job, once it has one
 
     # ---- users
     @precondition(lambda self: len(self.acknowledged) < 3)
     @rule()
     def submit(self) -> None:
-        record = model.new_job(len(self.acknowledged) + 1)
+        record = model.new_job(len(self.acknowledged) + 1, self.world.service.machine.state.base)
         self.world.service.apply(jobs.created(record, "fine"))
         while self.world.service.uncommitted:  # the answer waits for it
             self.world.service.commit()
@@ -82,6 +83,14 @@ class Protocol(RuleBasedStateMachine):
     @rule()
     def kill_scheduler(self) -> None:
         self.world.kill_scheduler()
+
+    @rule(base=st.sampled_from(model.BASES))
+    def start_on_another_base(self, base: Any) -> None:
+        self.world.kill_scheduler(base)
+
+    @rule(base=st.sampled_from(model.BASES))
+    def update_weights(self, base: Any) -> None:
+        self.world.scheduler.update_weights(base)
 
     @rule()
     def kill_both(self) -> None:
@@ -167,43 +176,64 @@ class Protocol(RuleBasedStateMachine):
     @invariant()
     def no_job_waits_for_one_that_is_held(self) -> None:
         service = self.world.service
-        held = set(service.machine.state.holds)
         queued = {r.id for r in service.records.values() if r.status == JobStatus.QUEUED}
+        others = {job for job in queued if service.served.other(service.records[job])}
+        held = others | set(service.machine.state.holds)
         first = service.queue.first()
         assert first in queued - held if queued - held else first is None
         for job in queued & held:
-            assert service.queue.reason(job) == service.machine.state.holds[job].reason
+            reason = str(service.queue.reason(job))
+            assert (
+                "its base is" in reason
+                if job in others
+                else reason == service.machine.state.holds[job].reason
+            )
+
+    @invariant()
+    def a_job_keeps_its_base(self) -> None:
+        for record in self.world.store.values():
+            if record.base is not None:
+                assert self.bases.setdefault(record.id, record.base) == record.base
 
     def teardown(self) -> None:
-        self.world.kill_scheduler()  # what only another server can change is changed
+        for base in model.BASES:  # what only another server can change is changed
+            self.world.kill_scheduler(base)
+            self._settle()
+        for record in self.world.store.values():
+            self._judge(record)
+        assert self.world.scheduler.run is None and len(self.world.scheduler.ring) == 0
+        assert not self.world.service.machine.active
+        assert not self.world.shm, "something is left in shared memory"
+
+    def _settle(self) -> None:
         quiet = 0
         for _ in range(ROUNDS):
             self._round()
             quiet = quiet + 1 if self._settled() else 0
             if quiet == 15:  # whoever was killed just now has been heard again by then
                 break
-        for record in self.world.store.values():
-            failed = record.error is not None and record.error.code == "checkpoint_failed"
-            full = failed and record.id in self.world.refused  # by ``finish_work``
-            assert full or record.status in (JobStatus.SUCCEEDED, JobStatus.CANCELLED, JobStatus.PAUSED), (
-                record,
-                self.world.service.machine.state,
-                self.world.scheduler.run,
-            )
-            if record.status == JobStatus.SUCCEEDED:
-                assert record.step == record.checkpoint_step == record.total_steps
-                assert record.total_steps in self.world.disk[record.id]
-                told = {e[3] for e in self.world.events if e[:2] == (record.id, "step_metrics")}
-                assert told == set(range(1, record.total_steps + 1)), "metrics of a step were lost"
-        assert self.world.scheduler.run is None and len(self.world.scheduler.ring) == 0
-        assert not self.world.service.machine.active
-        assert not self.world.shm, "something is left in shared memory"
+
+    def _judge(self, record: Any) -> None:
+        failed = record.error is not None and record.error.code == "checkpoint_failed"
+        full = failed and record.id in self.world.refused  # by ``finish_work``
+        assert full or record.status in (JobStatus.SUCCEEDED, JobStatus.CANCELLED, JobStatus.PAUSED), (
+            record,
+            self.world.service.machine.state,
+            self.world.scheduler.run,
+        )
+        if record.status == JobStatus.SUCCEEDED:
+            assert record.step == record.checkpoint_step == record.total_steps
+            assert record.total_steps in self.world.disk[record.id]
+            told = {e[3] for e in self.world.events if e[:2] == (record.id, "step_metrics")}
+            assert told == set(range(1, record.total_steps + 1)), "metrics of a step were lost"
 
     def _settled(self) -> bool:
+        service = self.world.service
         open_jobs = (JobStatus.QUEUED, JobStatus.RUNNING)
+        left = [r for r in service.records.values() if r.status in open_jobs]
         return (
-            not any(r.status in open_jobs for r in self.world.service.records.values())
-            and not self.world.service.uncommitted
+            all(service.served.other(record) for record in left)
+            and not service.uncommitted
             and self.world.scheduler.run is None
             and not len(self.world.scheduler.ring)
             and not self.world.service.machine.active

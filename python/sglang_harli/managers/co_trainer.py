@@ -60,6 +60,7 @@ class CoTrainer:
         clock: measures quanta; on CUDA it also puts them on the stream of SGLang's forwards.
         desk: training's memory.
         quantum_rows: a fixed split, or None.
+        take_print: takes the print of ``base`` as it is now (waits for the device); None: nobody asks for it.
         set_options, status: what the scheduler does for ``harli set`` and ``harli status``.
 
     Attributes:
@@ -77,6 +78,7 @@ class CoTrainer:
         desk: MemoryDesk,
         *,
         quantum_rows: int | None,
+        take_print: Callable[[], internal.BasePrint] | None = None,
         set_options: Callable[[internal.SetOptions], internal.OptionsSet],
         status: Callable[[], dict[str, Any]],
     ) -> None:
@@ -86,6 +88,9 @@ class CoTrainer:
         self.run: ActiveRun | None = None
         self.held = False  # /pause_generation pauses training too
         self.hold = ""  # why no run starts now, for the hello; "": it may
+        self.take_print = take_print
+        self.base_print = take_print() if take_print is not None else None
+        self.updates = 0  # of the served weights, since the start
         self._apply_options, self._status = set_options, status
         self._sub_state = (SubState.TRAINING.value, "")
         self._told_at = self._ask_memory_at = self._pulse_at = 0.0
@@ -135,7 +140,7 @@ class CoTrainer:
         late = spec.attempt <= self._attempts.get(spec.job, 0)  # that run is held, or over
         if late or message.scheduler not in (0, os.getpid()):
             return
-        if self.hold:  # the service has not read that yet
+        if self.hold or message.updates != self.updates:  # the service has not read that yet
             self.link.say_hello()
             return
         self._note(spec.job, spec.attempt)
@@ -149,6 +154,14 @@ class CoTrainer:
         """Start no run from now on, for a reason that queued jobs show; ``""``: runs may start again.  The run in
         progress goes on."""
         self.hold = reason
+        self.link.say_hello()
+
+    def weights_updated(self) -> None:
+        """SGLang has written to the served weights: they are another base now, unless they are what they were.  No
+        job is in training then (the update would have been refused)."""
+        self.updates += 1
+        if self.take_print is not None:
+            self.base_print = self.take_print()
         self.link.say_hello()
 
     def _note(self, job: str, attempt: int) -> None:

@@ -2,7 +2,8 @@
 
 ``DumperControlReqInput`` is SGLang's generic call (a method name and a plain dict); ours begin with
 ``harli/`` and never raise: an exception in a handler would end the server.
-Leans on io_struct: DumperControlReqOutput, UpdateWeight…ReqInput and their outputs.
+Leans on io_struct: DumperControlReqOutput, UpdateWeight…ReqInput and their outputs, ResumeMemoryOccupationReqInput;
+and on srt.constants.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
 from sglang.srt.managers import io_struct
 
 from sglang_harli.errors import HarliError
@@ -30,20 +32,39 @@ _WEIGHT_UPDATES = {
 }
 
 
-def guard_weight_updates(dispatcher: Any, training: Callable[[], bool]) -> None:
-    """Answer weight updates with a refusal while a job trains (its base would change under it)."""
+def guard_weight_updates(dispatcher: Any, training: Callable[[], bool], updated: Callable[[], None]) -> None:
+    """Answer weight updates with a refusal while a job trains (its base would change under it).
+
+    Args:
+        updated: called after each update that was tried, and after memory of weights came back, whose contents are
+            not defined then: they may be another base now.
+    """
     mapping = dispatcher._mapping
     for request, output in _WEIGHT_UPDATES.items():
-        mapping[request] = _guarded(mapping[request], output, training)
+        mapping[request] = _guarded(mapping[request], output, training, updated)
+    resume = mapping[io_struct.ResumeMemoryOccupationReqInput]
+
+    def resumed(recv_req: Any) -> Any:
+        answer = resume(recv_req)
+        if not recv_req.tags or GPU_MEMORY_TYPE_WEIGHTS in recv_req.tags:
+            updated()
+        return answer
+
+    mapping[io_struct.ResumeMemoryOccupationReqInput] = resumed
 
 
 def _guarded(
-    handler: Callable[[Any], Any], output: type[Any], training: Callable[[], bool]
+    handler: Callable[[Any], Any],
+    output: type[Any],
+    training: Callable[[], bool],
+    updated: Callable[[], None],
 ) -> Callable[[Any], Any]:
     def handle(recv_req: Any) -> Any:
         if training():
             return output(success=False, message=REFUSAL)
-        return handler(recv_req)
+        answer = handler(recv_req)
+        updated()  # one that failed half-way too
+        return answer
 
     return handle
 

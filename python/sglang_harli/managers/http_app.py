@@ -23,6 +23,7 @@ from sglang_harli.core import PROFILE_ROUTE
 from sglang_harli.errors import HarliError
 from sglang_harli.managers import supervisor
 from sglang_harli.managers.metrics_collector import MetricsCollector
+from sglang_harli.managers.model_names import missing_model_error
 from sglang_harli.managers.publisher import Publisher
 from sglang_harli.managers.startup_profile import StartupProfile
 from sglang_harli.managers.watchdog import Watchdog
@@ -113,6 +114,7 @@ def routes(publisher: Publisher, tokenizer_manager: Any, startup: StartupProfile
     async def available_models() -> Any:
         """SGLang's list (the base and the loaded adapters) and the adapters that load when asked for."""
         models = await http_server.available_models()
+        models.data = [model for model in models.data if model.id not in publisher.others]
         for name in publisher.dormant():
             models.data.append(card(name, tokenizer_manager.lora_ref_cache[name].lora_path))
         return models
@@ -120,6 +122,8 @@ def routes(publisher: Publisher, tokenizer_manager: Any, startup: StartupProfile
     @router.get("/v1/models/{model:path}")
     async def retrieve_model(model: str) -> Any:
         """An adapter, or SGLang's answer (which knows the base alone)."""
+        if model in publisher.others:
+            return missing_model_error(tokenizer_manager, model)
         ref = tokenizer_manager.lora_registry.get_all_adapters().get(model)
         if ref is not None:
             return card(model, ref.lora_path)

@@ -28,13 +28,16 @@ class MissingModelText(str):
     """The message of a missing adapter; its type tells ``create_error_response`` which form to give it."""
 
 
-def missing_model_text(name: str) -> MissingModelText:
-    return MissingModelText(f"The model '{name}' does not exist: GET /v1/models lists the models that do")
+def missing_model_text(tokenizer_manager: Any, name: str) -> MissingModelText:
+    text = f"The model '{name}' does not exist: GET /v1/models lists the models that do"
+    if other := _other_base(tokenizer_manager, name):
+        text = f"The model '{name}' is an adapter that is not served here: {other}"
+    return MissingModelText(text)
 
 
-def missing_model_error(name: str) -> JSONResponse:
+def missing_model_error(tokenizer_manager: Any, name: str) -> JSONResponse:
     """A 404 in OpenAI's form, as SGLang answers ``GET /v1/models/{id}``."""
-    return _openai_error(NOT_FOUND, missing_model_text(name), "model_not_found")
+    return _openai_error(NOT_FOUND, missing_model_text(tokenizer_manager, name), "model_not_found")
 
 
 def _openai_error(status: int, message: str, code: str) -> JSONResponse:
@@ -45,8 +48,16 @@ def _openai_error(status: int, message: str, code: str) -> JSONResponse:
 # ------------------------------------------------------------------ the rule
 def is_adapter(tokenizer_manager: Any, name: str) -> bool:
     """Whether ``name`` is an adapter that answers: loaded, or evicted and loaded again when asked for."""
+    if _other_base(tokenizer_manager, name):
+        return False
     registered = tokenizer_manager.lora_registry.get_all_adapters()
     return name in registered or name in tokenizer_manager.lora_ref_cache
+
+
+def _other_base(tokenizer_manager: Any, name: str) -> str:
+    """The base that an adapter belongs to, where that is not the served one; else ""."""
+    publisher = getattr(tokenizer_manager, "harli_publisher", None)
+    return "" if publisher is None else publisher.others.get(name, "")
 
 
 def _is_base(tokenizer_manager: Any, name: str) -> bool:
@@ -77,7 +88,9 @@ def resolve_lora_path(
     """
     adapter, missing = find_adapter(serving.tokenizer_manager, request_model)
     if missing:
-        raise HTTPException(NOT_FOUND, detail=missing_model_text(adapter or request_model))
+        raise HTTPException(
+            NOT_FOUND, detail=missing_model_text(serving.tokenizer_manager, adapter or request_model)
+        )
     return explicit_lora_path if adapter is None else adapter
 
 
@@ -96,7 +109,7 @@ async def create_responses(
     """Around ``OpenAIServingResponses.create_responses``, which knows no adapters and would answer as the base."""
     adapter, missing = find_adapter(serving.tokenizer_manager, request.model)
     if missing:
-        return missing_model_error(adapter or request.model)
+        return missing_model_error(serving.tokenizer_manager, adapter or request.model)
     if adapter is not None:
         text = f"/v1/responses does not serve adapters: ask for '{adapter}' at /v1/chat/completions or /v1/completions"
         return _openai_error(BAD_REQUEST, text, "unsupported_model")
@@ -109,6 +122,6 @@ async def handle_messages(
     """Around ``AnthropicServing.handle_messages``, which would make the 404 an internal error."""
     adapter, missing = find_adapter(serving.openai_serving_chat.tokenizer_manager, request.model)
     if missing:
-        text = missing_model_text(adapter or request.model)
+        text = missing_model_text(serving.openai_serving_chat.tokenizer_manager, adapter or request.model)
         return serving._error_response(status_code=NOT_FOUND, error_type="not_found_error", message=text)
     return await original(serving, request, *args, **kwargs)

@@ -50,6 +50,7 @@ class Publisher:
         was_ready: the service's door was open and the scheduler's hello had reached it, at least once.
         state: the latest the service said of itself.
         heard: messages that have come from the service.
+        others: adapters of another base than the served one, and the sentence that says so: they are not served.
         down: why there is no service any more; None while there is one, or will be again.
     """
 
@@ -59,12 +60,13 @@ class Publisher:
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._task: asyncio.Task[None] | None = None
-        self._queue: asyncio.Queue[internal.PublishAdapter] = asyncio.Queue()
+        self._queue: asyncio.Queue[internal.PublishAdapter | str] = asyncio.Queue()  # a name: to be unloaded
         self._newest: dict[str, internal.PublishAdapter] = {}  # by adapter, of those that wait or are in work
         self._waiting: dict[str, asyncio.Future[str]] = {}  # evicted adapter -> what is wrong, "" when back
         self._dropped: set[str] = set()  # unloaded by the operator
         self._seq = 0
         self.state: internal.ServiceState | None = None
+        self.others: dict[str, str] = {}
         self.was_ready = False
         self.heard = 0
         self.down: str | None = None
@@ -142,6 +144,9 @@ class Publisher:
     async def _publish_queued(self) -> None:
         while True:
             wanted = await self._queue.get()
+            if isinstance(wanted, str):
+                await self._unload_other(wanted)
+                continue
             # The slot of a question that was asked again, or by a service that is gone, may be gone too.
             if self._newest.get(wanted.name) is wanted:
                 await self._publish(wanted)
@@ -169,6 +174,7 @@ class Publisher:
         if state.endpoint_bound and state.scheduler_seen and not self.was_ready:
             self.was_ready = True
             logger.info("harli: the finetune service (pid %d) is ready", state.pid)
+        self._note_others(state.others)
         self._remember(state.adapters)
         if state.greeted_by != os.getpid():  # ours was lost, or has gone to the service before
             await self._say_hello()
@@ -186,6 +192,31 @@ class Publisher:
         for name in names:
             if name not in self._dropped and name not in self._manager.lora_ref_cache:
                 self._manager.lora_ref_cache[name] = LoRARef(lora_name=name, lora_path=TENSOR_PATH)
+
+    def _note_others(self, others: dict[str, list[str]] | None) -> None:
+        """Adapters that belong to another base: after an update of the weights some of them may be loaded."""
+        if others is None:
+            return
+        self.others = {name: text for text, names in others.items() for name in names}
+        self._remember(
+            list(self.others)
+        )  # so that a request for one comes to ``bring_back``, which says why not
+        loaded = self._manager.lora_registry.get_all_adapters()
+        for name in [name for name in loaded if name in self.others]:
+            logger.info("harli: adapter %s is unloaded: %s", name, self.others[name])
+            self._queue.put_nowait(name)
+
+    async def _unload_other(self, name: str) -> None:
+        from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
+
+        async with self._manager.lora_update_lock:
+            if name not in self.others or name not in self._manager.lora_registry.get_all_adapters():
+                return
+            result = await self._manager._unload_lora_adapter_locked(
+                UnloadLoRAAdapterReqInput(lora_name=name)
+            )
+            if not result.success:
+                logger.error("harli: adapter %s could not be unloaded: %s", name, result.error_message)
 
     # ---------------------------------------------------------------- publication
     async def _publish(self, wanted: internal.PublishAdapter) -> None:
@@ -306,6 +337,8 @@ class Publisher:
     # ---------------------------------------------------------------- evicted adapters
     async def bring_back(self, name: str, timeout_s: float = BRING_BACK_S) -> str:
         """Ask the service to publish an evicted adapter again and wait; returns what is wrong, or ``""``."""
+        if name in self.others:
+            return self.others[name]
         if self.down is not None:
             return self._no_service()
         future = self._waiting.get(name)
@@ -338,6 +371,7 @@ class Publisher:
             name
             for name, ref in self._manager.lora_ref_cache.items()
             if name not in loaded and ref.lora_path == TENSOR_PATH and looks_like_adapter(name)
+            if name not in self.others
         ]
 
 

@@ -73,10 +73,16 @@ class HarliScheduler(Scheduler):
     # ---------------------------------------------------------------- control
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
-        control.guard_weight_updates(self._request_dispatcher, self._harli_training)
+        control.guard_weight_updates(
+            self._request_dispatcher, self._harli_training, self._harli_weights_updated
+        )
 
     def _harli_training(self) -> bool:
         return self._harli is not None and self._harli.training
+
+    def _harli_weights_updated(self) -> None:
+        if self._harli is not None:
+            self._harli_safely(self._harli.weights_updated)
 
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
         """Also takes what the finetune service has sent; runs every loop turn, paused or not."""

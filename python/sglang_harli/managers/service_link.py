@@ -50,7 +50,7 @@ class ServiceLink:
         self._trouble = ""  # that was logged last
         self._make_hello = make_hello
         # Beyond those of any scheduler before: a late acknowledgement must not be taken for one of this life.
-        self._seq = time.monotonic_ns() // 1000
+        self._seq = self._before = time.monotonic_ns() // 1000
         self._ring = Unacknowledged()
         self.service_pid: int | None = None
         self._hello_at = 0.0
@@ -140,6 +140,10 @@ class ServiceLink:
         return messages
 
     def _welcomed(self, message: internal.Welcome) -> None:
+        if (
+            0 < message.answers <= self._before
+        ):  # to a hello of an earlier scheduler: ours is still to be read
+            return
         new, asked = message.pid != self.service_pid, message.answers == 0
         self.service_pid = message.pid
         if not new and not asked:

@@ -24,6 +24,7 @@ from sglang_harli.managers.service_link import ServiceLink
 from sglang_harli.managers.serving_side import ServingSide
 from sglang_harli.mem_cache.prefix_eviction import evict_stripes
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
+from sglang_harli.peft_trainer import base_print
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.frozen_base import bind as bind_base
 from sglang_harli.platforms.cpu.defaults import host_memory_bytes
@@ -71,7 +72,8 @@ def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | No
         message = internal.Hello(
             pid=os.getpid(), rank=0, limits=current, options=side.effective(), revision=side.revision
         )
-        message.hold = trainer.hold if trainer is not None else ""
+        if trainer is not None:
+            message.hold, message.base, message.updates = trainer.hold, trainer.base_print, trainer.updates
         if run is not None:
             message.job, message.attempt = run.spec.job, run.spec.attempt
             message.step, message.next_cursor = run.training.applied_step, run.training.next_cursor
@@ -90,6 +92,7 @@ def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | No
         make_clock(base.device.type, getattr(scheduler, "forward_stream", None)),
         desk,
         quantum_rows=side.options.quantum_rows,
+        take_print=lambda: base_print.take(base, args.served_model_name, args.model_path),
         set_options=side.set_options,
         status=side.status,
     )

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct, field
 
+from sglang_harli.protocol.base_print import BasePrint as BasePrint
 from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.protocol.served_limits import ServedLimits as ServedLimits
 
@@ -65,7 +66,7 @@ class BatchCursor(Struct, frozen=True, kw_only=True):
 class Hello(Message):
     """On every (re)connection, and where something that it says has changed.  ``job``, ``attempt``, ``step`` and
     ``next_cursor``: of the run in progress.  ``hold``: why no run is to start now ("": it may); the next hello
-    may lift it.
+    may lift it.  ``base``: the print of the served weights, after so many ``updates`` of them since the start.
     """
 
     pid: int
@@ -79,6 +80,8 @@ class Hello(Message):
     options: dict[str, Any] = field(default_factory=dict)
     revision: int = 0
     hold: str = ""
+    base: BasePrint | None = None
+    updates: int = 0
 
 
 class Pulse(Message):
@@ -204,11 +207,13 @@ class Welcome(Message):
 class StartRun(Message):
     """``restore``: the state of checkpoint ``step`` in a slot; the scheduler unmaps it after RunStarted.
 
-    ``scheduler``: the pid whose hello it answers; another process drops it (0: for any).
+    ``scheduler``: the pid whose hello it answers; another process drops it (0: for any), and so does that one where
+    its weights were updated since (``updates``).
     """
 
     spec: RunSpec
     scheduler: int = 0
+    updates: int = 0
     step: int = 0
     restore: SlotRef | None = None
     meta: dict[str, Any] = field(default_factory=dict)
@@ -289,8 +294,9 @@ class ServiceState(Message):
 
     ``endpoint_bound``: the public door is open.  ``scheduler_seen``: a hello has been read; both gate
     /health_generate.  ``adapters``: names of the succeeded jobs' adapters, which AdapterWanted brings: after a
-    restart of the server they are known at once and loaded when first asked for (a sign of life names none;
-    names are only ever added).  ``jobs``: how many there are by status.  ``greeted_by``: pid of the HTTP process
+    restart of the server they are known at once and loaded when first asked for (a sign of life names none).
+    ``others``: by reason, the adapters that belong to another base than the served one: they are not served, and a
+    request for one gets the reason (None: as before).  ``jobs``: how many there are by status.  ``greeted_by``: pid of the HTTP process
     whose hello has been read (0: none); whoever finds another one there says hello again.
     """
 
@@ -301,6 +307,7 @@ class ServiceState(Message):
     adapters: list[str] = field(default_factory=list)
     jobs: dict[str, int] = field(default_factory=dict)
     greeted_by: int = 0
+    others: dict[str, list[str]] | None = None
 
 
 class PublishAdapter(Message):

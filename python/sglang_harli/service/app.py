@@ -170,6 +170,7 @@ class App:
             adapters=self._publication.names(),
             jobs=self._desk.counts(),
             greeted_by=self._http.pid or 0,
+            others=self._publication.others(),
         )
 
     def _wanted(self, name: str) -> None:

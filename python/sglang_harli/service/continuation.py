@@ -63,11 +63,11 @@ class Start:
     damage: str = ""
 
 
-def find(desk: JobDesk, args: SubmitArgs, served_model: str) -> Origin:
+def find(desk: JobDesk, args: SubmitArgs) -> Origin:
     """The job that ``args.resume_from`` names, checked as far as its record says.
 
     Raises:
-        HarliError: there is none, it is not over, it is another model's, or what was asked cannot follow it.
+        HarliError: there is none, it is not over, its base is not the served one, or what was asked cannot follow it.
     """
     assert args.resume_from is not None
     record = desk.get(args.resume_from)
@@ -76,10 +76,9 @@ def find(desk: JobDesk, args: SubmitArgs, served_model: str) -> Origin:
             f"job {record.id} is {record.status}: only a job that is over can be continued; cancel it or let it end",
             param="resume_from",
         )
-    if record.model != served_model:
+    if other := desk.other_base(record):
         raise ConfigError(
-            f"job {record.id} was trained on {record.model}, this server serves {served_model}: start the server "
-            "with that model",
+            f"job {record.id} cannot be continued here: {other}; start the server with the job's base",
             param="resume_from",
         )
     new_course = bool(args.sha256)
@@ -147,6 +146,7 @@ def follow(record: JobRecord, origin: Origin, start: Start) -> JobRecord:
         "checkpoint_tokens": start.tokens,
         "step": start.step,
         "trained_tokens": start.tokens,
+        "base": old.base or record.base,
     }
     if not origin.new_course:
         values |= {"data": old.data, "data_sha256": old.data_sha256}

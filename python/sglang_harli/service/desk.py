@@ -14,6 +14,7 @@ import msgspec
 
 from sglang_harli.core import JobStatus, short_id
 from sglang_harli.errors import NotFoundError, NotReadyError
+from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.public import Event, Job
 from sglang_harli.service import jobs
 from sglang_harli.service.job_files import JobMirror, JobPaths
@@ -21,6 +22,7 @@ from sglang_harli.service.job_store import JobStore
 from sglang_harli.service.jobs import Change, JobRecord
 from sglang_harli.service.journal import Journal
 from sglang_harli.service.queue_order import QueueOrder
+from sglang_harli.service.served_base import ServedBase
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ class JobDesk:
         self._keys: dict[str, str] = {}
         self._short_ids: set[str] = set()
         self._counts: Counter[JobStatus] = Counter()
-        self._queue = QueueOrder()
+        self._served = ServedBase()
+        self._queue = QueueOrder(self._served.other)
         self._number = 0
         for record in store.jobs():
             self._keep(record)
@@ -108,12 +111,28 @@ class JobDesk:
         """Pass a queued job over, for a reason that is shown; ``""`` ends that."""
         self._queue.hold(job, reason)
 
+    def serve(self, base: BasePrint) -> None:
+        """This base is served from now on: jobs of others wait."""
+        self._served.serve(base)
+        for record in self._records.values():
+            self._queue.update(record)
+
+    def without_base(self) -> list[JobRecord]:
+        """Jobs whose base nobody has noted."""
+        return [record for record in self._records.values() if record.base is None]
+
+    def other_base(self, record: JobRecord) -> str:
+        """Why the job's base is not the one that is served, "" where it is."""
+        return self._served.other(record)
+
     def public(self, record: JobRecord) -> Job:
         """The job as clients see it; a queued one with the reason it waits, and none as over that is not so in
         the store: a crash would take it back."""
         job = self._shown(self._before_end[record.id][0] if record.id in self._before_end else record)
         if record.status == JobStatus.QUEUED:
             job.reason = self.blocker() or self._queue.reason(record.id)
+        elif record.publishing:
+            job.reason = self._served.other(record) or job.reason
         return job
 
     def _shown(self, record: JobRecord) -> Job:
@@ -169,6 +188,7 @@ class JobDesk:
 
     def _keep(self, record: JobRecord) -> None:
         """The record and what is looked up by: constant work per change, however many jobs there are."""
+        record = self._served.shared(record)
         old = self._records.get(record.id)
         if old is not None:
             self._counts[old.status] -= 1

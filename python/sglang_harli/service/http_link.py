@@ -82,7 +82,7 @@ class HttpLink:
             await asyncio.sleep(BEAT_S)
             state = self._state()
             if self.pid is not None:
-                state.adapters = []  # known already; there may be thousands
+                state.adapters, state.others = [], None  # known already; there may be thousands
             self.peer.send(state)
 
     def refuse(self, name: str, code: str, text: str) -> None:

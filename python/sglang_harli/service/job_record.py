@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from sglang_harli.core import JobStatus, SubState
+from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.public import Hyperparameters, Job, JobError
 
 
@@ -49,6 +50,9 @@ class JobRecord(Struct, frozen=True, kw_only=True):
         carried: that was its adapter only, as this job's ``step-0`` checkpoint: without it there is no start.
         data_sha256: of the data.
         asked: to tell a repeated submit from another one; None of a job of version 0.1, or without a key.
+        base: what it is trained on.  None until a server's first hello: of a record of version 0.1, and of a job that
+            was accepted before that.
+        admitted: its size was checked against a server's limits.
     """
 
     id: str
@@ -87,6 +91,8 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     resumed_from: str | None = None
     carried: bool = False
     asked: Asked | None = None
+    base: BasePrint | None = None
+    admitted: bool = True
 
     @property
     def eta_s(self) -> float | None:

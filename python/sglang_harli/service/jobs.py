@@ -20,6 +20,7 @@ import msgspec
 
 from sglang_harli.core import JobStatus, SubState
 from sglang_harli.errors import StateError
+from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.public import JobError
 from sglang_harli.service.job_record import Change as Change
 from sglang_harli.service.job_record import Draft as Draft
@@ -80,6 +81,11 @@ def start(record: JobRecord, now: float) -> Change:
         metrics_step=record.checkpoint_step,
         wish=Wish.RUN,
     )
+
+
+def take_base(record: JobRecord, base: BasePrint) -> Change:
+    """A job whose base nobody has noted takes the one that is served."""
+    return _change(record, base=base)
 
 
 def fell_back(record: JobRecord, step: int, tokens: int, damage: str) -> Change:

@@ -43,7 +43,7 @@ class Publication:
         http: the pair to the HTTP process.
         disk: where blocking work runs.
         shm: folder of slots.
-        model_path: of the base, for adapter_config.json.
+        model_path: of the served base, for the adapter_config.json of a job whose base nobody has noted.
 
     Attributes:
         in_flight: the job whose publication the HTTP process has been asked for and has not answered.
@@ -58,6 +58,8 @@ class Publication:
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._queued: set[str] = set()
         self.in_flight: str | None = None
+        self._base_known = False  # a hello of the scheduler has been read
+        self._waiting: set[str] = set()  # jobs whose base is not served
         self._names: dict[str, str] = {}  # adapter name -> job, of the jobs that succeeded
         for record in desk.all():
             self._note(record)
@@ -79,14 +81,36 @@ class Publication:
         """The HTTP process misses an adapter that it had (or that an earlier server had)."""
         job = self._names.get(name)
         if job is not None:
-            self.want(job)
+            if other := self._desk.other_base(self._desk.get(job)):
+                self._http.refuse(name, "other_base", other)
+            else:
+                self.want(job)
             return
         logger.warning("an unknown adapter was asked for: %s", name)
         self._http.refuse(name, "not_found", "no job of this run directory has made it")
 
     def names(self) -> list[str]:
-        """The adapters of succeeded jobs."""
-        return list(self._names)
+        """The adapters of succeeded jobs on the served base; none before that is known."""
+        if not self._base_known:
+            return []
+        return [name for name, job in self._names.items() if not self._desk.other_base(self._desk.get(job))]
+
+    def others(self) -> dict[str, list[str]] | None:
+        """The other adapters, by the sentence that says which base they belong to; None before that is known."""
+        if not self._base_known:
+            return None
+        found: dict[str, list[str]] = {}
+        for name, job in self._names.items():
+            if other := self._desk.other_base(self._desk.get(job)):
+                found.setdefault(other, []).append(name)
+        return found
+
+    def base_known(self) -> None:
+        """The scheduler has said what it serves: what waited for that is published."""
+        self._base_known = True
+        waiting, self._waiting = self._waiting, set()
+        for job in waiting:
+            self.want(job)
 
     @property
     def count(self) -> int:
@@ -102,6 +126,8 @@ class Publication:
     async def _one(self, job: str) -> None:
         paths = JobPaths(self._desk.run_dir, job)
         try:
+            if self._other_base(job):
+                return
             refusal = await self._publish(job, paths)
         except _GivenUpError as error:
             self._give_up(job, error.code, error.message)
@@ -128,7 +154,14 @@ class Publication:
 
     def _wanted(self, job: str) -> bool:
         record = self._desk.get(job)
-        return record.publishing or record.status == JobStatus.SUCCEEDED
+        return (record.publishing or record.status == JobStatus.SUCCEEDED) and not self._other_base(job)
+
+    def _other_base(self, job: str) -> bool:
+        """Whether the job's base is not served, or that is not known; then it waits for that."""
+        other = not self._base_known or bool(self._desk.other_base(self._desk.get(job)))
+        if other:
+            self._waiting.add(job)
+        return other
 
     # ---------------------------------------------------------------- files
     async def _save(self, job: str, paths: JobPaths) -> None:
@@ -139,7 +172,8 @@ class Publication:
             _GivenUpError: the disk refuses.
         """
         record = self._desk.get(job)
-        config = adapter_config(record.hyperparameters, self._model_path)
+        base = record.base.path if record.base is not None else self._model_path
+        config = adapter_config(record.hyperparameters, base)
         step = record.checkpoint_step
         await self._again(
             job,

@@ -14,6 +14,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from sglang_harli.core import short_id
 from sglang_harli.errors import HarliError
 from sglang_harli.fault_points import Point, Read, reach
 from sglang_harli.protocol import internal, shared_memory
@@ -92,7 +93,12 @@ class RunDriver:
 
     # ------------------------------------------------------------ the scheduler's messages
     def on_hello(self, hello: internal.Hello) -> None:
+        without = self._desk.without_base() if hello.base is not None else []
+        if without and hello.base is not None:
+            names = ", ".join(short_id(record.id) for record in without)
+            logger.info("jobs without a noted base now have %s: %s", hello.base.shown, names)
         self._do(self._machine.hello(hello, _now()))
+        self._publication.base_known()
 
     def on_message(self, message: Any) -> None:
         self._do(self._machine.message(message, _now()))
@@ -120,6 +126,8 @@ class RunDriver:
                     self._link.acknowledge(seq)
             case machine.HoldJob(job, reason):
                 self._desk.hold(job, reason)
+            case machine.ServeBase(base):
+                self._desk.serve(base)
             case machine.AskHello():
                 if self._link is not None:
                     self._link.ask_hello()

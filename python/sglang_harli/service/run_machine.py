@@ -145,8 +145,8 @@ class RunMachine:
         if record.wish != Wish.RUN:  # paused or cancelled while it was prepared
             change = jobs.then(change, lambda r: jobs.stopped(r, now.wall))
             return [Apply(change), *self.state.end()]
-        if self.state.hold:  # said while it was prepared
-            change = jobs.then(change, lambda r: jobs.interrupted(r, self.state.hold, now.wall))
+        if why := holds.why_not_now(self.state, record):  # said while it was prepared
+            change = jobs.then(change, lambda r: jobs.interrupted(r, why, now.wall))
             return [Apply(change), *self.state.end()]
         return self._start(run, change, found, now)
 
@@ -161,7 +161,12 @@ class RunMachine:
         )
         run.phase, run.scheduler_pid, run.said_at_s = Phase.STARTING, self.state.scheduler_pid, now.s
         run.start = internal.StartRun(
-            spec=spec, scheduler=run.scheduler_pid, step=found.step, restore=found.restore, meta=found.meta
+            spec=spec,
+            scheduler=run.scheduler_pid,
+            updates=self.state.updates,
+            step=found.step,
+            restore=found.restore,
+            meta=found.meta,
         )
         run.applied, run.next_cursor = found.step, found.plan.cursor_after(found.step)
         start = Send(run.start)

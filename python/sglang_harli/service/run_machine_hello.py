@@ -6,7 +6,7 @@ from sglang_harli.core import JobStatus
 from sglang_harli.protocol import internal
 from sglang_harli.service import jobs
 from sglang_harli.service.jobs import JobRecord
-from sglang_harli.service.run_machine_holds import lift_all
+from sglang_harli.service.run_machine_holds import lift_all, serve
 from sglang_harli.service.run_machine_state import (
     Apply,
     Effect,
@@ -24,13 +24,17 @@ PULSE_GRACE_S = 1.5
 
 
 def hello(state: State, message: internal.Hello, now: Now) -> list[Effect]:
-    """Compare the scheduler's run with ours: adopt it, stop it, or start ours again."""
+    """Compare the scheduler's run with ours: adopt it, stop it, or start ours again.  One that is older than the
+    last, of this scheduler or of one before it, is out of date."""
+    if message.seq < state.hello_seq:
+        return []
+    state.hello_seq = message.seq
     first, state.greeted = not state.greeted, True
-    state.limits, state.hold = message.limits, message.hold
     restarted = state.scheduler_pid != message.pid
-    state.scheduler_pid = message.pid
+    another = restarted or state.limits != message.limits
+    state.limits, state.hold, state.scheduler_pid = message.limits, message.hold, message.pid
     run = state.run
-    effects: list[Effect] = lift_all(state) if restarted else []
+    effects = serve(state, message) + (lift_all(state) if another else [])
     if message.job is None:
         effects += _none_held(state, run, now, restarted=restarted) if run is not None else []
     elif run is None:
@@ -48,9 +52,10 @@ def hello(state: State, message: internal.Hello, now: Now) -> list[Effect]:
 def _none_held(state: State, run: Run, now: Now, *, restarted: bool) -> list[Effect]:
     if run.phase is Phase.PREPARING and not run.adopting:
         return []
-    if run.phase is Phase.STARTING and state.hold:  # its StartRun was dropped, or will be
-        return state.lost(run, state.hold, now)
     if run.phase is Phase.STARTING and run.scheduler_pid == state.scheduler_pid:
+        updated = run.start is not None and run.start.updates != state.updates
+        if state.hold or updated:  # its StartRun was dropped, or will be
+            return state.lost(run, state.hold or "the served weights were updated", now)
         return again(run, now)  # the StartRun may have been lost; it is no harm to say it twice
     why = "the scheduler was restarted" if restarted else "the scheduler has lost the run"
     return state.lost(run, why, now)

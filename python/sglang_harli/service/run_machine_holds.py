@@ -3,7 +3,7 @@
 Such a job goes back to the queue and is *held*: it is passed over, with a reason that is shown, and the jobs behind
 it do not wait.  Trouble of the environment (a full disk, no file descriptor left) ends by itself: the job is tried
 again after a pause, longer each time.  What only another server can change is held until the scheduler is another
-process.
+process, or has other limits or weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import math
 from dataclasses import dataclass
 
 from sglang_harli.core import JobStatus
+from sglang_harli.protocol import internal
+from sglang_harli.protocol.base_print import difference
 from sglang_harli.service import jobs
+from sglang_harli.service.jobs import JobRecord
 from sglang_harli.service.run_machine_state import (
     SILENT_S,
     Apply,
@@ -23,8 +26,10 @@ from sglang_harli.service.run_machine_state import (
     Now,
     Phase,
     Run,
+    ServeBase,
     State,
 )
+from sglang_harli.service.served_base import other_base
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 300.0
 
@@ -93,6 +98,25 @@ def still_held(state: State, now: Now) -> list[Effect]:
         return []
     state.asked_at_s = now.s
     return [AskHello()]
+
+
+def why_not_now(state: State, record: JobRecord) -> str:
+    """Why a run of the job must not start, "": it may."""
+    return state.hold or other_base(record.base, state.base)
+
+
+def serve(state: State, message: internal.Hello) -> list[Effect]:
+    """Take over which base a hello is about; a job that has none gets it."""
+    base = message.base
+    state.updates = message.updates
+    if base is None:
+        return []
+    effects: list[Effect] = []
+    if state.base is None or difference(state.base, base):
+        effects.append(ServeBase(base))
+        effects += lift_all(state)
+    state.base = base
+    return effects + [Apply(jobs.take_base(r, base), urgent=False) for r in state.book.without_base()]
 
 
 def forget(state: State, job: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from sglang_harli.core import JobStatus
 from sglang_harli.protocol import internal
+from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.internal import BatchCursor, ServedLimits, SlotRef
 from sglang_harli.service import jobs
 from sglang_harli.service.jobs import Change, JobRecord, Wish
@@ -36,6 +37,7 @@ class Book(Protocol):
 
     def find(self, job: str) -> JobRecord | None: ...
     def next_queued(self) -> JobRecord | None: ...
+    def without_base(self) -> list[JobRecord]: ...
 
 
 class Plan(Protocol):
@@ -75,6 +77,13 @@ class HoldJob:
 
     job: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServeBase:
+    """The served base is another one, or the first one: which jobs may start changes."""
+
+    base: BasePrint
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +147,7 @@ Effect = (
     | Send
     | Acknowledge
     | HoldJob
+    | ServeBase
     | AskHello
     | Prepare
     | MakeSlot
@@ -224,7 +234,8 @@ class Writing:
 @dataclass
 class State:
     """Attributes:
-    greeted: a hello has been read, and the scheduler has not said that it ends.
+    greeted: a hello has been read, and the scheduler has not said that it ends; ``hello_seq``: of the newest.
+    base, updates: what it serves, and after how many updates of the weights.
     hold: why the scheduler takes no run now, "" where it does; ``asked_at_s``: when that was last asked.
     holds, troubles: queued jobs that are passed over, and how often in a row each met trouble.
     writing: snapshots on their way to disk, by job, attempt and step.
@@ -235,8 +246,11 @@ class State:
     book: Book
     run: Run | None = None
     greeted: bool = False
+    hello_seq: int = 0
     scheduler_pid: int = 0
     limits: ServedLimits | None = None
+    base: BasePrint | None = None
+    updates: int = 0
     hold: str = ""
     asked_at_s: float = float("-inf")
     holds: dict[str, Hold] = field(default_factory=dict)

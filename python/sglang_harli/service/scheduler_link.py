@@ -92,6 +92,8 @@ class SchedulerLink:
                 "hello of the scheduler, pid %d: %s", hello.pid, hello.refusal or "finetuning is possible"
             )
         self.send(internal.Welcome(pid=os.getpid(), answers=hello.seq))
+        if self.hello is not None and hello.seq < self.hello.seq:  # of a scheduler before, or doubled
+            return
         self.hello = hello
         self._on_hello(hello)
 

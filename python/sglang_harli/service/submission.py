@@ -124,10 +124,11 @@ class Submission:
         admission.require_trainable(self._link.refusal)
         origin = None
         if args.resume_from is not None:
-            origin = continuation.find(self._desk, args, self._config.served_model_name)
+            origin = continuation.find(self._desk, args)
             hp = origin.hyperparameters
         else:
             hp = parse_hyperparameters(args.hyperparameters)
+        admitted = self._link.limits is not None
         loop = asyncio.get_running_loop()
         longest = await loop.run_in_executor(self._settlers, self._longest, hp)
         job = self._desk.new_id()
@@ -151,7 +152,7 @@ class Submission:
                     with contextlib.suppress(RuntimeError):  # the service ends; its next start removes it
                         await loop.run_in_executor(self._settlers, _remove, folder)
         reach(Point.DATA_STORED)
-        record = self._record(job, args, hp, summary)
+        record = self._record(job, args, hp, summary, admitted=admitted)
         if origin is not None:
             record = continuation.follow(record, origin, start)
         await self._desk.add(continuation.told(jobs.created(record, summary.text()), start))
@@ -170,7 +171,9 @@ class Submission:
                 admission.check_length(hp, longest)
         return hp.max_seq_length if hp.max_seq_length is not None else longest
 
-    def _record(self, job: str, args: SubmitArgs, hp: Hyperparameters, summary: DataSummary) -> JobRecord:
+    def _record(
+        self, job: str, args: SubmitArgs, hp: Hyperparameters, summary: DataSummary, *, admitted: bool
+    ) -> JobRecord:
         return JobRecord(
             id=job,
             number=self._desk.next_number(),
@@ -186,6 +189,8 @@ class Submission:
             idempotency_key=args.idempotency_key,
             asked=repeated_submit.asked(args) if args.idempotency_key else None,
             priority=args.priority,
+            base=self._link.hello.base if self._link.hello else None,
+            admitted=admitted,
         )
 
     # ---- in the worker thread

@@ -196,6 +196,7 @@ class Verbs:
             "http_pid": self._http.pid,
             "refusal": self._scheduler.refusal,
             "hold": (hello.hold or None) if hello else None,
+            "base": hello.base.shown if hello and hello.base else None,
             "store": self._desk.journal.trouble or "ok",
             "followers": len(self._subscriptions),
             "space": await self._space.report(),
