@@ -61,6 +61,7 @@ class Write(enum.StrEnum):
 class Read(enum.StrEnum):
     """Reads that a disk can keep waiting."""
 
+    DATA = "read-data"  # service: a job's rows, when its run is prepared
     ROWS = "read-rows"  # service: those of a micro-batch
 
 

@@ -162,6 +162,7 @@ class HttpPeer(Peer):
         self.published: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {}
         self.publications: list[str] = []
         self.refuse = 0
+        self.passing = False  # what a refusal says of itself
         self.states: list[internal.ServiceState] = []
         self.refused: list[internal.AdapterRefused] = []
 
@@ -192,6 +193,7 @@ class HttpPeer(Peer):
                     ok=False,
                     code="no_room",
                     text="no room for it",
+                    passing=self.passing,
                 )
             )
             return

@@ -228,6 +228,16 @@ class Scheduler:
         if self.run is not None:
             self._stop(self.run, "memory_pressure: requests needed it")
 
+    def fail(self, *, passing: bool, code: str = "internal") -> None:
+        """Trouble in the scheduler's process ends the run."""
+        if self.run is not None:
+            run, self.run = self.run, None
+            failed = internal.RunFailed(
+                job=run.job, attempt=run.attempt, step=run.applied, code=code, message="EMFILE"
+            )
+            failed.after, failed.passing = run.told, passing
+            self.send(failed)
+
     # ---- work
     def work(self) -> bool:
         """One quantum: announce, copy, or train a micro-batch."""

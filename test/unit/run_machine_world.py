@@ -24,7 +24,7 @@ from sglang_harli.service.jobs import JobRecord
 from sglang_harli.service.queue_order import QueueOrder
 from sglang_harli.service.run_machine import RunMachine
 from sglang_harli.service.run_machine_holds import NotNow
-from sglang_harli.service.run_machine_state import Effect, Now, Preparation
+from sglang_harli.service.run_machine_state import Effect, Now, Preparation, Unwritten
 from sglang_harli.service.served_base import ServedBase
 
 
@@ -56,7 +56,6 @@ class World:
     late_to_scheduler: deque[Any] = field(default_factory=deque)
     events: Counter[tuple[Any, ...]] = field(default_factory=Counter)  # durable ones
     started: Counter[tuple[str, int]] = field(default_factory=Counter)
-    refused: set[str] = field(default_factory=set)  # jobs of which the disk did not take a snapshot
     base: BasePrint = BASES[0]  # that is served
     s: float = 1000.0
     names: int = 0
@@ -248,14 +247,12 @@ class Service:
                 ref = self._new_slot(None)
                 self.do(self.machine.slot_made(job, attempt, SlotRef(path=ref, nbytes=nbytes)))
             case machine.SaveSnapshot(message):
-                if not ok:
-                    self.world.refused.add(message.job)
                 if ok := ok and message.slot.path in self.world.shm:
                     assert self.world.shm[message.slot.path] == message.step, (
                         "a slot was written while it was read"
                     )
                     self.world.disk.setdefault(message.job, {})[message.step] = True
-                self.do(self.machine.snapshot_written(message, ok, now))
+                self.do(self.machine.snapshot_written(message, None if ok else Unwritten("full", False), now))
         self.settle()
         return True
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from co_trainer_host import Host, Peer, batch, give_slot, spec, temporary_run_dir, until
 
+from sglang_harli.core import shm_dir
 from sglang_harli.protocol import internal
 
 
@@ -83,5 +84,18 @@ def test_a_start_while_no_run_is_taken_is_dropped_and_answered_by_a_hello(run_di
     peer.send(internal.StartRun(spec=spec(1)))
     until(host, peer, lambda: peer.of(internal.RunStarted))
     assert peer.of(internal.Hello)[-1].hold == "" and not peer.of(internal.RunFailed)
+    host.link.close()
+    peer.socket.close()
+
+
+def test_a_slot_that_cannot_be_mapped_is_no_verdict_on_the_job(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    gone = internal.SlotRef(path=str(shm_dir(run_dir) / "slot-gone"), nbytes=64)
+    peer.send(internal.StartRun(spec=spec(1), restore=gone))
+    until(host, peer, lambda: peer.of(internal.RunFailed))
+    [failed] = peer.of(internal.RunFailed)
+    assert failed.passing and "slot-gone" in failed.message
+    assert host.trainer.run is None and host.desk.status()["train_bytes"] == 0
     host.link.close()
     peer.socket.close()

@@ -22,6 +22,8 @@ BOUNDARIES = {
         "HarliScheduler._harli_safely",
     ): "a decision or an estimate fails the run; the scheduler's loop goes on",
     ("service/app.py", "App.handle"): "one request gets an error reply; the service goes on",
+    ("service/publication.py", "Publication.run"): "one adapter is tried again later; the service goes on",
+    ("service/run_driver.py", "RunDriver._prepare"): "one job fails; the service goes on",
 }
 
 

@@ -160,7 +160,7 @@ MESSAGES = {
     ),
     "SnapshotReady": "seq job attempt step slot meta reason after",
     "RunStopped": "seq job attempt step after reason",
-    "RunFailed": "seq job attempt step code message after",
+    "RunFailed": "seq job attempt step code message after passing",
     "Progress": "seq job attempt step sub_state reason tokens",
     "StatusReport": "seq request serving training pool",
     "OptionsSet": "seq request outcome revision effective text",
@@ -176,7 +176,7 @@ MESSAGES = {
     "HttpHello": "seq pid served_model_name",
     "ServiceState": "seq pid endpoint_bound scheduler_seen refusal adapters jobs greeted_by others",
     "PublishAdapter": "seq request job name config slot",
-    "AdapterPublished": "seq request job name ok code text",
+    "AdapterPublished": "seq request job name ok code text passing",
     "AdapterWanted": "seq name",
     "AdapterRefused": "seq name code text",
 }

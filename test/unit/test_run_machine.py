@@ -8,6 +8,7 @@ from run_machine_world import FixedPlan, World, new_job
 
 from sglang_harli.core import JobStatus
 from sglang_harli.protocol import internal
+from sglang_harli.protocol.public import JobError
 from sglang_harli.service import jobs
 from sglang_harli.service import run_machine as run_machine_module
 from sglang_harli.service.run_machine_holds import NotNow
@@ -56,7 +57,7 @@ def test_data_that_cannot_be_read_fails_the_job_and_stops_its_run():
     assert world.scheduler.run is None and machine.run is None
 
 
-def test_a_full_shared_memory_fails_the_job_and_stops_its_run():
+def test_a_shared_memory_that_is_too_small_fails_the_job_and_stops_its_run():
     world = training()
     machine = world.service.machine
     job = record(world)
@@ -88,7 +89,7 @@ def test_trouble_while_a_run_is_prepared_puts_its_job_off_and_the_next_one_start
     first, second = world.service.records.values()
     assert (first.status, first.error) == (JobStatus.QUEUED, None)
     assert second.status == JobStatus.RUNNING
-    assert world.service.queue.reason(first.id) == "trouble; tried again after 2 s"
+    assert world.service.queue.reason(first.id) == "trouble; tried again after 1 s"
     assert [d.message for d in world.service.uncommitted[0][0].drafts] == ["trouble; goes on from step 0"]
     drain(world)
     assert [r.status for r in world.store.values()] == [JobStatus.SUCCEEDED] * 2
@@ -106,7 +107,7 @@ def test_each_pause_is_longer_up_to_a_bound_and_a_step_forgets_them() -> None:
         world.service.finish(0, ok=False)
         [hold] = state.holds.values()
         pauses.append(hold.until_s - began)
-    assert pauses == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]
+    assert pauses == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
     drain(world)
     assert not state.troubles and record(world).status == JobStatus.SUCCEEDED
 
@@ -171,6 +172,25 @@ def test_a_run_that_no_longer_has_what_it_needs_is_saved_and_goes_on_later() -> 
     told = {e[3] for e in world.events if e[1] == "step_metrics"}
     assert told == {1, 2, 3, 4}  # the first step was not done twice
     assert sum(n for e, n in world.events.items() if e[1] == "step_metrics") == 4
+
+
+@pytest.mark.parametrize("code", ["out_of_memory", "internal"])
+def test_a_run_that_runs_out_of_memory_at_one_step_again_and_again_is_too_large(code: str) -> None:
+    world = training()
+    for attempt in range(1, 6):
+        while world.scheduler.run is None and record(world).status != JobStatus.FAILED:
+            world.tick(10.0)
+            flush(world)
+        if record(world).status == JobStatus.FAILED:
+            break
+        assert record(world).attempt == attempt
+        world.scheduler.fail(passing=True, code=code)
+        flush(world)
+    if code == "internal":
+        drain(world)
+        assert record(world).status == JobStatus.SUCCEEDED
+    else:
+        assert (record(world).attempt, record(world).error) == (3, JobError("out_of_memory", "EMFILE"))
 
 
 def drain(world: World) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -11,7 +14,7 @@ import pytest
 from test_jobs import record as job_record
 
 from sglang_harli.core import JobStatus
-from sglang_harli.protocol import shared_memory
+from sglang_harli.protocol import shared_memory, trouble
 from sglang_harli.service import checkpoints, jobs
 from sglang_harli.service.checkpoints import CheckpointError
 from sglang_harli.service.job_files import JobPaths
@@ -146,3 +149,51 @@ def test_a_job_whose_last_checkpoint_is_damaged_at_publication_goes_back_to_the_
     again = jobs.train_again(publishing, "the checkpoint of step 6 cannot be used")
     assert (again.record.status, again.record.publishing) == (JobStatus.QUEUED, False)
     assert [d.type for d in again.drafts] == ["warning", "queued"]
+
+
+# ------------------------------------------------------------------ trouble that is no damage
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process can open nothing more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_checkpoint_that_cannot_be_opened_now_is_not_put_aside(paths: JobPaths, shm: Path) -> None:
+    before = sorted(p.name for p in paths.checkpoints.iterdir())
+    with no_descriptors(), pytest.raises(OSError) as caught:
+        restore(job(4), paths, shm)
+    assert trouble.passes(caught.value)
+    assert sorted(p.name for p in paths.checkpoints.iterdir()) == before
+    found = restore(job(4), paths, shm)
+    assert found.step == 4 and found.restore is not None and not found.damage
+    Path(found.restore.path).unlink()
+
+
+def test_an_adapter_that_cannot_be_opened_now_is_not_taken_for_damaged(paths: JobPaths, shm: Path) -> None:
+    checkpoints.save_adapter(paths.adapter, paths.checkpoints, 4, {})
+    with no_descriptors(), pytest.raises(OSError) as caught:
+        checkpoints.load_adapter(paths.adapter, shm)
+    assert trouble.passes(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(errno.ENOSPC, "full"), True),
+        (OSError(errno.EIO, "the cable"), True),
+        (OSError(errno.EMFILE, "too many"), True),
+        (OSError(errno.EACCES, "an operator's mistake"), True),
+        (OSError("Connection error: the hub is away"), False),  # of a library, whose caller knows better
+        (FileNotFoundError(errno.ENOENT, "gone"), False),
+        (OSError(errno.EFBIG, "too small"), False),
+        (MemoryError(), True),
+        (ValueError("torn"), False),
+    ],
+)
+def test_what_passes_and_what_does_not(error: Exception, passes: bool) -> None:
+    assert trouble.passes(error) is passes

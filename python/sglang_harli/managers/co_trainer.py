@@ -19,7 +19,7 @@ import numpy as np
 from sglang_harli.core import Decision, QuantumKind, QuantumOffer, Reason, SubState
 from sglang_harli.errors import HarliError
 from sglang_harli.managers.active_run import ActiveRun
-from sglang_harli.managers.failures import describe, forget
+from sglang_harli.managers.failures import describe, forget, passes
 from sglang_harli.managers.memory_desk import MemoryDesk
 from sglang_harli.managers.quantum_clock import DeviceClock, HostClock, Work
 from sglang_harli.managers.service_link import ServiceLink
@@ -367,6 +367,7 @@ class CoTrainer:
     def _report_failure(self, job: str, attempt: int, step: int, after: int, error: Exception) -> None:
         code, text = describe(error)
         failed = internal.RunFailed(job=job, attempt=attempt, step=step, code=code, message=text, after=after)
+        failed.passing = passes(error)
         self.link.send(failed)
         forget(error, self.base.device)
 

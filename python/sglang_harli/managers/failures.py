@@ -9,6 +9,11 @@ import torch
 from sglang_harli.errors import HarliError
 
 
+def passes(error: Exception) -> bool:
+    """Whether a run that ended by it is worth trying again: memory that was lacking, a slot that could not be mapped."""
+    return isinstance(error, OSError) or describe(error)[0] == "out_of_memory"
+
+
 def describe(error: Exception) -> tuple[str, str]:
     """A stable code and a message with what to change, for whoever reads the job."""
     if isinstance(error, HarliError):

@@ -158,12 +158,15 @@ class RunStopped(Message):
 
 
 class RunFailed(Message):
+    """``passing``: trouble of the environment, no verdict on the job: it is queued again after a pause."""
+
     job: str
     attempt: int
     step: int
     code: str
     message: str
     after: int = 0
+    passing: bool = False
 
 
 class Progress(Message):
@@ -323,7 +326,8 @@ class PublishAdapter(Message):
 
 
 class AdapterPublished(Message):
-    """Answer to PublishAdapter, under its ``request``."""
+    """Answer to PublishAdapter, under its ``request``.  ``passing``: what is wrong is no fault of the adapter and may
+    end: ask again later."""
 
     request: int
     job: str
@@ -331,6 +335,7 @@ class AdapterPublished(Message):
     ok: bool
     code: str = ""
     text: str = ""
+    passing: bool = False
 
 
 class AdapterWanted(Message):

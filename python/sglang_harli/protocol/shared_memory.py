@@ -40,10 +40,17 @@ class SlotError(OSError):
     """A slot cannot be made or opened; the text says why, and what to do where it is not for lack of room."""
 
 
-def refusal(what: str, error: OSError) -> str:
+def passes(error: OSError | MemoryError) -> bool:
+    """Whether a slot that could not be made may be made later: not one that is larger than all of shared memory."""
+    return isinstance(error, MemoryError) or error.errno != errno.EFBIG
+
+
+def refusal(what: str, error: OSError | MemoryError) -> str:
     """Why there is no slot for ``what``, and what to do: one sentence."""
-    if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
+    if isinstance(error, MemoryError) or error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
         return f"shared memory has no room for {what} ({error}): make room in /dev/shm"
+    if error.errno == errno.EFBIG:
+        return f"shared memory is too small for {what} ({error}): give /dev/shm more, or lower lora_r"
     return f"shared memory cannot be used for {what}: {error}"
 
 
@@ -149,7 +156,9 @@ def _open(at: int, name: str, nbytes: int) -> mmap.mmap:
 def _check_room(fd: int, nbytes: int) -> None:
     """Refuse what cannot fit before its first part is taken from everybody else."""
     disk = os.fstatvfs(fd)
-    free = disk.f_bavail * disk.f_frsize
+    free, most = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+    if nbytes > most:
+        raise OSError(errno.EFBIG, f"{nbytes} bytes wanted, {most} there are in all")
     if nbytes > free:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {nbytes} bytes wanted, {free} free")
 

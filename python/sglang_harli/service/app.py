@@ -25,7 +25,7 @@ from sglang_harli.protocol import internal, public
 from sglang_harli.service import hidden_torch, run_dir_modes
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.http_link import HttpLink
-from sglang_harli.service.job_store import JobStore, sqlite_url
+from sglang_harli.service.job_store import STORE_FILE, JobStore, sqlite_url
 from sglang_harli.service.model_tokenizer import ModelTokenizer
 from sglang_harli.service.options_desk import SETTING, OptionsDesk
 from sglang_harli.service.politeness import be_polite
@@ -67,7 +67,7 @@ class App:
         self._worker = ThreadPoolExecutor(1, "data", initializer=be_polite, initargs=(10,))
         self._disk = ThreadPoolExecutor(3, "disk", initializer=be_polite, initargs=(19,))
         self._readers = ThreadPoolExecutor(1, "reader")
-        self._store = JobStore(sqlite_url(run_dir / "harli.db"))
+        self._store = JobStore(sqlite_url(run_dir / STORE_FILE))
         self._desk = JobDesk(self._store, run_dir, config.options.keep_checkpoints)
         remove_leftovers(run_dir, {record.id for record in self._desk.all()})
         self._tokenizer = ModelTokenizer(config.tokenizer_path, trust_remote_code=config.trust_remote_code)

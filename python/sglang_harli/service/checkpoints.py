@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from sglang_harli.errors import HarliError
 from sglang_harli.fault_points import Point, Write, reach
-from sglang_harli.protocol import shared_memory
+from sglang_harli.protocol import shared_memory, trouble
 from sglang_harli.protocol.internal import SlotRef
 from sglang_harli.service import tensor_files
 from sglang_harli.service.job_files import fsync_folder, fsync_tree
@@ -62,8 +62,7 @@ def save_state(
     """
     final = checkpoints / f"step-{step}"
     temporary = checkpoints / f"step-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    _make_anew(temporary)
     mapped = shared_memory.Slot.open(slot)
     try:
         reach(Write.STATE)
@@ -145,7 +144,7 @@ def load_state(
 
     Raises:
         CheckpointError: it is missing, torn or altered.
-        OSError: shared memory is full.
+        OSError: shared memory is full, or the files cannot be read now.
     """
     meta = check_state(checkpoints, step)
     folder = checkpoints / f"step-{step}"
@@ -155,7 +154,8 @@ def load_state(
 
 
 def check_state(checkpoints: Path, step: int) -> dict[str, Any]:
-    """The meta.json of a checkpoint whose files have the checksums in it; CheckpointError otherwise."""
+    """The meta.json of a checkpoint whose files have the checksums in it; CheckpointError otherwise, OSError where
+    they cannot be read now."""
     folder = checkpoints / f"step-{step}"
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
@@ -178,8 +178,7 @@ def save_adapter(adapter: Path, checkpoints: Path, step: int, config: dict[str, 
     """
     check_state(checkpoints, step)
     temporary = adapter.with_name("adapter.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    _make_anew(temporary)
     reach(Write.ADAPTER)
     with safe_open(checkpoints / f"step-{step}" / STATE_FILE, framework="np") as file:
         found = list(file.keys())
@@ -201,7 +200,7 @@ def load_adapter(adapter: Path, shm: Path) -> tuple[shared_memory.Slot, SlotRef,
 
     Raises:
         CheckpointError: the folder is missing or is not what was written.
-        OSError: shared memory is full.
+        OSError: shared memory is full, or the files cannot be read now.
     """
     try:
         if (adapter / ADAPTER_META).exists():  # else it was saved by harli 0.1.0
@@ -211,6 +210,8 @@ def load_adapter(adapter: Path, shm: Path) -> tuple[shared_memory.Slot, SlotRef,
         with safe_open(adapter / ADAPTER_FILES[0], framework="np"):
             pass  # its header is whole: what fails below is shared memory
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        if trouble.passes(error):
+            raise
         raise CheckpointError(f"adapter {adapter} cannot be read: {error!r}") from error
     slot, ref = tensor_files.into_slot(adapter / ADAPTER_FILES[0], shm, Pace())
     return slot, ref, config
@@ -223,6 +224,13 @@ def _sources(file: Any, names: dict[str, str], load: Callable[[str], np.ndarray]
         Source(new, "float32", tuple(file.get_slice(old).get_shape()), lambda old=old: load(old))
         for old, new in names.items()
     ]
+
+
+def _make_anew(temporary: Path) -> None:
+    """An empty folder; what a crash left in it goes."""
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
 
 
 def _compare(folder: Path, digests: dict[str, str]) -> None:

@@ -35,6 +35,7 @@ from sglang_harli.fault_points import Write, reach
 from sglang_harli.protocol.public import Event
 from sglang_harli.service.jobs import JobRecord
 
+STORE_FILE = "harli.db"
 SCHEMA = "1"
 LOCKED_MS = 2000  # a database that another process has locked is waited for; then the caller says so
 

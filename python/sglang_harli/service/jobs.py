@@ -314,6 +314,11 @@ def warn(record: JobRecord, message: str, **data: Any) -> Change:
     return _change(record, Draft("warning", message, level="warn", data=data))
 
 
+def delayed(record: JobRecord, why: str) -> Change:
+    """The job's publication waits; its reason says what for."""
+    return _change(record, Draft("warning", why, level="warn"), reason=why)
+
+
 def _cancelled(record: JobRecord, now: float) -> Change:
     return _change(
         record,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import HarliError
 from sglang_harli.fault_points import Point, reach
-from sglang_harli.protocol import shared_memory
+from sglang_harli.protocol import shared_memory, trouble
 from sglang_harli.protocol.adapter_config import adapter_config
 from sglang_harli.protocol.internal import AdapterPublished, SlotRef
 from sglang_harli.protocol.shared_memory import Slot
@@ -23,18 +23,24 @@ from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.http_link import HttpLink
 from sglang_harli.service.job_files import JobPaths
 from sglang_harli.service.jobs import Draft, JobRecord
+from sglang_harli.service.run_machine_holds import pause_s
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
 TRIES = 3  # of a publication that the HTTP process refuses
-PAUSES_S = (1.0, 2.0, 4.0)  # between the tries of a write, and of a publication
+PAUSES_S = (1.0, 2.0, 4.0)  # between the tries of a write while a request waits, and of a publication
 ANSWER_S = 120.0  # an adapter's slices are loaded between decode batches, so this may take a while
 
 
 class _GivenUpError(HarliError):
     """What was tried often enough; the message is for the job."""
+
+
+class _PutOffError(HarliError):
+    """Trouble of the environment while a job's adapter is published first: it is tried again later, and those of other
+    jobs come before."""
 
 
 class Publication:
@@ -60,6 +66,7 @@ class Publication:
         self.in_flight: str | None = None
         self._base_known = False  # a hello of the scheduler has been read
         self._waiting: set[str] = set()  # jobs whose base is not served
+        self._troubles: dict[str, int] = {}  # in a row, of jobs that were put off
         self._names: dict[str, str] = {}  # adapter name -> job, of the jobs that succeeded
         for record in desk.all():
             self._note(record)
@@ -121,7 +128,11 @@ class Publication:
         while True:
             job = await self._queue.get()
             self._queued.discard(job)
-            await self._one(job)
+            try:
+                await self._one(job)
+            except Exception as error:  # boundary: one publication; the others come
+                logger.exception("the adapter of job %s cannot be published", job)
+                self._put_off(job, f"the adapter cannot be published ({type(error).__name__}: {error})")
 
     async def _one(self, job: str) -> None:
         paths = JobPaths(self._desk.run_dir, job)
@@ -132,7 +143,10 @@ class Publication:
         except _GivenUpError as error:
             self._give_up(job, error.code, error.message)
             return
-        except (OSError, CheckpointError) as error:
+        except _PutOffError as error:
+            self._put_off(job, error.message)
+            return
+        except CheckpointError as error:
             damage = await self._damage(job, paths)
             record = self._desk.get(job)
             if damage is not None and record.publishing and record.wish != jobs.Wish.CANCEL:
@@ -148,7 +162,7 @@ class Publication:
         """Why the job's last checkpoint cannot be used; None where it is whole."""
         try:
             await self._off(checkpoints.check_state, paths.checkpoints, self._desk.get(job).checkpoint_step)
-        except (OSError, CheckpointError) as error:
+        except CheckpointError as error:
             return str(error)
         return None
 
@@ -169,7 +183,7 @@ class Publication:
 
         Raises:
             CheckpointError: that is not whole.
-            _GivenUpError: the disk refuses.
+            _PutOffError, _GivenUpError: the disk refuses.
         """
         record = self._desk.get(job)
         base = record.base.path if record.base is not None else self._model_path
@@ -191,7 +205,7 @@ class Publication:
 
         Raises:
             CheckpointError: neither the folder nor the checkpoint is whole.
-            _GivenUpError: the disk or shared memory refuses.
+            _PutOffError, _GivenUpError: the disk or shared memory refuses.
         """
         fresh = not await self._off(paths.adapter.is_dir)
         if fresh:
@@ -213,21 +227,31 @@ class Publication:
             fresh = True
 
     async def _again(
-        self, job: str, call: Callable[[], Awaitable[_T]], code: str, explain: Callable[[OSError], str]
+        self,
+        job: str,
+        call: Callable[[], Awaitable[_T]],
+        code: str,
+        explain: Callable[[OSError | MemoryError], str],
     ) -> _T:
         """Try a write until it succeeds, with pauses, as long as the job's adapter is wanted.
 
         ``explain``: what is wrong and what to do, one sentence.
+
+        Raises:
+            _PutOffError: it does not, and the adapter has not been published yet.
+            _GivenUpError: it does not, and a request for the adapter waits; or it never will.
         """
-        for pause_s in (*PAUSES_S, None):
+        for wait_s in (*PAUSES_S, None):
             try:
                 return await call()
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 text = explain(error)
-                if pause_s is None or not self._wanted(job):
+                if self._desk.get(job).publishing and _passes(error):
+                    raise _PutOffError(text) from error
+                if wait_s is None or not self._wanted(job) or not _passes(error):
                     raise _GivenUpError(text, code=code) from error
-                self._desk.apply(jobs.warn(self._desk.get(job), f"{text}; trying again in {pause_s:g} s"))
-            await asyncio.sleep(pause_s)
+                self._desk.apply(jobs.warn(self._desk.get(job), f"{text}; trying again in {wait_s:g} s"))
+            await asyncio.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
 
     async def _off(self, call: Callable[..., Any], *args: Any) -> Any:
@@ -255,9 +279,12 @@ class Publication:
             if answer is None:  # lost on the way, or late: its number makes it nobody's answer
                 continue
             if answer.ok:
+                self._troubles.pop(job, None)
                 if self._desk.get(job).publishing:
                     await self._desk.apply(jobs.published(self._desk.get(job), time.time()))
                 return None
+            if answer.passing and self._desk.get(job).publishing:
+                raise _PutOffError(f"the adapter cannot be served now: {answer.text or answer.code}")
             refused += 1
             if refused == TRIES or not self._retry(job, answer.text):
                 return answer.text or answer.code
@@ -283,10 +310,27 @@ class Publication:
         self._desk.apply(jobs.warn(record, f"publication failed, trying again: {text}"))
         return True
 
+    def _put_off(self, job: str, text: str) -> None:
+        """Try again after a pause that grows; a request that waits for the adapter is told why at once."""
+        record = self._desk.get(job)
+        if not record.publishing:
+            self._give_up(job, "adapter_failed", text)
+            return
+        count = self._troubles[job] = self._troubles.get(job, 0) + 1
+        pause = pause_s(count)
+        self._desk.apply(jobs.delayed(record, f"{text}; trying again in {pause:g} s"))
+        asyncio.get_running_loop().call_later(pause, self.want, job)
+
     def _give_up(self, job: str, code: str, message: str) -> None:
         record = self._desk.get(job)
+        self._troubles.pop(job, None)
         if record.publishing:
             self._desk.apply(jobs.fail(record, code, message, time.time()))
         elif record.status == JobStatus.SUCCEEDED:  # it stays so; whoever asked for the adapter is told why
             self._desk.apply(jobs.warn(record, message))
             self._http.refuse(record.adapter_name, code, message)
+
+
+def _passes(error: OSError | MemoryError) -> bool:
+    slot = isinstance(error, shared_memory.SlotError)
+    return shared_memory.passes(error) if slot else trouble.passes(error)

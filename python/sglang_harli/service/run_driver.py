@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from sglang_harli.core import short_id
-from sglang_harli.errors import HarliError
+from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.fault_points import Point, Read, reach
-from sglang_harli.protocol import internal, shared_memory
+from sglang_harli.protocol import internal, shared_memory, trouble
 from sglang_harli.service import run_machine_state as machine
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.feeder import Batch, Feeder
 from sglang_harli.service.job_files import JobPaths
+from sglang_harli.service.job_store import STORE_FILE
 from sglang_harli.service.politeness import Pace
 from sglang_harli.service.publication import Publication
-from sglang_harli.service.run_in_progress import UNREADABLE, open_feeder, restore
+from sglang_harli.service.run_in_progress import UNREADABLE, NotHereError, prepare
 from sglang_harli.service.run_machine import RunMachine
-from sglang_harli.service.run_machine_state import Effect, Now, Preparation
+from sglang_harli.service.run_machine_holds import NotNow
+from sglang_harli.service.run_machine_state import Effect, Now
 from sglang_harli.service.scheduler_link import SchedulerLink
 from sglang_harli.service.snapshot_writer import SnapshotWriter
 
@@ -143,51 +145,66 @@ class RunDriver:
             case machine.Publish(job):
                 self._publication.want(job)
             case machine.TakeBack(path):
-                Path(path).unlink(missing_ok=True)
+                _remove(path)
             case machine.RemoveStale():
                 for path in self._stale:
-                    path.unlink(missing_ok=True)
+                    _remove(path)
                 self._stale = []
 
     async def _prepare(self, asked: machine.Prepare) -> None:
-        record = self._desk.get(asked.job)
-        paths = JobPaths(self._desk.run_dir, asked.job)
-        found = Preparation(None)
+        job, attempt = asked.job, asked.attempt
         try:
-            if asked.restore:
-                found = await self._off(restore, record, paths, self._shm)
-            if not found.trained:
-                plan = await self._off(self._open, record, paths, asked.limits)
-                found = Preparation(plan, found.step, found.tokens, found.restore, found.meta, found.damage)
+            found = await self._off(
+                prepare,
+                self._desk.get(job),
+                JobPaths(self._desk.run_dir, job),
+                asked.limits,
+                self._fingerprint,
+                self._shm if asked.restore else None,
+            )
+        except NotHereError as error:
+            effects = self._machine.put_off(job, attempt, NotNow(error.message, passing=False), _now())
+        except NotReadyError as error:
+            effects = self._machine.put_off(job, attempt, NotNow(error.message), _now())
         except HarliError as error:
-            refusal = (error.code, error.message, _now(), error.param)
-        except UNREADABLE as error:
-            text = f"the job cannot be prepared ({type(error).__name__}: {error}): submit it again"
-            logger.exception("job %s cannot be prepared", asked.job)
-            refusal = ("bad_data_files", text, _now(), None)
+            effects = self._machine.not_prepared(job, attempt, error.code, error.message, _now(), error.param)
+        except Exception as error:  # boundary: one job must not end the service
+            effects = self._cannot_prepare(job, attempt, error)
         else:
-            self._do(self._machine.prepared(asked.job, asked.attempt, found, _now()))
-            return
-        if found.restore is not None:
-            Path(found.restore.path).unlink(missing_ok=True)
-        self._do(self._machine.not_prepared(asked.job, asked.attempt, *refusal))
+            effects = self._machine.prepared(job, attempt, found, _now())
+        self._do(effects)
 
-    def _open(self, record: Any, paths: JobPaths, limits: internal.ServedLimits) -> Feeder:
-        return open_feeder(record, paths, limits, self._fingerprint())
+    def _cannot_prepare(self, job: str, attempt: int, error: Exception) -> Sequence[Effect]:
+        text = f"the job cannot be prepared ({type(error).__name__}: {error})"
+        if self._passes(error):
+            return self._machine.put_off(job, attempt, NotNow(text), _now())
+        logger.error("job %s cannot be prepared", job, exc_info=error)
+        code = "bad_data_files" if isinstance(error, UNREADABLE) else "internal"
+        return self._machine.not_prepared(job, attempt, code, f"{text}: submit it again", _now())
+
+    def _passes(self, error: Exception) -> bool:
+        """Whether it is trouble of the environment: a run directory that is away is, too."""
+        return trouble.passes(error) or not (self._desk.run_dir / STORE_FILE).exists()
 
     async def _make_slot(self, asked: machine.MakeSlot) -> None:
         try:
             ref = await self._off(_make_slot, self._shm, asked.nbytes)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             text = shared_memory.refusal(f"the {asked.nbytes} bytes of a checkpoint", error)
-            effects = self._machine.slot_refused(asked.job, asked.attempt, text, _now())
+            if shared_memory.passes(error):
+                effects = self._machine.put_off(asked.job, asked.attempt, NotNow(text), _now())
+            else:
+                effects = self._machine.slot_refused(asked.job, asked.attempt, text, _now())
         else:
             effects = self._machine.slot_made(asked.job, asked.attempt, ref)
         self._do(effects)
 
     async def _save(self, message: internal.SnapshotReady) -> None:
-        written = await self._writer.write(message)
-        self._do(self._machine.snapshot_written(message, written, _now()))
+        def waits(text: str) -> None:
+            self._do(self._machine.snapshot_delayed(message, text))
+
+        found = await self._writer.write(message, waits)
+        self._do(self._machine.snapshot_written(message, found, _now()))
 
     # ------------------------------------------------------------ feeding
     async def _feed(self) -> None:
@@ -209,7 +226,7 @@ class RunDriver:
             batch = await asyncio.get_running_loop().run_in_executor(self._reader, _read, run.plan, cursor)
         except UNREADABLE as error:
             if self._machine.run is run:
-                self._do(self._machine.data_failed(cursor, str(error), _now()))
+                self._do(self._cannot_read(run, cursor, error))
             return False
         if self._machine.run is not run or self._machine.next_batch() != cursor:
             return True  # it stopped, or goes on from somewhere else, since
@@ -227,6 +244,14 @@ class RunDriver:
         reach(Point.MICRO_BATCH_FED)
         self._machine.fed(cursor)
         return True
+
+    def _cannot_read(
+        self, run: machine.Run, cursor: internal.BatchCursor, error: Exception
+    ) -> Sequence[Effect]:
+        if self._passes(error):
+            why = NotNow(f"the job's data cannot be read now ({error})")
+            return self._machine.put_off(run.job, run.attempt, why, _now())
+        return self._machine.data_failed(cursor, str(error), _now())
 
     def _close_files(self) -> None:
         """Close the data of a run that is over."""
@@ -248,6 +273,14 @@ class RunDriver:
 
     async def _off(self, call: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._disk, call, *args)
+
+
+def _remove(path: str | Path) -> None:
+    """A file in shared memory; one that stays there is removed at the next start."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s cannot be removed: %s", path, error)
 
 
 def _read(plan: Feeder, cursor: internal.BatchCursor) -> Batch:

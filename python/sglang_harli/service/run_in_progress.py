@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from zipfile import BadZipFile
 
 import msgspec
 from safetensors import SafetensorError
 
-from sglang_harli.errors import HarliError
-from sglang_harli.protocol import shared_memory
+from sglang_harli.errors import HarliError, NotReadyError
+from sglang_harli.fault_points import Read, reach
+from sglang_harli.protocol import shared_memory, trouble
 from sglang_harli.protocol.internal import ServedLimits
 from sglang_harli.service import admission, checkpoints
 from sglang_harli.service.checkpoints import CheckpointError
@@ -29,24 +31,76 @@ UNREADABLE = (
 )
 
 
-def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits, fingerprint: str) -> Feeder:
-    """The job's data, checked against the served model once more.
+def prepare(
+    record: JobRecord,
+    paths: JobPaths,
+    limits: ServedLimits,
+    fingerprint: Callable[[], str],
+    shm: Path | None,
+) -> Preparation:
+    """The job's data and, with ``shm``, its checkpoint in a slot there; see ``open_feeder`` and ``restore``.
+
+    What takes long, the checkpoint, comes last, unless it may turn out that nothing is left to train.
+    """
+    perhaps_trained = record.checkpoint_step == record.total_steps
+    found = restore(record, paths, shm) if shm is not None and perhaps_trained else Preparation(None)
+    if found.trained:
+        return found
+    try:
+        plan = open_feeder(record, paths, limits, fingerprint)
+        if shm is not None and not perhaps_trained:
+            found = restore(record, paths, shm)
+    except BaseException:
+        if found.restore is not None:
+            Path(found.restore.path).unlink(missing_ok=True)
+        raise
+    return dataclasses.replace(found, plan=plan)
+
+
+class NotHereError(HarliError):
+    """This server cannot run the job; another one may."""
+
+    code = "other_server"
+
+
+def open_feeder(
+    record: JobRecord, paths: JobPaths, limits: ServedLimits, fingerprint: Callable[[], str]
+) -> Feeder:
+    """The job's data, checked against what is served once more.
+
+    Args:
+        fingerprint: of the served tokenizer and template (loads it).
 
     Raises:
-        HarliError: the job does not fit the model, or its data is not readable.
+        NotHereError: its rows are of another tokenizer, or it was accepted by a server with other limits.
+        NotReadyError: the tokenizer cannot be loaded now.
+        HarliError: the job fits no such model, or its data is not readable.
+        OSError, MemoryError: it cannot be read now.
     """
-    admission.check_hyperparameters(record.hyperparameters, limits)
+    try:
+        served = fingerprint()
+    except HarliError as error:  # no fault of a job whose rows were tokenized
+        raise NotReadyError(error.message, code=error.code) from error
     data = record.data
-    admission.check_data(record.hyperparameters, data["longest_row"], data["longest_line"], limits)
-    admission.check_vocabulary(data["largest_id"], limits)
-    if data["tokenizer"] != fingerprint:
-        raise HarliError(
-            "the data was tokenized with another tokenizer or chat template than the served model has: submit it again",
-            code="other_model",
+    try:
+        admission.check_hyperparameters(record.hyperparameters, limits)
+        admission.check_data(record.hyperparameters, data["longest_row"], data["longest_line"], limits)
+        admission.check_vocabulary(data["largest_id"], limits)
+    except HarliError as error:
+        if record.admitted:  # it fitted the server that accepted it
+            raise NotHereError(f"it does not fit this server: {error.message}", param=error.param) from error
+        raise
+    if data["tokenizer"] != served:
+        raise NotHereError(
+            "its rows were tokenized with another tokenizer or chat template than this server has: start the server "
+            "with the job's, or submit the data again"
         )
     try:
+        reach(Read.DATA)
         feeder = Feeder(TokenReader(paths.data), record.hyperparameters)
     except UNREADABLE as error:
+        if trouble.passes(error):
+            raise
         raise HarliError(f"the job's data cannot be read: {error}", code="bad_data_files") from error
     if feeder.total_steps != record.total_steps:
         raise HarliError(
@@ -62,8 +116,10 @@ def restore(record: JobRecord, paths: JobPaths, shm: Path) -> Preparation:
     With none at all the run starts from nothing; ``plan`` is left open.
 
     Raises:
-        CheckpointError: none can be read and the job cannot begin without one (it carries another's adapter).
-        HarliError: shared memory is full.
+        CheckpointError: none is whole and the job cannot begin without one (it carries another's adapter).
+        NotReadyError: shared memory is full.
+        HarliError: shared memory is too small.
+        OSError, MemoryError: what is there cannot be read now.
     """
     damage: list[str] = []
     newest = record.checkpoint_step
@@ -95,11 +151,13 @@ def _restore_one(record: JobRecord, paths: JobPaths, shm: Path, step: int) -> Pr
             return Preparation(None, trained=True)
         slot, ref, meta, tokens = checkpoints.load_state(paths.checkpoints, step, shm)
     except shared_memory.SlotError as error:
-        raise HarliError(shared_memory.refusal("the checkpoint", error), code="shared_memory") from error
-    except OSError as error:
-        raise CheckpointError(str(error)) from error
+        kind = NotReadyError if shared_memory.passes(error) else HarliError
+        raise kind(shared_memory.refusal("the checkpoint", error), code="shared_memory") from error
     except UNREADABLE as error:
-        raise CheckpointError(f"{type(error).__name__}: {error}") from error
+        if trouble.passes(error):  # whole or not: it is not to be lost for that
+            raise
+        text = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(text) from error
     slot.close()  # the file stays
     told = meta.get("tokens")  # meta.json, the other place, has no checksum of its own
     return Preparation(None, step, told if isinstance(told, int) else tokens, ref, meta)
@@ -112,4 +170,6 @@ def _put_aside(folder: Path, step: int) -> None:
     try:
         (folder / f"step-{step}").rename(folder / f"step-{step}.bad")
     except OSError as error:
+        if trouble.passes(error):
+            raise
         raise CheckpointError(f"the damaged {folder}/step-{step} cannot be put aside: {error}") from error

@@ -34,6 +34,7 @@ from sglang_harli.service.run_machine_state import (
     Send,
     State,
     TakeBack,
+    Unwritten,
 )
 
 STEPS_AHEAD = 2  # optimizer steps fed beyond the last one applied
@@ -121,8 +122,13 @@ class RunMachine:
     def acknowledged(self, seq: int) -> None:
         self.state.unstored.discard(seq)
 
-    def snapshot_written(self, message: internal.SnapshotReady, ok: bool, now: Now) -> list[Effect]:
-        return message_part.snapshot_written(self.state, message, ok, now)
+    def snapshot_written(
+        self, message: internal.SnapshotReady, found: Unwritten | None, now: Now
+    ) -> list[Effect]:
+        return message_part.snapshot_written(self.state, message, found, now)
+
+    def snapshot_delayed(self, message: internal.SnapshotReady, why: str) -> list[Effect]:
+        return message_part.snapshot_delayed(self.state, message, why)
 
     def prepared(self, job: str, attempt: int, found: Preparation, now: Now) -> list[Effect]:
         run = self._preparing(job, attempt)

@@ -15,7 +15,7 @@ from sglang_harli.core import JobStatus
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.base_print import difference
 from sglang_harli.service import jobs
-from sglang_harli.service.jobs import JobRecord
+from sglang_harli.service.jobs import Change, JobRecord
 from sglang_harli.service.run_machine_state import (
     SILENT_S,
     Apply,
@@ -31,7 +31,8 @@ from sglang_harli.service.run_machine_state import (
 )
 from sglang_harli.service.served_base import other_base
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 300.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
+MEMORY_TRIES = 3  # of a step that runs out of memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +57,34 @@ def put_off(state: State, run: Run, why: NotNow, now: Now) -> list[Effect]:
     record = state.running(run)
     effects: list[Effect] = []
     if record is not None:
-        change = jobs.interrupted(record, why.reason, now.wall)
-        if change.record.status == JobStatus.QUEUED:
-            effects.append(_hold(state, record.id, why, now))
-        effects.append(Apply(change))
+        change, held = put_back(state, record, why, now)
+        effects = [*held, Apply(change)]
     if run.phase is Phase.PREPARING and not run.adopting:
         return effects + state.end()
     slot_there = record is not None and (run.adopting or run.slot is not None)
     return effects + state.unwanted(run, now, snapshot=slot_there)
+
+
+def put_back(state: State, record: JobRecord, why: NotNow, now: Now) -> tuple[Change, list[Effect]]:
+    """A job's change back to the queue if it runs, and its hold there; one that was to stop has stopped."""
+    change = Change(record)
+    if record.status == JobStatus.RUNNING:
+        change = jobs.interrupted(record, why.reason, now.wall)
+    held = change.record.status == JobStatus.QUEUED
+    return change, [_hold(state, record.id, why, now)] if held else []
+
+
+def may_be_tried_again(state: State, failed: internal.RunFailed) -> bool:
+    """Whether a run that failed for what may pass is no verdict on its job.  Memory that is lacking again and again
+    at the same step is: then it is the job that is too large."""
+    if not failed.passing:
+        return False
+    if failed.code != "out_of_memory":
+        return True
+    step, times = state.lacking.get(failed.job, (-1, 0))
+    times = times + 1 if step == failed.step else 1
+    state.lacking[failed.job] = failed.step, times
+    return times < MEMORY_TRIES
 
 
 def _hold(state: State, job: str, why: NotNow, now: Now) -> HoldJob:

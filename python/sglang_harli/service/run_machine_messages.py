@@ -14,7 +14,7 @@ from sglang_harli.protocol import internal
 from sglang_harli.service import jobs
 from sglang_harli.service.jobs import Change, JobRecord, Wish
 from sglang_harli.service.run_machine_hello import pulse, saved
-from sglang_harli.service.run_machine_holds import forget
+from sglang_harli.service.run_machine_holds import NotNow, forget, may_be_tried_again, put_back
 from sglang_harli.service.run_machine_state import (
     Acknowledge,
     Apply,
@@ -29,6 +29,7 @@ from sglang_harli.service.run_machine_state import (
     Send,
     State,
     TakeBack,
+    Unwritten,
     Writing,
 )
 
@@ -110,6 +111,7 @@ def _progress(state: State, run: Run | None, message: internal.Progress, now: No
         logger.error("the scheduler reports an unknown sub-state %r", message.sub_state)
         return []
     reason = message.reason if record.wish == Wish.RUN else record.reason
+    reason = next((w.delayed for key, w in state.writing.items() if w.delayed and key[0] == run.job), reason)
     change = jobs.progress(record, message.step, message.tokens, sub_state, reason)
     if run.told_sub_state != sub_state and now.s - run.told_at_s >= SUB_STATE_EVENT_S:
         run.told_sub_state, run.told_at_s = sub_state, now.s
@@ -122,7 +124,11 @@ def _over(state: State, run: Run | None, record: JobRecord, message: Any, now: N
     done = Acknowledge(message.seq)
     effects = state.end() if run is not None else []
     running = record.status == JobStatus.RUNNING and not record.publishing
-    if isinstance(message, internal.RunFailed) and (running or record.status == JobStatus.QUEUED):
+    failed = isinstance(message, internal.RunFailed) and (running or record.status == JobStatus.QUEUED)
+    if failed and may_be_tried_again(state, message):
+        change, held = put_back(state, record, NotNow(message.message), now)
+        return [*held, Apply(change, then=(done,)), *effects]
+    if failed:
         change = jobs.fail(record, message.code, message.message, now.wall)
     elif running:
         why = message.reason if isinstance(message, internal.RunStopped) else ""
@@ -151,17 +157,31 @@ def _snapshot(state: State, record: JobRecord, message: internal.SnapshotReady) 
     return [SaveSnapshot(message)]
 
 
-def snapshot_written(state: State, message: internal.SnapshotReady, ok: bool, now: Now) -> list[Effect]:
-    """A snapshot is on disk, or was given up."""
+def snapshot_delayed(state: State, message: internal.SnapshotReady, why: str) -> list[Effect]:
+    """A snapshot cannot be written yet: its run, if it stops or ends, waits for that."""
+    writing = state.writing.get((message.job, message.attempt, message.step))
+    run = state.named(message)
+    record = state.running(run) if run is not None else None
+    if writing is None or record is None or message.reason == "every":
+        return []
+    writing.delayed = why
+    change = jobs.progress(record, message.step, record.trained_tokens, SubState.CHECKPOINTING, why)
+    return [Apply(change, urgent=False)]
+
+
+def snapshot_written(
+    state: State, message: internal.SnapshotReady, found: Unwritten | None, now: Now
+) -> list[Effect]:
+    """A snapshot is on disk (None), or was given up."""
     key = (message.job, message.attempt, message.step)
     writing = state.writing.pop(key)
     acks = tuple(Acknowledge(seq) for seq in sorted(writing.seqs))
     record = state.book.find(message.job)
     if record is None or record.attempt != message.attempt or record.status.final or record.publishing:
         return [*acks, *_freed(state, writing)]
-    if not ok:
+    if found is not None:
         state.given_up = key
-        return _given_up(state, record, message, acks, now) + _freed(state, writing)
+        return _given_up(state, record, message, found, acks, now) + _freed(state, writing)
     change, after = _checkpointed(state, record, message, now)
     after = [Saved(record.id), Send(saved(message, message.step, ok=True)), *acks, *after]
     # A service that is killed before the commit is told of the snapshot again, and reads the slot again.
@@ -199,13 +219,15 @@ def _given_up(
     state: State,
     record: JobRecord,
     message: internal.SnapshotReady,
+    found: Unwritten,
     acks: tuple[Acknowledge, ...],
     now: Now,
 ) -> list[Effect]:
-    if message.reason != "final" or record.status != JobStatus.RUNNING:
-        return [Send(saved(message, message.step, ok=False)), *acks]
-    text = "the last checkpoint cannot be written (see the warnings before): make room, then submit again"
-    change = jobs.fail(record, "checkpoint_failed", text, now.wall)
     run = state.named(message)
-    stop: list[Effect] = state.unwanted(run, now) if run is not None else []
-    return [Apply(change, then=acks), *stop]
+    if run is None or message.reason in ("every", "shutdown"):
+        return [Send(saved(message, message.step, ok=False)), *acks]
+    # The state is lost: it is trained again from the checkpoint before.
+    change, held = put_back(state, record, NotNow(found.why), now)
+    if found.lasting and record.status == JobStatus.RUNNING:
+        change, held = jobs.fail(record, "checkpoint_failed", f"{found.why}: submit it again", now.wall), []
+    return [*held, Apply(change, then=acks), *state.unwanted(run, now)]

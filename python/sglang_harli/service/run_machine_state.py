@@ -179,6 +179,14 @@ class Preparation:
     trained: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Unwritten:
+    """Why a snapshot was given up; ``lasting``: it would be the next time, too."""
+
+    why: str
+    lasting: bool = False
+
+
 # ------------------------------------------------------------------ what is known
 @dataclass
 class Run:
@@ -224,11 +232,12 @@ class Hold:
 @dataclass
 class Writing:
     """``path``: the slot it lies in; ``seqs``: the messages that announced it; ``orphaned``: its run is over,
-    and the slot goes when it is written."""
+    and the slot goes when it is written; ``delayed``: why it is not written yet."""
 
     path: str
     seqs: set[int]
     orphaned: bool = False
+    delayed: str = ""
 
 
 @dataclass
@@ -238,6 +247,7 @@ class State:
     base, updates: what it serves, and after how many updates of the weights.
     hold: why the scheduler takes no run now, "" where it does; ``asked_at_s``: when that was last asked.
     holds, troubles: queued jobs that are passed over, and how often in a row each met trouble.
+    lacking: of jobs that ran out of memory: the step, and how often in a row.
     writing: snapshots on their way to disk, by job, attempt and step.
     given_up: the last snapshot that could not be written.
     unstored: numbers of StepDones that are not durable yet.
@@ -255,6 +265,7 @@ class State:
     asked_at_s: float = float("-inf")
     holds: dict[str, Hold] = field(default_factory=dict)
     troubles: dict[str, int] = field(default_factory=dict)
+    lacking: dict[str, tuple[int, int]] = field(default_factory=dict)
     writing: dict[tuple[str, int, int], Writing] = field(default_factory=dict)
     given_up: tuple[str, int, int] | None = None
     unstored: set[int] = field(default_factory=set)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
-from sglang_harli.protocol import internal
+from sglang_harli.protocol import internal, shared_memory, trouble
 from sglang_harli.service import checkpoints, jobs
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.job_files import JobPaths
+from sglang_harli.service.run_in_progress import UNREADABLE
+from sglang_harli.service.run_machine_holds import pause_s
+from sglang_harli.service.run_machine_state import Unwritten
 
-logger = logging.getLogger(__name__)
-
-# A snapshot in passing is given up soon (the next one comes), the last one of a run is worth waiting for.
-PAUSES_S = (1.0, 2.0)
-LAST_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
+# A snapshot in passing is given up soon: the next one comes.  That of a run that stops or ends is all that there is
+# of its last steps: it is tried for as long as the trouble lasts.
+TRIES_IN_PASSING = 3
 
 
 class SnapshotWriter:
@@ -32,41 +32,67 @@ class SnapshotWriter:
         self._disk = disk
         self._turn = asyncio.Lock()  # what is half written must not be taken for a crash's leftovers
 
-    async def write(self, message: internal.SnapshotReady) -> bool:
-        """Write a snapshot; durable on return, or false where it was given up."""
+    async def write(
+        self, message: internal.SnapshotReady, delayed: Callable[[str], None]
+    ) -> Unwritten | None:
+        """Write a snapshot; None where it is durable, else why it was given up.
+
+        Args:
+            delayed: told why it is not written yet.
+        """
+        tries = 0
+        while True:
+            try:
+                await self._save(message)
+                return None
+            except UNREADABLE as error:
+                wrong = error
+            tries += 1
+            text = _text(message, wrong)
+            lasting = not isinstance(wrong, OSError | MemoryError)  # it would be so the next time
+            # The slot is gone, or it is not what it was.
+            lost = isinstance(wrong, shared_memory.SlotError) and not trouble.passes(wrong)
+            cancelled = self._desk.get(message.job).status.final  # nobody needs it
+            if lasting or lost or cancelled or (message.reason == "every" and tries == TRIES_IN_PASSING):
+                self._warn(message.job, f"{text}: given up")
+                return Unwritten(text, lasting=lasting)
+            text += f": trying again in {pause_s(tries):g} s"
+            self._warn(message.job, text)
+            delayed(text)
+            await asyncio.sleep(pause_s(tries))
+
+    async def _save(self, message: internal.SnapshotReady) -> None:
         paths = JobPaths(self._desk.run_dir, message.job)
         told = message.meta.get("tokens")
         tokens = told if isinstance(told, int) else self._desk.get(message.job).trained_tokens
-        pauses = PAUSES_S if message.reason == "every" else LAST_PAUSES_S
-        for pause_s in (*pauses, None):
-            try:
-                async with self._turn:
-                    await self._off(
-                        functools.partial(
-                            checkpoints.save_state,
-                            paths.checkpoints,
-                            message.step,
-                            message.slot,
-                            message.meta,
-                            tokens,
-                            rush=message.reason == "shutdown",
-                        )
-                    )
-                return True
-            except OSError as error:
-                again = f"trying again in {pause_s:g} s" if pause_s else "given up"
-                text = f"the checkpoint of step {message.step} cannot be written ({error}): {again}"
-                self._desk.apply(jobs.warn(self._desk.get(message.job), text))
-            if pause_s is None or self._desk.get(message.job).status.final:  # cancelled: nobody needs it
-                break
-            await asyncio.sleep(pause_s)
-        return False
+        save = functools.partial(
+            checkpoints.save_state,
+            paths.checkpoints,
+            message.step,
+            message.slot,
+            message.meta,
+            tokens,
+            rush=message.reason == "shutdown",
+        )
+        async with self._turn:
+            await self._off(save)
+
+    def _warn(self, job: str, text: str) -> None:
+        self._desk.apply(jobs.warn(self._desk.get(job), text))
 
     async def prune(self, job: str) -> None:
-        """Remove older checkpoints than are kept."""
+        """Remove older checkpoints than are kept; what cannot be removed now goes with the next ones."""
         folder = JobPaths(self._desk.run_dir, job).checkpoints
         async with self._turn:
-            await self._off(checkpoints.prune, folder, self._desk.keep_checkpoints)
+            try:
+                await self._off(checkpoints.prune, folder, self._desk.keep_checkpoints)
+            except OSError as error:
+                self._warn(job, f"older checkpoints cannot be removed ({error})")
 
     async def _off(self, call: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._disk, call, *args)
+
+
+def _text(message: internal.SnapshotReady, error: BaseException) -> str:
+    what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return f"the checkpoint of step {message.step} cannot be written ({what})"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from sglang_harli import core
 from sglang_harli.client import FinetuneClient
 from sglang_harli.errors import HarliError, NotReadyError
-from sglang_harli.fault_points import FAULT_POINTS_ENV, Write
+from sglang_harli.fault_points import FAULT_POINTS_ENV, Read, Write
 from support.service_world import World, pairs, until
 
 FOR_GOOD = 1_000_000
@@ -27,7 +29,7 @@ class Faults:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def arm(self, write: Write, kind: str = "ENOSPC", times: int = FOR_GOOD) -> None:
+    def arm(self, write: Write | Read, kind: str = "ENOSPC", times: int = FOR_GOOD) -> None:
         temporary = self.folder / ".armed"
         temporary.write_text(f"error {kind} {times}")
         os.replace(temporary, self.folder / write)
@@ -36,7 +38,7 @@ class Faults:
         return (self.folder / write).exists()
 
     def clear(self) -> None:
-        for write in Write:
+        for write in (*Write, *Read):
             (self.folder / write).unlink(missing_ok=True)
 
 
@@ -252,21 +254,28 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(world, faul
     world.done(job)  # the last one, or the adapter's folder
 
 
-def test_a_disk_that_stays_full_fails_the_job_at_its_end_and_it_can_go_on_later(world, faults):
-    world.scheduler.hold_at = 0
-    job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=2)
-    until(lambda: world.scheduler.spec is not None and world.scheduler._slot_free, "the slot")
-    world.scheduler.hold_at = 2
-    until(lambda: events_of(world, job, "checkpoint_saved"), "the checkpoint")
+def test_a_disk_that_stays_full_keeps_the_last_state_until_there_is_room(world, faults):
     faults.arm(Write.STATE)
-    world.scheduler.hold_at = None
-    failed = world.client.wait(job.id, 90, poll_s=0.2)
-    assert (failed.status, failed.error.code) == ("failed", "checkpoint_failed")
-    assert "make room" in failed.error.message
+    job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
+    waits = until(
+        lambda: j if "trying again in 4 s" in ((j := world.client.get(job.id)).reason or "") else None, "why"
+    )
+    assert (waits.status, waits.sub_state, waits.step) == ("running", "checkpointing", waits.total_steps)
+    assert waits.reason.startswith(f"the checkpoint of step {waits.total_steps} cannot be written (")
+    assert [text[-4:] for text in events_of(world, job, "warning")] == [" 1 s", " 2 s", " 4 s"]
     faults.clear()
-    again = world.client.submit(resume_from=job.id)
-    assert again.step >= 2
-    world.done(again)
+    assert world.done(job).attempt == 1
+
+
+def test_a_last_state_whose_slot_is_gone_is_trained_again(world, faults):
+    faults.arm(Write.STATE)
+    job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
+    until(lambda: events_of(world, job, "warning"), "the first try")
+    for slot in core.shm_dir(str(world.run_dir)).glob("slot-*"):
+        slot.unlink()
+    faults.clear()
+    assert world.done(job).attempt == 2
+    assert any("given up" in text for text in events_of(world, job, "warning"))
 
 
 def test_an_adapter_that_cannot_be_written_is_tried_again(world, faults):
@@ -275,18 +284,101 @@ def test_an_adapter_that_cannot_be_written_is_tried_again(world, faults):
     assert not faults.armed(Write.ADAPTER)
 
 
-def test_shared_memory_that_is_full_is_an_error_on_the_job(world, faults):
-    world.scheduler.hold.clear()
-    faults.arm(Write.SLOT)
-    failed = world.done(world.client.submit(pairs(4)), "failed")
-    assert failed.error.code == "shared_memory" and "make room in /dev/shm" in failed.error.message
+@pytest.mark.parametrize("kind", ["ENOSPC", "EMFILE"])
+def test_shared_memory_that_is_full_is_waited_for(world, faults, kind):
+    faults.arm(Write.SLOT, kind)
+    jobs = [world.client.submit(pairs(4)) for _ in range(3)]
+
+    def reasons() -> list[str]:
+        return [world.client.get(job.id).reason or "" for job in jobs]
+
+    until(lambda: all("; tried again after" in reason for reason in reasons()), "the reasons")
+    says = "shared memory has no room" if kind == "ENOSPC" else "shared memory cannot be used"
+    assert all(reason.startswith(f"{says} for the 4096 bytes of a checkpoint") for reason in reasons())
+    assert {world.client.get(job.id).status for job in jobs} <= {"queued", "running"}
     faults.clear()
-    world.scheduler.hold.set()
+    for job in jobs:
+        world.done(job)
+
+
+def test_what_all_of_shared_memory_cannot_hold_is_an_error_of_the_job(world):
     world.scheduler.state_bytes = 1 << 50  # more than any machine has
     failed = world.done(world.client.submit(pairs(4)), "failed")
     assert failed.error.code == "shared_memory" and str(1 << 50) in failed.error.message
+    assert "shared memory is too small" in failed.error.message
     world.scheduler.state_bytes = 4096
     world.done(world.client.submit(pairs(4)))
+
+
+# ------------------------------------------------------------------ what a run needs and cannot have for a while
+@pytest.mark.parametrize("kind", ["EMFILE", "EIO"])
+def test_a_queue_of_jobs_outlasts_a_time_in_which_nothing_can_be_read(world, faults, kind):
+    faults.arm(Read.DATA, kind)
+    jobs = [world.client.submit(pairs(4)) for _ in range(6)]
+
+    def waits(job) -> bool:
+        found = world.client.get(job.id)
+        return found.status == "queued" and "; tried again after" in str(found.reason)
+
+    for job in jobs:
+        until(lambda job=job: waits(job), "why it waits")
+    assert {job.status for job in world.client.list(limit=6)} <= {"queued", "running"}
+    faults.clear()
+    for job in jobs:
+        world.done(job)
+
+
+def test_a_time_without_file_descriptors_ends_nothing(own):
+    world = own()
+    world.scheduler.hold.clear()
+    jobs = [world.client.submit(pairs(4)) for _ in range(2)]
+    until(lambda: world.scheduler.spec is not None and world.scheduler._slot_free, "the slot")
+    pid = world.service.process.pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))  # nothing can be opened any more
+    world.scheduler.hold.set()
+    log = world.service.log
+    until(lambda: "trying again in 2 s" in log.read_text(), "the warning")
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+    for job in jobs:
+        world.done(job)
+    assert world.service.alive and world.service.process.pid == pid
+
+
+def test_rows_that_cannot_be_read_for_a_while_put_the_job_off_and_no_step_is_lost(world, faults):
+    world.scheduler.hold_at = 3
+    job = world.client.submit(pairs(), n_epochs=4, checkpoint_every=0)
+    world.at_step(job, 3)
+    faults.arm(Read.ROWS, "EIO", 2)
+    world.scheduler.hold_at = None
+    done = world.done(job)
+    assert done.attempt == 3
+    steps = [e.data["step"] for e in world.client.events(job.id) if e.type == "step_metrics"]
+    assert steps == list(range(1, done.total_steps + 1))
+    assert len([e for e in world.client.events(job.id) if "data cannot be read now" in e.message]) == 2
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_waited_for(own, tmp_path, model):
+    folder = shutil.copytree(model, tmp_path / "model")
+    world = World(tmp_path / "world", folder, peers=False)
+    try:
+        jobs = [world.client.submit(pairs(4)) for _ in range(2)]
+        world.service.kill()
+        folder.rename(tmp_path / "away")
+        world.service.start()
+        world.join_scheduler()
+        world.join_http()
+        for job in jobs:
+            reason = until(
+                lambda job=job: r if "tried again" in (r := world.client.get(job.id).reason or "") else "",
+                "why",
+            )
+            assert reason.startswith(f"the tokenizer of {folder} cannot be loaded")
+        (tmp_path / "away").rename(folder)
+        for job in jobs:
+            world.done(job)
+    finally:
+        world.close()
 
 
 # ------------------------------------------------------------------ the kernel itself

@@ -149,32 +149,63 @@ def test_an_export_that_the_disk_refuses_is_tried_again(
     assert len([m for m in messages(world, job) if "trying again in" in m and "a test armed" in m]) == 2
 
 
-def test_a_disk_that_stays_full_fails_the_job_and_says_what_to_do(own: Any, points: Path) -> None:
+def waits(world: World, job: Job, pause: str) -> Job:
+    """A job whose publication has been put off for so long."""
+    return until(
+        lambda: j if f"trying again in {pause}" in ((j := world.client.get(job.id)).reason or "") else None,
+        "why it waits",
+    )
+
+
+def test_a_disk_that_stays_full_keeps_the_job_and_says_what_to_do(own: Any, points: Path) -> None:
     world = own()
     (points / Write.ADAPTER).write_text("error ENOSPC 99")
-    job = world.done(world.client.submit(pairs(4)), "failed")
-    assert job.error is not None
-    assert job.error.code == "adapter_failed"
-    assert "No space left on device" in job.error.message
-    assert "make room on the disk" in job.error.message
+    job = waits(world, world.client.submit(pairs(4)), "4 s")
+    assert (job.status, job.sub_state) == ("running", "publishing")
+    assert "No space left on device" in str(job.reason)
+    assert "make room on the disk" in str(job.reason)
     (points / Write.ADAPTER).unlink()
-    world.done(world.client.submit(pairs(4)))
+    world.done(world.client.submit(pairs(4)))  # which does not wait for the other
+    world.done(job)
 
 
-@pytest.mark.parametrize(("errors", "status"), [(2, "succeeded"), (99, "failed")])
-def test_full_shared_memory_is_waited_for_and_then_an_error_of_the_job(
-    own: Any, points: Path, errors: int, status: str
-) -> None:
+def test_full_shared_memory_is_waited_for(own: Any, points: Path) -> None:
     world = own(peers=False)
     world.join_scheduler()
     job = publishing(world)
-    (points / Write.SLOT).write_text(f"error ENOSPC {errors}")
+    (points / Write.SLOT).write_text("error ENOSPC 99")
     world.join_http()
-    done = world.done(job, status)
-    assert [m for m in messages(world, job) if "shared memory has no room" in m]
-    if done.error is not None:
-        assert done.error.code == "shared_memory"
-        assert "make room in /dev/shm" in done.error.message
+    reason = str(waits(world, job, "4 s").reason)
+    assert reason.startswith("shared memory has no room for the adapter (")
+    assert "make room in /dev/shm" in reason
+    (points / Write.SLOT).unlink()
+    world.done(job)
+    assert len([m for m in messages(world, job) if "shared memory has no room" in m]) == 3
+
+
+def test_a_request_for_an_adapter_that_shared_memory_has_no_room_for_gets_an_answer(
+    own: Any, points: Path
+) -> None:
+    world = own()
+    job = world.done(world.client.submit(pairs(4)))
+    (points / Write.SLOT).write_text("error ENOSPC 99")
+    world.http.want(str(job.fine_tuned_model))
+    until(lambda: world.http.refused, "the refusal")
+    assert (world.http.refused[-1].code, world.client.get(job.id).status) == ("shared_memory", "succeeded")
+    (points / Write.SLOT).unlink()
+    world.http.want(str(job.fine_tuned_model))
+    until(lambda: world.http.publications.count(str(job.fine_tuned_model)) == 2, "the adapter")
+
+
+def test_a_refusal_that_may_pass_is_no_end_of_the_job(own: Any) -> None:
+    world = own(peers=False)
+    world.join_scheduler()
+    peer = world.http = HttpPeer(world.run_dir)
+    peer.refuse, peer.passing = 4, True
+    peer.start()
+    world._stack.callback(peer.close)
+    job = world.done(world.client.submit(pairs(4)))
+    assert len([m for m in messages(world, job) if "no room for it; trying again" in m]) == 4
 
 
 # ------------------------------------------------------------------ answers
