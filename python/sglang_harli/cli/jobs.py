@@ -18,6 +18,7 @@ from sglang_harli.cli.session import (
     Session,
     pair,
     print_json,
+    say,
     session,
 )
 from sglang_harli.errors import NotFoundError
@@ -100,11 +101,11 @@ def list_jobs(
         if current.json:
             print_json(jobs)
         elif not jobs:
-            print("no jobs")
+            say("no jobs")
         else:
             from sglang_harli.tools import job_view
 
-            job_view.console().print(job_view.job_table(jobs))
+            job_view.show_jobs(jobs)
 
 
 @app.command()
@@ -153,7 +154,7 @@ def events(
             if current.json:
                 print_json(event)
             else:
-                print(job_view.event_line(event), flush=True)
+                say(job_view.event_line(event))
 
 
 def _steering(verb: str, text: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from sglang_harli.cli.session import AsJson, print_json, report, session
+from sglang_harli.cli.session import AsJson, notice, print_json, report, session
 from sglang_harli.errors import DataError
 
 app = typer.Typer()
@@ -44,7 +43,7 @@ def make_model(
             seed=seed,
             seconds=seconds,
             weights=not config_only,
-            report=lambda line: print(line, file=sys.stderr, flush=True),
+            report=notice,
         )
         current.show(
             made, lambda: iter([f"{made['path']}: {arch}, {made['vocab_size']} tokens, loss {made['loss']}"])

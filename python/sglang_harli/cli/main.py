@@ -5,12 +5,13 @@ Parses and prints; what is heavy is imported by the command that needs it.
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
 
 from sglang_harli.cli import jobs, local, server, simulate
-from sglang_harli.cli.session import AsJson, CurveKeys, Endpoint, Session
+from sglang_harli.cli.session import AsJson, CurveKeys, Endpoint, Session, notice, say
 
 EPILOG = (
     "Exit codes: 0 done; 1 the job failed, or the server did; 2 wrong usage or value; 3 bad training data; "
@@ -33,7 +34,7 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         import sglang_harli
 
-        print(sglang_harli.__version__)
+        say(sglang_harli.__version__)
         raise typer.Exit
 
 
@@ -54,4 +55,18 @@ for part in (local, jobs, server, simulate):
 
 def main() -> None:
     """The console script."""
-    app()
+    from sglang_harli.tools import terminal
+
+    terminal.prepare()
+    code: Any = 0
+    try:
+        try:
+            app()
+        except SystemExit as ended:
+            code = ended.code
+        sys.stdout.flush()
+    except terminal.OutputError as error:
+        code = error.exit_code
+        if code != terminal.BROKEN_PIPE:  # a reader that has gone, as in `harli list | head -1`, knows
+            notice(f"error: the output cannot be written: {error}")
+    sys.exit(code)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
-from sglang_harli.cli.session import AsJson, Endpoint, pair, session
+from sglang_harli.cli.session import AsJson, Endpoint, notice, pair, session
 from sglang_harli.config import LIVE, HarliOptions
 from sglang_harli.errors import ConfigError
 
@@ -58,6 +57,10 @@ def profile(
 ) -> None:
     """Measure how long a server's batches take, for the latency predictor of its next start."""
     with session(ctx, None, as_json) as current:
+        if not 0 <= budget_s <= 86_400:
+            raise ConfigError(
+                f"budget_s={budget_s!r} is not accepted: give 0 to 86,400 seconds", param="budget_s"
+            )
         from sglang_harli.tools import job_view
         from sglang_harli.tools import profile as tool
 
@@ -68,7 +71,7 @@ def profile(
                 output=output or HarliOptions(run_dir=run_dir).profile_path,
                 budget_s=budget_s,
                 progress=job_view.loads_bar,
-                report=lambda line: print(line, file=sys.stderr, flush=True),
+                report=notice,
             )
         elif ctx.args:
             raise ConfigError(

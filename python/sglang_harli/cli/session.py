@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,26 +57,35 @@ class Session:
     def client(self) -> FinetuneClient:
         from sglang_harli.client import FinetuneClient
 
-        return FinetuneClient(self.endpoint, curve_keys=self.curve_keys, on_connection=_notice)
+        return FinetuneClient(self.endpoint, curve_keys=self.curve_keys, on_connection=notice)
 
     def show(self, value: Any, lines: Callable[[], Iterator[str]]) -> None:
         if self.json:
             print_json(value)
         else:
             for line in lines():
-                print(line)
+                say(line)
 
 
-def _notice(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def say(line: str) -> None:
+    from sglang_harli.tools import terminal
+
+    terminal.say(line)
+
+
+def notice(line: str) -> None:
+    """To stderr."""
+    from sglang_harli.tools import terminal
+
+    terminal.say(line, to_stderr=True)
 
 
 def print_json(value: Any) -> None:
     import msgspec
-    import orjson
 
-    option = orjson.OPT_INDENT_2 if sys.stdout.isatty() else 0
-    print(orjson.dumps(msgspec.to_builtins(value), option=option).decode(), flush=True)
+    from sglang_harli.tools import terminal
+
+    terminal.say_json(msgspec.to_builtins(value))
 
 
 @contextmanager
@@ -99,9 +107,9 @@ def report(error: HarliError, as_json: bool) -> None:
     headline, refused, _ = (
         error.message.partition(" not accepted: ") if error.details else (error.message, "", "")
     )
-    print(f"error: {headline}{refused.removesuffix(': ')}", file=sys.stderr)
+    notice(f"error: {headline}{refused.removesuffix(': ')}")
     for lines, reason, _ in errors.grouped(error.details):
-        print(f"  {lines}: {reason}", file=sys.stderr)
+        notice(f"  {lines}: {reason}")
     if as_json:
         print_json(
             {"error": {name: getattr(error, name) for name in ("code", "message", "param", "details")}}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sglang_harli.cli.session import EXIT_FAILED, AsJson, print_json, session
+from sglang_harli.cli.session import EXIT_FAILED, AsJson, print_json, say, session
 from sglang_harli.errors import ConfigError
 
 app = typer.Typer()
@@ -63,6 +63,6 @@ def simulate(
             print_json(result.as_dict())
         else:
             for line in result.lines(brief=compare):
-                print(line)
+                say(line)
         if compare and result.problems:
             raise typer.Exit(EXIT_FAILED)

@@ -52,9 +52,14 @@ def check_data(hp: Hyperparameters, longest_row: int, longest_line: int, limits:
         ConfigError: says what to lower, and the largest batch_size that fits.
     """
     if longest_row > limits.max_seq_length:
+        mend = (
+            "shorten it, or submit with on_overflow=truncate or on_overflow=drop"
+            if hp.on_overflow == "error"
+            else f"the data was read before the limit was known; submit it again, and on_overflow={hp.on_overflow} "
+            "applies to it"
+        )
         raise ConfigError(
-            f"line {longest_line} has {longest_row} tokens and the model's limit is {limits.max_seq_length}: "
-            "shorten it, or submit with on_overflow=truncate or on_overflow=drop",
+            f"line {longest_line} has {longest_row} tokens and the model's limit is {limits.max_seq_length}: {mend}",
             param="max_seq_length",
         )
     need = limits.job_memory_bytes(hp, longest_row)

@@ -22,6 +22,7 @@ from sglang_harli import core
 from sglang_harli.config import SERVICE_ENV, ServiceConfig
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol import internal, public
+from sglang_harli.protocol.escaping import escaped
 from sglang_harli.service import hidden_torch, run_dir_modes
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.http_link import HttpLink
@@ -229,15 +230,19 @@ async def _main(config: ServiceConfig) -> None:
         app.close()
 
 
+class _Formatter(logging.Formatter):
+    """Lines of the log quote data and names of clients: none of them steers the server's terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(super().format(record), lines=True)
+
+
 def main() -> None:
     run_dir_modes.keep_to_ourselves()
     hidden_torch.hide()
-    logging.basicConfig(
-        level=logging.INFO,
-        format="[%(asctime)s] finetune service: %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-        stream=sys.stderr,
-    )
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(_Formatter("[%(asctime)s] finetune service: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[log])
     text = os.environ.get(SERVICE_ENV)
     if text is None:
         raise SystemExit(f"{SERVICE_ENV} is not set: the finetune service is started by the server")

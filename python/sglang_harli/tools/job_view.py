@@ -15,7 +15,9 @@ from rich.text import Text
 
 from sglang_harli.config import show_size
 from sglang_harli.core import MemoryPurpose, short_id
+from sglang_harli.protocol.escaping import escaped
 from sglang_harli.protocol.public import Event, Job, StatusAnswer
+from sglang_harli.tools import terminal
 
 if TYPE_CHECKING:
     from sglang_harli.predictor.sweep import Load
@@ -25,7 +27,13 @@ LINE_EVERY_S = 5.0  # without a terminal, `watch` prints a line when the state c
 
 
 def console(*, to_stderr: bool = False) -> Console:
-    return Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+    """Where rich draws; texts that are not ours are escaped before they come here."""
+    stream = sys.stderr if to_stderr else sys.stdout
+    return Console(file=terminal.unescaped(stream), highlight=False, markup=False, soft_wrap=True)
+
+
+def show_jobs(jobs: Iterable[Job]) -> None:
+    console().print(job_table(jobs))
 
 
 def clock(seconds: float | None) -> str:
@@ -60,7 +68,7 @@ def job_table(jobs: Iterable[Job]) -> Table:
     for name in ("job", "suffix", "status", "step", "loss", "created", "model"):
         table.add_column(name, overflow="fold")
     for job in jobs:
-        table.add_row(
+        cells = (
             short_id(job.id),
             job.suffix or "-",
             str(job.sub_state) if job.sub_state else str(job.status),
@@ -69,6 +77,7 @@ def job_table(jobs: Iterable[Job]) -> Table:
             clock(job.created_at),
             job.fine_tuned_model or "-",
         )
+        table.add_row(*(Text(escaped(cell)) for cell in cells))
     return table
 
 
@@ -184,12 +193,12 @@ def progress_line(job: Job) -> str:
 
 def watch(looks: Iterable[Job]) -> Job:
     """Show a job's looks, the last of which is when it is over, and how it ended; returns its last form."""
-    terminal = console()
-    last = _watch_bar(looks, terminal) if terminal.is_terminal else _watch_lines(looks)
+    screen = console()
+    last = _watch_bar(looks, screen) if screen.is_terminal else _watch_lines(looks)
     if last.error is not None:
-        print(f"error: {last.error.code}: {last.error.message}", file=sys.stderr)
+        terminal.say(f"error: {last.error.code}: {last.error.message}", to_stderr=True)
     elif last.fine_tuned_model:
-        print(f"served as: {last.fine_tuned_model}")
+        terminal.say(f"served as: {last.fine_tuned_model}")
     return last
 
 
@@ -199,26 +208,26 @@ def _watch_lines(looks: Iterable[Job]) -> Job:
         key = (job.status, job.sub_state if job.sub_state != "yielding" else "training")
         if key != shown or time.monotonic() - printed >= LINE_EVERY_S:
             shown, printed = key, time.monotonic()
-            print(progress_line(job), flush=True)
+            terminal.say(progress_line(job))
     return job
 
 
-def _watch_bar(looks: Iterable[Job], terminal: Console) -> Job:
+def _watch_bar(looks: Iterable[Job], screen: Console) -> Job:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TextColumn("{task.fields[numbers]}"),
     )
-    with Progress(*columns, console=terminal, expand=True) as progress:
+    with Progress(*columns, console=screen, expand=True) as progress:
         task = None
         for job in looks:
             numbers = f"loss {_number(job.loss, '.4f')}  {_number(job.tokens_per_s, '.0f')} tok/s  eta {span(job.eta_s)}"
             values = {"completed": job.step, "total": job.total_steps, "numbers": numbers}
             if task is None:
-                task = progress.add_task(state(job), **values)
+                task = progress.add_task(escaped(state(job)), **values)
             else:
-                progress.update(task, description=state(job), **values)
+                progress.update(task, description=escaped(state(job)), **values)
     return job
 
 
@@ -242,34 +251,28 @@ def profile_lines(made: dict[str, Any]) -> Iterator[str]:
 
 def data_report(report: dict[str, Any]) -> None:
     """Print what ``check_data`` found."""
-    out = console()
-    out.print(
+    terminal.say(
         f"{report['file']}: {report['rows']} rows, {report['tokens']} tokens, "
         f"{100 * report['loss_share']:.1f}% with loss, longest row {report['longest_row']} tokens "
         f"(limit {report['max_seq_length'] or 'unknown'}), truncated {report['truncated']}, "
-        f"dropped {report['dropped']}",
-        markup=False,
+        f"dropped {report['dropped']}"
     )
     if report["notes"]:
-        out.print(report["notes"], markup=False)
+        terminal.say(report["notes"])
     most = max((bucket["rows"] for bucket in report["histogram"]), default=1)
     for bucket in report["histogram"]:
         bar = "#" * round(40 * bucket["rows"] / most)
-        out.print(f"  {bucket['from']:>6}-{bucket['to']:<6} tokens {bucket['rows']:>7} {bar}", markup=False)
+        terminal.say(f"  {bucket['from']:>6}-{bucket['to']:<6} tokens {bucket['rows']:>7} {bar}")
+    out = console()
     if report["examples"]:
         how = "green" if out.is_terminal else "between [[ and ]]"
-        out.print(f"examples (learned tokens {how}):")
+        terminal.say(f"examples (learned tokens {how}):")
     for example in report["examples"]:
         text = Text(f"  line {example['line']}: ")
         for part in example["parts"]:
             learned = part["learned"]
-            shown = part["text"] if out.is_terminal or not learned else f"[[{part['text']}]]"
+            # Lines of a text are indented, so that none passes for one of ours.
+            shown = escaped(part["text"], lines=True).replace("\n", "\n    ")
+            shown = shown if out.is_terminal or not learned else f"[[{shown}]]"
             text.append(shown, style="green" if learned else "dim")
         out.print(text)
-
-
-def bad_lines(details: list[dict[str, Any]], name: str) -> None:
-    """One line on stderr per line of data at fault."""
-    for row in details:
-        where = f"line {row['line']}" if "line" in row else "-"
-        print(f"{name}: {where}: {row.get('reason') or row.get('message')}", file=sys.stderr)

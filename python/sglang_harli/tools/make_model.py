@@ -103,7 +103,7 @@ def make_model(
     Raises:
         ConfigError: an argument is not accepted, or the folder is not empty.
     """
-    _check(arch, size, dtype, seconds, steps)
+    _check(arch, size, dtype, seed, seconds, steps)
     path = _empty_folder(directory)
     shape = SIZES[size]
     if steps is None:
@@ -130,7 +130,7 @@ def make_model(
     return made | {"seconds": round(time.monotonic() - began, 1)}
 
 
-def _check(arch: str, size: str, dtype: str, seconds: float | None, steps: int | None) -> None:
+def _check(arch: str, size: str, dtype: str, seed: int, seconds: float | None, steps: int | None) -> None:
     for name, value, accepted in (
         ("arch", arch, ARCHITECTURES),
         ("size", size, tuple(SIZES)),
@@ -142,17 +142,30 @@ def _check(arch: str, size: str, dtype: str, seconds: float | None, steps: int |
             )
     if seconds is not None and not 0 <= seconds <= 86_400:
         raise ConfigError(f"seconds={seconds!r} is not accepted: give 0 to 86,400", param="seconds")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed={seed!r} is not accepted: give 0 to {2**63 - 1:,}", param="seed")
     if steps is not None and steps < 0:
         raise ConfigError(f"steps={steps!r} is not accepted: give 0 or more", param="steps")
 
 
 def _empty_folder(directory: str | Path) -> Path:
-    path = Path(directory).expanduser().resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    try:
+        str(directory).encode()
+        path = Path(directory).expanduser().resolve()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(
+                f"{path} exists and is not an empty folder: give another path or empty it", param="directory"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError as error:  # what writes tokenizers takes no other names
         raise ConfigError(
-            f"{path} exists and is not an empty folder: give another path or empty it", param="directory"
-        )
-    path.mkdir(parents=True, exist_ok=True)
+            f"{str(directory)!r} is not accepted: give a path in UTF-8", param="directory"
+        ) from error
+    except (OSError, RuntimeError) as error:  # no home folder, a loop of links
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{directory} cannot be made ({reason}): give a folder that can be written", param="directory"
+        ) from error
     return path
 
 

@@ -38,6 +38,22 @@ def test_the_memory_budget_says_what_to_lower():
     admission.check_data(Hyperparameters(batch_size=1, lora_r=1), 4, 1, limits())
 
 
+@pytest.mark.parametrize(
+    ("overflow", "mend"),
+    [
+        ("error", "shorten it, or submit with on_overflow=truncate or on_overflow=drop"),
+        ("truncate", "submit it again, and on_overflow=truncate applies to it"),
+        ("drop", "submit it again, and on_overflow=drop applies to it"),
+    ],
+)
+def test_a_row_over_a_limit_that_was_learnt_later(overflow, mend):
+    """Advice that was followed already is not given again."""
+    hp = Hyperparameters(on_overflow=overflow)
+    with pytest.raises(ConfigError, match=r"line 7 has 9000 tokens and the model's limit is \d+: ") as caught:
+        admission.check_data(hp, 9000, 7, limits())
+    assert caught.value.message.endswith(mend)
+
+
 def test_data_of_another_vocabulary():
     admission.check_vocabulary(399, limits())
     with pytest.raises(UnsupportedError, match="ids up to 400"):
