@@ -343,6 +343,19 @@ def test_every_text_is_a_value_or_a_reason(text):
         assert error.reason
 
 
+def test_nulls_are_as_if_they_were_not_there(scan):
+    """As a table of all columns writes them."""
+    calls = {"tool_calls": None, "name": None, "weight": None}
+    tables = (
+        {"messages": None, "prompt": "a", "completion": "b", "tools": None, "score": None},
+        {"messages": [m | calls for m in B["messages"]], "prompt": None, "completion": None, "tools": None},
+    )
+    plain = ({"prompt": "a", "completion": "b"}, B)
+    summary, rows = scan(lines_of(*tables))
+    assert rows == scan(lines_of(*plain))[1]
+    assert (summary.ignored_fields, summary.notes) == ([], [])
+
+
 # ------------------------------------------------------------------ files that are not JSONL
 def zipped() -> bytes:
     file = io.BytesIO()

@@ -228,8 +228,9 @@ def text_of(message: dict[str, Any]) -> str:
 
 
 def unknown_fields(message: dict[str, Any]) -> set[str]:
-    """Keys of a raw message that serving drops."""
-    return set(message) - set(USER_FIELDS if message.get("role") == "user" else FIELDS)
+    """Keys of a raw message that serving drops; one that is null says nothing."""
+    known = USER_FIELDS if message.get("role") == "user" else FIELDS
+    return {key for key, value in message.items() if value is not None and key not in known}
 
 
 def unknown_tool_fields(tools: list[Any]) -> set[str]:
@@ -237,7 +238,8 @@ def unknown_tool_fields(tools: list[Any]) -> set[str]:
     found: set[str] = set()
     for tool in tools:
         if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
-            found |= set(tool) - set(TOOL_FIELDS) | set(tool["function"]) - set(FUNCTION_FIELDS)
+            for given, known in ((tool, TOOL_FIELDS), (tool["function"], FUNCTION_FIELDS)):
+                found |= {key for key, value in given.items() if value is not None and key not in known}
     return found
 
 

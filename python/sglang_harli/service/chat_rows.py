@@ -116,6 +116,6 @@ def _fingerprint(tokenizer: Any) -> str:
 
 
 def unused_fields(record: dict[str, Any]) -> set[str]:
-    """Keys of an accepted line that say nothing."""
+    """Keys of an accepted line that are passed over; one that is null says nothing."""
     used = FIELDS[:2] if record.get("messages") is not None else FIELDS[2:]
-    return {key for key in record if key not in used and (key not in FIELDS or record[key] is not None)}
+    return {key for key, value in record.items() if key not in used and value is not None}
