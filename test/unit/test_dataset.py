@@ -312,6 +312,22 @@ def test_truncated_and_dropped_rows_are_counted(tmp_path, tokenizer):
     assert "2 rows over 40 tokens dropped" in fewer.text()
 
 
+def test_why_a_conversation_became_several_rows(tmp_path, tokenizers):
+    """Templates that rewrite earlier answers, that end answers without a token, and tokens across turns."""
+    content = json.dumps(chat("a", "b", "c", "d"))
+    rewritten = scan(tmp_path, tokenizers(FORGETTING_TEMPLATE), content)
+    assert (
+        "1 conversations became one row per answer, because the chat template renders earlier"
+        in rewritten.text()
+    )
+    assert rewritten.notes == []
+    without_end = scan(tmp_path, tokenizers(NO_END_TEMPLATE), content)
+    assert (without_end.rows, [note.code for note in without_end.notes]) == (2, ["answers_apart"])
+    assert "renders earlier answers differently" not in without_end.text()
+    assert "the chat template ends answers without a token of their own" in without_end.text()
+    assert scan(tmp_path, tokenizers(), content).cut_conversations == 0
+
+
 def test_truncation_may_not_eat_all_that_is_learned(tmp_path, tokenizer):
     with pytest.raises(DataError, match="line 1: truncated to 40 tokens nothing is left to learn"):
         scan(tmp_path, tokenizer, LONG_PROMPT, max_length=40, on_overflow="truncate")

@@ -9,6 +9,7 @@ from sglang_harli.service import chat_request
 from sglang_harli.service.data_row import Reading, Row, end_of_text, over_limit
 from sglang_harli.service.growing_text import GrowingText
 from sglang_harli.service.row_error import RowError
+from sglang_harli.service.row_notes import ANSWERS_APART
 from sglang_harli.service.served_tokenizer import TEMPLATE_ERRORS, ServedTokenizer, today
 
 MAX_ANSWERS = 2048  # learned in one conversation: each has a prompt of its own that is rendered whole
@@ -35,6 +36,7 @@ class Conversation:
         self._given = [chat_request.for_template(m, served.chat.content_format) for m in self._messages]
         self._text = GrowingText(served)
         self._row = Row([], [])
+        self._shown = ""  # the text that the row is of
         self._equal = 0  # the row and the text encoded last have at least so many first ids in common
         self._notes.add("message_fields_ignored", sorted(set().union(*map(_unknown, raw))))
         self._notes.add(
@@ -67,6 +69,8 @@ class Conversation:
         done = None
         if not self._continues(before):
             done, self._row, self._equal = self._row, Row([], []), 0
+            if before.startswith(self._shown):
+                self._notes.add(ANSWERS_APART)
         self._put(self._text.ids[len(self._row.ids) :], learned=False)
         answer = self._answer(after, answer_text)
         special = self._served.special_ids
@@ -78,6 +82,7 @@ class Conversation:
             answer = [*self._without_separator(at, before, answer_text, answer), end_of_text(self._served)]
         self._note_end(at, answer, own_end=own_end)
         self._put(answer, learned=True)
+        self._shown = after.rstrip()
         return done
 
     def _put(self, ids: list[int], *, learned: bool) -> None:

@@ -19,7 +19,7 @@ from sglang_harli.service.data_lines import read_lines
 from sglang_harli.service.data_row import Reading, Row, over_limit
 from sglang_harli.service.row_error import RowError
 from sglang_harli.service.row_json import RowReader
-from sglang_harli.service.row_notes import Note
+from sglang_harli.service.row_notes import ANSWERS_APART, Note
 from sglang_harli.service.token_store import TokenWriter
 
 MAX_REPORTED = 1000  # lines at fault in one report's details
@@ -54,10 +54,9 @@ class DataSummary(Struct, kw_only=True):
         if self.dropped:
             parts.append(f"{self.dropped} rows over {self.max_seq_length} tokens dropped")
         if self.cut_conversations:
-            parts.append(
-                f"{self.cut_conversations} conversations became one row per answer, because the chat template "
-                "renders earlier answers differently"
-            )
+            told = any(note.code == ANSWERS_APART for note in self.notes)
+            why = "" if told else ", because the chat template renders earlier answers differently"
+            parts.append(f"{self.cut_conversations} conversations became one row per answer{why}")
         if self.ignored_fields:
             parts.append(f"fields ignored: {', '.join(self.ignored_fields)}")
         if self.repeated_fields:

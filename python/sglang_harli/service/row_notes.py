@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from sglang_harli.service.served_tokenizer import ServedTokenizer
 
+ANSWERS_APART = "answers_apart"
 MAX_NAMES = 20
 MAX_NAME = 64
 
@@ -67,6 +68,8 @@ class RowNotes:
 
 
 _SENTENCES = {
+    ANSWERS_APART: "the chat template ends answers without a token of their own, or a token spans the seam to the next "
+    "turn (line {line}): each answer of such a conversation is a row of its own",
     "message_fields_ignored": 'fields of messages ignored: {names} (line {line}); `"weight": 0` alone leaves a '
     "message out of what is learned",
     "tool_fields_ignored": "fields of tools ignored, as serving ignores them: {names} (line {line})",
