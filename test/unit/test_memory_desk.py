@@ -260,7 +260,7 @@ def test_the_cap_is_set_while_a_job_trains(run_dir):
     world = World(run_dir, quantum_rows=None)
     unit, lendable = world.pool.geometry.stripe_bytes, world.pool.geometry.lendable_bytes
     wanted = spec(steps=40)
-    needs = world.host.limits.job_memory_bytes(wanted.hyperparameters, 9)
+    needs = world.host.limits.job_memory_bytes(wanted.hyperparameters, 9, 4)
     run_spec = internal.RunSpec(
         job="job-1",
         attempt=1,

@@ -274,14 +274,14 @@ def test_a_run_that_was_to_stop_and_loses_its_memory_has_stopped(wish):
 def test_the_scheduler_is_told_what_memory_the_job_needs():
     world = World()
     job = new_job(1)
-    job = msgspec.structs.replace(job, data={"longest_row": 40})
+    job = msgspec.structs.replace(job, data={"longest_row": 40, "rows": 3})
     world.service.apply(jobs.created(job, "fine"))
     for _ in range(4):
         world.tick(1.0)
         flush(world)
     run = world.service.machine.run
     assert run is not None and run.start is not None
-    assert run.start.spec.memory_bytes == limits().job_memory_bytes(job.hyperparameters, 40) > 0
+    assert run.start.spec.memory_bytes == limits().job_memory_bytes(job.hyperparameters, 40, 3) > 0
 
 
 @pytest.mark.parametrize("kills", [1, 2])

@@ -291,18 +291,22 @@ def limits_of(base: FrozenBase, logits_bytes: int, **changes: Any) -> ServedLimi
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("logits_bytes", [700, 1 << 20])
-def test_a_jobs_memory_is_what_its_run_asks_for(dtype: torch.dtype, logits_bytes: int) -> None:
+@pytest.mark.parametrize(("batch_size", "rows"), [(3, 3), (3, 8), (4096, 3)])
+def test_a_jobs_memory_is_what_its_run_asks_for(
+    dtype: torch.dtype, logits_bytes: int, batch_size: int, rows: int
+) -> None:
     for options in ({}, {"gradient_accumulation_steps": 2, "target_modules": ("q_proj", "up_proj")}):
-        hp = hyperparameters(batch_size=3, lora_r=5, **options)
+        hp = hyperparameters(batch_size=batch_size, lora_r=5, **options)
         row = [7] * 11
-        steps = [Step([(row, row)] * 3, [[0, 1, 2]])]
+        batch = min(batch_size, rows)
+        steps = [Step([(row, row)] * batch, [list(range(batch))])]
         memory, model = PoisonedMemory(), tiny_model(dtype=dtype)
         limits = limits_of(from_transformers(model), logits_bytes)
         run = make_run(model, hp, steps, memory=memory, logits_bytes=logits_bytes, keep=False)
         feed(run, steps)
         drive(run, everything)
         assert [purpose for purpose, _ in memory.asked] == [STATE, MICRO]
-        assert limits.job_memory_bytes(hp, len(row)) == sum(nbytes for _, nbytes in memory.asked)
+        assert limits.job_memory_bytes(hp, len(row), rows) == sum(nbytes for _, nbytes in memory.asked)
         run.release()
 
 
@@ -335,7 +339,7 @@ def test_the_largest_batch_fits_and_the_next_one_does_not(
     )
 
     def needs(batch: int) -> int:
-        return limits.job_memory_bytes(Hyperparameters(batch_size=batch, lora_r=rank), longest)
+        return limits.job_memory_bytes(Hyperparameters(batch_size=batch, lora_r=rank), longest, batch)
 
     largest = limits.largest_batch(Hyperparameters(lora_r=rank), longest)
     assert needs(largest + 1) > limits.train_memory_bytes

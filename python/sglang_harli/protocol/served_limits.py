@@ -42,12 +42,11 @@ class ServedLimits(Struct, frozen=True, kw_only=True):
     def trainable_parameters(self, hp: Hyperparameters) -> int:
         return self.num_layers * sum(hp.lora_r * sum(self.linear_sizes[m]) for m in hp.target_modules)
 
-    def job_memory_bytes(self, hp: Hyperparameters, longest_row: int) -> int:
-        """Training memory of a job: the adapter's state, and a micro-batch of its longest rows.  What the trainer
-        asks for, to the byte; the working set of a quantum and kept activations are not in it."""
-        return self._leased(self._state_bytes(hp)) + self._leased(
-            self._micro_batch_bytes(hp.batch_size, longest_row)
-        )
+    def job_memory_bytes(self, hp: Hyperparameters, longest_row: int, rows: int) -> int:
+        """Training memory of a job of so many rows: the adapter's state, and a micro-batch of its longest rows.  What
+        the trainer asks for, to the byte; the working set of a quantum and kept activations are not in it."""
+        batch = min(hp.batch_size, rows)
+        return self._leased(self._state_bytes(hp)) + self._leased(self._micro_batch_bytes(batch, longest_row))
 
     def largest_batch(self, hp: Hyperparameters, longest_row: int) -> int:
         """The largest ``batch_size`` with which a job ever fits; 0: not even one row does."""

@@ -45,7 +45,9 @@ def check_length(hp: Hyperparameters, longest: int) -> None:
         )
 
 
-def check_data(hp: Hyperparameters, longest_row: int, longest_line: int, limits: ServedLimits) -> None:
+def check_data(
+    hp: Hyperparameters, longest_row: int, longest_line: int, rows: int, limits: ServedLimits
+) -> None:
     """The longest row against the model's limit, and the job against what training can ever have.
 
     Raises:
@@ -62,7 +64,7 @@ def check_data(hp: Hyperparameters, longest_row: int, longest_line: int, limits:
             f"line {longest_line} has {longest_row} tokens and the model's limit is {limits.max_seq_length}: {mend}",
             param="max_seq_length",
         )
-    need = limits.job_memory_bytes(hp, longest_row)
+    need = limits.job_memory_bytes(hp, longest_row, rows)
     if need > limits.train_memory_bytes:
         largest = limits.largest_batch(hp, longest_row)
         fits = f"batch_size {largest} or less fits" if largest else "not even batch_size 1 fits"

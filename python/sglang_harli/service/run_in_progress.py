@@ -84,7 +84,9 @@ def open_feeder(
     data = record.data
     try:
         admission.check_hyperparameters(record.hyperparameters, limits)
-        admission.check_data(record.hyperparameters, data["longest_row"], data["longest_line"], limits)
+        admission.check_data(
+            record.hyperparameters, data["longest_row"], data["longest_line"], data["rows"], limits
+        )
         admission.check_vocabulary(data["largest_id"], limits)
     except HarliError as error:
         if record.admitted:  # it fitted the server that accepted it

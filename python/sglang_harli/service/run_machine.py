@@ -180,8 +180,8 @@ class RunMachine:
         return [Apply(change, then=(start,))] if change.drafts else [start]
 
     def _memory_bytes(self, record: JobRecord) -> int:
-        limits, longest = self.state.limits, record.data.get("longest_row", 0)
-        return limits.job_memory_bytes(record.hyperparameters, longest) if limits and longest else 0
+        limits, longest, rows = self.state.limits, record.data.get("longest_row", 0), record.data.get("rows", 0)
+        return limits.job_memory_bytes(record.hyperparameters, longest, rows) if limits and longest else 0
 
     def not_prepared(
         self, job: str, attempt: int, code: str, text: str, now: Now, param: str | None = None

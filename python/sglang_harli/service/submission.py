@@ -211,7 +211,7 @@ class Submission:
             summary = self._scan(args, source, folder, hp, longest)
         limits = self._link.limits  # they may have come meanwhile
         if limits is not None:
-            admission.check_data(hp, summary.longest_row, summary.longest_line, limits)
+            admission.check_data(hp, summary.longest_row, summary.longest_line, summary.rows, limits)
         return summary, start
 
     def _scan(
