@@ -1,4 +1,4 @@
-"""Broad excepts stand at exactly four boundaries, where one failure must not take the rest along."""
+"""Broad excepts stand at the named boundaries only, where one failure must not take the rest along."""
 
 from __future__ import annotations
 
@@ -22,8 +22,13 @@ BOUNDARIES = {
         "HarliScheduler._harli_safely",
     ): "a decision or an estimate fails the run; the scheduler's loop goes on",
     ("service/app.py", "App.handle"): "one request gets an error reply; the service goes on",
+    ("service/peer_link.py", "PeerLink._receive"): "one message is left out; the service goes on",
     ("service/publication.py", "Publication.run"): "one adapter is tried again later; the service goes on",
     ("service/run_driver.py", "RunDriver._prepare"): "one job fails; the service goes on",
+    (
+        "service/subscriptions.py",
+        "Subscriptions._try",
+    ): "one follower has to ask again; the others and the service go on",
 }
 
 

@@ -317,8 +317,12 @@ class StatusAnswer(Struct, kw_only=True):
     pool: dict[str, Any] | None = None
 
 
+# What encoding or decoding a value raises that JSON, msgpack or a struct cannot hold.
+CODING_ERRORS = (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError)
+
+
 def encode(message: Any) -> bytes:
-    """JSON bytes by orjson."""
+    """JSON bytes by orjson; one of CODING_ERRORS for what JSON cannot hold."""
     return orjson.dumps(msgspec.to_builtins(message))
 
 

@@ -70,7 +70,7 @@ class App:
         self._readers = ThreadPoolExecutor(1, "reader")
         self._store = JobStore(sqlite_url(run_dir / STORE_FILE))
         self._desk = JobDesk(self._store, run_dir, config.options.keep_checkpoints)
-        remove_leftovers(run_dir, {record.id for record in self._desk.all()})
+        remove_leftovers(run_dir, {record.id for record in self._desk.all()} | set(self._desk.unreadable))
         self._tokenizer = ModelTokenizer(config.tokenizer_path, trust_remote_code=config.trust_remote_code)
         self._http = HttpLink(self._context, core.http_endpoint(str(run_dir)), self._state, self._wanted)
         self._publication = Publication(self._desk, self._http, self._disk, shm, config.model_path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from sglang_harli.core import JobStatus, short_id
-from sglang_harli.errors import NotFoundError, NotReadyError
+from sglang_harli.errors import HarliError, NotFoundError, NotReadyError
 from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.public import Event, Job
 from sglang_harli.service import jobs
@@ -36,6 +36,7 @@ class JobDesk:
         journal: the writer behind it.
         keep_checkpoints: how many ``state`` checkpoints of each job stay.
         blocker: why no queued job can start at the moment, or None.
+        unreadable: jobs of the store whose records cannot be read, by id.
         listeners: called with a record after each change (on the loop, before it is durable).
         committed: called with the ids of jobs whose changes have become durable.
     """
@@ -54,6 +55,10 @@ class JobDesk:
         self._number = 0
         for record in store.jobs():
             self._keep(record)
+        self.unreadable = {found.id: found for found in store.unreadable}
+        for found in store.unreadable:  # its number, short id and key stay its own
+            self._number = max(self._number, found.number)
+            self._short_ids.add(short_id(found.id))
         self.listeners: list[Callable[[JobRecord], None]] = []
         self.committed: list[Callable[[set[str]], None]] = []
         self.journal = Journal(
@@ -78,6 +83,13 @@ class JobDesk:
     def get(self, job: str) -> JobRecord:
         """Raises NotFoundError."""
         record = self._records.get(job)
+        if record is None and job in self.unreadable:
+            raise HarliError(
+                f"the record of job {job} in the job store cannot be read ({self.unreadable[job].why}): its folder "
+                f"{JobPaths(self.run_dir, job).folder} stays as it is",
+                code="unreadable",
+                param="job",
+            )
         if record is None:
             raise NotFoundError(
                 f"there is no job {job!r}: `harli list` shows the jobs of this server", param="job"
@@ -88,6 +100,10 @@ class JobDesk:
         return self._records.get(job)
 
     def by_key(self, key: str) -> JobRecord | None:
+        """The job of an idempotency key; raises HarliError where that is one whose record cannot be read."""
+        for found in self.unreadable.values():
+            if found.idempotency_key == key:
+                self.get(found.id)
         job = self._keys.get(key)
         return self._records[job] if job else None
 
@@ -151,8 +167,12 @@ class JobDesk:
         return self._number
 
     def add(self, change: Change) -> asyncio.Future[None]:
-        """A new job; durable when the future is done."""
-        return self.apply(change)
+        """A new job; durable when the future is done.  One that the store refuses is none."""
+        future = self.apply(change)
+        future.add_done_callback(
+            lambda done: done.cancelled() or done.exception() is None or self._forget(change.record.id)
+        )
+        return future
 
     def apply(self, change: Change, *, urgent: bool = True) -> asyncio.Future[None]:
         """Take a transition over: memory now, store soon; durable when the future is done."""
@@ -201,15 +221,25 @@ class JobDesk:
         self._counts[record.status] += 1
         self._queue.update(record)
 
+    def _forget(self, job: str) -> None:
+        record = self._records.pop(job)
+        self._counts[record.status] -= 1
+        if record.idempotency_key:
+            self._keys.pop(record.idempotency_key, None)
+        self._queue.update(msgspec.structs.replace(record, status=JobStatus.CANCELLED))
+
     async def durable(self, future: asyncio.Future[None] | None = None) -> None:
         """Wait for a change (None: all changes so far) to be durable.
 
         Raises:
             NotReadyError: it is not after DURABLE_S; it will be, if this service lives that long.
+            UnwritableError: it never will be.
         """
         future = future or self.journal.put()
         done, _ = await asyncio.wait({future}, timeout=DURABLE_S)
-        if not done:
+        if done:
+            future.result()  # raises what the store refuses
+        else:
             raise NotReadyError(
                 f"{self.journal.trouble or 'the job store is slow'}: what was asked takes effect when it can be "
                 "written; ask again to be sure"

@@ -7,12 +7,13 @@ locked, full or away is a NotReadyError each time it is asked, and works again w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from sqlalchemy import (
     Column,
     Connection,
@@ -28,12 +29,15 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import URL, Engine, make_url
-from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
 
 from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.fault_points import Write, reach
-from sglang_harli.protocol.public import Event
+from sglang_harli.protocol.public import CODING_ERRORS, Event
 from sglang_harli.service.jobs import JobRecord
+from sglang_harli.service.record_encoding import RecordError, event_body, read_event, read_record, record_body
+
+logger = logging.getLogger(__name__)
 
 STORE_FILE = "harli.db"
 SCHEMA = "1"
@@ -71,9 +75,28 @@ def sqlite_url(path: Path) -> URL:
     )  # a path may hold what means something in the text of a URL
 
 
+class UnwritableError(HarliError):
+    """Records that the database will never take, now or later."""
+
+    code = "store"
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A job whose record cannot be read: what its other columns say, and why."""
+
+    id: str
+    number: int
+    idempotency_key: str | None
+    why: str
+
+
 class JobStore:
     """Args:
         url: SQLAlchemy URL.
+
+    Attributes:
+        unreadable: what ``jobs`` has left out.
 
     Raises:
         HarliError: the database cannot be opened, or is of another version of harli.
@@ -104,6 +127,7 @@ class JobStore:
                 f"the job store {where} has schema {schema}, this harli reads {SCHEMA}: give another --harli-run-dir",
                 code="store",
             )
+        self.unreadable: list[Unreadable] = []
 
     # ---- writing
     def write(
@@ -116,6 +140,7 @@ class JobStore:
 
         Raises:
             NotReadyError: it cannot be written now; nothing of it was.
+            UnwritableError: it never can; nothing of it was.
         """
         with _trouble("written"), self._engine.begin() as db:
             try:
@@ -131,32 +156,41 @@ class JobStore:
                         "number": record.number,
                         "status": str(record.status),
                         "idempotency_key": record.idempotency_key,
-                        "body": msgspec.json.encode(record).decode(),
+                        "body": record_body(record),
                     },
                 )
             for e in events:
-                body = msgspec.json.encode(e).decode()
-                _put(db, _events, {"job": e.job, "id": e.id}, {"type": e.type, "body": body})
+                _put(db, _events, {"job": e.job, "id": e.id}, {"type": e.type, "body": event_body(e)})
             for key, value in (settings or {}).items():
                 _put(db, _settings, {"key": key}, {"value": value})
 
     # ---- reading (NotReadyError where it cannot be read now)
     def jobs(self) -> list[JobRecord]:
-        """All jobs in the order of their creation."""
+        """All jobs in the order of their creation; those whose record cannot be read are ``unreadable``."""
+        columns = (_jobs.c.id, _jobs.c.number, _jobs.c.idempotency_key, _jobs.c.body)
         with _trouble("read"), self._engine.connect() as db:
-            rows = db.execute(select(_jobs.c.body).order_by(_jobs.c.number)).scalars()
-            return [msgspec.json.decode(body, type=JobRecord) for body in rows]
+            rows = db.execute(select(*columns).order_by(_jobs.c.number)).all()
+        found, self.unreadable = [], []
+        for job, number, key, body in rows:
+            try:
+                found.append(read_record(body))
+            except RecordError as error:
+                logger.error(
+                    "the record of job %s in the job store cannot be read, and is left aside: %s", job, error
+                )
+                self.unreadable.append(Unreadable(job, number, key, str(error)))
+        return found
 
     def events(self, job: str, after: int, limit: int) -> list[Event]:
         """The job's events with an id above ``after``, oldest first."""
         query = (
-            select(_events.c.body)
+            select(_events.c.id, _events.c.body)
             .where(_events.c.job == job, _events.c.id > after)
             .order_by(_events.c.id)
             .limit(limit)
         )
         with _trouble("read"), self._engine.connect() as db:
-            return [msgspec.json.decode(body, type=Event) for body in db.execute(query).scalars()]
+            return [read_event(job, number, body) for number, body in db.execute(query)]
 
     def setting(self, key: str) -> str | None:
         with _trouble("read"), self._engine.connect() as db:
@@ -170,6 +204,9 @@ class JobStore:
 def _trouble(what: str) -> Iterator[None]:
     try:
         yield
+    except (IntegrityError, DataError, *CODING_ERRORS) as error:  # of what is written, not of the database
+        why = _why(error) if isinstance(error, SQLAlchemyError) else str(error)
+        raise UnwritableError(f"the job store cannot take it: {why}") from error
     except SQLAlchemyError as error:
         raise NotReadyError(f"the job store cannot be {what}: {_why(error)}") from error
 
@@ -186,6 +223,8 @@ def _put(db: Connection, table: Table, key: dict[str, Any], values: dict[str, An
 
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:
+    # A text that was damaged is read too, so that it is one record that cannot be used and not the whole table.
+    connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout={LOCKED_MS}")
     cursor.execute("PRAGMA journal_mode=WAL")

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterable
 
 from sglang_harli.errors import NotReadyError
-from sglang_harli.protocol.public import Event, Job
+from sglang_harli.protocol.public import CODING_ERRORS, Event, Job
 from sglang_harli.service.job_files import JobMirror
-from sglang_harli.service.job_store import JobStore
+from sglang_harli.service.job_store import JobStore, UnwritableError
 from sglang_harli.service.jobs import JobRecord
 
 logger = logging.getLogger(__name__)
@@ -50,13 +50,15 @@ class Journal:
         self._records: dict[str, JobRecord] = {}
         self._events: list[Event] = []
         self._settings: dict[str, str] = {}
-        self._futures: list[asyncio.Future[None]] = []
+        self._futures: list[tuple[asyncio.Future[None], str | None]] = []  # and the job that each is about
         self._urgent = False
         self._closing = False
         self._shown: dict[str, tuple[str, float]] = {}  # job -> (status, when) of its job.json
         self._behind: dict[str, JobRecord] = {}  # jobs whose copies may lack something
         self._copy_at = 0.0  # when they are looked at next
+        self._uncopied: dict[str, str] = {}  # jobs whose copies cannot be written, and why: not tried again
         self.trouble: str | None = None  # why nothing can be written at the moment
+        self.unwritable: dict[str, str] = {}  # jobs whose latest change the store will never take, and why
         self.ended: asyncio.Future[None] = loop.create_future()  # done when the thread is gone
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)  # close() waits
         self._thread.start()
@@ -77,7 +79,7 @@ class Journal:
                 self._records[record.id] = record
             self._events += events or []
             self._settings |= settings or {}
-            self._futures.append(future)
+            self._futures.append((future, record.id if record is not None else None))
             self._urgent = self._urgent or urgent
             self._wake.notify()
         return future
@@ -122,11 +124,13 @@ class Journal:
         if behind is not None:
             self._complete(behind)
         if futures:
-            written = self._write(records, events, settings)
-            if not written:
+            refused = self._write(records, events, settings)
+            if refused is None:
                 return False
-            self._copy(records, events)
-            self._call(lambda: self._committed(set(records), futures))
+            for job in refused:
+                records.pop(job, None)
+            self._copy(records, [event for event in events if event.job not in refused])
+            self._call(lambda: self._committed(set(records), futures, refused))
         return not closing
 
     def _wait(self) -> JobRecord | None:
@@ -138,11 +142,34 @@ class Journal:
             self._wake.wait(left)
         return None
 
-    def _write(self, records: dict[str, JobRecord], events: list[Event], settings: dict[str, str]) -> bool:
-        """Try until it is written; False when the service ends before that."""
+    def _write(
+        self, records: dict[str, JobRecord], events: list[Event], settings: dict[str, str]
+    ) -> dict[str, str] | None:
+        """Try until it is written; None when the service ends before that.
+
+        Returns:
+            The jobs of which the store will take nothing, and why: what is about others is written.
+        """
+        refused: dict[str, str] = {}
+        try:
+            return refused if self._try(records.values(), events, settings) else None
+        except UnwritableError:
+            pass  # of one of them: each by itself, with its events
+        for job in dict.fromkeys([*records, *(event.job for event in events)]):
+            own = [records[job]] if job in records else []
+            try:
+                if not self._try(own, [event for event in events if event.job == job], {}):
+                    return None
+            except UnwritableError as error:
+                logger.error("job %s: %s", job, error.message)
+                refused[job] = self.unwritable[job] = error.message
+        return refused if self._try([], [], settings) else None
+
+    def _try(self, records: Iterable[JobRecord], events: list[Event], settings: dict[str, str]) -> bool:
+        """Try until it is written; False when the service ends before that.  Raises UnwritableError."""
         while True:
             try:
-                self._store.write(records.values(), events, settings)
+                self._store.write(records, events, settings)
                 if self.trouble is not None:
                     logger.info("the job store can be written again")
                 self.trouble = None
@@ -175,6 +202,9 @@ class Journal:
             logger.warning("the copies in job %s's folder cannot be written now: %s", record.id, error)
             self._put_off(record)
             return
+        except CODING_ERRORS as error:
+            self._leave_out(record, error)
+            return
         if show:
             self._shown[record.id] = (record.status, time.monotonic())
             if record.status.final:
@@ -182,6 +212,15 @@ class Journal:
                 self._shown.pop(record.id, None)
         if record.id in self._behind:
             self._put_off(record, soon=True)  # what was missing before this record
+
+    def _leave_out(self, record: JobRecord, error: Exception) -> None:
+        """The copies of this job cannot be written, now or later: the store has it all."""
+        why = f"{type(error).__name__}: {error}"
+        if self._uncopied.get(record.id) != why:
+            logger.error("the copies in job %s's folder cannot be written: %s", record.id, why)
+        self._uncopied[record.id] = why
+        with self._wake:
+            self._behind.pop(record.id, None)
 
     def _put_off(self, record: JobRecord, *, soon: bool = False) -> None:
         with self._wake:
@@ -201,13 +240,22 @@ class Journal:
             logger.warning("the copies in job %s's folder cannot be written now: %s", record.id, error)
             self._put_off(record)
             return
+        except CODING_ERRORS as error:
+            self._leave_out(record, error)
+            return
         with self._wake:
             if self._behind.get(record.id) is record:
                 del self._behind[record.id]
 
-    def _committed(self, jobs: set[str], futures: list[asyncio.Future[None]]) -> None:
-        for future in futures:
-            if not future.done():
+    def _committed(
+        self, jobs: set[str], futures: list[tuple[asyncio.Future[None], str | None]], refused: dict[str, str]
+    ) -> None:
+        for future, job in futures:
+            if future.done():
+                continue
+            if job in refused:
+                future.set_exception(UnwritableError(refused[job]))
+            else:
                 future.set_result(None)
         self._on_commit(jobs)
 

@@ -43,7 +43,7 @@ class OptionsDesk:
         self._options = options
         self._link = link
         self._keep = keep
-        self._pending: dict[str, LiveValue] = msgspec.json.decode(pending) if pending else {}
+        self._pending = _read(pending)
         self._applying: asyncio.Task[None] | None = None
         self.effective: dict[str, Any] = {name: getattr(options, name) for name in LIVE}
         self.revision = 0
@@ -96,6 +96,14 @@ class OptionsDesk:
 
     def _answer(self, outcome: str, message: str) -> SetAnswer:
         return SetAnswer(outcome=outcome, revision=self.revision, effective=self.effective, message=message)
+
+
+def _read(pending: str | None) -> dict[str, LiveValue]:
+    try:
+        return msgspec.json.decode(pending, type=dict[str, LiveValue]) if pending else {}
+    except (msgspec.MsgspecError, ValueError) as error:
+        logger.error("deferred options in the job store cannot be read, and are left aside: %s", error)
+        return {}
 
 
 def check(values: Mapping[str, LiveValue]) -> None:

@@ -29,6 +29,7 @@ class PeerLink:
 
     Attributes:
         connected: a peer is there.
+        trouble: the last message that went wrong, and how; None: none has.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class PeerLink:
         self._on_connect = on_connect
         self._seq = 0
         self.connected = False
+        self.trouble: str | None = None
 
     def send(self, message: internal.Message, *frames: Any) -> bool:
         """Hand a message to the socket; False where no peer is there to take it (it is not kept)."""
@@ -80,7 +82,15 @@ class PeerLink:
             except msgspec.MsgspecError as error:
                 logger.error("dropped a message from %s: %s", self._source, error)
                 continue
-            self._on_message(message, frames)
+            try:
+                self._on_message(message, frames)
+            except Exception as error:  # boundary: one message of a peer, which says again what matters
+                self._note(f"{type(message).__name__} of {self._source}: {type(error).__name__}: {error}")
+
+    def _note(self, text: str) -> None:
+        if text != self.trouble:  # it may come every few seconds
+            logger.exception("a message went wrong: %s", text)
+        self.trouble = text
 
     async def _watch(self) -> None:
         while True:

@@ -135,11 +135,10 @@ class PublicDoor:
 
     async def _one(self, caller: Caller, head: bytes, data: list[bytes], room: _Room, size: int) -> None:
         try:
-            reply = await self._handle(caller, head, data)
+            answer = _encoded(await self._handle(caller, head, data))
         finally:
             room.leave(size)
         data.clear()
-        answer = public.encode(reply)
         if self._send(caller.route, answer) is False:
             await self._send_late(caller.route, answer)
 
@@ -161,7 +160,7 @@ class PublicDoor:
 
     def send(self, route: tuple[bytes, ...], reply: public.Reply) -> bool | None:
         """True: sent.  False: the client does not read and its queue is full.  None: it is gone."""
-        return self._send(route, public.encode(reply))
+        return self._send(route, _encoded(reply))
 
     def _send(self, route: tuple[bytes, ...], message: bytes) -> bool | None:
         sent: Any = self._socket.send_multipart([*route, message], flags=zmq.DONTWAIT)
@@ -181,6 +180,17 @@ class PublicDoor:
         self._socket.close()
         if self._keys is not None:
             self._keys.close()
+
+
+def _encoded(reply: public.Reply) -> bytes:
+    """The reply, or that there is one which cannot be sent."""
+    try:
+        return public.encode(reply)
+    except public.CODING_ERRORS as error:
+        logger.exception("a reply cannot be encoded")
+        text = f"the service failed at this request: its answer cannot be sent ({type(error).__name__})"
+        body = public.ErrorBody(code="internal", message=text)
+        return public.encode(public.Reply(id=reply.id, ok=False, error=body))
 
 
 def peek(header: bytes) -> tuple[str, str]:

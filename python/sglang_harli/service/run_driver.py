@@ -18,6 +18,7 @@ from sglang_harli.core import short_id
 from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.fault_points import Point, Read, reach
 from sglang_harli.protocol import internal, shared_memory, trouble
+from sglang_harli.protocol.public import CODING_ERRORS
 from sglang_harli.service import run_machine_state as machine
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.feeder import Batch, Feeder
@@ -119,9 +120,9 @@ class RunDriver:
             case machine.Apply(change, urgent, then):
                 durable = self._desk.apply(change, urgent=urgent)
                 if then:
-                    durable.add_done_callback(lambda done: done.cancelled() or self._do(then))
+                    durable.add_done_callback(lambda done: _refused(done) or self._do(then))
             case machine.Send(message):
-                self._send(message)
+                self._say(message)
             case machine.Acknowledge(seq):
                 self._machine.acknowledged(seq)
                 if self._link is not None:
@@ -267,12 +268,26 @@ class RunDriver:
     def _send(self, message: internal.Message, *frames: Any) -> bool:
         return self._link is not None and self._link.send(message, *frames)
 
+    def _say(self, message: internal.Message) -> None:
+        try:
+            self._send(message)
+        except CODING_ERRORS as error:
+            if not isinstance(message, internal.StartRun):
+                raise
+            text = f"its run cannot be described to the scheduler ({type(error).__name__}: {error}): submit it again"
+            self._do(self._machine.cannot_start(message.spec.job, message.spec.attempt, text, _now()))
+
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         assert self._tasks is not None, "effects are done while run() runs"
         self._tasks.create_task(work)
 
     async def _off(self, call: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._disk, call, *args)
+
+
+def _refused(durable: asyncio.Future[None]) -> bool:
+    """Whether a change never becomes durable (the journal has said why)."""
+    return durable.cancelled() or durable.exception() is not None
 
 
 def _remove(path: str | Path) -> None:

@@ -180,8 +180,19 @@ class RunMachine:
         return [Apply(change, then=(start,))] if change.drafts else [start]
 
     def _memory_bytes(self, record: JobRecord) -> int:
-        limits, longest, rows = self.state.limits, record.data.get("longest_row", 0), record.data.get("rows", 0)
+        limits, longest, rows = (
+            self.state.limits,
+            record.data.get("longest_row", 0),
+            record.data.get("rows", 0),
+        )
         return limits.job_memory_bytes(record.hyperparameters, longest, rows) if limits and longest else 0
+
+    def cannot_start(self, job: str, attempt: int, text: str, now: Now) -> list[Effect]:
+        """The StartRun cannot be sent, now or later."""
+        run = self.state.run
+        if run is None or (run.job, run.attempt) != (job, attempt):
+            return []
+        return self._failed(run, "internal", text, now) + self.state.end()
 
     def not_prepared(
         self, job: str, attempt: int, code: str, text: str, now: Now, param: str | None = None

@@ -26,7 +26,15 @@ from sglang_harli.protocol.public import (
     UploadArgs,
     parse_hyperparameters,
 )
-from sglang_harli.service import admission, continuation, dataset, feeder, jobs, repeated_submit
+from sglang_harli.service import (
+    admission,
+    continuation,
+    dataset,
+    feeder,
+    jobs,
+    record_encoding,
+    repeated_submit,
+)
 from sglang_harli.service.continuation import Origin, Start
 from sglang_harli.service.dataset import DataSummary
 from sglang_harli.service.desk import JobDesk
@@ -34,6 +42,7 @@ from sglang_harli.service.job_files import INCOMING, JobPaths, fsync_folder, fsy
 from sglang_harli.service.job_record import Asked
 from sglang_harli.service.jobs import JobRecord
 from sglang_harli.service.model_tokenizer import ModelTokenizer
+from sglang_harli.service.record_encoding import RecordError
 from sglang_harli.service.scheduler_link import SchedulerLink
 from sglang_harli.service.token_store import TokenWriter
 from sglang_harli.service.uploads import Uploads
@@ -155,6 +164,11 @@ class Submission:
         record = self._record(job, args, hp, summary, admitted=admitted)
         if origin is not None:
             record = continuation.follow(record, origin, start)
+        try:
+            record_encoding.check(record)
+        except RecordError as error:
+            await loop.run_in_executor(self._settlers, _remove, JobPaths(self._desk.run_dir, job).folder)
+            raise ConfigError(f"the job cannot be kept: {error}") from error
         await self._desk.add(continuation.told(jobs.created(record, summary.text()), start))
         reach(Point.JOB_CREATED)
         return record

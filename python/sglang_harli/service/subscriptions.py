@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -17,8 +18,11 @@ from sglang_harli.errors import NotReadyError
 from sglang_harli.protocol.public import Event
 from sglang_harli.service.job_store import JobStore
 
+logger = logging.getLogger(__name__)
+
 LEASE_S = 30.0
 RETRY_S = 0.25  # before a follower whose queue was full is tried again
+TROUBLE_S = 2.0  # before a store that cannot be read is asked again
 AT_ONCE = 200
 MAX_FOLLOWERS = 1000
 
@@ -39,6 +43,9 @@ class Subscriptions:
     """Args:
     store: where events are read (in ``readers``).
     push: sends an event to (route, request id): True sent, False its queue is full, None it is gone.
+
+    Attributes:
+        trouble: why events cannot be read at the moment.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class Subscriptions:
         self._followers: dict[tuple[tuple[bytes, ...], str], Follower] = {}
         self._due: set[str] = set()
         self._wake = asyncio.Event()
+        self.trouble: str | None = None
 
     def follow(self, route: tuple[bytes, ...], request: str, job: str, after: int) -> None:
         """Begin or renew: a follower is known by its route and the id of its request.
@@ -92,13 +100,27 @@ class Subscriptions:
                 if follower.until < now:
                     self._followers.pop(key, None)
                 elif follower.job in due or follower.behind:
-                    await self._deliver(key, follower)
+                    await self._try(key, follower)
+
+    async def _try(self, key: tuple[tuple[bytes, ...], str], follower: Follower) -> None:
+        """One follower's events; whatever goes wrong with them is no matter of the others."""
+        try:
+            await self._deliver(key, follower)
+        except NotReadyError as error:
+            if self.trouble is None:
+                logger.error("followers wait: %s", error.message)
+            self.trouble, follower.behind = error.message, True
+        except Exception:  # boundary: one follower; it begins again when it renews its lease
+            logger.exception("the events of job %s cannot be sent to a follower", follower.job)
+            self._followers.pop(key, None)
+        else:
+            self.trouble = None
 
     def _nap_s(self) -> float:
         """How long there is nothing to do unless something is committed."""
         followers = self._followers.values()
         if any(follower.behind for follower in followers):
-            return RETRY_S
+            return RETRY_S if self.trouble is None else TROUBLE_S
         first = min((follower.until for follower in followers), default=float("inf"))
         return min(LEASE_S, max(RETRY_S, first - time.monotonic()))
 

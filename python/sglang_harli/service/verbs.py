@@ -31,6 +31,7 @@ from sglang_harli.service.subscriptions import LEASE_S, Subscriptions
 # job as it is (still running, reason "pausing"), and the job becomes paused when the state is saved.
 TAKE_S = 2.0
 STATUS_S = 1.0
+UNREADABLE_SHOWN = 20  # jobs that `status` names
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +198,9 @@ class Verbs:
             "refusal": self._scheduler.refusal,
             "hold": (hello.hold or None) if hello else None,
             "base": hello.base.shown if hello and hello.base else None,
-            "store": self._desk.journal.trouble or "ok",
+            "store": self._desk.journal.trouble or self._subscriptions.trouble or "ok",
+            "unreadable_jobs": self._unreadable(),
+            "trouble": self._scheduler.peer.trouble or self._http.peer.trouble,
             "followers": len(self._subscriptions),
             "space": await self._space.report(),
         }
@@ -210,6 +213,13 @@ class Verbs:
             revision=self._options.revision,
             pool=report.pool if report else None,
         )
+
+    def _unreadable(self) -> dict[str, str]:
+        """Jobs whose records cannot be read or written, and why: the first of them."""
+        found = {job: unreadable.why for job, unreadable in self._desk.unreadable.items()}
+        found |= self._desk.journal.unwritable
+        shown = dict(islice(found.items(), UNREADABLE_SHOWN))
+        return shown if len(found) <= UNREADABLE_SHOWN else shown | {"in all": str(len(found))}
 
     async def _set(self, _caller: Caller, raw: dict[str, Any]) -> public.SetAnswer:
         return await self._options.set(public.convert_args(raw, public.SetArgs))

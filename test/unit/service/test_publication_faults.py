@@ -4,6 +4,7 @@ answers that come twice or late."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from sglang_harli.fault_points import FAULT_POINTS_ENV, Write
 from sglang_harli.protocol import internal
@@ -206,6 +208,29 @@ def test_a_refusal_that_may_pass_is_no_end_of_the_job(own: Any) -> None:
     world._stack.callback(peer.close)
     job = world.done(world.client.submit(pairs(4)))
     assert len([m for m in messages(world, job) if "no room for it; trying again" in m]) == 4
+
+
+def test_what_nobody_thought_of_ends_neither_the_service_nor_other_publications(own: Any) -> None:
+    world = own(peers=False)
+    world.join_scheduler()
+    job = publishing(world)
+    other = world.client.submit(pairs(4))
+    world.service.kill()
+    [step] = (world.folder(job) / "checkpoints").glob("step-*")
+    state = step / "state.safetensors"
+    tensors = {name: tensor.astype(np.int8) for name, tensor in load_file(state).items()}
+    save_file(tensors, state)  # whole, with the right checksum, and of another kind than is ever written
+    meta = json.loads((step / "meta.json").read_text())
+    meta["sha256"]["state.safetensors"] = hashlib.sha256(state.read_bytes()).hexdigest()
+    (step / "meta.json").write_text(json.dumps(meta))
+    shutil.rmtree(world.folder(job) / "adapter", ignore_errors=True)
+    world.service.start()
+    world.join_http()
+    assert str(waits(world, job, "2 s").reason).startswith("the adapter cannot be published (")
+    world.done(other)
+    assert world.service.alive
+    world.client.cancel(job.id)
+    world.done(job, "cancelled")
 
 
 # ------------------------------------------------------------------ answers

@@ -33,7 +33,9 @@ def test_the_memory_budget_says_what_to_lower():
         admission.check_data(hp, 100, 1, 64, tight)
     assert caught.value.code == "memory_budget" and 0 < largest < 64
     admission.check_data(Hyperparameters(batch_size=largest), 100, 1, 64, tight)
-    admission.check_data(Hyperparameters(batch_size=4096), 100, 1, largest, tight)  # only as many rows as there are
+    admission.check_data(
+        Hyperparameters(batch_size=4096), 100, 1, largest, tight
+    )  # only as many rows as there are
     with pytest.raises(ConfigError, match=rf"batch_size {largest} or less fits"):
         admission.check_data(Hyperparameters(batch_size=4096), 100, 1, largest + 1, tight)
     with pytest.raises(ConfigError, match="not even batch_size 1 fits"):
