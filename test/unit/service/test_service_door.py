@@ -131,6 +131,19 @@ def test_fuzz(world):
         (request("submit", submit_args(b"abc") | {"size": 1 << 40}), [], "bad_request"),
         (request("submit", submit_args(b"abc") | {"suffix": "../x"}), [b"abc"], "bad_request"),
         (request("events", {"job": "x", "limit": 0}), [], "bad_request"),
+        *(
+            (
+                request("submit", submit_args(b"abc") | {"hyperparameters": {name: value}}),
+                [b"abc"],
+                "invalid_value",
+            )
+            # what JSON or the store cannot hold, in texts that would become numbers
+            for name, value in (
+                ("max_grad_norm", "inf"),
+                ("checkpoint_every", "1" + 20 * "0"),
+                ("seed", "nan"),
+            )
+        ),
     ],
 )
 def test_malformed_requests_get_an_error(world, header, frames, code):
