@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_harli.errors import DataError
-from sglang_harli.service import data_lines, dataset
+from sglang_harli.protocol.odd_values import odd_value
+from sglang_harli.service import data_lines, dataset, row_json
 from sglang_harli.service.chat_rows import RowError, RowTokenizer
 from sglang_harli.service.data_lines import Coding, Line
 from sglang_harli.service.row_json import RowReader
@@ -341,6 +342,24 @@ def test_every_text_is_a_value_or_a_reason(text):
         RowReader(Coding()).read(Line(1, raw))
     except RowError as error:
         assert error.reason
+
+
+def test_a_row_of_very_many_values_is_searched_in_little_memory():
+    row = {"tools": [0] * 50_000, "messages": [{"x": 0}] * 1000, "score": float("nan")}
+    tracemalloc.start()
+    try:
+        assert odd_value(row) is None
+        assert tracemalloc.get_traced_memory()[1] < 50_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_line_of_very_many_doubled_fields():
+    text = '{"prompt": "a", "completion": "b", "tools": [' + '{"x": 0, "x": 0},' * 20_000 + "0]}"
+    reader = RowReader(Coding())
+    reader.read(Line(1, text.encode()))
+    assert reader.twice[:2] == ["field 'tools[0].x'", "field 'tools[1].x'"]
+    assert len(reader.twice) == row_json.MAX_DOUBLED
 
 
 def test_nulls_are_as_if_they_were_not_there(scan):

@@ -25,16 +25,20 @@ def fields_of(record: Any, *, whole: bool = False) -> Iterator[tuple[Path, Any]]
         return
     if whole:
         yield (), record
-    left: list[tuple[Path, Any]] = [((name,), record[name]) for name in reversed(USED) if name in record]
+    used = ((name, record[name]) for name in USED if name in record)
+    left: list[tuple[Path, Iterator[tuple[str | int, Any]]]] = [
+        ((), used)
+    ]  # of each level what is still to come
     while left:
-        path, value = left.pop()
-        yield path, value
-        if len(path) > MAX_DEPTH:
-            continue
-        if isinstance(value, dict):
-            left += [((*path, name), part) for name, part in reversed(value.items())]
-        elif isinstance(value, list | tuple):
-            left += [((*path, at), part) for at, part in reversed(list(enumerate(value)))]
+        path, parts = left[-1]
+        for name, value in parts:
+            here = (*path, name)
+            yield here, value
+            if isinstance(value, dict | list | tuple) and len(here) <= MAX_DEPTH:
+                left.append((here, iter(value.items() if isinstance(value, dict) else enumerate(value))))
+                break
+        else:
+            left.pop()
 
 
 def odd_value(record: Any) -> tuple[Path, str] | None:

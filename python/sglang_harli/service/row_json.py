@@ -23,6 +23,9 @@ _WORDS = {
 }
 
 
+MAX_DOUBLED = 1000  # objects of a line that have a field twice
+
+
 class RowReader:
     """Reads the lines of one file.
 
@@ -32,7 +35,7 @@ class RowReader:
 
     def __init__(self, coding: Coding) -> None:
         self._coding = coding
-        self._doubled: list[tuple[dict[str, Any], list[str]]] = []
+        self._doubled: dict[int, tuple[dict[str, Any], list[str]]] = {}  # by the object's id
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
         self.twice: list[str] = []
 
@@ -66,15 +69,15 @@ class RowReader:
         if len(made) != len(pairs):
             seen: set[str] = set()
             names = [name for name, _ in pairs if name in seen or seen.add(name)]
-            self._doubled.append((made, sorted(set(names))))
+            if len(self._doubled) < MAX_DOUBLED:
+                self._doubled[id(made)] = made, sorted(set(names))
         return made
 
     def _find_doubled(self, value: Any) -> list[str]:
         found = []
         for path, part in fields_of(value, whole=True):
-            for made, names in self._doubled:
-                if part is made:
-                    found += [place((*path, name)) for name in names if path or name in USED]
+            _, names = self._doubled.get(id(part), (None, ()))
+            found += [place((*path, name)) for name in names if path or name in USED]
         return found
 
     def _decode(self, raw: bytes, lead: int) -> str:

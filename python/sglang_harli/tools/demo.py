@@ -29,6 +29,7 @@ from sglang_harli.client import AsyncFinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol.public import Job
+from sglang_harli.tools import terminal
 from sglang_harli.tools.make_model import ARCHITECTURES
 from sglang_harli.tools.request_stream import RequestStream, Served, attainment
 from sglang_harli.tools.server_process import ServerProcess
@@ -273,6 +274,7 @@ def main() -> int:
     parser.add_argument("--arch", default="llama", choices=ARCHITECTURES)
     parser.add_argument("--log", type=Path, default=Path("harli-demo.log"), help="the server's log")
     options = parser.parse_args()
+    terminal.prepare()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         figures = run(options.arch, options.log.absolute())

@@ -37,7 +37,12 @@ def show_jobs(jobs: Iterable[Job]) -> None:
 
 
 def clock(seconds: float | None) -> str:
-    return "-" if seconds is None else datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+    if seconds is None:
+        return "-"
+    try:
+        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, ValueError, OSError):  # no time of a calendar
+        return str(seconds)
 
 
 def span(seconds: float | None) -> str:

@@ -182,6 +182,10 @@ def _call(door: Door, path: str, body: dict[str, Any] | None) -> Any:
     url, data = door.url, None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"}
     if door.api_key:
+        if not (door.api_key.isascii() and door.api_key.isprintable()):
+            raise ConfigError(
+                "the API key is not accepted: give printable ASCII characters", param="--api-key"
+            )
         headers["Authorization"] = f"Bearer {door.api_key}"
     try:
         request = urllib.request.Request(url.rstrip("/") + path, data=data, headers=headers)
