@@ -1,0 +1,51 @@
+"""Files of training data as bytes, and what reading them gives or says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sglang_harli.errors import DataError
+from sglang_harli.service import dataset
+from sglang_harli.service.chat_rows import RowTokenizer
+from sglang_harli.service.token_store import TokenReader, TokenWriter
+from support.tokenizer import load_tokenizer, make_tokenizer_folder
+
+A = {"prompt": "Grüße an die Möwe 👋", "completion": " zurück\u2028und\u0085her"}
+B = {"messages": [{"role": "user", "content": "wie weit?"}, {"role": "assistant", "content": "7 km\x0b"}]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return RowTokenizer(load_tokenizer(make_tokenizer_folder(tmp_path_factory.mktemp("tokenizer"))))
+
+
+@pytest.fixture
+def scan(tmp_path, tokenizer):
+    """(summary, the rows' lines and tokens) of a file with these bytes."""
+
+    def run(content: bytes | str, **options: Any) -> tuple[Any, list[tuple[int, list[int]]]]:
+        path = tmp_path / "data.jsonl"
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        with TokenWriter(tmp_path / "tokens") as writer:
+            summary = dataset.scan(path, tokenizer, name="data.jsonl", writer=writer, **options)
+        reader = TokenReader(tmp_path / "tokens")
+        return summary, [(int(reader.lines[i]), reader.row(i)[0].tolist()) for i in range(len(reader))]
+
+    return run
+
+
+def lines_of(*rows: Any, end: str = "\n") -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows)
+
+
+def refusal(scan, content: bytes | str) -> DataError:
+    with pytest.raises(DataError) as caught:
+        scan(content)
+    return caught.value
+
+
+def reasons(scan, content: bytes | str) -> dict[int, str]:
+    return {row["line"]: row["reason"] for row in refusal(scan, content).details}

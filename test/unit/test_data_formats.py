@@ -1,0 +1,136 @@
+"""Files that are not JSONL and rows of other tools: each named once, with what to do."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import pickle
+import re
+import tarfile
+import zipfile
+
+import pytest
+
+from support.data_files import A, B, lines_of, reasons, refusal, scan, tokenizer
+
+__all__ = ["scan", "tokenizer"]  # fixtures
+
+
+# ------------------------------------------------------------------ files that are not JSONL
+def zipped() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("rows.jsonl", lines_of(A, B))
+    return file.getvalue()
+
+
+def tarred() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("rows.jsonl"), io.BytesIO())
+    return file.getvalue()
+
+
+OTHERS: dict[str, tuple[bytes | str, str]] = {
+    "array": (json.dumps([A, B]), "one JSON array, not JSONL: write one row per line (jq -c '.[]' FILE"),
+    "array, one row a line": ("[\n" + json.dumps(A) + ",\n" + json.dumps(B) + "\n]\n", "one JSON array"),
+    "array, pretty": (json.dumps([A, B], indent=2), "one JSON array"),
+    "array, larger than what is read ahead": (json.dumps([A] * 20_000, indent=1), "one JSON array"),
+    "array in UTF-16": (json.dumps([A, B], indent=2).encode("utf-16"), "one JSON array"),
+    "empty array": ("[]", "one JSON array"),
+    "wrapped": (
+        json.dumps({"data": [A, B]}),
+        "the rows in its field 'data', not JSONL: write one row per line (jq",
+    ),
+    "wrapped, other name": (json.dumps({"version": 1, "my rows": [B]}), "jq -c '[\"my rows\"][]' FILE"),
+    "wrapped, pretty": (json.dumps({"data": [A, B]}, indent=4), "field 'data'"),
+    "wrapped, large": (json.dumps({"examples": [A] * 20_000}), "field 'examples'"),
+    "pretty rows": ("\n".join(json.dumps(row, indent=2) for row in (B, A)), "over several lines each"),
+    "one pretty row": (json.dumps(B, indent=2), "over several lines each"),
+    "pretty rows with a fault": (json.dumps(B, indent=2).replace('"7 km', "7 km"), "over several lines each"),
+    "commas": (lines_of(A, B, end=",\n"), "its lines end in commas (line 1 does)"),
+    "commas but the last": (lines_of(A, B, end=" ,\n").rstrip(" ,\n"), "its lines end in commas"),
+    "csv": (
+        "prompt,completion\na,b\nc,d\n",
+        "this is CSV, not JSONL: write it as JSONL (pandas.read_csv(FILE).to_json(",
+    ),
+    "csv with quotes": ('"question","answer"\n"a, b","c"\n', "this is CSV"),
+    "csv with semicolons": (
+        "id;text\n1;a\n",
+        'this is CSV, not JSONL: write it as JSONL (pandas.read_csv(FILE, sep=";")',
+    ),
+    "tsv": ("prompt\tcompletion\na\tb\n", "this is TSV"),
+    "gzip": (
+        gzip.compress(lines_of(A).encode()),
+        "a gzip archive, not JSONL: unpack it first (gunzip -k FILE)",
+    ),
+    "bzip2": (bz2.compress(lines_of(A).encode()), "a bzip2 archive"),
+    "xz": (lzma.compress(lines_of(A).encode()), "an xz archive"),
+    "zip": (zipped(), "a zip archive"),
+    "tar": (tarred(), "a tar archive"),
+    "parquet": (
+        b"PAR1\x15\x04\x15\x10PAR1",
+        "a Parquet file, not JSONL: write it as JSONL (pandas.read_parquet(FILE)",
+    ),
+    "pickle": (pickle.dumps([A]), "a Python pickle"),
+    "binary": (bytes(range(256)) * 20, "this is binary data"),
+    "html": ("<!DOCTYPE html>\n<html></html>", "this is XML or HTML"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_format_is_one_sentence_for_the_whole_file(scan, name):
+    content, says = OTHERS[name]
+    error = refusal(scan, content)
+    assert error.details == []
+    assert error.message.startswith("data.jsonl: ") and says in error.message
+    assert len(error.message) < 250
+
+
+@pytest.mark.parametrize(
+    ("content", "bad"),
+    [
+        ("[1, 2]\n" + lines_of(A), [1]),
+        ('{"prompt": "a", "completion"\n' + lines_of(A, B), [1]),
+        ('{"messages": [\n' + lines_of(A, B), [1]),
+        ('{"messages": [{"role": "user",\n' + lines_of(A, B), [1]),
+        (lines_of(A) + json.dumps(B, indent=2), list(range(2, 14))),
+        (lines_of(A) + lines_of(B).strip() + ",\n", [2]),
+        (lines_of({"data": [A]}, {"data": [B]}), [1, 2]),
+        (lines_of(A) + "prompt,completion\n", [2]),
+    ],
+)
+def test_where_some_lines_are_rows_each_bad_line_is_named(scan, content, bad):
+    assert list(reasons(scan, content)) == bad
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            "a row in ShareGPT's form ('conversations' with 'from' and 'value')",
+        ),
+        ({"conversation": [{"role": "user", "content": "a"}]}, "the messages stand in field 'conversation'"),
+        ({"instruction": "a", "input": "b", "output": "c"}, "a row in Alpaca's form"),
+        ({"prompt": None, "question": "a", "answer": "b"}, "a question and its answer"),
+        ({"chosen": "a", "rejected": "b"}, "a preference pair"),
+        ({"contents": [{"role": "user", "parts": [{"text": "a"}]}]}, "a row in Gemini's form"),
+        ({"text": "a"}, "found 'text', which is a text"),
+        ({"Messages": B["messages"]}, "field 'Messages' must be written 'messages'"),
+        ({"role": "user", "content": "a"}, "a single message"),
+        ({"custom_id": "1", "method": "POST", "body": B}, "a request of a batch file"),
+        (B["messages"], "this is a list of messages: write"),
+    ],
+)
+def test_rows_of_other_tools_are_recognised_and_said_once(scan, row, says):
+    error = refusal(scan, lines_of(*[row] * 500) + "\n" + lines_of(A))
+    assert len(error.details) == 500
+    assert re.match(r"data\.jsonl: 500 of 501 lines not accepted: lines 1 to 500: ", error.message)
+    assert error.message.count("lines 1 to 500") == 1 and says in error.message
+    assert (
+        '{"messages"' in error.message or '{"prompt"' in error.message or "must be written" in error.message
+    )
