@@ -31,9 +31,12 @@ def tensors_of(ready: internal.SnapshotReady) -> dict[str, bytes]:
 
 
 def run_to_end(
-    run_dir: str, *, pause_at: int | None = None, quantum_rows: int | None = 1
+    run_dir: str, *, pause_at: int | None = None, quantum_rows: int | None = 1, held: bool = False
 ) -> dict[str, bytes]:
-    """Train 4 steps, perhaps with a pause and a resume in between; the final snapshot's tensors."""
+    """Train 4 steps, perhaps with a pause and a resume in between; the final snapshot's tensors.
+
+    ``held``: requests are paused (/pause_generation) while the job is.
+    """
     peer, host = Peer(run_dir), Host(run_dir, quantum_rows=quantum_rows)
     until(host, peer, lambda: peer.of(internal.Hello))
     start = internal.StartRun(spec=spec())
@@ -49,17 +52,19 @@ def run_to_end(
         until(host, peer, lambda: len(peer.of(internal.StepDone)) >= pause_at)
         for _ in range(3):
             host.turn()
+        host.trainer.held = held
         peer.send(internal.StopRun(job="job-1", attempt=1, snapshot=True))
         until(host, peer, lambda: peer.of(internal.SnapshotReady))
         ready = peer.of(internal.SnapshotReady)[-1]
         assert ready.reason == "pause"
-        held = tensors_of(ready)
+        kept = tensors_of(ready)
         peer.send(internal.SnapshotSaved(job="job-1", attempt=1, step=ready.step))
         until(host, peer, lambda: peer.of(internal.RunStopped))
         assert host.trainer.run is None and peer.of(internal.RunStopped)[-1].step == ready.step
         restore = Slot.create(shm_dir(run_dir), ready.slot.nbytes)
         for ref in ready.slot.tensors:
-            restore.view(ref)[:] = held[ref.name]
+            restore.view(ref)[:] = kept[ref.name]
+        host.trainer.held = False
         attempt, first = 2, ready.step + 1
         peer.send(
             internal.StartRun(
@@ -83,9 +88,10 @@ def run_to_end(
     return state
 
 
-def test_a_pause_in_the_middle_of_a_step_changes_no_bit(run_dir):
+@pytest.mark.parametrize("held", [False, True])
+def test_a_pause_in_the_middle_of_a_step_changes_no_bit(run_dir, held):
     straight = run_to_end(run_dir)
-    paused = run_to_end(run_dir, pause_at=2)
+    paused = run_to_end(run_dir, pause_at=2, held=held)
     assert straight.keys() == paused.keys() and straight
     assert all(straight[name] == paused[name] for name in straight)
     assert any(name.startswith("adapter/base_model.model.") for name in straight)

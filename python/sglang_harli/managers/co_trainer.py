@@ -225,10 +225,12 @@ class CoTrainer:
         if self._loading:
             return self._single(QuantumKind.ADAPTER, 1)
         run = self.run
-        if run is None or self.held:
+        if run is None:
             return None
-        if run.copying:
+        if run.copying:  # also while requests are paused: a job that is told to stop ends with it
             return self._single(QuantumKind.COPY, 1)
+        if self.held:
+            return None
         if run.lacks_memory and time.monotonic() < self._ask_memory_at:
             return None
         try:
