@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sglang_harli.config import FLAG_PREFIX, SWITCH_ENV, SWITCH_SERVE
+from sglang_harli.managers.lora_paths import check_lora_paths
 from sglang_harli.managers.refusals import refuse_flags, refuse_model
 from sglang_harli.patches import catalog
 
@@ -178,7 +179,7 @@ def activate() -> None:
         return
     from sglang_harli.server_args import HarliServerArgs, Seam
 
-    HarliServerArgs.seam = Seam(refuse_flags, refuse_model, install)
+    HarliServerArgs.seam = Seam(refuse_flags, refuse_model, check_lora_paths, install)
     _register([SERVER_ARGS])
     engine = sys.modules.get("sglang.srt.entrypoints.engine")
     if engine is not None:  # it holds the class as an attribute, which the registry does not rebind

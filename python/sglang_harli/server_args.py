@@ -37,7 +37,6 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 MAX_LORA_RANK_CPU = 32
 MAX_LORA_RANK_DEVICE = 64
 
-
 def _on_off(text: str) -> str:
     """YAML reads a bare ``on`` or ``off`` as a boolean, which ``--config`` passes on as true or false."""
     return {"true": "on", "false": "off"}.get(text, text)
@@ -78,11 +77,13 @@ class Seam:
         refuse_flags: raises UnsupportedError for arguments that finetuning does not work with; called
             before SGLang resolves them.
         refuse_model: the same for the model, once it is known.
+        check_lora_paths: the same for the adapters of --lora-paths, with finetuning on or off.
         install: puts the rest of the table in place, once the switch is on.
     """
 
     refuse_flags: Callable[[Any], None]
     refuse_model: Callable[[Any], None]
+    check_lora_paths: Callable[[Any], None]
     install: Callable[[], None]
 
 
@@ -219,6 +220,7 @@ class HarliServerArgs(_HarliFields, ServerArgs):
         if self.seam and options.enabled:
             self.seam.refuse_model(self)
         if self.seam:
+            self.seam.check_lora_paths(self)
             self.seam.install()
         values = ", ".join(f"{f.name}={getattr(options, f.name)!r}" for f in dataclasses.fields(options))
         bounds = (

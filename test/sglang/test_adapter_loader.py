@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from sglang_harli.managers.adapter_loader import AdapterLoader, served_config
+from sglang_harli.managers import control
+from sglang_harli.managers.adapter_loader import AdapterLoader
 from sglang_harli.protocol.internal import SlotRef, TensorRef
 from sglang_harli.protocol.shared_memory import Slot, layout
 
@@ -88,7 +90,7 @@ def test_served_adapter_answers_as_under_peft_after_its_slot_was_reused(
     slices = finish(loader)
     assert slices == len(adapter.tensors) + 2 + 1  # tensors, layers, registration
     slot.buffer[:] = b"\x7f" * slot.nbytes
-    assert loader.status(lora_id) == {"state": "loaded", "error": ""}
+    assert loader.status(lora_id) == {"state": "loaded", "error": "", "passing": False, "slices": slices}
     answers = greedy_tokens(runner, PROMPTS, 8, [lora_id] * 2)
     assert answers == adapter.greedy(PROMPTS, 8) != greedy_tokens(runner, PROMPTS, 8)
 
@@ -135,11 +137,6 @@ def test_rank_stabilized_config_keeps_its_scaling(
     assert greedy_tokens(runner, PROMPTS, 6, [lora_id] * 2) == adapter.greedy(PROMPTS, 6)
 
 
-def test_plain_config_is_left_as_it_is():
-    config = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
-    assert served_config(config)["lora_alpha"] == 16
-
-
 def test_repeating_a_begin_changes_nothing(runner, loader, adapter, fill_slot):
     ref = fill_slot(adapter.tensors)[1]
     lora_id = begin(loader, adapter, ref, "again")
@@ -173,6 +170,18 @@ def test_unload_ends_a_loading_and_frees_a_loaded_adapter(runner, loader, adapte
     assert loaded not in runner.lora_manager.loras and loaded not in runner.lora_manager.configs
 
 
+def test_a_loading_is_abandoned_and_what_is_loaded_stays(runner, loader, adapter, fill_slot):
+    ref = fill_slot(adapter.tensors)[1]
+    loaded = begin(loader, adapter, ref)
+    finish(loader)
+    half = begin(loader, adapter, ref)
+    loader.run_slice()
+    for lora_id in (half, loaded, "never"):
+        loader.abandon(lora_id)
+    assert not loader.pending and loader.status(half)["state"] == "failed"
+    assert loader.status(loaded)["state"] == "loaded"
+
+
 def _beyond(ref: SlotRef) -> SlotRef:
     first = ref.tensors[0]
     moved = TensorRef(first.name, first.dtype, first.shape, ref.nbytes, first.nbytes)
@@ -182,15 +191,21 @@ def _beyond(ref: SlotRef) -> SlotRef:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config, ref: ({**config, "r": 64}, ref), "rank 64 is incompatible"),
+        (
+            lambda config, ref: ({**config, "r": 64}, ref),
+            "r is 64, and this server takes at most 16: start it with --max-lora-rank 64",
+        ),
         (lambda config, ref: ({**config, "peft_type": "IA3"}, ref), "accepted: LORA"),
         (lambda config, ref: ({**config, "use_dora": True}, ref), "DoRA"),
         (lambda config, ref: ({**config, "rank_pattern": {"q_proj": 4}}, ref), "one rank"),
         (lambda config, ref: ({**config, "r": 4}, ref), "at rank 4 needs"),
         (lambda config, ref: ({**config, "target_modules": ["q_proj"]}, ref), "not of the target modules"),
         (lambda config, ref: ({"r": 8}, ref), "lacks lora_alpha, target_modules"),
+        (lambda config, ref: ({**config, "r": "8"}, ref), "r is '8'; accepted: numbers"),
+        (lambda config, ref: ({**config, "alpha_pattern": {"q_proj": 1}}, ref), "alpha_pattern"),
+        (lambda config, ref: ([], ref), "not an object"),
         (lambda config, ref: (config, SlotRef(path="/dev/shm/gone", nbytes=64, tensors=ref.tensors)), "gone"),
-        (lambda config, ref: (config, SlotRef(path=ref.path, nbytes=ref.nbytes)), "no tensors"),
+        (lambda config, ref: (config, SlotRef(path=ref.path, nbytes=ref.nbytes)), "no LoRA weights"),
         (lambda config, ref: (config, _beyond(ref)), "does not lie in its slot"),
     ],
 )
@@ -202,5 +217,42 @@ def test_an_adapter_that_cannot_be_served_fails_with_a_reason(
     finish(loader)
     status = loader.status("bad")
     assert status["state"] == "failed" and message in status["error"]
+    assert status["passing"] == (message == "gone")  # the service fills another slot
     assert "bad" not in runner.lora_manager.loras and "bad" not in runner.lora_manager.configs
     assert loader.status("never")["state"] == "failed"
+
+
+def test_an_error_that_nobody_expects_is_this_adapters_alone(runner, loader, adapter, fill_slot, monkeypatch):
+    ref = fill_slot(adapter.tensors)[1]
+    bad, good = begin(loader, adapter, ref), begin(loader, adapter, ref)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(runner.lora_manager), "validate_new_adapter", lambda *args: {}["nothing"])
+        while loader.status(bad)["state"] == "loading":
+            loader.run_slice()
+    assert "KeyError" in loader.status(bad)["error"]
+    finish(loader)
+    assert loader.status(good)["state"] == "loaded"
+
+
+@pytest.mark.parametrize(
+    ("method", "body"),
+    [
+        ("harli/load_adapter", {}),
+        ("harli/load_adapter", {"slot": 5, "lora_id": 1, "lora_name": None, "config": []}),
+        (
+            "harli/load_adapter",
+            {"slot": {"path": "/x", "nbytes": 1}, "lora_id": [], "lora_name": 1, "config": 1},
+        ),
+        ("harli/load_status", {"lora_id": {}}),
+        ("harli/load_status", None),
+        ("harli/abandon_adapter", {}),
+        ("harli/none", {}),
+    ],
+)
+def test_a_call_that_makes_no_sense_is_answered(method, body, loader):
+    from sglang.srt.managers.io_struct import DumperControlReqInput
+
+    answer = control.answer(
+        SimpleNamespace(loader=loader), DumperControlReqInput(method=method, body=body or {})
+    )
+    assert not answer.success and answer.error

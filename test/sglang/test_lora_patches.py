@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import save_file
 
 from sglang_harli.patches import catalog, lora_gate, lora_pin_memory
 
@@ -163,13 +166,13 @@ def test_adapter_of_another_model_is_refused_when_loaded(sglang_runner, tiny_mod
     before = dict(runner.lora_manager.configs)
     _, result = load(runner, peft_adapter(tiny_model(intermediate_size=320)))
     assert not result.success
-    assert "(8, 320)" in result.error_message and "333 is padded to 352" in result.error_message
+    assert "(8, 320), but the served model at rank 8 needs (8, 333)" in result.error_message
     assert runner.lora_manager.configs == before
 
 
 def test_adapter_of_another_model_at_start_up_stops_the_start(sglang_runner, tiny_model, peft_adapter):
     adapter = peft_adapter(tiny_model(intermediate_size=320))
-    with pytest.raises(ValueError, match="'first' cannot be served"):
+    with pytest.raises(RuntimeError, match="'first' cannot be served"):
         sglang_runner(
             tiny_model(intermediate_size=333), enable_lora=True, lora_paths=[f"first={adapter.folder}"]
         )
@@ -213,3 +216,129 @@ def test_rank_stabilized_adapter_scales_as_under_peft(sglang_runner, tiny_model,
     lora_id, result = load(runner, adapter)
     assert result.success and runner.lora_manager.loras[lora_id].scaling == pytest.approx(4 / 8**0.5)
     assert greedy_tokens(runner, PROMPTS, 6, [lora_id] * 2) == adapter.greedy(PROMPTS, 6)
+
+
+# ------------------------------------------------------------------ 05 adapters as other trainers write them
+def variant(adapter, folder: Path, tensors=None, **changes) -> SimpleNamespace:
+    """The adapter's folder with other tensors, or another config."""
+    folder.mkdir()
+    save_file(dict(adapter.tensors if tensors is None else tensors), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({**adapter.config, **changes}))
+    return SimpleNamespace(folder=str(folder))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model, peft_adapter):
+    path = tiny_model()
+    return path, peft_adapter(path)
+
+
+def test_what_means_the_same_to_peft_answers_the_same(sglang_runner, plain, greedy_tokens, tmp_path):
+    path, adapter = plain
+    runner = sglang_runner(path, enable_lora=True)
+    named = {name.replace(".weight", ".default.weight"): t for name, t in adapter.tensors.items()}
+    same = [
+        variant(adapter, tmp_path / "float", r=8.0, lora_alpha=16.0),
+        variant(adapter, tmp_path / "named", named),
+        variant(adapter, tmp_path / "all", target_modules="all-linear"),
+        variant(adapter, tmp_path / "again", alpha_pattern={"q_proj": 16}, rank_pattern={"v_proj": 8}),
+    ]
+    expected = adapter.greedy(PROMPTS, 6)
+    for folder in same:
+        lora_id, result = load(runner, folder)
+        assert result.success, result.error_message
+        assert greedy_tokens(runner, PROMPTS, 6, [lora_id] * 2) == expected
+        assert runner.unload_lora_adapter(runner.lora_manager.lora_refs[lora_id]).success
+
+
+SAVED = ("lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight")
+
+
+@pytest.mark.parametrize(
+    ("changes", "extra", "message"),
+    [
+        ({"r": "8"}, (), "r is '8'"),
+        ({"r": 8.5}, (), "r is 8.5"),
+        ({"r": True}, (), "r is True"),
+        ({"r": 0}, (), "r is 0"),
+        ({"lora_alpha": None}, (), "lacks lora_alpha"),
+        ({"alpha_pattern": {"q_proj": 1}}, (), "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 4}}, (), "rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, SAVED[:1], "modules_to_save"),
+        *(({}, (name,), f"{name} is not a LoRA weight") for name in SAVED),
+        ({}, ("model.layers.9.self_attn.q_proj.lora_A.weight",), "is of layer 9, and the model has 2 layers"),
+        ({}, ("model.layers.0.mlp.experts.lora_A.weight",), "mlp.experts, which the model does not have"),
+        ({"target_modules": ["q_proj", "lm_head"]}, (), "--lora-target-modules"),
+        ({"init_lora_weights": "pissa"}, (), "init_lora_weights"),
+    ],
+)
+@pytest.mark.parametrize("way", ["path", "tensors"])
+def test_what_peft_runs_otherwise_is_refused_by_name_and_leaves_nothing(
+    changes, extra, message, way, sglang_runner, plain, tmp_path
+):
+    import torch
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    path, adapter = plain
+    runner = sglang_runner(path, enable_lora=True)
+    tensors = {**adapter.tensors, **{f"base_model.model.{name}": torch.zeros(8, 64) for name in extra}}
+    before = [dict(d) for d in (runner.lora_manager.configs, runner.lora_manager.loras)]
+    if way == "path":
+        _, result = load(runner, variant(adapter, tmp_path / "bad", tensors, **changes))
+    else:
+        ref = LoRARef(lora_id="bad", lora_name="bad", lora_path="__tensor__", pinned=False)
+        result = runner.load_lora_adapter_from_tensors(ref, tensors, {**adapter.config, **changes})
+    assert not result.success and message in result.error_message
+    assert [runner.lora_manager.configs, runner.lora_manager.loras] == before
+
+
+def test_an_adapter_without_weights_or_in_two_files_is_refused(sglang_runner, plain, tmp_path):
+    import torch
+
+    path, adapter = plain
+    runner = sglang_runner(path, enable_lora=True)
+    empty = variant(adapter, tmp_path / "empty", {"base_model.model.unused": torch.zeros(1)})
+    twice = variant(adapter, tmp_path / "twice")
+    save_file(dict(adapter.tensors), tmp_path / "twice" / "again.safetensors")
+    gone = SimpleNamespace(folder=str(tmp_path / "gone"))
+    torn = variant(adapter, tmp_path / "torn")
+    (tmp_path / "torn" / "adapter_config.json").write_text("{")
+    for folder, message in (
+        (empty, "base_model.model.unused is not a LoRA weight"),
+        (twice, "comes twice"),
+        (gone, "no folder of an adapter"),
+        (torn, "adapter_config.json in"),
+    ):
+        _, result = load(runner, folder)
+        assert not result.success and message in result.error_message
+
+
+def test_a_rank_above_the_servers_is_refused_with_the_flag(sglang_runner, tiny_model, peft_adapter):
+    path = tiny_model()
+    runner = sglang_runner(path, enable_lora=True)
+    _, result = load(runner, peft_adapter(path, rank=32))
+    assert not result.success
+    assert (
+        "r is 32, and this server takes at most 16: start it with --max-lora-rank 32" in result.error_message
+    )
+
+
+def test_an_adapter_that_is_not_loaded_is_unloaded_already(sglang_runner, tiny_model):
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    runner = sglang_runner(tiny_model(), enable_lora=True)
+    assert runner.unload_lora_adapter(LoRARef(lora_id="never", lora_name="never")).success
+
+
+def test_tensors_that_cannot_be_read_are_an_error_of_the_request(sglang_runner, tiny_model):
+    from sglang.srt.managers.io_struct import LoadLoRAAdapterFromTensorsReqInput
+    from sglang.srt.managers.tp_worker import BaseTpWorker
+
+    runner = sglang_runner(tiny_model(), enable_lora=True)
+    worker = SimpleNamespace(model_runner=runner, tp_rank=0)
+    for junk in ("", "AAAA", "no base64 at all: \u00e9"):
+        request = LoadLoRAAdapterFromTensorsReqInput(
+            lora_name="x", lora_id="x", config_dict={}, serialized_tensors=junk
+        )
+        result = BaseTpWorker.load_lora_adapter_from_tensors(worker, request)
+        assert not result.success and "'x' cannot be" in result.error_message

@@ -20,6 +20,7 @@ from sglang_harli.config import SWITCH_ENV, HarliOptions
 from sglang_harli.errors import UnsupportedError
 from sglang_harli.managers import refusals
 from sglang_harli.managers.handshake import check_hello
+from sglang_harli.managers.lora_paths import check_lora_paths
 from sglang_harli.platforms.cpu import engine
 
 installed: list[str] = []
@@ -38,7 +39,9 @@ def make_args(tiny_model: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -
     from sglang_harli.server_args import HarliServerArgs, Seam
 
     installed.clear()
-    seam = Seam(refusals.refuse_flags, refusals.refuse_model, lambda: installed.append("once"))
+    seam = Seam(
+        refusals.refuse_flags, refusals.refuse_model, check_lora_paths, lambda: installed.append("once")
+    )
     monkeypatch.setattr(HarliServerArgs, "seam", seam)
     monkeypatch.setattr(HarliServerArgs, "_announced", set())
     defaults = {"model_path": tiny_model(), "skip_tokenizer_init": True, "random_seed": 1}
@@ -162,6 +165,16 @@ def test_values_stay_guarded_after_they_are_resolved(make_args, monkeypatch):
 
 
 # ------------------------------------------------------------------ defaults
+@pytest.fixture
+def unread_adapters(make_args, monkeypatch) -> None:
+    """Adapters of --lora-paths need not be there."""
+    from sglang_harli.server_args import HarliServerArgs
+
+    assert HarliServerArgs.seam is not None
+    seam = dataclasses.replace(HarliServerArgs.seam, check_lora_paths=lambda _: None)
+    monkeypatch.setattr(HarliServerArgs, "seam", seam)
+
+
 def test_cpu_defaults_are_filled_in_and_each_is_logged_once(make_args, caplog):
     with caplog.at_level("INFO"):
         args = make_args(harli_tpot_slo_ms=25.0)
@@ -200,7 +213,7 @@ def test_the_operators_values_stand(make_args):
     assert {name: getattr(args, name) for name in given} == given
 
 
-def test_start_up_adapters_size_the_slots_as_sglang_does(make_args):
+def test_start_up_adapters_size_the_slots_as_sglang_does(make_args, unread_adapters):
     args = make_args(harli_finetune="on", lora_paths=["a=/some/adapter"])
     assert (args.enable_lora, args.max_lora_rank, args.lora_target_modules) == (True, None, None)
 

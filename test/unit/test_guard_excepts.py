@@ -12,6 +12,14 @@ BROAD = {"Exception", "BaseException"}
 
 # (file in the package, function) -> what fails there, and what must go on.
 BOUNDARIES = {
+    (
+        "managers/adapter_loader.py",
+        "AdapterLoader._try",
+    ): "one adapter fails to load; the scheduler's loop, and a run in training, go on",
+    (
+        "managers/control.py",
+        "answer",
+    ): "one call of the HTTP process gets an error; the scheduler's loop goes on",
     ("managers/co_trainer.py", "CoTrainer.run_quantum"): "a quantum fails its run; serving goes on",
     (
         "managers/co_trainer.py",
@@ -21,6 +29,14 @@ BOUNDARIES = {
         "managers/scheduler.py",
         "HarliScheduler._harli_safely",
     ): "a decision or an estimate fails the run; the scheduler's loop goes on",
+    (
+        "managers/lora_paths.py",
+        "_pickled",
+    ): "a file that torch cannot read is one sentence; the start ends in order",
+    (
+        "patches/lora_adapter_checks.py",
+        "_load_from_tensors",
+    ): "a client's bytes that cannot be unpickled get an error reply; the scheduler goes on",
     ("service/app.py", "App.handle"): "one request gets an error reply; the service goes on",
     ("service/peer_link.py", "PeerLink._receive"): "one message is left out; the service goes on",
     ("service/publication.py", "Publication.run"): "one adapter is tried again later; the service goes on",

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sglang_harli.errors import StateError, UnsupportedError
+from sglang_harli.managers.failures import passes
+from sglang_harli.patches import peft_adapter
 from sglang_harli.patches.lora_padded_mlp import layer_problems
 from sglang_harli.protocol.internal import SlotRef, TensorRef
 from sglang_harli.protocol.shared_memory import Slot
@@ -25,21 +27,21 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _FAILURES_KEPT = 64
-# What a bad adapter or a slot that is gone can raise, here and in SGLang's code (which asserts).
-_EXPECTED = (OSError, ValueError, KeyError, IndexError, RuntimeError, AssertionError)
 
 
 class AdapterLoader:
     """Loads adapters from shared memory into one ``LoRAManager``.
 
     ``begin`` queues an adapter, ``run_slice`` does a bounded piece of the first in the queue, ``status``
-    tells how far it is.  No method but ``unload`` raises for a bad adapter: it becomes ``failed``.
+    tells how far it is, ``abandon`` stops it.  No method but ``unload`` raises for a bad adapter: it becomes
+    ``failed``.
     """
 
     def __init__(self, lora_manager: Any) -> None:
         self._manager = lora_manager
         self._queue: deque[_Loading] = deque()
-        self._failures: OrderedDict[str, str] = OrderedDict()
+        self._failures: OrderedDict[str, tuple[str, bool]] = OrderedDict()  # id -> error, passing
+        self._slices = 0
 
     # ------------------------------------------------------------------ control
     def begin(self, lora_id: str, lora_name: str, config: dict[str, Any], slot: SlotRef) -> None:
@@ -51,29 +53,36 @@ class AdapterLoader:
         Args:
             lora_id: SGLang's id of this version of the adapter (``LoRARef.lora_id``).
             lora_name: the name it is served under.
-            config: PEFT's adapter_config; ``use_rslora`` is understood.
+            config: PEFT's adapter_config, of which ``peft_adapter`` says what is served.
             slot: tensors by PEFT state-dict key, A [r, inputs] and B [outputs, r], in the model's own
                 sizes.  It may be freed once the status is ``loaded`` or ``failed``.
         """
         if lora_id in self._manager.loras or any(loading.lora_id == lora_id for loading in self._queue):
             return
         self._failures.pop(lora_id, None)
-        try:
+
+        def queue() -> None:
             self._drop_older(lora_name, lora_id)
             self._queue.append(_Loading(self._manager, lora_id, lora_name, config, slot))
-        except _EXPECTED as error:
-            self._fail(lora_id, lora_name, error)
 
-    def status(self, lora_id: str) -> dict[str, str]:
-        """``{"state": "loading" | "loaded" | "failed", "error": str}``; an unknown id is ``failed``."""
+        self._try(lora_id, lora_name, queue)
+
+    def status(self, lora_id: str) -> dict[str, Any]:
+        """``{"state": "loading" | "loaded" | "failed", "error": str, "passing": bool, "slices": int}``; an unknown
+        id is ``failed``.
+
+        ``passing``: the failure is no fault of the adapter's.  ``slices``: how many have been done while the queue
+        has had something: it stands still only while no adapter gets on.
+        """
+        state, error, passing = "failed", "", False
         if lora_id in self._manager.loras:
-            return {"state": "loaded", "error": ""}
-        if any(loading.lora_id == lora_id for loading in self._queue):
-            return {"state": "loading", "error": ""}
-        return {
-            "state": "failed",
-            "error": self._failures.get(lora_id, f"no adapter of id {lora_id} is here"),
-        }
+            state = "loaded"
+        elif any(loading.lora_id == lora_id for loading in self._queue):
+            state = "loading"
+        else:
+            unknown = (f"no adapter of id {lora_id} is here", False)
+            error, passing = self._failures.get(lora_id, unknown)
+        return {"state": state, "error": error, "passing": passing, "slices": self._slices}
 
     @property
     def pending(self) -> bool:
@@ -85,13 +94,16 @@ class AdapterLoader:
         if not self._queue:
             return
         loading = self._queue[0]
-        try:
-            if next(loading.slices, None) is not None:
-                return
-        except _EXPECTED as error:
-            self._fail(loading.lora_id, loading.lora_name, error)
-        self._queue.popleft()
-        loading.close()
+        self._slices += 1
+        if self._try(loading.lora_id, loading.lora_name, lambda: next(loading.slices, None)) is None:
+            self._queue.popleft()  # loaded, or failed
+            loading.close()
+
+    def abandon(self, lora_id: str) -> None:
+        """Stop loading an adapter; one that is loaded stays, and an unknown id is no error."""
+        for loading in [one for one in self._queue if one.lora_id == lora_id]:
+            self._queue.remove(loading)
+            loading.close()
 
     def unload(self, lora_id: str) -> None:
         """Take an adapter out of serving, or stop loading it; an unknown id is no error.
@@ -101,9 +113,7 @@ class AdapterLoader:
         Raises:
             StateError: SGLang could not unload it.
         """
-        for loading in [one for one in self._queue if one.lora_id == lora_id]:
-            self._queue.remove(loading)
-            loading.close()
+        self.abandon(lora_id)
         ref = self._manager.lora_refs.get(lora_id)
         if ref is not None:
             result = self._manager.unload_lora_adapter(ref)
@@ -111,6 +121,14 @@ class AdapterLoader:
                 raise StateError(f"adapter {ref.lora_name!r} was not unloaded: {result.error_message}")
 
     # ------------------------------------------------------------------ helpers
+    def _try(self, lora_id: str, lora_name: str, step: Callable[[], str | None]) -> str | None:
+        """What ``step`` gives; where it goes wrong the adapter becomes ``failed``."""
+        try:
+            return step()
+        except Exception as error:  # boundary: SGLang's code on an adapter; the run in training goes on
+            self._fail(lora_id, lora_name, error)
+            return None
+
     def _drop_older(self, lora_name: str, lora_id: str) -> None:
         ids = [ref.lora_id for ref in self._manager.lora_refs.values() if ref.lora_name == lora_name]
         ids += [loading.lora_id for loading in self._queue if loading.lora_name == lora_name]
@@ -120,7 +138,7 @@ class AdapterLoader:
     def _fail(self, lora_id: str, lora_name: str, error: Exception) -> None:
         text = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         logger.warning("adapter %s was not loaded: %s", lora_name, text)
-        self._failures[lora_id] = f"adapter {lora_name!r} was not loaded: {text}"
+        self._failures[lora_id] = f"adapter {lora_name!r} was not loaded: {text}", passes(error)
         while len(self._failures) > _FAILURES_KEPT:
             self._failures.popitem(last=False)
 
@@ -139,14 +157,18 @@ class _Loading:
         self._manager = manager
         self._tensors = slot.tensors
         self._config = LoRAConfig.from_dict(
-            served_config(config), base_vocab_size=manager.base_hf_config.vocab_size
+            peft_adapter.checked_config(config), base_vocab_size=manager.base_hf_config.vocab_size
         )
         # The path is shown and compared, never read.
         self._ref = LoRARef(
             lora_id=lora_id, lora_name=lora_name, lora_path=f"__tensor__/{lora_name}", pinned=False
         )
-        _check_names(slot.tensors, self._config.target_modules, len(manager.lora_modules))
         manager.validate_new_adapter(self._config, self._ref)
+        peft_adapter.check_weights(
+            self._config.hf_config,
+            [(ref.name, tuple(ref.shape)) for ref in slot.tensors],
+            peft_adapter.model_of(manager.base_hf_config),
+        )
         self._adapter = LoRAAdapter(
             lora_id,
             self._config,
@@ -213,39 +235,3 @@ class _OneLayer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._adapter, name)
-
-
-def served_config(config: dict[str, Any]) -> dict[str, Any]:
-    """PEFT's adapter_config as SGLang scales by it: alpha / r.
-
-    PEFT's rank-stabilized LoRA scales by alpha / sqrt(r), which an alpha of alpha · sqrt(r) gives.
-
-    Raises:
-        UnsupportedError: a config that is not of LoRA, or with ranks or alphas that differ by module.
-    """
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in config]
-    if missing:
-        raise UnsupportedError(f"the adapter's config lacks {', '.join(missing)}")
-    if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        raise UnsupportedError(f"peft_type {config['peft_type']!r} is not served; accepted: LORA")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if config.get(key):
-            raise UnsupportedError(f"{key} is not served: use one rank and alpha for all modules")
-    served = {**config, "peft_type": "LORA"}
-    if config.get("use_rslora"):
-        served.update(use_rslora=False, lora_alpha=config["lora_alpha"] * config["r"] ** 0.5)
-    return served
-
-
-def _check_names(tensors: list[TensorRef], target_modules: Any, num_layers: int) -> None:
-    from sglang.srt.layers.utils import get_layer_id
-
-    modules = [] if isinstance(target_modules, str) else list(target_modules)  # a word such as all-linear
-    if not tensors:
-        raise UnsupportedError("the adapter has no tensors")
-    for ref in tensors:
-        layer_id = get_layer_id(ref.name)
-        if layer_id is None or not 0 <= layer_id < num_layers:
-            raise UnsupportedError(f"{ref.name} belongs to none of the model's {num_layers} layers")
-        if modules and not any(f".{module.rpartition('.')[2]}." in ref.name for module in modules):
-            raise UnsupportedError(f"{ref.name} is not of the target modules {', '.join(modules)}")

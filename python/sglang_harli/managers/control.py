@@ -8,6 +8,7 @@ and on srt.constants.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from sglang.srt.managers import io_struct
 
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol.internal import SlotRef
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "harli/"
 REFUSAL = (
@@ -81,18 +84,28 @@ def answer(trainer: Any, recv_req: Any, profile: Callable[[], dict[str, Any]] | 
     """
     body = recv_req.body or {}
     methods = _METHODS if profile is None else {**_METHODS, "harli/profile": lambda *_: profile()}
+    method = methods.get(recv_req.method)
+    if method is None:
+        return io_struct.DumperControlReqOutput(
+            success=False, response=[], error=f"there is no method {recv_req.method!r}"
+        )
     try:
-        response = methods[recv_req.method](trainer, body)
-    except KeyError as error:
-        return io_struct.DumperControlReqOutput(success=False, response=[], error=f"unknown: {error}")
-    except (HarliError, OSError, msgspec.ValidationError, ValueError) as error:
-        return io_struct.DumperControlReqOutput(success=False, response=[], error=str(error))
+        response = method(trainer, body)
+    except Exception as error:  # boundary: one call of the HTTP process; the scheduler's loop goes on
+        logger.exception("harli: the call %s went wrong", recv_req.method)
+        text = str(error) if isinstance(error, HarliError | OSError) else f"{type(error).__name__}: {error}"
+        return io_struct.DumperControlReqOutput(success=False, response=[], error=text)
     return io_struct.DumperControlReqOutput(success=True, response=[response])
 
 
 def _load_adapter(trainer: Any, body: dict[str, Any]) -> dict[str, Any]:
     slot = msgspec.convert(body["slot"], SlotRef)
     trainer.loader.begin(body["lora_id"], body["lora_name"], body["config"], slot)
+    return trainer.loader.status(body["lora_id"])
+
+
+def _abandon_adapter(trainer: Any, body: dict[str, Any]) -> dict[str, Any]:
+    trainer.loader.abandon(body["lora_id"])
     return trainer.loader.status(body["lora_id"])
 
 
@@ -103,6 +116,7 @@ def _hold(trainer: Any, _body: dict[str, Any]) -> dict[str, Any]:
 
 _METHODS: dict[str, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
     "harli/load_adapter": _load_adapter,
+    "harli/abandon_adapter": _abandon_adapter,
     "harli/load_status": lambda trainer, body: trainer.loader.status(body["lora_id"]),
     "harli/hold": _hold,
     "harli/training": lambda trainer, _: {"training": trainer.training},

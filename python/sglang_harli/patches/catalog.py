@@ -10,7 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_harli.patches import lora_gate, lora_padded_mlp, lora_peft_adapters, lora_pin_memory
+from sglang_harli.patches import (
+    lora_adapter_checks,
+    lora_gate,
+    lora_padded_mlp,
+    lora_peft_adapters,
+    lora_pin_memory,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,16 @@ ALL: tuple[Patch, ...] = (
     Patch("03-lora-padded-mlp", ("srt/lora/lora.py", "srt/lora/lora_manager.py"), lora_padded_mlp.register),
     Patch(
         "04-lora-peft-adapters", ("srt/lora/lora.py", "srt/lora/lora_config.py"), lora_peft_adapters.register
+    ),
+    Patch(
+        "05-lora-adapter-checks",
+        (
+            "srt/lora/lora.py",
+            "srt/lora/lora_config.py",
+            "srt/lora/lora_manager.py",
+            "srt/managers/tp_worker.py",
+        ),
+        lora_adapter_checks.register,
     ),
 )
 
