@@ -36,6 +36,10 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 # Twice to four times a job's default rank; each of SGLang's adapter slots is allocated at this rank.
 MAX_LORA_RANK_CPU = 32
 MAX_LORA_RANK_DEVICE = 64
+LOADED_LORAS = (
+    "each more stays in host memory; the least recently used is unloaded, and loaded again when asked for"
+)
+
 
 def _on_off(text: str) -> str:
     """YAML reads a bare ``on`` or ``off`` as a boolean, which ``--config`` passes on as true or false."""
@@ -194,11 +198,20 @@ class HarliServerArgs(_HarliFields, ServerArgs):
                 "finetuned adapters need SGLang's LoRA serving, which enable_lora=False turns off"
             )
         self._default("enable_lora", True, "finetuned adapters are served at once")
+        self._default("max_loaded_loras", self._loaded_loras(), LOADED_LORAS)
         if self.lora_paths and not (self.max_lora_rank and self.lora_target_modules):
             return  # SGLang sizes its slots by the adapters given; jobs that do not fit are refused
         rank = MAX_LORA_RANK_CPU if cpu else MAX_LORA_RANK_DEVICE
         self._default("max_lora_rank", rank, "holds jobs of the default rank, 16, and larger ones")
         self._default("lora_target_modules", list(LORA_TARGETS), "all linear layers of attention and MLP")
+
+    def _loaded_loras(self) -> int:
+        """Room for what is given at start and as many again as a batch takes."""
+        twice = 2 * self.max_loras_per_batch  # with overlap loading SGLang takes no more
+        return twice if self.enable_lora_overlap_loading else max(twice, self._given_loras() + twice // 2)
+
+    def _given_loras(self) -> int:
+        return len(self.lora_paths or ())
 
     # ---- while it does
     def _handle_gpu_memory_settings(self, gpu_mem: float | None) -> None:

@@ -189,6 +189,7 @@ def test_cpu_defaults_are_filled_in_and_each_is_logged_once(make_args, caplog):
         "enable_lora": True,
         "lora_backend": "torch_native",
         "max_lora_rank": 32,
+        "max_loaded_loras": 16,
     }
     for name, value in expected.items():
         assert getattr(args, name) == value
@@ -200,6 +201,22 @@ def test_cpu_defaults_are_filled_in_and_each_is_logged_once(make_args, caplog):
     assert "busy: 50, idle: 250" in resolved[0]
 
 
+@pytest.mark.parametrize(
+    ("given", "loaded"),
+    [
+        ({"max_loras_per_batch": 4}, 8),
+        ({"max_loras_per_batch": 4, "lora_paths": [f"a{n}=/x" for n in range(20)]}, 24),
+        ({"max_loras_per_batch": 4, "lora_paths": ["a=/x"] * 7, "enable_lora_overlap_loading": True}, 8),
+    ],
+)
+def test_as_many_adapters_stay_loaded_as_are_given_and_as_a_batch_takes(
+    make_args, unread_adapters, given, loaded
+):
+    args = make_args(harli_finetune="on", max_lora_rank=8, lora_target_modules=["q_proj"], **given)
+    assert args.max_loaded_loras == loaded
+    assert make_args(harli_finetune="off").max_loaded_loras is None
+
+
 def test_the_operators_values_stand(make_args):
     given = {
         "max_running_requests": 7,
@@ -207,6 +224,7 @@ def test_the_operators_values_stand(make_args):
         "mem_fraction_static": 0.3,
         "enable_lora": True,
         "max_lora_rank": 8,
+        "max_loaded_loras": 9,
         "lora_target_modules": ["q_proj", "v_proj"],
     }
     args = make_args(harli_finetune="on", **given)

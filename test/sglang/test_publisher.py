@@ -1,4 +1,5 @@
-"""Publication: SGLang's own registry, communicators and lock, a real socket pair, and a scheduler of dicts."""
+"""Publication: SGLang's own registry, communicators and lock with our patches, a real socket pair, and a scheduler
+of dicts."""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ from sglang.utils import TypeBasedDispatcher
 
 from sglang_harli.managers import publisher as publisher_module
 from sglang_harli.managers.publisher import TENSOR_PATH, Publisher
+from sglang_harli.patches.lora_request_counts import uses_of
+from sglang_harli.patches.lora_unload import updates_of
 from sglang_harli.protocol import internal
 
-NAME, OTHER = "base-ft-first-00000001", "base-ft-second-00000002"
+NAME, OTHER, THIRD = "base-ft-first-00000001", "base-ft-second-00000002", "base-ft-third-00000003"
 
 
 class Manager(TokenizerManager):
@@ -43,9 +46,14 @@ class Manager(TokenizerManager):
         self.init_lora()
         self.init_communicators(self.server_args)  # type: ignore[arg-type]
         assert isinstance(self.lora_registry, LoRARegistry)  # SGLang's own
+        self.rid_to_state = {}
         self.requests: list[Any] = []
+        self.stuck: set[str] = set()  # names of which not one slice is loaded
+        self.stuck_ids: set[str] = set()
+        self.abandoned: list[str] = []
         self.polls_left = 2
         self.load_error = ""
+        self.passing = False
         self.response: Any = ...  # instead of the scheduler's answer
 
     def auto_create_handle_loop(self) -> None:
@@ -56,11 +64,17 @@ class Manager(TokenizerManager):
         asyncio.get_running_loop().call_soon(self._result_dispatcher, self._scheduler_answers(obj))
 
     def _scheduler_answers(self, obj: Any) -> Any:
-        if isinstance(obj, UnloadLoRAAdapterReqInput):
+        if isinstance(obj, LoadLoRAAdapterReqInput | UnloadLoRAAdapterReqInput):
             return LoRAUpdateOutput(success=True, loaded_adapters={})
         assert isinstance(obj, DumperControlReqInput)
+        if obj.method == "harli/load_adapter" and obj.body["lora_name"] in self.stuck:
+            self.stuck_ids.add(obj.body["lora_id"])
+        if obj.body["lora_id"] in self.stuck_ids:
+            if obj.method == "harli/abandon_adapter":
+                self.abandoned.append(obj.body["lora_id"])
+            return DumperControlReqOutput(success=True, response=[{"state": "loading", "slices": 7}])
         if self.load_error:
-            status = {"state": "failed", "error": self.load_error}
+            status = {"state": "failed", "error": self.load_error, "passing": self.passing}
         elif obj.method == "harli/load_status" and self.polls_left == 0:
             status = {"state": "loaded"}
         else:
@@ -77,7 +91,7 @@ class Manager(TokenizerManager):
 
 
 @pytest.fixture(autouse=True)
-def hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+def hooks(sglang_patches: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("load_lora_adapter", "unload_lora_adapter"):
         original, hook = getattr(TokenizerManager, name), getattr(publisher_module, name)
 
@@ -183,6 +197,9 @@ async def test_adapter_that_does_not_load_is_not_registered(folder: Path) -> Non
         service.manager.load_error = "rank 64 is above --max-lora-rank 16"
         answer = await service.publish(NAME)
         assert (answer.ok, answer.code, answer.text) == (False, "load_failed", service.manager.load_error)
+        assert not answer.passing
+        service.manager.passing = True  # the scheduler lacked memory, or could not map the slot
+        assert (await service.publish(NAME)).passing
         assert NAME not in service.manager.lora_registry.get_all_adapters()
         service.manager.load_error = ""
         assert (await service.publish(NAME)).ok
@@ -254,16 +271,114 @@ async def test_adapter_that_cannot_come_back_says_why(folder: Path) -> None:
 
 
 @run
-async def test_eviction_waits_for_running_requests_after_the_new_adapter_answers(folder: Path) -> None:
+async def test_an_adapter_in_use_is_not_evicted_and_nothing_waits_for_it(folder: Path) -> None:
     async with connected(folder, max_loaded_loras=1) as service:
-        registry = service.manager.lora_registry
+        manager = service.manager
         await service.publish(NAME)
-        running = await registry.acquire(NAME)
+        busy = manager.lora_registry.get_all_adapters()[NAME].lora_id
+        uses_of(manager).hold(busy)
         assert (await service.publish(OTHER)).ok
-        assert OTHER in registry.get_all_adapters()
-        assert not any(isinstance(r, UnloadLoRAAdapterReqInput) for r in service.manager.requests)
-        await registry.release(running)
-        await until(lambda: isinstance(service.manager.requests[-1], UnloadLoRAAdapterReqInput))
+        assert (await service.publish(THIRD)).ok
+        await until(lambda: not updates_of(manager).tasks)
+        assert set(manager.lora_registry.get_all_adapters()) == {NAME, THIRD}  # all but one are idle
+        assert service.publisher.dormant() == [OTHER]
+        uses_of(manager).let_go(busy)
+        await until(lambda: set(manager.lora_registry.get_all_adapters()) == {THIRD})
+
+
+# ------------------------------------------------------------------ nothing is waited for under the lock
+@run
+async def test_operators_load_and_unload_while_an_adapter_is_being_loaded(folder: Path) -> None:
+    async with connected(folder) as service:
+        manager = service.manager
+        await service.publish(OTHER)
+        manager.stuck = {NAME}
+        await service.send(publish(NAME))
+        await until(lambda: manager.loads() == [OTHER, NAME])
+        result = await manager.load_lora_adapter(LoadLoRAAdapterReqInput(lora_name="mine", lora_path="/mine"))
+        assert result.success
+        for name in ("mine", OTHER):
+            assert (await manager.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=name))).success
+
+
+@run
+async def test_a_loading_that_does_not_get_on_is_put_away_and_the_next_one_comes(folder: Path) -> None:
+    async with connected(folder) as service:
+        manager = service.manager
+        manager.stuck = {NAME}
+        before, publisher_module.QUIET_S = publisher_module.QUIET_S, 0.5
+        try:
+            answer = await service.publish(NAME)
+        finally:
+            publisher_module.QUIET_S = before
+        assert (answer.ok, answer.code, answer.passing) == (False, "not_ready", True)
+        assert "not one slice of it could be loaded" in answer.text
+        assert len(manager.abandoned) == 1
+        assert (await service.publish(OTHER)).ok
+        manager.stuck, manager.stuck_ids = set(), set()
+        assert (await service.publish(NAME)).ok
+
+
+@run
+async def test_an_unexpected_error_is_answered_and_the_service_is_heard(folder: Path) -> None:
+    async with connected(folder) as service:
+        for broken in (TypeError("a str is no int"), ValueError("already exists"), AssertionError()):
+            service.manager.lora_registry.register = failing(broken)  # type: ignore[method-assign]
+            answer = await service.publish(NAME)
+            assert (answer.ok, answer.code) == (False, "internal")
+            assert type(broken).__name__ in answer.text
+            del service.manager.lora_registry.register
+            assert service.publisher.listening
+        assert (await service.publish(NAME)).ok
+        await service.send(state(7))
+        await until(lambda: service.publisher.state)
+    assert not service.publisher.listening
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    async def fail(*args: Any) -> None:
+        raise error
+
+    return fail
+
+
+@run
+async def test_an_adapter_that_the_operator_is_unloading_neither_answers_nor_is_loaded(folder: Path) -> None:
+    async with connected(folder) as service:
+        manager = service.manager
+        await service.publish(NAME)
+        busy = manager.lora_registry.get_all_adapters()[NAME].lora_id
+        uses_of(manager).hold(busy)
+        unloading = asyncio.create_task(
+            manager.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=NAME))
+        )
+        await until(lambda: NAME in updates_of(manager).leaving)
+        with pytest.raises(ValueError, match="is being unloaded"):
+            await manager._validate_and_resolve_lora(GenerateReqInput(text="x", lora_path=NAME))
+        answer = await service.publish(NAME)
+        assert (answer.ok, answer.code, answer.passing) == (False, "not_ready", True)
+        uses_of(manager).let_go(busy)
+        assert (await unloading).success
+        assert manager.loads() == [NAME]
+
+
+@run
+async def test_an_adapter_of_another_base_goes_when_its_requests_have_ended_and_nothing_waits(
+    folder: Path,
+) -> None:
+    async with connected(folder) as service:
+        manager = service.manager
+        await service.publish(NAME)
+        busy = manager.lora_registry.get_all_adapters()[NAME].lora_id
+        uses_of(manager).hold(busy)
+        await service.send(state(7, others={"its base is another": [NAME]}))
+        await until(lambda: NAME in updates_of(manager).leaving)
+        assert (await service.publish(OTHER)).ok
+        assert not any(isinstance(r, UnloadLoRAAdapterReqInput) for r in manager.requests)
+        uses_of(manager).let_go(busy)
+        await until(lambda: isinstance(manager.requests[-1], UnloadLoRAAdapterReqInput))
+        with pytest.raises(ValueError, match="its base is another"):
+            await manager._validate_and_resolve_lora(GenerateReqInput(text="x", lora_path=NAME))
 
 
 # ------------------------------------------------------------------ unloading
@@ -283,13 +398,24 @@ async def test_adapter_that_the_operator_unloads_is_gone(folder: Path) -> None:
 
 
 @run
+async def test_an_evicted_adapter_that_the_operator_unloads_does_not_come_back(folder: Path) -> None:
+    async with connected(folder, max_loaded_loras=1) as service:
+        for name in (NAME, OTHER):
+            await service.publish(name)
+        await until(lambda: service.publisher.dormant() == [NAME])
+        assert (await service.manager.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=NAME))).success
+        assert service.publisher.dormant() == []
+        with pytest.raises(ValueError, match="never been loaded"):
+            await service.manager._validate_and_resolve_lora(GenerateReqInput(text="x", lora_path=NAME))
+
+
+@run
 async def test_others_adapters_go_sglangs_way(folder: Path) -> None:
     async with connected(folder) as service:
         request = LoadLoRAAdapterReqInput(lora_name="mine", lora_path="/adapters/mine")
         loading = asyncio.create_task(service.manager.load_lora_adapter(request))
-        await until(lambda: service.manager.requests)
+        assert (await loading).success
         assert service.manager.requests == [request]
-        loading.cancel()
 
 
 # ------------------------------------------------------------------ the service
@@ -385,7 +511,7 @@ async def test_unexpected_answer_of_the_scheduler_is_an_error_of_this_adapter_al
         for response in ([], None, ["loaded"], [None]):
             service.manager.response = response
             answer = await service.publish(NAME)
-            assert (answer.ok, answer.code) == (False, "load_failed")
+            assert (answer.ok, answer.code, answer.passing) == (False, "load_failed", False)
             assert "unexpected answer" in answer.text
         service.manager.response = ...
         assert (await service.publish(NAME)).ok

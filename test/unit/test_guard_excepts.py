@@ -34,6 +34,10 @@ BOUNDARIES = {
         "_pickled",
     ): "a file that torch cannot read is one sentence; the start ends in order",
     (
+        "managers/publisher.py",
+        "Publisher._publish",
+    ): "one publication is answered with an error; the next one comes",
+    (
         "patches/lora_adapter_checks.py",
         "_load_from_tensors",
     ): "a client's bytes that cannot be unpickled get an error reply; the scheduler goes on",

@@ -126,6 +126,29 @@ def test_a_service_that_stops_answering_is_killed_and_started_again(
     assert keeper.starts == 2
 
 
+def test_a_service_is_not_judged_by_a_watch_that_hears_nothing(tmp_path: Path) -> None:
+    chosen = options(tmp_path)
+    model = str(make_tokenizer_folder(tmp_path / "model"))
+    arguments = SimpleNamespace(
+        model_path=model, tokenizer_path=model, served_model_name="base", trust_remote_code=False
+    )
+    core.make_ipc_dir(chosen.absolute_run_dir)
+    keeper = Supervisor(supervisor.SERVICE_MODULE, supervisor.service_environment(chosen, arguments))
+    hasty = Patience(tick_s=0.05, silent=200, starting=600)
+
+    async def scenario() -> None:
+        async with watched(chosen, keeper, hasty) as (publisher, dog):
+            await until(lambda: publisher.state, "the sign of life")
+            assert publisher.listening
+            await publisher.stop()
+            assert not publisher.listening
+            dog._silence = SilenceCounter(Patience(silent=5, starting=5))
+            await asyncio.sleep(40 * hasty.tick_s)
+            assert keeper.starts == 1 and keeper.pid is not None
+
+    asyncio.run(scenario())
+
+
 # ------------------------------------------------------------------ degraded
 def test_a_service_that_is_given_up_is_replaced_by_a_door_that_says_so(tmp_path: Path) -> None:
     chosen = options(tmp_path)

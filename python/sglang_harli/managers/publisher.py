@@ -1,14 +1,15 @@
 """HTTP process: a finished adapter becomes servable under its name, and an evicted one comes back.
 
 SGLang's LoRA registry lives in this process, so publication goes through it.  One pair of tasks in the
-server's event loop: one reads what the finetune service sends, the other publishes, one adapter at a time
-(SGLang's ``lora_update_lock`` allows no more).  The scheduler loads the tensors from shared memory in
-slices between batches; only when it is done is the name registered, so no request ever meets half an
-adapter.  Every step may be repeated: a name that is served already answers ok.
+server's event loop: one reads what the finetune service sends, the other publishes, one adapter at a time.
+The scheduler loads the tensors from shared memory in slices between batches; only when it is done is the
+name registered, so no request ever meets half an adapter.  SGLang's ``lora_update_lock`` is held while the
+loading begins and while the name is registered, not in between.  Every step may be repeated: a name that is
+served already answers ok.
 
 Leans on SGLang's TokenizerManager (lora_update_lock, lora_registry, lora_ref_cache, dumper_control,
-_unload_lora_adapter_locked, server_args), LoRARef, DumperControlReqInput, UnloadLoRAAdapterReqInput and
-LoadLoRAAdapterReqOutput; mirrors the bookkeeping of TokenizerControlMixin.load_lora_adapter_from_tensors.
+server_args), LoRARef, DumperControlReqInput and LoadLoRAAdapterReqOutput; mirrors the bookkeeping of
+TokenizerControlMixin.load_lora_adapter_from_tensors.  Evictions are patches/08-lora-unload's.
 """
 
 from __future__ import annotations
@@ -25,15 +26,19 @@ import zmq
 import zmq.asyncio
 
 from sglang_harli.core import looks_like_adapter
-from sglang_harli.errors import NotReadyError, UnsupportedError
+from sglang_harli.errors import HarliError, NotReadyError, StateError, UnsupportedError
 from sglang_harli.fault_points import Point, reach
+from sglang_harli.patches.lora_request_counts import uses_of
+from sglang_harli.patches.lora_unload import refuse_when_all_are_pinned, unload_when_idle, updates_of
 from sglang_harli.protocol import internal
+from sglang_harli.protocol.trouble import passes
 
 logger = logging.getLogger(__name__)
 
 TENSOR_PATH = "__tensor__"  # SGLang's path of an adapter that came as tensors
 HELLO_EVERY_S = 1.0
 POLL_FIRST_S, POLL_LONGEST_S = 0.01, 0.2
+QUIET_S = 60.0  # without one slice of any adapter: the loading is given up
 # How long a request waits for an evicted adapter to come back.
 BRING_BACK_S = 120.0  # a service that is held still and replaced takes half a minute; twice in a row one
 ASK_AGAIN_S = 10.0  # a question may be lost
@@ -60,7 +65,7 @@ class Publisher:
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._task: asyncio.Task[None] | None = None
-        self._queue: asyncio.Queue[internal.PublishAdapter | str] = asyncio.Queue()  # a name: to be unloaded
+        self._queue: asyncio.Queue[internal.PublishAdapter] = asyncio.Queue()
         self._newest: dict[str, internal.PublishAdapter] = {}  # by adapter, of those that wait or are in work
         self._waiting: dict[str, asyncio.Future[str]] = {}  # evicted adapter -> what is wrong, "" when back
         self._dropped: set[str] = set()  # unloaded by the operator
@@ -72,6 +77,11 @@ class Publisher:
         self.down: str | None = None
 
     # ---------------------------------------------------------------- life
+    @property
+    def listening(self) -> bool:
+        """Whether what the service says is heard at all."""
+        return self._socket is not None and self._task is not None and not self._task.done()
+
     def start(self) -> None:
         """Connect and begin; inside the server's running event loop."""
         self._task = asyncio.create_task(self._run(), name="harli-publisher")
@@ -144,9 +154,6 @@ class Publisher:
     async def _publish_queued(self) -> None:
         while True:
             wanted = await self._queue.get()
-            if isinstance(wanted, str):
-                await self._unload_other(wanted)
-                continue
             # The slot of a question that was asked again, or by a service that is gone, may be gone too.
             if self._newest.get(wanted.name) is wanted:
                 await self._publish(wanted)
@@ -161,8 +168,8 @@ class Publisher:
             return
         try:
             await self._socket.send(internal.encode(message), zmq.NOBLOCK)
-        except zmq.Again:  # away; it asks again, or is greeted, when it is back
-            logger.debug("harli: %s not sent, the finetune service is away", type(message).__name__)
+        except zmq.ZMQError as error:  # away (Again); it asks again, or is greeted, when it is back
+            logger.debug("harli: %s not sent to the finetune service: %s", type(message).__name__, error)
 
     async def _say_hello(self) -> None:
         await self._send(
@@ -204,38 +211,36 @@ class Publisher:
         loaded = self._manager.lora_registry.get_all_adapters()
         for name in [name for name in loaded if name in self.others]:
             logger.info("harli: adapter %s is unloaded: %s", name, self.others[name])
-            self._queue.put_nowait(name)
+            updates_of(self._manager).start(self._unload_other(name))
 
     async def _unload_other(self, name: str) -> None:
-        from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
-
-        async with self._manager.lora_update_lock:
-            if name not in self.others or name not in self._manager.lora_registry.get_all_adapters():
-                return
-            result = await self._manager._unload_lora_adapter_locked(
-                UnloadLoRAAdapterReqInput(lora_name=name)
-            )
-            if not result.success:
-                logger.error("harli: adapter %s could not be unloaded: %s", name, result.error_message)
+        result = await unload_when_idle(self._manager, name)
+        if not result.success:  # tried again at the next word of the service
+            logger.error("harli: adapter %s could not be unloaded: %s", name, result.error_message)
 
     # ---------------------------------------------------------------- publication
     async def _publish(self, wanted: internal.PublishAdapter) -> None:
         answer = internal.AdapterPublished(request=wanted.request, job=wanted.job, name=wanted.name, ok=True)
-        if wanted.name in self._dropped:
-            answer.text = "unloaded by the operator: not served until the server restarts"
-        else:
-            async with self._manager.lora_update_lock:
-                if wanted.name not in self._manager.lora_registry.get_all_adapters():
-                    try:
-                        await self._load(wanted)
-                    except (UnsupportedError, NotReadyError) as error:
-                        answer.ok, answer.code, answer.text = False, error.code, str(error)
-                        logger.error("harli: adapter %s is not served: %s", wanted.name, error)
-                # Before the eviction, which waits for the requests of the adapter that has to go.
-                await self._answer(answer)
-                await self._evict()
-                return
+        try:
+            if wanted.name in self._dropped:
+                answer.text = "unloaded by the operator: not served until the server restarts"
+            elif wanted.name not in self._manager.lora_registry.get_all_adapters():
+                await self._load(wanted)
+        except Exception as error:  # boundary: one publication is answered, and the next one comes
+            answer.ok, answer.text, answer.passing = False, str(error), passes(error)
+            answer.code = error.code if isinstance(error, HarliError) else "internal"
+            if isinstance(error, HarliError):
+                logger.error("harli: adapter %s is not served: %s", wanted.name, error)
+            else:
+                answer.text = f"{type(error).__name__}: {error}"
+                logger.exception("harli: adapter %s is not served", wanted.name)
         await self._answer(answer)
+        updates_of(self._manager).start(self._evict(wanted.name))
+
+    async def _evict(self, published: str) -> None:
+        """What is beyond --max-loaded-loras goes, but not what has just come."""
+        with uses_of(self._manager).looking_up([published]):
+            await updates_of(self._manager).evict()
 
     async def _answer(self, answer: internal.AdapterPublished) -> None:
         self._settle(answer.name, "" if answer.ok else answer.text)
@@ -261,11 +266,11 @@ class Publisher:
 
         Raises:
             UnsupportedError: LoRA serving is off or full of pinned adapters, or the adapter does not fit it.
-            NotReadyError: the scheduler does not answer as expected.
+            NotReadyError: not now: the scheduler does not get on with it, or lacks memory.
+            StateError: the scheduler does not answer as expected.
         """
         from sglang.srt.lora.lora_registry import LoRARef
 
-        self._check_room()
         # A fresh id each time: SGLang's prefix cache is keyed by it.
         ref = LoRARef(lora_name=wanted.name, lora_path=TENSOR_PATH)
         since = time.monotonic()
@@ -275,33 +280,52 @@ class Publisher:
             "config": wanted.config,
             "slot": msgspec.to_builtins(wanted.slot),
         }
-        status = await self.ask("harli/load_adapter", body)
-        wait_s = POLL_FIRST_S
-        while status.get("state") == "loading":
-            await asyncio.sleep(wait_s)
-            wait_s = min(wait_s * 1.5, POLL_LONGEST_S)
-            status = await self.ask("harli/load_status", {"lora_id": ref.lora_id})
+        async with self._manager.lora_update_lock:
+            self._check_room(wanted.name)
+            status = await self.ask("harli/load_adapter", body)
+        status = await self._loaded(ref.lora_id, status)
         if status.get("state") != "loaded":
-            raise UnsupportedError(status.get("error") or f"unexpected answer {status}", code="load_failed")
+            kind = NotReadyError if status.get("passing") else UnsupportedError
+            raise kind(status.get("error") or f"unexpected answer {status}", code="load_failed")
         reach(Point.LOADED)
-        await self._manager.lora_registry.register(ref)
-        self._manager.lora_ref_cache[wanted.name] = ref
+        async with self._manager.lora_update_lock:
+            await self._manager.lora_registry.register(ref)
+            self._manager.lora_ref_cache[wanted.name] = ref
         reach(Point.REGISTERED)
         logger.info("harli: adapter %s is served (loaded in %.2f s)", wanted.name, time.monotonic() - since)
 
-    def _check_room(self) -> None:
-        arguments = self._manager.server_args
-        if not arguments.enable_lora:
+    async def _loaded(self, lora_id: str, status: dict[str, Any]) -> dict[str, Any]:
+        """The scheduler's last word on a loading that has begun.
+
+        Raises:
+            NotReadyError: not one slice was loaded for a minute; the scheduler has put away what it had.
+        """
+        wait_s, done, since_s = POLL_FIRST_S, status.get("slices"), time.monotonic()
+        while status.get("state") == "loading":
+            if status.get("slices") != done:
+                done, since_s = status.get("slices"), time.monotonic()
+            elif time.monotonic() - since_s > QUIET_S:
+                status = await self.ask("harli/abandon_adapter", {"lora_id": lora_id})
+                if status.get("state") == "loaded":  # just now
+                    return status
+                text = f"not one slice of it could be loaded beside the requests in {QUIET_S:g} s"
+                raise NotReadyError(text)
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 1.5, POLL_LONGEST_S)
+            status = await self.ask("harli/load_status", {"lora_id": lora_id})
+        return status
+
+    def _check_room(self, name: str) -> None:
+        if not self._manager.server_args.enable_lora:
             raise UnsupportedError(
                 "LoRA serving is off: start the server with --enable-lora", code="lora_disabled"
             )
-        most = arguments.max_loaded_loras
-        pinned = sum(bool(ref.pinned) for ref in self._manager.lora_registry.get_all_adapters().values())
-        if most is not None and pinned >= most:
-            raise UnsupportedError(
-                f"all --max-loaded-loras {most} places are taken by pinned adapters: unload one or raise it",
-                code="no_room",
-            )
+        if name in updates_of(self._manager).leaving:
+            raise NotReadyError("the operator is unloading it")
+        try:
+            refuse_when_all_are_pinned(self._manager)
+        except ValueError as error:
+            raise UnsupportedError(str(error), code="no_room") from error
 
     async def ask(self, method: str, body: dict[str, Any]) -> dict[str, Any]:
         """One remote call to the scheduler, over the channel of SGLang's dumper (its only generic one)."""
@@ -309,30 +333,10 @@ class Publisher:
 
         answers = await self._manager.dumper_control(DumperControlReqInput(method=method, body=body))
         if len(answers) == 1 and not answers[0].success:
-            raise NotReadyError(f"{method}: {answers[0].error}", code="load_failed")
+            raise StateError(f"{method}: {answers[0].error}", code="load_failed")
         if len(answers) != 1 or not answers[0].response or not isinstance(answers[0].response[0], dict):
-            raise NotReadyError(f"{method}: unexpected answer {answers!r:.500}", code="load_failed")
+            raise StateError(f"{method}: unexpected answer {answers!r:.500}", code="load_failed")
         return answers[0].response[0]
-
-    async def _evict(self) -> None:
-        """Unload the least recently used adapters beyond --max-loaded-loras, as SGLang's own loads do."""
-        from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
-
-        most = self._manager.server_args.max_loaded_loras
-        registry = self._manager.lora_registry
-        while most is not None and registry.num_registered_loras > most:
-            name = await registry.lru_lora_name(exclude_pinned=True)
-            if name is None:
-                return
-            logger.info(
-                "harli: unloading the least recently used adapter %s (--max-loaded-loras %d)", name, most
-            )
-            result = await self._manager._unload_lora_adapter_locked(
-                UnloadLoRAAdapterReqInput(lora_name=name)
-            )
-            if not result.success:
-                logger.error("harli: adapter %s could not be unloaded: %s", name, result.error_message)
-                return
 
     # ---------------------------------------------------------------- evicted adapters
     async def bring_back(self, name: str, timeout_s: float = BRING_BACK_S) -> str:
@@ -341,6 +345,8 @@ class Publisher:
             return self.others[name]
         if self.down is not None:
             return self._no_service()
+        if name in updates_of(self._manager).leaving:
+            return f"LoRA adapter {name!r} is being unloaded"
         future = self._waiting.get(name)
         if future is None:
             future = self._waiting[name] = asyncio.get_running_loop().create_future()
@@ -366,11 +372,11 @@ class Publisher:
 
     def dormant(self) -> list[str]:
         """Names of our adapters that answer when asked for but are not loaded now."""
-        loaded = self._manager.lora_registry.get_all_adapters()
+        gone = self._manager.lora_registry.get_all_adapters().keys() | updates_of(self._manager).leaving
         return [
             name
             for name, ref in self._manager.lora_ref_cache.items()
-            if name not in loaded and ref.lora_path == TENSOR_PATH and looks_like_adapter(name)
+            if name not in gone and ref.lora_path == TENSOR_PATH and looks_like_adapter(name)
             if name not in self.others
         ]
 
@@ -405,9 +411,15 @@ async def load_lora_adapter(
 async def unload_lora_adapter(
     original: Callable[..., Awaitable[Any]], manager: Any, obj: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Around ``TokenizerControlMixin.unload_lora_adapter`` (the operator's; evictions go another way)."""
-    result = await original(manager, obj, *args, **kwargs)
+    """Around ``TokenizerControlMixin.unload_lora_adapter`` (the operator's; evictions go another way): an adapter of
+    ours answers no more, one that is not loaded now included."""
+    from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqOutput
+
     publisher: Publisher | None = getattr(manager, "harli_publisher", None)
+    if publisher is not None and obj.lora_name in publisher.dormant():
+        publisher.drop(obj.lora_name)
+        return UnloadLoRAAdapterReqOutput(success=True)
+    result = await original(manager, obj, *args, **kwargs)
     if result.success and publisher is not None and looks_like_adapter(obj.lora_name):
         publisher.drop(obj.lora_name)
     return result

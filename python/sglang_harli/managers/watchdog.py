@@ -116,6 +116,8 @@ class Watchdog:
             if self._stand_in is None:
                 self._degrade(keeper.gave_up)
             return
+        if not self._publisher.listening:
+            return  # nothing that the service says is heard: its silence says nothing about it
         pid, state = keeper.pid, self._publisher.state
         if self._silence.look(pid, self._publisher.heard, state.pid if state is not None else None):
             looks = self._silence.looks

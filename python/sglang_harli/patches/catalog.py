@@ -16,6 +16,9 @@ from sglang_harli.patches import (
     lora_padded_mlp,
     lora_peft_adapters,
     lora_pin_memory,
+    lora_request_counts,
+    lora_unload,
+    shutdown_drain,
 )
 
 
@@ -63,6 +66,21 @@ ALL: tuple[Patch, ...] = (
         ),
         lora_adapter_checks.register,
     ),
+    Patch(
+        "07-lora-request-counts",
+        ("srt/lora/lora_registry.py", "srt/managers/tokenizer_manager.py"),
+        lora_request_counts.register,
+    ),
+    Patch(
+        "08-lora-unload",
+        (
+            "srt/lora/lora_registry.py",
+            "srt/managers/tokenizer_control_mixin.py",
+            "srt/managers/tokenizer_manager.py",
+        ),
+        lora_unload.register,
+    ),
+    Patch("09-shutdown-drain", ("srt/managers/tokenizer_manager.py",), shutdown_drain.register),
 )
 
 

@@ -1,0 +1,368 @@
+"""An adapter is in use exactly while a call or a request uses it: SGLang's TokenizerManager, driven by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
+
+from sglang_harli.patches import lora_unload, shutdown_drain
+from support.models import make_model
+from support.tokenizer_side import Side, Sides, settled
+
+GREEDY = {"temperature": 0, "max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def drive(sglang_patches: None, model: str) -> Iterator[Callable[..., None]]:
+    """``drive(scenario, **options)``: see ``Sides``."""
+    sides = Sides(model)
+    yield sides.drive
+    sides.close()
+
+
+def body(lora: Any = "one", n: int = 1, text: Any = "a b", **more: Any) -> dict[str, Any]:
+    return {"text": text, "lora_path": lora, "sampling_params": {**GREEDY, "n": n}, **more}
+
+
+# ------------------------------------------------------------------ every end of a request
+def test_a_request_holds_its_adapter_until_it_ends(drive):
+    async def scenario(side: Side) -> None:
+        asked = side.ask(**body())
+        (rid,) = await side.came(1)
+        assert side.uses("one") == 2 and side.uses("two") == 0  # the call, and the request
+        await side.finish(rid)
+        await asked
+        await settled()
+
+    drive(scenario)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("text", ["a b", ["a b", "c"]])
+def test_several_answers_take_off_what_they_put_on(drive, n, text):
+    async def scenario(side: Side) -> None:
+        asked = side.ask(**body(n=n, text=text))
+        prompts = 1 if isinstance(text, str) else len(text)
+        for _ in range(prompts):  # the prefix that the answers share
+            (rid,) = await side.came(1)
+            await side.finish(rid)
+        rids = await side.came(prompts * n)
+        assert side.uses("one") >= prompts * n
+        assert len(side.rid_to_state) == prompts * n
+        for rid in rids[:-1]:
+            await side.finish(rid)
+            assert side.uses("one") > 0
+        await side.finish(rids[-1])
+        assert len(await asked) == prompts * n
+        await settled()
+
+    drive(scenario)
+
+
+def test_a_batch_of_two_adapters_and_the_base_counts_each(drive):
+    async def scenario(side: Side) -> None:
+        asked = side.ask(**body(["one", None, "two", "one"], text=["a", "b", "c", "d"]))
+        rids = await side.came(4)
+        assert [side.waiting[rid].lora_id for rid in rids] == [
+            side.adapters.get(name or "") for name in ("one", None, "two", "one")
+        ]
+        await side.finish(rids[0], rids[2])
+        assert side.uses("one") > 0
+        await side.finish(rids[1], rids[3])
+        assert len(await asked) == 4
+        await settled()
+
+    drive(scenario)
+
+
+def test_an_abort_in_the_waiting_queue_lets_go(drive):
+    async def scenario(side: Side) -> None:
+        asked = [side.ask(**body()) for _ in range(3)]
+        for rid in await side.came(3):
+            side.drop(rid)
+        await asyncio.gather(*asked)
+        await settled()
+        assert side.uses("one") == 0
+        assert (await side.unload("one")).success
+
+    drive(scenario)
+
+
+@pytest.mark.parametrize("status", [400, 500, 503])
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_error_of_the_scheduler_lets_go_once(drive, status, n):
+    async def scenario(side: Side) -> None:
+        asked = side.ask(**body(n=n))
+        if n > 1:
+            await side.finish(*await side.came(1))
+        rids = await side.came(n)
+        await side.refuse(rids[0], status)
+        with pytest.raises(Exception, match="no"):
+            await asked
+        await settled()
+        assert side.uses("one") == len(rids) - 1  # the other answers still run
+        await side.finish(*rids[1:])
+
+    drive(scenario)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"input_ids": [10**6], "text": None},  # beyond the vocabulary
+        {"text": "a " * 2000},
+        {"sampling_params": {"temperature": -1}},
+        {"sampling_params": {"nothing": 1}},
+        {"text": ["a b", "a " * 2000]},  # the first part is sent already
+        {"text": ["a b", "c"], "sampling_params": [GREEDY, {"temperature": -1}]},
+    ],
+)
+def test_a_request_that_is_refused_leaves_nothing(drive, wrong):
+    async def scenario(side: Side) -> None:
+        with pytest.raises((ValueError, TypeError)):
+            await side.ask(**{**body(), **wrong})
+        await settled()
+        assert side.uses("one") == 0 and not side.waiting
+
+    drive(scenario)
+
+
+def test_an_id_that_is_taken_is_refused_and_the_others_are_free(drive):
+    async def scenario(side: Side) -> None:
+        first = side.ask(**body(rid="taken"))
+        (rid,) = await side.came(1)
+        for text, rids in (("a", "taken"), (["a", "b"], ["free", "taken"])):
+            with pytest.raises(ValueError, match="Duplicate request ID detected: taken"):
+                await side.ask(**body(text=text, rid=rids))
+        await settled()
+        assert list(side.waiting) == ["taken"] and set(side.rid_to_state) == {"taken"}
+        await side.finish(rid)
+        await first
+
+    drive(scenario)
+
+
+def test_a_reader_that_goes_away_before_anything_was_sent_leaves_nothing(drive):
+    async def scenario(side: Side) -> None:
+        async with side.is_pause_cond:
+            side.is_pause = True
+        stream = side.generate_request(GenerateReqInput(**body(n=2), stream=True), None)
+        reader = asyncio.create_task(stream.__anext__())
+        await side.until(lambda: side.rid_to_state)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        await stream.aclose()
+        assert not side.rid_to_state
+        side.is_pause = False
+
+    drive(scenario)
+
+
+def test_a_reader_that_goes_away_leaves_the_adapter_to_the_request_that_runs_on(drive):
+    async def scenario(side: Side) -> None:
+        stream = side.generate_request(GenerateReqInput(**body(), stream=True), None)
+        reader = asyncio.create_task(stream.__anext__())
+        (rid,) = await side.came(1)
+        await side.token(rid)
+        await reader
+        await stream.aclose()
+        await settled()
+        assert side.uses("one") == 1
+        await side.finish(rid)
+
+    drive(scenario)
+
+
+def test_a_client_cannot_take_the_ids_of_health_checks_for_an_adapter(drive):
+    async def scenario(side: Side) -> None:
+        with pytest.raises(ValueError, match="the server's own"):
+            await side.ask(**body(rid="HEALTH_CHECK_1"))
+
+    drive(scenario)
+
+
+# ------------------------------------------------------------------ unloading
+def test_an_unload_waits_for_the_requests_and_not_for_the_lock(drive):
+    async def scenario(side: Side) -> None:
+        asked = side.ask(**body(n=2))
+        await side.finish(*await side.came(1))
+        rids = await side.came(2)
+        unloading = asyncio.create_task(side.unload("one"))
+        await side.until(lambda: "one" not in side.lora_registry.get_all_adapters())
+        await side.load("three")  # others go on
+        assert (await side.unload("three")).success
+        with pytest.raises(ValueError, match="is being unloaded"):
+            await side.ask(**body())
+        again = await side.unload("one")
+        assert not again.success and "is being unloaded" in again.error_message
+        await side.finish(rids[0])
+        await asyncio.sleep(3 * lora_unload.LOOK_S)
+        assert not unloading.done()
+        await side.finish(rids[1])
+        assert (await unloading).success and "one" not in side.adapters
+        await asked
+
+    drive(scenario)
+
+
+def test_an_unload_that_nothing_comes_of_is_given_up_and_the_adapter_answers_as_before(drive, monkeypatch):
+    monkeypatch.setattr(lora_unload, "QUIET_S", 0.5)
+
+    async def scenario(side: Side) -> None:
+        asked = side.ask(**body())
+        (rid,) = await side.came(1)
+        unloading = asyncio.create_task(side.unload("one"))
+        for _ in range(4):  # longer than the limit, but it gets on
+            await asyncio.sleep(0.2)
+            await side.token(rid)
+            assert not unloading.done()
+        result = await unloading
+        assert not result.success and "1 requests use it" in result.error_message
+        assert side.lora_registry.get_all_adapters()["one"].lora_id == side.adapters["one"]
+        more = side.ask(**body())
+        await side.finish(*await side.came(2))
+        await asyncio.gather(asked, more)
+        await settled()
+        assert (await side.unload("one")).success
+
+    drive(scenario)
+
+
+def test_an_unload_that_the_scheduler_refuses_leaves_the_name(drive):
+    async def scenario(side: Side) -> None:
+        side.refusing = "not now"
+        result = await side.unload("one")
+        assert not result.success and result.error_message == "not now"
+        side.refusing = ""
+        asked = side.ask(**body())
+        await side.finish(*await side.came(1))
+        await asked
+
+    drive(scenario)
+
+
+def test_a_load_whose_client_goes_away_is_finished(drive):
+    async def scenario(side: Side) -> None:
+        side.slow = True
+        loading = asyncio.create_task(side.load("three"))
+        await side.until(lambda: side.lora_update_lock.locked())
+        loading.cancel()
+        await settled()
+        side.slow = False
+        side.answer_updates()
+        await side.until(lambda: "three" in side.lora_registry.get_all_adapters())
+        await side.load("four")  # what answers loads is as it was
+
+    drive(scenario)
+
+
+# ------------------------------------------------------------------ eviction
+def test_beyond_the_limit_the_least_recently_used_idle_adapter_goes(drive):
+    async def scenario(side: Side) -> None:
+        busy = side.ask(**body("one"))  # now two is the least recently used
+        (rid,) = await side.came(1)
+        await side.load("three")
+        assert set(side.adapters) == {"one", "three"}
+        other = side.ask(**body("three"))
+        await side.came(2)
+        await side.load("four")  # all others are in use: one too many for now
+        assert set(side.adapters) == {"one", "three", "four"}
+        await side.finish(rid)
+        await busy
+        await side.until(lambda: set(side.adapters) == {"three", "four"})
+        back = side.ask(**body("one"))  # comes back by its path
+        await side.finish(*await side.came(2))
+        await asyncio.gather(other, back)
+        await side.until(lambda: len(side.adapters) == 2)
+
+    drive(scenario, max_loaded_loras=2, max_loras_per_batch=2)
+
+
+def test_a_load_is_refused_where_all_places_are_pinned(drive):
+    async def scenario(side: Side) -> None:
+        for name in ("one", "two"):
+            ref = side.lora_registry._registry[name]
+            side.lora_registry._registry[name] = type(ref)(
+                lora_id=ref.lora_id, lora_name=name, lora_path=ref.lora_path, pinned=True
+            )
+        with pytest.raises(AssertionError, match="--max-loaded-loras 2 places are taken by pinned"):
+            await side.load("three")
+        for name in ("one", "two"):
+            assert (await side.unload(name)).success
+
+    drive(scenario, max_loaded_loras=2, max_loras_per_batch=2)
+
+
+# ------------------------------------------------------------------ the end of the server
+def test_a_server_that_ends_waits_for_its_requests_as_long_as_they_get_on(drive, monkeypatch):
+    monkeypatch.setattr(shutdown_drain, "QUIET_S", 0.6)
+    monkeypatch.setattr(shutdown_drain, "LOOK_S", 0.05)
+
+    async def scenario(side: Side) -> None:
+        asked = side.ask(**body(stream=True))
+        (rid,) = await side.came(1)
+        limit = asyncio.create_task(shutdown_drain._limit(side))
+        side.gracefully_exit = True
+        await side.until(lambda: "shutdown_drain" in side.__dict__)
+        late = side.ask(**body())  # comes after the signal: is not waited for
+        _, other = await side.came(2)
+        for _ in range(4):
+            await asyncio.sleep(0.3)
+            await side.token(rid)
+            assert not limit.done()
+        await asked
+        await limit  # not another token
+        assert not side.rid_to_state
+        await side.finish(rid, other)
+        late.cancel()
+        side.gracefully_exit = False
+        del side.shutdown_drain
+
+    drive(scenario)
+
+
+def test_a_server_without_requests_ends_at_once(drive):
+    async def scenario(side: Side) -> None:
+        side.gracefully_exit = True
+        await asyncio.wait_for(shutdown_drain._limit(side), 5)
+        side.gracefully_exit = False
+        del side.shutdown_drain
+
+    drive(scenario)
+
+
+# ------------------------------------------------------------------ the prefix cache's key
+def test_no_key_of_a_client_is_that_of_an_adapter(drive):
+    async def scenario(side: Side) -> None:
+        lora_id = side.adapters["one"]
+        texts = ("", lora_id, "k", f"1:k{lora_id}", "1:k")
+        asks = [(key, lora) for key in texts for lora in (None, "one")]
+        asked = [side.ask(**body(lora, extra_key=key)) for key, lora in asks]
+        rids = await side.came(len(asks))
+        keys = {(r.extra_key or "") + (r.lora_id or "") for r in side.waiting.values()}
+        assert len(keys) == len(asks)
+        await side.finish(*rids)
+        await asyncio.gather(*asked)
+        await settled()
+
+    drive(scenario)
+
+
+def test_the_abort_of_a_failed_batch_names_its_own_request_alone(drive):
+    async def scenario(side: Side) -> None:
+        with pytest.raises(ValueError):
+            await side.ask(**body(text=["a b", "a " * 2000], rid=["mine", "broken"]))
+        assert [m.rid for m in side.sent if isinstance(m, AbortReq)] == ["mine"]
+        await settled()
+
+    drive(scenario)
