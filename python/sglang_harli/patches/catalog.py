@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_harli.patches import (
+    cpu_sampling,
+    idle_health_check,
     lora_adapter_checks,
+    lora_cache_key,
     lora_gate,
     lora_padded_mlp,
     lora_peft_adapters,
     lora_pin_memory,
     lora_request_counts,
     lora_unload,
+    nan_sampling,
+    request_fields,
+    session_replace,
     shutdown_drain,
 )
 
@@ -67,6 +73,11 @@ ALL: tuple[Patch, ...] = (
         lora_adapter_checks.register,
     ),
     Patch(
+        "06-request-fields",
+        ("srt/managers/io_struct.py", "srt/managers/tokenizer_manager.py", "srt/sampling/sampling_params.py"),
+        request_fields.register,
+    ),
+    Patch(
         "07-lora-request-counts",
         ("srt/lora/lora_registry.py", "srt/managers/tokenizer_manager.py"),
         lora_request_counts.register,
@@ -81,6 +92,19 @@ ALL: tuple[Patch, ...] = (
         lora_unload.register,
     ),
     Patch("09-shutdown-drain", ("srt/managers/tokenizer_manager.py",), shutdown_drain.register),
+    Patch("10-idle-health-check", ("srt/managers/scheduler.py",), idle_health_check.register),
+    Patch("11-lora-cache-key", ("srt/managers/tokenizer_manager.py",), lora_cache_key.register),
+    Patch("12-nan-sampling", ("srt/layers/sampler.py",), nan_sampling.register),
+    Patch(
+        "13-cpu-sampling",
+        (
+            "srt/constrained/xgrammar_backend.py",
+            "srt/layers/sampler.py",
+            "srt/sampling/penaltylib/repetition_penalty.py",
+        ),
+        cpu_sampling.register,
+    ),
+    Patch("14-session-replace", ("srt/session/session_controller.py",), session_replace.register),
 )
 
 

@@ -1,0 +1,52 @@
+"""Runtime half of ``patches/13-cpu-sampling``: what a request may ask of sampling works on the CPU engine.
+
+SGLang compiles two small functions of sampling at their first call.  On a CPU that starts a C++ compiler on the
+scheduler's thread: the first request with a repetition penalty stops all others for up to minutes, and ends the
+server where there is no compiler.  Here they run uncompiled on a CPU.  And the mask of a grammar (a JSON schema, a
+regular expression) has kernels for accelerators only: the first request with one ends the server.  Here xgrammar's
+own kernel for CPUs applies it.
+
+Leans on: ``srt.sampling.penaltylib.repetition_penalty.apply_scaling_penalties``,
+``srt.layers.sampler.multinomial_with_seed``, ``torch.compile``'s ``_torchdynamo_orig_callable``,
+``srt.constrained.xgrammar_backend`` (``XGrammarGrammar.apply_vocab_mask``, ``XGrammarGrammarBackend.apply_vocab_mask``)
+and ``xgrammar.apply_token_bitmask_inplace``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+_COMPILED = (
+    "sglang.srt.sampling.penaltylib.repetition_penalty.apply_scaling_penalties",
+    "sglang.srt.layers.sampler.multinomial_with_seed",
+)
+_GRAMMAR = "sglang.srt.constrained.xgrammar_backend"
+
+
+def register(registry: Any) -> None:
+    """Register the hooks with SGLang's ``HookRegistry``."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    for target in _COMPILED:
+        registry.register(target, _uncompiled_on_cpu, HookType.AROUND)
+    for name, hook in (("XGrammarGrammar", _mask_of_one), ("XGrammarGrammarBackend", _mask)):
+        registry.register(f"{_GRAMMAR}.{name}.apply_vocab_mask", hook, HookType.AROUND)
+
+
+def _uncompiled_on_cpu(original: Callable[..., Any], tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    plain = getattr(original, "_torchdynamo_orig_callable", original)
+    return (plain if tensor.device.type == "cpu" else original)(tensor, *args, **kwargs)
+
+
+def _mask_of_one(original: Callable[..., None], grammar: Any, logits: Any, vocab_mask: Any) -> None:
+    _mask(lambda *args: original(grammar, *args), logits, vocab_mask)
+
+
+def _mask(original: Callable[..., None], logits: Any, vocab_mask: Any) -> None:
+    if logits.device.type != "cpu":
+        original(logits, vocab_mask)
+        return
+    from xgrammar import apply_token_bitmask_inplace
+
+    apply_token_bitmask_inplace(logits, vocab_mask)

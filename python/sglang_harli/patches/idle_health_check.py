@@ -1,0 +1,24 @@
+"""Runtime half of ``patches/10-idle-health-check``: a health check that meets the end of a batch is answered.
+
+SGLang answers a check that comes while something runs with the next batch's result.  Where that batch was the
+last, there is none: the check finds no sign of life for 20 seconds, and a healthy server is called unhealthy.
+
+Leans on: ``srt.managers.scheduler.Scheduler`` (``on_idle``, ``maybe_send_health_check_signal``,
+``return_health_check_ipcs``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def register(registry: Any) -> None:
+    """Register the hook with SGLang's ``HookRegistry``."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    registry.register("sglang.srt.managers.scheduler.Scheduler.on_idle", _before_idle, HookType.BEFORE)
+
+
+def _before_idle(scheduler: Any) -> None:
+    while scheduler.return_health_check_ipcs:
+        scheduler.maybe_send_health_check_signal()

@@ -1,0 +1,29 @@
+"""Runtime half of ``patches/11-lora-cache-key``: no ``extra_key`` of a client is the key of an adapter's prefixes.
+
+SGLang's prefix cache is divided by a string: the client's ``extra_key`` with the adapter's id behind it.  A client
+that gives an adapter's id as ``extra_key`` gets answers of the base from the adapter's keys and values.  Here the
+client's part says its own length, so that two different pairs never give the same string.
+
+Leans on: ``srt.managers.tokenizer_manager.TokenizerManager`` (``_create_tokenized_object``, ``enable_lora``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def register(registry: Any) -> None:
+    """Register the hook with SGLang's ``HookRegistry``."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    registry.register(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        _after_tokenized,
+        HookType.AFTER,
+    )
+
+
+def _after_tokenized(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
+    key = getattr(tokenized, "extra_key", None)  # requests for embeddings have none
+    if key and manager.enable_lora:
+        tokenized.extra_key = f"{len(key)}:{key}"

@@ -1,0 +1,36 @@
+"""Runtime half of ``patches/14-session-replace``: replacing a session's requests does not end the server.
+
+``"session_params": {"id": ..., "replace": true}`` has SGLang take all requests out of a dict that it goes through
+meanwhile, which raises on the scheduler's thread; so does an id that two requests of the session have had.
+
+Leans on: ``srt.session.session_controller`` (``Session.create_req``, ``SessionReqNode.clear``; ``streaming``,
+``req_nodes``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+_SESSION = "sglang.srt.session.session_controller"
+
+
+def register(registry: Any) -> None:
+    """Register the hooks with SGLang's ``HookRegistry``."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    registry.register(f"{_SESSION}.Session.create_req", _before_create, HookType.BEFORE)
+    registry.register(f"{_SESSION}.SessionReqNode.clear", _clear, HookType.AROUND)
+
+
+def _before_create(session: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    params = request.session_params
+    if params.replace and params.rid is None and not session.streaming:
+        for node in list(session.req_nodes.values()):  # SGLang then finds none
+            node.clear(session.req_nodes)
+
+
+def _clear(original: Callable[..., None], node: Any, req_dict: dict[str, Any]) -> None:
+    """A node may have gone with its parent, or have lent its id to a later one."""
+    req_dict.setdefault(node.req.rid, node)
+    original(node, req_dict)

@@ -1,0 +1,87 @@
+"""The patches of SGLang's serving without LoRA: what one request can do to all others."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+
+def test_a_health_check_that_no_batch_will_answer_is_answered_when_idle(sglang_patches):
+    from sglang.srt.managers.scheduler import Scheduler
+
+    said = []
+    scheduler = SimpleNamespace(
+        return_health_check_ipcs=deque([None, None]),
+        ipc_channels=SimpleNamespace(send_to_tokenizer=SimpleNamespace(send_output=said.append)),
+        is_fully_idle=lambda: False,
+    )
+    scheduler.maybe_send_health_check_signal = lambda: Scheduler.maybe_send_health_check_signal(scheduler)
+    Scheduler.on_idle(scheduler)
+    assert [type(message).__name__ for message in said] == ["HealthCheckOutput"] * 2
+
+
+def test_probabilities_that_are_no_numbers_spoil_their_row_alone(sglang_patches, caplog):
+    import torch
+    from sglang.srt.layers import sampler
+
+    probs = torch.tensor([[0.0, 1.0, 0.0], [float("nan")] * 3, [0.0, 0.0, float("inf")], [0.0] * 3])
+    assert sampler.sampling_from_probs_torch(probs).tolist()[0] == 1
+    count = torch.full((4,), 2, dtype=torch.int32)
+    every, none = torch.ones(4), torch.zeros(4)
+    tokens = sampler.top_k_top_p_min_p_sampling_from_probs_torch(probs, count, every, none, False, None, None)
+    assert tokens.tolist()[0] == 1 and len(tokens) == 4
+    assert caplog.text.count("the probabilities of 3 requests are no numbers") == 2
+    with pytest.raises(RuntimeError):  # what is not of the numbers is nobody's to mend
+        sampler.sampling_from_probs_torch(torch.ones(2, 2, 2))
+
+
+def test_a_repetition_penalty_starts_no_compiler_on_a_cpu(sglang_patches):
+    import torch
+    from sglang.srt.sampling.penaltylib import repetition_penalty
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    logits = torch.tensor([[2.0, -2.0, 4.0]])
+    repetition_penalty.apply_scaling_penalties(logits, torch.tensor([[2.0, 2.0, 1.0]]))
+    assert logits.tolist() == [[1.0, -4.0, 4.0]]
+    assert not counters["frames"]
+
+
+def test_the_mask_of_a_grammar_is_applied_on_a_cpu(sglang_patches):
+    import torch
+    from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar, XGrammarGrammarBackend
+
+    mask = torch.tensor([[0b101], [-1]], dtype=torch.int32)
+    for apply in (
+        XGrammarGrammarBackend.apply_vocab_mask,
+        lambda *a: XGrammarGrammar.apply_vocab_mask(None, *a),
+    ):
+        logits = torch.ones(2, 20)
+        apply(logits, mask)
+        assert torch.isfinite(logits[0]).nonzero().flatten().tolist() == [0, 2]
+        assert torch.isfinite(logits[1]).all()
+
+
+def test_all_requests_of_a_session_can_be_replaced(sglang_patches):
+    import msgspec
+    from sglang.srt.managers.io_struct import SessionParams, TokenizedGenerateReqInput
+    from sglang.srt.sampling.sampling_params import SamplingParams
+    from sglang.srt.session.session_controller import Session
+
+    session = Session(1000, "s")
+    unset = {field.name: None for field in msgspec.structs.fields(TokenizedGenerateReqInput)}
+
+    def ask(own_rid: str, **params: Any) -> None:
+        given = {"rid": own_rid, "input_ids": array("q", [5, 6]), "sampling_params": SamplingParams()}
+        request = SimpleNamespace(**{**unset, **given, "session_params": SessionParams(id="s", **params)})
+        session.create_req(request, None, 100).finished_reason = "ended"
+
+    for own_rid in ("a", "b", "a"):  # an id may come again
+        ask(own_rid)
+    ask("c", rid="b")
+    ask("d", replace=True)
+    assert list(session.req_nodes) == ["d"]
