@@ -125,6 +125,21 @@ def _greedy(
 ) -> list[list[int]]:
     import torch
     from sglang.benchmark.one_batch import decode, extend
+
+    requests = _requests(runner, prompts, max_new_tokens, lora_ids)
+    with torch.no_grad():
+        tokens, _, batch = extend(requests, runner)
+        rows = [tokens.tolist()]
+        for _ in range(max_new_tokens - 1):
+            tokens, _ = decode(tokens, batch, runner)
+            rows.append(tokens.tolist())
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _requests(
+    runner: Any, prompts: list[list[int]], max_new_tokens: int, lora_ids: list[str | None] | None = None
+) -> list[Any]:
+    """On empty pools."""
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import set_global_server_args_for_scheduler
@@ -146,13 +161,7 @@ def _greedy(
         request.logprob_start_len = -1
         request.set_extend_range(0, len(prompt))
         requests.append(request)
-    with torch.no_grad():
-        tokens, _, batch = extend(requests, runner)
-        rows = [tokens.tolist()]
-        for _ in range(max_new_tokens - 1):
-            tokens, _ = decode(tokens, batch, runner)
-            rows.append(tokens.tolist())
-    return [list(column) for column in zip(*rows, strict=True)]
+    return requests
 
 
 @pytest.fixture(scope="session")
@@ -163,6 +172,27 @@ def greedy_tokens() -> Callable[..., list[list[int]]]:
     tokens do not end a row.
     """
     return _greedy
+
+
+def _logprobs(runner: Any, prompt: list[int]) -> list[float]:
+    import torch
+    from sglang.benchmark.one_batch import extend
+
+    found: list[torch.Tensor] = []
+    hook = runner.model.model.register_forward_hook(lambda module, args, out: found.append(out))
+    try:
+        extend(_requests(runner, [prompt], 1), runner)
+    finally:
+        hook.remove()
+    head = runner.model.lm_head.weight[: runner.model_config.vocab_size]
+    logits = (found[0][:-1] @ head.T).float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(prompt)[1:, None])[:, 0].tolist()
+
+
+@pytest.fixture(scope="session")
+def served_logprobs() -> Callable[[Any, list[int]], list[float]]:
+    """``served_logprobs(runner, prompt)`` -> of each id but the first, by a prefill of SGLang's own runner."""
+    return _logprobs
 
 
 # ------------------------------------------------------------------ adapters

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sglang_harli.errors import UnsupportedError
 from sglang_harli.peft_trainer.frozen_base import FrozenBase, bind
@@ -57,8 +57,8 @@ def test_every_weight_is_a_view_of_the_servers(
     arch: str, config: dict[str, Any], tiny_model: Callable[..., str], sglang_runner: Callable[..., Any]
 ) -> None:
     path = tiny_model(arch, **config)
-    served = sglang_runner(path).model
-    base = bind(served, path)
+    runner = sglang_runner(path)
+    served, base = runner.model, bind(runner.model, runner.model_config.hf_config)
     assert_shared(base, served)
     assert_same_logits(base, path, 1e-5)
 
@@ -68,9 +68,10 @@ def test_sixteen_bits_and_layers_wrapped_for_lora(
     dtype: str, tiny_model: Callable[..., str], sglang_runner: Callable[..., Any]
 ) -> None:
     path = tiny_model("llama", dtype=dtype, intermediate_size=333)
-    served = sglang_runner(path, enable_lora=True).model
+    runner = sglang_runner(path, enable_lora=True)
+    served = runner.model
     assert any("base_layer" in name for name, _ in served.named_modules())
-    base = bind(served, path)
+    base = bind(served, runner.model_config.hf_config)
     assert base.dtype == getattr(torch, dtype)
     assert_shared(base, served)
     assert_same_logits(base, path, 0.0)
@@ -85,7 +86,7 @@ def test_training_moves_the_adapter_and_leaves_the_weights_alone(
     answer = greedy_tokens(runner, [[5, 6, 7]], 6)
     hp = Hyperparameters(learning_rate=1e-2, lr_scheduler="constant", warmup_ratio=0.0)
     with torch.inference_mode():  # as SGLang's loop may be
-        base = bind(runner.model, path)
+        base = bind(runner.model, runner.model_config.hf_config)
         spec = RunSpec(job="j", attempt=1, hyperparameters=hp, total_steps=5)
         run = TrainingRun(base, spec, logits_bytes=1 << 20)
         ids = np.array([9, 8, 7, 6, 5, 4, 3, 2] * 2, dtype=np.int32)
@@ -118,54 +119,58 @@ class TestRefusals:
         return tiny_model("llama")
 
     @pytest.fixture
-    def served(self, path: str) -> Any:
-        """A server's parameters by name, small enough to be bent: the fused layout without SGLang."""
-        return _fused(AutoModelForCausalLM.from_pretrained(path))
+    def config(self, path: str) -> Any:
+        return AutoConfig.from_pretrained(path)
 
-    def test_the_stand_in_itself_binds(self, served: Any, path: str) -> None:
-        assert_shared(bind(served, path), served)
+    @pytest.fixture
+    def served(self, path: str, sglang_runner: Callable[..., Any]) -> Any:
+        """A server's parameters by name, small enough to be bent: the fused layout, SGLang's other modules."""
+        return _fused(AutoModelForCausalLM.from_pretrained(path), sglang_runner(path).model)
 
-    def test_wrong_shape(self, served: Any, path: str) -> None:
+    def test_the_stand_in_itself_binds(self, served: Any, config: Any) -> None:
+        assert_shared(bind(served, config), served)
+
+    def test_wrong_shape(self, served: Any, config: Any) -> None:
         _set(served, "model.layers.1.self_attn.qkv_proj.weight", torch.zeros(96, 64))
         with pytest.raises(
             UnsupportedError, match=r"model\.layers\.1\.self_attn\.qkv_proj\.weight has 96 rows"
         ):
-            bind(served, path)
+            bind(served, config)
 
-    def test_cut_down(self, served: Any, path: str) -> None:
+    def test_cut_down(self, served: Any, config: Any) -> None:
         _set(served, "model.layers.0.mlp.down_proj.weight", torch.zeros(64, 90))
         with pytest.raises(UnsupportedError, match=r"model\.layers\.0\.mlp\.down_proj\.weight.*finetune off"):
-            bind(served, path)
+            bind(served, config)
 
-    def test_missing(self, served: Any, path: str) -> None:
+    def test_missing(self, served: Any, config: Any) -> None:
         del served.get_submodule("model.norm").weight
         with pytest.raises(UnsupportedError, match=r"no parameter model\.norm\.weight"):
-            bind(served, path)
+            bind(served, config)
 
-    def test_left_over(self, served: Any, path: str) -> None:
+    def test_left_over(self, served: Any, config: Any) -> None:
         owner = served.get_submodule("model.layers.0.mlp.down_proj")
         owner.weight_scale = nn.Parameter(torch.ones(1))
         with pytest.raises(
             UnsupportedError, match=r"down_proj\.weight_scale of the served model has no place"
         ):
-            bind(served, path)
+            bind(served, config)
 
-    def test_another_dtype(self, served: Any, path: str) -> None:
+    def test_another_dtype(self, served: Any, config: Any) -> None:
         name = "model.layers.0.self_attn.o_proj.weight"
         _set(served, name, served.get_parameter(name).half())
         with pytest.raises(UnsupportedError, match=r"o_proj\.weight is torch\.float16"):
-            bind(served, path)
+            bind(served, config)
 
-    def test_packed_for_amx(self, served: Any, path: str) -> None:
+    def test_packed_for_amx(self, served: Any, config: Any) -> None:
         served.get_submodule("model.layers.0.mlp.gate_up_proj").use_intel_amx_backend = True
         with pytest.raises(UnsupportedError, match=r"gate_up_proj\.weight is packed"):
-            bind(served, path)
+            bind(served, config)
 
-    def test_quantised(self, served: Any, path: str) -> None:
+    def test_quantised(self, served: Any, config: Any) -> None:
         Fp8LinearMethod = type("Fp8LinearMethod", (), {})
         served.get_submodule("model.layers.0.mlp.gate_up_proj").quant_method = Fp8LinearMethod()
         with pytest.raises(UnsupportedError, match=r"gate_up_proj\.weight is quantised.*Fp8LinearMethod"):
-            bind(served, path)
+            bind(served, config)
 
     @pytest.mark.parametrize(
         ("change", "named"),
@@ -175,15 +180,10 @@ class TestRefusals:
             ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
         ],
     )
-    def test_config(
-        self, monkeypatch: pytest.MonkeyPatch, served: Any, change: dict[str, Any], named: str
-    ) -> None:
-        from sglang_harli.peft_trainer import frozen_base
-
+    def test_config(self, served: Any, change: dict[str, Any], named: str) -> None:
         config = SimpleNamespace(**{"architectures": ["LlamaForCausalLM"], **change})
-        monkeypatch.setattr(frozen_base.AutoConfig, "from_pretrained", lambda *_, **__: config)
         with pytest.raises(UnsupportedError, match=named):
-            bind(served, "anywhere")
+            bind(served, config)
 
 
 def _set(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -191,14 +191,29 @@ def _set(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _fused(model: Any) -> nn.Module:
-    """transformers' weights in SGLang's layout."""
-    for layer in model.model.layers:
+def _fused(model: Any, sglang: Any) -> nn.Module:
+    """transformers' weights in SGLang's layout, and those of SGLang's modules that have none."""
+    model.logits_processor = sglang.logits_processor
+    for layer, theirs in zip(model.model.layers, sglang.model.layers, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
+        attention.attn, attention.rotary_emb = theirs.self_attn.attn, theirs.self_attn.rotary_emb
+        mlp.act_fn = theirs.mlp.act_fn
         attention.qkv_proj = _joined([attention.q_proj, attention.k_proj, attention.v_proj])
         mlp.gate_up_proj = _joined([mlp.gate_proj, mlp.up_proj])
         del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+    for name, module in list(model.named_modules()):
+        if name.endswith("norm"):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, _norm(module))
     return model
+
+
+def _norm(module: Any) -> nn.Module:
+    from sglang.srt.layers.layernorm import RMSNorm
+
+    norm = RMSNorm(len(module.weight), eps=module.variance_epsilon)
+    norm.weight = module.weight
+    return norm
 
 
 def _joined(linears: list[nn.Linear]) -> nn.Module:

@@ -57,7 +57,7 @@ def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | No
     args = scheduler.server_args
     runner = scheduler.tp_worker.model_runner
     try:
-        base = bind_base(runner.model, args.model_path, trust_remote_code=args.trust_remote_code)
+        base = bind_base(runner.model, runner.model_config.hf_config)
     except UnsupportedError as error:
         return None, f"{error.message}; serve without finetuning: --harli-finetune off"
     if base.device.type == "cpu":
@@ -143,7 +143,9 @@ def served_limits(
         hidden_size=base.config.hidden_size,
         num_layers=base.config.num_hidden_layers,
         linear_sizes=base.linear_sizes(),
-        max_seq_length=runner.model_config.context_len,
+        max_seq_length=min(
+            runner.model_config.context_len, base.positions or runner.model_config.context_len
+        ),
         max_lora_rank=runner.lora_manager.max_lora_rank,
         lora_target_modules=targets,
         train_memory_bytes=desk.ever_bytes,

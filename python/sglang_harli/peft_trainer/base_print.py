@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
-from sglang_harli.peft_trainer.model_math import math_fields
 from sglang_harli.protocol.base_print import BasePrint
 
 SHOWN = 4  # values of each kind of parameter that can be compared across dtypes, over the layers
@@ -40,7 +39,7 @@ def take(base: FrozenBase, model: str, path: str) -> BasePrint:
         model=model,
         path=str(Path(path).absolute()) if Path(path).is_dir() else path,
         dtype=str(base.dtype).removeprefix("torch."),
-        math=math_fields(base.config),
+        math=base.math,
         weights=_shown(sampled),
         digest=digest.hexdigest()[:32],
     )

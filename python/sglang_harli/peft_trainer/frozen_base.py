@@ -1,8 +1,9 @@
 """The served weights as a transformers module, without a copy (design section 4).
 
-A skeleton is built on the meta device from the model's own config; each of its parameters is then a
+A skeleton is built on the meta device from the config that SGLang serves with; each of its parameters is then a
 view into the tensor that SGLang holds: q, k and v are row ranges of ``qkv_proj``, gate and up of
-``gate_up_proj``, and rows or columns that SGLang padded are cut off.
+``gate_up_proj``, and rows or columns that SGLang padded are cut off.  Rotary embeddings are SGLang's table; what
+else its modules compute with is compared (``served_modules``).
 
 Of SGLang this file knows parameter names, ``base_layer`` (its LoRA wrapper), ``quant_method`` and
 ``use_intel_amx_backend`` of its linear modules; nothing is imported.
@@ -10,17 +11,25 @@ Of SGLang this file knows parameter names, ``base_layer`` (its LoRA wrapper), ``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from sglang_harli.peft_trainer import model_math
+from sglang_harli.peft_trainer import model_math, served_modules
 from sglang_harli.peft_trainer.model_math import refuse
+from sglang_harli.peft_trainer.rotary import Rotary, RotaryTable, ServedRotary, model_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CONFIGS: dict[str, Any] = {
+    "LlamaForCausalLM": LlamaConfig,
+    "MistralForCausalLM": MistralConfig,
+    "Qwen2ForCausalLM": Qwen2Config,
+    "Qwen3ForCausalLM": Qwen3Config,
+}
 _DENSE_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 
 
@@ -32,13 +41,23 @@ class FrozenBase:
         model: transformers model in eval mode with sdpa attention.
         dtype: of its weights and activations.
         device: where they lie.
-        config: its transformers config, fresh from the model's folder.
+        config: its transformers config.
+        math: what its config says of what it computes (``model_math.math_fields``).
+        table: gives the rotary table of the first positions.
+        positions: how far that goes; None: without end.
     """
 
     model: Any
     dtype: torch.dtype
     device: torch.device
     config: Any
+    math: dict[str, Any]
+    table: Callable[[int], RotaryTable]
+    positions: int | None = None
+
+    def rotary(self) -> Rotary:
+        """A rotary table for one run."""
+        return Rotary(self.table, self.positions)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -59,7 +78,8 @@ class FrozenBase:
         }
 
     def window(self, layer: int) -> int | None:
-        """Tokens that a position of this layer attends to, itself included; None: all before it."""
+        """Tokens that a position of this layer attends to, itself included; None: all before it, as always where the
+        base is SGLang's."""
         window = getattr(self.config, "sliding_window", None)
         if window is None or self.config.model_type == "llama":
             return None
@@ -75,26 +95,28 @@ def from_transformers(model: nn.Module) -> FrozenBase:
     """
     config: Any = model.config
     model_math.check(config)
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+        raise refuse("rope_type dynamic: in transformers its frequencies change with the length of the input")
     model.requires_grad_(False)
     model.eval()
     config._attn_implementation = "sdpa"
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
-    return FrozenBase(model, weight.dtype, weight.device, config)
+    table = model_table(model.model.rotary_emb, weight.dtype, weight.device)  # type: ignore[union-attr, arg-type]
+    return FrozenBase(model, weight.dtype, weight.device, config, model_math.math_fields(config), table)
 
 
-def bind(sglang_model: nn.Module, model_path: str, *, trust_remote_code: bool = False) -> FrozenBase:
+def bind(sglang_model: nn.Module, config: Any) -> FrozenBase:
     """The served model as a transformers module on views of the very same storages.
 
     Args:
         sglang_model: ``model_runner.model`` of SGLang, loaded; may be wrapped for LoRA serving.
-        model_path: folder (or hub id) with the model's config; read afresh because SGLang changes its
-            own copy (padded sizes).
+        config: ``model_runner.model_config.hf_config``: with what the operator's flags changed in it, and with sizes
+            that SGLang padded.
 
     Raises:
         UnsupportedError: naming the parameter that cannot be bound (packed, quantised, missing, of
-            another shape) or the architecture.
+            another shape), the architecture, or what the served model computes otherwise.
     """
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     model_math.check(config)
     _check_dense(sglang_model)
     served = _served_parameters(sglang_model)
@@ -103,20 +125,29 @@ def bind(sglang_model: nn.Module, model_path: str, *, trust_remote_code: bool = 
         raise refuse("the served model has no parameter model.embed_tokens.weight")
     if embed.dtype not in DTYPES:
         raise refuse(f"model.embed_tokens.weight is {embed.dtype}; accepted: float32, bfloat16, float16")
+    own = _skeleton_config(config)
     with torch.inference_mode(False):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=embed.dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
-            )
-        _fill(model, config, served, embed.dtype)
-        # Rotary frequencies are buffers that no checkpoint holds: computed anew by the model's own class.
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device=embed.device)
+            model = AutoModelForCausalLM.from_config(own, dtype=embed.dtype, attn_implementation="sdpa")
+        rotary = ServedRotary(served_modules.check(sglang_model, model), embed.dtype)
+        _fill(model, own, served, embed.dtype)
+        model.model.rotary_emb = rotary
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise refuse(f"{name} of the training model has no counterpart in the served model")
     model.requires_grad_(False)
     model.eval()
-    return FrozenBase(model, embed.dtype, embed.device, config)
+    math = model_math.math_fields(config)
+    return FrozenBase(model, embed.dtype, embed.device, own, math, rotary.table, len(rotary.cache))
+
+
+def _skeleton_config(served: Any) -> Any:
+    """transformers' config of what the served model computes, without what does not concern it: its rotary
+    embedding is SGLang's, and SGLang serves these architectures without sliding windows."""
+    fields = model_math.math_fields(served)
+    architecture = fields.pop("architecture")
+    del fields["rope"]
+    return _CONFIGS[architecture](architectures=[architecture], sliding_window=None, **fields)
 
 
 def _check_dense(sglang_model: nn.Module) -> None:

@@ -19,10 +19,9 @@ from torch import Tensor
 from sglang_harli.peft_trainer.attention import CausalAttention
 from sglang_harli.peft_trainer.lora_linear import LinearGroup
 from sglang_harli.peft_trainer.rms_norm import RmsNorm
+from sglang_harli.peft_trainer.rotary import RotaryTable
 from sglang_harli.peft_trainer.row_blocks import RowKeys
 from sglang_harli.peft_trainer.trace import Trace
-
-RotaryTable = tuple[Tensor, Tensor]  # (cos, sin), each [1, width, head_dim]
 
 
 class LayerProgram:
@@ -73,21 +72,21 @@ class LayerProgram:
             trace: remembers what ``gradients`` needs.
             past: x and the tables are a block of one row, which attends to what is known of it.
         """
-        middle = self._attention_half(x, rotary, trace, past)
-        return self._mlp_half(middle, trace).add_(middle)
+        middle = self.attention_half(x, rotary, trace, past)
+        return self.mlp_half(middle, trace).add_(middle)
 
     def recompute(self, x: Tensor, rotary: RotaryTable, past: RowKeys | None = None) -> Trace:
         """What ``gradients`` needs; the output is not wanted, so its last product is left out."""
         trace = Trace()
-        self._mlp_half(self._attention_half(x, rotary, trace, past), trace, values=False)
+        self.mlp_half(self.attention_half(x, rotary, trace, past), trace, values=False)
         return trace
 
     def fill_keys(self, x: Tensor, rotary: RotaryTable, past: RowKeys) -> None:
         """Keys and values of a block of one row, and nothing else."""
         past.extended(*self._heads(x, rotary, None)[1:])
 
-    def _attention_half(
-        self, x: Tensor, rotary: RotaryTable, trace: Trace | None, past: RowKeys | None
+    def attention_half(
+        self, x: Tensor, rotary: RotaryTable, trace: Trace | None = None, past: RowKeys | None = None
     ) -> Tensor:
         """x and what attention adds to it."""
         if not self._wants_middle:
@@ -113,7 +112,7 @@ class LayerProgram:
             trace["cos"], trace["sin"] = rotary
         return rotated(query, rotary), rotated(key, rotary), value.transpose(1, 2).contiguous()
 
-    def _mlp_half(self, x: Tensor, trace: Trace | None, *, values: bool = True) -> Tensor:
+    def mlp_half(self, x: Tensor, trace: Trace | None = None, *, values: bool = True) -> Tensor:
         """What the MLP adds to x, which is the input of its norm; ``values``: see ``LinearGroup.forward``."""
         inner = trace if self._wants_gates else None
         normed = self.middle_norm.forward(x, trace if self._wants_middle else None)

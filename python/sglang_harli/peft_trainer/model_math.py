@@ -19,8 +19,8 @@ from typing import Any
 from sglang_harli.errors import UnsupportedError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-# Rotary embeddings that are one table of positions.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Rotary embeddings that are one table of positions in SGLang; dynamic is: SGLang scales it once, at load.
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 WAY_OUT = "; start with --harli-finetune off to serve this model without finetuning"
 
 COMPUTED = (

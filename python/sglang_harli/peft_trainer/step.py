@@ -46,25 +46,6 @@ def training_mode() -> Iterator[None]:
         yield
 
 
-class Rotary:
-    """Cosines and sines of positions 0, 1, 2 ..., computed once by the model's own module."""
-
-    def __init__(self, base: FrozenBase) -> None:
-        self._module = base.model.model.rotary_emb
-        self._like = torch.empty(0, dtype=base.dtype, device=base.device)
-        self._table: tuple[Tensor, Tensor] | None = None
-
-    def upto(self, width: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each ``[1, width, head_dim]``."""
-        table = self._table
-        if table is None or table[0].shape[1] < width:
-            length = 1 << (width - 1).bit_length()
-            table = self._module(self._like, torch.arange(length, device=self._like.device)[None])
-            self._table = table
-        cos, sin = table
-        return cos[:, :width], sin[:, :width]
-
-
 class ModelPieces:
     """What every quantum needs of the model, looked up once a run.
 
@@ -86,7 +67,7 @@ class ModelPieces:
         self.embed = base.model.model.embed_tokens
         self.norm = RmsNorm("norm", base.model.model.norm)
         self.head_weight: Tensor = base.model.lm_head.weight
-        self.rotary = Rotary(base)
+        self.rotary = base.rotary()
 
 
 class MicroBatchPass:
