@@ -3,6 +3,9 @@
 On a CPU in plain products over blocks of queries: torch's flash kernel fills its own blocks poorly there
 (`benchmark/bench_step.py` has what a layer takes).  The shares are held for the backward while rows are short,
 otherwise computed again from their logarithmic sums.  Elsewhere torch's sdpa, which autograd differentiates.
+
+In 16 bits scores are those of sdpa, which serves: scaled and summed in fp32, so that large ones are neither rounded to a
+few digits nor, in fp16, infinite; and so are their gradients.
 """
 
 from __future__ import annotations
@@ -76,10 +79,11 @@ class CausalAttention:
         rows, heads, queries, size = query.shape
         out = query.new_empty(rows, queries, heads, size)
         key, value = key.reshape(-1, *key.shape[2:]), value.reshape(-1, *value.shape[2:])
+        exact = _exact(key)
         short = key.shape[1] <= SHORT
         shares, sums = [], []
         for span, seen in self._spans(queries, key.shape[1]):
-            scores = self._scores(_grouped(query[:, :, span], len(key)), key[:, seen], span, seen)
+            scores = self._scores(_grouped(query[:, :, span], len(key)), exact[:, seen], span, seen)
             if short or trace is None:
                 share = scores.softmax(-1).to(query.dtype)
                 shares.append(share.view(-1))
@@ -99,17 +103,17 @@ class CausalAttention:
     def _blocks_backward(self, grad: Tensor, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = trace["query"], trace["key"], trace["value"]
         rows, heads, queries, size = query.shape
-        exact = torch.promote_types(grad.dtype, torch.float32)
         by_head = (rows, queries, heads, size)
-        along = torch.linalg.vecdot(grad.view(by_head).to(exact), trace["attended"].view(by_head).to(exact))
+        along = torch.linalg.vecdot(_exact(grad.view(by_head)), _exact(trace["attended"].view(by_head)))
         along = along.transpose(1, 2).unsqueeze(-1)  # [rows, heads, queries, 1]
         grad_heads = grad.view(by_head).transpose(1, 2)
         grad_query = torch.empty_like(query)
         grad_key = grad_value = None
         begin = 0
         spans = list(self._spans(queries, key.shape[1]))
+        exact_value, exact_key = _exact(value), None if "shares" in trace else _exact(key)
         if len(spans) > 1 or spans[0][1].start:
-            grad_key, grad_value = torch.zeros_like(key, dtype=exact), torch.zeros_like(value, dtype=exact)
+            grad_key, grad_value = (torch.zeros_like(x, dtype=exact_value.dtype) for x in (key, value))
         for span, seen in spans:
             asked, incoming = (
                 _grouped(query[:, :, span], len(key)),
@@ -121,11 +125,12 @@ class CausalAttention:
                 share = share.view(len(key), -1, keys)
                 begin += share.numel()
             else:
-                scores = self._scores(asked, key[:, seen], span, seen)
+                assert exact_key is not None
+                scores = self._scores(asked, exact_key[:, seen], span, seen)
                 known = _grouped(trace["sums"][:, :, span, None], len(key))
                 share = scores.sub_(known).exp_().to(query.dtype)
             part_value = torch.bmm(share.transpose(1, 2), incoming)
-            scores = torch.bmm(incoming, value[:, seen].transpose(1, 2)).to(exact)
+            scores = torch.bmm(_exact(incoming), exact_value[:, seen].transpose(1, 2))
             scores.sub_(_grouped(along[:, :, span], len(key))).mul_(share).mul_(self.scale)
             low = scores.to(query.dtype)
             part = torch.bmm(low, key[:, seen])
@@ -149,12 +154,15 @@ class CausalAttention:
             yield slice(begin, end), slice(first, before + end)
 
     def _scores(self, query: Tensor, key: Tensor, span: slice, seen: slice) -> Tensor:
-        """Scaled scores ``[groups, repeats * queries, keys]`` of a span, -inf where a key is not seen; exact dtype."""
+        """Scaled scores ``[groups, repeats * queries, keys]`` of a span, -inf where a key is not seen.
+
+        Args:
+            key: in the exact dtype, which the scores have too.
+        """
         queries, keys = span.stop - span.start, seen.stop - seen.start
-        exact = torch.promote_types(query.dtype, torch.float32)
-        scores = torch.bmm(query, key.transpose(1, 2)).to(exact).mul_(self.scale)
+        scores = torch.bmm(_exact(query) * self.scale, key.transpose(1, 2))
         by_query = scores.view(-1, queries, keys)
-        by_query[:, :, keys - queries :].add_(_later(exact)[:queries, :queries])
+        by_query[:, :, keys - queries :].add_(_later(scores.dtype)[:queries, :queries])
         if self.window is not None and keys > self.window:
             gap = _gaps(queries, keys, query.device)
             by_query.masked_fill_(gap >= self.window, -torch.inf)
@@ -165,6 +173,11 @@ class CausalAttention:
 def _later(dtype: torch.dtype) -> Tensor:
     """``[LONG_BLOCK, LONG_BLOCK]``: -inf where a key (column) lies behind a query (row)."""
     return torch.full((LONG_BLOCK, LONG_BLOCK), -torch.inf, dtype=dtype).triu_(1)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _grouped(heads: Tensor, groups: int) -> Tensor:
