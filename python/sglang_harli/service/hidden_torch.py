@@ -27,5 +27,7 @@ def hide() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # It warns of rows over its own limit, "will result in indexing errors": rows are checked against the model's.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Bars of a download move a terminal's cursor; here they would come into a log, or between a report's lines.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Rust threads of the tokenizer would compete with decode steps for cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
