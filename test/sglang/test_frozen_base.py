@@ -13,8 +13,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sglang_harli.errors import UnsupportedError
-from sglang_harli.peft_trainer.frozen_base import FrozenBase, bind
+from sglang_harli.peft_trainer import base_print
+from sglang_harli.peft_trainer.frozen_base import FrozenBase, bind, from_transformers
 from sglang_harli.peft_trainer.run import TrainingRun
+from sglang_harli.protocol.base_print import difference
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
 from sglang_harli.protocol.public import Hyperparameters
 
@@ -52,6 +54,16 @@ def assert_same_logits(base: FrozenBase, model_path: str, tolerance: float) -> N
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+def assert_same_print(base: FrozenBase, model_path: str) -> None:
+    """Fused, padded and wrapped it has the print that transformers' own model has, in the same dtype and in others."""
+    served = base_print.take(base, "served", model_path)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        plain = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+        found = base_print.take(from_transformers(plain), "plain", model_path)
+        assert difference(served, found) == ""
+        assert (found.digest == served.digest) == (dtype == base.dtype)
+
+
 @pytest.mark.parametrize(("arch", "config"), MODELS)
 def test_every_weight_is_a_view_of_the_servers(
     arch: str, config: dict[str, Any], tiny_model: Callable[..., str], sglang_runner: Callable[..., Any]
@@ -61,6 +73,7 @@ def test_every_weight_is_a_view_of_the_servers(
     served, base = runner.model, bind(runner.model, runner.model_config.hf_config)
     assert_shared(base, served)
     assert_same_logits(base, path, 1e-5)
+    assert_same_print(base, path)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -75,6 +88,7 @@ def test_sixteen_bits_and_layers_wrapped_for_lora(
     assert base.dtype == getattr(torch, dtype)
     assert_shared(base, served)
     assert_same_logits(base, path, 0.0)
+    assert_same_print(base, path)
 
 
 def test_training_moves_the_adapter_and_leaves_the_weights_alone(

@@ -19,7 +19,7 @@ from sglang_harli.managers.quantum_clock import HostClock
 from sglang_harli.managers.service_link import ServiceLink
 from sglang_harli.managers.serving_side import ServingSide
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
-from sglang_harli.peft_trainer import frozen_base
+from sglang_harli.peft_trainer import base_print, frozen_base
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import ALL_LINEAR, Hyperparameters
 from sglang_harli.protocol.shared_memory import Slot, remove_stale
@@ -102,13 +102,17 @@ class Host:
             HostClock(),
             self.desk,
             quantum_rows=quantum_rows,
+            take_print=lambda: base_print.take(self.base, "m", "m"),
             set_options=self.side.set_options,
             status=self.side.status,
         )
 
     def hello(self) -> internal.Hello:
-        hold = self.trainer.hold if hasattr(self, "trainer") else ""
-        return internal.Hello(pid=7, rank=0, limits=self.limits, hold=hold)
+        message = internal.Hello(pid=7, rank=0, limits=self.limits)
+        if hasattr(self, "trainer"):
+            trainer = self.trainer
+            message.hold, message.base, message.updates = trainer.hold, trainer.base_print, trainer.updates
+        return message
 
     def turn(self) -> bool:
         """One turn of an idle loop; whether a quantum ran."""

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from co_trainer_host import Host, Peer, batch, give_slot, spec, temporary_run_dir, until
 
 from sglang_harli.core import shm_dir
 from sglang_harli.protocol import internal
+from sglang_harli.protocol.base_print import difference
 
 
 @pytest.fixture
@@ -97,5 +99,24 @@ def test_a_slot_that_cannot_be_mapped_is_no_verdict_on_the_job(run_dir):
     [failed] = peer.of(internal.RunFailed)
     assert failed.passing and "slot-gone" in failed.message
     assert host.trainer.run is None and host.desk.status()["train_bytes"] == 0
+    host.link.close()
+    peer.socket.close()
+
+
+def test_after_an_update_of_the_weights_the_print_is_taken_again_and_older_starts_are_dropped(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    with torch.no_grad():
+        host.base.model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    host.trainer.weights_updated()
+    until(host, peer, lambda: len(peer.of(internal.Hello)) == 2)
+    before, after = peer.of(internal.Hello)
+    assert (before.updates, after.updates) == (0, 1)
+    assert difference(before.base, after.base) == "their weights differ"
+    peer.send(internal.StartRun(spec=spec(1)))
+    until(host, peer, lambda: len(peer.of(internal.Hello)) == 3)
+    assert host.trainer.run is None
+    peer.send(internal.StartRun(spec=spec(1), updates=1))
+    until(host, peer, lambda: peer.of(internal.RunStarted))
     host.link.close()
     peer.socket.close()
