@@ -167,6 +167,7 @@ class Job(Struct, kw_only=True, omit_defaults=False):
     run_dir: str | None = None
     priority: int = 0
     resumed_from: str | None = None
+    base: str | None = None  # served name and place of the weights that it is trained on
 
 
 class Event(Struct, kw_only=True):

@@ -146,4 +146,5 @@ def public(record: JobRecord, run_dir: str) -> Job:
         run_dir=run_dir,
         priority=record.priority,
         resumed_from=record.resumed_from,
+        base=record.base.shown if record.base is not None else None,
     )

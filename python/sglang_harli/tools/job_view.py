@@ -91,7 +91,7 @@ def job_lines(job: Job) -> Iterator[str]:
     rows = (
         ("job", job.id),
         ("status", state(job)),
-        ("base model", job.model),
+        ("base model", job.base or job.model),
         ("suffix", job.suffix),
         ("fine-tuned model", job.fine_tuned_model),
         ("step", f"{job.step}/{job.total_steps}"),

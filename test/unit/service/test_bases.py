@@ -74,13 +74,13 @@ def test_a_job_of_another_base_waits_and_those_behind_it_do_not(world: World) ->
     serve(world, TWO)
     assert world.client.resume(job.id).reason == f"{NAMED}"
     queued = world.client.submit(pairs(4))
-    assert world.done(queued).model == "org/tiny"
+    assert (queued.model, world.done(queued).base) == ("org/tiny", TWO.shown)
     waits = world.client.get(job.id)
     assert (waits.status, waits.reason, waits.attempt) == ("queued", NAMED, 1)
     serve(world, ONE)
     done = world.done(job)
     assert [start.step for start in world.scheduler.starts if start.spec.job == job.id][-1] == 2
-    assert done.attempt == 2
+    assert (done.attempt, done.base) == (2, ONE.shown)
     config, _ = world.http.published[str(done.fine_tuned_model)]
     assert config["base_model_name_or_path"] == "/models/1"
 
