@@ -138,6 +138,16 @@ def test_a_job_that_is_put_off_as_it_should_stop_has_stopped(wish: str) -> None:
     assert not world.service.machine.state.holds
 
 
+def test_a_job_that_is_paused_and_resumed_is_tried_at_once() -> None:
+    world = two_jobs()
+    world.service.finish(0, ok=False)
+    first = next(iter(world.service.records))
+    for ask in (jobs.ask_pause, jobs.ask_resume):
+        world.service.apply(ask(record_of(world, first)))
+        world.service.settle()
+    assert not world.service.machine.state.holds and world.service.queue.first() == first
+
+
 def test_no_run_starts_while_the_scheduler_takes_none() -> None:
     world = two_jobs()
     world.scheduler.hold_runs("the served model is being checked")

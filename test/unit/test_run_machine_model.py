@@ -53,6 +53,12 @@ class Protocol(RuleBasedStateMachine):
         service.apply(change)
         service.settle()
 
+    @rule(which=PLACES)
+    def pause_and_resume(self, which: int) -> None:
+        """Also a way to have a job that waits for a pause to end tried at once."""
+        for what in ("pause", "resume"):
+            self.ask(which, what)
+
     # ---- the wire
     @rule(to_service=st.booleans(), late=st.booleans(), count=st.integers(1, 8))
     def deliver(self, to_service: bool, late: bool, count: int) -> None:
@@ -133,6 +139,10 @@ class Protocol(RuleBasedStateMachine):
     def commit(self, count: int) -> None:
         for _ in range(count):
             self.world.service.commit()
+
+    @rule(index=PLACES, passing=st.booleans())
+    def trouble(self, index: int, passing: bool) -> None:
+        self.world.service.finish(index, ok=False, passing=passing)
 
     @rule(index=PLACES, ok=st.sampled_from([True, True, True, False]), passing=st.booleans())
     def finish_work(self, index: int, ok: bool, passing: bool) -> None:

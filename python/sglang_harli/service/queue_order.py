@@ -30,7 +30,7 @@ class QueueOrder:
         self._training: dict[str, None] = {}  # running and not merely publishing, oldest first
 
     def update(self, record: JobRecord) -> None:
-        """Take a job's new state over.  A hold ends where its job is paused or over."""
+        """Take a job's new state over."""
         place, other = None, ""
         if record.status == JobStatus.QUEUED:
             place = (-record.priority, record.number, record.id)
@@ -40,8 +40,6 @@ class QueueOrder:
             _set(self._others, record.id, other)
             if place is not None:
                 self._insert(record.id, place)
-        if record.status not in (JobStatus.QUEUED, JobStatus.RUNNING):
-            self._holds.pop(record.id, None)
         if record.status == JobStatus.RUNNING and not record.publishing:
             self._training[record.id] = None
         else:

@@ -72,6 +72,9 @@ class RunMachine:
         """Do what the store wants next: start the next job, or tell the run of a pause or a cancel."""
         state = self.state
         run = state.run
+        lifted = holds.lift_unqueued(state)
+        if lifted:
+            return lifted  # and is asked again
         if run is None:
             # A snapshot still being written may bring the very job further: it is waited for.
             ready = state.greeted and state.limits is not None and not state.writing and not state.hold

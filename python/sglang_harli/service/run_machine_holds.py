@@ -102,6 +102,15 @@ def lift_due(state: State, now: Now) -> list[Effect]:
     return _lift(state, [job for job, hold in state.holds.items() if hold.until_s <= now.s])
 
 
+def lift_unqueued(state: State) -> list[Effect]:
+    """A job that is paused or over waits for nothing: resumed, it is tried at once."""
+    records = {job: state.book.find(job) for job in state.holds}
+    waiting = (JobStatus.QUEUED, JobStatus.RUNNING)
+    return _lift(
+        state, [job for job, record in records.items() if not record or record.status not in waiting]
+    )
+
+
 def lift_all(state: State) -> list[Effect]:
     """The server is another: whatever kept jobs back may be gone."""
     return _lift(state, list(state.holds))

@@ -54,8 +54,6 @@ class TestOrder:
                     jobs[number], status=rng.choice(states), priority=rng.choice((-3, 0, 0, 7))
                 )
                 queue.update(jobs[number])
-                if jobs[number].status != JobStatus.QUEUED:  # a hold does not outlive the wait
-                    held.discard(number)
             queued = sorted(
                 (r for r in jobs.values() if r.status == JobStatus.QUEUED),
                 key=lambda r: (-r.priority, r.number),
