@@ -120,3 +120,27 @@ def test_after_an_update_of_the_weights_the_print_is_taken_again_and_older_start
     until(host, peer, lambda: peer.of(internal.RunStarted))
     host.link.close()
     peer.socket.close()
+
+
+def test_no_run_starts_on_weights_of_which_there_is_no_print(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    norm = host.base.model.model.norm
+    weight, norm.weight = (
+        norm.weight,
+        None,
+    )  # nothing to take it of: the host's device, for one, is in trouble
+    del norm.weight
+    norm.weight = torch.nn.Parameter(torch.empty(0))
+    with pytest.raises(ValueError):
+        host.trainer.weights_updated()
+    peer.send(internal.StartRun(spec=spec(1), updates=1))
+    until(host, peer, lambda: peer.of(internal.Hello)[-1].hold)
+    assert host.trainer.run is None
+    norm.weight = weight
+    host.trainer.weights_updated()
+    until(host, peer, lambda: not peer.of(internal.Hello)[-1].hold)
+    peer.send(internal.StartRun(spec=spec(1), updates=2))
+    until(host, peer, lambda: peer.of(internal.RunStarted))
+    host.link.close()
+    peer.socket.close()

@@ -87,7 +87,7 @@ class CoTrainer:
         self.quantum_rows = quantum_rows
         self.run: ActiveRun | None = None
         self.held = False  # /pause_generation pauses training too
-        self.hold = ""  # why no run starts now, for the hello; "": it may
+        self._hold = ""  # see ``hold``
         self.take_print = take_print
         self.base_print = take_print() if take_print is not None else None
         self.updates = 0  # of the served weights, since the start
@@ -153,14 +153,22 @@ class CoTrainer:
     def hold_runs(self, reason: str) -> None:
         """Start no run from now on, for a reason that queued jobs show; ``""``: runs may start again.  The run in
         progress goes on."""
-        self.hold = reason
+        self._hold = reason
         self.link.say_hello()
+
+    @property
+    def hold(self) -> str:
+        """Why no run starts now; ``""``: it may."""
+        if self._hold or self.take_print is None or self.base_print is not None:
+            return self._hold
+        return "it is not known which weights are served since their last update"
 
     def weights_updated(self) -> None:
         """SGLang has written to the served weights: they are another base now, unless they are what they were.  No
         job is in training then (the update would have been refused)."""
         self.updates += 1
         if self.take_print is not None:
+            self.base_print = None  # where it cannot be taken no run starts
             self.base_print = self.take_print()
         self.link.say_hello()
 
