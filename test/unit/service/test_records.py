@@ -26,6 +26,7 @@ from sglang_harli.protocol.public import Event, Hyperparameters
 from sglang_harli.service import jobs, record_encoding
 from sglang_harli.service.app import App
 from sglang_harli.service.desk import JobDesk
+from sglang_harli.service.job_record import Asked
 from sglang_harli.service.job_store import JobStore, UnwritableError, sqlite_url
 from sglang_harli.service.jobs import Change, JobRecord
 from sglang_harli.service.peer_link import PeerLink
@@ -96,6 +97,10 @@ def test_a_record_is_tried_for_all_of_its_readers(bad: JobRecord) -> None:
 
 def test_a_plain_record_passes() -> None:
     record_encoding.check(record())
+    record_encoding.check(
+        record(asked=Asked(sha256="", hyperparameters={"target_modules": ("q_proj", "v_proj")}))
+    )
+    record_encoding.check(record(data={"rows": 4, "notes": ("a", ["b", ("c",)]), "none": None}))
     assert record_encoding.read_record(record_encoding.record_body(record())) == record()
 
 

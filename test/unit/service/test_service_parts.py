@@ -55,7 +55,7 @@ def test_a_row_over_a_limit_that_was_learnt_later(overflow, mend):
     """Advice that was followed already is not given again."""
     hp = Hyperparameters(on_overflow=overflow)
     with pytest.raises(ConfigError, match=r"line 7 has 9000 tokens and the model's limit is \d+: ") as caught:
-        admission.check_data(hp, 9000, 7, limits())
+        admission.check_data(hp, 9000, 7, 4, limits())
     assert caught.value.message.endswith(mend)
 
 
