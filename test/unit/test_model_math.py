@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +19,8 @@ ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen
 
 
 def source(package: str, path: str) -> ast.Module:
-    """A file of an installed package, which is not imported."""
-    spec = importlib.util.find_spec(package)
+    """A file of an installed package, which is not imported (``find_spec`` may hide it: service/hidden_torch.py)."""
+    spec = PathFinder.find_spec(package)
     assert spec is not None and spec.submodule_search_locations
     return ast.parse((Path(spec.submodule_search_locations[0]) / path).read_text())
 
