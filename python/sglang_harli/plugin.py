@@ -102,6 +102,20 @@ TABLE = (
         "its default mode holds requests back in the HTTP process alone; training pauses too",
     ),
     Replacement(
+        "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler",
+        "sglang_harli.managers.training_guards:stop_training_to_end",
+        "after",
+        True,
+        "the scheduler hears of the end only when all requests are done: training stops for them at once",
+    ),
+    Replacement(
+        "sglang.srt.managers.tokenizer_manager.kill_process_tree",
+        "sglang_harli.managers.supervisor:stop_with_tree",
+        "before",
+        True,
+        "it kills the service and this process at once: what is written is finished first, shared memory given back",
+    ),
+    Replacement(
         "sglang.srt.entrypoints.http_server.launch_server",
         "sglang_harli.managers.handshake:http_server_starts",
         "before",

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sglang_harli import FinetuneClient
-from sglang_harli.core import JobStatus, short_id
+from sglang_harli.core import JobStatus, shm_dir, short_id
 from sglang_harli.errors import ConfigError, DataError, HarliError
 from sglang_harli.protocol.public import Job
 from support.http import PROMPTS, chat, generate, generate_all, get, post
@@ -256,6 +258,25 @@ def final_weights(run_dir: Path, job: str) -> bytes:
     return (run_dir / job / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+def ends_gracefully(server: Server, client: FinetuneClient, job: Job) -> None:
+    """SIGTERM with a job in training and a request under way: that is answered, and the state is saved meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(generate, server.url, PROMPTS[0], tokens=900)
+        until(lambda: get(server.url, "/get_load")[1][0]["num_reqs"])
+        server.process.send_signal(signal.SIGTERM)
+        step = client.get(job.id).step
+        queued = until(lambda: (j := client.get(job.id)).status is JobStatus.QUEUED and j)
+        assert not answer.done()
+        assert queued.step >= step
+        last = [event for event in client.events(job.id) if event.type != "step_metrics"][-2:]
+        assert [event.type for event in last] == ["checkpoint_saved", "queued"]
+        assert last[-1].message == f"the server is ending; goes on from step {queued.step}"
+        assert len(answer.result()) == 900
+    server.process.wait(60)
+    assert not shm_dir(str(server.run_dir)).exists()  # what is left there is memory
+    server.stop()
+
+
 def test_pause_resume_and_a_clean_restart_change_no_bit(
     server, client, model, run_dir, taught, alone, sampled
 ):
@@ -269,7 +290,7 @@ def test_pause_resume_and_a_clean_restart_change_no_bit(
     assert 0 < paused.step < 60
     client.resume(job.id)
     until(lambda: client.get(job.id).step > paused.step)
-    server.stop()
+    ends_gracefully(server, client, job)
     with start_server(
         model,
         *FLAGS,

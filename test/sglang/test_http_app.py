@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 from fastapi import FastAPI, Response
@@ -59,6 +59,7 @@ def manager() -> Any:
     made.model_config.context_len = 128
     made.request_logger.log_requests = False
     made.create_abort_task.return_value = None
+    made.dumper_control = AsyncMock(return_value=[])
     made.gracefully_exit = False
     made.asked = []
 

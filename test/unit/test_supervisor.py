@@ -297,6 +297,40 @@ def test_the_slots_of_a_run_go_when_the_server_ends_and_before_the_next_one_star
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_the_service_ends_before_sglang_kills_its_processes(
+    child_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """With the time that it needs where the server was told to end, at once where a process of it has crashed."""
+    up, settled = tmp_path / "up", tmp_path / "settled"
+    body = f"""
+import signal, sys, time
+def settle(*_):
+    time.sleep(0.5)
+    open({str(settled)!r}, "w").close()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, settle)
+open({str(up)!r}, "w").close()
+while True: signal.pause()
+"""
+    monkeypatch.setattr(supervisor, "SERVICE_MODULE", child_module(body))
+    monkeypatch.setattr(supervisor, "_graceful", False)
+    supervisor.start(server_args(tmp_path / "runs"))
+    wait_until(up.exists)
+    keeper = supervisor.running()
+    assert keeper is not None and keeper.pid is not None
+    held = Slot.create(core.shm_dir(str(tmp_path / "runs")), 4096)
+    pid = keeper.pid
+    if told:
+        supervisor.graceful_end()
+    supervisor.stop_with_tree(pid)  # another process's
+    assert is_alive(pid) and supervisor.running() is keeper
+    supervisor.stop_with_tree(os.getpid(), include_parent=True)
+    assert not is_alive(pid) and settled.exists() == told
+    assert not Path(held.path).exists() and supervisor.running() is None
+    supervisor.stop_with_tree(None)
+
+
 def test_without_a_folder_for_sockets_serving_goes_on_without_the_service(
     child_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

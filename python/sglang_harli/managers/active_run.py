@@ -59,6 +59,7 @@ class ActiveRun:
         self._wanted: str | None = None  # why a snapshot is due: every, pause, final, shutdown
         self._stopping = False  # pause or cancel: no training quantum any more
         self._save_first = False  # the stop is a pause
+        self._stop_reason = ""  # of a stop that the service has not asked for
         self.stopped = False
         self._last_step_at = time.monotonic()
         self._state_bytes = 0  # of a snapshot; 0 until the adapter is there
@@ -291,6 +292,16 @@ class ActiveRun:
         self._begin_snapshot()
         return False
 
+    def end(self, reason: str) -> bool:
+        """Stop as for a pause, unasked: its job goes on from the checkpoint.  True: stopped already, release it.
+
+        A run that is trained goes its way: all that is left is its last snapshot.
+        """
+        if self.training.finished:
+            return False
+        self._stop_reason = reason
+        return self.stop(snapshot=True)
+
     def give_up(self, reason: str) -> None:
         """The run ends without having been asked to, and its job goes on from the checkpoint: release it."""
         self._stop_now(reason)
@@ -303,7 +314,7 @@ class ActiveRun:
                 attempt=self.spec.attempt,
                 step=self.training.applied_step,
                 after=self.told_step,
-                reason=reason,
+                reason=reason or self._stop_reason,
             )
         )
         return True

@@ -38,6 +38,7 @@ PROGRESS_EVERY_S = 0.5
 PULSE_EVERY_S = 2.0
 ASK_MEMORY_EVERY_S = 0.01  # a run that waits for it
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 1024)  # rows of a quantum to choose from
+ENDING = "the server is ending"
 KNOWN_RUNS = 1024  # jobs whose newest attempt is remembered, to tell a late StartRun
 
 
@@ -153,7 +154,8 @@ class CoTrainer:
     def hold_runs(self, reason: str) -> None:
         """Start no run from now on, for a reason that queued jobs show; ``""``: runs may start again.  The run in
         progress goes on."""
-        self._hold = reason
+        if self._hold != ENDING:
+            self._hold = reason
         self.link.say_hello()
 
     @property
@@ -380,6 +382,13 @@ class CoTrainer:
         failed.passing = passes(error)
         self.link.send(failed)
         forget(error, self.base.device)
+
+    def end_soon(self) -> None:
+        """The server is to end: no run starts, and the one in progress trains no more and saves its state between decode
+        steps, while requests are still answered."""
+        self.hold_runs(ENDING)
+        if self.run is not None and self.run.end(ENDING):
+            self._release()
 
     def shutdown(self, limit_s: float) -> None:
         """Graceful end: save a step that is newer than the last checkpoint, if time allows."""

@@ -119,5 +119,6 @@ _METHODS: dict[str, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
     "harli/abandon_adapter": _abandon_adapter,
     "harli/load_status": lambda trainer, body: trainer.loader.status(body["lora_id"]),
     "harli/hold": _hold,
+    "harli/end": lambda trainer, _: {"ending": trainer.end_soon() is None},
     "harli/training": lambda trainer, _: {"training": trainer.training},
 }

@@ -26,6 +26,7 @@ from sglang_harli.managers.metrics_collector import MetricsCollector
 from sglang_harli.managers.model_names import missing_model_error
 from sglang_harli.managers.publisher import Publisher
 from sglang_harli.managers.startup_profile import StartupProfile
+from sglang_harli.managers.training_guards import end_training
 from sglang_harli.managers.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def install(app: FastAPI, server_args: Any, tokenizer_manager: Any) -> None:
     tokenizer_manager.harli_publisher = publisher
     metrics = MetricsCollector() if server_args.enable_metrics else None
     profile = StartupProfile(publisher, tokenizer_manager, options.profile_budget_s)
-    _follow_lifespan(app, publisher, Watchdog(options, supervisor.running, publisher, metrics), profile)
+    watchdog = Watchdog(options, supervisor.running, publisher, metrics)
+    _follow_lifespan(app, tokenizer_manager, publisher, watchdog, profile)
     app.router.routes[:0] = routes(publisher, tokenizer_manager, profile).routes
 
 
@@ -59,7 +61,9 @@ def before_setup_and_run(server_args: Any, tokenizer_manager: Any, *args: Any, *
     install(http_server.app, server_args, tokenizer_manager)
 
 
-def _follow_lifespan(app: FastAPI, publisher: Publisher, watchdog: Watchdog, profile: StartupProfile) -> None:
+def _follow_lifespan(
+    app: FastAPI, manager: Any, publisher: Publisher, watchdog: Watchdog, profile: StartupProfile
+) -> None:
     original = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
@@ -71,6 +75,7 @@ def _follow_lifespan(app: FastAPI, publisher: Publisher, watchdog: Watchdog, pro
             try:
                 yield state
             finally:
+                await end_training(manager)
                 await profile.stop()
                 await watchdog.stop()
                 await publisher.stop()

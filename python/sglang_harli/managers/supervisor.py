@@ -127,7 +127,8 @@ class Supervisor:
         self._environment = environment
         self._policy = policy
         self._child: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()  # orders stop() against a start in progress
+        # Orders stop() against a start in progress.  Reentrant: a signal may interrupt stop().
+        self._lock = threading.RLock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._supervise, name="harli-supervisor", daemon=True)
         self.starts = 0
@@ -153,16 +154,20 @@ class Supervisor:
                 self._child.kill()  # nothing where it is gone already
 
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """SIGTERM, then SIGKILL after ``grace_s`` seconds; returns when the child is gone. May be repeated."""
+        """SIGTERM, then SIGKILL after ``grace_s`` seconds (0: at once); returns when the child is gone.  May be repeated."""
         with self._lock:
             self._stopping.set()
             child = self._child
         if child is None:
             return
-        child.terminate()
-        self._thread.join(grace_s)
+        if grace_s:
+            child.terminate()
+            self._thread.join(grace_s)
         if self._thread.is_alive():
-            logger.warning("harli: the finetune service did not end within %g s of SIGTERM: killed", grace_s)
+            if grace_s:
+                logger.warning(
+                    "harli: the finetune service did not end within %g s of SIGTERM: killed", grace_s
+                )
             child.kill()
             self._thread.join()
 
@@ -222,6 +227,7 @@ class Supervisor:
 # ------------------------------------------------------------------ of this server
 _claimed: RunDirLock | None = None  # taken before SGLang was imported
 _running: tuple[Supervisor, RunDirLock] | None = None
+_graceful = False  # told to end, not crashed
 
 
 def service_environment(options: HarliOptions, server_args: Any) -> dict[str, str]:
@@ -305,14 +311,31 @@ def running() -> Supervisor | None:
     return None if _running is None else _running[0]
 
 
+def graceful_end() -> None:
+    """The server was told to end: whatever kills its processes, the service is to finish first."""
+    global _graceful
+    _graceful = True
+
+
+def stop_with_tree(parent_pid: int | None = None, *args: Any, **kwargs: Any) -> None:
+    """Hook before SGLang's ``kill_process_tree``, by which a server ends: after SIGTERM, and when a process of its
+    tree has crashed, where the service has nothing to wait for."""
+    if parent_pid in (None, os.getpid()):
+        _end(STOP_GRACE_S if _graceful else 0.0)
+
+
 def stop(*args: Any, **kwargs: Any) -> None:
     """End the service and unlock the run directory: at exit, and hook before ``Engine.shutdown``, which
     would otherwise kill the service as one of its children and see it come back."""
+    _end(STOP_GRACE_S)
+
+
+def _end(grace_s: float) -> None:
     global _running
     if _running is None:
         return
     supervisor, lock = _running
     _running = None
-    supervisor.stop()
+    supervisor.stop(grace_s)
     shared_memory.remove_stale(core.shm_dir(lock.run_dir))  # of a run that was in training: it is memory
     lock.release()

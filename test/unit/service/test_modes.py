@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sglang_harli import core
 from sglang_harli.client import FinetuneClient
-from support.other_user import needs_root, run_python
+from support.other_user import UID, needs_root, run_python
 from support.service import ServiceProcess
 from support.service_world import pairs, until
 
@@ -82,3 +83,21 @@ def test_an_ipc_endpoint_is_open_to_the_servers_user_alone(model):
             client.status()
     finally:
         service.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to another user")
+def test_another_users_folder_in_shared_memory_keeps_jobs_waiting_and_nothing_is_put_into_it(own):
+    world = own()
+    shm = core.shm_dir(str(world.run_dir))
+    shm.mkdir(mode=0o777)
+    os.chown(shm, UID, -1)
+    pid = world.service.process.pid
+    job = world.client.submit(pairs(8), n_epochs=1)
+    said = f"it belongs to uid {UID}: have it removed"
+    held = until(
+        lambda: (j := world.client.get(job.id)).status == "queued" and said in (j.reason or "") and j, said
+    )
+    assert held.error is None and list(shm.iterdir()) == []
+    shm.rmdir()
+    world.done(job)  # tried again by itself
+    assert world.service.alive and world.service.process.pid == pid
