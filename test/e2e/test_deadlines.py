@@ -19,7 +19,7 @@ import pytest
 from sglang_harli import FinetuneClient
 from sglang_harli.core import JobStatus
 from support import faulty_plugin
-from support.http import PROMPTS, generate, get
+from support.http import PROMPTS, generate, get, post
 from support.models import make_model
 from support.server import Server, start_server
 
@@ -81,6 +81,17 @@ def burst(server: Server) -> None:
     with ThreadPoolExecutor(len(TEXTS)) as pool:
         answers = pool.map(lambda text: generate(server.url, text, tokens=TOKENS), TEXTS)
         assert [len(answer) for answer in answers] == [TOKENS] * len(TEXTS)
+
+
+def test_the_cache_is_flushed_right_behind_an_answer_beside_a_job(server, client, faults):
+    (faults / "slow").touch()
+    try:
+        for pause_s in (0.03, 0.1, 0.2) * 2:
+            assert len(generate(server.url, PROMPTS[3], tokens=3)) == 3
+            time.sleep(pause_s)
+            assert post(server.url, "/flush_cache", {})[0] == 200
+    finally:
+        (faults / "slow").unlink()
 
 
 @contextlib.contextmanager

@@ -1,30 +1,36 @@
-"""An SGLang plugin for a server under test: every decision about a training quantum fails while a file exists."""
+"""An SGLang plugin for a server under test: while a file exists every decision about a training quantum fails; while
+another does, those of an idle server take long."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 PATH_ENV = "TEST_FAULTY_PLUGIN"  # the file
 NAME = "faulty"
+SLOW_S = 0.3  # as long as a quantum of idle time may take
 
 
 def activate() -> None:
     from sglang_harli.managers import qos_policy
 
     path, decide = Path(os.environ[PATH_ENV]), qos_policy.decide
+    slow = path.with_name("slow")
 
-    def faulty(*args: Any) -> Any:
+    def faulty(load: Any, *args: Any) -> Any:
         if path.exists():
             raise ZeroDivisionError("division by zero, on purpose")
-        return decide(*args)
+        if load.idle and slow.exists():
+            time.sleep(SLOW_S)
+        return decide(load, *args)
 
     qos_policy.decide = faulty
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What a server's environment needs for it; ``folder`` takes the plugin, and the file ``fault`` in it is the switch."""
+    """What a server's environment needs for it; ``folder`` takes the plugin, and the files ``fault`` and ``slow`` in it are the switches."""
     metadata = folder / "harli_test_faulty-0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: harli-test-faulty\nVersion: 0\n")

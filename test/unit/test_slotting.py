@@ -134,10 +134,12 @@ def test_a_prompt_that_comes_meanwhile_stops_it():
     assert quanta.ran == [] and quanta.shown == [Reason.PREFILL_WAITING]
 
 
-def test_one_quantum_after_the_last_request_has_finished_and_the_loop_goes_on():
+def test_nothing_runs_before_the_loop_has_seen_that_the_last_request_has_finished():
     quanta = Quanta()
-    Slotting(quanta, quanta.clock).fill(Served(slack_s=float("inf"), bound="none", running=0))
-    assert quanta.ran == [4]
+    slotting = Slotting(quanta, quanta.clock)
+    slotting.fill(Served(slack_s=float("inf"), bound="none", running=0))
+    assert quanta.ran == []
+    assert slotting.fill_idle(StepLoad, TARGETS, 0.01) and quanta.ran == [4]
 
 
 def test_idle_time_is_filled_until_the_turn_is_over():
@@ -181,6 +183,8 @@ def test_what_does_not_fit_is_cut_after_some_patience_and_then_doubted():
 def test_who_waits_for_more_is_offered_no_less(served):
     quanta = Quanta(sizes=((1, 0.01), (4, 0.03)), cuts=99)
     slotting = Slotting(quanta, quanta.clock)
+    slotting.fill_idle(StepLoad, TARGETS, 1.0)  # so much was done that waiting once costs little
+    quanta.ran.clear()
     for _ in range(3 * DOUBTED_AFTER):
         slotting.fill(served)
     assert (quanta.ran, quanta.cuts, quanta.doubted) == ([], 99, 0)
@@ -246,6 +250,13 @@ def test_a_guess_that_is_too_high_is_found_out_by_one_small_quantum(truth):
     assert sum(entry.seconds for entry in probes[:-1]) <= 0.0101 * 600.0
     fits = truth == 0.002
     assert (len(quanta.took) > 10_000) if fits else (len(quanta.took) == len(probes))
+
+
+def test_what_fits_is_taken_where_waiting_has_brought_nothing():
+    quanta, served = Quanta(sizes=((1, 0.01), (4, 0.03))), Served(slack_s=0.01, later_s=0.05)
+    slotting = Slotting(quanta, quanta.clock)
+    slotting.fill(served)
+    assert set(quanta.ran) == {1} and Reason.BANKING not in quanta.shown
 
 
 def test_after_a_refusal_steps_pass_unasked_and_count_as_refusals():

@@ -202,6 +202,8 @@ class HarliScheduler(Scheduler):
         now_s = time.perf_counter()
         self._harli_learn(lambda load, seconds: side.step(load, seconds, now_s))
         trainer.tick()
+        if not decoded:
+            trainer.slotting.prefilled()
         if getattr(result, "delay_sample_func", None) is not None:
             return
         if decoded:

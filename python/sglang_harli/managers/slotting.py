@@ -6,6 +6,7 @@ the tests in time of their own.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Protocol
 from sglang_harli.core import Decision, QuantumKind, QuantumOffer, Reason, StepLoad
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.slo_ledger import UNBOUNDED, Slack, Targets
+from sglang_harli.managers.waiting_pays import WaitingPays
 from sglang_harli.managers.yield_time import YieldTime
 
 PATIENCE = 8  # refusals in a row after which a quantum is taken in smaller pieces than it would be
@@ -105,6 +107,7 @@ class Slotting:
         self._held_back = 0  # refusals in a row that smaller pieces or another estimate may undo
         self._skipped = self._skip = 0  # decode steps without a decision since the last one, and for how many
         self._gap_s = 0.0  # spent on training since the latest decode step
+        self._waiting = WaitingPays()
         self.probes = 0
         self._probe_from_s = float("-inf")  # no probe before that
         self._probed_s: float | None = None  # when the one began that has just run
@@ -122,13 +125,15 @@ class Slotting:
             return False
         return True
 
+    def prefilled(self) -> None:
+        """A prefill is over."""
+        self._waiting.prefilled()
+
     def fill(self, serving: Serving) -> None:
         """Quanta until the next step of serving is to begin, one decision each."""
         self.begin(serving)
         while (chosen := self.next(serving)) is not None:
             self._training.run_quantum(*chosen)
-            if chosen[1].reason is Reason.IDLE:  # the batch's last request has finished: the loop must go on
-                return
 
     def begin(self, serving: Serving) -> None:
         """A boundary between two steps begins."""
@@ -136,19 +141,29 @@ class Slotting:
         self._spent_s = self._gap_s if serving.running else 0.0
         self._ran = False
         self._unasked, self._skipped, self._skip = self._skipped, 0, 0
+        self._waiting.begin()
 
     def next(self, serving: Serving) -> tuple[QuantumOffer, Decision] | None:
-        """The quantum to run now, or None: the next step of serving is to begin."""
+        """The quantum to run now, or None: the next step of serving is to begin.
+
+        None too behind the last request: until its next turn SGLang counts it as running, and would refuse what asks for an
+        idle server (``/flush_cache``) for as long as a quantum of idle time takes.
+        """
         self._count_probe()
-        while (offer := self._offer()) is not None:
-            load, targets = serving.load(), serving.targets
+        targets = serving.targets
+        while not (load := serving.load()).idle and (offer := self._offer()) is not None:
             now_s, queued_s = self._clock(), self._training.queued_s
             self._gap_s = self._spent_s + now_s - self._begin_s
             found = serving.slack(now_s, queued_s, disturbed=self._training.saving)
             room_s = targets.busy_quantum_s - self._gap_s - queued_s
+            if not load.waiting:
+                self._waiting.could(offer, found, room_s, now_s)
+                if not self._waiting.pays:
+                    found = replace(found, later_s=-math.inf, idle_comes=False)
             slack = replace(found, seconds=min(found.seconds, room_s))
             decision = qos_policy.decide(load, slack, offer, targets)
             if decision.quanta:
+                self._waiting.ran(offer, decision.rows, found)
                 return self._chosen(offer, decision, now_s)
             if (probe := self._probe(decision, slack, offer, targets, now_s)) is not None:
                 return self._chosen(offer, probe, now_s)
@@ -180,6 +195,7 @@ class Slotting:
             return None
         decision, now_s = qos_policy.decide(load(), UNBOUNDED, offer, targets), self._clock()
         if decision.quanta:
+            self._waiting.ran_idle(offer, decision.rows, now_s)
             return self._chosen(offer, decision, now_s)
         self.yielded.hold(decision.reason, now_s)
         return None

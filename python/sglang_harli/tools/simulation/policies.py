@@ -248,6 +248,7 @@ class HarliTemporal:
         if prefill:
             self._reserve.prefill(seconds)
             self._quiet.prefill()
+            self._slotting.prefilled()
         else:
             self._reserve.decode(now_s)
             self._quiet.decode()
