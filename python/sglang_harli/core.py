@@ -70,13 +70,26 @@ class Reason(enum.StrEnum):
     NO_SLACK_ITL = "no slack under --harli-max-itl-ms", "itl"
     NO_SLACK_TTFT = "no slack under the TTFT target", "ttft"
     NO_SLACK = "no slack", "none"
+    CLAIM = "copies of its state and adapters have a share of the time, whatever waits"
     PAUSED = "generation is paused", "paused"
+    MEMORY_RELEASED = (
+        "SGLang has released its memory: training goes on after /resume_memory_occupation",
+        "memory_released",
+    )
     BANKING = "a larger quantum, which trains more per second, is to fit later", "banking"
     IDLE_COMES = "idle time was seen lately and costs requests nothing: training waits for it", "idle_comes"
     TOO_LONG = (
         "the smallest quantum exceeds --harli-max-quantum-ms: it trains while nothing is served",
         "too_long",
     )
+
+
+class Claim(enum.Enum):
+    """When a quantum may run."""
+
+    POLICY = "policy"  # where the policy finds time for it
+    SHARE = "share"  # besides, in a small share of the time, whatever waits
+    EVERY_STEP = "every step"  # behind each step of serving, whatever waits: requests wait for it
 
 
 class QuantumKind(enum.StrEnum):
@@ -131,6 +144,7 @@ class QuantumOffer:
         candidates: ``(rows, upper_s)`` in rising order of rows; the first is the least that can be
             run.  Kinds that are not cut by rows offer one candidate.
         fixed: the split is fixed (``--harli-quantum-rows``, or a kind that is not cut).
+        claim: when it may run.
         doubt: what the price of the first candidate may be multiplied with where that price alone holds training back.
     """
 
@@ -138,6 +152,7 @@ class QuantumOffer:
     candidates: tuple[tuple[int, float], ...]
     fixed: bool = False
     doubt: float = 1.0
+    claim: Claim = Claim.POLICY
 
 
 @dataclass(frozen=True, slots=True)

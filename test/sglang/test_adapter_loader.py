@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_harli.managers import control
+from sglang_harli.managers import adapter_loader, control
 from sglang_harli.managers.adapter_loader import AdapterLoader
 from sglang_harli.protocol.internal import SlotRef, TensorRef
 from sglang_harli.protocol.shared_memory import Slot, layout
@@ -74,8 +74,12 @@ def adapter(peft_adapter, path):
     return peft_adapter(path)
 
 
+SLICE = 4096  # so that this small adapter has many
+
+
 @pytest.fixture
-def loader(runner):
+def loader(runner, monkeypatch):
+    monkeypatch.setattr(adapter_loader, "SLICE_BYTES", SLICE)
     loader = AdapterLoader(runner.lora_manager)
     yield loader
     for lora_id in list(runner.lora_manager.loras):
@@ -88,11 +92,39 @@ def test_served_adapter_answers_as_under_peft_after_its_slot_was_reused(
     slot, ref = fill_slot(adapter.tensors)
     lora_id = begin(loader, adapter, ref)
     slices = finish(loader)
-    assert slices == len(adapter.tensors) + 2 + 1  # tensors, layers, registration
     slot.buffer[:] = b"\x7f" * slot.nbytes
     assert loader.status(lora_id) == {"state": "loaded", "error": "", "passing": False, "slices": slices}
     answers = greedy_tokens(runner, PROMPTS, 8, [lora_id] * 2)
     assert answers == adapter.greedy(PROMPTS, 8) != greedy_tokens(runner, PROMPTS, 8)
+
+
+def test_a_slice_is_bounded_by_its_bytes(runner, loader, adapter, fill_slot, monkeypatch):
+    """Every byte is copied once and stacked once; tensors larger than a slice are cut, small ones share one."""
+    assert min(t.nbytes for t in adapter.tensors.values()) < SLICE / 2
+    assert max(t.nbytes for t in adapter.tensors.values()) > 2 * SLICE
+    total = sum(t.nbytes for t in adapter.tensors.values())
+    begin(loader, adapter, fill_slot(adapter.tensors)[1])
+    assert total / SLICE < finish(loader) <= 2 * total / SLICE + 2
+    monkeypatch.setattr(adapter_loader, "SLICE_BYTES", 4 * total)
+    begin(loader, adapter, fill_slot(adapter.tensors)[1])
+    assert finish(loader) == 1
+
+
+def test_adapters_that_requests_wait_for_come_first(loader, adapter, fill_slot):
+    ref = fill_slot(adapter.tensors)[1]
+    calm, urgent = uuid.uuid4().hex, uuid.uuid4().hex
+    loader.begin(calm, "calm", adapter.config, ref, urgent=False)
+    loader.run_slice()
+    assert loader.pending and not loader.urgent
+    loader.begin(urgent, "urgent", adapter.config, ref)
+    assert loader.urgent
+    while loader.urgent:
+        loader.run_slice()
+    assert [loader.status(one)["state"] for one in (urgent, calm)] == ["loaded", "loading"]
+    loader.urge(calm)
+    assert loader.urgent
+    finish(loader)
+    assert loader.status(calm)["state"] == "loaded" and not loader.urgent
 
 
 def test_weights_are_those_of_sglangs_own_call(runner, loader, adapter, fill_slot):

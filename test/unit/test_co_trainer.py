@@ -6,7 +6,8 @@ the real ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 import torch
 from co_trainer_host import VOCAB, Host, Peer, batch, give_slot, spec, temporary_run_dir, until
 
-from sglang_harli.core import Decision, QuantumKind, Reason, shm_dir
+from sglang_harli.core import Decision, QuantumKind, Reason, StepLoad, shm_dir
+from sglang_harli.managers.slo_ledger import Slack
 from sglang_harli.peft_trainer.row_blocks import BLOCK
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import Slot
@@ -145,6 +147,108 @@ def test_cancel_stops_at_the_next_quantum(run_dir):
     peer.socket.close()
 
 
+class Backlog:
+    """Prompts wait, and no step of serving leaves time for training."""
+
+    def __init__(self, host: Host) -> None:
+        self.targets, self.running = host.side.targets, 2
+
+    def load(self) -> StepLoad:
+        return StepLoad(running=2, waiting=5)
+
+    def slack(self, now_s: float, queued_s: float, *, disturbed: bool) -> Slack:
+        return Slack(-1.0, "tpot")
+
+
+def under_a_backlog(host: Host, peer: Peer, reached: Callable[[], object], *, limit_s: float = 60.0) -> None:
+    """Turns of a loop that is never idle."""
+    deadline = time.monotonic() + limit_s
+    while not reached():
+        assert time.monotonic() < deadline
+        host.trainer.poll()
+        if host.trainer.slotting.decoded(finished=True):
+            host.trainer.slotting.fill(Backlog(host))
+        peer.pump()
+
+
+def half_applied(host: Host) -> bool:
+    run = host.trainer.run
+    return run is not None and run.training.ready and not run.training.state_consistent
+
+
+def paused(host: Host, peer: Peer, run_dir: str, turns: Callable[[Callable[[], object]], None]) -> None:
+    """A pause that is asked for in the middle of the optimizer's step, or behind it."""
+    until(host, peer, lambda: peer.of(internal.Hello))
+    peer.send(internal.StartRun(spec=spec()))
+    until(host, peer, lambda: peer.of(internal.RunStarted))
+    give_slot(peer, run_dir)
+    peer.send(*batch(1))
+    until(host, peer, lambda: half_applied(host))
+    peer.send(internal.StopRun(job="job-1", attempt=1, snapshot=True))
+    turns(lambda: peer.of(internal.SnapshotReady))
+    ready = peer.of(internal.SnapshotReady)[-1]
+    assert (ready.reason, ready.step) == ("pause", 1)
+    peer.send(internal.SnapshotSaved(job="job-1", attempt=1, step=1))
+    turns(lambda: peer.of(internal.RunStopped))
+    assert host.trainer.run is None
+    host.link.close()
+    peer.socket.close()
+
+
+def test_a_pause_ends_under_a_backlog(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    paused(host, peer, run_dir, lambda reached: under_a_backlog(host, peer, reached))
+
+
+@pytest.mark.parametrize("engine_paused", [False, True])
+def test_a_pause_ends_while_generation_is_paused(run_dir, engine_paused):
+    """In mode ``abort`` SGLang's loop is idle; in the others it begins no step at all."""
+    peer, host = Peer(run_dir), Host(run_dir)
+
+    def turns(reached: Callable[[], object]) -> None:
+        host.trainer.held = True
+        if not engine_paused:
+            until(host, peer, reached)
+            return
+        while not reached():
+            host.trainer.poll()
+            host.trainer.slotting.run_claimed(time.perf_counter() + 0.02)
+            peer.pump()
+
+    paused(host, peer, run_dir, turns)
+    assert host.trainer.slotting.yielded.totals(0.0).keys() <= {Reason.PAUSED}
+
+
+def test_nothing_trains_and_no_run_starts_while_sglang_has_released_its_memory(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    peer.send(internal.StartRun(spec=spec(1)))
+    until(host, peer, lambda: peer.of(internal.RunStarted))
+    peer.send(*batch(1))
+    until(host, peer, lambda: (o := host.trainer.offer()) is not None and o.kind is QuantumKind.FORWARD)
+    host.trainer.memory_released(True)
+    quanta = host.trainer.quanta
+    until(host, peer, lambda: peer.of(internal.Progress)[-1].reason == Reason.MEMORY_RELEASED)
+    assert host.trainer.quanta == quanta
+    assert host.trainer.slotting.decoded(finished=True)
+    assert list(host.trainer.slotting.yielded.totals(1e9)) == [Reason.MEMORY_RELEASED]
+    peer.send(internal.StopRun(job="job-1", attempt=1, snapshot=False))
+    until(host, peer, lambda: peer.of(internal.RunStopped))
+    peer.send(internal.StartRun(spec=spec(2)))
+    for _ in range(20):
+        host.turn()
+        peer.pump()
+    assert host.trainer.run is None
+    assert peer.of(internal.Hello)[-1].hold == Reason.MEMORY_RELEASED
+    host.trainer.memory_released(False)
+    until(host, peer, lambda: peer.of(internal.Hello)[-1].hold == "")
+    peer.send(internal.StartRun(spec=spec(2)))
+    peer.send(*batch(1, attempt=2))
+    until(host, peer, lambda: peer.of(internal.StepDone))
+    host.link.close()
+    peer.socket.close()
+
+
 def test_what_was_not_acknowledged_is_sent_again_to_a_restarted_service(run_dir):
     peer, host = Peer(run_dir), Host(run_dir)
     until(host, peer, lambda: peer.of(internal.Hello))
@@ -182,6 +286,7 @@ class BrokenLoader:
     """An adapter loader whose first slice raises what nobody expected."""
 
     pending = True
+    urgent = False
 
     def run_slice(self) -> None:
         self.pending = False

@@ -7,10 +7,18 @@ from itertools import pairwise
 
 import pytest
 
-from sglang_harli.core import Decision, QuantumKind, QuantumOffer, Reason, StepLoad
+from sglang_harli.core import Claim, Decision, QuantumKind, QuantumOffer, Reason, StepLoad
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.slo_ledger import Slack, Targets
-from sglang_harli.managers.slotting import DOUBTED_AFTER, PATIENCE, PROBE_EVERY_S, PROBE_SHARE, Slotting
+from sglang_harli.managers.slotting import (
+    DOUBTED_AFTER,
+    EVERY_STEP_S,
+    PATIENCE,
+    PROBE_EVERY_S,
+    PROBE_SHARE,
+    SHARE,
+    Slotting,
+)
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.predictor.priors import first_guess
 
@@ -32,6 +40,7 @@ class Quanta:
     doubt: float = 1.0
     doubted: int = 0
     shown: list[Reason] = field(default_factory=list)
+    claims: list[tuple[Claim, float]] = field(default_factory=list)  # and what each takes
 
     def clock(self) -> float:
         return self.now_s
@@ -39,8 +48,17 @@ class Quanta:
     def offer(self) -> QuantumOffer | None:
         return None if self.barred else QuantumOffer(KIND, self.sizes, doubt=self.doubt)
 
+    def claimed(self) -> QuantumOffer | None:
+        if not self.claims:
+            return None
+        claim, seconds = self.claims[0]
+        return QuantumOffer(QuantumKind.COPY, ((1, seconds),), claim=claim)
+
     def run_quantum(self, offer: QuantumOffer, decision: Decision) -> None:
-        self.ran.append(decision.rows)
+        if decision.reason is Reason.CLAIM:
+            self.claims.pop(0)
+        else:
+            self.ran.append(decision.rows)
         self.now_s += dict(offer.candidates)[decision.rows]
 
     def settle(self) -> None: ...
@@ -257,6 +275,53 @@ def test_what_fits_is_taken_where_waiting_has_brought_nothing():
     slotting = Slotting(quanta, quanta.clock)
     slotting.fill(served)
     assert set(quanta.ran) == {1} and Reason.BANKING not in quanta.shown
+
+
+def test_an_adapter_that_requests_wait_for_is_loaded_behind_every_step():
+    """Whatever waits, and where no decision is due; a step is longer by one slice at least, and by little more."""
+    for seconds, per_step in ((0.0005, 4), (0.005, 1)):
+        quanta = Quanta(claims=[(Claim.EVERY_STEP, seconds)] * 40)
+        slotting, busy = Slotting(quanta, quanta.clock), Served(slack_s=-1.0, waiting=3)
+        steps = 0
+        while quanta.claims:
+            left, before_s = len(quanta.claims), quanta.now_s
+            if steps % 3:
+                slotting.decoded(finished=False)
+                slotting.fill(busy)
+            else:
+                slotting.prefilled()
+            assert len(quanta.claims) == left - per_step
+            assert quanta.now_s - before_s < EVERY_STEP_S + seconds
+            quanta.now_s += 0.01
+            steps += 1
+        assert steps == 40 / per_step and quanta.ran == []
+
+
+def test_copies_have_a_share_of_the_time_whatever_waits():
+    quanta = Quanta(claims=[(Claim.SHARE, 0.004)] * 60)
+    slotting, busy = Slotting(quanta, quanta.clock), Served(slack_s=-1.0, waiting=3)
+    while quanta.claims:
+        slotting.decoded(finished=False)
+        slotting.fill(busy)
+        quanta.now_s += 0.01
+    assert 0.8 * SHARE < 60 * 0.004 / quanta.now_s <= SHARE * 61 / 60
+
+
+def test_what_a_claim_takes_is_of_the_gap_between_two_tokens():
+    quanta = Quanta(sizes=((1, 0.06),), claims=[(Claim.EVERY_STEP, 0.05)])
+    slotting = Slotting(quanta, quanta.clock)
+    slotting.decoded(finished=False)
+    slotting.fill(Served(slack_s=9.0))
+    assert quanta.claims == [] and quanta.ran == []
+
+
+def test_while_generation_is_paused_claims_alone_run_until_the_turn_is_over():
+    quanta = Quanta(claims=[(Claim.SHARE, 0.004)] * 8)
+    slotting = Slotting(quanta, quanta.clock)
+    slotting.run_claimed(0.02)
+    assert len(quanta.claims) == 3
+    slotting.run_claimed(quanta.now_s + 1.0)
+    assert quanta.claims == [] and quanta.ran == []
 
 
 def test_after_a_refusal_steps_pass_unasked_and_count_as_refusals():

@@ -103,6 +103,11 @@ class ActiveRun:
         """Nothing is trained any more: it stops or is finished, and no step is half applied."""
         return self.training.state_consistent and (self._stopping or self.training.finished)
 
+    @property
+    def finishing(self) -> bool:
+        """It is to stop, and the optimizer applies a step, whose slices come first."""
+        return self._stopping and self.training.ready and not self.training.state_consistent
+
     def next_shape(self) -> QuantumShape | None:
         """The next training quantum, or None while the run waits for memory, data, a slot or its end."""
         return None if self._ending else self.training.peek()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from sglang_harli.errors import StateError, UnsupportedError
@@ -27,14 +27,16 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _FAILURES_KEPT = 64
+# Bytes that a slice moves at least, unless it is the last, and at most but for the layer that it stacks.
+SLICE_BYTES = 1 << 20
 
 
 class AdapterLoader:
     """Loads adapters from shared memory into one ``LoRAManager``.
 
-    ``begin`` queues an adapter, ``run_slice`` does a bounded piece of the first in the queue, ``status``
-    tells how far it is, ``abandon`` stops it.  No method but ``unload`` raises for a bad adapter: it becomes
-    ``failed``.
+    ``begin`` queues an adapter, ``run_slice`` does a bounded piece of the next one, those that requests wait for
+    first, ``status`` tells how far it is, ``abandon`` stops it.  No method but ``unload`` raises for a bad adapter:
+    it becomes ``failed``.
     """
 
     def __init__(self, lora_manager: Any) -> None:
@@ -44,7 +46,9 @@ class AdapterLoader:
         self._slices = 0
 
     # ------------------------------------------------------------------ control
-    def begin(self, lora_id: str, lora_name: str, config: dict[str, Any], slot: SlotRef) -> None:
+    def begin(
+        self, lora_id: str, lora_name: str, config: dict[str, Any], slot: SlotRef, *, urgent: bool = True
+    ) -> None:
         """Validate an adapter and queue it for loading.
 
         An id that is loaded, or being loaded, stays as it is.  A name that is loaded under another id was
@@ -56,6 +60,7 @@ class AdapterLoader:
             config: PEFT's adapter_config, of which ``peft_adapter`` says what is served.
             slot: tensors by PEFT state-dict key, A [r, inputs] and B [outputs, r], in the model's own
                 sizes.  It may be freed once the status is ``loaded`` or ``failed``.
+            urgent: requests wait for it.
         """
         if lora_id in self._manager.loras or any(loading.lora_id == lora_id for loading in self._queue):
             return
@@ -63,7 +68,7 @@ class AdapterLoader:
 
         def queue() -> None:
             self._drop_older(lora_name, lora_id)
-            self._queue.append(_Loading(self._manager, lora_id, lora_name, config, slot))
+            self._queue.append(_Loading(self._manager, lora_id, lora_name, config, slot, urgent=urgent))
 
         self._try(lora_id, lora_name, queue)
 
@@ -84,19 +89,29 @@ class AdapterLoader:
             error, passing = self._failures.get(lora_id, unknown)
         return {"state": state, "error": error, "passing": passing, "slices": self._slices}
 
+    def urge(self, lora_id: str) -> None:
+        """Requests wait for it by now."""
+        for loading in self._queue:
+            loading.urgent |= loading.lora_id == lora_id
+
     @property
     def pending(self) -> bool:
         """Whether ``run_slice`` has something to do."""
         return bool(self._queue)
 
+    @property
+    def urgent(self) -> bool:
+        """Whether requests wait for one of them."""
+        return any(loading.urgent for loading in self._queue)
+
     def run_slice(self) -> None:
-        """Do one slice: copy one tensor, stack one layer, or register the adapter."""
-        if not self._queue:
+        """Copy tensors or stack layers of ``SLICE_BYTES`` together, and register the adapter behind the last."""
+        loading = next((one for one in self._queue if one.urgent), self._queue[0] if self._queue else None)
+        if loading is None:
             return
-        loading = self._queue[0]
         self._slices += 1
-        if self._try(loading.lora_id, loading.lora_name, lambda: next(loading.slices, None)) is None:
-            self._queue.popleft()  # loaded, or failed
+        if not self._try(loading.lora_id, loading.lora_name, lambda: _slice(loading)):
+            self._queue.remove(loading)  # loaded, or failed
             loading.close()
 
     def abandon(self, lora_id: str) -> None:
@@ -121,7 +136,7 @@ class AdapterLoader:
                 raise StateError(f"adapter {ref.lora_name!r} was not unloaded: {result.error_message}")
 
     # ------------------------------------------------------------------ helpers
-    def _try(self, lora_id: str, lora_name: str, step: Callable[[], str | None]) -> str | None:
+    def _try(self, lora_id: str, lora_name: str, step: Callable[[], bool | None]) -> bool | None:
         """What ``step`` gives; where it goes wrong the adapter becomes ``failed``."""
         try:
             return step()
@@ -144,16 +159,23 @@ class AdapterLoader:
 
 
 class _Loading:
-    """One adapter on its way; ``slices`` does a piece of the work at each ``next``."""
+    """One adapter on its way; ``slices`` does a piece of the work at each ``next``, and says how many bytes it moved."""
 
     def __init__(
-        self, manager: Any, lora_id: str, lora_name: str, config: dict[str, Any], slot: SlotRef
+        self,
+        manager: Any,
+        lora_id: str,
+        lora_name: str,
+        config: dict[str, Any],
+        slot: SlotRef,
+        *,
+        urgent: bool,
     ) -> None:
         from sglang.srt.lora.lora import LoRAAdapter
         from sglang.srt.lora.lora_config import LoRAConfig
         from sglang.srt.lora.lora_registry import LoRARef
 
-        self.lora_id, self.lora_name = lora_id, lora_name
+        self.lora_id, self.lora_name, self.urgent = lora_id, lora_name, urgent
         self._manager = manager
         self._tensors = slot.tensors
         self._config = LoRAConfig.from_dict(
@@ -178,17 +200,17 @@ class _Loading:
             base_model=manager.base_model,
         )
         self._slot: Slot | None = Slot.open(slot)
-        self.slices: Iterator[str] = self._run()
+        self.slices: Iterator[int] = self._run()
 
     def close(self) -> None:
         if self._slot is not None:
             self._slot.close()
             self._slot = None
 
-    def _run(self) -> Iterator[str]:
+    def _run(self) -> Iterator[int]:
         for ref in self._tensors:
-            self._adapter._process_weight(ref.name, self._take(ref))
-            yield ref.name
+            whole = yield from self._take(ref)
+            self._adapter._process_weight(ref.name, whole)
         self.close()
         one_layer = _OneLayer(self._adapter)
         normalize: Any = type(self._adapter)._normalize_weights
@@ -197,11 +219,11 @@ class _Loading:
             normalize(one_layer)
             for problem in layer_problems(self._manager, self._config.r, layer_id, layer.weights):
                 raise UnsupportedError(problem)
-            yield f"layer {layer_id}"
+            yield sum(weight.nbytes for weight in layer.weights.values())
         self._register()
 
-    def _take(self, ref: TensorRef) -> Any:
-        """A copy of the tensor in the base model's dtype: the slot is used again."""
+    def _take(self, ref: TensorRef) -> Generator[int, None, Any]:
+        """A copy of the tensor in the base model's dtype (the slot is used again), in pieces of at most ``SLICE_BYTES``."""
         import torch
 
         assert self._slot is not None
@@ -214,7 +236,13 @@ class _Loading:
         if count * dtype.itemsize != ref.nbytes or ref.offset + ref.nbytes > self._slot.nbytes or count == 0:
             raise ValueError(f"{ref.name} of shape {ref.shape} does not lie in its slot")
         view = torch.frombuffer(self._slot.buffer, dtype=dtype, count=count, offset=ref.offset)
-        return view.reshape(ref.shape).to(self._manager.dtype, copy=True)
+        whole = torch.empty(ref.shape, dtype=self._manager.dtype)
+        flat, step = whole.view(-1), max(SLICE_BYTES // max(dtype.itemsize, whole.dtype.itemsize), 1)
+        for start in range(0, count, step):
+            piece = flat[start : start + step]
+            piece.copy_(view[start : start + step])
+            yield piece.nbytes
+        return whole
 
     def _register(self) -> None:
         """As ``LoRAManager.load_lora_adapter_from_tensors`` ends; the limits are checked again, for another
@@ -224,6 +252,16 @@ class _Loading:
         manager.configs[self.lora_id] = self._config
         manager.loras[self.lora_id] = self._adapter
         manager.lora_refs[self.lora_id] = self._ref
+
+
+def _slice(loading: _Loading) -> bool:
+    """Move ``SLICE_BYTES``; whether there is more."""
+    moved = 0
+    while moved < SLICE_BYTES:
+        if (nbytes := next(loading.slices, None)) is None:
+            return False
+        moved += nbytes
+    return True
 
 
 class _OneLayer:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from sglang_harli.core import Decision, QuantumKind, QuantumOffer, Reason, SubState
+from sglang_harli.core import Claim, Decision, QuantumKind, QuantumOffer, Reason, SubState
 from sglang_harli.errors import HarliError
 from sglang_harli.managers.active_run import ActiveRun
 from sglang_harli.managers.failures import describe, forget, passes
@@ -88,6 +88,7 @@ class CoTrainer:
         self.quantum_rows = quantum_rows
         self.run: ActiveRun | None = None
         self.held = False  # /pause_generation pauses training too
+        self.released = False  # see ``memory_released``
         self._hold = ""  # see ``hold``
         self.take_print = take_print
         self.base_print = take_print() if take_print is not None else None
@@ -233,16 +234,50 @@ class CoTrainer:
     def offer(self) -> QuantumOffer | None:
         """The next quantum and its price, or None when there is nothing to do now."""
         if self._loading:
-            return self._single(QuantumKind.ADAPTER, 1)
+            return self._single(QuantumKind.ADAPTER)
         run = self.run
-        if run is None:
+        if run is None or self.released:
             return None
-        if run.copying:  # also while requests are paused: a job that is told to stop ends with it
-            return self._single(QuantumKind.COPY, 1)
-        if self.held:
+        if run.copying:
+            return self._single(QuantumKind.COPY)
+        if self.held and not run.finishing:
             return None
         if run.lacks_memory and time.monotonic() < self._ask_memory_at:
             return None
+        offer = self._training_offer(run, Claim.POLICY)
+        if offer is None and self.run is not None:
+            self._wait(run)
+        return offer
+
+    def claimed(self) -> QuantumOffer | None:
+        """What may run whatever waits: the loading of adapters, copies of the state, and, so that a pause ends, the optimizer's
+        slices behind the first."""
+        if self.loader is not None and self.loader.urgent:
+            return self._single(QuantumKind.ADAPTER, Claim.EVERY_STEP)
+        run = self.run
+        if run is not None and not self.released:
+            if run.copying:
+                return self._single(QuantumKind.COPY, Claim.SHARE)
+            if run.finishing and (offer := self._training_offer(run, Claim.SHARE)) is not None:
+                return offer
+        return self._single(QuantumKind.ADAPTER, Claim.SHARE) if self._loading else None
+
+    @property
+    def barred(self) -> Reason | None:
+        """Why nothing is offered although there is a run."""
+        if self.run is None:
+            return None
+        if self.released:
+            return Reason.MEMORY_RELEASED
+        return Reason.PAUSED if self.held and not (self.run.copying or self.run.finishing) else None
+
+    def memory_released(self, released: bool) -> None:
+        """SGLang has unmapped its memory, weights or KV cache, or has it again."""
+        if released != self.released:
+            self.released = released
+            self.hold_runs(str(Reason.MEMORY_RELEASED) if released else "")
+
+    def _training_offer(self, run: ActiveRun, claim: Claim) -> QuantumOffer | None:
         try:
             shape = run.next_shape()
         except (HarliError, MemoryError, RuntimeError) as error:  # of the memory that it asks for
@@ -250,17 +285,15 @@ class CoTrainer:
             self.fail(error)
             return None
         if shape is None:
-            self._wait(run)
             return None
         sizes = [*(r for r in SIZES if r < shape.rows and not shape.fixed), shape.rows]
         firsts = run.training.new_shapes(shape, sizes)
         candidates = self.predictor.prices(shape.kind, sizes, shape.row_tokens, shape.attended, firsts)
-        return QuantumOffer(shape.kind, candidates, shape.fixed, self.predictor.doubt(shape.kind))
+        return QuantumOffer(shape.kind, candidates, shape.fixed, self.predictor.doubt(shape.kind), claim)
 
-    @property
-    def barred(self) -> Reason | None:
-        """Why nothing is offered although there is a run."""
-        return Reason.PAUSED if self.held and self.run is not None else None
+    def _single(self, kind: QuantumKind, claim: Claim = Claim.POLICY) -> QuantumOffer:
+        upper_s, doubt = self.predictor.quantum(kind, 1).upper_s, self.predictor.doubt(kind)
+        return QuantumOffer(kind, ((1, upper_s),), True, doubt, claim)
 
     def _wait(self, run: ActiveRun) -> None:
         if not run.lacks_memory:
@@ -278,10 +311,6 @@ class CoTrainer:
         except HarliError as error:  # the pool's books do not agree: training ends, serving goes on
             logger.exception("harli: the pool of memory is not in order")
             self.fail(error)
-
-    def _single(self, kind: QuantumKind, tokens: int) -> QuantumOffer:
-        upper_s, doubt = self.predictor.quantum(kind, tokens).upper_s, self.predictor.doubt(kind)
-        return QuantumOffer(kind, ((1, upper_s),), True, doubt)
 
     def cut(self, kind: QuantumKind) -> bool:
         """Offer less of ``kind``; False: it is as small as it can be."""
@@ -320,7 +349,7 @@ class CoTrainer:
         self.quanta += 1
         self.busy_quanta += decision.reason is not Reason.IDLE
         self.train_s += now_s - begin
-        if self.run is not None and not self.run.copying:
+        if self.run is not None and offer.kind not in (QuantumKind.ADAPTER, QuantumKind.COPY):
             self._enter(SubState.TRAINING, decision.reason)
 
     @property

@@ -35,6 +35,23 @@ _WEIGHT_UPDATES = {
 }
 
 
+def follow_memory(dispatcher: Any, changed: Callable[[], None]) -> None:
+    """``changed`` is called when SGLang has released its memory, or has it again."""
+    mapping = dispatcher._mapping
+    for request in (io_struct.ReleaseMemoryOccupationReqInput, io_struct.ResumeMemoryOccupationReqInput):
+        mapping[request] = _followed(mapping[request], changed)
+
+
+def _followed(handler: Callable[[Any], Any], changed: Callable[[], None]) -> Callable[[Any], Any]:
+    def handle(recv_req: Any) -> Any:
+        try:
+            return handler(recv_req)
+        finally:
+            changed()
+
+    return handle
+
+
 def guard_weight_updates(dispatcher: Any, training: Callable[[], bool], updated: Callable[[], None]) -> None:
     """Answer weight updates with a refusal while a job trains (its base would change under it).
 
@@ -100,7 +117,14 @@ def answer(trainer: Any, recv_req: Any, profile: Callable[[], dict[str, Any]] | 
 
 def _load_adapter(trainer: Any, body: dict[str, Any]) -> dict[str, Any]:
     slot = msgspec.convert(body["slot"], SlotRef)
-    trainer.loader.begin(body["lora_id"], body["lora_name"], body["config"], slot)
+    urgent = bool(body.get("urgent", True))
+    trainer.loader.begin(body["lora_id"], body["lora_name"], body["config"], slot, urgent=urgent)
+    return trainer.loader.status(body["lora_id"])
+
+
+def _load_status(trainer: Any, body: dict[str, Any]) -> dict[str, Any]:
+    if body.get("urgent"):
+        trainer.loader.urge(body["lora_id"])
     return trainer.loader.status(body["lora_id"])
 
 
@@ -117,7 +141,7 @@ def _hold(trainer: Any, _body: dict[str, Any]) -> dict[str, Any]:
 _METHODS: dict[str, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
     "harli/load_adapter": _load_adapter,
     "harli/abandon_adapter": _abandon_adapter,
-    "harli/load_status": lambda trainer, body: trainer.loader.status(body["lora_id"]),
+    "harli/load_status": _load_status,
     "harli/hold": _hold,
     "harli/end": lambda trainer, _: {"ending": trainer.end_soon() is None},
     "harli/training": lambda trainer, _: {"training": trainer.training},

@@ -279,11 +279,12 @@ class Publisher:
             "lora_name": wanted.name,
             "config": wanted.config,
             "slot": msgspec.to_builtins(wanted.slot),
+            "urgent": wanted.name in self._waiting,
         }
         async with self._manager.lora_update_lock:
             self._check_room(wanted.name)
             status = await self.ask("harli/load_adapter", body)
-        status = await self._loaded(ref.lora_id, status)
+        status = await self._loaded(wanted.name, ref.lora_id, status)
         if status.get("state") != "loaded":
             kind = NotReadyError if status.get("passing") else UnsupportedError
             raise kind(status.get("error") or f"unexpected answer {status}", code="load_failed")
@@ -294,7 +295,7 @@ class Publisher:
         reach(Point.REGISTERED)
         logger.info("harli: adapter %s is served (loaded in %.2f s)", wanted.name, time.monotonic() - since)
 
-    async def _loaded(self, lora_id: str, status: dict[str, Any]) -> dict[str, Any]:
+    async def _loaded(self, name: str, lora_id: str, status: dict[str, Any]) -> dict[str, Any]:
         """The scheduler's last word on a loading that has begun.
 
         Raises:
@@ -312,7 +313,8 @@ class Publisher:
                 raise NotReadyError(text)
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 1.5, POLL_LONGEST_S)
-            status = await self.ask("harli/load_status", {"lora_id": lora_id})
+            asked = {"lora_id": lora_id, "urgent": name in self._waiting}
+            status = await self.ask("harli/load_status", asked)
         return status
 
     def _check_room(self, name: str) -> None:

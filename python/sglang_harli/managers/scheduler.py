@@ -4,7 +4,7 @@ Leans on these names of SGLang 0.5.16 (sglang/srt/managers/scheduler.py): Schedu
 init_request_dispatcher, get_init_info, process_input_requests, run_batch, process_batch_result, on_idle,
 maybe_sleep_on_idle, handle_dumper_control, continue_generation, handle_shutdown, get_internal_state;
 get_num_allocatable_reqs; running_batch, waiting_queue, max_prefill_tokens, chunked_prefill_size, chunked_req, idle_sleeper,
-ipc_channels.recv_from_tokenizer, forward_stream, tp_worker, max_running_requests, max_req_len, max_total_num_tokens, enable_overlap.
+ipc_channels.recv_from_tokenizer, weight_updater.offload_tags, _engine_paused, forward_stream, tp_worker, max_running_requests, max_req_len, max_total_num_tokens, enable_overlap.
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ class HarliScheduler(Scheduler):
         control.guard_weight_updates(
             self._request_dispatcher, self._harli_training, self._harli_weights_updated
         )
+        control.follow_memory(self._request_dispatcher, self._harli_memory_changed)
+
+    def _harli_memory_changed(self) -> None:
+        if self._harli is not None:
+            self._harli.memory_released(bool(self.weight_updater.offload_tags))
 
     def _harli_training(self) -> bool:
         return self._harli is not None and self._harli.training
@@ -100,6 +105,8 @@ class HarliScheduler(Scheduler):
         else:
             self._harli_looked_s = 0.0
         trainer.poll()
+        if self._engine_paused and trainer.busy:
+            trainer.slotting.run_claimed(time.perf_counter() + IDLE_TURN_S)
         if trainer.run is not None and self.waiting_queue and trainer.desk.lends:
             trainer.desk.make_room(self._harli_coming())
         for metrics in self._harli_metrics:
@@ -197,13 +204,13 @@ class HarliScheduler(Scheduler):
             self._harli_learn(side.learn)
             return
         finished = side.count_finished(batch.reqs) if decoded else 0
-        if decoded and not trainer.slotting.decoded(finished=finished > 0):
+        if not decoded:
+            trainer.slotting.prefilled()
+        elif not trainer.slotting.decoded(finished=finished > 0):
             return
         now_s = time.perf_counter()
         self._harli_learn(lambda load, seconds: side.step(load, seconds, now_s))
         trainer.tick()
-        if not decoded:
-            trainer.slotting.prefilled()
         if getattr(result, "delay_sample_func", None) is not None:
             return
         if decoded:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from sglang_harli.core import Decision, QuantumKind, QuantumOffer, Reason, StepLoad
+from sglang_harli.core import Claim, Decision, QuantumKind, QuantumOffer, Reason, StepLoad
 from sglang_harli.managers import qos_policy
 from sglang_harli.managers.slo_ledger import UNBOUNDED, Slack, Targets
 from sglang_harli.managers.waiting_pays import WaitingPays
@@ -25,6 +25,10 @@ DOUBTED_AFTER = 20  # refusals in a row after which the estimate is doubted
 # that takes longer is not repeated before it is at most as much.
 PROBE_EVERY_S = 10.0
 PROBE_SHARE = 0.01
+# An adapter that requests wait for is loaded behind each step of serving: in slices, the first of them in any case, others
+# while this time lasts.  Copies, and adapters that nobody waits for, get this share of the time besides what fits.
+EVERY_STEP_S = 0.002
+SHARE = 0.02
 
 
 class Serving(Protocol):
@@ -68,6 +72,10 @@ class Training(Protocol):
         """The next quantum and its prices, or None where there is nothing to do now."""
         ...
 
+    def claimed(self) -> QuantumOffer | None:
+        """What may run whatever waits (``Claim``), or None."""
+        ...
+
     def run_quantum(self, offer: QuantumOffer, decision: Decision) -> None: ...
     def settle(self) -> None:
         """Let the device catch up."""
@@ -109,7 +117,7 @@ class Slotting:
         self._gap_s = 0.0  # spent on training since the latest decode step
         self._waiting = WaitingPays()
         self.probes = 0
-        self._probe_from_s = float("-inf")  # no probe before that
+        self._share_from_s = self._probe_from_s = -math.inf  # no claim of a share, no probe before that
         self._probed_s: float | None = None  # when the one began that has just run
         # Of the boundary at hand: when it began, what had been spent before it, steps skipped before it, whether a quantum ran.
         self._begin_s = self._spent_s = 0.0
@@ -120,6 +128,7 @@ class Slotting:
     def decoded(self, *, finished: bool) -> bool:
         """A decode step is over, in which requests have ``finished`` or not; whether a decision is due behind it."""
         self._gap_s = 0.0
+        self._run_claims()
         if not finished and self._skipped < self._skip:
             self._skipped += 1
             return False
@@ -128,6 +137,30 @@ class Slotting:
     def prefilled(self) -> None:
         """A prefill is over."""
         self._waiting.prefilled()
+        self._run_claims()
+
+    def _run_claims(self) -> None:
+        """What may run behind a step of serving whatever waits."""
+        begin_s = now_s = self._clock()
+        while (offer := self._training.claimed()) is not None:
+            every_step = offer.claim is Claim.EVERY_STEP
+            if now_s - begin_s >= EVERY_STEP_S if every_step else now_s < self._share_from_s:
+                break
+            self._run_claim(offer)
+            took_s, now_s = self._clock() - now_s, self._clock()
+            if not every_step:
+                took_s += self._training.queued_s  # on a device it is queued still
+                self._share_from_s = now_s + took_s / SHARE - took_s
+        self._gap_s += now_s - begin_s
+
+    def run_claimed(self, until_s: float) -> None:
+        """No step of serving is begun (generation is paused): what has a claim runs, until then."""
+        while self._clock() < until_s and (offer := self._training.claimed()) is not None:
+            self._run_claim(offer)
+            self._training.settle()
+
+    def _run_claim(self, offer: QuantumOffer) -> None:
+        self._training.run_quantum(offer, Decision(1, offer.candidates[0][0], Reason.CLAIM))
 
     def fill(self, serving: Serving) -> None:
         """Quanta until the next step of serving is to begin, one decision each."""

@@ -203,6 +203,8 @@ class _Quanta:
     def offer(self) -> QuantumOffer:
         return self._offer
 
+    def claimed(self) -> None: ...
+
     def cut(self, kind: QuantumKind) -> bool:
         return False
 
