@@ -28,6 +28,7 @@ from sglang_harli.peft_trainer.frozen_base import from_transformers
 from sglang_harli.peft_trainer.memory import HeapMemory, TrainMemory
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
+from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import Hyperparameters
 
 SAVED_LEASES = 2  # the state, and the micro-batch; kept activations add one for each layer
@@ -143,7 +144,7 @@ class Capacity:
             rows=list(range(rows)),
             step_target_tokens=rows * (tokens - 1),
         )
-        run.feed(batch, ids, ids)
+        run.feed(*padded(batch, ids, ids))
 
 
 def measure(model: Path, pool_tokens: int, rows: Rows) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from sglang_harli.peft_trainer.frozen_base import from_transformers
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.peft_trainer.step import training_mode
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
+from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import Hyperparameters
 
 SIZES = {
@@ -106,7 +107,7 @@ def layer_wise_side(
             rows=list(range(ids.shape[0])),
             step_target_tokens=ids.shape[0] * (ids.shape[1] - 1),
         )
-        run.feed(batch, flat, flat)
+        run.feed(*padded(batch, flat, flat))
         while (shape := run.peek()) is not None:
             start = time.perf_counter()
             done = run.run(shape.rows if shape.fixed or shape.kind == "head" else min(rows, shape.rows))

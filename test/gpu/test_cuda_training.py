@@ -16,6 +16,7 @@ from sglang_harli.managers.step_timer import BatchLoad, EventTimer
 from sglang_harli.peft_trainer.frozen_base import from_transformers
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
+from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.protocol.shared_memory import Slot
 
@@ -57,7 +58,7 @@ def make_run(device: str, dtype: torch.dtype = torch.float32, *, keep: bool = Tr
             rows=[0, 1, 2],
             step_target_tokens=sum(LENGTHS) - len(LENGTHS),
         )
-        run.feed(batch, ids, ids)
+        run.feed(*padded(batch, ids, ids))
     return run
 
 

@@ -18,6 +18,7 @@ from sglang_harli.peft_trainer.frozen_base import FrozenBase, bind, from_transfo
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.base_print import difference
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
+from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import Hyperparameters
 
 # arch, config: sizes that SGLang pads on a CPU (vocabulary to 64, intermediate to 32), grouped queries
@@ -115,7 +116,7 @@ def test_training_moves_the_adapter_and_leaves_the_weights_alone(
                 rows=[0, 1],
                 step_target_tokens=14,
             )
-            run.feed(batch, ids, ids)
+            run.feed(*padded(batch, ids, ids))
             while (shape := run.peek()) is not None:
                 run.run(shape.rows)
             losses += [m.loss for m in run.take_metrics()]

@@ -254,14 +254,11 @@ class SchedulerPeer(Peer):
             return
         targets, tokens, epoch = 0, 0, 0
         for index in range(count):
-            batch, (ids, labels) = self._batches.pop((self.step, index))
-            flat, marks = np.frombuffer(ids, dtype=np.int32), np.frombuffer(labels, dtype=np.int32)
-            assert len(flat) == len(marks) == sum(batch.lengths)
-            starts = np.cumsum([0, *batch.lengths[:-1]])
-            marks = marks.copy()
-            marks[starts] = -100
-            targets += int((marks != -100).sum())
-            tokens += len(flat)
+            batch, frames = self._batches.pop((self.step, index))
+            flat, places, marks = (np.frombuffer(frame, dtype=np.int32) for frame in frames)
+            assert len(flat) == len(batch.lengths) * batch.lengths[0] and len(places) == len(marks)
+            targets += len(marks)
+            tokens += sum(batch.lengths)
             epoch = batch.cursor.epoch
             weight = np.arange(1, len(flat) + 1) @ flat.astype(np.float64)
             self.state = (self.state * np.float32(0.9) + np.float32(weight % 1013)).astype(np.float32)

@@ -21,6 +21,7 @@ from sglang_harli.managers.serving_side import ServingSide
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer import base_print, frozen_base
 from sglang_harli.protocol import internal
+from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import ALL_LINEAR, Hyperparameters
 from sglang_harli.protocol.shared_memory import Slot, remove_stale
 
@@ -152,7 +153,7 @@ def spec(attempt: int = 1, steps: int = 4, **hp: object) -> internal.RunSpec:
 
 def batch(
     step: int, attempt: int = 1, lengths: Sequence[int] = (9, 6)
-) -> tuple[internal.MicroBatch, bytes, bytes]:
+) -> tuple[internal.MicroBatch, bytes, bytes, bytes]:
     rng = np.random.default_rng(step)
     ids = rng.integers(0, VOCAB, sum(lengths), dtype=np.int32)
     message = internal.MicroBatch(
@@ -164,7 +165,9 @@ def batch(
         rows=list(range(len(lengths))),
         step_target_tokens=sum(lengths) - len(lengths),
     )
-    return message, ids.tobytes(), ids.tobytes()
+    message, *arrays = padded(message, ids, ids)
+    ids_sent, places, targets = (array.tobytes() for array in arrays)
+    return message, ids_sent, places, targets
 
 
 def give_slot(peer: Peer, run_dir: str, attempt: int = 1) -> Slot:

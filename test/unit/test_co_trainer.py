@@ -104,10 +104,10 @@ def test_bad_data_found_late_fails_the_job_and_returns_its_memory(run_dir):
     until(host, peer, lambda: peer.of(internal.Hello))
     peer.send(internal.StartRun(spec=spec()))
     until(host, peer, lambda: peer.of(internal.RunStarted))
-    message, ids, labels = batch(1)
+    message, ids, places, targets = batch(1)
     wrong = np.frombuffer(ids, dtype=np.int32).copy()
     wrong[0] = VOCAB + 5
-    peer.send(message, wrong.tobytes(), labels)
+    peer.send(message, wrong.tobytes(), places, targets)
     until(host, peer, lambda: peer.of(internal.RunFailed))
     failed = peer.of(internal.RunFailed)[-1]
     assert (failed.job, failed.code) == ("job-1", "bad_data") and "tokenizer" in failed.message

@@ -95,7 +95,7 @@ def test_the_order_of_the_data_over_epochs_is_the_same_from_any_step(tmp_path) -
         cursor, seen = feeder.cursor_after(step), []
         while cursor.step <= feeder.total_steps:
             batch = feeder.batch(cursor)
-            seen.append((cursor.epoch, cursor.step, cursor.index, tuple(batch.input_ids.tolist())))
+            seen.append((cursor.epoch, cursor.step, cursor.index, tuple(batch.data.ids.ravel().tolist())))
             cursor = feeder.following(cursor)
         return seen
 

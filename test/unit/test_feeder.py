@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_harli.protocol.internal import BatchCursor
+from sglang_harli.protocol.micro_batches import pad
 from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.service.chat_rows import Row
-from sglang_harli.service.feeder import Feeder, total_steps
+from sglang_harli.service.feeder import Batch, Feeder, total_steps
 from sglang_harli.service.token_store import TokenReader, TokenWriter
 
 
@@ -62,13 +63,14 @@ def test_every_row_once_an_epoch(tokens, rows, batch_size, accumulation, epochs,
     )
     assert {b.cursor.step for b in batches} == set(range(1, feeder.total_steps + 1))
     for epoch, group in itertools.groupby(batches, key=lambda b: b.cursor.epoch):
-        seen = [int(n) for b in group for n in b.input_ids[np.cumsum([0, *b.lengths[:-1]])]]
+        seen = [int(n) for b in group for n in b.data.ids[:, 0]]
         assert sorted(seen) == list(range(rows)), epoch
     for _, group in itertools.groupby(batches, key=lambda b: b.cursor.step):
         step = list(group)
         assert [b.cursor.index for b in step] == list(range(step[0].micro_batches))
-        assert [r for b in step for r in b.rows] == list(range(sum(len(b.rows) for b in step)))
-        assert sum(sum(n - 1 for n in b.lengths) for b in step) == step[0].step_target_tokens
+        rows = [r for b in step for r in sorted(b.data.positions)]
+        assert rows == list(range(sum(len(b.data.lengths) for b in step)))
+        assert sum(len(b.data.targets) for b in step) == step[0].step_target_tokens
 
 
 @settings(deadline=None, max_examples=30)
@@ -78,15 +80,18 @@ def test_a_run_goes_on_from_any_cursor(tokens, data):
     whole = list(walk(Feeder(tokens(17), hp)))
     at = data.draw(st.integers(0, len(whole) - 1))
     rest = list(walk(Feeder(tokens(17), hp), whole[at].cursor))
-    assert [(b.cursor, b.rows, b.input_ids.tolist(), b.labels.tolist()) for b in rest] == [
-        (b.cursor, b.rows, b.input_ids.tolist(), b.labels.tolist()) for b in whole[at:]
-    ]
+
+    def shown(batches: list[Batch]) -> list[tuple[object, ...]]:
+        return [(b.cursor, b.data.positions, *(a.tolist() for a in b.data.arrays)) for b in batches]
+
+    assert shown(rest) == shown(whole[at:])
 
 
 def test_epochs_and_seeds_differ(tokens):
     def order(seed: int, epoch: int) -> list[int]:
         feeder = Feeder(tokens(23), Hyperparameters(batch_size=23, seed=seed))
-        return feeder.batch(feeder.cursor_after(epoch - 1)).input_ids.tolist()
+        data = feeder.batch(feeder.cursor_after(epoch - 1)).data
+        return [int(n) for _, n in sorted(zip(data.positions, data.ids[:, 0], strict=True))]
 
     assert order(1, 1) != order(1, 2) != order(2, 2)
     assert order(1, 1) == order(1, 1)
@@ -106,6 +111,25 @@ def test_a_long_schedule_costs_no_memory(tokens):
 def test_arrays_are_what_the_protocol_says(tokens):
     feeder = Feeder(tokens(5), Hyperparameters(batch_size=3))
     batch = feeder.batch(feeder.cursor_after(0))
-    assert batch.input_ids.dtype == batch.labels.dtype == np.int32
-    assert len(batch.input_ids) == len(batch.labels) == sum(batch.lengths)
-    assert (batch.labels == -100).sum() == 3
+    data = batch.data
+    assert {array.dtype for array in data.arrays} == {np.dtype(np.int32)}
+    assert data.ids.shape == (3, max(data.lengths)) and data.lengths == sorted(data.lengths, reverse=True)
+    assert len(data.places) == len(data.targets) == sum(data.lengths) - 3  # the first token of each is none
+    assert data.nbytes == 4 * (data.ids.size + 2 * len(data.targets))
+
+
+@given(
+    rows=st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=9), min_size=1),
+)
+def test_padded_rows_are_the_rows(rows):
+    ids = np.array([n for row in rows for n, _ in row], dtype=np.int32)
+    labels = np.array([n if learns else -100 for row in rows for n, learns in row], dtype=np.int32)
+    data = pad([len(row) for row in rows], range(10, 10 + len(rows)), ids, labels)
+    width = max(map(len, rows))
+    wanted = []
+    for place, (at, length) in enumerate(zip(data.positions, data.lengths, strict=True)):
+        row = rows[at - 10]
+        assert data.ids[place].tolist() == [n for n, _ in row] + [0] * (width - length)
+        wanted += [(place * width + c - 1, n) for c, (n, learns) in enumerate(row) if c and learns]
+    assert list(zip(data.places.tolist(), data.targets.tolist(), strict=True)) == wanted
+    assert data.lengths == sorted(data.lengths, reverse=True)

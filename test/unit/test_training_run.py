@@ -309,15 +309,18 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("change", "named"),
         [
-            ({"lengths": [3, 2]}, r"rows of \[3, 2\]"),
-            ({"lengths": [4, 0]}, r"rows of \[4, 0\]"),
+            ({"lengths": [3, 2]}, r"4 ids, 2 places and 2 targets for rows of \[3, 2\]"),
+            ({"lengths": [1, 2]}, r"rows of \[1, 2\]"),
+            ({"lengths": [2, 0]}, r"rows of \[2, 0\]"),
             ({"step_target_tokens": 0}, "at least one target"),
             ({"micro_batches": 9}, "more micro-batches"),
             ({"ids": [1, 2, VOCABULARY, 3]}, rf"token ids must lie in 0\.\.{VOCABULARY - 1}.*tokenizer"),
-            ({"labels": [1, 2, -1, 3]}, "label ids"),
+            ({"targets": [2, -1]}, "label ids"),
+            ({"places": [0, 4]}, r"places of targets must lie in 0\.\.3, found 0\.\.4"),
         ],
     )
     def test_bad_data_is_named(self, change: dict[str, Any], named: str) -> None:
+        """Its form at once, its ids in the quantum that begins it."""
         run = make_run(tiny_model(dtype=torch.float32), HP, STEPS)
         values: dict[str, Any] = {
             "job": "j",
@@ -328,10 +331,13 @@ class TestFailures:
             "rows": [0, 1],
             "step_target_tokens": 2,
         }
-        ids = np.array(change.pop("ids", [1, 2, 3, 4]), dtype=np.int32)
-        labels = np.array(change.pop("labels", [1, 2, 3, 4]), dtype=np.int32)
+        arrays = [
+            np.array(change.pop(name, plain), dtype=np.int32)
+            for name, plain in (("ids", [1, 2, 3, 4]), ("places", [0, 2]), ("targets", [2, 4]))
+        ]
         with pytest.raises(TrainingError, match=named) as caught:
-            run.feed(MicroBatch(**(values | change)), ids, labels)
+            run.feed(MicroBatch(**(values | change)), *arrays)
+            drive(run, everything)
         assert caught.value.code == "bad_data"
 
     def test_a_micro_batch_that_came_before_or_leaves_a_gap_changes_nothing(self) -> None:

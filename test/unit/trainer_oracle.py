@@ -22,6 +22,7 @@ from sglang_harli.peft_trainer.frozen_base import from_transformers
 from sglang_harli.peft_trainer.memory import TrainMemory
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
+from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import Hyperparameters
 
 VOCABULARY = 90
@@ -201,7 +202,7 @@ def feed(run: TrainingRun, steps: list[Step], start: int = 1) -> None:
                 rows=rows,
                 step_target_tokens=step.targets,
             )
-            run.feed(batch, ids, labels)
+            run.feed(*padded(batch, ids, labels))
 
 
 def make_run(

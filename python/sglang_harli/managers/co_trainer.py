@@ -99,7 +99,7 @@ class CoTrainer:
         self._attempts: dict[str, int] = {}  # the newest attempt of each job that was held here, or stopped
         self.quanta, self.busy_quanta, self.train_s = 0, 0, 0.0
         self.slotting = Slotting(self)
-        self._handlers: dict[type, Callable[[Any, list[bytes]], None]] = {
+        self._handlers: dict[type, Callable[[Any, list[memoryview]], None]] = {
             internal.StartRun: self._start,
             internal.MicroBatch: self._about_run,
             internal.SnapshotSlot: self._about_run,
@@ -137,7 +137,7 @@ class CoTrainer:
             return None
         return run
 
-    def _start(self, message: internal.StartRun, _frames: list[bytes]) -> None:
+    def _start(self, message: internal.StartRun, _frames: list[memoryview]) -> None:
         spec = message.spec
         late = spec.attempt <= self._attempts.get(spec.job, 0)  # that run is held, or over
         if late or message.scheduler not in (0, os.getpid()):
@@ -180,19 +180,18 @@ class CoTrainer:
         if len(self._attempts) > KNOWN_RUNS:
             del self._attempts[next(iter(self._attempts))]
 
-    def _about_run(self, message: Any, frames: list[bytes]) -> None:
+    def _about_run(self, message: Any, frames: list[memoryview]) -> None:
         run = self._current(message)
         if run is None:
             return
         if isinstance(message, internal.MicroBatch):
-            ids, labels = (np.frombuffer(f, dtype=np.int32) for f in frames)
-            run.training.feed(message, ids, labels)
+            run.training.feed(message, *(np.frombuffer(f, dtype=np.int32) for f in frames))
         elif isinstance(message, internal.SnapshotSlot):
             run.take_slot(message.slot)
         elif run.saved(message):
             self._release()
 
-    def _stop(self, message: internal.StopRun, _frames: list[bytes]) -> None:
+    def _stop(self, message: internal.StopRun, _frames: list[memoryview]) -> None:
         run = self._current(message)
         if run is None:
             self._note(message.job, message.attempt)  # a StartRun that is late comes too late
@@ -200,12 +199,12 @@ class CoTrainer:
         elif run.stop(message.snapshot):
             self._release()
 
-    def _status_request(self, message: internal.StatusRequest, _frames: list[bytes]) -> None:
+    def _status_request(self, message: internal.StatusRequest, _frames: list[memoryview]) -> None:
         serving = self._status()
         answer = {"serving": serving, "training": self.status(serving), "pool": self.desk.status()}
         self.link.send(internal.StatusReport(request=message.request, **answer))
 
-    def _set_options(self, message: internal.SetOptions, _frames: list[bytes]) -> None:
+    def _set_options(self, message: internal.SetOptions, _frames: list[memoryview]) -> None:
         answer = self._apply_options(message)
         self.link.send(answer)
         if "max_train_mem" in message.values and answer.outcome in ("applied", "deferred"):

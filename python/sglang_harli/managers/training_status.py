@@ -33,6 +33,7 @@ def training_status(
         "why": explanation.why(sub_state, reason, serving),
         "idle_only": reason == Reason.TOO_LONG or bool(serving.get("impossible_targets")),
         "batches_ahead": run.training.batches_ahead,
+        "bytes_ahead": run.training.bytes_ahead,
         "spilled": run.training.spilled,
         "quanta": trainer.quanta,
         "busy_quanta": trainer.busy_quanta,

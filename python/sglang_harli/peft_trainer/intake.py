@@ -1,4 +1,4 @@
-"""Micro-batches as they come in: checked, in order, waiting for their turn."""
+"""Micro-batches as they come in: in order, waiting for their turn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_harli.errors import TrainingError
-from sglang_harli.peft_trainer.rows import IGNORED, Rows
+from sglang_harli.peft_trainer.rows import Rows
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch
 
 
@@ -46,36 +46,56 @@ class Intake:
         """Nothing is fed yet: the first one is that of ``step``."""
         self._epoch, self._next = epoch, (step, 0)
 
-    def feed(self, batch: MicroBatch, input_ids: np.ndarray, labels: np.ndarray) -> None:
+    @property
+    def nbytes(self) -> int:
+        """Of all that waits."""
+        return sum(fed.rows.nbytes for fed in self.queue)
+
+    def feed(self, batch: MicroBatch, ids: np.ndarray, places: np.ndarray, targets: np.ndarray) -> None:
         """See ``TrainingRun.feed``."""
         cursor = batch.cursor
         if (cursor.step, cursor.index) != self._next:
             return
-        self._check(batch, input_ids, labels)
-        self.queue.append(Fed(batch, Rows.make(batch.lengths, batch.rows, input_ids, labels)))
+        self._check(batch, ids, places, targets)
+        width = batch.lengths[0]
+        ids = ids.reshape(len(batch.lengths), width)
+        self.queue.append(
+            Fed(batch, Rows(batch.lengths, batch.rows, width, ids, places, targets, sum(batch.lengths)))
+        )
         self._epoch = cursor.epoch
         last = cursor.index + 1 == batch.micro_batches
         self._next = (cursor.step + 1, 0) if last else (cursor.step, cursor.index + 1)
 
-    def _check(self, batch: MicroBatch, input_ids: np.ndarray, labels: np.ndarray) -> None:
-        where = f"micro-batch {batch.cursor.index} of step {batch.cursor.step}"
-        total = sum(batch.lengths)
-        if not batch.lengths or min(batch.lengths) < 1 or not len(input_ids) == len(labels) == total:
+    def checked(self) -> Fed:
+        """The first in the queue, its ids looked at; a quantum's work.
+
+        Raises:
+            TrainingError: ``bad_data``.
+        """
+        fed = self.queue[0]
+        fed.rows.check(self._vocabulary, _where(fed.batch))
+        return fed
+
+    def _check(self, batch: MicroBatch, ids: np.ndarray, places: np.ndarray, targets: np.ndarray) -> None:
+        lengths = batch.lengths
+        if (
+            not lengths
+            or min(lengths) < 1
+            or max(lengths) != lengths[0]
+            or ids.size != len(lengths) * lengths[0]
+            or len(places) != len(targets)
+        ):
             raise TrainingError(
-                f"{where}: {len(input_ids)} ids and {len(labels)} labels for rows of {batch.lengths}",
+                f"{_where(batch)}: {ids.size} ids, {len(places)} places and {len(targets)} targets for rows of {lengths}",
                 code="bad_data",
             )
-        targets = labels[labels != IGNORED]
-        for name, values in (("token", input_ids), ("label", targets)):
-            if len(values) and not 0 <= int(values.min()) <= int(values.max()) < self._vocabulary:
-                raise TrainingError(
-                    f"{where}: {name} ids must lie in 0..{self._vocabulary - 1}, "
-                    f"found {int(values.min())}..{int(values.max())}: was the file made for another tokenizer?",
-                    code="bad_data",
-                )
-        if batch.step_target_tokens < 1 or len(batch.rows) != len(batch.lengths):
-            raise TrainingError(f"{where}: a step needs at least one target token", code="bad_data")
+        if batch.step_target_tokens < 1 or len(batch.rows) != len(lengths):
+            raise TrainingError(f"{_where(batch)}: a step needs at least one target token", code="bad_data")
         if batch.micro_batches > self._accumulation:
             raise TrainingError(
-                f"{where}: more micro-batches than gradient_accumulation_steps", code="bad_data"
+                f"{_where(batch)}: more micro-batches than gradient_accumulation_steps", code="bad_data"
             )
+
+
+def _where(batch: MicroBatch) -> str:
+    return f"micro-batch {batch.cursor.index} of step {batch.cursor.step}"

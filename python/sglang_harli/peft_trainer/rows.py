@@ -1,26 +1,26 @@
-"""A micro-batch's rows on the host, as the trainer wants them."""
+"""A micro-batch's rows on the host: views on what was sent."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-IGNORED = -100  # a label that is no target
+from sglang_harli.errors import TrainingError
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A micro-batch's rows on the host, sorted by falling length.
+    """A micro-batch's rows, sorted by falling length (``protocol.micro_batches.Padded``).
 
     Attributes:
         lengths: tokens of each row.
         positions: of each row within its optimizer step.
         width: the longest.
-        ids: int64 ``[rows, width]``, 0 on padding.
-        target_places: int64, flat places (row * width + column) whose hidden state predicts a target.
-        targets: int64, the token ids to predict there.
+        ids: int32 ``[rows, width]``, 0 on padding.
+        target_places: int32, flat places (row * width + column) whose hidden state predicts a target.
+        targets: int32, the token ids to predict there.
+        tokens: of all rows, padding not counted.
     """
 
     lengths: list[int]
@@ -29,37 +29,31 @@ class Rows:
     ids: np.ndarray
     target_places: np.ndarray
     targets: np.ndarray
-
-    @classmethod
-    def make(
-        cls, lengths: Sequence[int], positions: Sequence[int], ids: np.ndarray, labels: np.ndarray
-    ) -> Rows:
-        """From flat int32 ids and labels of ``sum(lengths)``; labels stand at their own token."""
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        width = max(lengths)
-        padded = np.zeros((len(lengths), width), dtype=np.int64)
-        places, targets = [], []
-        for row, i in enumerate(order):
-            span = slice(starts[i], starts[i + 1])
-            padded[row, : lengths[i]] = ids[span]
-            wanted = labels[span][1:]
-            columns = np.flatnonzero(wanted != IGNORED)
-            places.append(row * width + columns)
-            targets.append(wanted[columns].astype(np.int64))
-        return cls(
-            [lengths[i] for i in order],
-            [positions[i] for i in order],
-            width,
-            padded,
-            np.concatenate(places),
-            np.concatenate(targets),
-        )
+    tokens: int
 
     @property
     def count(self) -> int:
         return len(self.lengths)
 
     @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
+    def nbytes(self) -> int:
+        """Of the arrays."""
+        return self.ids.nbytes + self.target_places.nbytes + self.targets.nbytes
+
+    def check(self, vocabulary: int, where: str) -> None:
+        """Look at every id; a quantum's work.
+
+        Raises:
+            TrainingError: ``bad_data``: ids outside the vocabulary, or targets outside the rows.
+        """
+        for name, values, most in (
+            ("token ids", self.ids, vocabulary),
+            ("label ids", self.targets, vocabulary),
+            ("places of targets", self.target_places, self.ids.size),
+        ):
+            if values.size and not 0 <= int(values.min()) <= int(values.max()) < most:
+                raise TrainingError(
+                    f"{where}: {name} must lie in 0..{most - 1}, found {int(values.min())}..{int(values.max())}: "
+                    "was the file made for another tokenizer?",
+                    code="bad_data",
+                )

@@ -108,20 +108,26 @@ class TrainingRun:
         return len(self._intake.queue) - (self._pass is not None)
 
     @property
+    def bytes_ahead(self) -> int:
+        """Of all micro-batches that were fed and are not done."""
+        return self._intake.nbytes
+
+    @property
     def next_cursor(self) -> BatchCursor:
         """The micro-batch to feed next (``epoch`` is that of the last one fed)."""
         return self._intake.cursor
 
-    def feed(self, batch: MicroBatch, input_ids: np.ndarray, labels: np.ndarray) -> None:
-        """Queue a micro-batch if it is the next one; one that came before, or that leaves a gap, is dropped.
+    def feed(self, batch: MicroBatch, ids: np.ndarray, places: np.ndarray, targets: np.ndarray) -> None:
+        """Queue a micro-batch if it is the next one; one that came before, or that leaves a gap, is dropped.  Views are kept; the
+        ids are looked at in the quantum that begins it.
 
         Args:
-            input_ids, labels: int32 of ``sum(batch.lengths)``; -100 marks tokens that are not targets.
+            ids, places, targets: int32, as ``protocol.micro_batches.Padded`` has them.
 
         Raises:
-            TrainingError: ids outside the vocabulary, or rows that do not fit together.
+            TrainingError: rows that do not fit together.
         """
-        self._intake.feed(batch, input_ids, labels)
+        self._intake.feed(batch, ids, places, targets)
 
     # ---- where the run stands
     @property
@@ -183,6 +189,7 @@ class TrainingRun:
 
         Raises:
             StateError: nothing to run, or more rows than offered, or another number where it is fixed.
+            TrainingError: the micro-batch that begins has ids outside the vocabulary.
         """
         shape = self.peek()
         if shape is None:
@@ -220,7 +227,7 @@ class TrainingRun:
 
     def _run_pass(self, shape: QuantumShape, rows: int) -> tuple[int, int]:
         if self._pass is None:
-            self._pass = self._begin(self._intake.queue[0])
+            self._pass = self._begin(self._intake.checked())
         result = self._pass.run(self._count(shape, rows))
         if self._pass.kind is None:
             if self._pass.overwrite:

@@ -305,8 +305,8 @@ class MicroBatchPass:
         The softmax is turned into the gradient in place: one ``[count, vocab]`` tensor in the exact dtype and,
         in 16 bits, one copy of it.
         """
-        places = self._places[self.done : self.done + count]
-        targets = self._targets[self.done : self.done + count, None]
+        places = self._places[self.done : self.done + count].long()
+        targets = self._targets[self.done : self.done + count, None].long()
         hidden, head = self.pieces.base.config.hidden_size, self.pieces.head_weight
         logits, low = self._at.logits[:count], self._at.low[:count]
         trace, norm = Trace(), self.pieces.norm
@@ -354,7 +354,8 @@ class MicroBatchPass:
 
 
 def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
+    """A copy, in the array's dtype; the message that it lies in goes with the micro-batch."""
+    tensor = torch.from_numpy(array.copy())
     if device.type == "cuda":  # from pinned memory the copy does not block the host
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor

@@ -223,11 +223,10 @@ class StartRun(Message):
 
 
 class MicroBatch(Message):
-    """Frames: input ids and labels (-100: no loss), both flat int32 of sum(lengths) values.
+    """Frames: ids, places and targets, int32, as ``micro_batches.Padded`` has them.
 
-    Labels stand at their own token's position (as in transformers); the trainer shifts them.
-    ``step_target_tokens``: targets of the whole optimizer step, the divisor of its loss (after the
-    shift: a row's first label never counts).  ``rows`` are positions of the rows within the step.
+    ``lengths`` fall; ``rows`` are the rows' positions within the step.  ``step_target_tokens``: targets of the whole
+    optimizer step, the divisor of its loss (a row's first label never counts).
     """
 
     job: str
@@ -393,7 +392,7 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode(header: bytes, source: str) -> Any:
+def decode(header: bytes | memoryview, source: str) -> Any:
     """A message of ``source``: ``scheduler`` or ``http`` (to the service), ``service`` or ``to_http`` (from it).
 
     Raises:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sglang_harli.protocol.internal import BatchCursor
+from sglang_harli.protocol.micro_batches import Padded, pad
 from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.service.token_store import TokenReader
 
@@ -30,16 +31,12 @@ def _batches_per_epoch(rows: int, hp: Hyperparameters) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch.  ``input_ids`` and ``labels``: flat int32 of ``sum(lengths)`` values; ``rows``:
-    positions of its rows within the optimizer step."""
+    """One micro-batch; the rows' positions are those within the optimizer step."""
 
     cursor: BatchCursor
     micro_batches: int
-    lengths: list[int]
-    rows: list[int]
     step_target_tokens: int
-    input_ids: np.ndarray
-    labels: np.ndarray
+    data: Padded
 
 
 class Feeder:
@@ -81,11 +78,13 @@ class Feeder:
         return Batch(
             cursor=cursor,
             micro_batches=self.micro_batches(cursor.step),
-            lengths=[len(ids) for ids, _ in parts],
-            rows=list(range(start, start + len(chosen))),
             step_target_tokens=int(self._tokens.target_tokens[step_rows].sum()),
-            input_ids=np.concatenate([ids for ids, _ in parts]),
-            labels=np.concatenate([labels for _, labels in parts]),
+            data=pad(
+                [len(ids) for ids, _ in parts],
+                range(start, start + len(chosen)),
+                np.concatenate([ids for ids, _ in parts]),
+                np.concatenate([labels for _, labels in parts]),
+            ),
         )
 
     def close(self) -> None:

@@ -236,11 +236,11 @@ class RunDriver:
             attempt=run.attempt,
             cursor=cursor,
             micro_batches=batch.micro_batches,
-            lengths=batch.lengths,
-            rows=batch.rows,
+            lengths=batch.data.lengths,
+            rows=batch.data.positions,
             step_target_tokens=batch.step_target_tokens,
         )
-        if not self._send(message, batch.input_ids.data, batch.labels.data):
+        if not self._send(message, *(array.data for array in batch.data.arrays)):
             return False  # nobody is there: tried again at the next tick
         reach(Point.MICRO_BATCH_FED)
         self._machine.fed(cursor)
