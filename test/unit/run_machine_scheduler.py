@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from sglang_harli.managers.unacknowledged import KEPT, Unacknowledged
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.internal import BatchCursor, SlotRef
+from sglang_harli.service import run_machine_state
 from support.service_peers import limits
 
 if TYPE_CHECKING:
     from run_machine_world import World
 
 TOTAL_STEPS, MICRO_BATCHES, EVERY = 4, 2, 2
+BATCH_BYTES = 1
 STATE_BYTES = 64
 LIMITS = limits()
 BASES = tuple(
@@ -89,11 +91,15 @@ class Scheduler:
         )
         if run is not None:
             message.job, message.attempt, message.step = run.job, run.attempt, run.applied
-            message.next_cursor = self._cursor(run)
+            message.next_cursor, message.taken = self._cursor(run), self._taken(run)
         self.world.to_service.append(message)
 
     def _cursor(self, run: Held) -> BatchCursor:
         return BatchCursor(epoch=1, step=run.cursor[0], index=run.cursor[1])  # its epoch may be out of date
+
+    def _taken(self, run: Held) -> BatchCursor:
+        step, index = run.queue[0] if run.queue else run.cursor
+        return BatchCursor(epoch=1, step=step, index=index)
 
     def tick(self) -> None:
         if self.service_pid is None:
@@ -116,6 +122,7 @@ class Scheduler:
                     has_slot=run.slot is not None,
                     snapshot=-1 if run.in_hand is None else run.in_hand.step,
                     stopping=run.stopping,
+                    taken=self._taken(run),
                 )
             )
 
@@ -170,6 +177,7 @@ class Scheduler:
             place = (message.cursor.step, message.cursor.index)
             if place == run.cursor:
                 run.queue.append(place)
+                assert len(run.queue) <= run_machine_state.MOST_AHEAD
                 last = place[1] + 1 == MICRO_BATCHES
                 run.cursor = (place[0] + 1, 0) if last else (place[0], place[1] + 1)
         elif isinstance(message, internal.SnapshotSlot):
@@ -261,6 +269,9 @@ class Scheduler:
         assert step == run.applied + 1
         if index + 1 == MICRO_BATCHES:
             self._applied(run)
+        else:
+            taken = internal.BatchesTaken(job=run.job, attempt=run.attempt, cursor=self._taken(run))
+            self.send(taken)
         return True
 
     def _copy(self, run: Held) -> None:

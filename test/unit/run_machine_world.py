@@ -11,7 +11,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from run_machine_scheduler import BASES, MICRO_BATCHES, STATE_BYTES, TOTAL_STEPS, Scheduler
+from run_machine_scheduler import BASES, BATCH_BYTES, MICRO_BATCHES, STATE_BYTES, TOTAL_STEPS, Scheduler
 
 from sglang_harli.core import JobStatus
 from sglang_harli.protocol import internal
@@ -196,7 +196,8 @@ class Service:
             )
             assert cursor.epoch == (cursor.step - 1) // 2 + 1
             self.send(batch)
-            self.machine.fed(cursor)
+            self.machine.fed(cursor, BATCH_BYTES)
+            assert len(run.ahead) <= machine.MOST_AHEAD, "more is fed ahead than is allowed"
 
     def receive(self, message: Any) -> None:
         if isinstance(message, internal.Hello):

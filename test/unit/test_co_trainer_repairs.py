@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from co_trainer_host import Host, Peer, batch, give_slot, spec, temporary_run_dir, until
@@ -142,5 +144,55 @@ def test_no_run_starts_on_weights_of_which_there_is_no_print(run_dir):
     until(host, peer, lambda: not peer.of(internal.Hello)[-1].hold)
     peer.send(internal.StartRun(spec=spec(1), updates=2))
     until(host, peer, lambda: peer.of(internal.RunStarted))
+    host.link.close()
+    peer.socket.close()
+
+
+def part(index: int, of: int) -> tuple[internal.MicroBatch, bytes, bytes, bytes]:
+    message, *arrays = batch(1)
+    cursor = internal.BatchCursor(epoch=1, step=1, index=index)
+    return msgspec.structs.replace(message, cursor=cursor, micro_batches=of), *arrays
+
+
+def test_the_scheduler_says_which_micro_batches_of_a_step_it_is_done_with(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    peer.send(internal.StartRun(spec=spec(gradient_accumulation_steps=24)))
+    until(host, peer, lambda: peer.of(internal.RunStarted))
+    run = host.trainer.run
+    assert run is not None
+    for index in range(20):
+        peer.send(*part(index, 24))
+    while run.training.batches_ahead < 20:  # none is trained meanwhile
+        host.trainer.poll()
+    assert (run.training.taken.step, run.training.taken.index) == (1, 0)
+    until(host, peer, lambda: run.training.batches_ahead == 0 and run.training.taken.index == 20)
+    until(host, peer, lambda: peer.of(internal.BatchesTaken)[-1].cursor.index == 20)
+    told = [m.cursor.index for m in peer.of(internal.BatchesTaken)]
+    assert told[0] == 8 and told == sorted(told) and max(b - a for a, b in pairwise(told)) <= 8
+    until(host, peer, lambda: (taken := peer.of(internal.Pulse)[-1].taken) and taken.index == 20)
+    for index in range(20, 24):
+        peer.send(*part(index, 24))
+    until(host, peer, lambda: peer.of(internal.StepDone))
+    assert not peer.of(internal.RunFailed)
+    host.link.close()
+    peer.socket.close()
+
+
+def test_while_requests_are_served_a_turn_takes_one_micro_batch(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    peer.send(internal.StartRun(spec=spec(gradient_accumulation_steps=8)))
+    until(host, peer, lambda: peer.of(internal.RunStarted))
+    run = host.trainer.run
+    assert run is not None
+    for index in range(6):
+        peer.send(*part(index, 8))
+    seen = [0]
+    while seen[-1] < 6:
+        host.trainer.poll(serving=True)
+        if run.training.batches_ahead != seen[-1]:
+            seen.append(run.training.batches_ahead)
+    assert seen == list(range(7))
     host.link.close()
     peer.socket.close()

@@ -152,8 +152,9 @@ MESSAGES = {
         "space_bytes"
     ),
     "BasePrint": "model path dtype math weights digest",
-    "Hello": "seq pid rank limits refusal job attempt step next_cursor options revision hold base updates",
-    "Pulse": "seq job attempt step next_cursor state_bytes has_slot snapshot stopping",
+    "Hello": "seq pid rank limits refusal job attempt step next_cursor options revision hold base updates taken",
+    "Pulse": "seq job attempt step next_cursor state_bytes has_slot snapshot stopping taken",
+    "BatchesTaken": "seq job attempt cursor",
     "RunStarted": "seq job attempt step state_bytes",
     "StepDone": (
         "seq job attempt step epoch loss learning_rate grad_norm tokens target_tokens seconds total_tokens after"

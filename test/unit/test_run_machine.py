@@ -9,10 +9,10 @@ from run_machine_world import FixedPlan, World, new_job
 from sglang_harli.core import JobStatus
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import JobError
-from sglang_harli.service import jobs
+from sglang_harli.service import jobs, run_machine_state
 from sglang_harli.service import run_machine as run_machine_module
 from sglang_harli.service.run_machine_holds import NotNow
-from sglang_harli.service.run_machine_state import AskHello, Now, Phase, SaveSnapshot, Send
+from sglang_harli.service.run_machine_state import AskHello, Now, Phase, Run, SaveSnapshot, Send
 from support.service_peers import limits
 
 
@@ -332,3 +332,57 @@ def write_snapshot(world: World) -> None:
             return
         world.service.commit() or world.tick(1.0)
     raise AssertionError("no snapshot was to be written")
+
+
+# ------------------------------------------------------------------ what is sent ahead
+def test_micro_batches_that_are_all_lost_are_sent_again(monkeypatch):
+    """As many as may be ahead: none of them is ever reported as taken."""
+    monkeypatch.setattr(run_machine_state, "MOST_AHEAD", 3)
+    world = training()
+    held = world.scheduler.run
+    assert held is not None and list(held.queue) == [(1, 0), (1, 1), (2, 0)]
+    held.queue.clear()
+    held.cursor = (1, 0)  # as if none had come
+    for _ in range(8):
+        world.tick(1.0)
+        flush(world)
+    assert list(held.queue) == [(1, 0), (1, 1), (2, 0)]
+
+
+def test_a_service_that_takes_over_a_run_counts_what_the_scheduler_has(monkeypatch):
+    monkeypatch.setattr(run_machine_state, "MOST_AHEAD", 3)
+    world = training()
+    world.kill_service()
+    for _ in range(5):
+        world.tick(1.0)
+        flush(world)
+    run, held = world.service.machine.run, world.scheduler.run
+    assert run is not None and held is not None and list(held.queue) == [(1, 0), (1, 1), (2, 0)]
+    assert [place for place, _ in run.ahead] == list(held.queue)
+    world.scheduler.work()
+    world.tick(1.0)
+    flush(world)
+    assert list(held.queue) == [(1, 1), (2, 0)]  # of unknown size: two of them are enough
+    world.scheduler.work()
+    flush(world)
+    assert list(held.queue) == [(2, 0), (2, 1)] and [place for place, _ in run.ahead] == list(held.queue)
+
+
+def test_a_step_of_any_number_of_micro_batches_is_fed_as_they_are_taken(monkeypatch):
+    """Bounded in count, and in bytes but for two: a step of 10,000 micro-batches is never ahead as a whole."""
+    run = Run("ftjob-1", 1, Phase.TRAINING, 1, plan=LongPlan(), next_cursor=LongPlan().cursor_after(0))
+    for nbytes, most in ((1000, 32), (run_machine_state.BYTES_AHEAD // 4, 4), (1 << 30, 2)):
+        for _ in range(200):
+            while not run.enough_ahead:
+                run.fed(nbytes)
+            assert len(run.ahead) == most
+            step, index = run.ahead[0][0]
+            run.has_taken(step, index + 1)
+        run.has_taken(*run.ahead[-1][0])
+        run.ahead.clear()
+    assert run.next_cursor is not None and run.next_cursor.step == 1 and run.next_cursor.index > 600
+
+
+class LongPlan(FixedPlan):
+    def following(self, cursor):
+        return internal.BatchCursor(epoch=cursor.epoch, step=cursor.step, index=cursor.index + 1)

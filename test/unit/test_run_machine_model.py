@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import run_machine_world as model
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from run_machine_world import World
 
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import StateError
-from sglang_harli.service import jobs
+from sglang_harli.service import jobs, run_machine_state
 
 PLACES = st.integers(0, 5)
 ROUNDS = 600
@@ -23,6 +24,8 @@ class Protocol(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(run_machine_state, "MOST_AHEAD", 3)  # within a step, and from one to the next
         self.world = World()
         self.acknowledged: set[str] = set()
         self.bases: dict[str, Any] = {}  # of each job, once it has one
@@ -210,6 +213,8 @@ class Protocol(RuleBasedStateMachine):
                 assert self.bases.setdefault(record.id, record.base) == record.base
 
     def teardown(self) -> None:
+        self._settle()
+        assert self.world.scheduler.run is None, "a run stands still, although nothing is lost any more"
         for base in model.BASES:  # what only another server can change is changed
             self.world.kill_scheduler(base)
             self._settle()

@@ -24,6 +24,8 @@ from sglang_harli.peft_trainer.run import QuantumShape, TrainingRun
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import Slot
 
+TOLD_EVERY = 8  # micro-batches of a step; each one where fewer than that are ahead
+
 
 class ActiveRun:
     """One job's run in the scheduler.
@@ -61,6 +63,8 @@ class ActiveRun:
         self._save_first = False  # the stop is a pause
         self._stop_reason = ""  # of a stop that the service has not asked for
         self.stopped = False
+        self._taken = (0, 0)  # the first micro-batch that was not done behind the latest quantum
+        self._untold = 0  # micro-batches that are done and of which the service has not heard
         self._last_step_at = time.monotonic()
         self._state_bytes = 0  # of a snapshot; 0 until the adapter is there
         self._restore: Slot | None = None
@@ -153,6 +157,7 @@ class ActiveRun:
         if not self._state_bytes and self.training.ready:
             self._announce()
         self.send_metrics()
+        self._tell_taken()
         if not self.training.state_consistent:
             return False
         if self._stopping and not self._save_first:  # cancel waited for the optimizer's slices
@@ -166,6 +171,17 @@ class ActiveRun:
             self._wanted = "every"
         self._begin_snapshot()
         return False
+
+    def _tell_taken(self) -> None:
+        """Tell the service that there is room for more; the end of a step (StepDone) tells it too."""
+        taken = self.training.taken
+        if (place := (taken.step, taken.index)) == self._taken:
+            return
+        self._taken = place
+        self._untold = self._untold + 1 if taken.index else 0
+        if self._untold and (self._untold >= TOLD_EVERY or self.training.batches_ahead < TOLD_EVERY):
+            self._untold = 0
+            self._link.send(internal.BatchesTaken(job=self.spec.job, attempt=self.spec.attempt, cursor=taken))
 
     def send_metrics(self) -> None:
         """Report the steps whose metrics have reached the host.
@@ -257,6 +273,7 @@ class ActiveRun:
                 has_slot=self._slot is not None,
                 snapshot=-1 if in_hand is None else in_hand.step,
                 stopping=self._stopping,
+                taken=self.training.taken,
             )
         )
 

@@ -111,9 +111,13 @@ class CoTrainer:
         }
 
     # ---------------------------------------------------------------- the service's messages
-    def poll(self) -> None:
-        """Take what the service has sent; called once a loop turn."""
-        arrived = self.link.poll()
+    def poll(self, *, serving: bool = False) -> None:
+        """Take what the service has sent; called once a loop turn.
+
+        Args:
+            serving: requests are served: one micro-batch at most.
+        """
+        arrived = self.link.poll(1) if serving else self.link.poll()
         if self.run is not None and (now_s := time.monotonic()) - self._pulse_at >= PULSE_EVERY_S:
             self._pulse_at = now_s
             self.run.pulse()

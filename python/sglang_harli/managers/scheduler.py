@@ -104,7 +104,7 @@ class HarliScheduler(Scheduler):
             self._harli_looked_s = time.perf_counter()
         else:
             self._harli_looked_s = 0.0
-        trainer.poll()
+        trainer.poll(serving=bool(self.waiting_queue) or not self.running_batch.is_empty())
         if self._engine_paused and trainer.busy:
             trainer.slotting.run_claimed(time.perf_counter() + IDLE_TURN_S)
         if trainer.run is not None and self.waiting_queue and trainer.desk.lends:

@@ -110,8 +110,12 @@ class ServiceLink:
         self._send_now(hello)
 
     # ---------------------------------------------------------------- in
-    def poll(self) -> list[tuple[internal.Message, list[memoryview]]]:
-        """Messages that have come, with their raw frames; an empty list costs about a microsecond."""
+    def poll(self, most_batches: int = MAX_PER_POLL) -> list[tuple[internal.Message, list[memoryview]]]:
+        """Messages that have come, with their raw frames; an empty list costs about a microsecond.
+
+        Args:
+            most_batches: micro-batches among them at most; what comes behind the last one comes with the next call.
+        """
         if self.service_pid is None:
             if time.monotonic() - self._hello_at >= HELLO_EVERY_S:
                 self.say_hello()
@@ -137,6 +141,9 @@ class ServiceLink:
                 self._ring.acknowledged(message.seqs, time.monotonic())
             else:
                 messages.append((message, [frame.buffer for frame in frames]))
+                most_batches -= isinstance(message, internal.MicroBatch)
+                if most_batches <= 0:
+                    break
         return messages
 
     def _welcomed(self, message: internal.Welcome) -> None:

@@ -76,7 +76,8 @@ def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | No
             message.hold, message.base, message.updates = trainer.hold, trainer.base_print, trainer.updates
         if run is not None:
             message.job, message.attempt = run.spec.job, run.spec.attempt
-            message.step, message.next_cursor = run.training.applied_step, run.training.next_cursor
+            message.step, message.taken = run.training.applied_step, run.training.taken
+            message.next_cursor = run.training.next_cursor
         return message
 
     key = profile_key(limits, args)

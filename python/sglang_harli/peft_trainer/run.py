@@ -113,6 +113,12 @@ class TrainingRun:
         return self._intake.nbytes
 
     @property
+    def taken(self) -> BatchCursor:
+        """The first micro-batch that is not done: begun, waiting, or to be fed next."""
+        queue = self._intake.queue
+        return queue[0].batch.cursor if queue else self._intake.cursor
+
+    @property
     def next_cursor(self) -> BatchCursor:
         """The micro-batch to feed next (``epoch`` is that of the last one fed)."""
         return self._intake.cursor

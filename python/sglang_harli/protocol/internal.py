@@ -64,9 +64,9 @@ class BatchCursor(Struct, frozen=True, kw_only=True):
 
 # ------------------------------------------------------------------ scheduler -> service
 class Hello(Message):
-    """On every (re)connection, and where something that it says has changed.  ``job``, ``attempt``, ``step`` and
-    ``next_cursor``: of the run in progress.  ``hold``: why no run is to start now ("": it may); the next hello
-    may lift it.  ``base``: the print of the served weights, after so many ``updates`` of them since the start.
+    """On every (re)connection, and where something that it says has changed.  ``job``, ``attempt``, ``step``,
+    ``next_cursor`` and ``taken`` (as in Pulse): of the run in progress.  ``hold``: why no run is to start now ("": it
+    may); the next hello may lift it.  ``base``: the print of the served weights, after so many ``updates`` of them since the start.
     """
 
     pid: int
@@ -82,13 +82,15 @@ class Hello(Message):
     hold: str = ""
     base: BasePrint | None = None
     updates: int = 0
+    taken: BatchCursor | None = None
 
 
 class Pulse(Message):
     """While a run is held, about every two seconds: where it stands, by which the service finds what was lost.
 
-    ``state_bytes``: 0 until the adapter is there.  ``snapshot``: the step of the snapshot that lies in the slot
-    and waits for its SnapshotSaved (-1: none).  ``stopping``: a StopRun has come.
+    ``taken``: the first micro-batch that is not done (``BatchesTaken``).  ``state_bytes``: 0 until the adapter is there.
+    ``snapshot``: the step of the snapshot that lies in the slot and waits for its SnapshotSaved (-1: none).  ``stopping``:
+    a StopRun has come.
     """
 
     job: str
@@ -99,6 +101,15 @@ class Pulse(Message):
     has_slot: bool
     snapshot: int
     stopping: bool
+    taken: BatchCursor | None = None
+
+
+class BatchesTaken(Message):
+    """Within a step: micro-batches before ``cursor`` are done, and there is room for others."""
+
+    job: str
+    attempt: int
+    cursor: BatchCursor
 
 
 class RunStarted(Message):
@@ -355,6 +366,7 @@ class AdapterRefused(Message):
 SchedulerMessage = (
     Hello
     | Pulse
+    | BatchesTaken
     | RunStarted
     | StepDone
     | SnapshotReady

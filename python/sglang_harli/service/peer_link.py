@@ -42,7 +42,7 @@ class PeerLink:
     ) -> None:
         self._socket: zmq.asyncio.Socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 500)
-        # What is on its way is bounded by the protocol (micro-batches of two steps ahead), not here.
+        # What is on its way is bounded by the protocol (few micro-batches ahead), not here.
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._monitor = self._socket.get_monitor_socket(_WATCHED)

@@ -105,6 +105,7 @@ class RunDriver:
 
     def on_message(self, message: Any) -> None:
         self._do(self._machine.message(message, _now()))
+        self._hungry.set()
 
     # ------------------------------------------------------------ effects
     def _do(self, effects: Sequence[Effect]) -> None:
@@ -243,7 +244,7 @@ class RunDriver:
         if not self._send(message, *(array.data for array in batch.data.arrays)):
             return False  # nobody is there: tried again at the next tick
         reach(Point.MICRO_BATCH_FED)
-        self._machine.fed(cursor)
+        self._machine.fed(cursor, batch.data.nbytes)
         return True
 
     def _cannot_read(

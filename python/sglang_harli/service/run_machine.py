@@ -146,7 +146,8 @@ class RunMachine:
         if run.adopting:
             cursor = run.next_cursor
             at = hello_part.at(run, cursor) if cursor else found.plan.cursor_after(run.applied)
-            run.next_cursor, run.phase = at, Phase.TRAINING
+            run.go_on(at)
+            run.phase = Phase.TRAINING
             return []
         change = Change(record)
         if found.damage:
@@ -243,22 +244,23 @@ class RunMachine:
 
     # ------------------------------------------------------------ feeding
     def next_batch(self) -> BatchCursor | None:
-        """The micro-batch to send now, up to STEPS_AHEAD optimizer steps beyond the last one applied."""
+        """The micro-batch to send now: up to STEPS_AHEAD optimizer steps beyond the last one applied, and no more of them
+        than the scheduler may hold."""
         run = self.state.run
         if run is None or run.phase is not Phase.TRAINING or run.asked != Wish.RUN:
             return None
         record, cursor, plan = self.state.running(run), run.next_cursor, run.plan
         if record is None or record.wish != Wish.RUN or cursor is None or plan is None:
             return None
-        if cursor.step > min(run.applied + STEPS_AHEAD, plan.total_steps):
+        if cursor.step > min(run.applied + STEPS_AHEAD, plan.total_steps) or run.enough_ahead:
             return None
         return None if len(self.state.unstored) >= MAX_UNSTORED else cursor
 
-    def fed(self, cursor: BatchCursor) -> None:
-        """It was handed to the socket."""
+    def fed(self, cursor: BatchCursor, nbytes: int) -> None:
+        """It was handed to the socket; ``nbytes``: of its arrays."""
         run = self.state.run
         if run is not None and run.plan is not None and run.next_cursor == cursor:
-            run.next_cursor = run.plan.following(cursor)
+            run.fed(nbytes)
 
     def data_failed(self, cursor: BatchCursor, error: str, now: Now) -> list[Effect]:
         """The data of a micro-batch cannot be read."""

@@ -43,7 +43,7 @@ def hello(state: State, message: internal.Hello, now: Now) -> list[Effect]:
         effects.append(_stop(message))
     else:
         run.heard_at_s = now.s
-        run.applied = max(run.applied, message.step)
+        run.has_applied(message.step)
     if first and state.run is None and not state.writing:
         effects.append(RemoveStale())
     return effects
@@ -80,7 +80,9 @@ def pulse(state: State, message: internal.Pulse, now: Now) -> list[Effect]:
     if state.named(message) is None:
         return [_stop(message)]
     run.heard_at_s = now.s
-    run.applied = max(run.applied, message.step)
+    run.has_applied(message.step)
+    if message.taken is not None:
+        run.has_taken(message.taken.step, message.taken.index)
     if run.phase is Phase.PREPARING:
         return []
     effects: list[Effect] = []
@@ -112,7 +114,7 @@ def _rewind(run: Run, message: internal.Pulse) -> list[Effect]:
     place = (theirs.step, theirs.index)
     behind = ours is not None and place < (ours.step, ours.index)
     if behind and run.seen_behind == place and run.plan is not None:
-        run.next_cursor = at(run, theirs)
+        run.go_back(at(run, theirs))
         run.seen_behind = None
     else:
         run.seen_behind = place if behind else None
@@ -145,7 +147,10 @@ def _meet(state: State, message: internal.Hello | internal.Pulse, now: Now) -> l
         # All is trained and durable: whoever wrote it died before saying so, or it was lost.
         done = internal.SnapshotSaved(job=record.id, attempt=record.attempt, step=record.total_steps)
         return [Send(done)]
-    run = Run(message.job, message.attempt, Phase.PREPARING, state.scheduler_pid, applied=message.step)
+    run = Run(message.job, message.attempt, Phase.PREPARING, state.scheduler_pid)
+    run.has_applied(message.step)
+    if message.taken is not None:
+        run.has_taken(message.taken.step, message.taken.index)
     run.heard_at_s = now.s
     state.run = run
     if record is None or record.status != JobStatus.QUEUED or state.limits is None:

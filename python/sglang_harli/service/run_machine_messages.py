@@ -49,6 +49,10 @@ def take(state: State, message: Any, now: Now) -> list[Effect]:
     run = state.named(message)
     if run is not None:
         run.heard_at_s = now.s
+    if isinstance(message, internal.BatchesTaken):
+        if run is not None:
+            run.has_taken(message.cursor.step, message.cursor.index)
+        return []
     record = state.book.find(message.job)
     if isinstance(message, internal.Progress):
         return _progress(state, run, message, now)
@@ -84,7 +88,7 @@ def _started(state: State, run: Run | None, message: internal.RunStarted) -> lis
 
 def _step_done(state: State, run: Run | None, record: JobRecord, message: internal.StepDone) -> list[Effect]:
     if run is not None:
-        run.applied = max(run.applied, message.step)
+        run.has_applied(message.step)
         forget(state, run.job)
     known = (message.attempt, message.step) <= (record.metrics_attempt, record.metrics_step)
     if record.status.final or (known and message.seq not in state.unstored):
@@ -104,7 +108,7 @@ def _progress(state: State, run: Run | None, message: internal.Progress, now: No
     record = state.running(run) if run is not None else None
     if run is None or record is None:
         return []
-    run.applied = max(run.applied, message.step)
+    run.has_applied(message.step)
     try:
         sub_state = SubState(message.sub_state)
     except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +15,10 @@ from sglang_harli.service import jobs
 from sglang_harli.service.jobs import Change, JobRecord, Wish
 
 SAY_AGAIN_S = 5.0  # a StartRun or StopRun without an answer
+# Micro-batches that were sent and are not done, the one in training included: at most so many, and so many bytes unless
+# they are fewer than LEAST_AHEAD.
+LEAST_AHEAD, MOST_AHEAD = 2, 32
+BYTES_AHEAD = 16 << 20
 SILENT_S = 10.0  # nothing was heard of a run for so long: the scheduler is asked for a hello
 
 
@@ -193,6 +198,8 @@ class Run:
     """Attributes:
     adopting: it is a run that the scheduler already held.
     applied: the last optimizer step that the scheduler is known to have applied.
+    taken: the first micro-batch, by step and index, that the scheduler is not known to be done with.
+    ahead: the micro-batches from there on, up to ``next_cursor``, with their bytes.
     asked: the wish of which the scheduler has been told.
     start, stop: the last StartRun and StopRun, to be said again at ``said_at_s`` + SAY_AGAIN_S.
     heard_at_s: the last word of the scheduler about it.
@@ -208,6 +215,8 @@ class Run:
     plan: Plan | None = None
     next_cursor: BatchCursor | None = None
     applied: int = 0
+    taken: tuple[int, int] = (0, 0)
+    ahead: deque[tuple[tuple[int, int], int]] = field(default_factory=deque)
     asked: Wish = Wish.RUN
     start: internal.StartRun | None = None
     stop: internal.StopRun | None = None
@@ -219,6 +228,51 @@ class Run:
     seen_behind: tuple[int, int] | None = None
     told_sub_state: str = ""
     told_at_s: float = float("-inf")
+
+    def has_applied(self, step: int) -> None:
+        """The scheduler has applied this step, and is done with its micro-batches."""
+        self.applied = max(self.applied, step)
+        self.has_taken(self.applied + 1, 0)
+
+    def has_taken(self, step: int, index: int) -> None:
+        """The scheduler is done with the micro-batches before that one."""
+        self.taken = max(self.taken, (step, index))
+        while self.ahead and self.ahead[0][0] < self.taken:
+            self.ahead.popleft()
+
+    def fed(self, nbytes: int) -> None:
+        """The micro-batch at ``next_cursor`` was sent."""
+        assert self.plan is not None and self.next_cursor is not None
+        self.ahead.append((_place(self.next_cursor), nbytes))
+        self.next_cursor = self.plan.following(self.next_cursor)
+
+    def go_back(self, cursor: BatchCursor) -> None:
+        """What was sent from ``cursor`` on was lost."""
+        self.next_cursor = cursor
+        while self.ahead and self.ahead[-1][0] >= _place(cursor):
+            self.ahead.pop()
+
+    def go_on(self, cursor: BatchCursor) -> None:
+        """The scheduler has what another process sent it before ``cursor``: how many bytes is not known, so each counts as
+        all that are allowed."""
+        assert self.plan is not None
+        step, index = self.taken
+        held, self.next_cursor = BatchCursor(epoch=cursor.epoch, step=step, index=index), cursor
+        while _place(held) < _place(cursor):
+            self.ahead.append((_place(held), BYTES_AHEAD))
+            held = self.plan.following(held)
+
+    @property
+    def enough_ahead(self) -> bool:
+        """See ``MOST_AHEAD``."""
+        count = len(self.ahead)
+        return count >= MOST_AHEAD or (
+            count >= LEAST_AHEAD and sum(nbytes for _, nbytes in self.ahead) >= BYTES_AHEAD
+        )
+
+
+def _place(cursor: BatchCursor) -> tuple[int, int]:
+    return cursor.step, cursor.index
 
 
 @dataclass(frozen=True, slots=True)
