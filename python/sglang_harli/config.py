@@ -147,6 +147,12 @@ class HarliOptions:
         "Most seconds that a start may spend on measuring decode steps and prefills, where no latency profile for "
         "this server is there; the server is healthy after that. 0: none, it learns while it serves.",
     )
+    parity: str = _option(
+        "refuse",
+        "What follows where training does not compute what serving computes, compared on one prompt once the server "
+        "is healthy: refuse lets jobs wait, warn only says so, off does not compare.",
+        choices=("refuse", "warn", "off"),
+    )
     keep_checkpoints: int = _option(
         2, "How many checkpoints of each job stay on the disk, after its end too."
     )

@@ -104,6 +104,7 @@ class QuantumKind(enum.StrEnum):
     OPTIMIZER = "optimizer"
     COPY = "copy"  # a tensor of the state into, or out of, shared memory
     ADAPTER = "adapter"  # a slice of a finished adapter loaded into the serving side
+    CHECK = "check"  # a part of the comparison of training with serving
 
 
 @dataclass(frozen=True, slots=True)

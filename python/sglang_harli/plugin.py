@@ -95,6 +95,13 @@ TABLE = (
         "the scheduler's answer to a release has no room for a refusal",
     ),
     Replacement(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.flush_cache",
+        "sglang_harli.managers.training_guards:flush_while_idle",
+        "around",
+        True,
+        "SGLang refuses it while a request runs, also one of ours",
+    ),
+    Replacement(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.pause_generation",
         "sglang_harli.managers.training_guards:pause_training_too",
         "around",

@@ -48,8 +48,12 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, faults: Path) -> Iterator[Server]:
-    model = make_model(tmp_path_factory.mktemp("model") / "tiny", dtype="bfloat16")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("model") / "tiny", dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def server(model: str, faults: Path) -> Iterator[Server]:
     with start_server(model, *FLAGS, env=faulty_plugin.environment(faults)) as running:
         yield running
 
@@ -81,17 +85,6 @@ def burst(server: Server) -> None:
     with ThreadPoolExecutor(len(TEXTS)) as pool:
         answers = pool.map(lambda text: generate(server.url, text, tokens=TOKENS), TEXTS)
         assert [len(answer) for answer in answers] == [TOKENS] * len(TEXTS)
-
-
-def test_the_cache_is_flushed_right_behind_an_answer_beside_a_job(server, client, faults):
-    (faults / "slow").touch()
-    try:
-        for pause_s in (0.03, 0.1, 0.2) * 2:
-            assert len(generate(server.url, PROMPTS[3], tokens=3)) == 3
-            time.sleep(pause_s)
-            assert post(server.url, "/flush_cache", {})[0] == 200
-    finally:
-        (faults / "slow").unlink()
 
 
 @contextlib.contextmanager
@@ -142,6 +135,62 @@ def test_a_decision_that_goes_wrong_fails_the_job_beside_requests_and_in_idle_ti
             assert set(lengths) <= {100, 200}
         assert client.status().training is None
         assert len(generate(server.url, PROMPTS[0], tokens=TOKENS)) == TOKENS
+
+
+def test_jobs_wait_while_training_does_not_compute_what_is_served(server, model, faults):
+    """After an update of the weights serving has a norm that training does not see."""
+
+    def parity(client: FinetuneClient) -> dict[str, Any]:
+        serving = client.status().serving
+        return serving["parity"] if serving else {}
+
+    def update() -> None:
+        status, text = post(server.url, "/update_weights_from_disk", {"model_path": model})
+        assert status == 200, text
+
+    def flushed() -> bool:
+        """SGLang refuses it while a request runs; ours gives way."""
+        status, text = post(server.url, "/flush_cache", {})
+        assert status == 200, text
+        time.sleep(0.2)
+        return True
+
+    with FinetuneClient(server.endpoint) as client:
+        healthy = until(lambda: (found := parity(client))["state"] == "agrees" and found)
+        assert healthy["difference"] <= healthy["accepted"]
+        assert healthy["accepted"] == pytest.approx(max(0.02, 4 * healthy["rounding"]), rel=1e-4)
+        answer = generate(server.url, PROMPTS[0], tokens=TOKENS)
+        (faults / faulty_plugin.ANOTHER_NORM).touch()
+        update()
+        job = client.submit(ROWS, **HYPERPARAMETERS)
+        found = until(lambda: flushed() and (seen := parity(client))["state"] == "differs" and seen)
+        assert found["difference"] > 2 * found["accepted"]
+        held = until(
+            lambda: (
+                "does not compute what is served" in (client.get(job.id).reason or "") and client.get(job.id)
+            )
+        )
+        assert held.status is JobStatus.QUEUED
+        assert len(generate(server.url, PROMPTS[0], tokens=TOKENS)) == TOKENS
+        assert metrics(server)["harli_parity_ok"] == 0
+        (faults / faulty_plugin.ANOTHER_NORM).unlink()
+        update()
+        until(lambda: client.get(job.id).step > 0)
+        assert parity(client)["state"] == "agrees"
+        client.cancel(job.id)
+        until(lambda: client.get(job.id).status is JobStatus.CANCELLED)
+    assert generate(server.url, PROMPTS[0], tokens=TOKENS) == answer
+
+
+def test_the_cache_is_flushed_right_behind_an_answer_beside_a_job(server, client, faults):
+    (faults / "slow").touch()
+    try:
+        for pause_s in (0.03, 0.1, 0.2) * 2:
+            assert len(generate(server.url, PROMPTS[3], tokens=3)) == 3
+            time.sleep(pause_s)
+            assert post(server.url, "/flush_cache", {})[0] == 200
+    finally:
+        (faults / "slow").unlink()
 
 
 def test_a_burst_beyond_the_places_is_answered_while_training_uses_the_time_it_has(server, client):

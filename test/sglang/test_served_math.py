@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from sglang_harli.errors import UnsupportedError
+from sglang_harli.managers.parity import Parity
 from sglang_harli.peft_trainer.bare_forward import BareForward
 from sglang_harli.peft_trainer.frozen_base import FrozenBase, bind
 from sglang_harli.peft_trainer.layer import rotated
+from sglang_harli.predictor.latency_predictor import LatencyPredictor
 
 PROMPT = [token * 37 % 251 + 3 for token in range(90)]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 5e4}
@@ -159,6 +161,48 @@ def test_in_single_precision_the_exact_forward_is_the_same(
     base = bound(sglang_runner(tiny_model("qwen2", intermediate_size=333)))
     mine, exact = (torch.tensor(trained_logprobs(base, PROMPT, exact=exact)) for exact in (False, True))
     torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_is_served_and_what_is_trained_agree_until_one_of_them_changes(
+    arch: str,
+    dtype: str,
+    tiny_model: Callable[..., str],
+    sglang_runner: Callable[..., Any],
+    served_logprobs: Callable[..., list[float]],
+) -> None:
+    runner = sglang_runner(tiny_model(arch, dtype=dtype, vocab_size=301), enable_lora=True)
+    base = bound(runner)
+
+    def compared() -> Parity:
+        parity = Parity(base, "refuse", head_tokens=16)
+        parity.begin(PROMPT, served_logprobs(runner, PROMPT), 0)
+        while (offer := parity.offer(LatencyPredictor())) is not None:
+            parity.run(offer.candidates[-1][0])
+        return parity
+
+    parity = compared()
+    assert parity.state == "agrees", parity.sentence()
+    assert parity.difference <= (1e-5 if dtype == "float32" else 2 * parity.rounding)
+    for place, field in (
+        ("model.layers.1.input_layernorm", "weight"),
+        ("model.layers.0.self_attn.attn", "scaling"),
+    ):
+        module = runner.model.get_submodule(place)
+        before = getattr(module, field)
+        setattr(module, field, torch.nn.Parameter(before * 2) if field == "weight" else before * 2)
+        try:
+            assert compared().state == "differs", place
+        finally:
+            setattr(module, field, before)
+    table = runner.model.model.layers[0].self_attn.rotary_emb.cos_sin_cache
+    before = table.clone()
+    table.mul_(0.9)
+    try:  # training rotates by the very same table
+        assert compared().state == "agrees"
+    finally:
+        table.copy_(before)
 
 
 # ------------------------------------------------------------------ what is compared when a model is bound

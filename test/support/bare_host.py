@@ -147,7 +147,7 @@ def _run_host(asked: dict[str, Any], template: int) -> None:
         os.dup2(log, fd)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(process)d %(message)s")
     core.make_ipc_dir(asked["options"]["run_dir"])
-    host(HarliOptions(**asked["options"]), asked["model"], asked["registrations"])
+    host(HarliOptions(**asked["options"], parity="off"), asked["model"], asked["registrations"])
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """An SGLang plugin for a server under test: while a file exists every decision about a training quantum fails; while
-another does, those of an idle server take long."""
+another does, those of an idle server take long, and while a third does, an update of the weights does not reach training."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 PATH_ENV = "TEST_FAULTY_PLUGIN"  # the file
 NAME = "faulty"
 SLOW_S = 0.3  # as long as a quantum of idle time may take
+ANOTHER_NORM = "another-norm"
 
 
 def activate() -> None:
@@ -27,6 +29,29 @@ def activate() -> None:
         return decide(load, *args)
 
     qos_policy.decide = faulty
+    scheduler = sys.modules.get("sglang_harli.managers.scheduler")
+    if scheduler is not None:  # in the scheduler's process
+        scheduler.build = _with_a_norm_of_its_own(scheduler.build, path.with_name(ANOTHER_NORM))
+
+
+def _with_a_norm_of_its_own(build: Any, path: Path) -> Any:
+    """After an update of the weights serving has a last norm that training does not see, while ``path`` exists."""
+
+    def wrapped(scheduler: Any, side: Any) -> Any:
+        from torch import nn
+
+        trainer, refusal = build(scheduler, side)
+        norm, updated = scheduler.tp_worker.model_runner.model.model.norm, trainer.weights_updated
+        seen = norm.weight
+
+        def weights_updated() -> None:
+            norm.weight = nn.Parameter(1.5 * seen.detach(), requires_grad=False) if path.exists() else seen
+            updated()
+
+        trainer.weights_updated = weights_updated
+        return trainer, refusal
+
+    return wrapped
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -43,6 +43,7 @@ SGLANG_FILES = {
     "managers/http_app.py",
     "managers/training_guards.py",
     "managers/model_names.py",
+    "managers/parity_request.py",
     "managers/pool_setup.py",
     "managers/publisher.py",
     "managers/scheduler.py",

@@ -33,6 +33,7 @@ FLAGS = {
     "train_reserve": None,
     "prefix_keep": 0.5,
     "profile_budget_s": 0.0,
+    "parity": "refuse",
     "keep_checkpoints": 2,
     "logits_mem": "64MiB",
 }
@@ -111,6 +112,9 @@ METRICS = {
     "harli_predictor_coverage_ratio": "phase",
     "harli_predictor_upper_ratio": "phase",
     "harli_predictor_steps_total": "phase",
+    "harli_parity_difference": "",
+    "harli_parity_accepted": "",
+    "harli_parity_ok": "",
     "harli_slack_seconds": "",
     "harli_quanta_total": "load",
     "harli_quanta_per_step": "",

@@ -21,6 +21,7 @@ from sglang_harli.errors import HarliError
 from sglang_harli.managers.active_run import ActiveRun
 from sglang_harli.managers.failures import describe, forget, passes
 from sglang_harli.managers.memory_desk import MemoryDesk
+from sglang_harli.managers.parity import Parity
 from sglang_harli.managers.quantum_clock import DeviceClock, HostClock, Work
 from sglang_harli.managers.service_link import ServiceLink
 from sglang_harli.managers.slotting import Slotting
@@ -38,6 +39,7 @@ PROGRESS_EVERY_S = 0.5
 PULSE_EVERY_S = 2.0
 ASK_MEMORY_EVERY_S = 0.01  # a run that waits for it
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 1024)  # rows of a quantum to choose from
+_OF_NO_RUN = (QuantumKind.ADAPTER, QuantumKind.COPY, QuantumKind.CHECK)  # they show no sub-state
 ENDING = "the server is ending"
 KNOWN_RUNS = 1024  # jobs whose newest attempt is remembered, to tell a late StartRun
 
@@ -61,6 +63,7 @@ class CoTrainer:
         clock: measures quanta; on CUDA it also puts them on the stream of SGLang's forwards.
         desk: training's memory.
         quantum_rows: a fixed split, or None.
+        parity: the comparison of training with serving; None: none is made.
         take_print: takes the print of ``base`` as it is now (waits for the device); None: nobody asks for it.
         set_options, status: what the scheduler does for ``harli set`` and ``harli status``.
 
@@ -79,6 +82,7 @@ class CoTrainer:
         desk: MemoryDesk,
         *,
         quantum_rows: int | None,
+        parity: Parity | None = None,
         take_print: Callable[[], internal.BasePrint] | None = None,
         set_options: Callable[[internal.SetOptions], internal.OptionsSet],
         status: Callable[[], dict[str, Any]],
@@ -89,9 +93,10 @@ class CoTrainer:
         self.run: ActiveRun | None = None
         self.held = False  # /pause_generation pauses training too
         self.released = False  # see ``memory_released``
-        self._hold = ""  # see ``hold``
+        self._hold, self.parity = "", parity  # see ``hold``
         self.take_print = take_print
         self.base_print = take_print() if take_print is not None else None
+        self._told_hold = self.hold
         self.updates = 0  # of the served weights, since the start
         self._apply_options, self._status = set_options, status
         self._sub_state = (SubState.TRAINING.value, "")
@@ -156,27 +161,36 @@ class CoTrainer:
         self.run = ActiveRun(self.base, message, self.limits, self.link, self.quantum_rows, memory)
         self.desk.attach(self.run.training, spec.memory_bytes, self._give_up)
 
+    @property
+    def hold(self) -> str:
+        """Why no run starts now, for the hello; ``""``: it may."""
+        if not self._hold and self.take_print is not None and self.base_print is None:
+            return "it is not known which weights are served since their last update"
+        return self._hold or (self.parity.hold if self.parity is not None else "")
+
     def hold_runs(self, reason: str) -> None:
         """Start no run from now on, for a reason that queued jobs show; ``""``: runs may start again.  The run in
         progress goes on."""
         if self._hold != ENDING:
             self._hold = reason
-        self.link.say_hello()
+        self.hold_changed()
 
-    @property
-    def hold(self) -> str:
-        """Why no run starts now; ``""``: it may."""
-        if self._hold or self.take_print is None or self.base_print is not None:
-            return self._hold
-        return "it is not known which weights are served since their last update"
+    def hold_changed(self) -> None:
+        """Tell the service, if it is so."""
+        before, self._told_hold = self._told_hold, self.hold
+        if self.hold != before:
+            self.link.say_hello()
 
     def weights_updated(self) -> None:
         """SGLang has written to the served weights: they are another base now, unless they are what they were.  No
         job is in training then (the update would have been refused)."""
         self.updates += 1
+        if self.parity is not None:
+            self.parity.weights_updated()
         if self.take_print is not None:
             self.base_print = None  # where it cannot be taken no run starts
             self.base_print = self.take_print()
+        self._told_hold = self.hold
         self.link.say_hello()
 
     def _note(self, job: str, attempt: int) -> None:
@@ -204,9 +218,7 @@ class CoTrainer:
             self._release()
 
     def _status_request(self, message: internal.StatusRequest, _frames: list[memoryview]) -> None:
-        serving = self._status()
-        answer = {"serving": serving, "training": self.status(serving), "pool": self.desk.status()}
-        self.link.send(internal.StatusReport(request=message.request, **answer))
+        self.link.send(internal.StatusReport(request=message.request, **self.whole_status()))
 
     def _set_options(self, message: internal.SetOptions, _frames: list[memoryview]) -> None:
         answer = self._apply_options(message)
@@ -218,8 +230,8 @@ class CoTrainer:
     # ---------------------------------------------------------------- quanta
     @property
     def busy(self) -> bool:
-        """Whether there is a run or an adapter to load at all (cheap: asked every loop turn)."""
-        return self.run is not None or self._loading
+        """Whether there is a run, an adapter to load or a comparison at all (cheap: asked every loop turn)."""
+        return self.run is not None or self._loading or (self.parity is not None and self.parity.pending)
 
     @property
     def _loading(self) -> bool:
@@ -239,11 +251,16 @@ class CoTrainer:
         if self._loading:
             return self._single(QuantumKind.ADAPTER)
         run = self.run
-        if run is None or self.released:
+        if self.released:
             return None
-        if run.copying:
+        if run is not None and run.copying:
             return self._single(QuantumKind.COPY)
-        if self.held and not run.finishing:
+        finishing = run is not None and run.finishing
+        if self.held and not finishing:
+            return None
+        if not finishing and (offer := self._comparison(Claim.POLICY)) is not None:
+            return offer
+        if run is None:
             return None
         if run.lacks_memory and time.monotonic() < self._ask_memory_at:
             return None
@@ -254,7 +271,7 @@ class CoTrainer:
 
     def claimed(self) -> QuantumOffer | None:
         """What may run whatever waits: the loading of adapters, copies of the state, and, so that a pause ends, the optimizer's
-        slices behind the first."""
+        slices behind the first; and the comparison with serving, which jobs wait for."""
         if self.loader is not None and self.loader.urgent:
             return self._single(QuantumKind.ADAPTER, Claim.EVERY_STEP)
         run = self.run
@@ -263,7 +280,9 @@ class CoTrainer:
                 return self._single(QuantumKind.COPY, Claim.SHARE)
             if run.finishing and (offer := self._training_offer(run, Claim.SHARE)) is not None:
                 return offer
-        return self._single(QuantumKind.ADAPTER, Claim.SHARE) if self._loading else None
+        if self._loading:
+            return self._single(QuantumKind.ADAPTER, Claim.SHARE)
+        return None if self.held else self._comparison(Claim.SHARE)
 
     @property
     def barred(self) -> Reason | None:
@@ -279,6 +298,14 @@ class CoTrainer:
         if released != self.released:
             self.released = released
             self.hold_runs(str(Reason.MEMORY_RELEASED) if released else "")
+
+    def _comparison(self, claim: Claim) -> QuantumOffer | None:
+        if self.parity is None or not self.parity.pending:
+            return None
+        offer = self.parity.offer(self.predictor, claim)
+        if offer is None:
+            self.hold_changed()  # the result may have come
+        return offer
 
     def _training_offer(self, run: ActiveRun, claim: Claim) -> QuantumOffer | None:
         try:
@@ -335,8 +362,12 @@ class CoTrainer:
                 work = self._run(offer.kind, decision.rows)
         except Exception as error:  # boundary: the quantum
             logger.exception("harli: a training quantum (%s) failed", offer.kind.value)
-            # Where it was another job's adapter, its loading has failed, not the run.
-            if offer.kind is not QuantumKind.ADAPTER:
+            # Where it was another job's adapter, its loading has failed, not the run; likewise a comparison.
+            if offer.kind is QuantumKind.CHECK and self.parity is not None:
+                self.parity.fail(describe(error)[1])
+                self.hold_changed()
+                forget(error, self.base.device)
+            elif offer.kind is not QuantumKind.ADAPTER:
                 self.fail(error)
             return
         upper_s = dict(offer.candidates).get(decision.rows, offer.candidates[-1][1])
@@ -349,10 +380,11 @@ class CoTrainer:
                 )
             else:
                 self.predictor.ran(w.kind)
-        self.quanta += 1
-        self.busy_quanta += decision.reason is not Reason.IDLE
-        self.train_s += now_s - begin
-        if self.run is not None and offer.kind not in (QuantumKind.ADAPTER, QuantumKind.COPY):
+        if offer.kind is not QuantumKind.CHECK:
+            self.quanta += 1
+            self.busy_quanta += decision.reason is not Reason.IDLE
+            self.train_s += now_s - begin
+        if self.run is not None and offer.kind not in _OF_NO_RUN:
             self._enter(SubState.TRAINING, decision.reason)
 
     @property
@@ -369,6 +401,11 @@ class CoTrainer:
             assert self.loader is not None
             self.loader.run_slice()
             return Work(kind, 1)
+        if kind is QuantumKind.CHECK:
+            assert self.parity is not None
+            work = self.parity.run(rows)
+            self.hold_changed()
+            return work
         run = self.run
         assert run is not None
         if run.copying:
@@ -461,6 +498,13 @@ class CoTrainer:
                 tokens=run.training.tokens,
             )
         )
+
+    def whole_status(self) -> dict[str, Any]:
+        """Of serving, training and the pool."""
+        serving = self._status()
+        if self.parity is not None:
+            serving["parity"] = self.parity.status()
+        return {"serving": serving, "training": self.status(serving), "pool": self.desk.status()}
 
     def status(self, serving: dict[str, Any]) -> dict[str, Any] | None:
         """For ``harli status``; ``serving``: what it shows of serving."""

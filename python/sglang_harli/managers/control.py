@@ -138,11 +138,24 @@ def _hold(trainer: Any, _body: dict[str, Any]) -> dict[str, Any]:
     return {"training": trainer.training}
 
 
+def _parity(trainer: Any, body: dict[str, Any]) -> dict[str, Any]:
+    """What the HTTP process has measured, or why it could not; answered with whether it is to measure."""
+    if trainer.parity is None:
+        return {"wanted": False}
+    if "served" in body:
+        trainer.parity.begin(body["ids"], body["served"], body["version"])
+    elif "failed" in body:
+        trainer.parity.fail(body["failed"])
+    trainer.hold_changed()
+    return trainer.parity.wanted()
+
+
 _METHODS: dict[str, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
     "harli/load_adapter": _load_adapter,
     "harli/abandon_adapter": _abandon_adapter,
     "harli/load_status": _load_status,
     "harli/hold": _hold,
     "harli/end": lambda trainer, _: {"ending": trainer.end_soon() is None},
+    "harli/parity": _parity,
     "harli/training": lambda trainer, _: {"training": trainer.training},
 }

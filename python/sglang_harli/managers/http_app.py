@@ -24,6 +24,7 @@ from sglang_harli.errors import HarliError
 from sglang_harli.managers import supervisor
 from sglang_harli.managers.metrics_collector import MetricsCollector
 from sglang_harli.managers.model_names import missing_model_error
+from sglang_harli.managers.parity_request import ParityRequest
 from sglang_harli.managers.publisher import Publisher
 from sglang_harli.managers.startup_profile import StartupProfile
 from sglang_harli.managers.training_guards import end_training
@@ -50,7 +51,9 @@ def install(app: FastAPI, server_args: Any, tokenizer_manager: Any) -> None:
     metrics = MetricsCollector() if server_args.enable_metrics else None
     profile = StartupProfile(publisher, tokenizer_manager, options.profile_budget_s)
     watchdog = Watchdog(options, supervisor.running, publisher, metrics)
-    _follow_lifespan(app, tokenizer_manager, publisher, watchdog, profile)
+    parity = ParityRequest(publisher, tokenizer_manager, profile) if options.parity != "off" else None
+    tokenizer_manager.harli_parity = parity
+    _follow_lifespan(app, tokenizer_manager, publisher, watchdog, profile, parity)
     app.router.routes[:0] = routes(publisher, tokenizer_manager, profile).routes
 
 
@@ -62,7 +65,12 @@ def before_setup_and_run(server_args: Any, tokenizer_manager: Any, *args: Any, *
 
 
 def _follow_lifespan(
-    app: FastAPI, manager: Any, publisher: Publisher, watchdog: Watchdog, profile: StartupProfile
+    app: FastAPI,
+    manager: Any,
+    publisher: Publisher,
+    watchdog: Watchdog,
+    profile: StartupProfile,
+    parity: ParityRequest | None,
 ) -> None:
     original = app.router.lifespan_context
 
@@ -72,9 +80,13 @@ def _follow_lifespan(
             publisher.start()
             watchdog.start()
             profile.start()
+            if parity is not None:
+                parity.start()
             try:
                 yield state
             finally:
+                if parity is not None:
+                    await parity.stop()
                 await end_training(manager)
                 await profile.stop()
                 await watchdog.stop()

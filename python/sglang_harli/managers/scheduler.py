@@ -20,6 +20,7 @@ from sglang.srt.managers.scheduler import Scheduler
 
 from sglang_harli.core import StepLoad
 from sglang_harli.managers import control, slo_ledger, waiting_prompts
+from sglang_harli.managers.parity_metrics import ParityMetrics
 from sglang_harli.managers.pool_metrics import PoolMetrics
 from sglang_harli.managers.predictor_metrics import PredictorMetrics
 from sglang_harli.managers.qos_metrics import QosMetrics
@@ -57,11 +58,17 @@ class HarliScheduler(Scheduler):
         self._harli_logged = ""  # what went wrong last, outside of a quantum
         self._harli_quanta = 0  # that had run before the latest batch
         self._harli, self._harli_refusal = build(self, self._harli_side)
-        self._harli_metrics: tuple[PoolMetrics | PredictorMetrics | QosMetrics, ...] = ()
+        self._harli_metrics: tuple[Any, ...] = ()
         if self._harli is not None and self.server_args.enable_metrics:
             side = self._harli_side
             qos = QosMetrics(side, self._harli)
-            self._harli_metrics = (PoolMetrics(self._harli.desk), PredictorMetrics(side.predictor), qos)
+            parity = ParityMetrics(self._harli.parity)
+            self._harli_metrics = (
+                PoolMetrics(self._harli.desk),
+                PredictorMetrics(side.predictor),
+                qos,
+                parity,
+            )
         socket = self._harli.link.socket if self._harli is not None else None
         if socket is not None and self.idle_sleeper is not None:
             self.idle_sleeper.poller.register(socket, zmq.POLLIN)
@@ -149,10 +156,7 @@ class HarliScheduler(Scheduler):
     def get_internal_state(self, recv_req: Any) -> Any:
         output = super().get_internal_state(recv_req)
         if self._harli is not None:
-            serving = self._harli_side.status()
-            training = self._harli.status(serving)
-            pool = self._harli.desk.status()
-            output.internal_state["harli"] = {"serving": serving, "training": training, "pool": pool}
+            output.internal_state["harli"] = self._harli.whole_status()
         return output
 
     def _harli_profile(self) -> dict[str, Any]:

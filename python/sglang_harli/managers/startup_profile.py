@@ -48,7 +48,7 @@ class StartupProfile:
 
     async def _run(self) -> None:
         try:
-            await self._up()
+            await self.up()
             logger.info("harli: %s", await self._measure())
         except (HarliError, OSError, ValueError, KeyError) as error:
             logger.warning(
@@ -57,7 +57,7 @@ class StartupProfile:
         finally:
             self.done = True
 
-    async def _up(self) -> None:
+    async def up(self) -> None:
         """SGLang's own warm-up is over, and the finetune service is there or given up."""
         from sglang.srt.managers.tokenizer_manager import ServerStatus
 

@@ -1,7 +1,7 @@
 """Builds the scheduler's trainer: binds the weights, states the limits, opens the link.
 
-Leans on SGLang 0.5.16: Scheduler.server_args, token_to_kv_pool_allocator, tree_cache, tp_worker.model_runner (model, model_config, lora_manager,
-decode_cuda_graph_runner.capture_bs), ServerArgs (model_path, tokenizer_path, served_model_name, max_lora_rank, lora_target_modules, device).
+Leans on SGLang 0.5.16: Scheduler.server_args, weight_updater.offload_tags, token_to_kv_pool_allocator, tree_cache, tp_worker.model_runner (model, model_config, lora_manager,
+kv_cache_dtype, decode_cuda_graph_runner.capture_bs), ServerArgs (model_path, tokenizer_path, served_model_name, max_lora_rank, lora_target_modules, device).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sglang_harli.errors import UnsupportedError
 from sglang_harli.managers.adapter_loader import AdapterLoader
 from sglang_harli.managers.co_trainer import CoTrainer
 from sglang_harli.managers.memory_desk import MemoryDesk
+from sglang_harli.managers.parity import Parity
 from sglang_harli.managers.profile_setup import profile_key, starting_priors
 from sglang_harli.managers.quantum_clock import make_clock
 from sglang_harli.managers.service_link import ServiceLink
@@ -93,6 +94,7 @@ def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | No
         make_clock(base.device.type, getattr(scheduler, "forward_stream", None)),
         desk,
         quantum_rows=side.options.quantum_rows,
+        parity=_parity(scheduler, base, limits, side.options),
         take_print=lambda: base_print.take(base, args.served_model_name, args.model_path),
         set_options=side.set_options,
         status=side.status,
@@ -152,6 +154,19 @@ def served_limits(
         train_memory_bytes=desk.ever_bytes,
         logits_bytes=options.logits_bytes,
         space_bytes=desk.space_bytes,
+    )
+
+
+def _parity(scheduler: Any, base: FrozenBase, limits: internal.ServedLimits, options: HarliOptions) -> Parity:
+    """The comparison of training with serving that is to be made."""
+    token_bytes = limits.vocab_size * torch.promote_types(base.dtype, torch.float32).itemsize
+    kv_bytes = scheduler.tp_worker.model_runner.kv_cache_dtype.itemsize
+    return Parity(
+        base,
+        options.parity,
+        head_tokens=max(1, limits.logits_bytes // token_bytes),
+        rounds="a KV cache in 8 bits" if kv_bytes < base.dtype.itemsize else "",
+        released=lambda: bool(scheduler.weight_updater.offload_tags),
     )
 
 

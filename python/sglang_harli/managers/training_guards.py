@@ -1,8 +1,9 @@
 """HTTP process: SGLang's own controls that training must follow, and that its scheduler does not hear of (in time).
 
 AROUND hooks on sglang/srt/managers: TokenizerControlMixin.release_memory_occupation (the scheduler's answer
-has no room for a refusal) and TokenizerManager.pause_generation (in mode ``abort``, the default, only the
-HTTP process holds requests back; ``continue_generation`` reaches the scheduler in every mode).  AFTER hook on
+has no room for a refusal) and flush_cache, and TokenizerManager.pause_generation (in mode ``abort``, the default, only
+the HTTP process holds requests back; ``continue_generation`` reaches the scheduler in every mode).  All three want a
+server without requests, or end those there are: the one that training is compared by gives way.  AFTER hook on
 tokenizer_manager.SignalHandler.sigterm_handler.
 """
 
@@ -23,15 +24,28 @@ async def refuse_while_training(original: Callable[..., Any], manager: Any, *arg
     then a ValueError, which SGLang's route answers as HTTP 400."""
     from sglang_harli.managers.control import REFUSAL
 
-    if await _ask(manager, "harli/training", {}):
-        raise ValueError(f"memory cannot be released: {REFUSAL}")
-    return await original(manager, *args, **kwargs)
+    async with _quiet(manager):
+        if await _ask(manager, "harli/training", {}):
+            raise ValueError(f"memory cannot be released: {REFUSAL}")
+        return await original(manager, *args, **kwargs)
+
+
+async def flush_while_idle(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """SGLang's own flush of its cache, which it refuses while a request runs."""
+    async with _quiet(manager):
+        return await original(manager, *args, **kwargs)
 
 
 async def pause_training_too(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
     """Training stops before SGLang holds requests back, and goes on with ``/continue_generation``."""
-    await _ask(manager, "harli/hold", {})
-    return await original(manager, obj)
+    async with _quiet(manager):
+        await _ask(manager, "harli/hold", {})
+        return await original(manager, obj)
+
+
+def _quiet(manager: Any) -> contextlib.AbstractAsyncContextManager[None]:
+    parity = getattr(manager, "harli_parity", None)  # none with --harli-parity off
+    return contextlib.nullcontext() if parity is None else parity.quiet()
 
 
 def stop_training_to_end(_result: Any, handler: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -68,7 +68,9 @@ class BareForward:
     # ---- the quanta
     def _steps(self) -> Iterator[None]:
         base, width = self._base, len(self._ids)
-        ids = torch.tensor(self._ids, device=base.device)
+        ids = torch.tensor(self._ids)
+        if base.device.type != "cpu":  # without waiting for the device
+            ids = ids.pin_memory().to(base.device, non_blocking=True)
         x = base.model.model.embed_tokens(ids[None]).to(self._dtype)
         cos, sin = base.rotary().upto(width)
         rotary = (cos.to(self._dtype), sin.to(self._dtype)) if self._exact else (cos, sin)

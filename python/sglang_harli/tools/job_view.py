@@ -138,10 +138,17 @@ def status_lines(answer: StatusAnswer) -> Iterator[str]:
             yield f"{title}: not connected" if title == "serving" else f"{title}: none"
             continue
         yield f"{title}: {values['why']}" if values.get("why") else f"{title}:"
-        shown = {name: value for name, value in values.items() if name not in ("prediction", "why")}
+        shown = {name: value for name, value in values.items() if name not in ("parity", "prediction", "why")}
         yield from _nested(shown, "  ")
+        yield from parity_lines(values.get("parity"))
         yield from prediction_lines(values.get("prediction"))
     yield from pool_lines(answer.pool)
+
+
+def parity_lines(parity: dict[str, Any] | None) -> Iterator[str]:
+    """How far training is from serving, in a sentence that has the figures."""
+    if parity:
+        yield f"  parity: {parity['why']}"
 
 
 def prediction_lines(phases: dict[str, dict[str, Any]] | None) -> Iterator[str]:
