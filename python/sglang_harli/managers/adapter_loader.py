@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _FAILURES_KEPT = 64
-# Bytes that a slice moves at least, unless it is the last, and at most but for the layer that it stacks.
+# Bytes that a slice moves at least, unless it is the last; less than twice that, but for a layer that it stacks.
 SLICE_BYTES = 1 << 20
 
 
