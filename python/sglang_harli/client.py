@@ -157,6 +157,18 @@ class FinetuneClient(_Client):
             )
         )
 
+    def check(self, data: Data, *, filename: str | None = None, **hyperparameters: Any) -> dict[str, Any]:
+        """What would become of training data, by the server's own tokenizer and chat template; no job is made.
+
+        Args:
+            data, filename: see ``submit``.
+            hyperparameters: ``max_seq_length`` and ``on_overflow`` count.
+
+        Returns:
+            ``ok``, ``rows``, ``notes``, ``bad_lines`` and more (see docs/jobs.md, ``check``).
+        """
+        return self._run(self._calls.check(data, filename=filename, pairs=hyperparameters))
+
     def list(self, *, status: str | None = None, limit: int = 100, after: str | None = None) -> list[Job]:
         """Jobs of this server; ``after`` is the id of the last one seen."""
         return self._run(self._calls.jobs(status, limit, after))
@@ -278,6 +290,11 @@ class AsyncFinetuneClient(_Client):
                 resume_from=resume_from,
             )
         )
+
+    async def check(
+        self, data: Data, *, filename: str | None = None, **hyperparameters: Any
+    ) -> dict[str, Any]:
+        return await self._run(self._calls.check(data, filename=filename, pairs=hyperparameters))
 
     async def list(
         self, *, status: str | None = None, limit: int = 100, after: str | None = None

@@ -337,14 +337,29 @@ def _bad(name: str, value: Any, accepted: str) -> ConfigError:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServiceConfig:
+class TokenizerFlags:
+    """SGLang's flags that say which tokenizer and chat template serve, and how long a row may be.
+
+    ``chat_template_kwargs`` are ``--default-chat-template-kwargs``; paths are folders or hub ids.
+    """
+
+    model_path: str
+    tokenizer_path: str
+    trust_remote_code: bool = False
+    revision: str | None = None
+    tokenizer_mode: str = "auto"
+    chat_template: str | None = None
+    hf_chat_template_name: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    context_length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig(TokenizerFlags):
     """What the supervisor tells the finetune service, as one JSON document (environment SERVICE_ENV)."""
 
     options: HarliOptions
-    model_path: str  # local folder or hub id of the served model
-    tokenizer_path: str
     served_model_name: str
-    trust_remote_code: bool = False
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

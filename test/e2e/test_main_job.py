@@ -18,6 +18,8 @@ from sglang_harli import FinetuneClient
 from sglang_harli.core import JobStatus, shm_dir, short_id
 from sglang_harli.errors import ConfigError, DataError, HarliError
 from sglang_harli.protocol.public import Job
+from sglang_harli.service.token_store import TokenReader
+from support.chat_templates import QWEN3
 from support.http import PROMPTS, chat, generate, generate_all, get, post
 from support.models import make_model
 from support.server import Server, start_server
@@ -38,12 +40,22 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-FLAGS = ("--random-seed", "11", "--harli-quantum-rows", "2")
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """With a chat template and keywords that the model's own files do not have."""
+    template = tmp_path_factory.mktemp("template") / "served.jinja"
+    template.write_text(
+        QWEN3.replace("'<|im_start|>' + message.role", "'<|im_start|>[served] ' + message.role")
+    )
+    return (
+        *("--random-seed", "11", "--harli-quantum-rows", "2", "--chat-template", str(template)),
+        *("--default-chat-template-kwargs", '{"enable_thinking": false}'),
+    )
 
 
 @pytest.fixture(scope="module")
-def server(model: str, run_dir: Path) -> Iterator[Server]:
-    with start_server(model, *FLAGS, run_dir=run_dir) as running:
+def server(model: str, run_dir: Path, flags: tuple[str, ...]) -> Iterator[Server]:
+    with start_server(model, *flags, run_dir=run_dir) as running:
         yield running
 
 
@@ -198,6 +210,63 @@ def test_targets_are_set_while_running(client):
     assert client.status().options["tpot_slo_ms"] == 80.0
 
 
+TOOLS = [
+    {
+        "function": {
+            "parameters": {"type": "dict", "properties": {"at": {"type": "varchar(40)"}}},
+            "name": "tides",
+            "description": "High water",
+        },
+        "cache": True,
+    }
+]
+TOOL_MESSAGES = [
+    {"role": "user", "content": "when is high water", "name": None},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "tides", "arguments": '{"at":"Nar"}'}}
+        ],
+    },
+    {
+        "role": "tool",
+        "tool_call_id": "c",
+        "content": [{"type": "text", "text": "at"}, {"type": "text", "text": "ten"}],
+    },
+    {"role": "assistant", "content": "at ten", "tool_calls": None},
+]
+TOOL_ANSWERS = ['<tool_call>\n{"name": "tides", "arguments": {"at": "Nar"}}\n</tool_call>', "at ten"]
+
+
+def test_rows_with_tools_are_trained_with_the_ids_that_are_served_and_answer_so(server, client, run_dir):
+    def asked(model: str, messages: list[Any], tokens: int) -> Any:
+        body = {"model": model, "messages": messages, "tools": TOOLS, "max_tokens": tokens, "temperature": 0}
+        status, answer = post(server.url, "/v1/chat/completions", body | {"return_prompt_token_ids": True})
+        assert status == 200, answer
+        return answer["choices"][0]
+
+    record = {"messages": TOOL_MESSAGES, "tools": TOOLS}
+    checked = client.check([record])
+    assert checked["rows"] == 2 and {note["code"] for note in checked["notes"]} == {
+        "message_fields_ignored",
+        "tool_fields_ignored",
+    }
+    job = client.submit([record], n_epochs=50, learning_rate=1e-2, batch_size=2, checkpoint_every=0, lora_r=8)
+    reader = TokenReader(run_dir / job.id / "data")
+    prompts = [asked("tiny-qwen3", TOOL_MESSAGES[:at], 1)["prompt_token_ids"] for at in (1, 3)]
+    for row, prompt in enumerate(prompts):
+        ids, labels = reader.row(row)
+        assert ids[: len(prompt)].tolist() == prompt
+        assert (labels[: len(prompt)] == -100).all() and labels[len(prompt)] == ids[len(prompt)]
+    reader.close()
+    job = client.wait(job.id, 240)
+    assert job.status is JobStatus.SUCCEEDED, job.error
+    for at, answer in zip((1, 3), TOOL_ANSWERS, strict=True):
+        said = asked(job.fine_tuned_model, TOOL_MESSAGES[:at], 80)["message"]["content"]
+        assert said.removesuffix("<|im_end|>") == answer
+
+
 def test_broken_lines_are_named_and_create_no_job(client):
     count = len(client.list())
     lines = [json.dumps(ROWS[0])] * 10
@@ -278,7 +347,7 @@ def ends_gracefully(server: Server, client: FinetuneClient, job: Job) -> None:
 
 
 def test_pause_resume_and_a_clean_restart_change_no_bit(
-    server, client, model, run_dir, taught, alone, sampled
+    server, client, model, run_dir, flags, taught, alone, sampled
 ):
     """Run last on this server: it is stopped and started again."""
     settings = {"n_epochs": 60, "batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 1000, "seed": 3}
@@ -293,7 +362,7 @@ def test_pause_resume_and_a_clean_restart_change_no_bit(
     ends_gracefully(server, client, job)
     with start_server(
         model,
-        *FLAGS,
+        *flags,
         run_dir=run_dir,
         endpoint=server.endpoint,
         port=server.port,

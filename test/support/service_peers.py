@@ -18,8 +18,9 @@ import zmq
 
 from sglang_harli import core
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
-from sglang_harli.protocol import internal, shared_memory
+from sglang_harli.protocol import internal, shared_memory, tokenizer_state
 from sglang_harli.protocol.public import ALL_LINEAR
+from sglang_harli.protocol.tokenizer_state import TokenizerState
 
 
 class ServiceProcess:
@@ -153,12 +154,18 @@ class HttpPeer(Peer):
     Attributes:
         published: name -> (config, tensors).
         refuse: the next publications that are refused.
+        tokenizer: what the server's is; None: it has none to hand over.
         states: every ServiceState that came.
         refused: every AdapterRefused.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, tokenizer: TokenizerState | None = None) -> None:
         super().__init__(core.http_endpoint(str(run_dir)), "to_http")
+        self._run_dir = run_dir
+        self.tokenizer = tokenizer
+        self.writes = 0
+        if tokenizer is not None:
+            self.hand_over()
         self.published: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {}
         self.publications: list[str] = []
         self.refuse = 0
@@ -167,7 +174,13 @@ class HttpPeer(Peer):
         self.refused: list[internal.AdapterRefused] = []
 
     def hello(self) -> internal.HttpHello:
-        return internal.HttpHello(pid=os.getpid(), served_model_name="org/tiny")
+        fingerprint = self.tokenizer.fingerprint if self.tokenizer is not None else ""
+        return internal.HttpHello(pid=os.getpid(), served_model_name="org/tiny", tokenizer=fingerprint)
+
+    def hand_over(self) -> None:
+        assert self.tokenizer is not None
+        self.writes += 1
+        tokenizer_state.write(self._run_dir, tokenizer_state.encode(self.tokenizer))
 
     def want(self, name: str) -> None:
         self._send(internal.AdapterWanted(name=name))
@@ -178,6 +191,9 @@ class HttpPeer(Peer):
                 self._hello()
             self.service_pid = message.pid
             self.states.append(message)
+            if message.tokenizer_lost:
+                self.hand_over()
+                self._hello()
             return
         if isinstance(message, internal.AdapterRefused):
             self.refused.append(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import socket
@@ -22,6 +23,7 @@ from sglang_harli.errors import ConfigError
 from sglang_harli.protocol import public
 from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.public import Job
+from sglang_harli.protocol.tokenizer_state import TokenizerState
 from support.scheduler_peer import SchedulerPeer
 from support.service_peers import HttpPeer, ServiceProcess
 
@@ -73,11 +75,14 @@ class World:
         self._stack.callback(self._stop)
         core.make_ipc_dir(str(self.run_dir))
         self.client = self._stack.enter_context(FinetuneClient(self.service.endpoint))
+        self.http: HttpPeer | None = None
         if peers:
-            self.join_scheduler()
             self.join_http()
+            self.join_scheduler()
 
     def join_scheduler(self, *, base: BasePrint | None = None, **limits: Any) -> SchedulerPeer:
+        if self.http is None:
+            self.greet()
         self.scheduler = SchedulerPeer(self.run_dir, **limits)
         self.scheduler.base = base
         self.scheduler.start()
@@ -85,8 +90,14 @@ class World:
         until(lambda: self.scheduler.service_pid, "the welcome")
         return self.scheduler
 
-    def join_http(self) -> HttpPeer:
-        self.http = HttpPeer(self.run_dir).start()
+    def greet(self) -> None:
+        """An HTTP process says that it has no tokenizer of its own to hand over, and is gone: jobs may start."""
+        peer = HttpPeer(self.run_dir).start()
+        until(lambda: any(s.greeted_by == os.getpid() for s in peer.states), "the answer to the hello")
+        peer.close()
+
+    def join_http(self, tokenizer: TokenizerState | None = None) -> HttpPeer:
+        self.http = HttpPeer(self.run_dir, tokenizer).start()
         self._stack.callback(self.http.close)
         return self.http
 
@@ -121,6 +132,7 @@ class World:
     def result(self, job: Job) -> np.ndarray:
         """The published tensor: what the run was fed, in which order."""
         assert job.fine_tuned_model is not None
+        assert self.http is not None
         _, tensors = self.http.published[job.fine_tuned_model]
         [tensor] = tensors.values()
         return tensor

@@ -49,6 +49,7 @@ SGLANG_FILES = {
     "managers/scheduler.py",
     "managers/startup_profile.py",
     "managers/supervisor.py",
+    "managers/tokenizer_handover.py",
     "mem_cache/kv_pool.py",
     "mem_cache/prefix_eviction.py",
     "mem_cache/slot_allocator.py",

@@ -60,6 +60,7 @@ VERBS = (
     "status",
     "set",
     "unsubscribe",
+    "check",
 )
 JOB_STATES = ["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 SUB_STATES = ["training", "yielding", "waiting_data", "waiting_memory", "checkpointing", "publishing"]
@@ -130,6 +131,7 @@ MESSAGES = {
     "Reply": "v id ok result error event",
     "ErrorBody": "code message param details",
     "SubmitArgs": "filename size sha256 suffix hyperparameters idempotency_key priority resume_from upload",
+    "CheckArgs": "filename size sha256 hyperparameters upload",
     "UploadArgs": "upload filename size sha256 offset",
     "UploadAnswer": "offset",
     "ListArgs": "limit after status",
@@ -178,8 +180,8 @@ MESSAGES = {
     "Ack": "seq seqs",
     "StatusRequest": "seq request",
     "SetOptions": "seq request values if_revision",
-    "HttpHello": "seq pid served_model_name",
-    "ServiceState": "seq pid endpoint_bound scheduler_seen refusal adapters jobs greeted_by others",
+    "HttpHello": "seq pid served_model_name tokenizer",
+    "ServiceState": "seq pid endpoint_bound scheduler_seen refusal adapters jobs greeted_by others tokenizer_lost",
     "PublishAdapter": "seq request job name config slot",
     "AdapterPublished": "seq request job name ok code text passing",
     "AdapterWanted": "seq name",

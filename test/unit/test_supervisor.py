@@ -232,6 +232,16 @@ def test_child_whose_server_is_gone_already_does_not_run(child_module, tmp_path:
 
 
 # ------------------------------------------------------------------ of a server
+TOKENIZER_FLAGS = {
+    "revision": "v2",
+    "tokenizer_mode": "slow",
+    "chat_template": "other.jinja",
+    "hf_chat_template_name": "tool_use",
+    "default_chat_template_kwargs": {"enable_thinking": False},
+    "context_length": 512,
+}
+
+
 def server_args(run_dir: Path, **options: object) -> SimpleNamespace:
     values = {"run_dir": str(run_dir), "finetune_endpoint": f"ipc://{run_dir}/door", **options}
     return SimpleNamespace(
@@ -241,6 +251,7 @@ def server_args(run_dir: Path, **options: object) -> SimpleNamespace:
         served_model_name=None,
         trust_remote_code=False,
         node_rank=0,
+        **TOKENIZER_FLAGS,
     )
 
 

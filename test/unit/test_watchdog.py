@@ -99,7 +99,16 @@ def test_a_service_that_stops_answering_is_killed_and_started_again(
     chosen = options(tmp_path)
     model = str(make_tokenizer_folder(tmp_path / "model"))
     arguments = SimpleNamespace(
-        model_path=model, tokenizer_path=model, served_model_name="base", trust_remote_code=False
+        model_path=model,
+        tokenizer_path=model,
+        served_model_name="base",
+        trust_remote_code=False,
+        revision=None,
+        tokenizer_mode="auto",
+        chat_template=None,
+        hf_chat_template_name=None,
+        default_chat_template_kwargs=None,
+        context_length=None,
     )
     core.make_ipc_dir(chosen.absolute_run_dir)
     keeper = Supervisor(supervisor.SERVICE_MODULE, supervisor.service_environment(chosen, arguments))

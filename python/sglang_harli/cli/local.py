@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
 
-from sglang_harli.cli.session import AsJson, notice, print_json, report, session
-from sglang_harli.errors import DataError
+from sglang_harli.cli.session import AsJson, Endpoint, notice, print_json, report, session
+from sglang_harli.config import TokenizerFlags
+from sglang_harli.errors import ConfigError, DataError
 
 app = typer.Typer()
 
@@ -76,25 +78,62 @@ def make_keys(
 def check_data(
     ctx: typer.Context,
     data: Annotated[str, typer.Argument(metavar="FILE", help="A JSONL file.")],
-    model: Annotated[str, typer.Option(help="Folder or hub id of the model that is (or will be) served.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id of the model that is (or will be) served, to check without a server "
+            "[default: the running server checks the file]"
+        ),
+    ] = None,
     max_seq_length: Annotated[
         int | None, typer.Option(help="Longest row in tokens [default: the model's limit]")
     ] = None,
     on_overflow: Annotated[str, typer.Option(help="error, truncate or drop longer rows")] = "error",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As for serving.")] = False,
+    tokenizer_path: Annotated[str | None, typer.Option(help="With --model: as for serving.")] = None,
+    revision: Annotated[str | None, typer.Option(help="With --model: as for serving.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="With --model: as for serving.")
+    ] = False,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE.jinja", help="With --model: as for serving.")
+    ] = None,
+    hf_chat_template_name: Annotated[str | None, typer.Option(help="With --model: as for serving.")] = None,
+    default_chat_template_kwargs: Annotated[
+        str | None, typer.Option(metavar="JSON", help="With --model: as for serving.")
+    ] = None,
+    context_length: Annotated[int | None, typer.Option(help="With --model: as for serving.")] = None,
     as_json: AsJson = False,
+    endpoint: Endpoint = None,
 ) -> None:
-    """Validate training data locally, and show what would be learned."""
-    with session(ctx, None, as_json) as current:
-        from sglang_harli.tools import check_data as tool
+    """Validate training data, and show what would be learned: by the running server, or by --model without one."""
+    serving = {
+        "tokenizer_path": tokenizer_path,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code or None,
+        "chat_template": chat_template,
+        "hf_chat_template_name": hf_chat_template_name,
+        "chat_template_kwargs": _json_object(default_chat_template_kwargs),
+        "context_length": context_length,
+    }
+    given = {name: value for name, value in serving.items() if value is not None}
+    with session(ctx, endpoint, as_json) as current:
+        if model is not None:
+            from sglang_harli.tools import check_data as tool
 
-        found = tool.check_data(
-            data,
-            model,
-            max_seq_length=max_seq_length,
-            on_overflow=on_overflow,
-            trust_remote_code=trust_remote_code,
-        )
+            values = {"tokenizer_path": model, **given}
+            flags = TokenizerFlags(model_path=model, **values)
+            found = tool.check_data(data, flags, max_seq_length=max_seq_length, on_overflow=on_overflow)
+        elif given:
+            names = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ConfigError(
+                f"{names}: the running server has its own; give --model too, to check without it"
+            )
+        else:
+            pairs: dict[str, Any] = {"on_overflow": on_overflow}
+            if max_seq_length is not None:
+                pairs["max_seq_length"] = max_seq_length
+            with current.client() as client:
+                found = client.check(data, **pairs)
         if current.json:
             print_json(found)
         else:
@@ -104,3 +143,15 @@ def check_data(
         if not found["ok"]:
             report(DataError(found["message"], details=found["bad_lines"]), as_json=False)
             raise typer.Exit(3)
+
+
+def _json_object(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter("give a JSON object", param_hint="--default-chat-template-kwargs")
+    return found

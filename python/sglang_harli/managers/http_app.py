@@ -27,13 +27,16 @@ from sglang_harli.managers.model_names import missing_model_error
 from sglang_harli.managers.parity_request import ParityRequest
 from sglang_harli.managers.publisher import Publisher
 from sglang_harli.managers.startup_profile import StartupProfile
+from sglang_harli.managers.tokenizer_handover import TokenizerHandover, hand_over
 from sglang_harli.managers.training_guards import end_training
 from sglang_harli.managers.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-def install(app: FastAPI, server_args: Any, tokenizer_manager: Any) -> None:
+def install(
+    app: FastAPI, server_args: Any, tokenizer_manager: Any, handover: TokenizerHandover | None = None
+) -> None:
     """Add the health gate and the adapters' model routes, and tie the publisher to the app's lifespan.
 
     Called once, before the app serves.
@@ -42,11 +45,12 @@ def install(app: FastAPI, server_args: Any, tokenizer_manager: Any) -> None:
         app: sglang.srt.entrypoints.http_server.app.
         server_args: HarliServerArgs.
         tokenizer_manager: SGLang's TokenizerManager; gets the attribute ``harli_publisher``.
+        handover: of its tokenizer to the finetune service.
     """
     options: HarliOptions = server_args.harli_options()
     if not options.enabled:
         return
-    publisher = Publisher(tokenizer_manager, core.http_endpoint(options.absolute_run_dir))
+    publisher = Publisher(tokenizer_manager, core.http_endpoint(options.absolute_run_dir), handover)
     tokenizer_manager.harli_publisher = publisher
     metrics = MetricsCollector() if server_args.enable_metrics else None
     profile = StartupProfile(publisher, tokenizer_manager, options.profile_budget_s)
@@ -57,11 +61,17 @@ def install(app: FastAPI, server_args: Any, tokenizer_manager: Any) -> None:
     app.router.routes[:0] = routes(publisher, tokenizer_manager, profile).routes
 
 
-def before_setup_and_run(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
-    """Hook before ``sglang.srt.entrypoints.http_server._setup_and_run_http_server``."""
+def before_setup_and_run(
+    server_args: Any, tokenizer_manager: Any, template_manager: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Hook before ``sglang.srt.entrypoints.http_server._setup_and_run_http_server``: no event loop runs yet."""
     from sglang.srt.entrypoints import http_server
 
-    install(http_server.app, server_args, tokenizer_manager)
+    options: HarliOptions = server_args.harli_options()
+    handover = None
+    if options.enabled:
+        handover = hand_over(tokenizer_manager, template_manager, options.absolute_run_dir)
+    install(http_server.app, server_args, tokenizer_manager, handover)
 
 
 def _follow_lifespan(

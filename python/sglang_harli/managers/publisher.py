@@ -28,6 +28,7 @@ import zmq.asyncio
 from sglang_harli.core import looks_like_adapter
 from sglang_harli.errors import HarliError, NotReadyError, StateError, UnsupportedError
 from sglang_harli.fault_points import Point, reach
+from sglang_harli.managers.tokenizer_handover import TokenizerHandover
 from sglang_harli.patches.lora_request_counts import uses_of
 from sglang_harli.patches.lora_unload import refuse_when_all_are_pinned, unload_when_idle, updates_of
 from sglang_harli.protocol import internal
@@ -50,6 +51,7 @@ class Publisher:
     Args:
         tokenizer_manager: SGLang's; all calls run in its event loop.
         endpoint: core.http_endpoint(run_dir).
+        handover: of this server's tokenizer; None where it has none.
 
     Attributes:
         was_ready: the service's door was open and the scheduler's hello had reached it, at least once.
@@ -59,8 +61,12 @@ class Publisher:
         down: why there is no service any more; None while there is one, or will be again.
     """
 
-    def __init__(self, tokenizer_manager: Any, endpoint: str) -> None:
+    def __init__(
+        self, tokenizer_manager: Any, endpoint: str, handover: TokenizerHandover | None = None
+    ) -> None:
         self._manager = tokenizer_manager
+        self._handover = handover
+        self._handing_over: asyncio.Task[None] | None = None
         self._endpoint = endpoint
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
@@ -172,9 +178,14 @@ class Publisher:
             logger.debug("harli: %s not sent to the finetune service: %s", type(message).__name__, error)
 
     async def _say_hello(self) -> None:
-        await self._send(
-            internal.HttpHello(pid=os.getpid(), served_model_name=self._manager.served_model_name)
-        )
+        fingerprint = self._handover.fingerprint if self._handover is not None else ""
+        name = self._manager.served_model_name
+        await self._send(internal.HttpHello(pid=os.getpid(), served_model_name=name, tokenizer=fingerprint))
+
+    async def _hand_over_again(self, handover: TokenizerHandover) -> None:
+        """The service could not read the file."""
+        await asyncio.to_thread(handover.write)
+        await self._say_hello()
 
     async def _take_state(self, state: internal.ServiceState) -> None:
         before, self.state = self.state, state
@@ -185,6 +196,9 @@ class Publisher:
         self._remember(state.adapters)
         if state.greeted_by != os.getpid():  # ours was lost, or has gone to the service before
             await self._say_hello()
+        writes = self._handing_over is not None and not self._handing_over.done()
+        if state.tokenizer_lost and self._handover is not None and not writes:
+            self._handing_over = asyncio.create_task(self._hand_over_again(self._handover))
         if before is not None and before.pid == state.pid:
             return
         for name in list(self._waiting):

@@ -234,10 +234,16 @@ def service_environment(options: HarliOptions, server_args: Any) -> dict[str, st
     """What the service finds in its environment: its configuration, and no device."""
     config = ServiceConfig(
         options=options.replace(run_dir=options.absolute_run_dir),
+        served_model_name=server_args.served_model_name or server_args.model_path,
         model_path=server_args.model_path,
         tokenizer_path=server_args.tokenizer_path or server_args.model_path,
-        served_model_name=server_args.served_model_name or server_args.model_path,
         trust_remote_code=bool(server_args.trust_remote_code),
+        revision=server_args.revision,
+        tokenizer_mode=server_args.tokenizer_mode,
+        chat_template=server_args.chat_template,
+        hf_chat_template_name=server_args.hf_chat_template_name,
+        chat_template_kwargs=server_args.default_chat_template_kwargs or {},
+        context_length=server_args.context_length,
     )
     return {SERVICE_ENV: config.to_json(), "CUDA_VISIBLE_DEVICES": ""}
 

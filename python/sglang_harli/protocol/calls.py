@@ -59,9 +59,20 @@ class Calls(Exchange):
         if data is None:
             return (yield from self.request("submit", args, Job, (), SUBMIT_TIMEOUT_S))
         with DataSource(data) as source:
-            return (yield from self._submit_data(args, source))
+            return (yield from self._with_data("submit", args, source, Job))
 
-    def _submit_data(self, args: public.SubmitArgs, source: DataSource) -> Steps[Job]:
+    def check(self, data: Data, *, filename: str | None, pairs: dict[str, Any]) -> Steps[dict[str, Any]]:
+        parsed = msgspec.to_builtins(public.parse_hyperparameters(pairs))
+        args = public.CheckArgs(
+            filename=(filename or "")[:1024], hyperparameters={name: parsed[name] for name in pairs}
+        )
+        accepted.check(args)
+        with DataSource(data) as source:
+            return (yield from self._with_data("check", args, source, dict[str, Any]))
+
+    def _with_data(
+        self, verb: str, args: public.SubmitArgs | public.CheckArgs, source: DataSource, kind: Any
+    ) -> Steps[Any]:
         """A file of one frame goes with the request, a larger one is uploaded before."""
         args.filename = args.filename or source.name[:1024]
         args.size = source.size
@@ -69,11 +80,11 @@ class Calls(Exchange):
         patience = self.patience(ask_again=False)
         if source.size <= public.MAX_FRAME_BYTES:
             frames = [source.read(0, source.size)]
-            return (yield from self.request("submit", args, Job, frames, SUBMIT_TIMEOUT_S, patience))
+            return (yield from self.request(verb, args, kind, frames, SUBMIT_TIMEOUT_S, patience))
         for left in reversed(range(UPLOADS)):
             args.upload = yield from uploading.upload(self, source, args.sha256, patience)
             try:
-                return (yield from self.request("submit", args, Job, (), SUBMIT_TIMEOUT_S, patience))
+                return (yield from self.request(verb, args, kind, (), SUBMIT_TIMEOUT_S, patience))
             except NotFoundError as error:  # the service was restarted in between
                 if error.code != "upload_unknown" or not left:
                     raise

@@ -296,10 +296,15 @@ class SetOptions(Message):
 
 # ------------------------------------------------------------------ HTTP process <-> service
 class HttpHello(Message):
-    """From the HTTP process once it can publish (the server answers requests)."""
+    """From the HTTP process once it can publish (the server answers requests).
+
+    ``tokenizer``: fingerprint of the server's own tokenizer and chat template, which lie in the run directory
+    (tokenizer_state.py); "" where this server has none.
+    """
 
     pid: int
     served_model_name: str
+    tokenizer: str = ""
 
 
 class ServiceState(Message):
@@ -310,7 +315,8 @@ class ServiceState(Message):
     restart of the server they are known at once and loaded when first asked for (a sign of life names none).
     ``others``: by reason, the adapters that belong to another base than the served one: they are not served, and a
     request for one gets the reason (None: as before).  ``jobs``: how many there are by status.  ``greeted_by``: pid of the HTTP process
-    whose hello has been read (0: none); whoever finds another one there says hello again.
+    whose hello has been read (0: none); whoever finds another one there says hello again.  ``tokenizer_lost``: the
+    tokenizer that the hello named could not be read; it is written again, and said again.
     """
 
     pid: int
@@ -321,6 +327,7 @@ class ServiceState(Message):
     jobs: dict[str, int] = field(default_factory=dict)
     greeted_by: int = 0
     others: dict[str, list[str]] | None = None
+    tokenizer_lost: bool = False
 
 
 class PublishAdapter(Message):

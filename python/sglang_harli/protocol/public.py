@@ -30,6 +30,7 @@ VERBS = (
     "status",
     "set",
     "unsubscribe",
+    "check",
 )
 MAX_HEADER_BYTES = 1 << 20
 MAX_DATA_BYTES = 4 << 30
@@ -241,6 +242,16 @@ class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     idempotency_key: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
     priority: Priority = 0
     resume_from: str | None = None
+    upload: UploadId | None = None
+
+
+class CheckArgs(Struct, kw_only=True, forbid_unknown_fields=True):
+    """``check``: as a ``submit``, of which no job is made; the answer says what would become of the data."""
+
+    filename: Annotated[str, Meta(max_length=1024)] = ""
+    size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)] = 0
+    sha256: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z"), accepted.words("64 hex digits")] = ""
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
     upload: UploadId | None = None
 
 

@@ -6,13 +6,11 @@ fails with the same message.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-from sglang_harli.config import show_size
-from sglang_harli.errors import ConfigError, HarliError, UnsupportedError
+from sglang_harli.config import TokenizerFlags, show_size
+from sglang_harli.errors import ConfigError, UnsupportedError
 from sglang_harli.protocol.internal import ServedLimits
 from sglang_harli.protocol.public import Hyperparameters
+from sglang_harli.service import model_files
 
 
 def check_hyperparameters(hp: Hyperparameters, limits: ServedLimits) -> None:
@@ -92,16 +90,13 @@ def require_trainable(refusal: str | None) -> None:
         raise UnsupportedError(f"this server cannot train: {refusal}")
 
 
-def model_length(model_path: str) -> int | None:
-    """The longest row by the model's own config.json; None where there is no local one."""
-    path = Path(model_path) / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise HarliError(f"{path} is not JSON: {error}", code="bad_model") from error
-    value = config.get("max_position_embeddings") or config.get("text_config", {}).get(
-        "max_position_embeddings"
-    )
-    return value if isinstance(value, int) and value > 0 else None
+def model_length(flags: TokenizerFlags) -> int | None:
+    """The longest row, where no hello has said it: ``--context-length``, or the model's own config.json; None where
+    that is not on this machine.
+
+    Raises:
+        HarliError: it cannot be read.
+    """
+    if flags.context_length is not None:
+        return flags.context_length
+    return model_files.context_length(flags.model_path, flags.revision)

@@ -64,17 +64,27 @@ class App:
         core.make_ipc_dir(str(run_dir))
         shm = core.shm_dir(str(run_dir))
         self._context = zmq.asyncio.Context()
-        # Threads: files of submits one after the other, politely; checkpoints and slots; reads of events.
+        # Threads: files of submits one after the other, politely; the server's tokenizer; checkpoints and slots;
+        # reads of events.
         self._worker = ThreadPoolExecutor(1, "data", initializer=be_polite, initargs=(10,))
+        self._loader = ThreadPoolExecutor(1, "tokenizer")
         self._disk = ThreadPoolExecutor(3, "disk", initializer=be_polite, initargs=(19,))
         self._readers = ThreadPoolExecutor(1, "reader")
         self._store = JobStore(sqlite_url(run_dir / STORE_FILE))
         self._desk = JobDesk(self._store, run_dir, config.options.keep_checkpoints)
         remove_leftovers(run_dir, {record.id for record in self._desk.all()} | set(self._desk.unreadable))
-        self._tokenizer = ModelTokenizer(config.tokenizer_path, trust_remote_code=config.trust_remote_code)
-        self._http = HttpLink(self._context, core.http_endpoint(str(run_dir)), self._state, self._wanted)
+        self._tokenizer = ModelTokenizer(config, run_dir)
+        self._named_tokenizer = ""  # by the last hello of the HTTP process
+        self._taking: asyncio.Future[bool] | None = None
+        self._http = HttpLink(
+            self._context,
+            core.http_endpoint(str(run_dir)),
+            self._state,
+            self._wanted,
+            self._take_tokenizer,
+        )
         self._publication = Publication(self._desk, self._http, self._disk, shm, config.model_path)
-        self._driver = RunDriver(self._desk, self._publication, self._disk, shm, self._tokenizer.fingerprint)
+        self._driver = RunDriver(self._desk, self._publication, self._disk, shm, self._tokenizer)
         self._scheduler = SchedulerLink(
             self._context, core.scheduler_endpoint(str(run_dir)), self._hello, self._driver.on_message
         )
@@ -103,6 +113,7 @@ class App:
             options=self._options,
             scheduler=self._scheduler,
             http=self._http,
+            tokenizer=self._tokenizer,
             subscriptions=self._subscriptions,
             readers=self._readers,
             about={
@@ -133,6 +144,7 @@ class App:
             logger.info("finetune service ready, pid %d", os.getpid())
             await stop.wait()
             self._submission.stop()
+            self._driver.stop()
             await self._settle()
             for task in tasks:
                 task.cancel()
@@ -172,10 +184,29 @@ class App:
             jobs=self._desk.counts(),
             greeted_by=self._http.pid or 0,
             others=self._publication.others(),
+            tokenizer_lost=self._tokenizer.lost,
         )
 
     def _wanted(self, name: str) -> None:
         self._publication.want_name(name)
+
+    def _take_tokenizer(self, fingerprint: str) -> None:
+        """At each hello of the HTTP process; what it names is read by a thread."""
+        self._named_tokenizer = fingerprint
+        if self._taking is not None and not self._taking.done():
+            return
+        loop = asyncio.get_running_loop()
+        self._taking = loop.run_in_executor(self._loader, self._tokenizer.take, fingerprint)
+        self._taking.add_done_callback(lambda taken: self._took_tokenizer(taken, fingerprint))
+
+    def _took_tokenizer(self, taken: asyncio.Future[bool], fingerprint: str) -> None:
+        if taken.cancelled():
+            return
+        if taken.result():
+            self._driver.wake()
+            self._http.tell_state()
+        if self._named_tokenizer != fingerprint:
+            self._take_tokenizer(self._named_tokenizer)
 
     def _tell_new_adapters(self, _jobs: set[str]) -> None:
         if self._publication.count != self._told:
@@ -201,6 +232,7 @@ class App:
     def close(self) -> None:
         self._desk.committed.clear()  # what is still written is told to nobody: the sockets are going
         self._worker.shutdown(wait=False, cancel_futures=True)
+        self._loader.shutdown(wait=False, cancel_futures=True)
         self._submission.close()
         self._driver.close()
         self._uploads.close()

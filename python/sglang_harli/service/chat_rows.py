@@ -8,7 +8,6 @@ what a template writes behind it is not.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,18 +100,7 @@ def of_transformers(tokenizer: Any) -> ServedTokenizer:
         source = next(iter(source.values()), None)
     found = content_format.detect(source) if source else content_format.STRING
     chat = ChatTemplate(source=source or None, content_format=found)
-    served = ServedTokenizer(describe(tokenizer, chat, []), tokenizer)
-    served.fingerprint = _fingerprint(tokenizer)
-    return served
-
-
-def _fingerprint(tokenizer: Any) -> str:
-    digest = hashlib.sha256()
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))
-    digest.update(vocabulary.encode())
-    digest.update(repr(tokenizer.chat_template).encode())
-    return digest.hexdigest()[:32]
+    return ServedTokenizer(describe(tokenizer, chat, []), tokenizer)
 
 
 def unused_fields(record: dict[str, Any]) -> set[str]:

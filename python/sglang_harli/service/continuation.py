@@ -24,6 +24,7 @@ from sglang_harli.service.dataset import DataSummary
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.job_files import JobPaths
 from sglang_harli.service.jobs import Change, Draft, JobRecord
+from sglang_harli.service.retokenize import ROWS_IN, rows_folder
 from sglang_harli.service.token_store import TokenReader
 
 # What may change without changing which rows come when, or the shape of the state.
@@ -149,7 +150,8 @@ def follow(record: JobRecord, origin: Origin, start: Start) -> JobRecord:
         "base": old.base or record.base,
     }
     if not origin.new_course:
-        values |= {"data": old.data, "data_sha256": old.data_sha256}
+        data = {name: value for name, value in old.data.items() if name != ROWS_IN}
+        values |= {"data": data, "data_sha256": old.data_sha256}
     return msgspec.structs.replace(record, **values)
 
 
@@ -171,7 +173,8 @@ def take_data(origin: Origin, folder: Path) -> DataSummary:
     """
     record = origin.record
     try:
-        tokens = TokenReader(origin.paths.data)
+        stored = rows_folder(record.data, origin.paths)
+        tokens = TokenReader(stored)
         rows = len(tokens)
         tokens.close()
         if rows != record.data["rows"]:
@@ -182,7 +185,9 @@ def take_data(origin: Origin, folder: Path) -> DataSummary:
             code="bad_data_files",
             param="resume_from",
         ) from error
-    _link_files(origin.paths.data, folder / "data")
+    _link_files(stored, folder / "data")
+    if stored != origin.paths.data:
+        _link_files(origin.paths.data, folder / "data", "train.jsonl")
     return msgspec.convert(_summary(record.data), DataSummary)
 
 
@@ -230,10 +235,12 @@ def _newest_whole(origin: Origin) -> tuple[int, int, str]:
     )
 
 
-def _link_files(source: Path, target: Path) -> None:
+def _link_files(source: Path, target: Path, pattern: str = "*") -> None:
     """The files of ``source`` in a new folder: hard links (they are never written again), or copies."""
-    target.mkdir(parents=True)
-    for path in source.iterdir():
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.glob(pattern):
+        if path.is_dir():
+            continue
         try:
             os.link(path, target / path.name)
         except OSError:  # a file system without links; a full disk says so at the copy

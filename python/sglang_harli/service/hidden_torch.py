@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from importlib.machinery import ModuleSpec
 
 _find_spec = importlib.util.find_spec
+_importing = threading.Lock()
 _HIDDEN = ("torch", "sglang")
 
 
@@ -31,3 +33,13 @@ def hide() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Rust threads of the tokenizer would compete with decode steps for cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def import_transformers() -> None:
+    """Hide torch, and import what is used of transformers: by one thread at a time, since a second one would find it
+    half made (or wait for the first for ever)."""
+    with _importing:
+        hide()
+        import huggingface_hub  # noqa: F401
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+        from transformers.utils import chat_template_utils  # noqa: F401

@@ -28,6 +28,7 @@ class HttpLink:
         context, endpoint: see PeerLink.
         state: builds what the HTTP process is told of this service.
         on_wanted: called with the name of an adapter that has to be published again.
+        on_tokenizer: called at each hello with the fingerprint of the server's tokenizer.
 
     Attributes:
         ready: set while an HTTP process that can publish is there.
@@ -39,10 +40,12 @@ class HttpLink:
         endpoint: str,
         state: Callable[[], internal.ServiceState],
         on_wanted: Callable[[str], None],
+        on_tokenizer: Callable[[str], None],
     ) -> None:
         self.peer = PeerLink(context, endpoint, "http", self._receive, self._greet)
         self._state = state
         self._on_wanted = on_wanted
+        self._on_tokenizer = on_tokenizer
         # By the number of the question: the answer to an older one must not count for this one.
         self._published: dict[int, asyncio.Future[internal.AdapterPublished | None]] = {}
         self._requests = itertools.count(1)
@@ -67,6 +70,7 @@ class HttpLink:
                     if not asked.done():
                         asked.set_result(None)
             self.pid = message.pid
+            self._on_tokenizer(message.tokenizer)
             self.tell_state()
             self.ready.set()
         elif isinstance(message, internal.AdapterPublished):

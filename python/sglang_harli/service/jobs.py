@@ -88,6 +88,15 @@ def take_base(record: JobRecord, base: BasePrint) -> Change:
     return _change(record, base=base)
 
 
+def tokenized_again(record: JobRecord, data: dict[str, Any], total_steps: int) -> Change:
+    """Its rows were made again: the server has another tokenizer, chat template or limit than at its submission."""
+    text = (
+        "the rows were made again with this server's tokenizer, chat template and limit: "
+        f"{data['rows']} rows, {data['tokens']} tokens, {total_steps} steps"
+    )
+    return _change(record, Draft("data_validated", text, data=dict(data)), data=data, total_steps=total_steps)
+
+
 def fell_back(record: JobRecord, step: int, tokens: int, damage: str) -> Change:
     """Newer checkpoints than that of ``step`` cannot be read (``damage``): the work since is done again.
 

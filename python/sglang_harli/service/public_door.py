@@ -75,8 +75,10 @@ class PublicDoor:
         keys: str | None = None,
     ) -> None:
         self._handle = handle
+        submits = _Room("submits", 2048, 64 << 20)
         self._rooms = {
-            "submit": _Room("submits", 2048, 64 << 20),
+            "submit": submits,
+            "check": submits,
             "upload": _Room("chunks", 256, 64 << 20),
         }
         self._rest = _Room("requests", 1024, 32 << 20)

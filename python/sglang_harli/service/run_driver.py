@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -23,7 +24,9 @@ from sglang_harli.service import run_machine_state as machine
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.feeder import Batch, Feeder
 from sglang_harli.service.job_files import JobPaths
+from sglang_harli.service.job_record import Wish
 from sglang_harli.service.job_store import STORE_FILE
+from sglang_harli.service.model_tokenizer import ModelTokenizer
 from sglang_harli.service.politeness import Pace
 from sglang_harli.service.publication import Publication
 from sglang_harli.service.run_in_progress import UNREADABLE, NotHereError, prepare
@@ -43,7 +46,7 @@ class RunDriver:
     desk, publication: the jobs, and where a trained one goes.
     disk: where blocking work runs.
     shm: folder of slots.
-    fingerprint: of the tokenizer (blocking; loads it).
+    tokenizer: no job starts before it is known which one serves.
     """
 
     def __init__(
@@ -52,19 +55,20 @@ class RunDriver:
         publication: Publication,
         disk: Executor,
         shm: Path,
-        fingerprint: Callable[[], str],
+        tokenizer: ModelTokenizer,
     ) -> None:
         self._desk = desk
         self._publication = publication
         self._disk = disk
         self._shm = shm
-        self._fingerprint = fingerprint
+        self._tokenizer = tokenizer
         self._link: SchedulerLink | None = None
         self._writer = SnapshotWriter(desk, disk)
         self._wake = asyncio.Event()
         # One thread that reads rows: they stay in order, and training never waits behind a checkpoint's files.
         self._reader = ThreadPoolExecutor(1, "feeder")
         self._hungry = asyncio.Event()
+        self._ending = threading.Event()
         self._tasks: asyncio.TaskGroup | None = None
         # Slots of a service that was killed: a scheduler that still trains may hold one of them.
         self._stale = shared_memory.stale(shm)
@@ -89,10 +93,20 @@ class RunDriver:
                         await asyncio.wait_for(self._wake.wait(), TICK_S if self._machine.waits else None)
                     self._wake.clear()
                     self._do(self._machine.tick(_now()))
-                    self._do(self._machine.advance(_now()))
+                    if self._machine.run is not None or self._tokenizer.known:
+                        self._do(self._machine.advance(_now()))
                     self._hungry.set()
         finally:
+            self.stop()
             self._tasks = None
+
+    def stop(self) -> None:
+        """The service ends soon: rows that are being made again are given up."""
+        self._ending.set()
+
+    def wake(self) -> None:
+        """Something outside the jobs has changed."""
+        self._wake.set()
 
     # ------------------------------------------------------------ the scheduler's messages
     def on_hello(self, hello: internal.Hello) -> None:
@@ -161,8 +175,9 @@ class RunDriver:
                 self._desk.get(job),
                 JobPaths(self._desk.run_dir, job),
                 asked.limits,
-                self._fingerprint,
+                self._tokenizer,
                 self._shm if asked.restore else None,
+                lambda: self._is_unwanted(job),
             )
         except NotHereError as error:
             effects = self._machine.put_off(job, attempt, NotNow(error.message, passing=False), _now())
@@ -187,6 +202,11 @@ class RunDriver:
     def _passes(self, error: Exception) -> bool:
         """Whether it is trouble of the environment: a run directory that is away is, too."""
         return trouble.passes(error) or not (self._desk.run_dir / STORE_FILE).exists()
+
+    def _is_unwanted(self, job: str) -> bool:
+        """Whether a run that is being prepared is to stop; asked by a thread."""
+        record = self._desk.find(job)
+        return self._ending.is_set() or record is None or record.wish != Wish.RUN
 
     async def _make_slot(self, asked: machine.MakeSlot) -> None:
         try:

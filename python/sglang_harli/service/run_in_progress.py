@@ -16,11 +16,14 @@ from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.fault_points import Read, reach
 from sglang_harli.protocol import shared_memory, trouble
 from sglang_harli.protocol.internal import ServedLimits
-from sglang_harli.service import admission, checkpoints
+from sglang_harli.service import admission, checkpoints, retokenize
 from sglang_harli.service.checkpoints import CheckpointError
 from sglang_harli.service.feeder import Feeder
 from sglang_harli.service.job_files import JobPaths
 from sglang_harli.service.jobs import JobRecord
+from sglang_harli.service.model_tokenizer import ModelTokenizer
+from sglang_harli.service.retokenize import NotHereError as NotHereError
+from sglang_harli.service.retokenize import rows_folder
 from sglang_harli.service.run_machine_state import Preparation
 from sglang_harli.service.token_store import TokenReader
 
@@ -35,52 +38,41 @@ def prepare(
     record: JobRecord,
     paths: JobPaths,
     limits: ServedLimits,
-    fingerprint: Callable[[], str],
+    tokenizer: ModelTokenizer,
     shm: Path | None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Preparation:
     """The job's data and, with ``shm``, its checkpoint in a slot there; see ``open_feeder`` and ``restore``.
 
-    What takes long, the checkpoint, comes last, unless it may turn out that nothing is left to train.
+    Its rows are made again where they are not those that serving would see; a run that the scheduler holds already
+    (no ``shm``) goes on with those that it began with.  What takes long, the checkpoint, comes last, unless it may
+    turn out that nothing is left to train.
     """
     perhaps_trained = record.checkpoint_step == record.total_steps
     found = restore(record, paths, shm) if shm is not None and perhaps_trained else Preparation(None)
     if found.trained:
         return found
     try:
-        plan = open_feeder(record, paths, limits, fingerprint)
+        rows = record if shm is None else retokenize.as_served(record, paths, limits, tokenizer, stop)
+        plan = open_feeder(rows, paths, limits)
         if shm is not None and not perhaps_trained:
             found = restore(record, paths, shm)
     except BaseException:
         if found.restore is not None:
             Path(found.restore.path).unlink(missing_ok=True)
         raise
-    return dataclasses.replace(found, plan=plan)
+    new = rows.data if rows is not record else None
+    return dataclasses.replace(found, plan=plan, data=new, total_steps=rows.total_steps)
 
 
-class NotHereError(HarliError):
-    """This server cannot run the job; another one may."""
-
-    code = "other_server"
-
-
-def open_feeder(
-    record: JobRecord, paths: JobPaths, limits: ServedLimits, fingerprint: Callable[[], str]
-) -> Feeder:
+def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits) -> Feeder:
     """The job's data, checked against what is served once more.
 
-    Args:
-        fingerprint: of the served tokenizer and template (loads it).
-
     Raises:
-        NotHereError: its rows are of another tokenizer, or it was accepted by a server with other limits.
-        NotReadyError: the tokenizer cannot be loaded now.
+        NotHereError: it was accepted by a server with other limits.
         HarliError: the job fits no such model, or its data is not readable.
         OSError, MemoryError: it cannot be read now.
     """
-    try:
-        served = fingerprint()
-    except HarliError as error:  # no fault of a job whose rows were tokenized
-        raise NotReadyError(error.message, code=error.code) from error
     data = record.data
     try:
         admission.check_hyperparameters(record.hyperparameters, limits)
@@ -92,21 +84,17 @@ def open_feeder(
         if record.admitted:  # it fitted the server that accepted it
             raise NotHereError(f"it does not fit this server: {error.message}", param=error.param) from error
         raise
-    if data["tokenizer"] != served:
-        raise NotHereError(
-            "its rows were tokenized with another tokenizer or chat template than this server has: start the server "
-            "with the job's, or submit the data again"
-        )
+    folder = rows_folder(data, paths)
     try:
         reach(Read.DATA)
-        feeder = Feeder(TokenReader(paths.data), record.hyperparameters)
+        feeder = Feeder(TokenReader(folder), record.hyperparameters)
     except UNREADABLE as error:
         if trouble.passes(error):
             raise
         raise HarliError(f"the job's data cannot be read: {error}", code="bad_data_files") from error
     if feeder.total_steps != record.total_steps:
         raise HarliError(
-            f"{paths.data} holds data for {feeder.total_steps} steps, not {record.total_steps}: submit it again",
+            f"{folder} holds data for {feeder.total_steps} steps, not {record.total_steps}: submit it again",
             code="bad_data_files",
         )
     return feeder

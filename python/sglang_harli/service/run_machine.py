@@ -152,6 +152,9 @@ class RunMachine:
         change = Change(record)
         if found.damage:
             change = jobs.fell_back(record, found.step, found.tokens, found.damage)
+        if found.data is not None:
+            data, total_steps = found.data, found.total_steps
+            change = jobs.then(change, lambda r: jobs.tokenized_again(r, data, total_steps))
         if record.wish != Wish.RUN:  # paused or cancelled while it was prepared
             change = jobs.then(change, lambda r: jobs.stopped(r, now.wall))
             return [Apply(change), *self.state.end()]

@@ -173,6 +173,7 @@ class Preparation:
         step, tokens, restore, meta: of the checkpoint to go on from, in a slot; 0 and None: from nothing.
         damage: why newer checkpoints cannot be used ("": there is no newer one).
         trained: the checkpoint of the last step is there and whole.
+        data, total_steps: of the job, where its rows were made again; None: they are as they were.
     """
 
     plan: Plan | None
@@ -182,6 +183,8 @@ class Preparation:
     meta: dict[str, Any] = field(default_factory=dict)
     damage: str = ""
     trained: bool = False
+    data: dict[str, Any] | None = None
+    total_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from sglang_harli.config import ServiceConfig
 from sglang_harli.core import JobStatus, adapter_name
@@ -19,6 +20,7 @@ from sglang_harli.errors import ConfigError, HarliError, NotReadyError, Protocol
 from sglang_harli.fault_points import Point, Write, reach
 from sglang_harli.protocol.public import (
     MAX_INLINE_BYTES,
+    CheckArgs,
     Hyperparameters,
     Job,
     SubmitArgs,
@@ -36,6 +38,7 @@ from sglang_harli.service import (
     repeated_submit,
 )
 from sglang_harli.service.continuation import Origin, Start
+from sglang_harli.service.data_report import data_report
 from sglang_harli.service.dataset import DataSummary
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.job_files import INCOMING, JobPaths, fsync_folder, fsync_tree
@@ -141,25 +144,11 @@ class Submission:
         loop = asyncio.get_running_loop()
         longest = await loop.run_in_executor(self._settlers, self._longest, hp)
         job = self._desk.new_id()
-        incoming = self._desk.run_dir / f"{INCOMING}{job}"
-        uploaded = None
-        if args.upload:
-            uploaded = await self._uploads.take(args.upload, args.size, args.sha256)
-        try:
+        async with self._incoming(args, frames, job) as (source, folder):
             summary, start = await loop.run_in_executor(
-                self._worker, self._take_in, args, uploaded or frames, incoming, hp, longest, origin
+                self._worker, self._take_in, args, source, folder, hp, longest, origin
             )
-            await loop.run_in_executor(self._settlers, self._settle, incoming, job)
-        except OSError as error:
-            raise HarliError(
-                f"the data cannot be stored in {self._desk.run_dir} ({error}): make room, then submit again",
-                code="storage",
-            ) from error
-        finally:
-            for folder in (incoming, uploaded.parent if uploaded is not None else None):
-                if folder is not None:
-                    with contextlib.suppress(RuntimeError):  # the service ends; its next start removes it
-                        await loop.run_in_executor(self._settlers, _remove, folder)
+            await loop.run_in_executor(self._settlers, self._settle, folder, job)
         reach(Point.DATA_STORED)
         record = self._record(job, args, hp, summary, admitted=admitted)
         if origin is not None:
@@ -173,6 +162,44 @@ class Submission:
         reach(Point.JOB_CREATED)
         return record
 
+    async def check(self, asked: CheckArgs, frames: Sequence[bytes]) -> dict[str, Any]:
+        """What would become of the data (see ``data_report``); nothing of it stays.
+
+        Raises:
+            HarliError: a hyperparameter is not accepted, or the data did not come whole.
+        """
+        args = SubmitArgs(filename=asked.filename, size=asked.size, sha256=asked.sha256, upload=asked.upload)
+        _check_frames(args, frames)
+        hp = parse_hyperparameters(asked.hyperparameters)
+        loop = asyncio.get_running_loop()
+        longest = await loop.run_in_executor(self._settlers, self._longest, hp)
+        async with self._incoming(args, frames, self._desk.new_id()) as (source, folder):
+            return await loop.run_in_executor(self._worker, self._look, args, source, folder, hp, longest)
+
+    @contextlib.asynccontextmanager
+    async def _incoming(
+        self, args: SubmitArgs, frames: Sequence[bytes], job: str
+    ) -> AsyncIterator[tuple[Path | Sequence[bytes], Path]]:
+        """The data, an uploaded file or frames, and a folder for it, which is removed afterwards where it is still
+        there."""
+        incoming = self._desk.run_dir / f"{INCOMING}{job}"
+        uploaded = None
+        if args.upload:
+            uploaded = await self._uploads.take(args.upload, args.size, args.sha256)
+        try:
+            yield uploaded or frames, incoming
+        except OSError as error:
+            raise HarliError(
+                f"the data cannot be stored in {self._desk.run_dir} ({error}): make room, then submit again",
+                code="storage",
+            ) from error
+        finally:
+            loop = asyncio.get_running_loop()
+            for folder in (incoming, uploaded.parent if uploaded is not None else None):
+                if folder is not None:
+                    with contextlib.suppress(RuntimeError):  # the service ends; its next start removes it
+                        await loop.run_in_executor(self._settlers, _remove, folder)
+
     def _longest(self, hp: Hyperparameters) -> int | None:
         """The longest row that is accepted; by the model's own files where no hello has come yet."""
         limits = self._link.limits
@@ -180,7 +207,7 @@ class Submission:
             admission.check_hyperparameters(hp, limits)
             longest: int | None = limits.max_seq_length
         else:
-            longest = admission.model_length(self._config.model_path)
+            longest = self._tokenizer.longest_row()
             if longest is not None:
                 admission.check_length(hp, longest)
         return hp.max_seq_length if hp.max_seq_length is not None else longest
@@ -236,25 +263,41 @@ class Submission:
         hp: Hyperparameters,
         longest: int | None,
     ) -> DataSummary:
-        data = folder / "data"
-        data.mkdir(parents=True)
-        if isinstance(source, Path):
-            source.replace(data / "train.jsonl")
-        else:
-            _store(args, source, data / "train.jsonl")
-            if isinstance(source, list):
-                source.clear()  # it is on the disk: memory need not hold it while it is looked at
-        tokenizer = self._tokenizer.get()
-        with TokenWriter(data) as writer:
+        file = _keep(args, source, folder)
+        summary = self._tokens(args, file, hp, longest)
+        limits = self._link.limits
+        if limits is not None and summary.longest_row > limits.max_seq_length:
+            summary = self._tokens(args, file, hp, limits.max_seq_length)  # the limit came meanwhile
+        return summary
+
+    def _tokens(self, args: SubmitArgs, file: Path, hp: Hyperparameters, longest: int | None) -> DataSummary:
+        with TokenWriter(file.parent) as writer:
             return dataset.scan(
-                data / "train.jsonl",
-                tokenizer,
+                file,
+                self._tokenizer.get(),
                 name=args.filename,
                 max_length=longest,
                 on_overflow=hp.on_overflow,
                 writer=writer,
                 stop=self._stopping.is_set,
             )
+
+    def _look(
+        self,
+        args: SubmitArgs,
+        source: Path | Sequence[bytes],
+        folder: Path,
+        hp: Hyperparameters,
+        longest: int | None,
+    ) -> dict[str, Any]:
+        return data_report(
+            _keep(args, source, folder),
+            self._tokenizer.get(),
+            name=args.filename,
+            max_length=longest,
+            on_overflow=hp.on_overflow,
+            stop=self._stopping.is_set,
+        )
 
     def _settle(self, incoming: Path, job: str) -> None:
         """The folder under its final name, durable."""
@@ -298,6 +341,20 @@ def _check_frames(args: SubmitArgs, frames: Sequence[bytes]) -> None:
             code="too_large",
             param="size",
         )
+
+
+def _keep(args: SubmitArgs, source: Path | Sequence[bytes], folder: Path) -> Path:
+    """The data as a file in its folder."""
+    data = folder / "data"
+    data.mkdir(parents=True)
+    file = data / "train.jsonl"
+    if isinstance(source, Path):
+        source.replace(file)
+    else:
+        _store(args, source, file)
+        if isinstance(source, list):
+            source.clear()  # it is on the disk: memory need not hold it while it is looked at
+    return file
 
 
 def _store(args: SubmitArgs, frames: Sequence[bytes], path: Path) -> None:

@@ -20,6 +20,7 @@ from sglang_harli.service import jobs
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.http_link import HttpLink
 from sglang_harli.service.jobs import Change, JobRecord
+from sglang_harli.service.model_tokenizer import ModelTokenizer
 from sglang_harli.service.options_desk import OptionsDesk
 from sglang_harli.service.publication import Publication
 from sglang_harli.service.scheduler_link import SchedulerLink
@@ -54,6 +55,7 @@ class Verbs:
         options: OptionsDesk,
         scheduler: SchedulerLink,
         http: HttpLink,
+        tokenizer: ModelTokenizer,
         subscriptions: Subscriptions,
         readers: Executor,
         about: dict[str, Any],
@@ -64,6 +66,7 @@ class Verbs:
         self._options = options
         self._scheduler = scheduler
         self._http = http
+        self._tokenizer = tokenizer
         self._subscriptions = subscriptions
         self._readers = readers
         self._about = about
@@ -98,6 +101,8 @@ class Verbs:
         if request.verb == "submit":
             args = public.convert_args(request.args, public.SubmitArgs)
             return await self._submission.submit(args, frames)
+        if request.verb == "check":
+            return await self._submission.check(public.convert_args(request.args, public.CheckArgs), frames)
         if request.verb == "upload":
             return await self._submission.upload(public.convert_args(request.args, public.UploadArgs), frames)
         verb = self._verbs.get(request.verb)
@@ -183,7 +188,11 @@ class Verbs:
         if self._desk.journal.trouble is not None:
             return self._desk.journal.trouble
         hello = self._scheduler.hello
-        return "waiting for the scheduler" if hello is None else hello.hold or None
+        if hello is None:
+            return "waiting for the scheduler"
+        if hello.hold:
+            return hello.hold
+        return None if self._tokenizer.known else "waiting for the server's tokenizer and chat template"
 
     # ---- the server
     async def _status(self, _caller: Caller, _raw: dict[str, Any]) -> public.StatusAnswer:

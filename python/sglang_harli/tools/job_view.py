@@ -269,8 +269,8 @@ def data_report(report: dict[str, Any]) -> None:
         f"(limit {report['max_seq_length'] or 'unknown'}), truncated {report['truncated']}, "
         f"dropped {report['dropped']}"
     )
-    if report["notes"]:
-        terminal.say(report["notes"])
+    if report["summary"]:
+        terminal.say(report["summary"])
     most = max((bucket["rows"] for bucket in report["histogram"]), default=1)
     for bucket in report["histogram"]:
         bar = "#" * round(40 * bucket["rows"] / most)
