@@ -165,6 +165,23 @@ def test_a_disk_that_refuses_does_not_end_the_server(tmp_path, caplog):
     assert tokenizer_state.read(tmp_path / "missing").fingerprint == handover.fingerprint
 
 
+def test_a_tokenizer_that_cannot_be_described_still_serves(tmp_path):
+    serving = Serving(folder_of(tmp_path, "plain"))
+
+    class Odd:
+        eos_token_id = 2
+        chat_template = None
+
+        def encode(self, text: str, **_: Any) -> list[int]:
+            raise RuntimeError("no such thing")
+
+    serving.manager.tokenizer = Odd()
+    assert hand_over(serving.manager, serving.templates, tmp_path) is not None
+    rows = RowTokenizer(ServedTokenizer(tokenizer_state.read(tmp_path)))
+    with pytest.raises(RowError, match=r"cannot be used for training .RuntimeError: no such thing"):
+        rows.rows(RECORD)
+
+
 PATHS = (
     *(
         "acme/vicuna-13b",

@@ -41,6 +41,7 @@ BOUNDARIES = {
         "patches/lora_adapter_checks.py",
         "_load_from_tensors",
     ): "a client's bytes that cannot be unpickled get an error reply; the scheduler goes on",
+    ("managers/tokenizer_handover.py", "hand_over"): "no rows can be made; serving goes on",
     ("service/app.py", "App.handle"): "one request gets an error reply; the service goes on",
     ("service/peer_link.py", "PeerLink._receive"): "one message is left out; the service goes on",
     ("service/publication.py", "Publication.run"): "one adapter is tried again later; the service goes on",

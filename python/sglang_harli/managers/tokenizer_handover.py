@@ -52,7 +52,13 @@ def hand_over(tokenizer_manager: Any, template_manager: Any, run_dir: str | Path
     """Write the live tokenizer's state; blocking, before the server serves.  None: this server has no tokenizer."""
     if tokenizer_manager.tokenizer is None:
         return None
-    handover = TokenizerHandover(state_of(tokenizer_manager, template_manager), run_dir)
+    try:
+        state = state_of(tokenizer_manager, template_manager)
+    except Exception as error:  # boundary: a tokenizer that cannot be described still serves
+        reason = f"this server's tokenizer cannot be used for training ({type(error).__name__}: {error})"
+        logger.exception("harli: %s", reason)
+        state = TokenizerState(chat=ChatTemplate(), refusal=reason)
+    handover = TokenizerHandover(state, run_dir)
     handover.write()
     return handover
 
