@@ -75,6 +75,22 @@ def options(folder: Path) -> HarliOptions:
     return HarliOptions(run_dir=str(folder / "runs"), finetune_endpoint=f"tcp://127.0.0.1:{free_port()}")
 
 
+def server_arguments(model: str) -> SimpleNamespace:
+    """Those of SGLang's that the service gets."""
+    return SimpleNamespace(
+        model_path=model,
+        tokenizer_path=model,
+        served_model_name="base",
+        trust_remote_code=False,
+        revision=None,
+        tokenizer_mode="auto",
+        chat_template=None,
+        hf_chat_template_name=None,
+        default_chat_template_kwargs=None,
+        context_length=None,
+    )
+
+
 @asynccontextmanager
 async def watched(
     chosen: HarliOptions, keeper: Supervisor, patience: Patience = HASTE
@@ -98,18 +114,7 @@ def test_a_service_that_stops_answering_is_killed_and_started_again(
 ) -> None:
     chosen = options(tmp_path)
     model = str(make_tokenizer_folder(tmp_path / "model"))
-    arguments = SimpleNamespace(
-        model_path=model,
-        tokenizer_path=model,
-        served_model_name="base",
-        trust_remote_code=False,
-        revision=None,
-        tokenizer_mode="auto",
-        chat_template=None,
-        hf_chat_template_name=None,
-        default_chat_template_kwargs=None,
-        context_length=None,
-    )
+    arguments = server_arguments(model)
     core.make_ipc_dir(chosen.absolute_run_dir)
     keeper = Supervisor(supervisor.SERVICE_MODULE, supervisor.service_environment(chosen, arguments))
 
@@ -138,9 +143,7 @@ def test_a_service_that_stops_answering_is_killed_and_started_again(
 def test_a_service_is_not_judged_by_a_watch_that_hears_nothing(tmp_path: Path) -> None:
     chosen = options(tmp_path)
     model = str(make_tokenizer_folder(tmp_path / "model"))
-    arguments = SimpleNamespace(
-        model_path=model, tokenizer_path=model, served_model_name="base", trust_remote_code=False
-    )
+    arguments = server_arguments(model)
     core.make_ipc_dir(chosen.absolute_run_dir)
     keeper = Supervisor(supervisor.SERVICE_MODULE, supervisor.service_environment(chosen, arguments))
     hasty = Patience(tick_s=0.05, silent=200, starting=600)
