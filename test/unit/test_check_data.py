@@ -101,6 +101,22 @@ def test_a_hub_id_and_a_home_have_the_limit_of_the_model(model: Path, tmp_path: 
         assert done.returncode == 3 and "the limit is 1024" in done.stderr, done.stderr
 
 
+def test_a_revision_of_a_hub_id_is_read_as_its_folder_is(data: str, tmp_path: Path):
+    hub = tmp_path / "hub" / "models--acme--toy"
+    snapshot = hub / "snapshots" / ("b" * 40)  # no other revision is on this machine
+    settings = {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "bos_token": "<|im_start|>"}
+    make_family(snapshot, "plain", **settings)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "v2").write_text("b" * 40)
+    environment = {"HF_HUB_CACHE": str(hub.parent), "HF_HUB_OFFLINE": "1"}
+    folder = harli("check-data", data, "--model", str(snapshot), "--json")
+    named = harli("check-data", data, "--model", "acme/toy", "--revision", "v2", "--json", **environment)
+    assert named.returncode == 0, named.stderr
+    assert json.loads(named.stdout) == json.loads(folder.stdout)
+    other = harli("check-data", data, "--model", "acme/toy", "--revision", "v1", **environment)
+    assert other.returncode == 2 and "acme/toy" in other.stderr and "Traceback" not in other.stderr
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"text_config": null}'])
 def test_a_config_that_is_odd_is_no_traceback(data: str, tmp_path: Path, content: str):
     folder = make_family(tmp_path / "odd", "plain")

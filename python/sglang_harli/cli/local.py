@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sglang_harli.cli.session import AsJson, Endpoint, notice, print_json, report, session
+from sglang_harli.cli.session import AsJson, Endpoint, Session, notice, print_json, report, session
 from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import ConfigError, DataError
 
@@ -120,20 +120,10 @@ def check_data(
         if model is not None:
             from sglang_harli.tools import check_data as tool
 
-            values = {"tokenizer_path": model, **given}
-            flags = TokenizerFlags(model_path=model, **values)
+            flags = TokenizerFlags(model_path=model, **{"tokenizer_path": model, **given})
             found = tool.check_data(data, flags, max_seq_length=max_seq_length, on_overflow=on_overflow)
-        elif given:
-            names = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise ConfigError(
-                f"{names}: the running server has its own; give --model too, to check without it"
-            )
         else:
-            pairs: dict[str, Any] = {"on_overflow": on_overflow}
-            if max_seq_length is not None:
-                pairs["max_seq_length"] = max_seq_length
-            with current.client() as client:
-                found = client.check(data, **pairs)
+            found = _by_the_server(current, data, given, max_seq_length, on_overflow)
         if current.json:
             print_json(found)
         else:
@@ -143,6 +133,20 @@ def check_data(
         if not found["ok"]:
             report(DataError(found["message"], details=found["bad_lines"]), as_json=False)
             raise typer.Exit(3)
+
+
+def _by_the_server(
+    current: Session, data: str, given: dict[str, Any], max_seq_length: int | None, on_overflow: str
+) -> dict[str, Any]:
+    """``given``: flags of serving, which only a check without a server takes."""
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(f"{names}: the running server has its own; give --model too, to check without it")
+    pairs: dict[str, Any] = {"on_overflow": on_overflow}
+    if max_seq_length is not None:
+        pairs["max_seq_length"] = max_seq_length
+    with current.client() as client:
+        return client.check(data, **pairs)
 
 
 def _json_object(text: str | None) -> dict[str, Any] | None:

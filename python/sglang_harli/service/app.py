@@ -106,7 +106,10 @@ class App:
         self._desk.committed.append(self._subscriptions.committed)
         self._desk.committed.append(self._tell_new_adapters)
         self._told = 0
-        self._verbs = Verbs(
+        self._verbs = self._make_verbs(config, run_dir)
+
+    def _make_verbs(self, config: ServiceConfig, run_dir: Path) -> Verbs:
+        return Verbs(
             desk=self._desk,
             submission=self._submission,
             publication=self._publication,

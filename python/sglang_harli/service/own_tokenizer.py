@@ -80,8 +80,8 @@ def load_tokenizer(flags: TokenizerFlags) -> Any:
             use_fast=flags.tokenizer_mode != "slow",
             clean_up_tokenization_spaces=False,
         )
-        _restore_components(tokenizer, path)
-        _restore_bos(tokenizer, path)
+        _restore_components(tokenizer, path, flags.revision)
+        _restore_bos(tokenizer, path, flags.revision)
         return tokenizer
     except _LOAD_ERRORS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -90,9 +90,9 @@ def load_tokenizer(flags: TokenizerFlags) -> Any:
         ) from error
 
 
-def _restore_components(tokenizer: Any, path: str) -> None:
+def _restore_components(tokenizer: Any, path: str, revision: str | None) -> None:
     """Put back what tokenizer.json says of splitting, where transformers 5 rebuilt it for the class."""
-    backend, file = getattr(tokenizer, "_tokenizer", None), model_files.find(path, "tokenizer.json")
+    backend, file = getattr(tokenizer, "_tokenizer", None), model_files.find(path, "tokenizer.json", revision)
     if backend is None or file is None:
         return
     from tokenizers import Tokenizer
@@ -103,11 +103,11 @@ def _restore_components(tokenizer: Any, path: str) -> None:
         backend.pre_tokenizer, backend.decoder = raw.pre_tokenizer, raw.decoder
 
 
-def _restore_bos(tokenizer: Any, path: str) -> None:
+def _restore_bos(tokenizer: Any, path: str, revision: str | None) -> None:
     """Put back whether the tokenizer adds a beginning and an end of text."""
     from transformers import PreTrainedTokenizerFast
 
-    file = model_files.find(path, "tokenizer_config.json")
+    file = model_files.find(path, "tokenizer_config.json", revision)
     config = json.loads(file.read_bytes()) if file is not None else {}
     if config.get("tokenizer_class") not in _BOS_CLASSES:
         return
