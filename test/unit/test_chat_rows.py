@@ -58,17 +58,25 @@ def notes(tmp_path, rows: RowTokenizer, *records: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("family", "messages", "reason"),
     [
-        ("plain", [ASK, CALLED], "message 2: the chat template renders nothing of this answer"),
+        (
+            "plain",
+            [ASK, CALLED],
+            "message 2: the chat template renders nothing of this answer: it knows no tool calls",
+        ),
         (
             "plain",
             [ASK, CALLED | {"content": "I look at the lamp."}],
-            "message 2: .* renders nothing of its tool_calls",
+            "message 2: .* renders nothing of its tool_calls: .* --chat-template FILE.jinja",
         ),
-        ("llama3.1", [ASK, {"role": "assistant", "content": " \n"}], "renders nothing of this answer"),
+        (
+            "llama3.1",
+            [ASK, {"role": "assistant", "content": " \n"}],
+            "renders nothing of this answer: .* blanks",
+        ),
         (
             "qwen2.5",
             [ASK, {"role": "assistant", "reasoning_content": "hm"}],
-            "renders nothing of this answer",
+            "renders nothing of this answer: it does not show reasoning_content",
         ),
         ("plain", [ASK, CALLED, YES], "message 3 is an answer to an answer"),
         (

@@ -155,12 +155,11 @@ class Conversation:
         if calls and not calls_shown and content:
             without = {name: value for name, value in given.items() if name != "tool_calls"}
             if self._same(at, without, tools, after):
-                raise RowError(
-                    f"message {at + 1}: the chat template renders nothing of its tool_calls", "messages"
-                )
+                raise _nothing(at, "its tool_calls", _NO_CALLS)
         same = self._same(at, {"role": "assistant", "content": ""}, tools, after)
         if same or (same is None and not self._visible(answer_text)):
-            raise RowError(f"message {at + 1}: the chat template renders nothing of this answer", "messages")
+            why = _NO_CALLS if calls else _NO_REASONING if message["reasoning_content"] else _BLANKS
+            raise _nothing(at, "this answer", "" if content else why)
 
     def _same(
         self, at: int, other: dict[str, Any], tools: list[dict[str, Any]] | None, after: str
@@ -224,6 +223,15 @@ class Conversation:
 
 
 # ------------------------------------------------------------------ parts
+_NO_CALLS = ": it knows no tool calls; start the server with --chat-template FILE.jinja, a template that does"
+_NO_REASONING = ": it does not show reasoning_content, and there is no content"
+_BLANKS = ": there are no more than blanks in its content"
+
+
+def _nothing(at: int, of_what: str, why: str) -> RowError:
+    return RowError(f"message {at + 1}: the chat template renders nothing of {of_what}{why}", "messages")
+
+
 def _learned(raw: list[dict[str, Any]], messages: list[dict[str, Any]]) -> list[int]:
     """Which messages are learned: the assistant's, unless their weight is 0.
 
