@@ -84,7 +84,8 @@ def load_tokenizer(flags: TokenizerFlags) -> Any:
         _restore_bos(tokenizer, path, flags.revision)
         return tokenizer
     except _LOAD_ERRORS as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines()
+        reason = lines[0].rstrip(".") if lines else type(error).__name__
         raise HarliError(
             f"the tokenizer of {flags.tokenizer_path} cannot be loaded: {reason}", code="bad_tokenizer"
         ) from error
