@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sqlite3
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sglang_harli.errors import ConfigError
 from sglang_harli.protocol.base_print import BasePrint
-from support.models import CHAT_TEMPLATE
 from support.service_peers import limits
 from support.service_world import World, pairs, until
-from support.tokenizer import make_tokenizer_folder
 
 
 def base(number: float, **values: Any) -> BasePrint:
@@ -214,32 +210,7 @@ def test_records_of_version_0_1_take_the_first_base_and_one_line_says_so(own: An
     assert set(told(world).adapters) >= {job.fine_tuned_model for job in done}
 
 
-# ------------------------------------------------------------------ another tokenizer, other limits
-def test_a_job_whose_rows_are_of_another_tokenizer_waits_for_it(tmp_path: Path, model: Path) -> None:
-    folder = shutil.copytree(model, tmp_path / "model")
-    world = World(tmp_path / "world", folder, peers=False)
-    try:
-        world.join_http()
-        first, second = (world.client.submit(pairs(4)) for _ in range(2))
-        world.service.kill()
-        make_tokenizer_folder(folder, "Be brief. " + CHAT_TEMPLATE)
-        world.service.start()
-        serve(world, ONE)
-        reason = until(
-            lambda: r if "tokenized" in (r := world.client.get(second.id).reason or "") else "", "why"
-        )
-        assert reason.startswith("its rows were tokenized with another tokenizer or chat template")
-        assert world.client.get(first.id).status == "queued"
-        world.done(world.client.submit(pairs(4)))
-        world.service.kill()
-        make_tokenizer_folder(folder)
-        world.service.start()
-        for job in (first, second):
-            world.done(job)
-    finally:
-        world.close()
-
-
+# ------------------------------------------------------------------ other limits
 def test_a_job_that_fitted_its_server_waits_for_one_that_it_fits(world: World) -> None:
     world.scheduler.hold.clear()
     running, job = (world.client.submit(pairs(4), lora_r=16) for _ in range(2))

@@ -244,6 +244,8 @@ def test_jobs_that_another_template_refuses_wait_for_theirs(own, model):
     world.join_http(state(model, NO_SYSTEM))
     world.join_scheduler()
     assert "no system role" in reason(world, job, "its data is not accepted")
+    world.done(world.client.submit(pairs(4)))  # those behind it run
+    assert world.client.get(job.id).status == "queued"
     again(world, state(model))
     world.done(job)
 
