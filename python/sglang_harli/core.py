@@ -142,8 +142,8 @@ class QuantumOffer:
 
     Attributes:
         kind: what the quantum does.
-        candidates: ``(rows, upper_s)`` in rising order of rows; the first is the least that can be
-            run.  Kinds that are not cut by rows offer one candidate.
+        candidates: ``(rows, upper_s)`` in rising order of both; the first is the least that is worth
+            running.  Kinds that are not cut by rows offer one candidate.
         fixed: the split is fixed (``--harli-quantum-rows``, or a kind that is not cut).
         claim: when it may run.
         doubt: what the price of the first candidate may be multiplied with where that price alone holds training back.

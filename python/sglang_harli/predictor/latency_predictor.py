@@ -94,7 +94,10 @@ class LatencyPredictor:
         attended: int = 0,
         firsts: Iterable[bool] = (),
     ) -> tuple[tuple[int, float], ...]:
-        """``(rows, upper bound in seconds)`` of each size, rising, as a QuantumOffer's candidates.
+        """``(rows, upper bound in seconds)``, both rising, as a QuantumOffer's candidates.
+
+        The largest size is always among them.  A size that costs more than a larger one is left out: one that has not run
+        yet may, and would only hide that the larger one fits.
 
         Args:
             attended: tokens that each attends to, where it is not ``row_tokens`` (a row that is cut into blocks).

@@ -5,6 +5,7 @@ Kinds that are not cut by rows (an optimizer slice, a tensor to copy) count as o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from sglang_harli.core import LatencyEstimate, QuantumKind
@@ -49,7 +50,7 @@ class QuantumLines:
         attended: int = 0,
         firsts: Iterable[bool] = (),
     ) -> tuple[tuple[int, float], ...]:
-        """``(rows, upper bound in seconds)`` of each size, rising; see ``LatencyPredictor.prices``."""
+        """``(rows, upper bound in seconds)``, rising; see ``LatencyPredictor.prices``."""
         rows, tokens, line = tuple(sizes), row_tokens or 1, self.lines[kind]
         pairs = _pairs(kind, tokens, attended or row_tokens)
         uppers = line.uppers(tokens, pairs, rows)
@@ -58,7 +59,7 @@ class QuantumLines:
             if first:
                 count = rows[at]
                 uppers[at] = max(uppers[at], line.expected(count * tokens, count * pairs) * ratio)
-        return tuple(zip(rows, uppers, strict=True))
+        return _rising(tuple(zip(rows, uppers, strict=True)))
 
     def observe(
         self, kind: QuantumKind, tokens: int, row_tokens: int, seconds: float, *, first_of_shape: bool
@@ -85,6 +86,16 @@ class QuantumLines:
     def ran(self, kind: QuantumKind) -> None:
         """A quantum of ``kind`` has run: the next one is priced without doubt."""
         self._doubts[kind].ran()
+
+
+def _rising(prices: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+    """Without the sizes that cost more than a larger one: where that one does not fit, they do not either."""
+    kept, least_s = [], math.inf
+    for rows, upper_s in reversed(prices):
+        if upper_s <= least_s:
+            kept.append((rows, upper_s))
+            least_s = upper_s
+    return tuple(reversed(kept))
 
 
 def _pairs(kind: QuantumKind, tokens: int, row_tokens: int) -> int:

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_harli.core import LatencyEstimate, QuantumKind
+from sglang_harli.core import LatencyEstimate, QuantumKind, QuantumOffer, StepLoad
+from sglang_harli.managers import qos_policy
+from sglang_harli.managers.slo_ledger import Slack, Targets
+from sglang_harli.managers.waiting_pays import WaitingPays
 from sglang_harli.predictor.corun import in_turns
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.predictor.priors import Priors, first_guess
@@ -203,6 +206,53 @@ def test_first_runs_of_a_shape_have_a_bound_and_are_counted():
     shown = predictor.summary()
     assert shown["first_forward"]["steps"] == 149 and shown["first_forward"]["total_coverage"] > 0.95
     assert shown["forward"]["steps"] == 1050 and shown["first_forward"]["mape"] < 0.1
+
+
+def with_slow_first_runs(kind: QuantumKind) -> LatencyPredictor:
+    """A row of a token takes 10 ms, and the first run of a shape four times as long."""
+    predictor = LatencyPredictor()
+    for rows in (1, 2, 4, 8) * 30:
+        predictor.observe_quantum(kind, rows, 1, 1e-2 * rows)
+    for rows in (1, 2, 4, 8) * 30:
+        predictor.observe_quantum(kind, rows, 1, 4e-2 * rows, first_of_shape=True)
+    return predictor
+
+
+FIRST_RUNS = with_slow_first_runs(QuantumKind.FORWARD)
+UNDER_LOAD = StepLoad(running=1)
+
+
+@given(firsts=st.lists(st.booleans(), min_size=1, max_size=len(SIZES)), slack_s=st.floats(0.0, 0.5))
+def test_a_size_that_fits_is_never_refused_because_a_smaller_one_has_not_run_yet(firsts, slack_s):
+    predictor, kind, sizes = FIRST_RUNS, QuantumKind.FORWARD, SIZES[: len(firsts)]
+    own = {
+        size: predictor.prices(kind, (size,), 1, firsts=(first,))[0][1]
+        for size, first in zip(sizes, firsts, strict=True)
+    }
+    candidates = predictor.prices(kind, sizes, 1, firsts=firsts)
+    rows, uppers = zip(*candidates, strict=True)
+    assert list(rows) == sorted(rows) and list(uppers) == sorted(uppers) and rows[-1] == sizes[-1]
+    plain = dict(predictor.prices(kind, sizes, 1))
+    for size, upper in candidates:
+        first_s = predictor.quantum(kind, size, 1).expected_s * 3.9 if firsts[sizes.index(size)] else 0.0
+        assert upper >= max(plain[size], first_s)
+    targets = Targets(0.05, None, None, busy_quantum_s=0.3, idle_quantum_s=0.3)
+    offer, slack = QuantumOffer(kind, candidates), Slack(slack_s, "tpot")
+    decision = qos_policy.decide(UNDER_LOAD, slack, offer, targets)
+    fits = [size for size, upper in own.items() if upper <= min(slack_s, 0.3)]
+    assert bool(decision.quanta) >= bool(fits) and decision.rows >= max(fits, default=0)
+    assert not decision.quanta or dict(candidates)[decision.rows] <= slack_s
+    waiting = WaitingPays()
+    waiting.could(offer, slack, 0.3, 0.0)
+    assert not fits or not waiting.pays  # it is counted as what could have run
+
+
+def test_a_long_row_is_not_too_long_where_more_of_it_has_run_before():
+    candidates = FIRST_RUNS.prices(QuantumKind.FORWARD, (1, 2, 4), 1, firsts=(True, False, False))
+    targets = Targets(0.05, None, None, busy_quantum_s=0.035, idle_quantum_s=0.3)
+    offer = QuantumOffer(QuantumKind.FORWARD, candidates)
+    decision = qos_policy.decide(UNDER_LOAD, Slack(1.0, "tpot"), offer, targets)
+    assert (decision.quanta, decision.rows) == (1, 2)
 
 
 def test_batches_with_adapters_have_a_line_of_their_own():
