@@ -49,7 +49,13 @@ PAIR = {"text": ["a", "b"]}
         ({**PAIR, "token_ids_logprob": [[1]], "return_logprob": True}, "token_ids_logprob has 1 entry"),
         ({**PAIR, "extra_key": ["k"]}, "extra_key has 1 entry"),
         ({"rid": ["a", "b"]}, "rid has 2 entries"),
-        ({"lora_id": "guessed"}, "lora_id is the server's own"),
+        *(
+            ({"lora_id": guessed, "lora_path": path, **more}, "lora_id is the server's own")
+            for guessed in ("guessed", ["guessed"])
+            for path in (None, [None], "one", ["one"])
+            for more in ({}, {"sampling_params": {"n": 2}})
+        ),
+        ({**PAIR, "lora_id": ["guessed", None], "lora_path": [None, None]}, "lora_id is the server's own"),
         ({"positional_embed_overrides": {"a": 1}}, "positional_embed_overrides cannot be given"),
         ({"text": None, "input_ids": [5, TOKENS]}, f"input_ids has {TOKENS}; accepted: 0 to {TOKENS - 1}"),
         ({"text": None, "input_ids": [-1, 5]}, "input_ids has -1"),
@@ -65,14 +71,7 @@ PAIR = {"text": ["a", "b"]}
 def test_a_field_that_does_not_fit_is_refused_by_its_name(request_, message, drive):
     async def scenario(side: Side) -> None:
         with pytest.raises(ValueError, match=message):
-            await side.ask(
-                **{
-                    "text": "a b",
-                    "lora_path": "one",
-                    **request_,
-                    **({"lora_path": None} if "lora_id" in request_ else {}),
-                }
-            )
+            await side.ask(**{"text": "a b", "lora_path": "one", **request_})
         await asyncio.sleep(0.01)
 
     drive(scenario, enable_metrics=True)
@@ -182,6 +181,8 @@ def test_one_id_is_made_for_each_prompt_however_many_answers(drive):
         ({"input_ids": [1, 2], "lora_path": []}, "lora_path has 0 entries and the request has 1 prompt:"),
         ({"text": ["a", "b"], "lora_path": ["one"]}, "lora_path has 1 entry and the request has 2 prompts:"),
         ({"text": "a", "lora_id": "x"}, "lora_id is the server's own"),
+        ({"text": "a", "lora_id": "x", "lora_path": [None]}, "lora_id is the server's own"),
+        ({"text": ["a"], "lora_id": ["x"], "lora_path": [None]}, "lora_id is the server's own"),
     ],
 )
 def test_an_embedding_request_is_checked_alike(request_, message, sglang_patches):

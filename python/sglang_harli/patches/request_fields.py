@@ -82,7 +82,7 @@ def _check_own_fields(request: Any) -> None:
     """What SGLang fills in itself, in the classes that its HTTP routes fill from a client's body."""
     from sglang.srt.managers.io_struct import PositionalEmbeds
 
-    if request.lora_id is not None and not request.lora_path:
+    if request.lora_id is not None:
         raise ValueError("lora_id is the server's own: name an adapter by lora_path")
     overrides = request.positional_embed_overrides
     for one in overrides if isinstance(overrides, list) else [overrides]:
