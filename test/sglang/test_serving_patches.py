@@ -66,7 +66,8 @@ def test_the_mask_of_a_grammar_is_applied_on_a_cpu(sglang_patches):
         assert torch.isfinite(logits[1]).all()
 
 
-def test_all_requests_of_a_session_can_be_replaced(sglang_patches):
+def session_and_ask() -> tuple[Any, Any]:
+    """SGLang's session, and a call that has it make a request of which the scheduler says at once that it ended."""
     import msgspec
     from sglang.srt.managers.io_struct import SessionParams, TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
@@ -75,13 +76,39 @@ def test_all_requests_of_a_session_can_be_replaced(sglang_patches):
     session = Session(1000, "s")
     unset = {field.name: None for field in msgspec.structs.fields(TokenizedGenerateReqInput)}
 
-    def ask(own_rid: str, **params: Any) -> None:
+    def ask(own_rid: str, **params: Any) -> Any:
         given = {"rid": own_rid, "input_ids": array("q", [5, 6]), "sampling_params": SamplingParams()}
         request = SimpleNamespace(**{**unset, **given, "session_params": SessionParams(id="s", **params)})
-        session.create_req(request, None, 100).finished_reason = "ended"
+        made = session.create_req(request, None, 100)
+        made.finished_reason = "ended"
+        return made
 
+    return session, ask
+
+
+def test_all_requests_of_a_session_can_be_replaced(sglang_patches):
+    session, ask = session_and_ask()
     for own_rid in ("a", "b", "a"):  # an id may come again
         ask(own_rid)
     ask("c", rid="b")
     ask("d", replace=True)
     assert list(session.req_nodes) == ["d"]
+
+
+@pytest.mark.parametrize("first", [{}, {"rid": "0"}])
+def test_a_long_conversation_can_be_replaced(first, sglang_patches):
+    session, ask = session_and_ask()
+    turns = [ask("0")] + [ask(str(turn), rid=str(turn - 1)) for turn in range(1, 1500)]
+    turns[-1].finished_reason = None  # this one still runs
+    ask("new", replace=True, **first)
+    assert list(session.req_nodes) == [*(["0"] if first else []), "new"]
+    assert turns[-1].to_finish is not None and turns[-2].to_finish is None
+
+
+def test_what_is_replaced_takes_no_later_request_of_the_same_id_with_it(sglang_patches):
+    session, ask = session_and_ask()
+    ask("a")
+    ask("b", rid="a")
+    ask("b")  # another one
+    ask("c", replace=True, rid="a")
+    assert list(session.req_nodes) == ["a", "b", "c"]

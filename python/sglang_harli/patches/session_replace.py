@@ -1,7 +1,8 @@
 """Runtime half of ``patches/14-session-replace``: replacing a session's requests does not end the server.
 
 ``"session_params": {"id": ..., "replace": true}`` has SGLang take all requests out of a dict that it goes through
-meanwhile, which raises on the scheduler's thread; so does an id that two requests of the session have had.
+meanwhile, which raises on the scheduler's thread; so does an id that two requests of the session have had, and a
+conversation of a thousand turns, which it goes down by recursion.
 
 Leans on: ``srt.session.session_controller`` (``Session.create_req``, ``SessionReqNode.clear``; ``streaming``,
 ``req_nodes``).
@@ -31,6 +32,14 @@ def _before_create(session: Any, request: Any, *args: Any, **kwargs: Any) -> Non
 
 
 def _clear(original: Callable[..., None], node: Any, req_dict: dict[str, Any]) -> None:
-    """A node may have gone with its parent, or have lent its id to a later one."""
-    req_dict.setdefault(node.req.rid, node)
-    original(node, req_dict)
+    """Take out a node and all that follow it, by a loop: a long conversation is a chain as deep."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    left = [node]
+    while left:
+        node = left.pop()
+        left += node.children
+        if node.req.finished_reason is None:
+            node.req.to_finish = FINISH_ABORT()
+        if req_dict.get(node.req.rid) is node:  # it may have gone before, or have lent its id to a later one
+            del req_dict[node.req.rid]
