@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,17 @@ def read_json(model: str, name: str, revision: str | None = None) -> dict[str, A
     Raises:
         HarliError: it cannot be read, or is not a JSON object.
     """
-    path = find(model, name, revision)
-    if path is None:
-        return None
+    path: Path | str = os.path.join(model, name)
     try:
-        content = json.loads(path.read_bytes())
+        found = find(model, name, revision)
+        if found is None:
+            return None
+        path = found
+        content = json.loads(found.read_bytes())
     except OSError as error:
         raise HarliError(f"{path} cannot be read: {error.strerror}", code="bad_model") from error
+    except RecursionError as error:
+        raise HarliError(f"{path} is nested too deeply", code="bad_model") from error
     except ValueError as error:
         raise HarliError(f"{path} is not JSON: {error}", code="bad_model") from error
     if not isinstance(content, dict):
@@ -71,7 +76,9 @@ def context_length(model: str, revision: str | None = None) -> int | None:
         kind = scaling.get("rope_type", scaling.get("type"))
         if "original_max_position_embeddings" in scaling or kind == "llama3":
             factor = 1
-    return int(length * factor) if isinstance(factor, int | float) and factor > 0 else length
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        return length
+    return int(length * factor)
 
 
 def stop_ids(model: str, revision: str | None = None) -> set[int]:

@@ -5,6 +5,7 @@ Uses the service's own code, so what passes here passes there (the served limits
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _limit(flags: TokenizerFlags, max_seq_length: int | None, on_overflow: str) 
 
 def _load(flags: TokenizerFlags) -> Any:
     path = flags.tokenizer_path
-    if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+    if path.startswith(("/", ".", "~")) and not os.path.isdir(os.path.expanduser(path)):
         raise ConfigError(
             f"{path}: no such folder: give the folder or hub id of the served model", param="model"
         )

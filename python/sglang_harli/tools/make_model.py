@@ -151,7 +151,7 @@ def _check(arch: str, size: str, dtype: str, seed: int, seconds: float | None, s
 def _empty_folder(directory: str | Path) -> Path:
     try:
         str(directory).encode()
-        path = Path(directory).expanduser().resolve()
+        path = Path(os.path.expanduser(directory)).resolve()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(
                 f"{path} exists and is not an empty folder: give another path or empty it", param="directory"
