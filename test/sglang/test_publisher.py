@@ -4,6 +4,8 @@ of dicts."""
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,9 +29,11 @@ from sglang.utils import TypeBasedDispatcher
 
 from sglang_harli.managers import publisher as publisher_module
 from sglang_harli.managers.publisher import TENSOR_PATH, Publisher
+from sglang_harli.managers.tokenizer_handover import TokenizerHandover
 from sglang_harli.patches.lora_request_counts import uses_of
 from sglang_harli.patches.lora_unload import updates_of
-from sglang_harli.protocol import internal
+from sglang_harli.protocol import internal, tokenizer_state
+from sglang_harli.protocol.tokenizer_state import ChatTemplate, TokenizerState
 
 NAME, OTHER, THIRD = "base-ft-first-00000001", "base-ft-second-00000002", "base-ft-third-00000003"
 
@@ -135,10 +139,12 @@ def publish(name: str, request: int = 1) -> internal.PublishAdapter:
 
 
 @asynccontextmanager
-async def connected(folder: Path, **arguments: Any) -> AsyncIterator[Service]:
+async def connected(
+    folder: Path, handover: TokenizerHandover | None = None, **arguments: Any
+) -> AsyncIterator[Service]:
     endpoint = f"ipc://{folder}/http.sock"
     manager = Manager(**arguments)
-    manager.harli_publisher = publisher = Publisher(manager, endpoint)  # type: ignore[attr-defined]
+    manager.harli_publisher = publisher = Publisher(manager, endpoint, handover)  # type: ignore[attr-defined]
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
@@ -451,6 +457,32 @@ async def test_restarted_service_is_greeted_and_asked_again(folder: Path) -> Non
         await service.send(state(8))  # lost
         await service.receive(internal.HttpHello)
         waiting.cancel()
+
+
+@run
+async def test_a_tokenizer_that_cannot_be_handed_over_is_tried_at_growing_intervals(folder: Path) -> None:
+    handover = TokenizerHandover(TokenizerState(chat=ChatTemplate(), refusal="none"), folder / "missing")
+    written: list[float] = []
+    write = handover.write
+
+    def counted() -> bool:
+        written.append(time.monotonic())
+        return write()
+
+    handover.write = counted
+    async with connected(folder, handover=handover) as service:
+        await service.receive(internal.HttpHello)
+        until_s = time.monotonic() + 2.5
+        while time.monotonic() < until_s:  # as often as the service says so
+            await service.send(state(7, tokenizer_lost=True, greeted_by=os.getpid()))
+            await asyncio.sleep(0.01)
+        assert 2 <= len(written) <= 3  # at once, a second later, two seconds later
+        (folder / "missing").mkdir()
+        hello = await service.receive(internal.HttpHello)
+        assert hello.tokenizer == handover.fingerprint
+        assert tokenizer_state.read(folder / "missing").fingerprint == handover.fingerprint
+        await service.send(state(7))
+        await until(lambda: service.publisher._hand_over_pause_s == 0.0)
 
 
 @run

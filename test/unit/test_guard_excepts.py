@@ -42,6 +42,10 @@ BOUNDARIES = {
         "_load_from_tensors",
     ): "a client's bytes that cannot be unpickled get an error reply; the scheduler goes on",
     ("managers/tokenizer_handover.py", "hand_over"): "no rows can be made; serving goes on",
+    (
+        "service/model_tokenizer.py",
+        "ModelTokenizer._open",
+    ): "a tokenizer that cannot be opened is refused for training with its reason; the service goes on",
     ("service/app.py", "App.handle"): "one request gets an error reply; the service goes on",
     ("service/peer_link.py", "PeerLink._receive"): "one message is left out; the service goes on",
     ("service/publication.py", "Publication.run"): "one adapter is tried again later; the service goes on",

@@ -43,6 +43,7 @@ QUIET_S = 60.0  # without one slice of any adapter: the loading is given up
 # How long a request waits for an evicted adapter to come back.
 BRING_BACK_S = 120.0  # a service that is held still and replaced takes half a minute; twice in a row one
 ASK_AGAIN_S = 10.0  # a question may be lost
+HAND_OVER_PAUSE_S = 60.0  # at most, between two attempts to hand over the tokenizer
 
 
 class Publisher:
@@ -67,6 +68,7 @@ class Publisher:
         self._manager = tokenizer_manager
         self._handover = handover
         self._handing_over: asyncio.Task[None] | None = None
+        self._hand_over_pause_s = 0.0
         self._endpoint = endpoint
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
@@ -183,9 +185,12 @@ class Publisher:
         await self._send(internal.HttpHello(pid=os.getpid(), served_model_name=name, tokenizer=fingerprint))
 
     async def _hand_over_again(self, handover: TokenizerHandover) -> None:
-        """The service could not read the file."""
-        await asyncio.to_thread(handover.write)
-        await self._say_hello()
+        """The service could not read the file; with growing pauses while that goes on."""
+        await asyncio.sleep(self._hand_over_pause_s)
+        self._hand_over_pause_s = min(max(2 * self._hand_over_pause_s, 1.0), HAND_OVER_PAUSE_S)
+        lost = self.state is not None and self.state.tokenizer_lost  # not said before the last one was read
+        if lost and await asyncio.to_thread(handover.write):
+            await self._say_hello()
 
     async def _take_state(self, state: internal.ServiceState) -> None:
         before, self.state = self.state, state
@@ -196,6 +201,8 @@ class Publisher:
         self._remember(state.adapters)
         if state.greeted_by != os.getpid():  # ours was lost, or has gone to the service before
             await self._say_hello()
+        if not state.tokenizer_lost:
+            self._hand_over_pause_s = 0.0
         writes = self._handing_over is not None and not self._handing_over.done()
         if state.tokenizer_lost and self._handover is not None and not writes:
             self._handing_over = asyncio.create_task(self._hand_over_again(self._handover))

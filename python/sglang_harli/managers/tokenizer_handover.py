@@ -37,8 +37,8 @@ class TokenizerHandover:
         self._content = tokenizer_state.encode(state)
         self._run_dir = run_dir
 
-    def write(self) -> None:
-        """Blocking.  Where the disk refuses it is logged: the service says that it lacks the file."""
+    def write(self) -> bool:
+        """Blocking.  Where the disk refuses (False) it is logged: the service says that it lacks the file."""
         try:
             tokenizer_state.write(self._run_dir, self._content)
         except OSError as error:
@@ -46,6 +46,8 @@ class TokenizerHandover:
                 "harli: the tokenizer cannot be handed to the finetune service (%s): no job starts until it can",
                 error,
             )
+            return False
+        return True
 
 
 def hand_over(tokenizer_manager: Any, template_manager: Any, run_dir: str | Path) -> TokenizerHandover | None:

@@ -12,6 +12,7 @@ from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol import tokenizer_state
 from sglang_harli.protocol.tokenizer_state import TokenizerState
+from sglang_harli.protocol.trouble import passes
 from sglang_harli.service import admission, hidden_torch, own_tokenizer
 from sglang_harli.service.chat_rows import RowTokenizer
 from sglang_harli.service.served_tokenizer import ServedTokenizer
@@ -78,12 +79,13 @@ class ModelTokenizer:
             state = tokenizer_state.read(self._run_dir)
             if state.fingerprint != fingerprint:
                 raise ValueError("it is of another server")
-        except (OSError, ValueError) as error:
-            logger.error("the server's tokenizer cannot be read: %s; it is asked for again", error)
+            hidden_torch.import_transformers()
+            served = RowTokenizer(self._open(state))
+        except (OSError, ValueError, MemoryError) as error:
+            if not self.lost:
+                logger.error("the server's tokenizer cannot be read: %s; it is asked for again", error)
             self.lost = True
-            return True
-        hidden_torch.import_transformers()
-        served = RowTokenizer(self._open(state))
+            return before != (self.expected, True)
         self._served, self.expected, self.lost = served, fingerprint, False
         self._own = None  # a scan in progress keeps it until its end
         logger.info("rows are made with the server's own tokenizer and chat template")
@@ -95,7 +97,11 @@ class ModelTokenizer:
             if state.backend is None and state.refusal is None:
                 loaded = own_tokenizer.load_tokenizer(self._flags)
             return ServedTokenizer(state, loaded)
-        except (HarliError, ValueError) as error:
-            reason = f"this server's tokenizer cannot be used for training: {error}"
-            logger.error("%s", reason)
+        except Exception as error:  # boundary: libraries raise what they like; rows are refused with it
+            if passes(error):
+                raise
+            known = isinstance(error, HarliError | ValueError)
+            kind = "" if known else f"{type(error).__name__}: "
+            reason = f"this server's tokenizer cannot be used for training: {kind}{error}"
+            logger.error("%s", reason, exc_info=not known)
             return ServedTokenizer(msgspec.structs.replace(state, backend=None, refusal=reason))

@@ -67,7 +67,7 @@ def as_served(
     except DataError as error:
         raise NotHereError(
             f"its data is not accepted by this server's tokenizer and chat template ({error.message}): start the "
-            "server with those that it was submitted to, or submit it again"
+            "server with those that it was submitted to, or cancel it and submit data that this one accepts"
         ) from error
     except FileNotFoundError as error:
         raise NotHereError(

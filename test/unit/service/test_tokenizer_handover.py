@@ -7,14 +7,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
+from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import DataError
 from sglang_harli.protocol import tokenizer_state
 from sglang_harli.protocol.public import Job
 from sglang_harli.protocol.tokenizer_state import ChatTemplate, TokenizerState
+from sglang_harli.service import own_tokenizer
 from sglang_harli.service.chat_rows import RowTokenizer
+from sglang_harli.service.model_tokenizer import ModelTokenizer
+from sglang_harli.service.row_error import RowError
 from sglang_harli.service.served_tokenizer import ServedTokenizer, describe
 from sglang_harli.service.token_store import TokenReader
 from support.models import CHAT_TEMPLATE
@@ -109,6 +114,36 @@ def test_a_tokenizer_that_was_lost_is_written_and_said_again(own, model):
         world.done(job)
         assert peer.writes > writes
         assert world.client.get(job.id).data["tokenizer"] == state(model).fingerprint
+
+
+def test_only_a_change_is_told_while_it_cannot_be_read(tmp_path, model, caplog):
+    tokenizer = ModelTokenizer(TokenizerFlags(model_path=str(model), tokenizer_path=str(model)), tmp_path)
+    served = state(model)
+    assert tokenizer.take(served.fingerprint) and tokenizer.lost
+    assert not tokenizer.take(served.fingerprint)
+    assert caplog.text.count("cannot be read") == 1
+    tokenizer_state.write(tmp_path, tokenizer_state.encode(served))
+    assert tokenizer.take(served.fingerprint) and tokenizer.known and not tokenizer.lost
+    assert not tokenizer.take(served.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("raised", "lost"),
+    [(MemoryError(), True), (OSError(24, "no descriptors"), True), (TypeError("odd"), False)],
+)
+def test_whatever_a_library_raises_no_job_waits_without_a_word(tmp_path, model, monkeypatch, raised, lost):
+    def load(*_: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(own_tokenizer, "load_tokenizer", load)
+    tokenizer = ModelTokenizer(TokenizerFlags(model_path=str(model), tokenizer_path=str(model)), tmp_path)
+    served = msgspec.structs.replace(state(model), backend=None)
+    tokenizer_state.write(tmp_path, tokenizer_state.encode(served))
+    assert tokenizer.take(served.fingerprint)
+    assert tokenizer.lost == lost and tokenizer.known != lost
+    if not lost:
+        with pytest.raises(RowError, match="cannot be used for training: TypeError: odd"):
+            tokenizer.get().rows(pairs(1)[0])
 
 
 def test_chats_that_the_server_renders_by_a_template_of_its_own_are_refused(own, model):
