@@ -49,18 +49,18 @@ def check(record: JobRecord) -> None:
     except CODING_ERRORS as error:
         raise RecordError(f"it cannot be read again once it is stored: {error}") from error
     for name in record.__struct_fields__:
-        if _plain(getattr(back, name)) != _plain(getattr(record, name)):
+        if plain(getattr(back, name)) != plain(getattr(record, name)):
             raise RecordError(f"{name} is not the same once it is stored")
     _check_readers(record)
 
 
-def _plain(value: Any) -> Any:
-    """As JSON has it: a tuple is a list."""
+def plain(value: Any) -> Any:
+    """As JSON has it: a tuple is a list.  What was read from the store is compared with what was not in this form."""
     if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
+        return {name: plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return _plain(msgspec.to_builtins(value)) if isinstance(value, msgspec.Struct) else value
+        return [plain(inner) for inner in value]
+    return plain(msgspec.to_builtins(value)) if isinstance(value, msgspec.Struct) else value
 
 
 def _check_readers(record: JobRecord) -> None:

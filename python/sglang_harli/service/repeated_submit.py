@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from sglang_harli.errors import ConfigError
 from sglang_harli.protocol.public import Hyperparameters, SubmitArgs, parse_hyperparameters
 from sglang_harli.service.job_record import Asked, JobRecord
+from sglang_harli.service.record_encoding import plain
 
 DATA = "other data"
 
@@ -29,23 +28,41 @@ def asked(args: SubmitArgs) -> Asked:
 
 
 def _typed(given: dict[str, Any]) -> dict[str, Any]:
-    """As they are stored: ``"3"`` and ``3`` are the same."""
+    """As they are stored: ``"3"`` and ``3`` are the same, and so are a list and the text of it."""
+    return {name: _typed_value(name, value) for name, value in given.items()}
+
+
+def _typed_value(name: str, given: Any) -> Any:
     try:
-        values = msgspec.to_builtins(parse_hyperparameters(given))
+        return plain(getattr(parse_hyperparameters({name: given}), name))
     except ConfigError:  # accepted once, by another version
-        return given
-    return {name: values[name] for name in given}
+        return plain(given)
 
 
-def differences(first: Asked, again: Asked, others: Hyperparameters) -> list[str]:
-    """What the second submit asks for otherwise, in words; ``others``: those that a submit does not name."""
+def differences(
+    first: Asked, again: Asked, has: Hyperparameters | None, left_out: Hyperparameters | None
+) -> list[str]:
+    """What the second submit asks for otherwise, in words.
+
+    Args:
+        has: what the job of the first one has; None: there is none yet.
+        left_out: what a submit gets that does not name it; None: that is not known any more, and what only the
+            first submit names is no difference.
+    """
     found = [DATA] if first.sha256 != again.sha256 else []
     for name in ("resume_from", "suffix", "priority"):
         found += _difference(name, getattr(first, name), getattr(again, name))
-    rest = msgspec.to_builtins(others)
+    rest = plain(left_out) if left_out is not None else {}
+    job = plain(has) if has is not None else rest
     for name in dict.fromkeys([*first.hyperparameters, *again.hyperparameters]):
-        old, new = (asked.hyperparameters.get(name, rest.get(name)) for asked in (first, again))
-        found += _difference(name, old, new)
+        old, new = first.hyperparameters, again.hyperparameters
+        if (name in old or name in job) and (name in new or name in rest):
+            # Records of the store hold what JSON makes of a value, or what another version took for one.
+            values = (
+                _typed_value(name, old[name] if name in old else job[name]),
+                new.get(name, rest.get(name)),
+            )
+            found += _difference(name, *values)
     return found
 
 

@@ -103,7 +103,7 @@ class Submission:
         key = args.idempotency_key
         task, first = self._running.get(key, (None, None)) if key else (None, None)
         if task is not None and first is not None:  # the job may be known already and not be durable yet
-            self._check_same(args, "a submit that is under way", first)
+            self._check_same(args, "a submit that is under way", first, None)
             return self._desk.public(self._desk.get((await asyncio.shield(task)).id))
         known = self._desk.by_key(key) if key else None
         if known is not None:
@@ -119,16 +119,18 @@ class Submission:
 
     def _again(self, record: JobRecord, args: SubmitArgs) -> Job:
         if record.asked is not None:
-            self._check_same(args, f"job {record.id}", record.asked)
+            self._check_same(args, f"job {record.id}", record.asked, record.hyperparameters)
         else:
             _conflict(args, f"job {record.id}", repeated_submit.differences_of_before(record, args))
         return self._desk.public(self._desk.get(record.id))
 
-    def _check_same(self, args: SubmitArgs, owner: str, first: Asked) -> None:
-        origin = self._desk.find(first.resume_from) if first.resume_from else None
-        others = origin.hyperparameters if origin is not None else Hyperparameters()
+    def _check_same(self, args: SubmitArgs, owner: str, first: Asked, has: Hyperparameters | None) -> None:
+        left_out: Hyperparameters | None = Hyperparameters()
+        if first.resume_from:
+            origin = self._desk.find(first.resume_from)  # None: its record cannot be read any more
+            left_out = origin.hyperparameters if origin is not None else None
         again = repeated_submit.asked(args)
-        _conflict(args, owner, repeated_submit.differences(first, again, others))
+        _conflict(args, owner, repeated_submit.differences(first, again, has, left_out))
 
     async def _create(self, args: SubmitArgs, frames: Sequence[bytes]) -> JobRecord:
         if self._desk.journal.trouble:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,6 +16,7 @@ from sglang_harli.fault_points import FAULT_POINTS_ENV, Write
 from sglang_harli.protocol.public import Hyperparameters, Job, SubmitArgs
 from sglang_harli.service import repeated_submit
 from sglang_harli.service.job_record import JobRecord
+from sglang_harli.service.record_encoding import read_record, record_body
 from support.service_world import pairs, until
 
 FIRST = {"n_epochs": 4, "target_modules": ["q_proj", "v_proj"], "suffix": "a", "priority": 2}
@@ -100,6 +103,62 @@ def test_another_submit_is_a_conflict_while_the_first_is_under_way(own, tmp_path
         assert same.result(30).id == first.result(30).id
 
 
+# ------------------------------------------------------------------ after a restart
+NAMED: dict[str, Any] = {
+    "n_epochs": 2,
+    "learning_rate": 1e-5,
+    "lr_scheduler": "cosine",
+    "warmup_ratio": 0.25,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.125,
+    "use_rslora": True,
+    "target_modules": ["q_proj", "v_proj"],
+    "max_seq_length": 64,
+    "weight_decay": 0.01,
+    "max_grad_norm": 0.5,
+    "checkpoint_every": 7,
+    "seed": 2**63 - 1,
+    "on_overflow": "truncate",
+}
+
+
+def as_text(value: Any) -> str:
+    return ",".join(value) if isinstance(value, list) else str(value)
+
+
+def test_every_hyperparameter_is_the_same_again_after_a_restart(own):
+    assert set(NAMED) == set(Hyperparameters.__struct_fields__)
+    world = own(peers=False)
+    first = world.client.submit(pairs(4), idempotency_key="named", **NAMED)
+    default = world.client.submit(pairs(4), idempotency_key="all", target_modules="all")
+    world.restart()
+    texts = {name: as_text(value) for name, value in NAMED.items()}
+    for again in (NAMED, texts):
+        assert world.client.submit(pairs(4), idempotency_key="named", **again).id == first.id
+    for again in ({"target_modules": "all"}, {"target_modules": Hyperparameters().target_modules}, {}):
+        assert world.client.submit(pairs(4), idempotency_key="all", **again).id == default.id
+    with pytest.raises(ConfigError, match="target_modules=q_proj instead of q_proj,v_proj: give each"):
+        world.client.submit(pairs(4), idempotency_key="named", **NAMED | {"target_modules": "q_proj"})
+
+
+def test_a_continued_job_is_the_same_again_where_the_old_one_cannot_be_read(own):
+    world = own()
+    old = world.done(world.client.submit(pairs(4), n_epochs=2, learning_rate=1e-3))
+    first = world.client.submit(resume_from=old.id, n_epochs=3, idempotency_key="on")
+    world.service.kill()
+    with sqlite3.connect(world.run_dir / "harli.db") as store:
+        store.execute("UPDATE jobs SET body = '{' WHERE id = ?", (old.id,))
+    world.service.start()
+    for again in ({"n_epochs": 3}, {"n_epochs": 3, "learning_rate": 1e-3}, {}):
+        same = world.client.submit(resume_from=old.id, idempotency_key="on", **again)
+        assert same.id == first.id
+    with pytest.raises(ConfigError, match=r"learning_rate=0\.002 instead of 0\.001"):
+        world.client.submit(resume_from=old.id, n_epochs=3, learning_rate=2e-3, idempotency_key="on")
+
+
 # ------------------------------------------------------------------ records
 def job_record() -> JobRecord:
     return JobRecord(
@@ -133,7 +192,32 @@ def test_a_job_of_before_is_compared_as_before():
     assert repeated_submit.differences_of_before(record, other) == found
 
 
+def submit_of(**hyperparameters: Any) -> SubmitArgs:
+    return SubmitArgs(sha256="a" * 64, hyperparameters=hyperparameters)
+
+
+def differences(first: SubmitArgs, again: SubmitArgs, **defaults: Any) -> list[str]:
+    """Between a job of the store, whose defaults were others, and a submit of today."""
+    hyperparameters = Hyperparameters(**defaults | first.hyperparameters)
+    record = msgspec.structs.replace(
+        job_record(), asked=repeated_submit.asked(first), hyperparameters=hyperparameters
+    )
+    kept = read_record(record_body(record))
+    assert kept.asked is not None
+    asked = repeated_submit.asked(again)
+    return repeated_submit.differences(kept.asked, asked, kept.hyperparameters, Hyperparameters())
+
+
 def test_a_default_that_changed_between_two_versions_is_no_difference():
-    first = repeated_submit.asked(SubmitArgs(sha256="a" * 64))
-    again = repeated_submit.asked(SubmitArgs(sha256="a" * 64))
-    assert repeated_submit.differences(first, again, Hyperparameters(warmup_ratio=0.5)) == []
+    old = {"warmup_ratio": 0.5, "target_modules": ("q_proj",)}
+    for again in (submit_of(), submit_of(warmup_ratio="0.5"), submit_of(target_modules=["q_proj"])):
+        assert differences(submit_of(), again, **old) == []
+    found = differences(submit_of(), submit_of(warmup_ratio=0.0), **old)
+    assert found == ["warmup_ratio=0.0 instead of 0.5"]
+
+
+def test_a_value_that_another_version_took_is_the_same_again():
+    asked = repeated_submit.asked(submit_of(n_epochs="2", gone="1"))
+    kept = msgspec.structs.replace(asked, hyperparameters={"n_epochs": "2", "gone": "1"})
+    has = Hyperparameters(n_epochs=2)
+    assert repeated_submit.differences(kept, asked, has, Hyperparameters()) == []
