@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -305,6 +306,24 @@ def test_a_conversation_is_encoded_about_once(families, family):
     assert counting.characters < 3.5 * len(json.dumps(record))
     rows.served.encoder = BackendEncoder(families[family].backend_tokenizer)
     assert rows.rows(record) == encoded
+
+
+def peak_memory(rows: RowTokenizer, record: dict[str, Any]) -> int:
+    tracemalloc.start()
+    try:
+        for row in rows.each_row(record, Reading()):
+            assert row.target_tokens
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("family", ["plain", "qwen3"])
+def test_a_text_of_many_turns_takes_no_more_memory_than_one_of_few(families, family):
+    rows = RowTokenizer(families[family])
+    rows.rows(conversation(2, 4))  # what is loaded and compiled once
+    few, many = (peak_memory(rows, conversation(*shape)) for shape in ((4, 40_000), (160, 1000)))
+    assert many < 1.5 * few
 
 
 def test_a_conversation_over_the_limit_ends_at_the_answer_that_crosses_it(tmp_path, families):

@@ -15,9 +15,10 @@ from sglang_harli.service.served_tokenizer import BackendEncoder, ServedTokenize
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A beginning of the text that ends in the border ``token``; its ids are the first ``count``."""
+    """A beginning of the text, of ``length`` characters, that ends in the border ``token``; its ids are the first
+    ``count``."""
 
-    text: str
+    length: int
     count: int
     token: str
 
@@ -28,25 +29,25 @@ class GrowingText:
 
     Attributes:
         ids: of the text encoded last: those that ``ServedTokenizer.encode_chat`` gives.
-        replaced: ids of the text before it, from the place on where the two differ.
     """
 
     def __init__(self, tokenizer: ServedTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._known: list[_Known] = []  # each begins with the one before
+        self._text = ""  # the one encoded last; only it is kept, its beginnings may be many
+        self._known: list[_Known] = []  # of its beginnings, each longer than the one before
         self._borders = _borders(tokenizer)
         self.ids: list[int] = []
-        self.replaced: list[int] = []
 
     def encode(self, text: str) -> int:
         """Encode ``text``; returns how many of the first ids were not touched."""
-        while self._known and not text.startswith(self._known[-1].text):
+        common = _common(self._text, text)
+        while self._known and self._known[-1].length > common:
             self._known.pop()
-        known = self._known[-1] if self._known else _Known("", 0, "")
+        self._text = text
+        known = self._known[-1] if self._known else _Known(0, 0, "")
         kept = max(known.count - 1, 0)
-        self.replaced = self.ids[kept:]
         del self.ids[kept:]
-        start = len(known.text) - len(known.token)
+        start = known.length - len(known.token)
         if self._borders:
             self._add(text, start)
         else:
@@ -65,8 +66,22 @@ class GrowingText:
             token = self._borders.get(self.ids[before + at])
             first, last = offsets[at]
             if token is not None and text[start + first : start + last] == token:
-                self._known.append(_Known(text[: start + last], before + at + 1, token))
+                self._known.append(_Known(start + last, before + at + 1, token))
                 return
+
+
+def _common(old: str, new: str) -> int:
+    """How many first characters two texts have in common."""
+    least, most = 0, min(len(old), len(new))
+    if new.startswith(old):
+        return most
+    while least < most:
+        middle = (least + most + 1) // 2
+        if old[least:middle] == new[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 def _borders(tokenizer: ServedTokenizer) -> dict[int, str]:
