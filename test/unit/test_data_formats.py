@@ -107,6 +107,24 @@ def test_where_some_lines_are_rows_each_bad_line_is_named(scan, content, bad):
     assert list(reasons(scan, content)) == bad
 
 
+@pytest.mark.parametrize("lead", ["", "\ufeff", "\n \x1e"])
+@pytest.mark.parametrize("behind", ["", " and more", "\\u0000"])
+def test_a_text_with_the_word_of_tar_archives_at_its_place_is_rows(scan, lead, behind):
+    start = lead + '{"prompt": "'
+    row = start + "x" * (257 - len(start.encode())) + f'ustar{behind}", "completion": "b"}}\n'
+    assert row.encode()[257:262] == b"ustar"
+    summary, rows = scan(row + lines_of(A))
+    assert summary.rows == len(rows) == 2
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_archives_of_each_kind(scan, kind):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=kind) as archive:
+        archive.addfile(tarfile.TarInfo("rows.jsonl"), io.BytesIO())
+    assert "a tar archive" in refusal(scan, file.getvalue()).message
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [

@@ -95,15 +95,17 @@ def _archive(head: bytes) -> str | None:
     for magic, what, mend in _MAGIC:
         if head.startswith(magic):
             return f"this is {what}, not JSONL: {mend}"
-    if head[257:262] == b"ustar":
+    # A text may have the word at that very place: JSON is none, whatever stands in it.
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n\x0b\x0c\x1e")[:1]
+    if head[257:263] in (b"ustar\0", b"ustar ") and start not in (b"{", b"["):
         return "this is a tar archive, not JSONL: unpack it first (tar -xf FILE)"
-    start = head[:512]
-    odd = sum(byte < 9 or 13 < byte < 27 or 27 < byte < 30 for byte in start)
+    block = head[:512]
+    odd = sum(byte < 9 or 13 < byte < 27 or 27 < byte < 30 for byte in block)
     if (
-        odd * 20 > len(start)
-        and b"\0" in start
+        odd * 20 > len(block)
+        and b"\0" in block
         and coding_of(head).name == "utf-8"
-        and start[:1] not in b"{["
+        and block[:1] not in b"{["
     ):
         return "this is binary data, not JSONL: give a text file with one JSON object per line"
     return None
