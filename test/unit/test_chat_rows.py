@@ -127,6 +127,62 @@ def test_arguments_that_are_no_object_are_named(families, text):
         RowTokenizer(families["qwen2.5"]).rows(record)
 
 
+def test_an_index_of_thousands_of_digits_is_named(families):
+    call = CALL | {"index": "9" * 5000}
+    record = {"messages": [ASK, {"role": "assistant", "tool_calls": [CALL, call]}]}
+    with pytest.raises(RowError, match=r"tool_calls\[1\]: field 'index' must be an .*a text of 5000 digits"):
+        RowTokenizer(families["qwen2.5"]).rows(record)
+
+
+@pytest.mark.parametrize("field", ["pattern", "patternProperties"])
+def test_a_pattern_that_python_cannot_count_is_no_schema(families, field):
+    pattern = "a{99999999999999999999}"
+    parameters = {field: pattern if field == "pattern" else {pattern: {}}}
+    tools = [{"type": "function", "function": {"name": "lamp", "parameters": parameters}}]
+    with pytest.raises(
+        RowError, match=r"tools\[0\]\.function: field 'parameters': not a JSON schema: the repetition"
+    ):
+        RowTokenizer(families["qwen2.5"]).rows({"messages": [ASK, YES], "tools": tools})
+
+
+class Failing(BackendEncoder):
+    """Raises ``error`` for texts with "lit", as the tokenizers library raises a plain Exception."""
+
+    def __init__(self, backend: Any, error: Exception) -> None:
+        super().__init__(backend)
+        self._error = error
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        if "lit" in text:
+            raise self._error
+        return super().encode(text, special=special)
+
+
+def test_what_nobody_expects_of_a_line_is_its_reason_and_the_others_are_named(tmp_path, families, caplog):
+    rows = RowTokenizer(families["plain"])
+    rows.served.encoder = Failing(families["plain"].backend_tokenizer, Exception("no such word"))
+    lit, dark = ({"prompt": text, "completion": "b"} for text in ("lit", "dark"))
+    with pytest.raises(DataError) as caught:
+        scan(tmp_path, rows, dark, lit, {"prompt": 1}, lit)
+    reason = "it cannot be made a row (Exception: no such word)"
+    assert [(d["line"], d["reason"]) for d in caught.value.details if d["line"] != 3] == [
+        (2, reason),
+        (4, reason),
+    ]
+    assert len(caught.value.details) == 3
+    assert [r.message for r in caplog.records] == ["data.jsonl: line 2 cannot be made a row"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no disk"), MemoryError(), ImportError("torch"), NotReadyError("no")]
+)
+def test_trouble_of_the_environment_is_no_fault_of_a_line(tmp_path, families, error):
+    rows = RowTokenizer(families["plain"])
+    rows.served.encoder = Failing(families["plain"].backend_tokenizer, error)
+    with pytest.raises(type(error)):
+        scan(tmp_path, rows, {"prompt": "lit", "completion": "b"})
+
+
 def test_a_tool_call_is_learned_as_the_template_writes_it(families):
     tokenizer = families["qwen2.5"]
     for arguments in ('{"at": "north"}', '{"at":"north"}', {"at": "north"}):

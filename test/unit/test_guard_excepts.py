@@ -46,6 +46,7 @@ BOUNDARIES = {
         "service/model_tokenizer.py",
         "ModelTokenizer._open",
     ): "a tokenizer that cannot be opened is refused for training with its reason; the service goes on",
+    ("service/dataset.py", "_LineRows.rows"): "one line is refused; the report names the others, too",
     ("service/app.py", "App.handle"): "one request gets an error reply; the service goes on",
     ("service/peer_link.py", "PeerLink._receive"): "one message is left out; the service goes on",
     ("service/publication.py", "Publication.run"): "one adapter is tried again later; the service goes on",

@@ -270,7 +270,13 @@ def _integer(value: Any, where: str, field: str) -> int | None:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and value.strip().isdecimal():
-        return int(value)
+        try:
+            return int(value)
+        except (
+            ValueError
+        ) as error:  # Python reads no integer of more than 4,300 digits, and serving none either
+            problem = f"must be an integer, it is a text of {len(value.strip())} digits"
+            raise RowError(f"{where}: field '{field}' {problem}", "messages") from error
     raise RowError(f"{where}: field '{field}' must be an integer, it is {value!r}", "messages")
 
 

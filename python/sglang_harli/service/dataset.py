@@ -5,22 +5,25 @@ The file is streamed: neither it nor its tokens are ever in memory as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct, to_builtins
 
-from sglang_harli.errors import DataError, NotReadyError, grouped
+from sglang_harli.errors import DataError, HarliError, NotReadyError, grouped
 from sglang_harli.protocol.public import BUSY
 from sglang_harli.service import data_format, foreign_rows
 from sglang_harli.service.chat_rows import RowTokenizer, unused_fields
-from sglang_harli.service.data_lines import read_lines
+from sglang_harli.service.data_lines import Line, read_lines
 from sglang_harli.service.data_row import Reading, Row, over_limit
 from sglang_harli.service.row_error import RowError
 from sglang_harli.service.row_json import RowReader
 from sglang_harli.service.row_notes import ANSWERS_APART, Note
 from sglang_harli.service.token_store import TokenWriter
+
+logger = logging.getLogger(__name__)
 
 MAX_REPORTED = 1000  # lines at fault in one report's details
 SHOWN = 10  # reasons in its message
@@ -111,7 +114,6 @@ def look(
     """As ``scan``, with the figures of the rows that are accepted also where others are not."""
     summary = DataSummary(file=name, max_seq_length=max_length, tokenizer=tokenizer.fingerprint)
     report = _Report(name)
-    ignored: set[str] = set()
     repeated: list[str] = summary.repeated_fields
     about = data_format.look_at(path)
     if about.refusal is not None:
@@ -123,27 +125,59 @@ def look(
             raise NotReadyError("the service is stopping: submit again in a moment", code=BUSY)
 
     reading = Reading(limit=max_length if on_overflow == "error" else None, stop=go_on)
+    lines = _LineRows(name, reader, tokenizer, reading)
     for line in read_lines(path, about.coding):
         go_on()
         summary.lines += 1
         reading.notes.line = line.number
         try:
-            record = reader.read(line)
-            foreign_rows.check(record)
             rows = 0
-            for row in tokenizer.each_row(record, reading):
+            for row in lines.rows(line):
                 _take(_fit(row, max_length, on_overflow, summary), line.number, summary, writer)
                 rows += 1
-            if len(ignored) < MAX_REPORTED:
-                ignored |= unused_fields(record)
             repeated += [f"{field} (line {line.number})" for field in reader.twice]
             del repeated[MAX_NAMED:]
             summary.cut_conversations += rows > 1
         except RowError as error:
             report.add(line.number, error)
-    summary.ignored_fields = sorted(map(_named, ignored))[:MAX_NAMED]
+    summary.ignored_fields = sorted(map(_named, lines.ignored))[:MAX_NAMED]
     summary.notes = reading.notes.notes()
     return summary, report.error(summary)
+
+
+class _LineRows:
+    """The rows of each line of one file.
+
+    Args:
+        name: of the file.
+
+    Attributes:
+        ignored: fields that were passed over.
+    """
+
+    def __init__(self, name: str, reader: RowReader, tokenizer: RowTokenizer, reading: Reading) -> None:
+        self._name = name
+        self._reader = reader
+        self._tokenizer = tokenizer
+        self._reading = reading
+        self._surprised = False
+        self.ignored: set[str] = set()
+
+    def rows(self, line: Line) -> Iterator[Row]:
+        """Raises RowError, and what is no fault of the line: trouble of the environment, and the end of the scan."""
+        try:
+            record = self._reader.read(line)
+            foreign_rows.check(record)
+            yield from self._tokenizer.each_row(record, self._reading)
+            if len(self.ignored) < MAX_REPORTED:
+                self.ignored |= unused_fields(record)
+        except (RowError, HarliError, OSError, MemoryError, ImportError):
+            raise
+        except Exception as error:  # boundary: one line must not hide what is wrong with the others
+            if not self._surprised:  # once: a file may have millions of such lines
+                logger.warning("%s: line %d cannot be made a row", self._name, line.number, exc_info=True)
+                self._surprised = True
+            raise RowError(f"it cannot be made a row ({type(error).__name__}: {error})") from error
 
 
 def _named(field: str) -> str:

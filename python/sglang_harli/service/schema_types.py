@@ -50,6 +50,8 @@ def checked(schema: Any, where: str) -> Any:
         raise RowError(f"{where}: not a JSON schema: {error.message}", "tools") from error
     except RecursionError as error:
         raise RowError(f"{where}: too deeply nested", "tools") from error
+    except OverflowError as error:  # of a pattern: re.compile
+        raise RowError(f"{where}: not a JSON schema: {error}", "tools") from error
     return schema
 
 

@@ -14,7 +14,7 @@ from sglang_harli.protocol.tokenizer_state import ChatTemplate, Probe, Tokenizer
 # What a chat template can raise over what a client sent; serving answers 400 or 500 to it.
 TEMPLATE_ERRORS = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
-    RecursionError,
+    RuntimeError,  # RecursionError among them
 )
 # What a tokenizer class that is not of transformers' usual kind can raise where it is asked as one.
 TOKENIZER_ERRORS = (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, ImportError)
