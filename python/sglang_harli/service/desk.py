@@ -246,7 +246,21 @@ class JobDesk:
             )
 
     async def wait_until(self, job: str, done: Callable[[JobRecord], bool], timeout_s: float) -> JobRecord:
-        """The record once ``done`` holds, or as it is after ``timeout_s``."""
+        """The record once ``done`` holds, or as it is after ``timeout_s``; the end of a job counts when it is durable.
+
+        Raises:
+            NotReadyError, UnwritableError: see ``durable``.
+        """
+        record = await self.wait_in_memory(job, done, timeout_s)
+        if job not in self._before_end:
+            return record
+        await self.durable(self._before_end[job][1])
+        return self.get(job)
+
+    async def wait_in_memory(
+        self, job: str, done: Callable[[JobRecord], bool], timeout_s: float
+    ) -> JobRecord:
+        """The same for who need not know that it is durable: a store that cannot be written is not waited for."""
         end = time.monotonic() + timeout_s
         while not done(self.get(job)):
             left = end - time.monotonic()
@@ -257,6 +271,4 @@ class JobDesk:
                 await asyncio.wait_for(waiter.wait(), left)
             except TimeoutError:
                 break
-        if job in self._before_end:  # it is shown when it is durable
-            await self.durable(self._before_end[job][1])
         return self.get(job)

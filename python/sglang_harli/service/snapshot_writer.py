@@ -12,6 +12,7 @@ from sglang_harli.protocol import internal, shared_memory, trouble
 from sglang_harli.service import checkpoints, jobs
 from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.job_files import JobPaths
+from sglang_harli.service.job_record import JobRecord
 from sglang_harli.service.run_in_progress import UNREADABLE
 from sglang_harli.service.run_machine_holds import pause_s
 from sglang_harli.service.run_machine_state import Unwritten
@@ -52,14 +53,17 @@ class SnapshotWriter:
             lasting = not isinstance(wrong, OSError | MemoryError)  # it would be so the next time
             # The slot is gone, or it is not what it was.
             lost = isinstance(wrong, shared_memory.SlotError) and not trouble.passes(wrong)
-            cancelled = self._desk.get(message.job).status.final  # nobody needs it
-            if lasting or lost or cancelled or (message.reason == "every" and tries == TRIES_IN_PASSING):
-                self._warn(message.job, f"{text}: given up")
-                return Unwritten(text, lasting=lasting)
-            text += f": trying again in {pause_s(tries):g} s"
-            self._warn(message.job, text)
-            delayed(text)
-            await asyncio.sleep(pause_s(tries))
+            passed = message.reason == "every" and tries == TRIES_IN_PASSING
+            if lasting or lost or passed or _is_over(self._desk.get(message.job)):
+                break
+            again = f"{text}: trying again in {pause_s(tries):g} s"
+            self._warn(message.job, again)
+            delayed(again)
+            # The queue waits for this: a job that was cancelled does not keep it waiting for the rest of the pause.
+            if _is_over(await self._desk.wait_in_memory(message.job, _is_over, pause_s(tries))):
+                break
+        self._warn(message.job, f"{text}: given up")
+        return Unwritten(text, lasting=lasting)
 
     async def _save(self, message: internal.SnapshotReady) -> None:
         paths = JobPaths(self._desk.run_dir, message.job)
@@ -91,6 +95,11 @@ class SnapshotWriter:
 
     async def _off(self, call: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._disk, call, *args)
+
+
+def _is_over(record: JobRecord) -> bool:
+    """Whether nobody needs its snapshots any more."""
+    return record.status.final
 
 
 def _text(message: internal.SnapshotReady, error: BaseException) -> str:

@@ -267,6 +267,17 @@ def test_a_disk_that_stays_full_keeps_the_last_state_until_there_is_room(world, 
     assert world.done(job).attempt == 1
 
 
+def test_a_job_cancelled_while_the_disk_is_full_does_not_keep_the_queue_waiting(world, faults):
+    faults.arm(Write.STATE)
+    job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
+    until(lambda: "trying again in 4 s" in (world.client.get(job.id).reason or ""), "a long pause")
+    world.client.cancel(job.id)
+    world.status(job, "cancelled")
+    faults.clear()  # a try after the pause would be written, and none is made
+    world.done(world.client.submit(pairs(4)))
+    assert events_of(world, job, "warning")[-1].endswith("given up")
+
+
 def test_a_last_state_whose_slot_is_gone_is_trained_again(world, faults):
     faults.arm(Write.STATE)
     job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
