@@ -32,7 +32,7 @@ from sglang_harli.service.jobs import Change, JobRecord
 from sglang_harli.service.peer_link import PeerLink
 from sglang_harli.service.subscriptions import Subscriptions
 from support.scheduler_peer import SchedulerPeer
-from support.service_peers import ServiceProcess
+from support.service_peers import HttpPeer, ServiceProcess
 from support.service_world import exchange, free_port, pairs, submit_args, until
 
 HUGE = 10**20
@@ -337,6 +337,9 @@ def test_a_record_that_cannot_be_shown_or_started_fails_alone(tmp_path: Path, mo
 
     def client(loop: asyncio.AbstractEventLoop, app: App, stop: asyncio.Event) -> None:
         peer = SchedulerPeer(service.run_dir).start()
+        http = HttpPeer(
+            service.run_dir
+        ).start()  # no job starts before it is known that it hands no tokenizer over
         try:
             with FinetuneClient(service.endpoint) as finetune:
                 peer.hold_runs("not yet")
@@ -349,13 +352,11 @@ def test_a_record_that_cannot_be_shown_or_started_fails_alone(tmp_path: Path, mo
                     found["list"] = error
                 peer.hold_runs("")
                 until(lambda: app._desk.get(bad).status == JobStatus.FAILED, "the failure")
-                until(
-                    lambda: finetune.get(good).sub_state == "publishing",
-                    "the end of the other one's training",
-                )
+                until(lambda: finetune.get(good).status == "succeeded", "the end of the other one")
                 found["error"] = app._desk.get(bad).error
         finally:
             peer.close()
+            http.close()
             done.set()
             loop.call_soon_threadsafe(stop.set)
 
