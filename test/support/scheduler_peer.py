@@ -71,8 +71,8 @@ class SchedulerPeer(Peer):
         self._next_at = 0.0
         self._last: internal.BatchCursor | None = None
 
-    def update_weights(self, base: internal.BasePrint) -> None:
-        """As SGLang's update does, where no job trains."""
+    def update_weights(self, base: internal.BasePrint | None) -> None:
+        """As SGLang's update does, where no job trains; None: no print can be taken of them."""
         assert self.spec is None
         self.base, self.updates = base, self.updates + 1
         self._hello()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from co_trainer_host import Host, Peer, batch, give_slot, spec, temporary_run_dir, until
 
-from sglang_harli.core import shm_dir
+from sglang_harli.core import Reason, shm_dir
+from sglang_harli.managers import co_trainer
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.base_print import difference
 
@@ -124,26 +125,73 @@ def test_after_an_update_of_the_weights_the_print_is_taken_again_and_older_start
     peer.socket.close()
 
 
-def test_no_run_starts_on_weights_of_which_there_is_no_print(run_dir):
+def unreadable(host: Host) -> Callable[[], None]:
+    """No print can be taken of the weights, as where the device lacks memory for it, until what comes back is called."""
+    norm = host.base.model.model.norm
+    weight = norm.weight
+    norm.weight = torch.nn.Parameter(torch.empty(0))
+    return lambda: setattr(norm, "weight", weight)
+
+
+def test_the_print_of_updated_weights_is_said_to_be_lacking_and_taken_when_it_can_be(run_dir, monkeypatch):
+    monkeypatch.setattr(co_trainer, "TAKE_PRINT_EVERY_S", 0.2)
     peer, host = Peer(run_dir), Host(run_dir)
     until(host, peer, lambda: peer.of(internal.Hello))
-    norm = host.base.model.model.norm
-    weight, norm.weight = (
-        norm.weight,
-        None,
-    )  # nothing to take it of: the host's device, for one, is in trouble
-    del norm.weight
-    norm.weight = torch.nn.Parameter(torch.empty(0))
-    with pytest.raises(ValueError):
-        host.trainer.weights_updated()
-    peer.send(internal.StartRun(spec=spec(1), updates=1))
-    until(host, peer, lambda: peer.of(internal.Hello)[-1].hold)
-    assert host.trainer.run is None
-    norm.weight = weight
+    mend = unreadable(host)
     host.trainer.weights_updated()
+    until(host, peer, lambda: peer.of(internal.Hello)[-1].hold)
+    told = peer.of(internal.Hello)[-1]
+    assert (told.base, told.updates, told.hold) == (None, 1, co_trainer.NOT_KNOWN)
+    peer.send(internal.StartRun(spec=spec(1), updates=1))
+    for _ in range(20):
+        host.turn()
+        peer.pump()
+    assert host.trainer.run is None
+    mend()
     until(host, peer, lambda: not peer.of(internal.Hello)[-1].hold)
-    peer.send(internal.StartRun(spec=spec(1), updates=2))
+    told = peer.of(internal.Hello)[-1]
+    assert (told.base, told.updates) == (host.trainer.base_print, 1)
+    peer.send(internal.StartRun(spec=spec(1), updates=1))
     until(host, peer, lambda: peer.of(internal.RunStarted))
+    host.link.close()
+    peer.socket.close()
+
+
+@pytest.mark.parametrize("became", ["the same", "others", "unknown"])
+def test_a_run_is_given_up_where_the_weights_under_it_are_others_now(run_dir, became):
+    peer, host = Peer(run_dir), Host(run_dir)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    peer.send(internal.StartRun(spec=spec(1)))
+    until(host, peer, lambda: peer.of(internal.RunStarted))
+    if became == "others":
+        with torch.no_grad():
+            host.base.model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    elif became == "unknown":
+        unreadable(host)
+    host.trainer.weights_updated()
+    until(host, peer, lambda: peer.of(internal.Hello)[-1].updates == 1)
+    if became == "the same":
+        assert host.trainer.run is not None and not peer.of(internal.RunStopped)
+    else:
+        assert host.trainer.run is None and host.desk.status()["train_bytes"] == 0
+        [stopped] = peer.of(internal.RunStopped)
+        assert "the served weights were updated" in stopped.reason
+    host.link.close()
+    peer.socket.close()
+
+
+def test_runs_are_held_until_all_who_hold_them_have_let_go(run_dir):
+    peer, host = Peer(run_dir), Host(run_dir)
+    trainer = host.trainer
+    trainer.memory_released(True)
+    trainer.hold_runs("the served model is being checked")
+    trainer.hold_runs("")
+    assert trainer.hold == Reason.MEMORY_RELEASED
+    trainer.hold_runs("the served model is being checked")
+    trainer.memory_released(False)
+    assert trainer.hold == "the served model is being checked"
+    trainer.hold_runs("")
+    assert trainer.hold == ""
     host.link.close()
     peer.socket.close()
 

@@ -29,6 +29,7 @@ from sglang_harli.managers.training_status import training_status
 from sglang_harli.peft_trainer.frozen_base import FrozenBase
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.protocol import internal
+from sglang_harli.protocol.base_print import difference
 
 if TYPE_CHECKING:  # it imports sglang, which a host without a server does not need
     from sglang_harli.managers.adapter_loader import AdapterLoader
@@ -41,6 +42,8 @@ ASK_MEMORY_EVERY_S = 0.01  # a run that waits for it
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 1024)  # rows of a quantum to choose from
 _OF_NO_RUN = (QuantumKind.ADAPTER, QuantumKind.COPY, QuantumKind.CHECK)  # they show no sub-state
 ENDING = "the server is ending"
+NOT_KNOWN = "it is not known which weights are served since their last update"
+TAKE_PRINT_EVERY_S = 5.0  # while it fails
 KNOWN_RUNS = 1024  # jobs whose newest attempt is remembered, to tell a late StartRun
 
 
@@ -93,9 +96,10 @@ class CoTrainer:
         self.run: ActiveRun | None = None
         self.held = False  # /pause_generation pauses training too
         self.released = False  # see ``memory_released``
-        self._hold, self.parity = "", parity  # see ``hold``
-        self.take_print = take_print
+        self._holds: dict[str, str] = {}  # who keeps runs from starting, and why
+        self.parity, self.take_print = parity, take_print
         self.base_print = take_print() if take_print is not None else None
+        self._take_print_at = 0.0
         self._told_hold = self.hold
         self.updates = 0  # of the served weights, since the start
         self._apply_options, self._status = set_options, status
@@ -123,6 +127,10 @@ class CoTrainer:
             serving: requests are served: one micro-batch at most.
         """
         arrived = self.link.poll(1) if serving else self.link.poll()
+        if self._print_lacks and time.monotonic() >= self._take_print_at:
+            self._take_print()
+            if not self._print_lacks:
+                self._say_base()
         if self.run is not None and (now_s := time.monotonic()) - self._pulse_at >= PULSE_EVERY_S:
             self._pulse_at = now_s
             self.run.pulse()
@@ -164,15 +172,20 @@ class CoTrainer:
     @property
     def hold(self) -> str:
         """Why no run starts now, for the hello; ``""``: it may."""
-        if not self._hold and self.take_print is not None and self.base_print is None:
-            return "it is not known which weights are served since their last update"
-        return self._hold or (self.parity.hold if self.parity is not None else "")
+        for reason in (self._holds.get(ENDING), *self._holds.values()):
+            if reason:
+                return reason
+        if self._print_lacks:
+            return NOT_KNOWN
+        return self.parity.hold if self.parity is not None else ""
 
-    def hold_runs(self, reason: str) -> None:
-        """Start no run from now on, for a reason that queued jobs show; ``""``: runs may start again.  The run in
-        progress goes on."""
-        if self._hold != ENDING:
-            self._hold = reason
+    def hold_runs(self, reason: str, by: str = "") -> None:
+        """Start no run from now on, for a reason that queued jobs show; ``""``: as far as the caller, ``by``, is concerned
+        runs may start again.  The run in progress goes on."""
+        if reason:
+            self._holds[by] = reason
+        else:
+            self._holds.pop(by, None)
         self.hold_changed()
 
     def hold_changed(self) -> None:
@@ -182,14 +195,38 @@ class CoTrainer:
             self.link.say_hello()
 
     def weights_updated(self) -> None:
-        """SGLang has written to the served weights: they are another base now, unless they are what they were.  No
-        job is in training then (the update would have been refused)."""
+        """SGLang has written to the served weights: they are another base now, unless they are what they were.  A run
+        that is held on other weights is given up (an update would have been refused, but not memory that comes back)."""
         self.updates += 1
         if self.parity is not None:
             self.parity.weights_updated()
-        if self.take_print is not None:
-            self.base_print = None  # where it cannot be taken no run starts
+        before, self.base_print = self.base_print, None  # where it cannot be taken no run starts
+        try:
+            self._take_print()
+        finally:
+            now = self.base_print
+            if self._print_lacks or (before is not None and now is not None and difference(before, now)):
+                self._give_up("the served weights were updated")
+            self._say_base()
+
+    @property
+    def _print_lacks(self) -> bool:
+        return self.take_print is not None and self.base_print is None
+
+    def _take_print(self) -> None:
+        """The print of what is served now; where it cannot be taken (memory is lacking, for one) it is tried again."""
+        if self.take_print is None:
+            return
+        self._take_print_at = time.monotonic() + TAKE_PRINT_EVERY_S
+        try:
             self.base_print = self.take_print()
+        except (HarliError, MemoryError, RuntimeError, ValueError) as error:
+            logger.error(
+                "harli: %s, which is looked at again: %s: %s", NOT_KNOWN, type(error).__name__, error
+            )
+            forget(error, self.base.device)
+
+    def _say_base(self) -> None:
         self._told_hold = self.hold
         self.link.say_hello()
 
@@ -297,7 +334,7 @@ class CoTrainer:
         """SGLang has unmapped its memory, weights or KV cache, or has it again."""
         if released != self.released:
             self.released = released
-            self.hold_runs(str(Reason.MEMORY_RELEASED) if released else "")
+            self.hold_runs(str(Reason.MEMORY_RELEASED) if released else "", by="memory")
 
     def _comparison(self, claim: Claim) -> QuantumOffer | None:
         if self.parity is None or not self.parity.pending:
@@ -455,7 +492,7 @@ class CoTrainer:
     def end_soon(self) -> None:
         """The server is to end: no run starts, and the one in progress trains no more and saves its state between decode
         steps, while requests are still answered."""
-        self.hold_runs(ENDING)
+        self.hold_runs(ENDING, by=ENDING)
         if self.run is not None and self.run.end(ENDING):
             self._release()
 

@@ -127,8 +127,8 @@ class JobDesk:
         """Pass a queued job over, for a reason that is shown; ``""`` ends that."""
         self._queue.hold(job, reason)
 
-    def serve(self, base: BasePrint) -> None:
-        """This base is served from now on: jobs of others wait."""
+    def serve(self, base: BasePrint | None) -> None:
+        """This base is served from now on: jobs of others wait; all do where it is not known any more (None)."""
         self._served.serve(base)
         for record in self._records.values():
             self._queue.update(record)

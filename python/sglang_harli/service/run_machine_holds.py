@@ -136,11 +136,17 @@ def why_not_now(state: State, record: JobRecord) -> str:
 
 
 def serve(state: State, message: internal.Hello) -> list[Effect]:
-    """Take over which base a hello is about; a job that has none gets it."""
+    """Take over which base a hello is about; a job that has none gets it.  After an update without a base in the hello
+    what is served is not known: it is no job's base."""
     base = message.base
     state.updates = message.updates
     if base is None:
-        return []
+        unknown = message.updates > 0
+        if not unknown or state.base_unknown:
+            return []
+        state.base, state.base_unknown = None, True
+        return [ServeBase(None)]
+    state.base_unknown = False
     effects: list[Effect] = []
     if state.base is None or difference(state.base, base):
         effects.append(ServeBase(base))

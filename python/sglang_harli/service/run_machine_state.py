@@ -86,9 +86,9 @@ class HoldJob:
 
 @dataclass(frozen=True, slots=True)
 class ServeBase:
-    """The served base is another one, or the first one: which jobs may start changes."""
+    """The served base is another one, or the first one, or not known any more (None): which jobs may start changes."""
 
-    base: BasePrint
+    base: BasePrint | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +301,8 @@ class Writing:
 class State:
     """Attributes:
     greeted: a hello has been read, and the scheduler has not said that it ends; ``hello_seq``: of the newest.
-    base, updates: what it serves, and after how many updates of the weights.
+    base, updates: what it serves, and after how many updates of the weights; ``base_unknown``: it does not know since
+        the last of them.
     hold: why the scheduler takes no run now, "" where it does; ``asked_at_s``: when that was last asked.
     holds, troubles: queued jobs that are passed over, and how often in a row each met trouble.
     lacking: of jobs that ran out of memory: the step, and how often in a row.
@@ -317,6 +318,7 @@ class State:
     scheduler_pid: int = 0
     limits: ServedLimits | None = None
     base: BasePrint | None = None
+    base_unknown: bool = False
     updates: int = 0
     hold: str = ""
     asked_at_s: float = float("-inf")

@@ -7,21 +7,26 @@ import msgspec
 from sglang_harli.protocol.base_print import BasePrint, difference
 from sglang_harli.service.job_record import JobRecord
 
+UNKNOWN = "it is not known which weights this server serves since their last update"
+
 
 class ServedBase:
     """The base of the scheduler's latest hello, and what differs of the bases that jobs have.
 
     Attributes:
         base: None before a hello; then every job counts as one of it.
+        unknown: the scheduler does not know since an update of the weights; then no job does.
     """
 
     def __init__(self) -> None:
         self.base: BasePrint | None = None
+        self.unknown = False
         self._known: dict[tuple[str, ...], BasePrint] = {}  # one object for the many records that have it
         self._unlike: dict[tuple[str, ...], str] = {}  # what was compared with ``base``
 
-    def serve(self, base: BasePrint) -> None:
-        self.base = base
+    def serve(self, base: BasePrint | None) -> None:
+        """What is served from now on; None: that is not known any more."""
+        self.base, self.unknown = base, base is None
         self._unlike.clear()
 
     def shared(self, record: JobRecord) -> JobRecord:
@@ -33,6 +38,8 @@ class ServedBase:
 
     def other(self, record: JobRecord) -> str:
         """Why the job's base is not the served one, "" where it is."""
+        if self.unknown:
+            return UNKNOWN
         if record.base is None or self.base is None:
             return ""
         key = _key(record.base)

@@ -10,6 +10,7 @@ import pytest
 
 from sglang_harli.errors import ConfigError
 from sglang_harli.protocol.base_print import BasePrint
+from sglang_harli.service.served_base import UNKNOWN
 from support.service_peers import limits
 from support.service_world import World, pairs, until
 
@@ -121,6 +122,33 @@ def test_adapters_of_another_base_are_named_and_refused_and_come_back_with_it(wo
     assert name not in (told(world).others or {}).get(NAMED, [])
     world.http.want(name)
     until(lambda: len(world.http.publications) == published + 1, "the publication")
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_on_weights_that_nobody_knows_no_job_runs_and_no_adapter_is_offered(own: Any, restarts: bool) -> None:
+    world = own(peers=False)
+    serve(world, ONE)
+    world.join_http()
+    name = str(world.done(world.client.submit(pairs(4), suffix="one")).fine_tuned_model)
+    until(lambda: name in told(world).adapters, "the adapter's name")
+    world.scheduler.update_weights(None)
+    until(lambda: world.client.status().service["base"] is None, "the hello")
+    if restarts:
+        world.service.kill()
+        world.service.start()
+    until(lambda: name in (told(world).others or {}).get(UNKNOWN, []), "the others")
+    assert name not in told(world).adapters
+    job = world.client.submit(pairs(4))
+    until(lambda: world.client.get(job.id).reason == UNKNOWN, "the reason")
+    published = len(world.http.publications)
+    world.http.want(name)
+    until(lambda: world.http.refused, "the refusal")
+    assert (world.http.refused[-1].name, world.http.refused[-1].text) == (name, UNKNOWN)
+    assert len(world.http.publications) == published
+    world.scheduler.base = TWO  # as it was found to be
+    world.scheduler.hold_runs("")
+    assert world.done(job).base == TWO.shown
+    assert name in (told(world).others or {}).get(NAMED, [])
 
 
 def test_an_adapter_is_not_published_on_another_base(own: Any) -> None:
