@@ -47,6 +47,7 @@ SGLANG_FILES = {
     "managers/pool_setup.py",
     "managers/publisher.py",
     "managers/scheduler.py",
+    "managers/scheduler_call.py",
     "managers/startup_profile.py",
     "managers/supervisor.py",
     "managers/tokenizer_handover.py",

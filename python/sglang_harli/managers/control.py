@@ -138,6 +138,13 @@ def _hold(trainer: Any, _body: dict[str, Any]) -> dict[str, Any]:
     return {"training": trainer.training}
 
 
+def _hold_runs(trainer: Any, body: dict[str, Any]) -> dict[str, Any]:
+    """No run starts from now on, unless there is one; with no ``reason`` runs may start again."""
+    if not (body["reason"] and trainer.training):
+        trainer.hold_runs(body["reason"], by=body["by"])
+    return {"training": trainer.training}
+
+
 def _parity(trainer: Any, body: dict[str, Any]) -> dict[str, Any]:
     """What the HTTP process has measured, or why it could not; answered with whether it is to measure."""
     if trainer.parity is None:
@@ -155,6 +162,7 @@ _METHODS: dict[str, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
     "harli/abandon_adapter": _abandon_adapter,
     "harli/load_status": _load_status,
     "harli/hold": _hold,
+    "harli/hold_runs": _hold_runs,
     "harli/end": lambda trainer, _: {"ending": trainer.end_soon() is None},
     "harli/parity": _parity,
     "harli/training": lambda trainer, _: {"training": trainer.training},

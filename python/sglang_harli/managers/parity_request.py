@@ -120,9 +120,7 @@ class ParityRequest:
         return True
 
     async def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        """To its end also where this is stopped meanwhile: SGLang's channel takes no further call behind one that
-        was given up."""
-        return await asyncio.shield(self._publisher.ask("harli/parity", body))
+        return await self._publisher.ask("harli/parity", body)
 
     def _prompt(self, asked: dict[str, Any]) -> list[int]:
         tokenizer = getattr(self._manager, "tokenizer", None)  # none with --skip-tokenizer-init

@@ -7,9 +7,8 @@ name registered, so no request ever meets half an adapter.  SGLang's ``lora_upda
 loading begins and while the name is registered, not in between.  Every step may be repeated: a name that is
 served already answers ok.
 
-Leans on SGLang's TokenizerManager (lora_update_lock, lora_registry, lora_ref_cache, dumper_control,
-server_args), LoRARef, DumperControlReqInput and LoadLoRAAdapterReqOutput; mirrors the bookkeeping of
-TokenizerControlMixin.load_lora_adapter_from_tensors.  Evictions are patches/08-lora-unload's.
+Leans on SGLang's TokenizerManager (lora_update_lock, lora_registry, lora_ref_cache, server_args), LoRARef and
+LoadLoRAAdapterReqOutput; mirrors the bookkeeping of TokenizerControlMixin.load_lora_adapter_from_tensors.  Evictions are patches/08-lora-unload's.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import zmq.asyncio
 from sglang_harli.core import looks_like_adapter
 from sglang_harli.errors import HarliError, NotReadyError, StateError, UnsupportedError
 from sglang_harli.fault_points import Point, reach
+from sglang_harli.managers.scheduler_call import call
 from sglang_harli.managers.tokenizer_handover import TokenizerHandover
 from sglang_harli.patches.lora_request_counts import uses_of
 from sglang_harli.patches.lora_unload import refuse_when_all_are_pinned, unload_when_idle, updates_of
@@ -351,10 +351,12 @@ class Publisher:
             raise UnsupportedError(str(error), code="no_room") from error
 
     async def ask(self, method: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One remote call to the scheduler, over the channel of SGLang's dumper (its only generic one)."""
-        from sglang.srt.managers.io_struct import DumperControlReqInput
+        """One remote call to the scheduler; to its end also where the caller is cancelled.
 
-        answers = await self._manager.dumper_control(DumperControlReqInput(method=method, body=body))
+        Raises:
+            StateError: the scheduler says that it went wrong, or does not answer as expected.
+        """
+        answers = await call(self._manager, method, body)
         if len(answers) == 1 and not answers[0].success:
             raise StateError(f"{method}: {answers[0].error}", code="load_failed")
         if len(answers) != 1 or not answers[0].response or not isinstance(answers[0].response[0], dict):

@@ -11,23 +11,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import uuid
 from collections.abc import Callable
 from typing import Any
 
+from sglang_harli.core import Reason
 from sglang_harli.managers import supervisor
+from sglang_harli.managers.scheduler_call import call
 
 SAVE_S = 8.0  # how long a state that is being saved is waited for
 
 
 async def refuse_while_training(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
     """SGLang's own release of memory, unless a job trains (its weights and its pool would vanish under it):
-    then a ValueError, which SGLang's route answers as HTTP 400."""
+    then a ValueError, which SGLang's route answers as HTTP 400.  From that answer on no run starts; when the memory is
+    released, or is not, the scheduler knows by itself whether one may."""
     from sglang_harli.managers.control import REFUSAL
 
+    holder = f"release-{uuid.uuid4().hex}"
     async with _quiet(manager):
-        if await _ask(manager, "harli/training", {}):
-            raise ValueError(f"memory cannot be released: {REFUSAL}")
-        return await original(manager, *args, **kwargs)
+        try:
+            held = {"by": holder, "reason": str(Reason.MEMORY_RELEASED)}
+            if await _ask(manager, "harli/hold_runs", held):
+                raise ValueError(f"memory cannot be released: {REFUSAL}")
+            return await original(manager, *args, **kwargs)
+        finally:
+            await _ask(manager, "harli/hold_runs", {"by": holder, "reason": ""})
 
 
 async def flush_while_idle(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +86,5 @@ _tasks: set[asyncio.Task[bool]] = set()  # the event loop keeps none
 
 
 async def _ask(manager: Any, method: str, body: dict[str, Any]) -> bool:
-    from sglang.srt.managers.io_struct import DumperControlReqInput
-
-    answers = await manager.dumper_control(DumperControlReqInput(method=method, body=body))
+    answers = await call(manager, method, body)
     return any(row.get("training") for answer in answers for row in answer.response)
