@@ -270,6 +270,16 @@ def test_the_report_is_bounded(tmp_path, tokenizer):
     assert len(caught.value.details) == dataset.MAX_REPORTED
 
 
+def test_a_reason_that_quotes_a_long_value_is_cut(tmp_path, tokenizer):
+    turns = chat("q", "a")
+    turns["messages"][1]["weight"] = "heavy" * 10_000
+    with pytest.raises(DataError, match="1 of 1 lines not accepted") as caught:
+        scan(tmp_path, tokenizer, json.dumps(turns))
+    [detail] = caught.value.details
+    assert detail["reason"].startswith("message 2: field 'weight' is 'heavyheavy")
+    assert len(caught.value.message) < 3000 and len(detail["reason"]) < 3000
+
+
 def test_a_line_without_end_is_not_held_in_memory(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(data_lines, "MAX_LINE_BYTES", 1000)
     with pytest.raises(DataError) as caught:

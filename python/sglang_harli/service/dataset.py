@@ -26,6 +26,7 @@ from sglang_harli.service.token_store import TokenWriter
 logger = logging.getLogger(__name__)
 
 MAX_REPORTED = 1000  # lines at fault in one report's details
+MAX_REASON = 2000  # characters of one reason: it may quote a value of any length
 SHOWN = 10  # reasons in its message
 MAX_NAMED = 20  # fields that are named as ignored, or as repeated
 
@@ -231,7 +232,8 @@ class _Report:
     def add(self, line: int, error: RowError) -> None:
         self._count += 1
         if len(self._details) < MAX_REPORTED:
-            reason = error.reason.encode("utf-8", "backslashreplace").decode()  # it may quote what is no text
+            reason = error.reason if len(error.reason) <= MAX_REASON else f"{error.reason[:MAX_REASON]}..."
+            reason = reason.encode("utf-8", "backslashreplace").decode()  # it may quote what is no text
             self._details.append({"line": line, "field": error.field, "reason": reason})
 
     def error(self, summary: DataSummary) -> DataError | None:
