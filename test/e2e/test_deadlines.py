@@ -138,7 +138,7 @@ def test_a_decision_that_goes_wrong_fails_the_job_beside_requests_and_in_idle_ti
 
 
 def test_jobs_wait_while_training_does_not_compute_what_is_served(server, model, faults):
-    """After an update of the weights serving has a norm that training does not see."""
+    """After an update of the weights training has a norm that is not served."""
 
     def parity(client: FinetuneClient) -> dict[str, Any]:
         serving = client.status().serving

@@ -4,7 +4,6 @@ another does, those of an idle server take long, and while a third does, an upda
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ ANOTHER_NORM = "another-norm"
 
 
 def activate() -> None:
-    from sglang_harli.managers import qos_policy
+    from sglang_harli.managers import co_trainer, qos_policy
 
     path, decide = Path(os.environ[PATH_ENV]), qos_policy.decide
     slow = path.with_name("slow")
@@ -29,29 +28,25 @@ def activate() -> None:
         return decide(load, *args)
 
     qos_policy.decide = faulty
-    scheduler = sys.modules.get("sglang_harli.managers.scheduler")
-    if scheduler is not None:  # in the scheduler's process
-        scheduler.build = _with_a_norm_of_its_own(scheduler.build, path.with_name(ANOTHER_NORM))
+    co_trainer.CoTrainer.weights_updated = _with_another_norm(  # type: ignore[method-assign]
+        co_trainer.CoTrainer.weights_updated, path.with_name(ANOTHER_NORM)
+    )
 
 
-def _with_a_norm_of_its_own(build: Any, path: Path) -> Any:
-    """After an update of the weights serving has a last norm that training does not see, while ``path`` exists."""
+def _with_another_norm(updated: Any, path: Path) -> Any:
+    """After an update of the weights training has a last norm that is not served, while ``path`` exists."""
 
-    def wrapped(scheduler: Any, side: Any) -> Any:
+    def weights_updated(trainer: Any) -> None:
         from torch import nn
 
-        trainer, refusal = build(scheduler, side)
-        norm, updated = scheduler.tp_worker.model_runner.model.model.norm, trainer.weights_updated
-        seen = norm.weight
+        norm = trainer.base.model.model.norm
+        norm.weight = seen = getattr(trainer, "norm_as_served", norm.weight)
+        trainer.norm_as_served = seen
+        updated(trainer)  # takes the print of what is served
+        if path.exists():
+            norm.weight = nn.Parameter(1.5 * seen.detach(), requires_grad=False)
 
-        def weights_updated() -> None:
-            norm.weight = nn.Parameter(1.5 * seen.detach(), requires_grad=False) if path.exists() else seen
-            updated()
-
-        trainer.weights_updated = weights_updated
-        return trainer, refusal
-
-    return wrapped
+    return weights_updated
 
 
 def environment(folder: Path) -> dict[str, str]:
