@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 
-from sglang_harli.errors import NotReadyError
+from sglang_harli.errors import NotReadyError, StateError
 from sglang_harli.managers import parity_request
 from sglang_harli.managers.parity_request import TOKENS, ParityRequest, prompt
 from sglang_harli.managers.startup_profile import StartupProfile
@@ -126,6 +126,8 @@ def test_but_not_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None
     ("answer", "said"),
     [
         (ValueError("the input is too long"), "the input is too long"),
+        (RuntimeError("no device"), "RuntimeError: no device"),
+        (KeyError("finish"), "KeyError: 'finish'"),
         ({"input_token_logprobs": [(None, 4, None)]}, "0 log-probabilities of 64 tokens"),
         ({"finish_reason": {"type": "abort"}}, "0 log-probabilities of 64 tokens"),
     ],
@@ -135,6 +137,19 @@ def test_what_goes_wrong_is_told_and_tried_again(world: World, answer: Any, said
     world.run()
     failed = [body["failed"] for body in world.asked if body]
     assert len(failed) > 1 and all(said in text for text in failed)
+
+
+def test_a_question_that_goes_wrong_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, wrong = world.publisher.ask, [RuntimeError("no socket"), StateError("no answer", code="internal")]
+
+    async def first_wrong(method: str, body: dict[str, Any]) -> dict[str, Any]:
+        if wrong:
+            raise wrong.pop()
+        return await ask(method, body)
+
+    monkeypatch.setattr(world.publisher, "ask", first_wrong)
+    world.run()
+    assert not wrong and len([body for body in world.asked if "served" in body]) == 1
 
 
 @pytest.mark.parametrize("takes_back", [True, False])

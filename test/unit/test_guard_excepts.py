@@ -26,6 +26,14 @@ BOUNDARIES = {
         "CoTrainer.poll",
     ): "a control message fails its run; the scheduler's loop goes on",
     (
+        "managers/parity_request.py",
+        "ParityRequest._look",
+    ): "one measurement fails and says why; the next one comes, and jobs do not wait for ever",
+    (
+        "managers/parity_request.py",
+        "ParityRequest._run",
+    ): "one question to the scheduler fails; the next one comes, and jobs do not wait for ever",
+    (
         "managers/scheduler.py",
         "HarliScheduler._harli_safely",
     ): "a decision or an estimate fails the run; the scheduler's loop goes on",

@@ -39,6 +39,7 @@ ANSWER_S = 120.0
 TAKE_BACK_S = 5.0
 GIVE_WAY_S = 1.0  # its request may end by itself: it takes a prefill of 64 tokens
 LOOK_AGAIN_S = 10.0  # whether there is something to measure: after an update, or where it failed
+EXPECTED = (HarliError, OSError, ValueError, HTTPException)  # the last two are SGLang's refusals of a request
 
 
 class ParityRequest:
@@ -85,9 +86,9 @@ class ParityRequest:
             over = True
             try:
                 over = not self._may() or await self._look()
-            except (HarliError, OSError) as error:  # of the question itself; the next look asks again
+            except Exception as error:  # boundary: the question itself; the next look asks again
                 logger.warning(
-                    "harli: the scheduler was not asked whether training is to be compared: %s", error
+                    "harli: the scheduler was not asked whether training is to be compared: %s", _said(error)
                 )
             await asyncio.sleep(LOOK_AGAIN_S if over else POLL_S)
 
@@ -110,12 +111,10 @@ class ParityRequest:
             if served is None:
                 return False
             body = {"ids": ids, "served": served, "version": asked["version"]}
-        except (
-            HarliError,
-            ValueError,
-            HTTPException,
-        ) as error:  # the latter two are SGLang's refusals of a request
-            body = {"failed": str(error)}
+        except Exception as error:  # boundary: one measurement; queued jobs show why, and the next one comes
+            if not isinstance(error, EXPECTED):
+                logger.exception("harli: training could not be compared with serving")
+            body = {"failed": _said(error)}
         await self._ask(body)
         return True
 
@@ -194,6 +193,10 @@ class ParityRequest:
         while name in self._manager.rid_to_state and time.monotonic() < until_s:
             await asyncio.sleep(POLL_S / 10)
         self._manager.rid_to_state.pop(name, None)
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:
