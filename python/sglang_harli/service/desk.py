@@ -35,7 +35,7 @@ class JobDesk:
     Attributes:
         journal: the writer behind it.
         keep_checkpoints: how many ``state`` checkpoints of each job stay.
-        blocker: why no queued job can start at the moment, or None.
+        blocker: why no queued job can start at the moment, or None; given what the job itself waits for (``QueueOrder.lasting``).
         unreadable: jobs of the store whose records cannot be read, by id.
         listeners: called with a record after each change (on the loop, before it is durable).
         committed: called with the ids of jobs whose changes have become durable.
@@ -45,7 +45,7 @@ class JobDesk:
         self.run_dir = run_dir
         self.store = store
         self.keep_checkpoints = keep_checkpoints
-        self.blocker: Callable[[], str | None] = lambda: None
+        self.blocker: Callable[[str], str | None] = lambda own: None
         self._records: dict[str, JobRecord] = {}  # in the order of their numbers
         self._keys: dict[str, str] = {}
         self._short_ids: set[str] = set()
@@ -123,9 +123,9 @@ class JobDesk:
         job = self._queue.first()
         return None if job is None else self._records[job]
 
-    def hold(self, job: str, reason: str) -> None:
-        """Pass a queued job over, for a reason that is shown; ``""`` ends that."""
-        self._queue.hold(job, reason)
+    def hold(self, job: str, reason: str, *, lasting: bool = False) -> None:
+        """Pass a queued job over, for a reason that is shown; ``""`` ends that.  ``lasting``: it does not end by itself."""
+        self._queue.hold(job, reason, lasting=lasting)
 
     def serve(self, base: BasePrint | None) -> None:
         """This base is served from now on: jobs of others wait; all do where it is not known any more (None)."""
@@ -146,7 +146,7 @@ class JobDesk:
         the store: a crash would take it back."""
         job = self._shown(self._before_end[record.id][0] if record.id in self._before_end else record)
         if record.status == JobStatus.QUEUED:
-            job.reason = self.blocker() or self._queue.reason(record.id)
+            job.reason = self.blocker(self._queue.lasting(record.id)) or self._queue.reason(record.id)
         elif record.publishing:
             job.reason = self._served.other(record) or job.reason
         return job

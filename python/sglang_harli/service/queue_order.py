@@ -27,6 +27,7 @@ class QueueOrder:
         self._ready: list[_Place] = []  # of the queued jobs that are not held, sorted
         self._places: dict[str, _Place] = {}  # of all queued jobs
         self._holds: dict[str, str] = {}  # job -> why it does not start now
+        self._lasting: set[str] = set()  # those of ``_holds`` that do not end by themselves
         self._training: dict[str, None] = {}  # running and not merely publishing, oldest first
 
     def update(self, record: JobRecord) -> None:
@@ -45,11 +46,14 @@ class QueueOrder:
         else:
             self._training.pop(record.id, None)
 
-    def hold(self, job: str, reason: str) -> None:
-        """Pass the job over, for a reason that is shown; ``""`` ends that."""
+    def hold(self, job: str, reason: str, *, lasting: bool = False) -> None:
+        """Pass the job over, for a reason that is shown; ``""`` ends that.  ``lasting``: it does not end by itself."""
         place = self._places.get(job)
         self._remove(job)
         _set(self._holds, job, reason)
+        self._lasting.discard(job)
+        if reason and lasting:
+            self._lasting.add(job)
         if place is not None:
             self._insert(job, place)
 
@@ -66,6 +70,12 @@ class QueueOrder:
     def first(self) -> str | None:
         """The id of the job whose turn is next."""
         return self._ready[0][2] if self._ready else None
+
+    def lasting(self, job: str) -> str:
+        """What keeps a queued job until another base or another server comes; ``""``: nothing does."""
+        if job not in self._places:
+            return ""
+        return self._others.get(job) or (self._holds[job] if job in self._lasting else "")
 
     def reason(self, job: str) -> str | None:
         """What a queued job waits for within the queue; None for any other job."""

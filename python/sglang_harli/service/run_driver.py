@@ -142,8 +142,8 @@ class RunDriver:
                 self._machine.acknowledged(seq)
                 if self._link is not None:
                     self._link.acknowledge(seq)
-            case machine.HoldJob(job, reason):
-                self._desk.hold(job, reason)
+            case machine.HoldJob(job, reason, lasting):
+                self._desk.hold(job, reason, lasting=lasting)
             case machine.ServeBase(base):
                 self._desk.serve(base)
             case machine.AskHello():

@@ -94,7 +94,7 @@ def _hold(state: State, job: str, why: NotNow, now: Now) -> HoldJob:
         pause = pause_s(count)
         until_s, reason = now.s + pause, f"{reason}; tried again after {pause:g} s"
     state.holds[job] = Hold(reason, until_s)
-    return HoldJob(job, reason)
+    return HoldJob(job, reason, lasting=not why.passing)
 
 
 def lift_due(state: State, now: Now) -> list[Effect]:

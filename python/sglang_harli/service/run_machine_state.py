@@ -78,10 +78,12 @@ class Acknowledge:
 
 @dataclass(frozen=True, slots=True)
 class HoldJob:
-    """Pass a job over while it is queued, for a reason that is shown; ``""`` ends that."""
+    """Pass a job over while it is queued, for a reason that is shown; ``""`` ends that.  ``lasting``: it does not end by
+    itself."""
 
     job: str
     reason: str
+    lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)

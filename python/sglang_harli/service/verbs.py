@@ -181,8 +181,9 @@ class Verbs:
         await self._desk.durable(asked)
         return self._desk.public(await self._desk.wait_until(job, taken, TAKE_S))
 
-    def _blocker(self) -> str | None:
-        """Why no queued job can start at the moment."""
+    def _blocker(self, own: str) -> str | None:
+        """Why no queued job can start at the moment; ``own``: what keeps this one until another base or server comes,
+        which says more than what passes by itself."""
         if self._scheduler.refusal is not None:
             return f"this server cannot train: {self._scheduler.refusal}"
         if self._desk.journal.trouble is not None:
@@ -190,8 +191,8 @@ class Verbs:
         hello = self._scheduler.hello
         if hello is None:
             return "waiting for the scheduler"
-        if hello.hold:
-            return hello.hold
+        if own or hello.hold:
+            return own or hello.hold
         return None if self._tokenizer.known else "waiting for the server's tokenizer and chat template"
 
     # ---- the server

@@ -249,6 +249,10 @@ def test_a_job_that_fitted_its_server_waits_for_one_that_it_fits(world: World) -
     world.scheduler.hold.set()
     reason = until(lambda: r if "fit" in (r := world.client.get(job.id).reason or "") else "", "why")
     assert reason.startswith("it does not fit this server: lora_r=16 is not accepted")
+    world.scheduler.hold_runs("the served model is being checked")
+    until(lambda: world.client.status().service["hold"], "the hold")
+    assert world.client.get(job.id).reason == reason
+    world.scheduler.hold_runs("")
     world.done(world.client.submit(pairs(4), lora_r=8))
     world.scheduler.limits = limits()
     serve(world, ONE)
@@ -266,9 +270,13 @@ def test_a_job_that_no_hello_had_admitted_fails_where_it_does_not_fit(own: Any) 
 
 # ------------------------------------------------------------------ a scheduler that takes no run
 def test_what_the_scheduler_waits_for_is_the_reason_of_queued_jobs(world: World) -> None:
+    half = half_done(world)
+    serve(world, TWO)
     world.scheduler.hold_runs("the served model is being checked")
     until(lambda: world.client.status().service["hold"], "the hold")
     job = world.client.submit(pairs(4))
     assert world.client.get(job.id).reason == "the served model is being checked"
+    assert world.client.resume(half.id).reason == NAMED, "what does not pass by itself comes first"
     world.scheduler.hold_runs("")
     world.done(job)
+    assert world.client.cancel(half.id).reason != NAMED
