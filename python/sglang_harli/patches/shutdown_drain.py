@@ -1,10 +1,11 @@
 """Runtime half of ``patches/09-shutdown-drain``: a server that is told to end does not wait for ever.
 
 After SIGTERM SGLang waits until no request is left, those that come later included.  Here it waits for those that
-it had, as long as one of them gets a token, or ends, within a minute.
+it had, as long as one of them gets a token, or ends, within a minute.  Then it takes no more: SGLang looks every
+five seconds whether one is there.
 
-Leans on: ``srt.managers.tokenizer_manager.TokenizerManager`` (``sigterm_watchdog``, ``_handle_batch_output``,
-``_handle_abort_req``; ``gracefully_exit``, ``rid_to_state``).
+Leans on: ``srt.managers.tokenizer_manager.TokenizerManager`` (``sigterm_watchdog``, ``_init_req_state``,
+``_handle_batch_output``, ``_handle_abort_req``; ``gracefully_exit``, ``rid_to_state``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
+
+from fastapi import HTTPException
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +32,7 @@ def register(registry: Any) -> None:
     from sglang.srt.plugins.hook_registry import HookType
 
     registry.register(f"{_MANAGER}.sigterm_watchdog", _sigterm_watchdog, HookType.AROUND)
+    registry.register(f"{_MANAGER}._init_req_state", _before_req_state, HookType.BEFORE)
     registry.register(f"{_MANAGER}._handle_batch_output", _before_batch_output, HookType.BEFORE)
     registry.register(f"{_MANAGER}._handle_abort_req", _before_abort, HookType.BEFORE)
 
@@ -37,11 +42,13 @@ class Drain:
 
     Attributes:
         heard_s: when one of them last got a token or ended (``time.monotonic``), or the wait began.
+        over: nothing is waited for any more.
     """
 
     def __init__(self, rids: set[str], now_s: float) -> None:
         self._rids = rids
         self.heard_s = now_s
+        self.over = False
 
     def heard(self, rids: list[str], now_s: float) -> None:
         if not self._rids.isdisjoint(rids):
@@ -49,6 +56,16 @@ class Drain:
 
     def left(self, rids: set[str]) -> int:
         return len(self._rids & rids)
+
+
+def _before_req_state(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+    drain = manager.__dict__.get("shutdown_drain")
+    if drain is None or not drain.over:
+        return
+    text = "the server is ending"
+    if getattr(obj, "stream", False):
+        raise ValueError(text)  # which SGLang writes into the stream
+    raise HTTPException(status_code=HTTPStatus.SERVICE_UNAVAILABLE, detail=text)
 
 
 def _before_batch_output(manager: Any, recv_obj: Any) -> None:
@@ -88,4 +105,5 @@ async def _limit(manager: Any) -> None:
     late = len(manager.rid_to_state) - left
     if late > 0:
         logger.warning("the server ends without %d requests that came after it was told to end", late)
+    drain.over = True
     manager.rid_to_state.clear()
