@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
+from sglang.srt.managers import tokenizer_manager
+from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput, ShutdownReq
 
 from sglang_harli.patches import lora_unload, shutdown_drain
 from support.models import make_model
@@ -38,7 +39,7 @@ def test_a_request_holds_its_adapter_until_it_ends(drive):
     async def scenario(side: Side) -> None:
         asked = side.ask(**body())
         (rid,) = await side.came(1)
-        assert side.uses("one") == 2 and side.uses("two") == 0  # the call, and the request
+        assert side.uses("one") == 1 and side.uses("two") == 0
         await side.finish(rid)
         await asked
         await settled()
@@ -179,6 +180,57 @@ def test_a_reader_that_goes_away_leaves_the_adapter_to_the_request_that_runs_on(
         await settled()
         assert side.uses("one") == 1
         await side.finish(rid)
+
+    drive(scenario)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("text", ["a b", ["a b", "c"]])
+def test_a_reader_that_reads_no_more_holds_nothing_once_its_requests_have_ended(drive, n, text):
+    async def scenario(side: Side) -> None:
+        stream = side.generate_request(GenerateReqInput(**body(n=n, text=text), stream=True), None)
+        reader = asyncio.create_task(stream.__anext__())
+        prompts = 1 if isinstance(text, str) else len(text)
+        for _ in range(prompts if n > 1 else 0):  # the prefix that the answers share
+            (rid,) = await side.came(1)
+            assert side.uses("one") > 1
+            await side.finish(rid)
+        rids = await side.came(prompts * n)
+        await side.token(*rids)
+        await reader
+        await side.finish(*rids)
+        assert side.uses("one") == 0
+        assert (await side.unload("one")).success
+        await stream.aclose()
+
+    drive(scenario)
+
+
+def test_an_id_of_a_call_that_is_gone_is_taken_as_long_as_the_scheduler_has_it(drive):
+    async def scenario(side: Side) -> None:
+        async with asyncio.TaskGroup() as group:
+            stream = side.generate_request(GenerateReqInput(**body(rid="mine"), stream=True), None)
+            reader = group.create_task(stream.__anext__())
+            await side.came(1)
+            await side.token("mine")
+            await reader
+        await stream.aclose()
+        del side.rid_to_state["mine"]  # as SGLang does where a request fails
+        with pytest.raises(ValueError, match="Duplicate request ID detected: mine"):
+            await side.ask(**body(rid="mine"))
+        await side.finish("mine")
+        again = side.ask(**body(rid="mine"))
+        await side.finish(*await side.came(1))
+        await again
+
+    drive(scenario)
+
+
+@pytest.mark.parametrize(("text", "rid"), [("a", ""), (["a", "b"], ["", "b"]), (["a", "b"], ["b", ""])])
+def test_an_empty_id_which_would_abort_every_request_is_refused(drive, text, rid):
+    async def scenario(side: Side) -> None:
+        with pytest.raises(ValueError, match="rid is empty"):
+            await side.ask(**body(text=text, rid=rid))
 
     drive(scenario)
 
@@ -331,6 +383,52 @@ def test_a_server_that_ends_waits_for_its_requests_as_long_as_they_get_on(drive,
     drive(scenario)
 
 
+class Killed(Exception):
+    pass
+
+
+def test_a_server_ends_under_steady_traffic(drive, monkeypatch):
+    """SGLang's own loop, which looks every five seconds."""
+
+    def kill(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(tokenizer_manager, "kill_process_tree", kill)
+    monkeypatch.setattr(shutdown_drain, "LOOK_S", 0.05)
+
+    async def traffic(side: Side) -> list[Any]:
+        """A new request before the one before it ends."""
+        asked: list[Any] = []
+        while side.sent and not isinstance(side.sent[-1], ShutdownReq):
+            asked.append(side.ask(**body(stream=len(asked) % 2 == 1)))
+            await asyncio.sleep(0.05)
+            await side.finish(*list(side.waiting)[:-1])
+        await settled()
+        ended = [one.exception() or one.result() for one in asked if one.done()]
+        for one in asked:
+            one.cancel()  # in a server those end with it
+        return ended
+
+    async def scenario(side: Side) -> None:
+        first = side.ask(**body())
+        await side.came(1)
+        coming = asyncio.create_task(traffic(side))
+        side.gracefully_exit = True
+        with pytest.raises(Killed):
+            await asyncio.wait_for(side.sigterm_watchdog(), 20)
+        await side.finish(*side.waiting)
+        late = await coming
+        assert (await first)["text"] == "x"
+        assert isinstance(late[0], dict)  # answered while the first was waited for
+        refused = [one for one in late if isinstance(one, Exception)]
+        assert {getattr(one, "status_code", 400) for one in refused} == {400, 503}
+        assert all("the server is ending" in str(one) for one in refused)
+        side.gracefully_exit = False
+        del side.shutdown_drain
+
+    drive(scenario)
+
+
 def test_a_server_without_requests_ends_at_once(drive):
     async def scenario(side: Side) -> None:
         side.gracefully_exit = True
@@ -364,5 +462,19 @@ def test_the_abort_of_a_failed_batch_names_its_own_request_alone(drive):
             await side.ask(**body(text=["a b", "a " * 2000], rid=["mine", "broken"]))
         assert [m.rid for m in side.sent if isinstance(m, AbortReq)] == ["mine"]
         await settled()
+
+    drive(scenario)
+
+
+def test_a_batch_that_fails_aborts_no_request_of_others_whose_id_begins_alike(drive):
+    async def scenario(side: Side) -> None:
+        other = side.ask(**body(rid="12"))
+        await side.came(1)
+        with pytest.raises(ValueError):
+            await side.ask(**body(text=["a", "b", "c", "a " * 2000], rid=["1", "2", "22", "broken"]))
+        await settled()
+        assert sorted(side.waiting) == ["1", "12"]  # an abort of "1" would be one of "12"
+        await side.finish("1", "12")
+        await other
 
     drive(scenario)

@@ -4,8 +4,9 @@ SGLang counts a request of an adapter when its name is looked up and takes it of
 answers of one prompt take off more than was counted, and a request that is aborted while it waits nothing.  The
 adapter is then unloaded under a running request, or never.  Here two things hold an adapter, each exactly once:
 a call of ``generate_request`` from the look-up to its end, and a request from the moment it is sent to the
-scheduler until the scheduler has said that it ended.  And an id of a request that was never sent is forgotten
-when its call ends, however it ends.
+scheduler until the scheduler has said that it ended.  The call lets go when all of it has been sent: what is left
+of it is its reader, who may never read to the end.  And an id of a request that was never sent is forgotten when
+its call ends, however it ends.
 
 Leans on: ``srt.managers.tokenizer_manager.TokenizerManager`` (``init_lora``, ``generate_request``,
 ``_init_req_state``, ``_resolve_lora_path``, ``_dispatch_to_scheduler``, ``_handle_batch_output``,
@@ -19,6 +20,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
@@ -108,6 +110,12 @@ class AdapterUses:
     def is_sent(self, request: Any) -> bool:
         return any(one is request for one in self._sent.get(request.rid, ()))
 
+    def has(self, rid: str) -> bool:
+        return rid in self._sent
+
+    def sent_ids(self) -> set[str]:
+        return set(self._sent)
+
     def heard(self, rids: list[str], reasons: list[Any]) -> None:
         """Output has come for these requests; those with a reason have ended."""
         if self._adapters:
@@ -157,10 +165,9 @@ async def _generate_request(
         _end_sent(manager, obj)
         raise
     finally:
-        await answers.aclose()
-        for lora_id in obj.__dict__.pop("_lora_ids_held", ()):
-            uses_of(manager).let_go(lora_id)
+        _let_go_of_call(manager, obj)
         _forget_unsent(manager, obj)
+        await answers.aclose()  # last: it may wait for a lock
 
 
 def _parts(obj: Any) -> Iterator[Any]:
@@ -170,12 +177,19 @@ def _parts(obj: Any) -> Iterator[Any]:
 
 
 def _end_sent(manager: Any, obj: Any) -> None:
-    """The call fails: nobody will read what the scheduler makes of the part that it has already."""
+    """The call fails: nobody will read what the scheduler makes of the part that it has already.
+
+    The scheduler aborts every request whose id begins with the one given: where that is another call's too, the part
+    is left to run to its end.
+    """
     from sglang.srt.managers.io_struct import AbortReq
 
-    for part in _parts(obj):
-        if isinstance(part.rid, str) and uses_of(manager).is_sent(part):
-            manager._dispatch_to_scheduler(AbortReq(rid=part.rid))
+    uses = uses_of(manager)
+    sent = [part.rid for part in _parts(obj) if isinstance(part.rid, str) and uses.is_sent(part)]
+    others = uses.sent_ids().difference(sent)
+    for rid in sent:
+        if not any(other.startswith(rid) for other in others):
+            manager._dispatch_to_scheduler(AbortReq(rid=rid))
 
 
 def _forget_unsent(manager: Any, obj: Any) -> None:
@@ -187,9 +201,13 @@ def _forget_unsent(manager: Any, obj: Any) -> None:
 
 
 def _before_req_state(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
-    """SGLang finds an id that is in use only when it has noted those before it in the batch, for good."""
+    """SGLang finds an id that is in use only when it has noted those before it in the batch, for good; one that the
+    scheduler still has, of a call that has ended, it does not find."""
+    uses = uses_of(manager)
     for rid in [obj.rid] if isinstance(obj.rid, str) else obj.rid:
-        if rid in manager.rid_to_state:
+        if not rid:  # the scheduler aborts all requests whose id begins with that of an abort
+            raise ValueError("rid is empty: give an id of at least one character, or none")
+        if rid in manager.rid_to_state or uses.has(rid):
             raise ValueError(f"Duplicate request ID detected: {rid}")
         if rid.startswith(HEALTH_CHECK) and obj.lora_path:
             raise ValueError(f"rid is {rid!r}: ids that begin with {HEALTH_CHECK} are the server's own")
@@ -202,9 +220,30 @@ async def _resolve_lora_path(original: Callable[..., Awaitable[None]], manager: 
     with uses.looking_up(names):
         await original(manager, obj)
         found = [obj.lora_id] if isinstance(obj.lora_id, str) else obj.lora_id
-        held = obj._lora_ids_held = [lora_id for lora_id in found if lora_id is not None]
+        _hold_for_call(uses, obj, [lora_id for lora_id in found if lora_id is not None])
+
+
+def _hold_for_call(uses: AdapterUses, obj: Any, lora_ids: list[str]) -> None:
+    """Hold adapters until all requests that SGLang makes of a call have been sent, or the call ends."""
+    answers = getattr(obj, "parallel_sample_num", 1)
+    each = (
+        1 if answers == 1 else 1 + answers
+    )  # of several answers the prefix that they share is a request, too
+    unsent = getattr(obj, "batch_size", 1) * each
+    # Of a plain class: SGLang's dumps pickle requests, and are read where there is no sglang_harli.
+    call = SimpleNamespace(lora_ids=lora_ids, unsent=unsent)
+    for part in {id(one): one for one in (obj, *_parts(obj))}.values():
+        part._lora_call = call  # which SGLang's copies of it keep
+    for lora_id in lora_ids:
+        uses.hold(lora_id)
+
+
+def _let_go_of_call(manager: Any, obj: Any) -> None:
+    call = obj.__dict__.get("_lora_call")
+    if call is not None:
+        held, call.lora_ids = call.lora_ids, []
         for lora_id in held:
-            uses.hold(lora_id)
+            uses_of(manager).let_go(lora_id)
 
 
 async def _acquire(original: Callable[..., Any], registry: Any, lora_name: Any) -> Any:
@@ -244,7 +283,13 @@ def _after_dispatch(result: None, manager: Any, obj: Any) -> None:
         return
     for request in requests:
         state = manager.rid_to_state.get(request.rid)
-        uses_of(manager).sent(request.rid, request.lora_id, state.obj if state is not None else None)
+        part = state.obj if state is not None else None
+        uses_of(manager).sent(request.rid, request.lora_id, part)
+        call = part.__dict__.get("_lora_call") if part is not None else None
+        if call is not None:
+            call.unsent -= 1
+            if call.unsent == 0:
+                _let_go_of_call(manager, part)
 
 
 def _before_batch_output(manager: Any, recv_obj: Any) -> None:
