@@ -186,7 +186,7 @@ async def test_adapter_is_registered_when_the_scheduler_has_loaded_it(folder: Pa
         assert begin.body["lora_id"] == ref.lora_id
         assert begin.body["config"] == {"r": 2, "lora_alpha": 4}
         assert begin.body["slot"]["tensors"][0]["name"] == "a.lora_A.weight"
-        assert [p.body for p in polls] == [{"lora_id": ref.lora_id}] * 3
+        assert [p.body for p in polls] == [{"lora_id": ref.lora_id, "urgent": False}] * 3
 
 
 @run
@@ -413,6 +413,33 @@ async def test_an_evicted_adapter_that_the_operator_unloads_does_not_come_back(f
         assert service.publisher.dormant() == []
         with pytest.raises(ValueError, match="never been loaded"):
             await service.manager._validate_and_resolve_lora(GenerateReqInput(text="x", lora_path=NAME))
+
+
+@run
+async def test_an_adapter_that_the_operator_unloads_while_it_comes_back_stays_away(folder: Path) -> None:
+    async with connected(folder) as service:
+        manager, publisher = service.manager, service.publisher
+        await service.send(state(7, adapters=[NAME]))
+        await until(lambda: publisher.dormant() == [NAME])
+        manager.polls_left = 10**6
+        asked = asyncio.create_task(
+            manager._validate_and_resolve_lora(GenerateReqInput(text="x", lora_path=NAME))
+        )
+        await service.receive(internal.AdapterWanted)
+        await service.send(publish(NAME))
+        await until(lambda: manager.loads() == [NAME])
+        assert (await manager.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=NAME))).success
+        with pytest.raises(ValueError, match="unloaded by the operator"):
+            await asked
+        manager.polls_left = 0  # the scheduler has it now
+        answer = await service.receive(internal.AdapterPublished)
+        assert answer.ok and "unloaded by the operator" in answer.text
+        (loading,) = [r for r in manager.requests if getattr(r, "method", "") == "harli/load_adapter"]
+        unloads = [r.lora_id for r in manager.requests if isinstance(r, UnloadLoRAAdapterReqInput)]
+        assert unloads == [loading.body["lora_id"]]
+        assert NAME not in manager.lora_registry.get_all_adapters() and publisher.dormant() == []
+        with pytest.raises(ValueError, match="never been loaded"):
+            await manager._validate_and_resolve_lora(GenerateReqInput(text="x", lora_path=NAME))
 
 
 @run

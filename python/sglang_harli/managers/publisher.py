@@ -36,6 +36,7 @@ from sglang_harli.protocol.trouble import passes
 
 logger = logging.getLogger(__name__)
 
+DROPPED = "unloaded by the operator: not served until the server restarts"
 TENSOR_PATH = "__tensor__"  # SGLang's path of an adapter that came as tensors
 HELLO_EVERY_S = 1.0
 POLL_FIRST_S, POLL_LONGEST_S = 0.01, 0.2
@@ -243,10 +244,11 @@ class Publisher:
     async def _publish(self, wanted: internal.PublishAdapter) -> None:
         answer = internal.AdapterPublished(request=wanted.request, job=wanted.job, name=wanted.name, ok=True)
         try:
-            if wanted.name in self._dropped:
-                answer.text = "unloaded by the operator: not served until the server restarts"
-            elif wanted.name not in self._manager.lora_registry.get_all_adapters():
+            loaded = self._manager.lora_registry.get_all_adapters()
+            if wanted.name not in self._dropped and wanted.name not in loaded:
                 await self._load(wanted)
+            if wanted.name in self._dropped:
+                answer.text = DROPPED
         except Exception as error:  # boundary: one publication is answered, and the next one comes
             answer.ok, answer.text, answer.passing = False, str(error), passes(error)
             answer.code = error.code if isinstance(error, HarliError) else "internal"
@@ -283,7 +285,7 @@ class Publisher:
         return f"it is not loaded, and {self.down}: restart the server to have it back"
 
     async def _load(self, wanted: internal.PublishAdapter) -> None:
-        """Have the scheduler load the adapter, then register its name.
+        """Have the scheduler load the adapter, then register its name, unless the operator has unloaded it by then.
 
         Raises:
             UnsupportedError: LoRA serving is off or full of pinned adapters, or the adapter does not fit it.
@@ -311,10 +313,24 @@ class Publisher:
             raise kind(status.get("error") or f"unexpected answer {status}", code="load_failed")
         reach(Point.LOADED)
         async with self._manager.lora_update_lock:
+            if wanted.name in self._dropped:  # meanwhile
+                await self._put_away(ref)
+                return
             await self._manager.lora_registry.register(ref)
             self._manager.lora_ref_cache[wanted.name] = ref
         reach(Point.REGISTERED)
         logger.info("harli: adapter %s is served (loaded in %.2f s)", wanted.name, time.monotonic() - since)
+
+    async def _put_away(self, ref: Any) -> None:
+        """Have the scheduler unload what was loaded and is not registered."""
+        from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
+
+        request = UnloadLoRAAdapterReqInput(lora_name=ref.lora_name, lora_id=ref.lora_id)
+        result = (await self._manager.update_lora_adapter_communicator(request))[0]
+        if result.success:
+            logger.info("harli: adapter %s is put away: the operator unloaded it", ref.lora_name)
+        else:
+            raise StateError(f"it could not be put away: {result.error_message}", code="load_failed")
 
     async def _loaded(self, name: str, lora_id: str, status: dict[str, Any]) -> dict[str, Any]:
         """The scheduler's last word on a loading that has begun.
@@ -394,6 +410,7 @@ class Publisher:
         if ref is not None and ref.lora_path == TENSOR_PATH:
             del self._manager.lora_ref_cache[name]
             self._dropped.add(name)
+            self._settle(name, DROPPED)
 
     def dormant(self) -> list[str]:
         """Names of our adapters that answer when asked for but are not loaded now."""
@@ -441,9 +458,10 @@ async def unload_lora_adapter(
     from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqOutput
 
     publisher: Publisher | None = getattr(manager, "harli_publisher", None)
-    if publisher is not None and obj.lora_name in publisher.dormant():
-        publisher.drop(obj.lora_name)
-        return UnloadLoRAAdapterReqOutput(success=True)
+    async with manager.lora_update_lock:  # not while it is being registered
+        if publisher is not None and obj.lora_name in publisher.dormant():
+            publisher.drop(obj.lora_name)
+            return UnloadLoRAAdapterReqOutput(success=True)
     result = await original(manager, obj, *args, **kwargs)
     if result.success and publisher is not None and looks_like_adapter(obj.lora_name):
         publisher.drop(obj.lora_name)
