@@ -56,6 +56,8 @@ PAIR = {"text": ["a", "b"]}
             for more in ({}, {"sampling_params": {"n": 2}})
         ),
         ({**PAIR, "lora_id": ["guessed", None], "lora_path": [None, None]}, "lora_id is the server's own"),
+        ({"multi_item_delimiter_indices": [1]}, "multi_item_delimiter_indices is the server's own"),
+        ({**PAIR, "multi_item_delimiter_indices": [["x"], [1]]}, "multi_item_delimiter_indices is the"),
         ({"positional_embed_overrides": {"a": 1}}, "positional_embed_overrides cannot be given"),
         ({"text": None, "input_ids": [5, TOKENS]}, f"input_ids has {TOKENS}; accepted: 0 to {TOKENS - 1}"),
         ({"text": None, "input_ids": [-1, 5]}, "input_ids has -1"),
@@ -152,6 +154,7 @@ def test_numbers_keep_the_meaning_that_they_had(drive):
             "temperature": 1,
             "stop_token_ids": [10**6],
             "ignore_eos": 1,
+            "logit_bias": {5: 1, "6": -1.5},
         }
         asked = side.ask(
             text="a b", sampling_params={**given, "custom_params": {"a": [[1]]}, "sampling_seed": None}
@@ -159,6 +162,7 @@ def test_numbers_keep_the_meaning_that_they_had(drive):
         (rid,) = await side.came(1)
         params = side.waiting[rid].sampling_params
         assert params.max_new_tokens == 4 and type(params.max_new_tokens) is int
+        assert params.logit_bias == {"5": 1.0, "6": -1.5}
         assert params.top_k == 2**30 and params.stop_token_ids == {10**6} and params.ignore_eos is True
         await side.finish(rid)
         await asked
@@ -181,6 +185,10 @@ def test_one_id_is_made_for_each_prompt_however_many_answers(drive):
         ({"input_ids": [1, 2], "lora_path": []}, "lora_path has 0 entries and the request has 1 prompt:"),
         ({"text": ["a", "b"], "lora_path": ["one"]}, "lora_path has 1 entry and the request has 2 prompts:"),
         ({"text": "a", "lora_id": "x"}, "lora_id is the server's own"),
+        (
+            {"text": "a", "multi_item_delimiter_indices": [0]},
+            "multi_item_delimiter_indices is the server's own",
+        ),
         ({"text": "a", "lora_id": "x", "lora_path": [None]}, "lora_id is the server's own"),
         ({"text": ["a"], "lora_id": ["x"], "lora_path": [None]}, "lora_id is the server's own"),
     ],
@@ -214,5 +222,28 @@ def test_health_checks_pass(drive):
         (rid,) = await side.came(1)
         await side.finish(rid)
         await asked
+
+    drive(scenario)
+
+
+def test_scoring_says_where_the_items_end(drive, monkeypatch):
+    from sglang.srt.managers import tokenizer_manager_score_mixin
+
+    monkeypatch.setattr(tokenizer_manager_score_mixin, "MIS_DELIMITER_TOKEN_ID", 9)  # in this vocabulary
+
+    async def scenario(side: Side) -> None:
+        side.server_args.enable_mis = True
+        try:
+            asked = asyncio.create_task(
+                side.score_request(query=[5], items=[[6], [7]], label_token_ids=[8], apply_softmax=False)
+            )
+            (rid,) = await side.came(1)
+            assert side.waiting[rid].multi_item_delimiter_indices
+            side.drop(rid)
+            await asyncio.gather(asked, return_exceptions=True)  # what it makes of an abort is its own affair
+            with pytest.raises(ValueError, match="the server's own"):
+                await side.ask(text="a b", multi_item_delimiter_indices=[1])
+        finally:
+            side.server_args.enable_mis = False
 
     drive(scenario)

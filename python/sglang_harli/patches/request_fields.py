@@ -7,7 +7,7 @@ scheduler computes with, before anything of the request is sent.
 
 Leans on: ``srt.managers.io_struct`` (``GenerateReqInput._determine_batch_size`` and ``_normalize_rid``,
 ``EmbeddingReqInput.normalize_batch_and_arguments``, ``PositionalEmbeds``, ``SessionParams``),
-``srt.managers.tokenizer_manager.TokenizerManager._validate_one_request`` and
+``srt.managers.tokenizer_manager.TokenizerManager`` (``_validate_one_request``, ``score_request``) and
 ``srt.sampling.sampling_params.SamplingParams`` (its fields, and ``verify``).
 """
 
@@ -16,11 +16,14 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import msgspec
 
+# Whether a request is made by SGLang's scoring, which says itself where the items of a prompt end.
+_scoring: ContextVar[bool] = ContextVar("_scoring", default=False)
 _IO = "sglang.srt.managers.io_struct"
 MOST_BIAS = 1e6  # beyond any logit; far beyond, probabilities are no numbers any more
 MOST_ANSWERS = 4096  # of one prompt: SGLang makes a request of each before the first is sent
@@ -51,11 +54,9 @@ def register(registry: Any) -> None:
     generate = f"{_IO}.GenerateReqInput"
     registry.register(f"{generate}._determine_batch_size", _after_batch_size, HookType.AFTER)
     registry.register(f"{generate}._normalize_rid", _normalize_rid, HookType.AROUND)
-    registry.register(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
-        _before_validate,
-        HookType.BEFORE,
-    )
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    registry.register(f"{manager}._validate_one_request", _before_validate, HookType.BEFORE)
+    registry.register(f"{manager}.score_request", _score_request, HookType.AROUND)
     registry.register(
         "sglang.srt.sampling.sampling_params.SamplingParams.verify", _after_verify, HookType.AFTER
     )
@@ -88,7 +89,17 @@ def _check_own_fields(request: Any) -> None:
     for one in overrides if isinstance(overrides, list) else [overrides]:
         if one is not None and not isinstance(one, PositionalEmbeds):
             raise ValueError("positional_embed_overrides cannot be given by HTTP")
+    if request.multi_item_delimiter_indices is not None and not _scoring.get():
+        raise ValueError("multi_item_delimiter_indices is the server's own: send items to /v1/score")
     request.http_worker_ipc = None  # which process the answer goes to; stamped when the request is sent
+
+
+async def _score_request(original: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+    token = _scoring.set(True)
+    try:
+        return await original(*args, **kwargs)
+    finally:
+        _scoring.reset(token)
 
 
 def _check_session(params: dict[str, Any] | None) -> None:
@@ -206,6 +217,8 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
         return bool(value)
     if name == "stop_token_ids" and isinstance(value, list | set | tuple):
         value = [token for token in value if token is not None]  # as SGLang does
+    if name == "logit_bias" and isinstance(value, dict):  # of the offline engine the tokens may be numbers
+        value = {str(token) if type(token) is int else token: bias for token, bias in value.items()}
     try:
         value = _typed(value, kind)
         if name == "stop_regex":
