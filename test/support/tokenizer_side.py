@@ -14,6 +14,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchStrOutput,
+    BatchTokenizedGenerateReqInput,
     DumperControlReqInput,
     GenerateReqInput,
     LoadLoRAAdapterFromTensorsReqInput,
@@ -131,6 +132,10 @@ class Side(TokenizerManager):
 
     # ---- what comes to the scheduler
     def _to_scheduler(self, obj: Any) -> None:
+        if isinstance(obj, BatchTokenizedGenerateReqInput):
+            for one in obj.batch:
+                self._to_scheduler(one)
+            return
         self.sent.append(obj)
         loop = asyncio.get_running_loop()
         if isinstance(obj, TokenizedGenerateReqInput):
