@@ -74,7 +74,12 @@ ALL: tuple[Patch, ...] = (
     ),
     Patch(
         "06-request-fields",
-        ("srt/managers/io_struct.py", "srt/managers/tokenizer_manager.py", "srt/sampling/sampling_params.py"),
+        (
+            "srt/managers/io_struct.py",
+            "srt/managers/tokenizer_manager.py",
+            "srt/managers/tokenizer_manager_score_mixin.py",
+            "srt/sampling/sampling_params.py",
+        ),
         request_fields.register,
     ),
     Patch(
