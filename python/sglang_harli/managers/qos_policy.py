@@ -59,8 +59,8 @@ def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) 
 def probe(decision: Decision, slack: Slack, offer: QuantumOffer, targets: Targets) -> Decision | None:
     """The least quantum, to measure it, where its estimate alone was refused and is doubted by now (``QuantumOffer.doubt``).
 
-    No other size is: what a doubted estimate says is no promise.  So a probe may take longer than the slack, and whoever
-    asks keeps to ``slotting.PROBE_EVERY_S``.
+    No other size is: what a doubted estimate says is no promise.  So a probe may take longer than the slack, and the
+    caller keeps to ``slotting.PROBE_EVERY_S``.
     """
     if slack.idle_comes or decision.reason not in _PRICE_REFUSED:
         return None

@@ -2,7 +2,7 @@
 
 Frame 0 is a msgpack header (one of the structs below, tagged by its name); arrays follow as raw
 frames (int32, C order).  Every message carries the sender's sequence number.  A run is named by
-(job, attempt): messages of an older attempt are dropped by whoever gets them.  Any message may be lost
+(job, attempt): messages of an older attempt are dropped by the receiver.  Any message may be lost
 or come twice; the table in docs/architecture.md ("Service and scheduler") says what then happens.
 """
 
@@ -314,9 +314,9 @@ class ServiceState(Message):
     /health_generate.  ``adapters``: names of the succeeded jobs' adapters, which AdapterWanted brings: after a
     restart of the server they are known at once and loaded when first asked for (a sign of life names none).
     ``others``: by reason, the adapters that belong to another base than the served one: they are not served, and a
-    request for one gets the reason (None: as before).  ``jobs``: how many there are by status.  ``greeted_by``: pid of the HTTP process
-    whose hello has been read (0: none); whoever finds another one there says hello again.  ``tokenizer_lost``: the
-    tokenizer that the hello named could not be read; it is written again, and said again.
+    request for one gets the reason (None: as before).  ``jobs``: how many there are by status.  ``greeted_by``: pid of
+    the HTTP process whose hello has been read (0: none); a process that finds another one there says hello again.
+    ``tokenizer_lost``: the tokenizer that the hello named could not be read; it is written again, and said again.
     """
 
     pid: int
