@@ -19,6 +19,7 @@ import queue
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,7 +148,7 @@ def _run_host(asked: dict[str, Any], template: int) -> None:
         os.dup2(log, fd)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(process)d %(message)s")
     core.make_ipc_dir(asked["options"]["run_dir"])
-    host(HarliOptions(**asked["options"], parity="off"), asked["model"], asked["registrations"])
+    host(HarliOptions(**{**asked["options"], "parity": "off"}), asked["model"], asked["registrations"])
 
 
 def main() -> None:
@@ -168,6 +169,8 @@ def main() -> None:
         if pid == 0:
             try:
                 _run_host(json.loads(line), template)
+            except BaseException:
+                traceback.print_exc()  # into the log
             finally:
                 sys.stderr.flush()
                 os._exit(1)
