@@ -6,6 +6,7 @@ into its init info, and a server without it stops.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,8 @@ def launch(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -
     try:
         check_hello(schedulers.scheduler_infos)
     except SystemExit:
+        # At exit a zmq context of SGLang's that is collected waits for its messages to schedulers that are gone.
+        gc.disable()
         if watchdog is not None:
             watchdog.stop()  # it would answer the end of the children by killing us before the sentence is out
         raise
