@@ -147,11 +147,11 @@ class ServingSide:
         emitted = len(req.output_ids)
         if not emitted or not stats.prefill_finished_time:
             return None
-        # SGLang resets the time when it retracts a request; the promise runs from the first token
-        first = getattr(req, "harli_first_token_s", None)
-        if first is None:
-            first = req.harli_first_token_s = stats.prefill_finished_time
-        return RequestClock(first, max(stats.last_decode_finish_time, first), emitted)
+        # Where SGLang retracts a request it keeps the time of its first token and resets the others; its next token comes
+        # with another prefill.
+        first = stats.prefill_finished_time
+        last = max(first, stats.last_prefill_finished_time, stats.last_decode_finish_time)
+        return RequestClock(first, last, emitted)
 
     def clocks(self, reqs: Iterable[Any]) -> list[RequestClock]:
         """Clocks of the requests that go on decoding."""
