@@ -214,7 +214,7 @@ def launch(model: Path, sizes: Sizes, total_bytes: int, seed: int, vocab: int) -
         stack.enter_context(servers.ended(*running.values()))
         with ThreadPoolExecutor(
             len(running)
-        ) as threads:  # whoever is ready takes no time of those that start
+        ) as threads:  # a server that is up takes no time from those that start
             list(threads.map(_hold_when_ready, running.values()))
         for mode, server in running.items():
             began = time.monotonic()

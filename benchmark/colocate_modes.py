@@ -111,7 +111,9 @@ class World:
             self._stack.callback(trainer.close)
         waits = [self.client.wait_ready, *(t.wait_ready for t in self.trainers.values())]
         waits += [functools.partial(self._ready, name) for name in names]
-        with ThreadPoolExecutor(len(waits)) as threads:  # whoever is ready takes no time of those that start
+        with ThreadPoolExecutor(
+            len(waits)
+        ) as threads:  # a server that is up takes no time from those that start
             list(threads.map(lambda wait: wait(), waits))
         if "ours" in self.servers:
             with servers.running(self.servers["ours"]):

@@ -101,9 +101,7 @@ class Trainer:
         words = ["--model", model, "--device", device, "--threads", threads, "--nice", nice]
         self.log_path = folder / f"trainer-nice-{nice}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        if (
-            nice
-        ):  # whoever asks for little lets waiting OpenMP threads sleep: spinning ones keep the cores busy
+        if nice:  # a server that asks for little lets waiting OpenMP threads sleep: spinning ones keep the cores busy
             environment["OMP_WAIT_POLICY"] = "PASSIVE"
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(

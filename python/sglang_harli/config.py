@@ -118,7 +118,7 @@ class HarliOptions:
     )
     allow_insecure_endpoint: bool = _option(
         False,
-        "Let --harli-finetune-endpoint leave loopback without keys: whoever reaches it may submit jobs.",
+        "Let --harli-finetune-endpoint leave loopback without keys: everyone who can reach it may submit jobs.",
     )
     run_dir: str = _option("./harli-runs", "Folder of jobs, data, checkpoints and adapters; one server each.")
     overlap: str = _option(

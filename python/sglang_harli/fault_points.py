@@ -4,7 +4,7 @@ Off unless the environment variable ``HARLI_FAULT_POINTS`` names a folder; then 
 a file of the point's name in it.  Its content is one line:
 
     stop [N]           at the N-th reach (default 1): rename the file to POINT.hit (this process's pid in it)
-                       and hold this thread until POINT.go appears; whoever armed it kills what it likes
+                       and hold this thread until POINT.go appears; the test kills what it wants meanwhile
     error ERRNO [N]    the next N reaches (default 1) raise OSError(ERRNO), for example ENOSPC or EROFS
     hang SECONDS       hold this thread so long, once: a process that stops answering without dying
 

@@ -274,7 +274,7 @@ def test_an_allocation_takes_back_what_is_lent():
     more = slots.alloc(10)
     assert more is not None and lease.revoked and not other.revoked
     assert pool.reclaims == 1
-    assert slots.alloc(1000) is None and not other.revoked, "what cannot be had at all costs training nothing"
+    assert slots.alloc(1000) is None and not other.revoked, "what is not there at all costs training nothing"
 
 
 def test_low_slots_go_first_and_high_stripes_are_lent():

@@ -66,7 +66,7 @@ class Faults:
         self.env = {FAULT_POINTS_ENV: str(folder)}
 
     def arm(self, point: Point, reach: int) -> None:
-        """Stop whoever reaches ``point`` for the ``reach``-th time."""
+        """Stop the process that reaches ``point`` for the ``reach``-th time."""
         self.clear()
         temporary = self.folder / ".armed"
         temporary.write_text(f"stop {reach}")

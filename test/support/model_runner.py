@@ -1,6 +1,6 @@
 """SGLang's ``ModelRunner`` on its CPU engine: the model and its LoRA serving, without a server around them.
 
-Whoever calls this has set the CPU engine's environment before the first import of sglang
+The caller has set the CPU engine's environment before the first import of sglang
 (``platforms.cpu.engine``) and has applied our patches.
 """
 

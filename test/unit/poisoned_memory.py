@@ -1,4 +1,4 @@
-"""A training memory that tells on whoever reads what was not written, or keeps what was given back."""
+"""A training memory that shows reads of what was not written, and of what was given back."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def test_a_run_without_memory_waits_with_a_reason_and_begins_when_there_is_some(
     told = lambda: [p for p in world.peer.of(internal.Progress) if p.sub_state == SubState.WAITING_MEMORY]  # noqa: E731
     world.until(told)
     reason = told()[-1].reason
-    assert "for the adapter and its optimizer cannot be had now: of" in reason and "training 0 B" in reason
+    assert "for the adapter and its optimizer is not available now: of" in reason and "training 0 B" in reason
     assert "prefixes may keep" not in reason
     assert world.host.trainer.run is not None and not world.peer.of(internal.RunStarted)
     assert world.pool.train_stripes == 0

@@ -229,7 +229,7 @@ class Protocol(RuleBasedStateMachine):
         for _ in range(ROUNDS):
             self._round()
             quiet = quiet + 1 if self._settled() else 0
-            if quiet == 15:  # whoever was killed just now has been heard again by then
+            if quiet == 15:  # a process that was killed just now has been heard again by then
                 break
 
     def _judge(self, record: Any) -> None:

@@ -2,7 +2,7 @@
 
 The child asks for its parent-death signal itself, first thing, instead of by ``preexec_fn`` in the
 server: that would run Python between fork and exec in a process full of threads.  Linux sends the
-signal when the *thread* that forked ends, so whoever starts this must do so from a thread that lives as
+signal when the *thread* that forked ends, so this must be started from a thread that lives as
 long as the child should (supervisor.py does).  Standard library only.
 """
 

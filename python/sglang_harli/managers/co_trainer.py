@@ -348,7 +348,7 @@ class CoTrainer:
         try:
             shape = run.next_shape()
         except (HarliError, MemoryError, RuntimeError) as error:  # of the memory that it asks for
-            logger.exception("harli: training's memory cannot be had")
+            logger.exception("harli: training's memory is not available")
             self.fail(error)
             return None
         if shape is None:

@@ -15,7 +15,7 @@ def passes(error: Exception) -> bool:
 
 
 def describe(error: Exception) -> tuple[str, str]:
-    """A stable code and a message with what to change, for whoever reads the job."""
+    """A stable code and a message that says what to change, as the job shows them."""
     if isinstance(error, HarliError):
         return error.code, error.message
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):

@@ -162,7 +162,7 @@ def routes(publisher: Publisher, tokenizer_manager: Any, startup: StartupProfile
 
 
 def not_ready_reason(publisher: Publisher) -> str:
-    """One line for whoever asks why the server is not healthy yet."""
+    """Why the server is not healthy yet, in one line."""
     keeper = supervisor.running()
     if keeper is not None and keeper.gave_up is not None:
         return f"sglang-harli: {keeper.gave_up}\n"

@@ -209,7 +209,7 @@ class MemoryDesk:
         if needs is None:
             return None
         purpose, nbytes = needs
-        text = f"{show_size(nbytes)} for {_WHAT[purpose]} cannot be had now: "
+        text = f"{show_size(nbytes)} for {_WHAT[purpose]} is not available now: "
         figures, pool = self.status(), self.pool
         total, held = show_size(figures["total_bytes"]), show_size(figures["train_bytes"])
         if pool is None:

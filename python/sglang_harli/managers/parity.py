@@ -64,9 +64,8 @@ class Parity:
         self._why = ""  # it failed
         self._version = 0  # of the served weights
         self._served: list[float] = []
-        self._forwards: list[
-            BareForward
-        ] = []  # as training computes, then in fp32 where that is another dtype
+        # As training computes, then in fp32 where that is another dtype.
+        self._forwards: list[BareForward] = []
 
     # ---- what is asked and told
     def wanted(self) -> dict[str, Any]:
@@ -95,7 +94,7 @@ class Parity:
 
     def fail(self, why: str) -> None:
         """It could not be measured; the HTTP process tries again."""
-        if self.state == "off" or self.state in ("agrees", "differs"):
+        if self.state in ("off", "agrees", "differs"):
             return
         if why != self._why:
             logger.warning("harli: training could not be compared with serving: %s", why)

@@ -7,9 +7,9 @@ Again after an update of the served weights.
 
 It gives way to what SGLang does only while it serves nothing (``quiet``).
 
-Leans on TokenizerManager (server_status, is_pause, tokenizer, generate_request, abort_request, rid_to_state, context_len,
-max_req_input_len) and
-GenerateReqInput (input_ids, sampling_params, rid, return_logprob, logprob_start_len, log_metrics, extra_key).
+Leans on TokenizerManager (server_status, is_pause, tokenizer, generate_request, abort_request, rid_to_state,
+context_len, max_req_input_len) and GenerateReqInput (input_ids, sampling_params, rid, return_logprob,
+logprob_start_len, log_metrics, extra_key).
 """
 
 from __future__ import annotations

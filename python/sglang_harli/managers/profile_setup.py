@@ -42,7 +42,7 @@ def profile_key(limits: ServedLimits, args: Any) -> ProfileKey:
 
 
 def device_name(device: str) -> str:
-    """The processor, as whoever made it calls it; on a CPU with the number of threads."""
+    """The name of the processor, as its vendor gives it; on a CPU with the number of threads."""
     if device != "cpu":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

@@ -270,7 +270,7 @@ class Publisher:
         await self._send(answer)
 
     def _settle(self, name: str, wrong: str) -> None:
-        """Tell whoever waits for an adapter that it is back (``""``), or what is wrong."""
+        """End the wait of requests for an adapter: it is back (``""``), or what is wrong."""
         waiting = self._waiting.get(name)
         if waiting is not None and not waiting.done():
             waiting.set_result(wrong)
@@ -401,7 +401,7 @@ class Publisher:
             await self._send(internal.AdapterWanted(name=name))
         text = f"the finetune service did not bring it back within {timeout_s:g} s: try again"
         if not future.done():
-            future.set_result(text)  # whoever comes next asks anew
+            future.set_result(text)  # the next request asks anew
         return text
 
     def drop(self, name: str) -> None:

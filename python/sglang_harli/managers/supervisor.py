@@ -38,7 +38,7 @@ _STDERR = 2
 
 # ------------------------------------------------------------------ one server per run directory
 class RunDirLock:
-    """An exclusive flock on ``run_dir/lock``; the file holds the holder's pid for whoever is refused.
+    """An exclusive flock on ``run_dir/lock``; the file holds the holder's pid, for the error of a second server.
 
     The kernel gives the lock back when the holder ends, however it ends, so a file that was left behind
     refuses nobody.

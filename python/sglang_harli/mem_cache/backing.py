@@ -29,7 +29,7 @@ class Backing(Protocol):
     def lend(self, stripes: Sequence[int]) -> list[Tensor]:
         """Move stripes' memory from the KV cache to training.
 
-        Whoever calls has made sure that no slot of them is in use.  What still runs on the device is ordered:
+        The caller has made sure that no slot of them is in use.  What still runs on the device is ordered:
         writes of forwards to slots that were freed come before training's first write.
 
         Returns:

@@ -70,7 +70,7 @@ class Driver(Protocol):
         ...
 
     def unmap(self, address: int, nbytes: int) -> None:
-        """Unmap a range of one or more whole mappings.  Not ordered with any stream and waits for none: whoever calls
+        """Unmap a range of one or more whole mappings.  Not ordered with any stream and waits for none: the caller
         has made sure that nothing on the device touches the range."""
         ...
 

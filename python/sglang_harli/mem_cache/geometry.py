@@ -89,7 +89,7 @@ class PoolGeometry:
 
     @property
     def total_bytes(self) -> int:
-        """The budget: all buffers, whoever uses them."""
+        """The budget: all buffers, of serving and training."""
         return self.buffer_bytes * self.buffers
 
     @property

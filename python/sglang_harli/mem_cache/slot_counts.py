@@ -36,7 +36,7 @@ def event_fence(device: torch.device) -> Fence | None:
 class StripeCounts:
     """Positions of the stripes' pages in one sorted free list.
 
-    Valid from ``start`` until the list is changed in another way than by taking its head or by ``cut``; whoever
+    Valid from ``start`` until the list is changed in another way than by taking its head or by ``cut``; code that
     does so calls ``forget``.
 
     Args:

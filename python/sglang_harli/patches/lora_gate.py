@@ -126,5 +126,5 @@ def _capture(original: Callable[..., None], runner: Any) -> None:
     try:
         original(runner)
     finally:
-        capture_mode._set_capture_lora_variant(None)  # of no concern to whoever captures next
+        capture_mode._set_capture_lora_variant(None)  # of no concern to the next capture
     runner.model_runner.lora_manager.has_nolora_graphs = True

@@ -6,7 +6,7 @@
 
     logits [tokens, vocabulary] in the exact dtype, and where the base has 16 bits ``low``, their copy in its dtype
 
-Contents are undefined; whoever reads a place has written it before (0 * NaN is NaN).
+Contents are undefined; each place is written before it is read (0 * NaN is NaN).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class MicroBatchMemory:
         """Hold a space for a micro-batch.
 
         Returns:
-            0: it is held; otherwise the bytes that cannot be had now.
+            0: it is held; otherwise the bytes that are lacking now.
         """
         specs = self.specs(rows)
         if self._room is not None:

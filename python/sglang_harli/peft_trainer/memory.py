@@ -50,7 +50,7 @@ class Space(Protocol):
 
 
 class TrainMemory(Protocol):
-    """Gives spaces.  Never waits: what cannot be had now is None, and may be asked for again."""
+    """Gives spaces.  Never waits: None where there is none now; it may be asked for again."""
 
     def obtain(self, purpose: MemoryPurpose, tensors: Specs) -> Space | None:
         """A space in which these tensors can be carved, in this order.

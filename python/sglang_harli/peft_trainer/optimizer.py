@@ -127,7 +127,7 @@ class SlicedAdamW:
 
     # ---- state
     def load(self, *, adam_steps: float, scale: float | None, growth: float) -> None:
-        """Counters of a saved run; the moments are copied into the blocks by whoever has them."""
+        """Counters of a saved run; the adapter copies the moments, layer by layer."""
         for block in self.blocks:
             self._adam.state[block.master]["step"].fill_(adam_steps)
         if scale is not None:

@@ -2,7 +2,7 @@
 
     nowhere ── obtain ── in its space ── spill ── in host memory ── obtain ── coming back, layer by layer ── in its space
 
-Tensors keep their identity (``LayerBlock.lie_in``), so whoever holds one, a copy of the state into a
+Tensors keep their identity (``LayerBlock.lie_in``), so what holds one, a copy of the state into a
 checkpoint or an optimizer in the middle of a step, goes on with the same values wherever they lie.
 """
 
@@ -38,7 +38,7 @@ class StateMemory:
         return bool(self._host)
 
     def obtain(self) -> bool:
-        """Hold a space: False when it cannot be had now."""
+        """Hold a space: False when there is none now."""
         if self._space is None:
             self._space = ask(self._memory, MemoryPurpose.STATE, self._tensors)
         return self._space is not None

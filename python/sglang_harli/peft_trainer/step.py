@@ -170,7 +170,7 @@ class MicroBatchPass:
         return True
 
     def _obtain_keys(self) -> None:
-        """Hold the memory of a row in blocks; the row stays whole where it cannot be had."""
+        """Hold the memory of a row in blocks; the row stays whole where there is none."""
         blocks = self._blocks
         if blocks is not None and blocks.keys is None and not self.pieces.memory.obtain_keys(blocks.length):
             self._blocks, self._uncut = None, (self._stage, self.layer, self.done)

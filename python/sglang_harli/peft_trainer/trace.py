@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 
 class Slot:
-    """Holds one tensor; whoever moves its contents puts the new one here."""
+    """Holds one tensor; code that moves its contents puts the new one here."""
 
     __slots__ = ("tensor",)
 

@@ -216,7 +216,7 @@ class App:
             self._http.tell_state()
 
     async def _warm_up(self) -> None:
-        """Load the tokenizer before the first submit asks for it; an error is told to whoever submits."""
+        """Load the tokenizer before the first submit asks for it; a submit gets the error."""
         try:
             await asyncio.get_running_loop().run_in_executor(self._worker, self._tokenizer.get)
         except HarliError as error:

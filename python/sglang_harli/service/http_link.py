@@ -26,7 +26,7 @@ BEAT_S = 5.0
 class HttpLink:
     """Args:
         context, endpoint: see PeerLink.
-        state: builds what the HTTP process is told of this service.
+        state: builds the ServiceState that is sent to the HTTP process.
         on_wanted: called with the name of an adapter that has to be published again.
         on_tokenizer: called at each hello with the fingerprint of the server's tokenizer.
 
@@ -90,7 +90,7 @@ class HttpLink:
             self.peer.send(state)
 
     def refuse(self, name: str, code: str, text: str) -> None:
-        """Answer whoever waits for the adapter ``name``, if anybody does."""
+        """Requests that wait for the adapter ``name``, if there are any, get this error."""
         if self.pid is not None:
             self.peer.send(internal.AdapterRefused(name=name, code=code, text=text))
 

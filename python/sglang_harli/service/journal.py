@@ -1,6 +1,6 @@
 """One writer thread between the event loop and the job store: ordered, in groups, never lost silently.
 
-The loop decides in memory and hands each decision over; whoever must not speak before it is durable
+The loop decides in memory and hands each decision over; a caller that must not answer before it is durable
 awaits the future.  What the store holds is always a prefix of what was decided.
 """
 

@@ -21,7 +21,7 @@ from sglang_harli.service.verbs import Caller
 
 logger = logging.getLogger(__name__)
 
-MAX_FRAME_BYTES = public.MAX_FRAME_BYTES + 4096  # libzmq ends the connection of whoever sends more
+MAX_FRAME_BYTES = public.MAX_FRAME_BYTES + 4096  # libzmq ends a connection that sends more
 WAITING = 8  # messages of one client that libzmq takes in before they are read: of 2 MiB each at most
 UNREAD = 64  # messages to one client that wait
 UNREAD_S = 10.0  # how long an answer waits for a client that does not read
@@ -61,7 +61,7 @@ class PublicDoor:
         context: the process's.
         endpoint: tcp://127.0.0.1:PORT or ipc://PATH.
         handle: (caller, header, data frames) to the reply.
-        keys: folder of CURVE keys; None: whoever reaches the endpoint may connect.
+        keys: folder of CURVE keys; None: everyone who can reach the endpoint may connect.
 
     Raises:
         HarliError: the endpoint cannot be bound, or the keys cannot be used.
@@ -100,7 +100,7 @@ class PublicDoor:
         if self._keys is not None:
             self._keys.apply(self._socket)
         elif not is_loopback(endpoint):
-            logger.warning("%s is open: whoever reaches it may submit, see and cancel jobs", endpoint)
+            logger.warning("%s is open: everyone who can reach it may submit, see and cancel jobs", endpoint)
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -114,7 +114,7 @@ class PublicDoor:
             while True:
                 frames = await self._socket.recv_multipart()
                 self._take(frames, group)
-                await asyncio.sleep(0)  # whoever floods this socket does not keep answers waiting
+                await asyncio.sleep(0)  # a client that floods this socket does not delay answers
 
     def _take(self, frames: list[bytes], group: asyncio.TaskGroup) -> None:
         identity, *rest = frames

@@ -311,7 +311,7 @@ class Publication:
         return True
 
     def _put_off(self, job: str, text: str) -> None:
-        """Try again after a pause that grows; a request that waits for the adapter is told why at once."""
+        """Try again after a pause that grows; a request that waits for the adapter gets the reason at once."""
         record = self._desk.get(job)
         if not record.publishing:
             self._give_up(job, "adapter_failed", text)
@@ -326,7 +326,7 @@ class Publication:
         self._troubles.pop(job, None)
         if record.publishing:
             self._desk.apply(jobs.fail(record, code, message, time.time()))
-        elif record.status == JobStatus.SUCCEEDED:  # it stays so; whoever asked for the adapter is told why
+        elif record.status == JobStatus.SUCCEEDED:  # it stays so; requests for the adapter get the reason
             self._desk.apply(jobs.warn(record, message))
             self._http.refuse(record.adapter_name, code, message)
 

@@ -326,7 +326,7 @@ def _read(plan: Feeder, cursor: internal.BatchCursor) -> Batch:
 
 def _make_slot(folder: Path, nbytes: int) -> internal.SlotRef:
     slot = shared_memory.Slot.create(folder, nbytes, Pace().rest)
-    slot.close()  # the file stays; whoever takes part maps it
+    slot.close()  # the file stays: the scheduler maps it by its name
     return slot.ref()
 
 

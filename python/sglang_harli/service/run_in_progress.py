@@ -27,7 +27,7 @@ from sglang_harli.service.retokenize import rows_folder
 from sglang_harli.service.run_machine_state import Preparation
 from sglang_harli.service.token_store import TokenReader
 
-# What files that are not what was written can bring about, whoever reads them.
+# What reading files raises that are not as they were written.
 UNREADABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, MemoryError),
     *(BadZipFile, zlib.error, SafetensorError, msgspec.MsgspecError),
@@ -154,7 +154,7 @@ def _restore_one(record: JobRecord, paths: JobPaths, shm: Path, step: int) -> Pr
 
 
 def _put_aside(folder: Path, step: int) -> None:
-    """Out of the way, so that the step can be written again; one is kept for whoever wants to look."""
+    """Out of the way, so that the step can be written again; one is kept, to be looked at."""
     for old in folder.glob("step-*.bad"):
         shutil.rmtree(old, ignore_errors=True)
     try:

@@ -98,7 +98,7 @@ def pulse(state: State, message: internal.Pulse, now: Now) -> list[Effect]:
 
 
 def _answer_snapshot(state: State, message: internal.Pulse) -> list[Effect]:
-    """The scheduler waits for a SnapshotSaved that was said, or that whoever wrote it died before saying."""
+    """The scheduler waits for a SnapshotSaved that was lost, or whose writer died before it was sent."""
     key = (message.job, message.attempt, message.snapshot)
     if message.snapshot < 0 or key in state.writing:
         return []
@@ -144,7 +144,7 @@ def _meet(state: State, message: internal.Hello | internal.Pulse, now: Now) -> l
     if record is not None and record.attempt != message.attempt:
         record = None  # an older attempt: nothing of it is wanted
     if record is not None and record.checkpoint_step == record.total_steps:
-        # All is trained and durable: whoever wrote it died before saying so, or it was lost.
+        # All is trained and durable: the writer died before it sent this, or it was lost.
         done = internal.SnapshotSaved(job=record.id, attempt=record.attempt, step=record.total_steps)
         return [Send(done)]
     run = Run(message.job, message.attempt, Phase.PREPARING, state.scheduler_pid)

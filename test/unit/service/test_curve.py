@@ -288,7 +288,7 @@ def test_an_open_endpoint_says_so_and_works(tmp_path, model):
     try:
         with FinetuneClient(f"tcp://127.0.0.1:{port}") as client:
             client.status()
-        until(lambda: "is open: whoever reaches it" in service.log.read_text(), "the warning")
+        until(lambda: "is open: everyone who can reach it" in service.log.read_text(), "the warning")
         assert (tmp_path / "runs").is_dir()
     finally:
         service.kill()
