@@ -23,6 +23,8 @@ KEPT = (
     internal.RunFailed,
 )
 
+PULSE_EVERY_S = 0.5
+
 
 class SchedulerPeer(Peer):
     """Trains by arithmetic: the state after a step is a function of the one before and of what was fed, so
@@ -65,11 +67,11 @@ class SchedulerPeer(Peer):
         self._batches: dict[tuple[int, int], tuple[internal.MicroBatch, list[bytes]]] = {}
         self._slot: internal.SlotRef | None = None
         self._slot_free = False
+        self._in_hand = -1
         self._wanted: str | None = None
         self._stopping = False
         self._saved = 0
-        self._next_at = 0.0
-        self._last: internal.BatchCursor | None = None
+        self._next_at = self._pulse_at = 0.0
 
     def update_weights(self, base: internal.BasePrint | None) -> None:
         """As SGLang's update does, where no job trains; None: no print can be taken of them."""
@@ -98,15 +100,6 @@ class SchedulerPeer(Peer):
 
     def hello(self) -> internal.Hello:
         spec = self.spec
-        steps = [key for key in self._batches if key[0] > self.step]
-        cursor = None
-        if spec is not None and steps:
-            step, index = max(steps)
-            batch = self._batches[step, index][0]
-            last = index + 1 == batch.micro_batches
-            cursor = internal.BatchCursor(
-                epoch=batch.cursor.epoch, step=step + last, index=0 if last else index + 1
-            )
         return internal.Hello(
             pid=self.pid,
             rank=0,
@@ -115,12 +108,42 @@ class SchedulerPeer(Peer):
             job=spec.job if spec else None,
             attempt=spec.attempt if spec else 0,
             step=self.step,
-            next_cursor=cursor,
+            next_cursor=self._next_cursor(),
             options=self.options,
             revision=self.revision,
             base=self.base,
             updates=self.updates,
             hold=self.held,
+        )
+
+    def _next_cursor(self) -> internal.BatchCursor | None:
+        steps = [key for key in self._batches if key[0] > self.step]
+        if self.spec is None or not steps:
+            return None
+        step, index = max(steps)
+        batch = self._batches[step, index][0]
+        last = index + 1 == batch.micro_batches
+        return internal.BatchCursor(
+            epoch=batch.cursor.epoch, step=step + last, index=0 if last else index + 1
+        )
+
+    def _pulse(self) -> None:
+        """What the scheduler says of its run by the clock: a service that was killed between an acknowledgement and
+        its answer finds by it what is missing, the slot of the snapshots for one."""
+        assert self.spec is not None
+        self._pulse_at = time.monotonic()
+        self._send(
+            internal.Pulse(
+                job=self.spec.job,
+                attempt=self.spec.attempt,
+                step=self.step,
+                next_cursor=self._next_cursor() or internal.BatchCursor(epoch=0, step=self.step + 1, index=0),
+                state_bytes=self.state_bytes,
+                has_slot=self._slot is not None,
+                snapshot=self._in_hand,
+                stopping=self._stopping,
+                taken=internal.BatchCursor(epoch=0, step=self.step + 1, index=0),
+            )
         )
 
     def take(self, message: Any, frames: list[bytes]) -> None:
@@ -212,7 +235,7 @@ class SchedulerPeer(Peer):
             if self._slot is None:
                 self._slot, self._slot_free = message.slot, True
         elif isinstance(message, internal.SnapshotSaved):
-            self._slot_free = True
+            self._slot_free, self._in_hand = True, -1
             if message.ok:
                 self._saved = max(self._saved, message.step)
             if self._stopping:
@@ -223,6 +246,8 @@ class SchedulerPeer(Peer):
     def turn(self) -> None:
         if self.spec is None:
             return
+        if self.service_pid is not None and time.monotonic() - self._pulse_at > PULSE_EVERY_S:
+            self._pulse()
         if self._wanted is not None:
             self._snapshot()
             return
@@ -298,6 +323,7 @@ class SchedulerPeer(Peer):
             slot.view(ref)[:] = self.state.tobytes()
         slot.close()
         reason, self._wanted, self._slot_free = self._wanted or "every", None, False
+        self._in_hand = self.step
         self.keep(
             internal.SnapshotReady(
                 job=self.spec.job,

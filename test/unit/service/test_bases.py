@@ -136,6 +136,8 @@ def test_on_weights_that_nobody_knows_no_job_runs_and_no_adapter_is_offered(own:
     if restarts:
         world.service.kill()
         world.service.start()
+        new = world.service.process.pid
+        until(lambda: any(state.pid == new for state in world.http.states), "the new service's state")
     until(lambda: name in (told(world).others or {}).get(UNKNOWN, []), "the others")
     assert name not in told(world).adapters
     job = world.client.submit(pairs(4))
