@@ -3,7 +3,8 @@
 #
 #   make install   SGLang's full stack at the versions of constraints.txt, and this project, editable
 #   make demo      a model, a server under load, a finetune job, and the taught answer
-#   make test      every test; those that need a GPU are skipped with a reason where there is none
+#   make test      the tests; those that need a GPU are skipped with a reason where there is none
+#   make test-long those that are slow and rarely break: kills, faults of the disk, crashes, load, profiles
 #   make lint      ruff, the formatter's check and pyright
 #   make bench     the benchmarks that run on a CPU; results under benchmark/results/
 #   make wheel     dist/sglang_harli-*.whl
@@ -15,7 +16,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DEFAULT_GOAL := install
-.PHONY: install demo test lint bench wheel lock
+.PHONY: install demo test test-long lint bench wheel lock
 
 VENV := $(abspath $(or $(HARLI_VENV),.venv))
 BIN := $(VENV)/bin
@@ -43,13 +44,25 @@ install: $(STAMP)
 demo: $(STAMP)
 	@$(RUN_ENV) exec $(BIN)/python -m sglang_harli.tools.demo
 
-# Tests without a server share the cores, two files at a time; servers need both cores each.  With PYTEST_ARGS either
-# half may have nothing to run, which pytest answers with 5.
+# Tests without a server share the cores, two files at a time; servers need both cores each.  With PYTEST_ARGS a part
+# may have nothing to run, which pytest answers with 5.
+define RUN_TESTS
+@export $(RUN_ENV)
+run() {
+	$(BIN)/python -m pytest -m "$(1)" "$$@" $(PYTEST_ARGS) || { code=$$?; [ $$code = $(if $(PYTEST_ARGS),5,0) ] || exit $$code; }
+}
+endef
+
 test: $(STAMP)
-	@export $(RUN_ENV); status=0; empty=$(if $(PYTEST_ARGS),5,0)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest test/unit -n 2 --dist loadfile $(PYTEST_ARGS) || status=$$?
-	if [ $$status != 0 ] && [ $$status != $$empty ]; then exit $$status; fi
-	$(BIN)/python -m pytest test/sglang test/e2e test/gpu $(PYTEST_ARGS) || { code=$$?; [ $$code = $$empty ] || exit $$code; }
+	$(call RUN_TESTS,not long)
+	OMP_NUM_THREADS=1 run test/unit -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 run test/sglang -n 2 --dist loadfile
+	run test/e2e test/gpu
+
+test-long: $(STAMP)
+	$(call RUN_TESTS,long)
+	OMP_NUM_THREADS=1 run test/unit -n 2 --dist loadfile
+	run test/e2e
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(CODE)

@@ -25,6 +25,8 @@ from support.kill_report import OUTCOMES
 from support.kill_world import VICTIMS, BareWorld, RealWorld, World, until
 from support.models import make_model
 
+pytestmark = pytest.mark.long
+
 SNAPSHOT = (
     Point.SNAPSHOT_COPIED,
     Point.FILE_WRITTEN,

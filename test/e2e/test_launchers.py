@@ -12,6 +12,8 @@ import pytest
 from support.models import make_model
 from support.server import free_port
 
+pytestmark = pytest.mark.long
+
 SENTENCE = re.compile(r"^sglang-harli: .*$", re.MULTILINE)
 
 # The launcher, in whose scheduler process the row that replaces the scheduler is lost.

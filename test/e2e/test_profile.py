@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support.models import make_model
 from support.server import start_server
+
+pytestmark = pytest.mark.long
 
 FLAGS = ("--max-running-requests", "2", "--context-length", "160", "--max-total-tokens", "512")
 COMMAND_S = 400.0

@@ -20,6 +20,8 @@ from sglang_harli.core import JobStatus
 from support.http import chat, get
 from support.server import Server, start_server
 
+pytestmark = pytest.mark.long
+
 ARCHIVE = Path(__file__).parents[1] / "fixtures" / "run_dir_0.1.tar.gz"
 FLAGS = ("--random-seed", "11", "--harli-quantum-rows", "2", "--served-model-name", "tiny")
 ROUNDING = 1e-3  # another processor rounds another way, and Adam carries that on for fifty steps

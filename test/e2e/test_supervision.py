@@ -161,6 +161,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(server: Server, job: Job) ->
     assert_all_end(server, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_nothing_outlives_a_launcher_that_is_killed_while_it_starts(launch: Callable[[], Server]) -> None:
     starting = launch()  # the lock and the sockets of the server before stand in nobody's way
     until(lambda: any("spawn_main" in " ".join(c) for c in commands(starting)), "the first child of SGLang")

@@ -56,13 +56,19 @@ def assert_same_logits(base: FrozenBase, model_path: str, tolerance: float) -> N
 
 
 def assert_same_print(base: FrozenBase, model_path: str) -> None:
-    """Fused, padded and wrapped it has the print that transformers' own model has, in the same dtype and in others."""
+    """Fused, padded and wrapped it has the print that transformers' own model has, in the same dtype and in others.
+
+    The digest is that of the values: another one where they were rounded.  (float16 may hold those of bfloat16, or not:
+    it has the bits, and not the range.)
+    """
     served = base_print.take(base, "served", model_path)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         plain = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
         found = base_print.take(from_transformers(plain), "plain", model_path)
         assert difference(served, found) == ""
-        assert (found.digest == served.digest) == (dtype == base.dtype)
+        if (base.dtype, dtype) != (torch.bfloat16, torch.float16):
+            rounded = torch.finfo(dtype).eps > torch.finfo(base.dtype).eps
+            assert (found.digest == served.digest) == (not rounded)
 
 
 @pytest.mark.parametrize(("arch", "config"), MODELS)

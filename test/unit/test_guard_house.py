@@ -129,13 +129,13 @@ def test_unit_tests_do_not_import_sglang():
 
 def test_makefile_has_its_targets_and_ci_calls_them():
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
-    assert {"install", "demo", "test", "lint", "bench", "wheel", "lock"} <= targets
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    assert {"install", "demo", "test", "test-long", "lint", "bench", "wheel", "lock"} <= targets
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     lines = script.read_text().splitlines()
     assert "set -euo pipefail" in lines
-    assert {"make lint", "make test"} <= set(lines)
+    assert {"timed make lint", "timed make test", "timed make test-long"} <= set(lines)
 
 
 def test_each_patch_has_its_page_its_diff_and_its_runtime_half():

@@ -17,6 +17,8 @@ from sglang_harli.protocol import public
 from sglang_harli.service.public_door import PublicDoor
 from support.service_world import dealer, pairs, request, until
 
+pytestmark = pytest.mark.long
+
 CLIENTS, EACH = 200, 6
 DATA = b'{"prompt": "a", "completion": "b"}\n'
 TURN_S = 5.0  # generous: a verb that answers within it is not locked out

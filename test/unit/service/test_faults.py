@@ -20,6 +20,8 @@ from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.fault_points import FAULT_POINTS_ENV, Read, Write
 from support.service_world import World, pairs, until
 
+pytestmark = pytest.mark.long
+
 FOR_GOOD = 1_000_000
 
 

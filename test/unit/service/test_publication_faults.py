@@ -22,6 +22,8 @@ from sglang_harli.protocol.public import Job
 from support.service_peers import HttpPeer
 from support.service_world import World, pairs, until
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -10,6 +10,8 @@ import pytest
 
 from support.service_world import pairs, until
 
+pytestmark = pytest.mark.long
+
 
 # ------------------------------------------------------------------ crashes
 def test_a_killed_service_adopts_the_run_in_progress(own):

@@ -18,6 +18,8 @@ from sglang_harli.service import uploads as uploads_module
 from sglang_harli.service.uploads import Uploads
 from support.service_world import World, pairs, until
 
+pytestmark = pytest.mark.long
+
 SOON_S = 5.0  # an answer of a service that is not held up, on a busy machine
 
 
