@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check_options(argv: Sequence[str]) -> HarliOptions:
-    """Refuse a wrong ``--harli-`` option, or a name that cannot be served, at once: SGLang's parser is up after ten
+    """Refuse a wrong ``--harli-`` option, a name that cannot be served or a folder that is not there, at once: SGLang's parser is up after ten
     seconds, ours now.
 
     Raises:
@@ -79,7 +79,7 @@ def check_options(argv: Sequence[str]) -> HarliOptions:
         def error(self, message: str) -> NoReturn:
             raise ConfigError(message)
 
-    parser = Parser(add_help=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     types = {"float": float, "int": int}
     for field in dataclasses.fields(HarliOptions):
         kind = types.get(str(field.type).split(" ")[0], str)
@@ -92,13 +92,13 @@ def check_options(argv: Sequence[str]) -> HarliOptions:
             near = difflib.get_close_matches(argument.split("=")[0], known, n=1, cutoff=0.75)
             hint = f"did you mean {near[0]}" if near else "--help lists the options"
             raise ConfigError(f"{argument} is not an option: {hint}")
-    _check_served_name(rest)
+    _check_model(rest)
     return HarliOptions(**vars(ours))
 
 
-def _check_served_name(argv: Sequence[str]) -> None:
+def _check_model(argv: Sequence[str]) -> None:
     from sglang_harli.core import colon_refusal
-    from sglang_harli.errors import ConfigError
+    from sglang_harli.errors import ConfigError, shown
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model-path", "--model", dest="model", nargs="?")
@@ -108,6 +108,9 @@ def _check_served_name(argv: Sequence[str]) -> None:
     reason = colon_refusal(name or "", flag)
     if reason is not None:
         raise ConfigError(reason, param=flag)
+    path = given.model or ""
+    if path.startswith(("/", "./", "../")) and not os.path.exists(path):  # others may be ids of a hub
+        raise ConfigError(f"--model-path {shown(path)}: there is no such folder", param="--model-path")
 
 
 def _prepare_environment(argv: Sequence[str]) -> list[object]:

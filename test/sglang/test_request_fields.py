@@ -49,6 +49,8 @@ PAIR = {"text": ["a", "b"]}
         ({**PAIR, "token_ids_logprob": [[1]], "return_logprob": True}, "token_ids_logprob has 1 entry"),
         ({**PAIR, "extra_key": ["k"]}, "extra_key has 1 entry"),
         ({"rid": ["a", "b"]}, "rid has 2 entries"),
+        ({"text": "a \ud800"}, "text has half a surrogate pair at character 2: it is no text"),
+        ({**PAIR, "lora_path": ["one", "\udfff"]}, "lora_path has half a surrogate pair at character 0"),
         *(
             ({"lora_id": guessed, "lora_path": path, **more}, "lora_id is the server's own")
             for guessed in ("guessed", ["guessed"])

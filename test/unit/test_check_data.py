@@ -80,6 +80,7 @@ def test_flags_that_are_wrong_are_named(model: Path, data: str):
 
     base = ("--model", str(model))
     assert "--chat-template no.jinja cannot be read" in error(*base, "--chat-template", "no.jinja")
+    assert "--chat-template no.json cannot be read" in error(*base, "--chat-template", "no.json")
     assert "SGLang's own template 'chatml'" in error(*base, "--chat-template", "chatml")
     assert "give a JSON object" in error(*base, "--default-chat-template-kwargs", "[1]")
     assert "give --model too" in error("--chat-template", "x.jinja", "--revision", "v1")

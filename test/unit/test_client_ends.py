@@ -245,7 +245,7 @@ def test_clients_that_are_forgotten_leave_nothing_open(service, job):
             "127.0.0.1:30100",
             "give tcp://127.0.0.1:30100 or another of tcp://127.0.0.1:PORT, tcp://[::1]:PORT",
         ),
-        ("http://127.0.0.1:30100", "give tcp://127.0.0.1:30100"),
+        ("http://127.0.0.1:30000", "give the finetune endpoint, not the HTTP address: tcp://127.0.0.1:PORT"),
         ("tcp://127.0.0.1:30100/", "give tcp://127.0.0.1:30100"),
         ("tcp://127.0.0.1", "give tcp://127.0.0.1:PORT"),
         ("tcp://127.0.0.1:0", "a port from 1 to 65535"),

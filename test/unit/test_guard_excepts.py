@@ -46,6 +46,10 @@ BOUNDARIES = {
         "Publisher._publish",
     ): "one publication is answered with an error; the next one comes",
     (
+        "patches/control_requests.py",
+        "_update",
+    ): "an update whose content cannot be read gets an error reply; the scheduler goes on",
+    (
         "patches/lora_adapter_checks.py",
         "_load_from_tensors",
     ): "a client's bytes that cannot be unpickled get an error reply; the scheduler goes on",

@@ -53,6 +53,16 @@ def test_a_name_with_a_colon_is_refused_with_one_that_works(launch, flags: list[
     assert launch(*flags) == f"sglang-harli: {said} {reason}: give --served-model-name gpt-oss-120b"
 
 
+def test_a_folder_that_is_not_there_is_named(launch) -> None:
+    for path in ("/no/such/model", "./none", "../none"):
+        assert launch("--model-path", path) == f"sglang-harli: --model-path {path!r}: there is no such folder"
+
+
+def test_an_option_is_given_in_full(launch) -> None:
+    said = launch("--model-path", "m", "--harli-tpot-slo", "30")
+    assert said == "sglang-harli: --harli-tpot-slo is not an option: did you mean --harli-tpot-slo-ms"
+
+
 def test_names_that_sglang_accepts_come_further(launch, endpoint: str) -> None:
     for flags in (["--model-path", "a:b", "--served-model-name", "ab"], ["--model-path", "s3://bucket/a"]):
         assert launch(*flags, endpoint) == "torch was imported"

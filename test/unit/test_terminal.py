@@ -31,6 +31,8 @@ from support.cli_process import CliProcess, Done
 from support.models import write_tokenizer
 from support.service import ServiceProcess
 
+pytestmark = pytest.mark.long
+
 STEERING = "\x1b[31mred\x1b]0;owned\x07\x9b1m\u202egnp.\u2066x\u2069\x7f"
 CHAT = [
     {"role": "user", "content": f"Grüße {STEERING}\nerror: fake"},

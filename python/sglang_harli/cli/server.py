@@ -105,7 +105,7 @@ def set_options(
     with session(ctx, endpoint, as_json) as current:
         from sglang_harli.config import parse_live
 
-        wanted = dict(parse_live(*pair(text)) for text in values)
+        wanted = dict(parse_live(*pair(text, "tpot-slo-ms=50")) for text in values)
         with current.client() as client:
             answer = client.set(if_revision=if_revision, **wanted)
 

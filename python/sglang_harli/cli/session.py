@@ -116,10 +116,10 @@ def report(error: HarliError, as_json: bool) -> None:
         )
 
 
-def pair(text: str) -> tuple[str, str]:
+def pair(text: str, example: str = "n_epochs=3") -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise errors.ConfigError(
-            f"{text!r} is not accepted: give key=value, for example n_epochs=3", param=text
+            f"{text!r} is not accepted: give key=value, for example {example}", param=text
         )
     return name.strip().replace("-", "_"), value.strip()

@@ -9,7 +9,7 @@ and on srt.constants.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
@@ -52,10 +52,16 @@ def _followed(handler: Callable[[Any], Any], changed: Callable[[], None]) -> Cal
     return handle
 
 
-def guard_weight_updates(dispatcher: Any, training: Callable[[], bool], updated: Callable[[], None]) -> None:
+def guard_weight_updates(
+    dispatcher: Any,
+    training: Callable[[], bool],
+    updated: Callable[[], None],
+    released: Callable[[], Collection[str]],
+) -> None:
     """Answer weight updates with a refusal while a job trains (its base would change under it).
 
     Args:
+        released: the kinds of memory that are released now.
         updated: called after each update that was tried, and after memory of weights came back, whose contents are
             not defined then: they may be another base now.
     """
@@ -65,8 +71,9 @@ def guard_weight_updates(dispatcher: Any, training: Callable[[], bool], updated:
     resume = mapping[io_struct.ResumeMemoryOccupationReqInput]
 
     def resumed(recv_req: Any) -> Any:
+        before = GPU_MEMORY_TYPE_WEIGHTS in released()
         answer = resume(recv_req)
-        if not recv_req.tags or GPU_MEMORY_TYPE_WEIGHTS in recv_req.tags:
+        if before and GPU_MEMORY_TYPE_WEIGHTS not in released():
             updated()
         return answer
 

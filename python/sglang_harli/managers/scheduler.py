@@ -81,7 +81,10 @@ class HarliScheduler(Scheduler):
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
         control.guard_weight_updates(
-            self._request_dispatcher, self._harli_training, self._harli_weights_updated
+            self._request_dispatcher,
+            self._harli_training,
+            self._harli_weights_updated,
+            lambda: self.weight_updater.offload_tags,
         )
         control.follow_memory(self._request_dispatcher, self._harli_memory_changed)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_harli.patches import (
+    control_requests,
     cpu_sampling,
     idle_health_check,
     lora_adapter_checks,
@@ -25,6 +26,7 @@ from sglang_harli.patches import (
     request_fields,
     session_replace,
     shutdown_drain,
+    stop_regex,
 )
 
 
@@ -110,6 +112,16 @@ ALL: tuple[Patch, ...] = (
         cpu_sampling.register,
     ),
     Patch("14-session-replace", ("srt/session/session_controller.py",), session_replace.register),
+    Patch(
+        "15-control-requests",
+        (
+            "srt/managers/io_struct.py",
+            "srt/managers/scheduler_components/weight_updater.py",
+            "srt/managers/tokenizer_control_mixin.py",
+        ),
+        control_requests.register,
+    ),
+    Patch("16-stop-regex", ("srt/managers/schedule_batch.py",), stop_regex.register),
 )
 
 

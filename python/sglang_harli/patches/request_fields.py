@@ -21,6 +21,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import msgspec
+import regex
 
 # Whether a request is made by SGLang's scoring, which says itself where the items of a prompt end.
 _scoring: ContextVar[bool] = ContextVar("_scoring", default=False)
@@ -80,9 +81,14 @@ def _after_batch_size(result: None, request: Any) -> None:
 
 
 def _check_own_fields(request: Any) -> None:
-    """What SGLang fills in itself, in the classes that its HTTP routes fill from a client's body."""
+    """What SGLang fills in itself, in the classes that its HTTP routes fill from a client's body; and text that is none."""
     from sglang.srt.managers.io_struct import PositionalEmbeds
 
+    for field in ("text", "lora_path", "rid"):
+        value = getattr(request, field, None)
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, str):
+                _check_unicode(field, one)
     if request.lora_id is not None:
         raise ValueError("lora_id is the server's own: name an adapter by lora_path")
     overrides = request.positional_embed_overrides
@@ -92,6 +98,15 @@ def _check_own_fields(request: Any) -> None:
     if request.multi_item_delimiter_indices is not None and not _scoring.get():
         raise ValueError("multi_item_delimiter_indices is the server's own: send items to /v1/score")
     request.http_worker_ipc = None  # which process the answer goes to; stamped when the request is sent
+
+
+def _check_unicode(field: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{field} has half a surrogate pair at character {error.start}: it is no text"
+        ) from None
 
 
 async def _score_request(original: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
@@ -223,8 +238,9 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
         value = _typed(value, kind)
         if name == "stop_regex":
             for pattern in [value] if isinstance(value, str) else value:
-                re.compile(pattern)
-    except (msgspec.ValidationError, re.error) as error:
+                re.compile(pattern)  # SGLang's measure of its length
+                regex.compile(pattern)  # the search
+    except (msgspec.ValidationError, re.error, regex.error) as error:
         raise ValueError(f"{name} is {value!r:.100}: {str(error).lower()}") from None
     return value
 

@@ -31,6 +31,8 @@ def _problem(endpoint: str) -> str | None:
         endpoint.encode()
     except UnicodeEncodeError:
         return f"{FORMS}, in UTF-8"
+    if endpoint.startswith(("http://", "https://")):
+        return f"the finetune endpoint, not the HTTP address: {FORMS}"
     if endpoint.startswith("ipc://"):
         size = len(os.fsencode(endpoint.removeprefix("ipc://")))
         if not 0 < size <= MAX_IPC_PATH or "\0" in endpoint:

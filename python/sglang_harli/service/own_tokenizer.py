@@ -21,6 +21,7 @@ from sglang_harli.service.served_tokenizer import ServedTokenizer, describe
 
 # Tokens at which SGLang stops with any model that has them.
 _MORE_STOPS = ("<|eom_id|>", "<|content_model_end_sampling|>")
+_FILES = (".json", ".txt", ".j2", ".jinja2")  # what a --chat-template that ends so is
 # Paths for which SGLang takes a conversation template of its own, of the kinds of model that can be trained.
 _OWN_TEMPLATES = (
     (r"\bpoints\b", "points-v15-chat"),
@@ -129,6 +130,8 @@ def chat_template(flags: TokenizerFlags, tokenizer: Any) -> ChatTemplate:
     kwargs = dict(flags.chat_template_kwargs)
     name = conversation_template(flags)
     if name is not None:
+        if os.sep in name or Path(name).suffix in _FILES:
+            _read(name)  # a conversation template in a file: one that is not there is said
         return ChatTemplate(kwargs=kwargs, refusal=own_template(name))
     if flags.chat_template:
         raw = _read(flags.chat_template)

@@ -1,0 +1,102 @@
+"""Runtime half of ``patches/15-control-requests``: memory and weights at a wrong moment are an error of the call.
+
+``/release_memory_occupation`` while a request runs, ``/resume_memory_occupation`` of what was not released, an update of
+the weights while requests run, or one whose content cannot be read: each raises on the scheduler's thread, which
+ends the server.  Here each is answered with what is wrong, and nothing is released or changed.
+
+Leans on: ``srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager`` (its requests' handlers,
+``is_fully_idle``, ``offload_tags``), ``srt.managers.communicator.FanOutCommunicator.__call__``, ``srt.managers.io_struct``
+(the outputs; ``BaseReq.rid``) and ``srt.constants``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_BUSY = "requests are running or waiting: wait until they end, or abort them (/abort_request), and try again"
+_UPDATES = {
+    "update_weights_from_disk": "UpdateWeightFromDiskReqOutput",
+    "update_weights_from_distributed": "UpdateWeightsFromDistributedReqOutput",
+    "update_weights_from_tensor": "UpdateWeightsFromTensorReqOutput",
+    "update_weights_from_ipc": "UpdateWeightsFromIPCReqOutput",
+}
+
+
+def register(registry: Any) -> None:
+    """Register the hooks with SGLang's ``HookRegistry``."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    for method, output in _UPDATES.items():
+        hook = functools.partial(_update, output)
+        registry.register(f"{_UPDATER}.{method}", hook, HookType.AROUND)
+    registry.register(f"{_UPDATER}.release_memory_occupation", _release, HookType.AROUND)
+    registry.register(f"{_UPDATER}.resume_memory_occupation", _resume, HookType.AROUND)
+    call = "sglang.srt.managers.communicator.FanOutCommunicator.__call__"
+    registry.register(call, _raise_refusals, HookType.AROUND)
+
+
+# ------------------------------------------------------------------ the scheduler
+def _update(output: str, original: Callable[..., Any], updater: Any, request: Any) -> Any:
+    """The cache is flushed behind an update, which a request in the scheduler forbids: found before a weight changes."""
+    from sglang.srt.managers import io_struct
+
+    answer = getattr(io_struct, output)
+    if request.flush_cache and not updater.is_fully_idle():
+        return answer(success=False, message=f"the weights were not updated: {_BUSY}")
+    try:
+        return original(updater, request)
+    except Exception as error:  # boundary: one call of an operator; the scheduler's loop goes on
+        logger.exception("an update of the weights failed")
+        return answer(success=False, message=f"the update failed: {type(error).__name__}: {error}")
+
+
+def _release(original: Callable[..., Any], updater: Any, request: Any) -> Any:
+    from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqOutput
+
+    tags, wrong = _tags(request)
+    if not wrong and not updater.is_fully_idle():
+        wrong = f"memory was not released: {_BUSY}"
+    request.tags = [tag for tag in tags if tag not in updater.offload_tags]
+    if wrong or not request.tags:  # none left: it was released before
+        return ReleaseMemoryOccupationReqOutput(rid=wrong)
+    return original(updater, request)
+
+
+def _resume(original: Callable[..., Any], updater: Any, request: Any) -> Any:
+    from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqOutput
+
+    tags, wrong = _tags(request)
+    request.tags = [tag for tag in tags if tag in updater.offload_tags]
+    if wrong or not request.tags:  # none left: it is there
+        return ResumeMemoryOccupationReqOutput(rid=wrong)
+    return original(updater, request)
+
+
+def _tags(request: Any) -> tuple[list[str], str | None]:
+    """Each kind of memory once, and what is wrong with those asked for."""
+    from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
+
+    tags = list(dict.fromkeys(request.tags or GPU_MEMORY_ALL_TYPES))
+    unknown = [tag for tag in tags if tag not in GPU_MEMORY_ALL_TYPES]
+    if unknown:
+        return tags, f"tags has {', '.join(unknown):.100}; accepted: {', '.join(GPU_MEMORY_ALL_TYPES)}"
+    return tags, None
+
+
+# ------------------------------------------------------------------ the HTTP process
+async def _raise_refusals(original: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+    """What a release or a return was refused for, as an error: their answers have no field for it but ``rid``."""
+    from sglang.srt.managers import io_struct
+
+    answers = await original(*args, **kwargs)
+    kinds = (io_struct.ReleaseMemoryOccupationReqOutput, io_struct.ResumeMemoryOccupationReqOutput)
+    for answer in answers:
+        if isinstance(answer, kinds) and answer.rid:
+            raise ValueError(answer.rid)
+    return answers

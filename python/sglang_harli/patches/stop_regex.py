@@ -1,0 +1,74 @@
+"""Runtime half of ``patches/16-stop-regex``: a client's stop pattern takes a bounded time of the decode loop.
+
+``stop_regex`` is searched for in the output after every token, on the scheduler's thread, by ``re``, which backtracks as
+long as the pattern has it: one request with a pattern such as ``(.+.+)+x`` stops all serving.  Here the search is that
+of ``regex``, which takes a limit; a request whose search exceeds it ends with an error.
+
+Leans on: ``srt.managers.schedule_batch`` (``Req._check_str_based_finish``, ``_locate_str_stop_finished_len``, ``tail_str``,
+``_stop_match_tail_len``; ``FINISHED_MATCHED_REGEX``, ``FINISH_ABORT``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import regex
+
+SEARCH_S = 0.1  # of one pattern in one output; a search takes some microseconds
+_REQ = "sglang.srt.managers.schedule_batch.Req"
+
+
+def register(registry: Any) -> None:
+    """Register the hooks with SGLang's ``HookRegistry``."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    registry.register(f"{_REQ}._check_str_based_finish", _check, HookType.AROUND)
+
+
+def _check(original: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> bool:
+    """SGLang's own for stop strings; then the patterns, as it would."""
+    params = req.sampling_params
+    patterns = params.stop_regex_strs
+    if not patterns:
+        return original(req, new_accepted_len)
+    if params.stop_strs:
+        params.stop_regex_strs = []
+        try:
+            if original(req, new_accepted_len):
+                return True
+        finally:
+            params.stop_regex_strs = patterns
+    text = req.tail_str(new_accepted_len)
+    for pattern in patterns:
+        try:
+            if _found(pattern, text):
+                _finish(req, pattern, new_accepted_len)
+                return True
+        except TimeoutError:
+            _give_up(req, pattern)
+            return True
+    return False
+
+
+def _found(pattern: str, text: str) -> bool:
+    return regex.search(pattern, text, timeout=SEARCH_S) is not None
+
+
+def _finish(req: Any, pattern: str, new_accepted_len: int) -> None:
+    """The output ends with the first of the newly accepted tokens behind which the pattern is found."""
+    from sglang.srt.managers.schedule_batch import FINISHED_MATCHED_REGEX
+
+    window = req.output_ids[len(req.output_ids) - req._stop_match_tail_len(new_accepted_len) :]
+    ends = range(max(1, len(window) - new_accepted_len + 1), len(window))
+    behind = next((end for end in ends if _found(pattern, req.tokenizer.decode(window[:end]))), len(window))
+    req.finished_reason = FINISHED_MATCHED_REGEX(matched=pattern)
+    req.finished_len = len(req.output_ids) - len(window) + behind
+
+
+def _give_up(req: Any, pattern: str) -> None:
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    text = f"stop_regex {pattern!r:.100} takes longer than {SEARCH_S:g} s to search for: write it without nested repeats"
+    req.finished_reason = FINISH_ABORT(text, 400, "BadRequestError")
+    req.finished_len = len(req.output_ids)

@@ -1,0 +1,133 @@
+"""Calls of an operator that come at a wrong moment, or with content that cannot be read: the scheduler's own handlers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+TAGS = ("kv_cache", "weights", "cuda_graph")
+
+
+class Scheduler:
+    """SGLang's handlers around a worker that notes what reaches it.
+
+    Attributes:
+        idle: what the handlers find.
+        done: what was released, brought back or updated, in order.
+        broken: what an update raises.
+    """
+
+    def __init__(self) -> None:
+        from sglang.srt.managers.scheduler_components import weight_updater
+
+        self.idle, self.done, self.broken = True, [], None
+        saver = SimpleNamespace(
+            pause=lambda tag: self.done.append(f"-{tag}"), resume=lambda tag: self.done.append(f"+{tag}")
+        )
+        self.updater = weight_updater.SchedulerWeightUpdaterManager(
+            tp_worker=SimpleNamespace(
+                update_weights_from_disk=self._update, update_weights_from_tensor=self._update
+            ),
+            draft_worker=None,
+            tp_cpu_group=None,
+            memory_saver_adapter=saver,
+            flush_cache=lambda **_: self.idle,
+            is_fully_idle=lambda: self.idle,
+        )
+
+    def _update(self, _request: Any) -> tuple[bool, str]:
+        if self.broken is not None:
+            raise self.broken
+        self.done.append("updated")
+        return True, "ok"
+
+
+@pytest.fixture
+def scheduler(sglang_patches: None) -> Scheduler:
+    return Scheduler()
+
+
+@pytest.fixture
+def memory(scheduler: Scheduler) -> Callable[..., str]:
+    """``memory("release", tags)``: the refusal that the HTTP route answers with 400, "" where there is none."""
+    from sglang.srt.managers import io_struct
+    from sglang.srt.managers.communicator import FanOutCommunicator
+
+    def call(what: str, *tags: str) -> str:
+        kind = {"release": io_struct.ReleaseMemoryOccupationReqInput}.get(
+            what, io_struct.ResumeMemoryOccupationReqInput
+        )
+        handler = getattr(scheduler.updater, f"{what}_memory_occupation")
+
+        async def through_the_channel() -> None:
+            loop = asyncio.get_running_loop()
+
+            def send(request: Any) -> None:
+                loop.call_soon(lambda: channel.handle_recv(handler(request)))
+
+            channel: FanOutCommunicator[Any] = FanOutCommunicator(send, 1)
+            await channel(kind(tags=list(tags) or None))
+
+        try:
+            asyncio.run(through_the_channel())
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    return call
+
+
+def test_memory_that_was_not_released_is_there(scheduler, memory):
+    assert memory("resume") == memory("resume", "kv_cache") == ""
+    assert memory("release", "kv_cache") == memory("release", "kv_cache") == ""
+    assert memory("resume") == memory("resume", "kv_cache", "kv_cache") == ""
+    assert scheduler.done == ["-kv_cache", "+kv_cache"]
+    assert scheduler.updater.offload_tags == set()
+
+
+def test_the_rest_is_released_and_comes_back(scheduler, memory):
+    assert memory("release", "kv_cache") == memory("release", "cuda_graph", "kv_cache") == ""
+    assert scheduler.updater.offload_tags == {"kv_cache", "cuda_graph"}
+    assert memory("resume", "cuda_graph") == memory("resume") == ""
+    assert scheduler.done == ["-kv_cache", "-cuda_graph", "+cuda_graph", "+kv_cache"]
+
+
+@pytest.mark.parametrize("what", ["release", "resume"])
+def test_an_unknown_kind_of_memory_is_named(scheduler, memory, what):
+    assert memory(what, "kv_cache", "zzz") == f"tags has zzz; accepted: {', '.join(TAGS)}"
+    assert scheduler.done == [] and scheduler.updater.offload_tags == set()
+
+
+def test_memory_is_not_released_under_a_request(scheduler, memory):
+    scheduler.idle = False
+    assert memory("release").startswith("memory was not released: requests are running or waiting")
+    assert scheduler.done == [] and scheduler.updater.offload_tags == set()
+    scheduler.idle = True
+    assert memory("release", "kv_cache") == ""
+
+
+def test_weights_are_not_updated_under_a_request_that_holds_the_cache(scheduler):
+    from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+    scheduler.idle = False
+    answer = scheduler.updater.update_weights_from_disk(UpdateWeightFromDiskReqInput(model_path="m"))
+    assert not answer.success and "not updated: requests are running or waiting" in answer.message
+    assert scheduler.done == []
+    kept = UpdateWeightFromDiskReqInput(model_path="m", flush_cache=False)  # the operator takes that on
+    assert scheduler.updater.update_weights_from_disk(kept).success
+    scheduler.idle = True
+    assert scheduler.updater.update_weights_from_disk(UpdateWeightFromDiskReqInput(model_path="m")).success
+    assert scheduler.done == ["updated", "updated"]
+
+
+def test_tensors_that_cannot_be_read_are_an_answer(scheduler):
+    from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
+
+    scheduler.broken = RuntimeError("not a tensor")
+    request = UpdateWeightsFromTensorReqInput(serialized_named_tensors=["x"])
+    answer = scheduler.updater.update_weights_from_tensor(request)
+    assert (answer.success, answer.message) == (False, "the update failed: RuntimeError: not a tensor")
