@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,6 +114,28 @@ def test_counters_stay_at_zero_and_the_server_lives_whatever_a_request_says(serv
     junk = {"lora_name": "x", "config_dict": {}, "serialized_tensors": "AAAA"}
     assert post(server.url, "/load_lora_adapter_from_tensors", junk)[0] == 400
     assert generate(server.url, PROMPTS[0], tokens=2, lora=name) == alone
+
+
+def test_the_server_lives_whatever_an_operator_calls_and_a_pattern_takes(server):
+    for call in ("/resume_memory_occupation", "/release_memory_occupation"):
+        status, answer = post(server.url, call, {"tags": ["kv_cache", "zzz"]})
+        assert status == 400 and "tags has zzz" in answer["error"]["message"], answer
+    assert post(server.url, "/resume_memory_occupation", {})[0] == 200
+    tokens = {"max_new_tokens": 300, "ignore_eos": True}
+    body = json.dumps({"text": PROMPTS[0], "stream": True, "sampling_params": tokens}).encode()
+    request = urllib.request.Request(
+        server.url + "/generate", data=body, headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=A_MINUTE_S) as stream:
+        assert stream.readline()  # it runs
+        status, answer = post(server.url, "/release_memory_occupation", {})
+        assert status == 400 and "requests are running or waiting" in answer["error"]["message"], answer
+        assert b"[DONE]" in stream.read()
+    assert post(server.url, "/resume_memory_occupation", {})[0] == 200
+    endless = {"max_new_tokens": 200, "ignore_eos": True, "stop_regex": "(.+.+)+[\x00]"}
+    status, answer = post(server.url, "/generate", {"text": PROMPTS[0], "sampling_params": endless})
+    assert status == 400 and "takes longer than 0.1 s" in json.dumps(answer), answer
+    assert len(generate(server.url, PROMPTS[0], tokens=4)) == 4
 
 
 def test_counters_adapters_of_others_are_refused_by_name(server, first, tmp_path):

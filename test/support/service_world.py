@@ -74,7 +74,9 @@ class World:
         self.service = ServiceProcess(self.run_dir, model, self.port, **options).start()
         self._stack.callback(self._stop)
         core.make_ipc_dir(str(self.run_dir))
-        self.client = self._stack.enter_context(FinetuneClient(self.service.endpoint))
+        self.client = self._stack.enter_context(
+            FinetuneClient(self.service.endpoint, reconnect_timeout_s=LONG_S)
+        )
         self.http: HttpPeer | None = None
         if peers:
             self.join_http()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import tracemalloc
 from math import ceil
 
@@ -17,6 +19,11 @@ from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.service.chat_rows import Row
 from sglang_harli.service.feeder import Batch, Feeder, total_steps
 from sglang_harli.service.token_store import TokenReader, TokenWriter
+
+
+def test_a_service_without_descriptors_left_has_all_that_feeding_needs():
+    code = "import sys, sglang_harli.service.app; sys.exit('numpy.random' not in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import PCG64, Generator, SeedSequence  # here: numpy loads it when it is first used
 
 from sglang_harli.protocol.internal import BatchCursor
 from sglang_harli.protocol.micro_batches import Padded, pad
@@ -101,6 +102,6 @@ class Feeder:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._hp.seed, epoch])))
+            generator = Generator(PCG64(SeedSequence([self._hp.seed, epoch])))
             self._order = (epoch, generator.permutation(self._rows))
         return self._order[1]
