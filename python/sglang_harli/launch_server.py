@@ -66,8 +66,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check_options(argv: Sequence[str]) -> HarliOptions:
-    """Refuse a wrong ``--harli-`` option, a name that cannot be served or a folder that is not there, at once: SGLang's parser is up after ten
-    seconds, ours now.
+    """Refuse a wrong ``--harli-`` option, a name that cannot be served or a model's folder that is not there.
+
+    At once: SGLang's parser is up after ten seconds, ours now.
 
     Raises:
         ConfigError: an unknown option, or a value that is not accepted.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from array import array
 from types import SimpleNamespace
 from typing import Any
@@ -61,12 +60,8 @@ def test_patterns_are_found_where_sglang_finds_them(sglang_patches, text, params
 
 
 def test_a_pattern_without_end_ends_its_request_alone(sglang_patches):
-    from sglang_harli.patches.stop_regex import SEARCH_S
-
     made = request("ab" * 200, stop_regex="(.+.+)+[xyz]")
-    began = time.process_time()
-    assert made._check_str_based_finish()
-    assert time.process_time() - began < 20 * SEARCH_S  # by itself it takes longer than anybody waits
+    assert made._check_str_based_finish()  # without a limit this does not return
     said = made.finished_reason.to_json()
     assert (said["type"], said["status_code"]) == ("abort", 400)
     assert "stop_regex '(.+.+)+[xyz]' takes longer than 0.1 s" in said["message"]

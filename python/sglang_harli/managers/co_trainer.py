@@ -368,7 +368,7 @@ class CoTrainer:
             return
         now_s = time.monotonic()
         self._ask_memory_at = now_s + ASK_MEMORY_EVERY_S
-        if self._may_tell(now_s):  # the reason is worked out only where it is told
+        if self._may_tell(now_s):  # the reason is worked out only where it is shown
             self._enter(SubState.WAITING_MEMORY, self.desk.waiting() or "")
 
     def tick(self, *, idle: bool = False) -> None:

@@ -233,7 +233,7 @@ class App:
             await asyncio.sleep(0.05)
 
     def close(self) -> None:
-        self._desk.committed.clear()  # what is still written is told to nobody: the sockets are going
+        self._desk.committed.clear()  # no answers to what is still written: the sockets are closing
         self._worker.shutdown(wait=False, cancel_futures=True)
         self._loader.shutdown(wait=False, cancel_futures=True)
         self._submission.close()

@@ -21,7 +21,7 @@ from sglang_harli.service.served_tokenizer import ServedTokenizer, describe
 
 # Tokens at which SGLang stops with any model that has them.
 _MORE_STOPS = ("<|eom_id|>", "<|content_model_end_sampling|>")
-_FILES = (".json", ".txt", ".j2", ".jinja2")  # what a --chat-template that ends so is
+_FILES = (".json", ".txt", ".j2", ".jinja2")  # endings by which --chat-template names a file
 # Paths for which SGLang takes a conversation template of its own, of the kinds of model that can be trained.
 _OWN_TEMPLATES = (
     (r"\bpoints\b", "points-v15-chat"),
@@ -131,7 +131,7 @@ def chat_template(flags: TokenizerFlags, tokenizer: Any) -> ChatTemplate:
     name = conversation_template(flags)
     if name is not None:
         if os.sep in name or Path(name).suffix in _FILES:
-            _read(name)  # a conversation template in a file: one that is not there is said
+            _read(name)  # a conversation template in a file: an error where it cannot be read
         return ChatTemplate(kwargs=kwargs, refusal=own_template(name))
     if flags.chat_template:
         raw = _read(flags.chat_template)

@@ -1,4 +1,4 @@
-"""CURVE keys: who has the right ones is served, everybody else is told why not."""
+"""CURVE keys: a client with the right ones is served, any other gets the reason why not."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_a_submit_behind_the_last_chunk_waits_until_it_is_written_and_checked(
             sending.exception()
 
     assert asyncio.run(send(upload_of(content))).read_bytes() == content
-    with pytest.raises(HarliError) as caught:  # whose chunk was refused is told by the answer to it
+    with pytest.raises(HarliError) as caught:  # the answer to a refused chunk names the error
         asyncio.run(send(upload_of(content, "0" * 64)))
     assert caught.value.code in ("upload_unknown", "data_mismatch")
 
