@@ -116,7 +116,7 @@ def test_counters_stay_at_zero_and_the_server_lives_whatever_a_request_says(serv
     assert generate(server.url, PROMPTS[0], tokens=2, lora=name) == alone
 
 
-def test_the_server_lives_whatever_an_operator_calls_and_a_pattern_takes(server):
+def test_the_server_lives_whatever_an_operator_calls(server):
     for call in ("/resume_memory_occupation", "/release_memory_occupation"):
         status, answer = post(server.url, call, {"tags": ["kv_cache", "zzz"]})
         assert status == 400 and "tags has zzz" in answer["error"]["message"], answer
@@ -132,9 +132,6 @@ def test_the_server_lives_whatever_an_operator_calls_and_a_pattern_takes(server)
         assert status == 400 and "requests are running or waiting" in answer["error"]["message"], answer
         assert b"[DONE]" in stream.read()
     assert post(server.url, "/resume_memory_occupation", {})[0] == 200
-    endless = {"max_new_tokens": 200, "ignore_eos": True, "stop_regex": "(.+.+)+[\x00]"}
-    status, answer = post(server.url, "/generate", {"text": PROMPTS[0], "sampling_params": endless})
-    assert status == 400 and "takes longer than 0.1 s" in json.dumps(answer), answer
     assert len(generate(server.url, PROMPTS[0], tokens=4)) == 4
 
 
