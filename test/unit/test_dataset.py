@@ -191,11 +191,11 @@ GOOD = json.dumps(chat("a question", "an answer"))
 
 
 def test_all_bad_lines_in_one_report(tmp_path, tokenizer):
-    lines = [GOOD] * 10
-    lines[6] = '{"messages": [{"role": "user", "content"'
-    lines[8] = json.dumps({"prompt": "a prompt alone"})
+    rows = [GOOD] * 10
+    rows[6] = '{"messages": [{"role": "user", "content"'
+    rows[8] = json.dumps({"prompt": "a prompt alone"})
     with pytest.raises(DataError) as caught:
-        scan(tmp_path, tokenizer, "\n".join(lines))
+        scan(tmp_path, tokenizer, "\n".join(rows))
     assert [row["line"] for row in caught.value.details] == [7, 9]
     assert "2 of 10 lines" in caught.value.message
     assert "line 7: not JSON" in caught.value.message

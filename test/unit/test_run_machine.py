@@ -98,18 +98,18 @@ def test_trouble_while_a_run_is_prepared_puts_its_job_off_and_the_next_one_start
 def test_each_pause_is_longer_up_to_a_bound_and_a_step_forgets_them() -> None:
     world = World()
     world.service.apply(jobs.created(new_job(1), "fine"))
-    state, pauses = world.service.machine.state, []
+    now, pauses = world.service.machine.state, []
     for _ in range(11):
         while not world.service.work:
             flush_wire(world)
             world.service.commit() or world.tick(1.0)
         began = world.s
         world.service.finish(0, ok=False)
-        [hold] = state.holds.values()
+        [hold] = now.holds.values()
         pauses.append(hold.until_s - began)
     assert pauses == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
     drain(world)
-    assert not state.troubles and record(world).status == JobStatus.SUCCEEDED
+    assert not now.troubles and record(world).status == JobStatus.SUCCEEDED
 
 
 def test_what_another_server_can_change_waits_for_it() -> None:

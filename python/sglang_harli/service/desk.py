@@ -75,9 +75,9 @@ class JobDesk:
             if record.status == JobStatus.RUNNING and not record.publishing:
                 self.apply(jobs.interrupted(record, "the service was restarted", time.time()))
 
-    def _committed(self, jobs: set[str]) -> None:
+    def _committed(self, ids: set[str]) -> None:
         for call in self.committed:
-            call(jobs)
+            call(ids)
 
     # ---- reading
     def get(self, job: str) -> JobRecord:
