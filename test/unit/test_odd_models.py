@@ -10,14 +10,14 @@ import pytest
 
 from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import ConfigError, HarliError
-from sglang_harli.service import admission
+from sglang_harli.service import model_files
 from sglang_harli.tools.check_data import check_data
 from support.models import write_tokenizer
 from support.other_user import needs_root, open_folder, run_python
 
 
 def length(folder: Any) -> int | None:
-    return admission.model_length(TokenizerFlags(model_path=str(folder), tokenizer_path=str(folder)))
+    return model_files.model_length(TokenizerFlags(model_path=str(folder), tokenizer_path=str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_a_config_that_may_not_be_read():
 import sys
 from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import HarliError
-from sglang_harli.service import admission
+from sglang_harli.service import model_files
 try:
-    admission.model_length(TokenizerFlags(model_path=sys.argv[1], tokenizer_path=sys.argv[1]))
+    model_files.model_length(TokenizerFlags(model_path=sys.argv[1], tokenizer_path=sys.argv[1]))
 except HarliError as error:
     print(error.message)
 """

@@ -545,4 +545,17 @@ class CoTrainer:
 
     def status(self, serving: dict[str, Any]) -> dict[str, Any] | None:
         """For ``harli status``; ``serving``: what it shows of serving."""
-        return None if self.run is None else training_status(self, self.run, *self._sub_state, serving)
+        run, totals = self.run, self.totals()
+        return None if run is None else training_status(run, *self._sub_state, serving, totals)
+
+    def totals(self) -> dict[str, Any]:
+        """What was counted since this trainer began."""
+        yielded = self.slotting.yielded.totals(time.perf_counter())
+        return {
+            "quanta": self.quanta,
+            "busy_quanta": self.busy_quanta,
+            "probes": self.slotting.probes,
+            "train_s": round(self.train_s, 3),
+            "yield_s": {str(why): round(seconds, 3) for why, seconds in yielded.items()},
+            "costs": self.predictor.costs(),
+        }

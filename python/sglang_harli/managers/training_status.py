@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang_harli.core import Reason
 from sglang_harli.managers import explanation
 from sglang_harli.managers.active_run import ActiveRun
 
-if TYPE_CHECKING:
-    from sglang_harli.managers.co_trainer import CoTrainer
-
 
 def training_status(
-    trainer: CoTrainer, run: ActiveRun, sub_state: str, reason: str, serving: dict[str, Any]
+    run: ActiveRun, sub_state: str, reason: str, serving: dict[str, Any], totals: dict[str, Any]
 ) -> dict[str, Any]:
     """Plain values.
 
     Args:
         sub_state, reason: as they were told last.
         serving: what is shown of serving, which the explanation quotes.
+        totals: what the trainer has counted (``CoTrainer.totals``).
     """
-    yielded = trainer.slotting.yielded.totals(time.perf_counter())
     return {
         "job": run.spec.job,
         "attempt": run.spec.attempt,
@@ -35,10 +31,5 @@ def training_status(
         "batches_ahead": run.training.batches_ahead,
         "bytes_ahead": run.training.bytes_ahead,
         "spilled": run.training.spilled,
-        "quanta": trainer.quanta,
-        "busy_quanta": trainer.busy_quanta,
-        "probes": trainer.slotting.probes,
-        "train_s": round(trainer.train_s, 3),
-        "yield_s": {str(why): round(seconds, 3) for why, seconds in yielded.items()},
-        "costs": trainer.predictor.costs(),
+        **totals,
     }

@@ -14,9 +14,17 @@ _LASTING = (
 )
 
 
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
+
+
 def passes(error: BaseException) -> bool:
     """Whether it is worth while to try the same again later: a full disk, no file descriptor or memory left, an
     input or output error, a database that is locked."""
     if isinstance(error, OSError):
         return error.errno not in _LASTING
     return isinstance(error, MemoryError | NotReadyError)
+
+
+def pause_s(troubles: int) -> float:
+    """Seconds to wait before the next try, after so many troubles in a row, from 1 on."""
+    return min(FIRST_PAUSE_S * 2 ** min(troubles - 1, 30), LONGEST_PAUSE_S)

@@ -6,11 +6,10 @@ fails with the same message.
 
 from __future__ import annotations
 
-from sglang_harli.config import TokenizerFlags, show_size
+from sglang_harli.config import show_size
 from sglang_harli.errors import ConfigError, UnsupportedError
 from sglang_harli.protocol.internal import ServedLimits
 from sglang_harli.protocol.public import Hyperparameters
-from sglang_harli.service import model_files
 
 
 def check_hyperparameters(hp: Hyperparameters, limits: ServedLimits) -> None:
@@ -88,15 +87,3 @@ def check_vocabulary(largest_id: int, limits: ServedLimits) -> None:
 def require_trainable(refusal: str | None) -> None:
     if refusal is not None:
         raise UnsupportedError(f"this server cannot train: {refusal}")
-
-
-def model_length(flags: TokenizerFlags) -> int | None:
-    """The longest row, where no hello has said it: ``--context-length``, or the model's own config.json; None where
-    that is not on this machine.
-
-    Raises:
-        HarliError: it cannot be read.
-    """
-    if flags.context_length is not None:
-        return flags.context_length
-    return model_files.context_length(flags.model_path, flags.revision)

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import HarliError
 from sglang_harli.service import hidden_torch
 
@@ -92,3 +93,15 @@ def stop_ids(model: str, revision: str | None = None) -> set[int]:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def model_length(flags: TokenizerFlags) -> int | None:
+    """The longest row, where no hello has said it: ``--context-length``, or the model's own config.json; None where
+    that is not on this machine.
+
+    Raises:
+        HarliError: it cannot be read.
+    """
+    if flags.context_length is not None:
+        return flags.context_length
+    return context_length(flags.model_path, flags.revision)

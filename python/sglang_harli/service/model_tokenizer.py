@@ -13,7 +13,7 @@ from sglang_harli.errors import HarliError
 from sglang_harli.protocol import tokenizer_state
 from sglang_harli.protocol.tokenizer_state import TokenizerState
 from sglang_harli.protocol.trouble import passes
-from sglang_harli.service import admission, hidden_torch, own_tokenizer
+from sglang_harli.service import hidden_torch, model_files, own_tokenizer
 from sglang_harli.service.chat_rows import RowTokenizer
 from sglang_harli.service.served_tokenizer import ServedTokenizer
 
@@ -64,7 +64,7 @@ class ModelTokenizer:
         Raises:
             HarliError: a file cannot be read.
         """
-        return admission.model_length(self._flags)
+        return model_files.model_length(self._flags)
 
     def take(self, fingerprint: str) -> bool:
         """Read the server's own tokenizer, whose fingerprint the HTTP process has said.  Blocking.

@@ -23,7 +23,6 @@ from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.http_link import HttpLink
 from sglang_harli.service.job_files import JobPaths
 from sglang_harli.service.jobs import Draft, JobRecord
-from sglang_harli.service.run_machine_holds import pause_s
 
 logger = logging.getLogger(__name__)
 
@@ -317,7 +316,7 @@ class Publication:
             self._give_up(job, "adapter_failed", text)
             return
         count = self._troubles[job] = self._troubles.get(job, 0) + 1
-        pause = pause_s(count)
+        pause = trouble.pause_s(count)
         self._desk.apply(jobs.delayed(record, f"{text}; trying again in {pause:g} s"))
         asyncio.get_running_loop().call_later(pause, self.want, job)
 

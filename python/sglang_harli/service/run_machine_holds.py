@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from sglang_harli.core import JobStatus
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.base_print import difference
+from sglang_harli.protocol.trouble import pause_s
 from sglang_harli.service import jobs
 from sglang_harli.service.jobs import Change, JobRecord
 from sglang_harli.service.run_machine_state import (
@@ -31,7 +32,6 @@ from sglang_harli.service.run_machine_state import (
 )
 from sglang_harli.service.served_base import other_base
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
 MEMORY_TRIES = 3  # of a step that runs out of memory
 
 
@@ -44,11 +44,6 @@ class NotNow:
 
     reason: str
     passing: bool = True
-
-
-def pause_s(troubles: int) -> float:
-    """The pause after so many troubles in a row, from 1 on."""
-    return min(FIRST_PAUSE_S * 2 ** min(troubles - 1, 30), LONGEST_PAUSE_S)
 
 
 def put_off(state: State, run: Run, why: NotNow, now: Now) -> list[Effect]:

@@ -14,7 +14,6 @@ from sglang_harli.service.desk import JobDesk
 from sglang_harli.service.job_files import JobPaths
 from sglang_harli.service.job_record import JobRecord
 from sglang_harli.service.run_in_progress import UNREADABLE
-from sglang_harli.service.run_machine_holds import pause_s
 from sglang_harli.service.run_machine_state import Unwritten
 
 # A snapshot in passing is given up soon: the next one comes.  That of a run that stops or ends is all that there is
@@ -56,11 +55,11 @@ class SnapshotWriter:
             passed = message.reason == "every" and tries == TRIES_IN_PASSING
             if lasting or lost or passed or _is_over(self._desk.get(message.job)):
                 break
-            again = f"{text}: trying again in {pause_s(tries):g} s"
+            again = f"{text}: trying again in {trouble.pause_s(tries):g} s"
             self._warn(message.job, again)
             delayed(again)
             # The queue waits for this: a job that was cancelled does not keep it waiting for the rest of the pause.
-            if _is_over(await self._desk.wait_in_memory(message.job, _is_over, pause_s(tries))):
+            if _is_over(await self._desk.wait_in_memory(message.job, _is_over, trouble.pause_s(tries))):
                 break
         self._warn(message.job, f"{text}: given up")
         return Unwritten(text, lasting=lasting)

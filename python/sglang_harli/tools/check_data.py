@@ -13,7 +13,7 @@ from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import ConfigError, DataError, HarliError
 from sglang_harli.protocol.data_source import as_text, open_file
 from sglang_harli.protocol.public import OVERFLOWS
-from sglang_harli.service import admission, own_tokenizer
+from sglang_harli.service import model_files, own_tokenizer
 from sglang_harli.service.chat_rows import RowTokenizer
 from sglang_harli.service.data_report import data_report
 
@@ -66,7 +66,7 @@ def _limit(flags: TokenizerFlags, max_seq_length: int | None, on_overflow: str) 
             param="on_overflow",
         )
     try:
-        limit = admission.model_length(flags)
+        limit = model_files.model_length(flags)
     except HarliError as error:
         raise ConfigError(error.message, param="model") from error
     if max_seq_length is not None and not 2 <= max_seq_length <= (limit or max_seq_length):
