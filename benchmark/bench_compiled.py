@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import bench_report
 from bench_step import BLOCKS, SIZES
-from sglang_harli.peft_trainer import attention
-from sglang_harli.peft_trainer.frozen_base import from_transformers
+from sglang_harli.peft_trainer.base.frozen_base import from_transformers
+from sglang_harli.peft_trainer.layers import attention
+from sglang_harli.peft_trainer.micro_batch_pass import training_mode
 from sglang_harli.peft_trainer.run import TrainingRun
-from sglang_harli.peft_trainer.step import training_mode
 from sglang_harli.protocol.internal import RunSpec
 from sglang_harli.protocol.public import Hyperparameters
 

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 
 from bench_pool_judge import SPLITS, UNIFIED
 from sglang_harli.core import QuantumKind
+from sglang_harli.mem_cache.backing.host import HostBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
-from sglang_harli.mem_cache.host_backing import HostBacking
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
-from sglang_harli.peft_trainer.frozen_base import from_transformers
-from sglang_harli.peft_trainer.memory import HeapMemory, TrainMemory
+from sglang_harli.peft_trainer.base.frozen_base import from_transformers
+from sglang_harli.peft_trainer.memory.interface import HeapMemory, TrainMemory
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
 from sglang_harli.protocol.micro_batches import padded

@@ -28,11 +28,11 @@ from typing import Any
 import bench_report
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import QuantumKind, QuantumOffer, StepLoad
-from sglang_harli.managers import qos_policy
-from sglang_harli.managers.co_trainer import SIZES
-from sglang_harli.managers.serving_side import ServingSide
-from sglang_harli.managers.slo_ledger import RequestClock
-from sglang_harli.managers.step_timer import BatchLoad
+from sglang_harli.managers.scheduler.policy import qos_policy
+from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
+from sglang_harli.managers.scheduler.policy.slo_ledger import RequestClock
+from sglang_harli.managers.scheduler.step_timer import BatchLoad
+from sglang_harli.managers.scheduler.training.co_trainer import SIZES
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 
 DECISION_US, MAPE, COVERAGE, BACK_WITHIN = 50.0, 0.10, 0.98, 200

@@ -1,10 +1,10 @@
 """Make a trace of requests from stated public statistics and a seed, or look at one that is given.
 
     python benchmark/traces.py --workload azure-conv --mean-batch 32 --seed 3 --out trace.csv
-    python benchmark/traces.py --committed python/sglang_harli/tools/simulation/traces
+    python benchmark/traces.py --committed python/sglang_harli/simulation/trace_data
     python benchmark/traces.py --read AzureLLMInferenceTrace_conv.csv
 
-The generator, and the source of every figure, are in ``sglang_harli/tools/traces.py``.
+The generator, and the source of every figure, are in ``sglang_harli/simulation/traces.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from sglang_harli.errors import HarliError
-from sglang_harli.tools import trace_files, traces
+from sglang_harli.simulation import trace_files, traces
 
 
 def parser() -> argparse.ArgumentParser:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sglang_harli.client import AsyncFinetuneClient as AsyncFinetuneClient
-    from sglang_harli.client import FinetuneClient as FinetuneClient
+    from sglang_harli.client.clients import AsyncFinetuneClient as AsyncFinetuneClient
+    from sglang_harli.client.clients import FinetuneClient as FinetuneClient
 
     __version__: str
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """The clients and the version, when asked for: importing the package imports nothing."""
     if name in ("FinetuneClient", "AsyncFinetuneClient"):
-        from sglang_harli import client
+        from sglang_harli.client import clients
 
-        return getattr(client, name)
+        return getattr(clients, name)
     if name == "__version__":
         from importlib.metadata import version
 

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: with one sentence, for a device, option or SGLang version that is not accepted.
     """
     from sglang_harli.errors import HarliError
-    from sglang_harli.managers import supervisor
+    from sglang_harli.managers.http.supervision import supervisor
 
     try:
         options = check_options(argv)
@@ -123,7 +123,7 @@ def _prepare_environment(argv: Sequence[str]) -> list[object]:
         ConfigError: there is no place for caches, or no such device.
     """
     from sglang_harli.config import SWITCH_ENV
-    from sglang_harli.managers import user_caches
+    from sglang_harli.managers.http.start_up import user_caches
     from sglang_harli.platforms.cpu import engine
     from sglang_harli.platforms.device import choose_device
 

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sglang_harli.config import FLAG_PREFIX, SWITCH_ENV, SWITCH_SERVE
-from sglang_harli.managers.lora_paths import check_lora_paths
-from sglang_harli.managers.refusals import refuse_flags, refuse_model
+from sglang_harli.managers.http.start_up.lora_paths import check_lora_paths
+from sglang_harli.managers.http.start_up.refusals import refuse_flags, refuse_model
 from sglang_harli.patches import catalog
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ SERVER_ARGS = Replacement(
 TABLE = (
     Replacement(
         "sglang.srt.managers.scheduler.Scheduler",
-        "sglang_harli.managers.scheduler:HarliScheduler",
+        "sglang_harli.managers.scheduler.scheduler:HarliScheduler",
         "replace",
         False,
         "training quanta run between batches, on the scheduler's thread",
@@ -68,7 +68,7 @@ TABLE = (
     *(
         Replacement(
             f"sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.{method}",
-            f"sglang_harli.managers.pool_setup:{hook}",
+            f"sglang_harli.managers.scheduler.memory.pool_setup:{hook}",
             "around",
             False,
             why,
@@ -89,63 +89,63 @@ TABLE = (
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.release_memory_occupation",
-        "sglang_harli.managers.training_guards:refuse_while_training",
+        "sglang_harli.managers.http.training_guards:refuse_while_training",
         "around",
         True,
         "the scheduler's answer to a release has no room for a refusal",
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.flush_cache",
-        "sglang_harli.managers.training_guards:flush_while_idle",
+        "sglang_harli.managers.http.training_guards:flush_while_idle",
         "around",
         True,
         "SGLang refuses it while a request runs, also one of ours",
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.pause_generation",
-        "sglang_harli.managers.training_guards:pause_training_too",
+        "sglang_harli.managers.http.training_guards:pause_training_too",
         "around",
         True,
         "its default mode holds requests back in the HTTP process alone; training pauses too",
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler",
-        "sglang_harli.managers.training_guards:stop_training_to_end",
+        "sglang_harli.managers.http.training_guards:stop_training_to_end",
         "after",
         True,
         "the scheduler hears of the end only when all requests are done: training stops for them at once",
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_manager.kill_process_tree",
-        "sglang_harli.managers.supervisor:stop_with_tree",
+        "sglang_harli.managers.http.supervision.supervisor:stop_with_tree",
         "before",
         True,
         "it kills the service and this process at once: what is written is finished first, shared memory given back",
     ),
     Replacement(
         "sglang.srt.entrypoints.http_server.launch_server",
-        "sglang_harli.managers.handshake:http_server_starts",
+        "sglang_harli.managers.http.start_up.handshake:http_server_starts",
         "before",
         True,
         "the offline Engine launches the same processes, and has none that could publish an adapter",
     ),
     Replacement(
         "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
-        "sglang_harli.managers.handshake:launch",
+        "sglang_harli.managers.http.start_up.handshake:launch",
         "around",
         True,
         "the finetune service is up before the model is; the schedulers' hello proves this table",
     ),
     Replacement(
         "sglang.srt.entrypoints.engine.Engine.shutdown",
-        "sglang_harli.managers.supervisor:stop",
+        "sglang_harli.managers.http.supervision.supervisor:stop",
         "before",
         True,
         "it kills the service as one of its children, which would be restarted",
     ),
     Replacement(
         "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
-        "sglang_harli.managers.http_app:before_setup_and_run",
+        "sglang_harli.managers.http.routes:before_setup_and_run",
         "before",
         True,
         "publication of adapters, the health gate and /v1/models/{id} live in the HTTP process",
@@ -153,7 +153,7 @@ TABLE = (
     *(
         Replacement(
             f"sglang.srt.entrypoints.{handler}",
-            f"sglang_harli.managers.model_names:{hook}",
+            f"sglang_harli.managers.http.model_names:{hook}",
             kind,
             True,
             "a bare adapter name as model is the adapter; a missing one is a 404, never the base's answer",
@@ -175,14 +175,14 @@ TABLE = (
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter",
-        "sglang_harli.managers.publisher:load_lora_adapter",
+        "sglang_harli.managers.http.publisher:load_lora_adapter",
         "around",
         True,
         "an adapter of ours that SGLang evicted has no path to be loaded from again",
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter",
-        "sglang_harli.managers.publisher:unload_lora_adapter",
+        "sglang_harli.managers.http.publisher:unload_lora_adapter",
         "around",
         True,
         "an adapter that the operator unloads is not brought back at its next request",

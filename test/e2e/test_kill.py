@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from sglang_harli.client import FinetuneClient
+from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.core import JobStatus
-from sglang_harli.fault_points import Point
+from sglang_harli.failpoints import Point
 from sglang_harli.protocol.public import Event
 from support.kill_cases import Case, Outcome
 from support.kill_judge import HYPERPARAMETERS, JOB_S, ROWS, Result, reference, run_case, weights

@@ -18,7 +18,7 @@ from sglang_harli import FinetuneClient
 from sglang_harli.core import JobStatus, shm_dir, short_id
 from sglang_harli.errors import ConfigError, DataError, HarliError
 from sglang_harli.protocol.public import Job
-from sglang_harli.service.token_store import TokenReader
+from sglang_harli.service.data.token_store import TokenReader
 from support.chat_templates import QWEN3
 from support.http import PROMPTS, chat, generate, generate_all, get, post
 from support.models import make_model

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sglang_harli.core import QuantumKind
-from sglang_harli.managers.quantum_clock import DeviceClock, Work
-from sglang_harli.managers.snapshots import StateCopier, reader, state_layout
-from sglang_harli.managers.step_timer import BatchLoad, EventTimer
-from sglang_harli.peft_trainer.frozen_base import from_transformers
+from sglang_harli.managers.scheduler.step_timer import BatchLoad, EventTimer
+from sglang_harli.managers.scheduler.training.quantum_timer import DeviceClock, Work
+from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
+from sglang_harli.peft_trainer.base.frozen_base import from_transformers
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
 from sglang_harli.protocol.micro_batches import padded

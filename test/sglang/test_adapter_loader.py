@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_harli.managers import adapter_loader, control
-from sglang_harli.managers.adapter_loader import AdapterLoader
+from sglang_harli.managers.scheduler import control
+from sglang_harli.managers.scheduler.training import adapter_loader
+from sglang_harli.managers.scheduler.training.adapter_loader import AdapterLoader
 from sglang_harli.protocol.internal import SlotRef, TensorRef
 from sglang_harli.protocol.shared_memory import Slot, layout
 

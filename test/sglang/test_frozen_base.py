@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sglang_harli.errors import UnsupportedError
-from sglang_harli.peft_trainer import base_print
-from sglang_harli.peft_trainer.frozen_base import FrozenBase, bind, from_transformers
+from sglang_harli.peft_trainer.base import base_print
+from sglang_harli.peft_trainer.base.frozen_base import FrozenBase, bind, from_transformers
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.base_print import difference
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec

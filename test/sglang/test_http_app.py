@@ -33,10 +33,11 @@ from sglang.srt.utils.auth import add_api_key_middleware
 from sglang_harli import FinetuneClient, plugin
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import HarliError
-from sglang_harli.managers import http_app, supervisor
-from sglang_harli.managers.publisher import TENSOR_PATH
-from sglang_harli.managers.startup_profile import StartupProfile
-from sglang_harli.managers.supervisor import RestartPolicy, Supervisor
+from sglang_harli.managers.http import routes
+from sglang_harli.managers.http.publisher import TENSOR_PATH
+from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
+from sglang_harli.managers.http.supervision import supervisor
+from sglang_harli.managers.http.supervision.supervisor import RestartPolicy, Supervisor
 
 LOADED, EVICTED, MISSING = "base-ft-a-00000001", "base-ft-b-00000002", "base-ft-c-00000003"
 FOREIGN = "pirate"
@@ -101,7 +102,7 @@ def app(hooks: None, manager: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(app, "user_middleware", list(app.user_middleware))
     monkeypatch.setattr(http_server, "_global_state", SimpleNamespace(tokenizer_manager=manager))
     options = HarliOptions(run_dir=str(tmp_path))
-    http_app.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
+    routes.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
     templates = MagicMock(completion_template_name=None, chat_template_name=None)
     completion, chat = OpenAIServingCompletion(manager, templates), OpenAIServingChat(manager, templates)
     messages = SimpleNamespace(
@@ -271,7 +272,7 @@ def test_health_waits_for_a_profile_that_the_start_measures(
     app: FastAPI, manager: Any, healthy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     startup = StartupProfile(manager.harli_publisher, manager, 20.0)
-    app.router.routes[:0] = http_app.routes(manager.harli_publisher, manager, startup).routes
+    app.router.routes[:0] = routes.routes(manager.harli_publisher, manager, startup).routes
     manager.harli_publisher.was_ready = True
     client = TestClient(app)
     answer = client.get("/health_generate")
@@ -308,7 +309,7 @@ def test_a_service_that_never_came_up_does_not_keep_the_server_from_serving(
     monkeypatch.setattr(supervisor, "running", lambda: keeper)
     app = FastAPI()
     options = HarliOptions(run_dir=str(tmp_path), finetune_endpoint=f"ipc://{tmp_path}/public.sock")
-    http_app.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
+    routes.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
     with TestClient(app) as client:
         end = time.monotonic() + 30
         while client.get("/health_generate").status_code != 200:
@@ -325,7 +326,7 @@ def test_a_service_that_never_came_up_does_not_keep_the_server_from_serving(
 def test_api_key_guards_our_routes(app: FastAPI) -> None:
     add_api_key_middleware(app, api_key="secret", admin_api_key=None)
     client = TestClient(app)
-    ours = {route.path for route in http_app.routes(MagicMock(), MagicMock(), MagicMock()).routes}  # type: ignore[attr-defined]
+    ours = {route.path for route in routes.routes(MagicMock(), MagicMock(), MagicMock()).routes}  # type: ignore[attr-defined]
     assert ours == {"/health_generate", "/harli/profile", "/v1/models", "/v1/models/{model:path}"}
     assert client.get("/harli/profile").status_code == 401
     for path in ("/v1/models", f"/v1/models/{LOADED}", "/v1/models/base"):
@@ -357,7 +358,7 @@ def test_publisher_lives_as_long_as_the_app_serves(tmp_path: Path, manager: Any)
 
     app = FastAPI(lifespan=lifespan)
     options = HarliOptions(run_dir=str(tmp_path))
-    http_app.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
+    routes.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
     with TestClient(app):
         assert manager.harli_publisher._task is not None
     assert manager.harli_publisher._task is None
@@ -368,5 +369,5 @@ def test_nothing_is_installed_with_finetuning_off(manager: Any) -> None:
     app = FastAPI()
     before = len(app.router.routes)
     options = HarliOptions(finetune="off")
-    http_app.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
+    routes.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
     assert len(app.router.routes) == before

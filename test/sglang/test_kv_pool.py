@@ -30,7 +30,7 @@ def unify(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
         from sglang.srt.server_args import ServerArgs
 
-        from sglang_harli.managers import pool_setup
+        from sglang_harli.managers.scheduler.memory import pool_setup
 
         for name, hook in HOOKS.items():
             ours = functools.partial(getattr(pool_setup, hook), getattr(KVCacheConfigurator, name))
@@ -49,7 +49,11 @@ def test_the_table_has_these_rows():
 
     rows = {row.target: (row.hook, row.kind, row.main) for row in TABLE}
     for name, hook in HOOKS.items():
-        assert rows[f"{CONFIGURATOR}.{name}"] == (f"sglang_harli.managers.pool_setup:{hook}", "around", False)
+        assert rows[f"{CONFIGURATOR}.{name}"] == (
+            f"sglang_harli.managers.scheduler.memory.pool_setup:{hook}",
+            "around",
+            False,
+        )
 
 
 @pytest.mark.parametrize(("page_size", "backing"), [(1, "host"), (16, "host"), (1, "static")])
@@ -151,11 +155,11 @@ def configurator(**changes: Any) -> Any:
     ],
 )  # fmt: skip
 def test_what_is_not_supported_stays_sglangs_with_one_sentence(changes, what, caplog):
-    from sglang_harli.managers import pool_setup
+    from sglang_harli.managers.scheduler.memory import pool_setup
 
     assert pool_setup.why_plain(configurator()) is None
     asked: list[dict[str, Any]] = []
-    with caplog.at_level("INFO", logger="sglang_harli.managers.pool_setup"):
+    with caplog.at_level("INFO", logger="sglang_harli.managers.scheduler.memory.pool_setup"):
         result = pool_setup.build_kv_pool(
             lambda c, **kwargs: asked.append(kwargs) or "SGLang's own",
             configurator(**changes),
@@ -168,14 +172,14 @@ def test_what_is_not_supported_stays_sglangs_with_one_sentence(changes, what, ca
 
 
 def test_a_layout_that_the_environment_chooses_stays_sglangs(monkeypatch):
-    from sglang_harli.managers import pool_setup
+    from sglang_harli.managers.scheduler.memory import pool_setup
 
     monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
     assert pool_setup.why_plain(configurator()) == "SGLANG_USE_HND_KVCACHE"
 
 
 def test_on_a_gpu_only_the_reserve_stays_out_of_a_unified_pool(monkeypatch):
-    from sglang_harli.managers import pool_setup
+    from sglang_harli.managers.scheduler.memory import pool_setup
 
     gib = 2**30
     device = SimpleNamespace(get_device_properties=lambda gpu: SimpleNamespace(total_memory=80 * gib))
@@ -193,7 +197,7 @@ def test_on_a_gpu_only_the_reserve_stays_out_of_a_unified_pool(monkeypatch):
 
 
 def test_another_allocator_is_left_alone():
-    from sglang_harli.managers import pool_setup
+    from sglang_harli.managers.scheduler.memory import pool_setup
 
     def original(c: Any, **kwargs: Any) -> str:
         return "SGLang's own"

@@ -10,7 +10,8 @@ import pytest
 from sglang.srt.managers import tokenizer_manager
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput, ShutdownReq
 
-from sglang_harli.patches import lora_unload, shutdown_drain
+from sglang_harli.patches import shutdown_drain
+from sglang_harli.patches.lora import unload
 from support.models import make_model
 from support.tokenizer_side import Side, Sides, settled
 
@@ -258,7 +259,7 @@ def test_an_unload_waits_for_the_requests_and_not_for_the_lock(drive):
         again = await side.unload("one")
         assert not again.success and "is being unloaded" in again.error_message
         await side.finish(rids[0])
-        await asyncio.sleep(3 * lora_unload.LOOK_S)
+        await asyncio.sleep(3 * unload.LOOK_S)
         assert not unloading.done()
         await side.finish(rids[1])
         assert (await unloading).success and "one" not in side.adapters
@@ -268,7 +269,7 @@ def test_an_unload_waits_for_the_requests_and_not_for_the_lock(drive):
 
 
 def test_an_unload_that_nothing_comes_of_is_given_up_and_the_adapter_answers_as_before(drive, monkeypatch):
-    monkeypatch.setattr(lora_unload, "QUIET_S", 0.5)
+    monkeypatch.setattr(unload, "QUIET_S", 0.5)
 
     async def scenario(side: Side) -> None:
         asked = side.ask(**body())

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import save_file
 
-from sglang_harli.patches import catalog, lora_gate, lora_pin_memory
+from sglang_harli.patches import catalog
+from sglang_harli.patches.lora import gate, pin_memory
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
@@ -62,7 +63,7 @@ def test_pageable_torch_ignores_pinning_and_leaves_torch_alone():
     import torch
 
     before = torch.tensor
-    proxy = lora_pin_memory.pageable_torch()
+    proxy = pin_memory.pageable_torch()
     made = proxy.tensor([3, 1], dtype=torch.int32, pin_memory=True)
     assert made.tolist() == [3, 1] and made.pin_memory() is made
     assert proxy.unique_consecutive(made, return_inverse=True)[1].pin_memory().tolist() == [0, 1]
@@ -130,12 +131,12 @@ def test_gate_is_open_while_graphs_with_lora_are_captured(sglang_runner, tiny_mo
     assert vars(wrapper)["base_layer"] is wrapper.get_submodule("base_layer")
     with capture_mode.model_capture_mode():
         assert wrapper.set_lora is True
-        assert not lora_gate._is_idle(runner.lora_manager, [None])
+        assert not gate._is_idle(runner.lora_manager, [None])
         capture_mode._set_capture_lora_variant("nolora")
         assert wrapper.set_lora is False
         capture_mode._set_capture_lora_variant(None)
-    assert lora_gate._is_idle(runner.lora_manager, [None, None])
-    assert not lora_gate._is_idle(runner.lora_manager, [None, "some"])
+    assert gate._is_idle(runner.lora_manager, [None, None])
+    assert not gate._is_idle(runner.lora_manager, [None, "some"])
 
 
 # ------------------------------------------------------------------ 03 padded MLP

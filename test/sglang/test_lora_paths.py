@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import save_file
 
 from sglang_harli.errors import UnsupportedError
-from sglang_harli.managers.lora_paths import check_lora_paths
+from sglang_harli.managers.http.start_up.lora_paths import check_lora_paths
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import pytest
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 
 from sglang_harli.errors import NotReadyError, StateError
-from sglang_harli.managers import parity_request
-from sglang_harli.managers.parity_request import TOKENS, ParityRequest, prompt
-from sglang_harli.managers.startup_profile import StartupProfile
+from sglang_harli.managers.http.start_up import parity_request
+from sglang_harli.managers.http.start_up.parity_request import TOKENS, ParityRequest, prompt
+from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
 
 
 class Tokenizer:

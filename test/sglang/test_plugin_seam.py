@@ -18,9 +18,9 @@ import pytest
 
 from sglang_harli.config import SWITCH_ENV, HarliOptions
 from sglang_harli.errors import UnsupportedError
-from sglang_harli.managers import refusals
-from sglang_harli.managers.handshake import check_hello
-from sglang_harli.managers.lora_paths import check_lora_paths
+from sglang_harli.managers.http.start_up import refusals
+from sglang_harli.managers.http.start_up.handshake import check_hello
+from sglang_harli.managers.http.start_up.lora_paths import check_lora_paths
 from sglang_harli.platforms.cpu import engine
 
 installed: list[str] = []
@@ -372,13 +372,13 @@ from sglang.srt.plugins import load_plugins
 load_plugins(); load_plugins()
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang_harli import plugin
-heavy = [m for m in ("peft", "sglang_harli.managers.scheduler") if m in sys.modules]
+heavy = [m for m in ("peft", "sglang_harli.managers.scheduler.scheduler") if m in sys.modules]
 first = sorted(plugin._done)
 import sglang as sgl
 from sglang.srt.entrypoints import engine
 args = engine.Engine.server_args_class(model_path=sys.argv[1], harli_tpot_slo_ms=25.0, skip_tokenizer_init=True)
 main = sorted(HookRegistry._patched)
-trainer = [m for m in ("peft", "sglang_harli.managers.scheduler") if m in sys.modules]
+trainer = [m for m in ("peft", "sglang_harli.managers.scheduler.scheduler") if m in sys.modules]
 plugin._register(row for row in plugin.TABLE if not row.main)  # what a scheduler process adds
 HookRegistry.apply_hooks()
 from sglang.srt.managers import scheduler

@@ -193,7 +193,7 @@ def test_caches_without_a_plain_tree_have_nothing_to_evict():
     from sglang.srt.mem_cache.chunk_cache import ChunkCache
     from sglang.srt.session.streaming_session import StreamingSession
 
-    from sglang_harli.mem_cache.prefix_eviction import evict_stripes
+    from sglang_harli.mem_cache.kv.prefix_eviction import evict_stripes
 
     world = World(stripes=4)
     world.use(STRIPE - 1)

@@ -27,11 +27,11 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.utils import TypeBasedDispatcher
 
-from sglang_harli.managers import publisher as publisher_module
-from sglang_harli.managers.publisher import TENSOR_PATH, Publisher
-from sglang_harli.managers.tokenizer_handover import TokenizerHandover
-from sglang_harli.patches.lora_request_counts import uses_of
-from sglang_harli.patches.lora_unload import updates_of
+from sglang_harli.managers.http import publisher as publisher_module
+from sglang_harli.managers.http.publisher import TENSOR_PATH, Publisher
+from sglang_harli.managers.http.tokenizer_handover import TokenizerHandover
+from sglang_harli.patches.lora.request_counts import uses_of
+from sglang_harli.patches.lora.unload import updates_of
 from sglang_harli.protocol import internal, tokenizer_state
 from sglang_harli.protocol.tokenizer_state import ChatTemplate, TokenizerState
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sglang_harli.config import HarliOptions
-from sglang_harli.managers.serving_side import ServingSide
+from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
 
 CAME_S = 1000.0
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sglang_harli.service import content_format
-from sglang_harli.service.chat_rows import Row, RowError, RowTokenizer
+from sglang_harli.service.rows import content_format
+from sglang_harli.service.rows.encoder import Row, RowError, RowTokenizer
 from support.chat_templates import FAMILIES, make_family
 from support.serving_chat import RefusedError, Serving
 

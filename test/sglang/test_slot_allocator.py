@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sglang_harli.core import MemoryPurpose
+from sglang_harli.mem_cache.backing.host import HostBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
-from sglang_harli.mem_cache.host_backing import HostBacking
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 
 PAGE = 4
@@ -48,7 +48,7 @@ class Late:
 
 def make(page_size: int, size: int, stripe_slots: int = 8, fence: Any = None) -> tuple[UnifiedPool, Any]:
     """A pool whose training gives back what it is asked for, and its allocator."""
-    from sglang_harli.mem_cache.slot_allocator import HarliPagedAllocator, HarliTokenAllocator
+    from sglang_harli.mem_cache.kv.slot_allocator import HarliPagedAllocator, HarliTokenAllocator
 
     geometry = PoolGeometry(size + page_size, ROW_BYTES, 2, page_size, stripe_slots)
     pool = UnifiedPool(geometry, HostBacking(geometry, debug=True), clock=Ticks())

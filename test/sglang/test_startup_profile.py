@@ -13,9 +13,9 @@ from sglang.srt.managers.tokenizer_manager import ServerStatus
 
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import NotReadyError
-from sglang_harli.managers.serving_side import ServingSide
-from sglang_harli.managers.startup_profile import StartupProfile
-from sglang_harli.managers.step_timer import BatchLoad
+from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
+from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
+from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.predictor import sweep
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.predictor.priors import first_guess, from_table

@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from sglang_harli.config import TokenizerFlags
-from sglang_harli.managers.tokenizer_handover import hand_over, state_of
+from sglang_harli.managers.http.tokenizer_handover import hand_over, state_of
 from sglang_harli.protocol import tokenizer_state
-from sglang_harli.service import hidden_torch, model_files, own_tokenizer
-from sglang_harli.service.chat_rows import RowError, RowTokenizer
-from sglang_harli.service.served_tokenizer import ServedTokenizer
+from sglang_harli.service.rows.encoder import RowError, RowTokenizer
+from sglang_harli.service.rows.served_tokenizer import ServedTokenizer
+from sglang_harli.service.tokenizer import hidden_torch, model_files, own_tokenizer
 from support.chat_templates import FAMILIES, QWEN3, make_family
 from support.serving_chat import Serving
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from sglang.srt.managers.communicator import FanOutCommunicator
 
-from sglang_harli.managers import control
-from sglang_harli.managers.publisher import Publisher
-from sglang_harli.managers.training_guards import end_training, refuse_while_training
+from sglang_harli.managers.http.publisher import Publisher
+from sglang_harli.managers.http.training_guards import end_training, refuse_while_training
+from sglang_harli.managers.scheduler import control
 from sglang_harli.protocol import internal
 from unit.co_trainer_host import Host, Peer, spec, temporary_run_dir, until
 

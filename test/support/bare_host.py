@@ -42,9 +42,10 @@ from sglang.utils import TypeBasedDispatcher  # noqa: E402
 from sglang_harli import core  # noqa: E402
 from sglang_harli.config import HarliOptions  # noqa: E402
 from sglang_harli.core import StepLoad  # noqa: E402
-from sglang_harli.managers import child_process, control, trainer_setup  # noqa: E402
-from sglang_harli.managers.publisher import Publisher  # noqa: E402
-from sglang_harli.managers.serving_side import ServingSide  # noqa: E402
+from sglang_harli.managers.http.publisher import Publisher  # noqa: E402
+from sglang_harli.managers.http.supervision import child_process  # noqa: E402
+from sglang_harli.managers.scheduler import control, trainer_setup  # noqa: E402
+from sglang_harli.managers.scheduler.policy.serving_state import ServingSide  # noqa: E402
 from sglang_harli.patches import catalog  # noqa: E402
 from sglang_harli.plugin import TABLE  # noqa: E402
 from support import model_runner  # noqa: E402

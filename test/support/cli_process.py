@@ -95,13 +95,13 @@ def _command(order: dict[str, Any], folder: str) -> int:
 
 
 def serve(folder: str) -> None:
-    from sglang_harli.service import hidden_torch
+    from sglang_harli.service.tokenizer import hidden_torch
 
     hidden_torch.hide()
     from transformers import AutoTokenizer  # noqa: F401
 
-    import sglang_harli.tools.check_data
-    import sglang_harli.tools.job_view  # noqa: F401
+    import sglang_harli.cli.view
+    import sglang_harli.tools.check_data  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:

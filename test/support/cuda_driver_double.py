@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sglang_harli.mem_cache.cuda_driver import DriverError
+from sglang_harli.mem_cache.backing.cuda_driver import DriverError
 
 FRESH = 0xA5  # what new physical memory holds: anything but zeros
 FIXED = 0x10  # MAP_FIXED, which the mmap module does not name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sglang_harli.mem_cache.cuda_backing import CudaBacking
+from sglang_harli.mem_cache.backing.cuda import CudaBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
 from support.cuda_driver_double import DriverDouble
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from sglang_harli.errors import DataError
-from sglang_harli.service import dataset
-from sglang_harli.service.chat_rows import RowTokenizer
-from sglang_harli.service.token_store import TokenReader, TokenWriter
+from sglang_harli.service.data import dataset
+from sglang_harli.service.data.token_store import TokenReader, TokenWriter
+from sglang_harli.service.rows.encoder import RowTokenizer
 from support.tokenizer import load_tokenizer, make_tokenizer_folder
 
 A = {"prompt": "Grüße an die Möwe 👋", "completion": " zurück\u2028und\u0085her"}

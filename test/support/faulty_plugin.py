@@ -15,7 +15,8 @@ ANOTHER_NORM = "another-norm"
 
 
 def activate() -> None:
-    from sglang_harli.managers import co_trainer, qos_policy
+    from sglang_harli.managers.scheduler.policy import qos_policy
+    from sglang_harli.managers.scheduler.training import co_trainer
 
     path, decide = Path(os.environ[PATH_ENV]), qos_policy.decide
     slow = path.with_name("slow")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sglang_harli.fault_points import Point
+from sglang_harli.failpoints import Point
 
 KINDS = ("lost", "doubled", "differing", "unclean")
 

@@ -14,12 +14,12 @@ from typing import Any
 import msgspec
 
 from sglang_harli import core
-from sglang_harli.client import FinetuneClient
+from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import NotReadyError
 from sglang_harli.protocol.public import Event, Job
-from sglang_harli.service.job_files import INCOMING, JobPaths
-from sglang_harli.service.job_store import JobStore, sqlite_url
+from sglang_harli.service.jobs.folder import INCOMING, JobPaths
+from sglang_harli.service.jobs.store import JobStore, sqlite_url
 from support.kill_cases import Case, Outcome
 from support.kill_world import World, alive, until
 

@@ -24,7 +24,7 @@ import psutil
 
 from sglang_harli import core
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
-from sglang_harli.fault_points import FAULT_POINTS_ENV, Point
+from sglang_harli.failpoints import FAULT_POINTS_ENV, Point
 from support.server import Server, start_server
 
 VICTIMS = ("service", "scheduler", "all")
@@ -158,7 +158,11 @@ class BareWorld:
             tokenizer_path=self._model,
             served_model_name="org/tiny",
         )
-        entry = ["sglang_harli.managers.child_process", str(os.getpid()), "sglang_harli.service.app"]
+        entry = [
+            "sglang_harli.managers.http.supervision.child_process",
+            str(os.getpid()),
+            "sglang_harli.service.app",
+        ]
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", *entry],

@@ -6,9 +6,9 @@ import weakref
 from collections.abc import Sequence
 
 from sglang_harli.core import MemoryPurpose
-from sglang_harli.mem_cache.backing import Backing
+from sglang_harli.mem_cache.backing.host import HostBacking
+from sglang_harli.mem_cache.backing.interface import Backing
 from sglang_harli.mem_cache.geometry import PoolGeometry
-from sglang_harli.mem_cache.host_backing import HostBacking
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 
 

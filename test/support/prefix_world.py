@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from sglang_harli.mem_cache.backing.host import HostBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
-from sglang_harli.mem_cache.host_backing import HostBacking
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 
 STRIPE = 8  # pages
@@ -31,7 +31,7 @@ class World:
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.radix_cache import RadixCache
 
-        from sglang_harli.mem_cache.slot_allocator import HarliPagedAllocator, HarliTokenAllocator
+        from sglang_harli.mem_cache.kv.slot_allocator import HarliPagedAllocator, HarliTokenAllocator
 
         self.page, self.size = page, (stripes * STRIPE - 1) * page
         geometry = PoolGeometry(self.size + page, 512, 2, page, STRIPE * page)
@@ -86,7 +86,7 @@ class World:
         return len(tokens) - len(left)
 
     def evict(self, wanted: int, keep: int = 0, unused_since_s: float | None = None) -> int:
-        from sglang_harli.mem_cache.prefix_eviction import evict_stripes
+        from sglang_harli.mem_cache.kv.prefix_eviction import evict_stripes
 
         return evict_stripes(self.tree, self.slots, wanted, keep, unused_since_s)
 

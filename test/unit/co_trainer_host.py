@@ -13,13 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import StepLoad, make_ipc_dir, scheduler_endpoint, shm_dir
-from sglang_harli.managers.co_trainer import CoTrainer
-from sglang_harli.managers.memory_desk import MemoryDesk
-from sglang_harli.managers.quantum_clock import HostClock
-from sglang_harli.managers.service_link import ServiceLink
-from sglang_harli.managers.serving_side import ServingSide
+from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
+from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
+from sglang_harli.managers.scheduler.service_link import ServiceLink
+from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
+from sglang_harli.managers.scheduler.training.quantum_timer import HostClock
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
-from sglang_harli.peft_trainer import base_print, frozen_base
+from sglang_harli.peft_trainer.base import base_print, frozen_base
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import ALL_LINEAR, Hyperparameters

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sglang_harli.core import MemoryPurpose
-from sglang_harli.peft_trainer.memory import Specs, carved_bytes
+from sglang_harli.peft_trainer.memory.interface import Specs, carved_bytes
 
 POISON = 0xFF  # four of them are NaN in every floating-point format
 

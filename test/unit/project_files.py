@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import functools
 import os
+import re
 import subprocess
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +48,14 @@ def _walk() -> Iterator[Path]:
 @functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def marked_lines(path: Path, mark: str) -> dict[int, str]:
+    """Lines with a comment ``# <mark>: text``, and the text."""
+    with path.open(encoding="utf-8") as lines:
+        comments = [t for t in tokenize.generate_tokens(lines.readline) if t.type == tokenize.COMMENT]
+    found = {t.start[0]: re.match(rf"#\s*{mark}: (.+)", t.string) for t in comments}
+    return {line: match[1] for line, match in found.items() if match}
 
 
 def relative(path: Path) -> str:

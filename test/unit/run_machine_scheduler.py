@@ -1,4 +1,4 @@
-"""The scheduler's half of the protocol, as ``managers.active_run`` keeps it, with counting in place of training."""
+"""The scheduler's half of the protocol, as ``managers.scheduler.training.active_run`` keeps it, with counting in place of training."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sglang_harli.managers.unacknowledged import KEPT, Unacknowledged
+from sglang_harli.managers.scheduler.unacknowledged import KEPT, Unacknowledged
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.internal import BatchCursor, SlotRef
-from sglang_harli.service import run_machine_state
+from sglang_harli.service.run import state
 from support.service_peers import limits
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class Scheduler:
             place = (message.cursor.step, message.cursor.index)
             if place == run.cursor:
                 run.queue.append(place)
-                assert len(run.queue) <= run_machine_state.MOST_AHEAD
+                assert len(run.queue) <= state.MOST_AHEAD
                 last = place[1] + 1 == MICRO_BATCHES
                 run.cursor = (place[0] + 1, 0) if last else (place[0], place[1] + 1)
         elif isinstance(message, internal.SnapshotSlot):

@@ -1,7 +1,7 @@
 """A world of processes that may die and wires that lose, double and delay, around the real run machine.
 
 Real: ``RunMachine``, the transitions of ``jobs``, the scheduler's ring.  Modelled: the store (durable at commits
-only), the disk, shared memory, the wire, and a scheduler that keeps the protocol of ``managers.active_run``.
+only), the disk, shared memory, the wire, and a scheduler that keeps the protocol of ``managers.scheduler.training.active_run``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from sglang_harli.protocol import internal
 from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.internal import BatchCursor, SlotRef
 from sglang_harli.protocol.public import Hyperparameters
-from sglang_harli.service import jobs
-from sglang_harli.service import run_machine_state as machine
-from sglang_harli.service.jobs import JobRecord
-from sglang_harli.service.queue_order import QueueOrder
-from sglang_harli.service.run_machine import RunMachine
-from sglang_harli.service.run_machine_holds import NotNow
-from sglang_harli.service.run_machine_state import Effect, Now, Preparation, Unwritten
-from sglang_harli.service.served_base import ServedBase
+from sglang_harli.service.jobs import transitions
+from sglang_harli.service.jobs.queue_order import QueueOrder
+from sglang_harli.service.jobs.served_base import ServedBase
+from sglang_harli.service.jobs.transitions import JobRecord
+from sglang_harli.service.run import state as machine
+from sglang_harli.service.run.holds import NotNow
+from sglang_harli.service.run.machine import RunMachine
+from sglang_harli.service.run.state import Effect, Now, Preparation, Unwritten
 
 
 class FixedPlan:
@@ -117,14 +117,14 @@ class Service:
         for record in self.records.values():
             self.queue.update(record)
         self.machine = RunMachine(self)
-        self.uncommitted: deque[tuple[jobs.Change, tuple[Effect, ...]]] = deque()
+        self.uncommitted: deque[tuple[transitions.Change, tuple[Effect, ...]]] = deque()
         self.work: list[Any] = []
         self.publications = {r.id for r in self.records.values() if r.publishing}
         self.stale = list(world.shm)
         self.hello: internal.Hello | None = None
         for record in list(self.records.values()):
             if record.status == JobStatus.RUNNING and not record.publishing:
-                self.apply(jobs.interrupted(record, "the service was restarted", 0.0))
+                self.apply(transitions.interrupted(record, "the service was restarted", 0.0))
 
     # ---- the book
     def find(self, job: str) -> JobRecord | None:
@@ -138,7 +138,7 @@ class Service:
         return [r for r in self.records.values() if r.base is None]
 
     # ---- effects
-    def apply(self, change: jobs.Change, then: tuple[Effect, ...] = ()) -> None:
+    def apply(self, change: transitions.Change, then: tuple[Effect, ...] = ()) -> None:
         self.records[change.record.id] = change.record
         self.queue.update(change.record)
         self.uncommitted.append((change, then))
@@ -286,7 +286,7 @@ class Service:
         self.publications.remove(ready[0])
         record = self.records[ready[0]]
         if record.publishing:
-            self.apply(jobs.published(record, self.world.s))
+            self.apply(transitions.published(record, self.world.s))
             self.settle()
         return True
 

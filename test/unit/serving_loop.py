@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from sglang_harli.core import SmSplit, StepLoad
-from sglang_harli.managers.slo_ledger import Targets
-from sglang_harli.tools.simulation.policies import TemporalPolicy
-from sglang_harli.tools.simulation.worlds import Rung, TemporalWorld
+from sglang_harli.managers.scheduler.policy.slo_ledger import Targets
+from sglang_harli.simulation.devices import Rung, TemporalWorld
+from sglang_harli.simulation.policies import TemporalPolicy
 
 PROMPT = 100
 T = TypeVar("T")

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_harli.client import exchange
 from sglang_harli.errors import ConfigError, ProtocolError
-from sglang_harli.protocol import accepted, exchange, public
+from sglang_harli.protocol import accepted, public
 from sglang_harli.protocol.public import Hyperparameters, parse_hyperparameters
-from sglang_harli.service import options_desk
+from sglang_harli.service.endpoint import live_options
 
 # name: (what a refusal says is accepted, some values that are not)
 REFUSED: dict[str, tuple[str, list[Any]]] = {
@@ -154,7 +155,7 @@ def test_a_long_value_is_cut_in_the_message():
         parse_hyperparameters({"n" * 100_000: 1})
     assert len(caught.value.message) < 600
     with pytest.raises(ConfigError, match="tpot"):
-        options_desk.check({"x" * 100_000: 1.0})
+        live_options.check({"x" * 100_000: 1.0})
 
 
 def test_wording():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from trainer_oracle import one_thread
 
-from sglang_harli.peft_trainer.attention import BLOCK, LONG_BLOCK, SHORT, CausalAttention
-from sglang_harli.peft_trainer.trace import Trace
+from sglang_harli.peft_trainer.layers.attention import BLOCK, LONG_BLOCK, SHORT, CausalAttention
+from sglang_harli.peft_trainer.layers.saved_tensors import Trace
 
 __all__ = ["one_thread"]  # a fixture
 

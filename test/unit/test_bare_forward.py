@@ -12,8 +12,8 @@ from trainer_oracle import EXTRA, VOCABULARY, one_thread, tiny_model
 from sglang_harli.errors import TrainingError, UnsupportedError
 from sglang_harli.peft_trainer import bare_forward
 from sglang_harli.peft_trainer.bare_forward import BareForward
-from sglang_harli.peft_trainer.frozen_base import from_transformers
-from sglang_harli.peft_trainer.rotary import Rotary, ServedRotary
+from sglang_harli.peft_trainer.base.frozen_base import from_transformers
+from sglang_harli.peft_trainer.layers.rotary import Rotary, ServedRotary
 
 __all__ = ["one_thread"]  # a fixture
 

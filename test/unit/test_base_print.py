@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sglang_harli.peft_trainer import base_print, frozen_base
+from sglang_harli.peft_trainer.base import base_print, frozen_base
 from sglang_harli.protocol.base_print import BasePrint, difference
 
 SIZES: dict[str, Any] = {

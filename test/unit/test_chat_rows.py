@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from sglang_harli.errors import DataError, NotReadyError
 from sglang_harli.protocol.tokenizer_state import ChatTemplate
-from sglang_harli.service import conversation as conversation_module
-from sglang_harli.service import dataset
-from sglang_harli.service.chat_rows import Reading, RowError, RowTokenizer
-from sglang_harli.service.growing_text import GrowingText
-from sglang_harli.service.served_tokenizer import BackendEncoder, ServedTokenizer, describe
+from sglang_harli.service.data import dataset
+from sglang_harli.service.rows import conversation as conversation_module
+from sglang_harli.service.rows.encoder import Reading, RowError, RowTokenizer
+from sglang_harli.service.rows.growing_text import GrowingText
+from sglang_harli.service.rows.served_tokenizer import BackendEncoder, ServedTokenizer, describe
 from support.chat_templates import FAMILIES, make_family
 from support.tokenizer import load_tokenizer
 

@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from sglang_harli.protocol import shared_memory
-from sglang_harli.protocol.adapter_config import adapter_config
 from sglang_harli.protocol.public import Hyperparameters
-from sglang_harli.service import checkpoints
-from sglang_harli.service.checkpoints import CheckpointError
+from sglang_harli.service.checkpoint import checkpoints
+from sglang_harli.service.checkpoint.checkpoints import CheckpointError
+from sglang_harli.service.publish.peft_config import adapter_config
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 RUN = {"step": 3, "generator": b"\x00\x01\xff", "seed": 2**62, "rate": 0.1 + 0.2, "cursor": {"epoch": 1}}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_harli.client import FinetuneClient
+from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.core import short_id
 from sglang_harli.protocol.public import Hyperparameters
 from support.models import write_tokenizer

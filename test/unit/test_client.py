@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from sglang_harli import AsyncFinetuneClient, FinetuneClient
+from sglang_harli.client import exchange
 from sglang_harli.core import JobStatus, short_id
 from sglang_harli.errors import (
     ConfigError,
@@ -22,7 +23,7 @@ from sglang_harli.errors import (
     NotReadyError,
     StateError,
 )
-from sglang_harli.protocol import exchange, public
+from sglang_harli.protocol import public
 from support.models import write_tokenizer
 from support.service import ServiceProcess
 from support.service_world import until

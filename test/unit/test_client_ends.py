@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from sglang_harli import AsyncFinetuneClient, FinetuneClient
+from sglang_harli.client.endpoints import check_endpoint
 from sglang_harli.errors import ConfigError, StateError
-from sglang_harli.protocol.endpoints import check_endpoint
 from support.models import write_tokenizer
 from support.service import ServiceProcess
 from support.service_world import until

@@ -16,8 +16,8 @@ import torch
 from co_trainer_host import VOCAB, Host, Peer, batch, give_slot, spec, temporary_run_dir, until
 
 from sglang_harli.core import Decision, QuantumKind, Reason, StepLoad, shm_dir
-from sglang_harli.managers.slo_ledger import Slack
-from sglang_harli.peft_trainer.row_blocks import BLOCK
+from sglang_harli.managers.scheduler.policy.slo_ledger import Slack
+from sglang_harli.peft_trainer.layers.token_blocks import BLOCK
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import Slot
 

@@ -12,7 +12,7 @@ import torch
 from co_trainer_host import Host, Peer, batch, give_slot, spec, temporary_run_dir, until
 
 from sglang_harli.core import Reason, shm_dir
-from sglang_harli.managers import co_trainer
+from sglang_harli.managers.scheduler.training import co_trainer
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.base_print import difference
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_harli.service import data_lines, dataset
-from sglang_harli.service.data_lines import Line
-from sglang_harli.service.row_json import RowReader
+from sglang_harli.service.data import dataset, lines
+from sglang_harli.service.data.lines import Line
+from sglang_harli.service.data.row_json import RowReader
 from support.data_files import A, B, lines_of, reasons, scan, tokenizer
 
 __all__ = ["scan", "tokenizer"]  # fixtures
@@ -151,20 +151,20 @@ def test_a_row_keeps_its_line_number_whatever_the_file(tmp_path_factory, rows, n
         text = text.lstrip("\r\n")
         rows = rows[next(i for i, row in enumerate(rows) if row) :]
     path.write_bytes(text.encode(name))
-    coding = data_lines.coding_of(data_lines.read_head(path))
+    coding = lines.coding_of(lines.read_head(path))
     reader = RowReader(coding)
-    found = [(line.number, reader.read(line)) for line in data_lines.read_lines(path, coding)]
+    found = [(line.number, reader.read(line)) for line in lines.read_lines(path, coding)]
     assert found == [(number, row) for number, row in enumerate(rows, 1) if row is not None]
 
 
 def test_a_line_of_any_length_takes_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_lines, "MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1 << 16)
     path = tmp_path / "long.jsonl"
     path.write_bytes(("x" * (16 << 20) + "\n{}\n").encode("utf-16"))
-    coding = data_lines.coding_of(data_lines.read_head(path))
+    coding = lines.coding_of(lines.read_head(path))
     tracemalloc.start()
     try:
-        assert list(data_lines.read_lines(path, coding)) == [Line(1, None), Line(2, b"{}")]
+        assert list(lines.read_lines(path, coding)) == [Line(1, None), Line(2, b"{}")]
         assert tracemalloc.get_traced_memory()[1] < 2 << 20
     finally:
         tracemalloc.stop()

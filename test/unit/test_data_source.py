@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from sglang_harli.client import data_source
+from sglang_harli.client.data_source import DataSource
 from sglang_harli.errors import DataError
-from sglang_harli.protocol import data_source
-from sglang_harli.protocol.data_source import DataSource
 
 
 def content(data) -> bytes:

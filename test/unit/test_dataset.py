@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_harli.errors import DataError, NotReadyError
-from sglang_harli.service import data_lines, dataset
-from sglang_harli.service.chat_rows import Row, RowError, RowTokenizer
-from sglang_harli.service.token_store import TokenReader, TokenWriter
+from sglang_harli.service.data import dataset, lines
+from sglang_harli.service.data.token_store import TokenReader, TokenWriter
+from sglang_harli.service.rows.encoder import Row, RowError, RowTokenizer
 from support.models import CHAT_TEMPLATE
 from support.tokenizer import load_tokenizer, make_tokenizer_folder
 
@@ -281,7 +281,7 @@ def test_a_reason_that_quotes_a_long_value_is_cut(tmp_path, tokenizer):
 
 
 def test_a_line_without_end_is_not_held_in_memory(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data_lines, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1000)
     with pytest.raises(DataError) as caught:
         scan(tmp_path, tokenizer, GOOD + "\n" + "x" * 5000 + "\n" + GOOD + "\n" + "y" * 1001)
     assert [row["line"] for row in caught.value.details] == [2, 4]

@@ -22,9 +22,9 @@ from trainer_oracle import (
 )
 
 from sglang_harli.peft_trainer.run import TrainingRun
-from sglang_harli.service import checkpoints
-from sglang_harli.service.feeder import Feeder, total_steps
-from sglang_harli.service.token_store import TokenReader, TokenWriter
+from sglang_harli.service.checkpoint import checkpoints
+from sglang_harli.service.data.batches import Feeder, total_steps
+from sglang_harli.service.data.token_store import TokenReader, TokenWriter
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -82,7 +82,7 @@ def test_from_every_place_within_an_accumulating_step(dtype: torch.dtype) -> Non
 
 
 def test_the_order_of_the_data_over_epochs_is_the_same_from_any_step(tmp_path) -> None:
-    from sglang_harli.service.chat_rows import Row
+    from sglang_harli.service.rows.encoder import Row
 
     with TokenWriter(tmp_path) as writer:
         for number in range(11):

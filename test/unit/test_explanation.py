@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import QuantumKind, QuantumOffer, Reason, StepLoad, SubState
-from sglang_harli.managers import explanation, qos_policy
-from sglang_harli.managers.possible_targets import impossible
-from sglang_harli.managers.serving_side import CHECK_EVERY, ServingSide, targets_of
-from sglang_harli.managers.slo_ledger import RequestClock
-from sglang_harli.managers.step_timer import BatchLoad
-from sglang_harli.managers.yield_time import YieldTime
+from sglang_harli.managers.scheduler.policy import explanation, qos_policy
+from sglang_harli.managers.scheduler.policy.possible_targets import impossible
+from sglang_harli.managers.scheduler.policy.serving_state import CHECK_EVERY, ServingSide, targets_of
+from sglang_harli.managers.scheduler.policy.slo_ledger import RequestClock
+from sglang_harli.managers.scheduler.policy.yield_time import YieldTime
+from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.predictor.priors import first_guess, from_table
 from sglang_harli.predictor.profile_table import DecodePoint, PrefillPoint, ProfileKey, ProfileTable

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from sglang_harli.protocol.internal import BatchCursor
 from sglang_harli.protocol.micro_batches import pad
 from sglang_harli.protocol.public import Hyperparameters
-from sglang_harli.service.chat_rows import Row
-from sglang_harli.service.feeder import Batch, Feeder, total_steps
-from sglang_harli.service.token_store import TokenReader, TokenWriter
+from sglang_harli.service.data.batches import Batch, Feeder, total_steps
+from sglang_harli.service.data.token_store import TokenReader, TokenWriter
+from sglang_harli.service.rows.encoder import Row
 
 
 def test_a_service_without_descriptors_left_has_all_that_feeding_needs():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from co_trainer_host import Host, Peer, batch, give_slot, spec, temporary_run_dir, until
 
-from sglang_harli.managers.co_trainer import ENDING
+from sglang_harli.managers.scheduler.training.co_trainer import ENDING
 from sglang_harli.protocol import internal
 
 

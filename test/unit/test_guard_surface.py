@@ -13,7 +13,7 @@ import msgspec
 from project_files import package_files, parse
 
 from sglang_harli import config, core
-from sglang_harli.protocol import base_print, internal, public, served_limits
+from sglang_harli.protocol import base_print, internal, job_limits, public
 
 # --harli-<name with dashes>: default.
 FLAGS = {
@@ -241,7 +241,7 @@ def test_hyperparameters():
 
 
 def test_message_fields():
-    found = {**structs(public), **structs(internal), **structs(served_limits), **structs(base_print)}
+    found = {**structs(public), **structs(internal), **structs(job_limits), **structs(base_print)}
     found.pop("Hyperparameters")  # its own test
     names = {name: {f.name for f in msgspec.structs.fields(kind)} for name, kind in found.items()}
     assert names == {name: set(fields.split()) for name, fields in MESSAGES.items()}

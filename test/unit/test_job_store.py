@@ -14,10 +14,10 @@ from test_jobs import METRICS, record
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import HarliError, NotFoundError
 from sglang_harli.protocol.public import Event
-from sglang_harli.service import jobs
-from sglang_harli.service.desk import JobDesk
-from sglang_harli.service.job_files import JobMirror
-from sglang_harli.service.job_store import JobStore, sqlite_url
+from sglang_harli.service.jobs import transitions
+from sglang_harli.service.jobs.folder import JobMirror
+from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.store import JobStore, sqlite_url
 
 
 def event(number: int, kind: str = "warning", **data) -> Event:
@@ -120,8 +120,10 @@ class TestDesk:
             desk = JobDesk(store, tmp_path)
             job = record(id=desk.new_id(), number=desk.next_number(), idempotency_key="key")
             (tmp_path / job.id).mkdir()
-            await desk.add(jobs.created(job, "4 rows"))
-            await desk.apply(jobs.step_done(jobs.start(job, 1.0).record, 1, 10, METRICS), urgent=False)
+            await desk.add(transitions.created(job, "4 rows"))
+            await desk.apply(
+                transitions.step_done(transitions.start(job, 1.0).record, 1, 10, METRICS), urgent=False
+            )
             [stored] = store.jobs()
             assert (stored.step, stored.last_event) == (1, 1)
             assert desk.by_key("key") is not None
@@ -133,9 +135,11 @@ class TestDesk:
 
     def test_a_restart_queues_what_was_running(self, store, tmp_path):
         async def work():
-            first = jobs.start(record(id="ftjob-a", number=1), 1.0).record
-            at_four = jobs.checkpoint_saved(first, 4, 40, "every").record
-            publishing = jobs.trained(jobs.start(record(id="ftjob-b", number=2), 1.0).record).record
+            first = transitions.start(record(id="ftjob-a", number=1), 1.0).record
+            at_four = transitions.checkpoint_saved(first, 4, 40, "every").record
+            publishing = transitions.trained(
+                transitions.start(record(id="ftjob-b", number=2), 1.0).record
+            ).record
             store.write([msgspec.structs.replace(at_four, step=7, trained_tokens=70), publishing])
             desk = JobDesk(store, tmp_path)
             again = desk.get("ftjob-a")
@@ -154,9 +158,9 @@ class TestDesk:
         async def work():
             store.write([record(id=f"ftjob-{n}", number=n, idempotency_key=None) for n in (3, 1, 2)])
             desk = JobDesk(store, tmp_path)
-            desk.apply(jobs.ask_pause(desk.get("ftjob-1")))
+            desk.apply(transitions.ask_pause(desk.get("ftjob-1")))
             assert desk.next_queued().id == "ftjob-2"
-            desk.apply(jobs.ask_resume(desk.get("ftjob-1")))
+            desk.apply(transitions.ask_resume(desk.get("ftjob-1")))
             assert desk.next_queued().id == "ftjob-1"
             desk.journal.close()
 
@@ -166,7 +170,7 @@ class TestDesk:
         async def work():
             store.write([record(id="ftjob-a")])
             desk = JobDesk(store, tmp_path)
-            durable = desk.apply(jobs.fail(desk.get("ftjob-a"), "internal", "a bug", 2.0))
+            durable = desk.apply(transitions.fail(desk.get("ftjob-a"), "internal", "a bug", 2.0))
             assert desk.get("ftjob-a").status == JobStatus.FAILED
             assert desk.public(desk.get("ftjob-a")).status == JobStatus.QUEUED
             await durable
@@ -180,7 +184,7 @@ class TestDesk:
             store.write([record(id="ftjob-a")])
             desk = JobDesk(store, tmp_path)
             loop = asyncio.get_running_loop()
-            loop.call_later(0.02, lambda: desk.apply(jobs.ask_pause(desk.get("ftjob-a"))))
+            loop.call_later(0.02, lambda: desk.apply(transitions.ask_pause(desk.get("ftjob-a"))))
             paused = await desk.wait_until("ftjob-a", lambda r: r.status == JobStatus.PAUSED, 5.0)
             assert paused.status == JobStatus.PAUSED
             still = await desk.wait_until("ftjob-a", lambda r: r.status == JobStatus.QUEUED, 0.02)

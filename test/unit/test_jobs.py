@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sglang_harli.core import JobStatus, SubState
 from sglang_harli.errors import StateError
 from sglang_harli.protocol.public import EVENT_TYPES, Hyperparameters
-from sglang_harli.service import jobs
-from sglang_harli.service.jobs import Change, JobRecord, Wish
+from sglang_harli.service.jobs import transitions
+from sglang_harli.service.jobs.transitions import Change, JobRecord, Wish
 
 METRICS = {"step": 1, "loss": 2.0, "learning_rate": 1e-3, "tokens": 10, "seconds": 0.5}
 
@@ -32,7 +32,7 @@ def record(**values) -> JobRecord:
 
 
 def running(**values) -> JobRecord:
-    return msgspec.structs.replace(jobs.start(record(), 1.0).record, **values)
+    return msgspec.structs.replace(transitions.start(record(), 1.0).record, **values)
 
 
 def types(change: Change) -> list[str]:
@@ -40,72 +40,72 @@ def types(change: Change) -> list[str]:
 
 
 def test_from_queued_to_succeeded():
-    job = jobs.start(record(), 5.0).record
+    job = transitions.start(record(), 5.0).record
     assert (job.status, job.attempt, job.started_at) == (JobStatus.RUNNING, 1, 5.0)
-    job = jobs.step_done(job, 1, 10, METRICS).record
+    job = transitions.step_done(job, 1, 10, METRICS).record
     assert (job.step, job.trained_tokens, job.loss, job.tokens_per_s) == (1, 10, 2.0, 20.0)
     assert job.eta_s == 4.5
-    job = jobs.checkpoint_saved(job, 10, 100, "final").record
-    job = jobs.trained(job).record
+    job = transitions.checkpoint_saved(job, 10, 100, "final").record
+    job = transitions.trained(job).record
     assert (job.status, job.sub_state, job.fine_tuned_model) == (JobStatus.RUNNING, SubState.PUBLISHING, None)
-    done = jobs.published(job, 9.0)
+    done = transitions.published(job, 9.0)
     assert types(done) == ["adapter_published", "succeeded"]
     assert (done.record.step, done.record.fine_tuned_model) == (10, "m-ft-01234567")
 
 
 def test_pause_of_a_queued_job_takes_effect_at_once_and_keeps_its_place():
-    paused = jobs.ask_pause(record()).record
+    paused = transitions.ask_pause(record()).record
     assert paused.status == JobStatus.PAUSED
-    again = jobs.ask_resume(paused).record
+    again = transitions.ask_resume(paused).record
     assert (again.status, again.number) == (JobStatus.QUEUED, 1)
 
 
 def test_pause_of_a_running_job_waits_for_the_scheduler():
-    asked = jobs.ask_pause(running()).record
+    asked = transitions.ask_pause(running()).record
     assert (asked.status, asked.wish) == (JobStatus.RUNNING, Wish.PAUSE)
-    saved = jobs.checkpoint_saved(asked, 4, 40, "pause").record
-    stopped = jobs.stopped(saved, 9.0)
+    saved = transitions.checkpoint_saved(asked, 4, 40, "pause").record
+    stopped = transitions.stopped(saved, 9.0)
     assert types(stopped) == ["paused"]
     assert (stopped.record.status, stopped.record.step, stopped.record.trained_tokens) == (
         JobStatus.PAUSED,
         4,
         40,
     )
-    again = jobs.start(jobs.ask_resume(stopped.record).record, 10.0)
+    again = transitions.start(transitions.ask_resume(stopped.record).record, 10.0)
     assert (types(again), again.record.attempt, again.record.step) == (["resumed"], 2, 4)
 
 
 def test_resume_while_pausing_queues_it_again():
-    back = jobs.ask_resume(jobs.ask_pause(running()).record).record
+    back = transitions.ask_resume(transitions.ask_pause(running()).record).record
     assert back.wish == Wish.RUN
-    assert jobs.stopped(back, 9.0).record.status == JobStatus.QUEUED
+    assert transitions.stopped(back, 9.0).record.status == JobStatus.QUEUED
 
 
 @pytest.mark.parametrize("status", [JobStatus.QUEUED, JobStatus.PAUSED])
 def test_cancel_where_nothing_runs(status):
-    cancelled = jobs.ask_cancel(record(status=status), 7.0, in_flight=False).record
+    cancelled = transitions.ask_cancel(record(status=status), 7.0, in_flight=False).record
     assert (cancelled.status, cancelled.finished_at) == (JobStatus.CANCELLED, 7.0)
 
 
 def test_cancel_of_a_running_job_wins_over_pause_and_failure():
-    asked = jobs.ask_cancel(jobs.ask_pause(running()).record, 7.0, in_flight=False).record
+    asked = transitions.ask_cancel(transitions.ask_pause(running()).record, 7.0, in_flight=False).record
     assert asked.wish == Wish.CANCEL
-    assert jobs.stopped(asked, 8.0).record.status == JobStatus.CANCELLED
-    assert jobs.fail(asked, "out_of_memory", "...", 8.0).record.status == JobStatus.CANCELLED
+    assert transitions.stopped(asked, 8.0).record.status == JobStatus.CANCELLED
+    assert transitions.fail(asked, "out_of_memory", "...", 8.0).record.status == JobStatus.CANCELLED
     with pytest.raises(StateError, match="cancelled"):
-        jobs.ask_pause(asked)
+        transitions.ask_pause(asked)
 
 
 def test_cancel_while_publishing():
-    job = jobs.trained(running()).record
-    assert jobs.ask_cancel(job, 7.0, in_flight=False).record.status == JobStatus.CANCELLED
-    asked = jobs.ask_cancel(job, 7.0, in_flight=True).record
+    job = transitions.trained(running()).record
+    assert transitions.ask_cancel(job, 7.0, in_flight=False).record.status == JobStatus.CANCELLED
+    asked = transitions.ask_cancel(job, 7.0, in_flight=True).record
     assert (asked.status, asked.wish) == (JobStatus.RUNNING, Wish.CANCEL)
-    assert jobs.published(asked, 8.0).record.status == JobStatus.SUCCEEDED
+    assert transitions.published(asked, 8.0).record.status == JobStatus.SUCCEEDED
 
 
 def test_failure_says_what_happened():
-    failed = jobs.fail(running(), "out_of_memory", "lower batch_size", 8.0, "batch_size")
+    failed = transitions.fail(running(), "out_of_memory", "lower batch_size", 8.0, "batch_size")
     assert failed.drafts[0].level == "error"
     assert failed.record.error is not None and failed.record.error.param == "batch_size"
 
@@ -113,35 +113,37 @@ def test_failure_says_what_happened():
 @pytest.mark.parametrize("status", [JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED])
 def test_finished_jobs_refuse_by_name(status):
     job = record(status=status)
-    for ask in (jobs.ask_pause, jobs.ask_resume):
+    for ask in (transitions.ask_pause, transitions.ask_resume):
         with pytest.raises(StateError, match=f"is {status}"):
             ask(job)
     if status == JobStatus.CANCELLED:
-        assert jobs.ask_cancel(job, 1.0, in_flight=False) == Change(job)
+        assert transitions.ask_cancel(job, 1.0, in_flight=False) == Change(job)
     else:
         with pytest.raises(StateError):
-            jobs.ask_cancel(job, 1.0, in_flight=False)
+            transitions.ask_cancel(job, 1.0, in_flight=False)
 
 
 def test_a_publishing_job_cannot_be_paused():
     with pytest.raises(StateError, match="published"):
-        jobs.ask_pause(jobs.trained(running()).record)
+        transitions.ask_pause(transitions.trained(running()).record)
 
 
 ACTIONS = {
-    "start": lambda job: jobs.start(job, 2.0),
-    "step": lambda job: jobs.step_done(
+    "start": lambda job: transitions.start(job, 2.0),
+    "step": lambda job: transitions.step_done(
         job, min(job.step + 1, job.total_steps), job.trained_tokens + 5, METRICS
     ),
-    "save": lambda job: jobs.checkpoint_saved(job, job.step, job.trained_tokens, "every"),
-    "pause": jobs.ask_pause,
-    "resume": jobs.ask_resume,
-    "cancel": lambda job: jobs.ask_cancel(job, 3.0, in_flight=False),
-    "stopped": lambda job: jobs.stopped(job, 4.0),
-    "lost": lambda job: jobs.interrupted(job, "gone", 9.0),
-    "fail": lambda job: jobs.fail(job, "nan", "loss is NaN", 4.0),
-    "trained": lambda job: jobs.trained(jobs.checkpoint_saved(job, job.total_steps, 99, "final").record),
-    "published": lambda job: jobs.published(job, 5.0),
+    "save": lambda job: transitions.checkpoint_saved(job, job.step, job.trained_tokens, "every"),
+    "pause": transitions.ask_pause,
+    "resume": transitions.ask_resume,
+    "cancel": lambda job: transitions.ask_cancel(job, 3.0, in_flight=False),
+    "stopped": lambda job: transitions.stopped(job, 4.0),
+    "lost": lambda job: transitions.interrupted(job, "gone", 9.0),
+    "fail": lambda job: transitions.fail(job, "nan", "loss is NaN", 4.0),
+    "trained": lambda job: transitions.trained(
+        transitions.checkpoint_saved(job, job.total_steps, 99, "final").record
+    ),
+    "published": lambda job: transitions.published(job, 5.0),
 }
 
 

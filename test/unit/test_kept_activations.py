@@ -29,7 +29,7 @@ from trainer_oracle import (
 
 from sglang_harli.core import MemoryPurpose, QuantumKind
 from sglang_harli.errors import StateError
-from sglang_harli.peft_trainer.attention import LONG_BLOCK, SHORT
+from sglang_harli.peft_trainer.layers.attention import LONG_BLOCK, SHORT
 from sglang_harli.peft_trainer.run import TrainingRun
 
 __all__ = ["one_thread"]  # a fixture

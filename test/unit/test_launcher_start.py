@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_harli.managers.supervisor import RunDirLock
+from sglang_harli.managers.http.supervision.supervisor import RunDirLock
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from trainer_oracle import one_thread
 
-from sglang_harli.peft_trainer.lora_linear import LinearGroup
-from sglang_harli.peft_trainer.trace import Trace
+from sglang_harli.peft_trainer.layers.lora_linear import LinearGroup
+from sglang_harli.peft_trainer.layers.saved_tensors import Trace
 
 __all__ = ["one_thread"]  # a fixture
 

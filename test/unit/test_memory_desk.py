@@ -11,10 +11,10 @@ import torch
 from co_trainer_host import Host, Peer, batch, give_slot, spec, temporary_run_dir, until
 
 from sglang_harli.core import MemoryPurpose, QuantumKind, StepLoad, SubState
-from sglang_harli.managers import qos_policy
-from sglang_harli.managers.slo_ledger import UNBOUNDED
+from sglang_harli.managers.scheduler.policy import qos_policy
+from sglang_harli.managers.scheduler.policy.slo_ledger import UNBOUNDED
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
-from sglang_harli.peft_trainer import state_memory
+from sglang_harli.peft_trainer.memory import adapter_state
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import Slot
 from support.pool_parts import Clock, Slots, small_geometry, small_pool
@@ -153,7 +153,7 @@ def test_without_host_memory_the_run_goes_back_to_its_checkpoint(run_dir, monkey
     def full(*_args: object) -> torch.Tensor:
         raise MemoryError("no host memory")
 
-    monkeypatch.setattr(state_memory, "_host_like", full)
+    monkeypatch.setattr(adapter_state, "_host_like", full)
     taken = world.take(world.pool.train_stripes)
     assert world.host.trainer.run is None and world.desk.dropped_runs == 1
     world.until(lambda: world.peer.of(internal.RunStopped))

@@ -13,13 +13,13 @@ import pytest
 from transformers import AutoConfig
 
 from sglang_harli.errors import UnsupportedError
-from sglang_harli.peft_trainer import model_math
+from sglang_harli.peft_trainer.base import model_math
 
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 def source(package: str, path: str) -> ast.Module:
-    """A file of an installed package, which is not imported (``find_spec`` may hide it: service/hidden_torch.py)."""
+    """A file of an installed package, which is not imported (``find_spec`` may hide it: service/tokenizer/hidden_torch.py)."""
     spec = PathFinder.find_spec(package)
     assert spec is not None and spec.submodule_search_locations
     return ast.parse((Path(spec.submodule_search_locations[0]) / path).read_text())

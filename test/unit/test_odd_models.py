@@ -10,7 +10,7 @@ import pytest
 
 from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import ConfigError, HarliError
-from sglang_harli.service import model_files
+from sglang_harli.service.tokenizer import model_files
 from sglang_harli.tools.check_data import check_data
 from support.models import write_tokenizer
 from support.other_user import needs_root, open_folder, run_python

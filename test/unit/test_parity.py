@@ -12,16 +12,16 @@ import torch
 from co_trainer_host import Host, Peer, spec, temporary_run_dir, until
 from trainer_oracle import EXTRA, one_thread, tiny_model
 
+from sglang_harli.cli.view import parity_lines
 from sglang_harli.core import Claim, QuantumKind
 from sglang_harli.errors import ConfigError
-from sglang_harli.managers import slotting
-from sglang_harli.managers.parity import ACCEPTED, WAITS, Parity
-from sglang_harli.managers.parity_metrics import ParityMetrics
-from sglang_harli.managers.quantum_clock import Work
-from sglang_harli.peft_trainer.frozen_base import FrozenBase, from_transformers
+from sglang_harli.managers.scheduler.metrics.parity_metrics import ParityMetrics
+from sglang_harli.managers.scheduler.policy import slotting
+from sglang_harli.managers.scheduler.training.parity import ACCEPTED, WAITS, Parity
+from sglang_harli.managers.scheduler.training.quantum_timer import Work
+from sglang_harli.peft_trainer.base.frozen_base import FrozenBase, from_transformers
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.protocol import internal
-from sglang_harli.tools.job_view import parity_lines
 
 __all__ = ["one_thread"]  # a fixture
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_harli.errors import UnsupportedError
-from sglang_harli.patches.peft_adapter import (
+from sglang_harli.patches.lora.peft_adapter import (
     PREFIX,
     Model,
     check_limits,

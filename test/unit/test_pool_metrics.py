@@ -8,18 +8,18 @@ from pathlib import Path
 
 import torch
 
+from sglang_harli.cli import view
 from sglang_harli.core import MemoryPurpose
-from sglang_harli.managers.memory_desk import MemoryDesk
-from sglang_harli.tools import job_view
+from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
 from support.pool_parts import small_geometry
 
 METRICS = """
 import os, tempfile
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()
 from sglang_harli.core import MemoryPurpose
-from sglang_harli.managers.memory_desk import MemoryDesk
+from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
 from sglang_harli.tools import job_view
-from sglang_harli.managers.pool_metrics import PoolMetrics
+from sglang_harli.managers.scheduler.metrics.pool_metrics import PoolMetrics
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 import torch
 from support.pool_parts import give_back_in_order, small_pool
@@ -83,7 +83,7 @@ def test_training_s_own_memory_is_fixed():
 
 def test_people_read_whose_memory_it_is_in_two_lines():
     desk = MemoryDesk(None, torch.device("cpu"), fixed_bytes=3 << 20)
-    assert list(job_view.pool_lines(None)) == []
+    assert list(view.pool_lines(None)) == []
     status = desk.status() | {
         "backing": "host",
         "kv_bytes": 1 << 20,
@@ -94,7 +94,7 @@ def test_people_read_whose_memory_it_is_in_two_lines():
         "reclaim_ms": {"p50": 0.25, "max": 1.5, "last": 0.25},
         "max_train_bytes": None,
     }
-    first, second = job_view.pool_lines(status)
+    first, second = view.pool_lines(status)
     assert first == (
         "pool (host): 3.0 MiB = requests and prefixes 1.0 MiB + training 1.5 MiB (micro_batch 1.0 MiB, "
         "state 512.0 KiB) + free 512.0 KiB"

@@ -19,9 +19,9 @@ from sglang_harli import core
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol import internal, shared_memory
 from sglang_harli.protocol.shared_memory import Slot, SlotError
-from sglang_harli.service import checkpoints
-from sglang_harli.service.job_files import JobPaths
-from sglang_harli.service.run_in_progress import restore
+from sglang_harli.service.checkpoint import checkpoints
+from sglang_harli.service.jobs.folder import JobPaths
+from sglang_harli.service.run.prepare import restore
 
 OTHER = 54321  # a uid that is not ours
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")

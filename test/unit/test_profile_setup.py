@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from sglang_harli.managers.profile_setup import starting_priors
+from sglang_harli.managers.scheduler.profile_setup import starting_priors
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.predictor.priors import first_guess
 from sglang_harli.predictor.profile_table import DecodePoint, ProfileKey, ProfileTable

@@ -10,9 +10,9 @@ from co_trainer_host import Host, Peer, batch, spec, temporary_run_dir, until
 from prometheus_client import CollectorRegistry, generate_latest
 
 from sglang_harli.core import Reason
-from sglang_harli.managers.qos_metrics import QosMetrics
-from sglang_harli.managers.slo_ledger import RequestClock
-from sglang_harli.managers.step_timer import BatchLoad
+from sglang_harli.managers.scheduler.metrics.qos_metrics import QosMetrics
+from sglang_harli.managers.scheduler.policy.slo_ledger import RequestClock
+from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.protocol.internal import Hello, StartRun
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import QuantumKind, QuantumOffer, Reason, StepLoad
-from sglang_harli.managers import qos_policy
-from sglang_harli.managers.serving_side import DISTURBED, ServingSide, targets_of
-from sglang_harli.managers.slo_ledger import (
+from sglang_harli.managers.scheduler.policy import qos_policy
+from sglang_harli.managers.scheduler.policy.serving_state import DISTURBED, ServingSide, targets_of
+from sglang_harli.managers.scheduler.policy.slo_ledger import (
     IDLE_SEEN_S,
     KEPT_S,
     KEPT_SHARE,
@@ -28,7 +28,7 @@ from sglang_harli.managers.slo_ledger import (
     expecting,
     spare,
 )
-from sglang_harli.managers.step_timer import BatchLoad
+from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.protocol.internal import SetOptions
 
 TARGETS = Targets(tpot_s=0.05, ttft_s=None, max_itl_s=None, busy_quantum_s=0.1, idle_quantum_s=0.25)

@@ -26,8 +26,8 @@ from trainer_oracle import (
 )
 
 from sglang_harli.core import MemoryPurpose, QuantumKind
-from sglang_harli.peft_trainer.attention import SHORT
-from sglang_harli.peft_trainer.row_blocks import BLOCK
+from sglang_harli.peft_trainer.layers.attention import SHORT
+from sglang_harli.peft_trainer.layers.token_blocks import BLOCK
 from sglang_harli.peft_trainer.run import TrainingRun
 
 __all__ = ["one_thread"]  # a fixture

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_harli.protocol.odd_values import odd_value
-from sglang_harli.service import dataset, row_json
-from sglang_harli.service.chat_rows import RowError
-from sglang_harli.service.data_lines import Coding, Line
-from sglang_harli.service.row_json import RowReader
+from sglang_harli.service.data import dataset, row_json
+from sglang_harli.service.data.lines import Coding, Line
+from sglang_harli.service.data.row_json import RowReader
+from sglang_harli.service.rows.encoder import RowError
 from support.data_files import A, B, lines_of, reasons, scan, tokenizer
 
 __all__ = ["scan", "tokenizer"]  # fixtures

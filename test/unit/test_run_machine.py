@@ -9,17 +9,18 @@ from run_machine_world import FixedPlan, World, new_job
 from sglang_harli.core import JobStatus
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import JobError
-from sglang_harli.service import jobs, run_machine_state
-from sglang_harli.service import run_machine as run_machine_module
-from sglang_harli.service.run_machine_holds import NotNow
-from sglang_harli.service.run_machine_state import AskHello, Now, Phase, Run, SaveSnapshot, Send
+from sglang_harli.service.jobs import transitions
+from sglang_harli.service.run import machine as run_machine_module
+from sglang_harli.service.run import state
+from sglang_harli.service.run.holds import NotNow
+from sglang_harli.service.run.state import AskHello, Now, Phase, Run, SaveSnapshot, Send
 from support.service_peers import limits
 
 
 def training() -> World:
     """A job that trains, its adapter announced and its slot given."""
     world = World()
-    world.service.apply(jobs.created(new_job(1), "fine"))
+    world.service.apply(transitions.created(new_job(1), "fine"))
     for _ in range(4):
         world.tick(1.0)
         flush(world)
@@ -40,7 +41,7 @@ def flush(world: World) -> None:
         pass
 
 
-def record(world: World) -> jobs.JobRecord:
+def record(world: World) -> transitions.JobRecord:
     [record] = world.service.records.values()
     return record
 
@@ -73,7 +74,9 @@ def two_jobs() -> World:
     """Both wait for a scheduler; the first one is about to be prepared."""
     world = World()
     for number in (1, 2):
-        world.service.apply(jobs.created(new_job(number), "fine"))  # before the first hello: without a base
+        world.service.apply(
+            transitions.created(new_job(number), "fine")
+        )  # before the first hello: without a base
     while world.service.commit():
         pass
     world.scheduler.hello()
@@ -97,7 +100,7 @@ def test_trouble_while_a_run_is_prepared_puts_its_job_off_and_the_next_one_start
 
 def test_each_pause_is_longer_up_to_a_bound_and_a_step_forgets_them() -> None:
     world = World()
-    world.service.apply(jobs.created(new_job(1), "fine"))
+    world.service.apply(transitions.created(new_job(1), "fine"))
     now, pauses = world.service.machine.state, []
     for _ in range(11):
         while not world.service.work:
@@ -131,7 +134,11 @@ def test_what_another_server_can_change_waits_for_it() -> None:
 def test_a_job_that_is_put_off_as_it_should_stop_has_stopped(wish: str) -> None:
     world = two_jobs()
     first = next(iter(world.service.records.values()))
-    asked = jobs.ask_pause(first) if wish == "pause" else jobs.ask_cancel(first, 1.0, in_flight=False)
+    asked = (
+        transitions.ask_pause(first)
+        if wish == "pause"
+        else transitions.ask_cancel(first, 1.0, in_flight=False)
+    )
     world.service.apply(asked)
     world.service.finish(0, ok=False)
     assert record_of(world, first.id).status == (JobStatus.PAUSED if wish == "pause" else JobStatus.CANCELLED)
@@ -142,7 +149,7 @@ def test_a_job_that_is_paused_and_resumed_is_tried_at_once() -> None:
     world = two_jobs()
     world.service.finish(0, ok=False)
     first = next(iter(world.service.records))
-    for ask in (jobs.ask_pause, jobs.ask_resume):
+    for ask in (transitions.ask_pause, transitions.ask_resume):
         world.service.apply(ask(record_of(world, first)))
         world.service.settle()
     assert not world.service.machine.state.holds and world.service.queue.first() == first
@@ -216,7 +223,7 @@ def drain(world: World) -> None:
         world.tick(10.0)
 
 
-def record_of(world: World, job: str) -> jobs.JobRecord:
+def record_of(world: World, job: str) -> transitions.JobRecord:
     return world.service.records[job]
 
 
@@ -244,7 +251,7 @@ def test_a_run_of_which_nothing_is_heard_is_asked_after(silent_s):
 
 def test_a_stop_without_an_answer_is_said_again():
     world = training()
-    world.service.apply(jobs.ask_pause(record(world)))
+    world.service.apply(transitions.ask_pause(record(world)))
     world.service.settle()
     world.to_scheduler.clear()  # it is lost
     again = world.service.machine.tick(Now(0.0, world.s + 6))
@@ -273,19 +280,23 @@ def test_a_run_whose_memory_requests_need_is_queued_again_and_goes_on_from_its_c
     assert record(world).error is None and world.scheduler.run is not None
 
 
-@pytest.mark.parametrize("wish", [jobs.Wish.PAUSE, jobs.Wish.CANCEL])
+@pytest.mark.parametrize("wish", [transitions.Wish.PAUSE, transitions.Wish.CANCEL])
 def test_a_run_that_was_to_stop_and_loses_its_memory_has_stopped(wish):
-    job = jobs.start(jobs.created(new_job(1), "fine").record, 1.0).record
-    asked = jobs.ask_pause(job) if wish is jobs.Wish.PAUSE else jobs.ask_cancel(job, 2.0, in_flight=False)
-    over = jobs.interrupted(asked.record, "memory_pressure: requests needed it", 3.0).record
-    assert over.status == (JobStatus.PAUSED if wish is jobs.Wish.PAUSE else JobStatus.CANCELLED)
+    job = transitions.start(transitions.created(new_job(1), "fine").record, 1.0).record
+    asked = (
+        transitions.ask_pause(job)
+        if wish is transitions.Wish.PAUSE
+        else transitions.ask_cancel(job, 2.0, in_flight=False)
+    )
+    over = transitions.interrupted(asked.record, "memory_pressure: requests needed it", 3.0).record
+    assert over.status == (JobStatus.PAUSED if wish is transitions.Wish.PAUSE else JobStatus.CANCELLED)
 
 
 def test_the_scheduler_is_told_what_memory_the_job_needs():
     world = World()
     job = new_job(1)
     job = msgspec.structs.replace(job, data={"longest_row": 40, "rows": 3})
-    world.service.apply(jobs.created(job, "fine"))
+    world.service.apply(transitions.created(job, "fine"))
     for _ in range(4):
         world.tick(1.0)
         flush(world)
@@ -337,7 +348,7 @@ def write_snapshot(world: World) -> None:
 # ------------------------------------------------------------------ what is sent ahead
 def test_micro_batches_that_are_all_lost_are_sent_again(monkeypatch):
     """As many as may be ahead: none of them is ever reported as taken."""
-    monkeypatch.setattr(run_machine_state, "MOST_AHEAD", 3)
+    monkeypatch.setattr(state, "MOST_AHEAD", 3)
     world = training()
     held = world.scheduler.run
     assert held is not None and list(held.queue) == [(1, 0), (1, 1), (2, 0)]
@@ -350,7 +361,7 @@ def test_micro_batches_that_are_all_lost_are_sent_again(monkeypatch):
 
 
 def test_a_service_that_takes_over_a_run_counts_what_the_scheduler_has(monkeypatch):
-    monkeypatch.setattr(run_machine_state, "MOST_AHEAD", 3)
+    monkeypatch.setattr(state, "MOST_AHEAD", 3)
     world = training()
     world.kill_service()
     for _ in range(5):
@@ -371,7 +382,7 @@ def test_a_service_that_takes_over_a_run_counts_what_the_scheduler_has(monkeypat
 def test_a_step_of_any_number_of_micro_batches_is_fed_as_they_are_taken(monkeypatch):
     """Bounded in count, and in bytes but for two: a step of 10,000 micro-batches is never ahead as a whole."""
     run = Run("ftjob-1", 1, Phase.TRAINING, 1, plan=LongPlan(), next_cursor=LongPlan().cursor_after(0))
-    for nbytes, most in ((1000, 32), (run_machine_state.BYTES_AHEAD // 4, 4), (1 << 30, 2)):
+    for nbytes, most in ((1000, 32), (state.BYTES_AHEAD // 4, 4), (1 << 30, 2)):
         for _ in range(200):
             while not run.enough_ahead:
                 run.fed(nbytes)

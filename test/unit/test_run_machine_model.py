@@ -13,7 +13,8 @@ from run_machine_world import World
 
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import StateError
-from sglang_harli.service import jobs, run_machine_state
+from sglang_harli.service.jobs import transitions
+from sglang_harli.service.run import state
 
 PLACES = st.integers(0, 5)
 ROUNDS = 600
@@ -25,7 +26,7 @@ class Protocol(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(run_machine_state, "MOST_AHEAD", 3)  # within a step, and from one to the next
+        self.patch.setattr(state, "MOST_AHEAD", 3)  # within a step, and from one to the next
         self.world = World()
         self.acknowledged: set[str] = set()
         self.bases: dict[str, Any] = {}  # of each job, once it has one
@@ -35,7 +36,7 @@ class Protocol(RuleBasedStateMachine):
     @rule()
     def submit(self) -> None:
         record = model.new_job(len(self.acknowledged) + 1, self.world.service.machine.state.base)
-        self.world.service.apply(jobs.created(record, "fine"))
+        self.world.service.apply(transitions.created(record, "fine"))
         while self.world.service.uncommitted:  # the answer waits for it
             self.world.service.commit()
         self.acknowledged.add(record.id)
@@ -48,9 +49,9 @@ class Protocol(RuleBasedStateMachine):
         record = list(service.records.values())[which % len(service.records)]
         try:
             if what == "cancel":
-                change = jobs.ask_cancel(record, self.world.s, in_flight=False)
+                change = transitions.ask_cancel(record, self.world.s, in_flight=False)
             else:
-                change = jobs.ask_pause(record) if what == "pause" else jobs.ask_resume(record)
+                change = transitions.ask_pause(record) if what == "pause" else transitions.ask_resume(record)
         except StateError:
             return
         service.apply(change)

@@ -15,11 +15,12 @@ from test_jobs import record as job_record
 
 from sglang_harli.core import JobStatus
 from sglang_harli.protocol import shared_memory, trouble
-from sglang_harli.service import checkpoints, jobs
-from sglang_harli.service.checkpoints import CheckpointError
-from sglang_harli.service.job_files import JobPaths
-from sglang_harli.service.jobs import JobRecord
-from sglang_harli.service.run_in_progress import restore
+from sglang_harli.service.checkpoint import checkpoints
+from sglang_harli.service.checkpoint.checkpoints import CheckpointError
+from sglang_harli.service.jobs import transitions
+from sglang_harli.service.jobs.folder import JobPaths
+from sglang_harli.service.jobs.transitions import JobRecord
+from sglang_harli.service.run.prepare import restore
 
 FILES = ("state.safetensors", "run.msgpack", "meta.json")
 TOTAL = 6
@@ -75,7 +76,7 @@ def job(step: int, **values: object) -> JobRecord:
     queued = msgspec.structs.replace(
         job_record(), total_steps=TOTAL, checkpoint_step=step, checkpoint_tokens=10 * step, **values
     )
-    return jobs.start(queued, 1.0).record
+    return transitions.start(queued, 1.0).record
 
 
 def folder(paths: JobPaths, step: int) -> Path:
@@ -98,7 +99,7 @@ def test_damage_of_any_file_goes_back_to_the_checkpoint_before(
     slot.unlink()
     assert f"step {step}" in found.damage
     assert folder(paths, step).with_suffix(".bad").is_dir() and not folder(paths, step).exists()
-    change = jobs.fell_back(record, found.step, found.tokens, found.damage)
+    change = transitions.fell_back(record, found.step, found.tokens, found.damage)
     [told] = change.drafts
     assert (told.type, told.level) == ("warning", "warn")
     assert f"goes on from the checkpoint of step {step - 2}" in told.message
@@ -126,7 +127,7 @@ def test_with_no_checkpoint_that_can_be_read_the_run_starts_from_nothing(paths: 
     found = restore(job(4), paths, shm)
     assert (found.step, found.restore) == (0, None)
     assert "step 4" in found.damage and "step 2" in found.damage
-    [told] = jobs.fell_back(job(4), 0, 0, found.damage).drafts
+    [told] = transitions.fell_back(job(4), 0, 0, found.damage).drafts
     assert "goes on from the beginning" in told.message
     kept = sorted(p.name for p in paths.checkpoints.iterdir())
     assert kept == ["step-2.bad", "step-6"]  # one is kept to look at; step 6 was never told to the store
@@ -145,8 +146,8 @@ def test_an_adapter_carried_from_another_job_is_never_left_out(tmp_path: Path, s
 
 
 def test_a_job_whose_last_checkpoint_is_damaged_at_publication_goes_back_to_the_queue() -> None:
-    publishing = jobs.trained(job(6)).record
-    again = jobs.train_again(publishing, "the checkpoint of step 6 cannot be used")
+    publishing = transitions.trained(job(6)).record
+    again = transitions.train_again(publishing, "the checkpoint of step 6 cannot be used")
     assert (again.record.status, again.record.publishing) == (JobStatus.QUEUED, False)
     assert [d.type for d in again.drafts] == ["warning", "queued"]
 

@@ -9,7 +9,7 @@ import sys
 SCRIPT = """
 import logging, os, resource, sys, time
 import zmq
-from sglang_harli.managers.service_link import ServiceLink
+from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.protocol import internal
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")

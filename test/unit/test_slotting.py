@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 
 from sglang_harli.core import Claim, Decision, QuantumKind, QuantumOffer, Reason, StepLoad
-from sglang_harli.managers import qos_policy
-from sglang_harli.managers.slo_ledger import Slack, Targets
-from sglang_harli.managers.slotting import (
+from sglang_harli.managers.scheduler.policy import qos_policy
+from sglang_harli.managers.scheduler.policy.slo_ledger import Slack, Targets
+from sglang_harli.managers.scheduler.policy.slotting import (
     DOUBTED_AFTER,
     EVERY_STEP_S,
     PATIENCE,

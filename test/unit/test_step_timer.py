@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_harli.managers.step_timer import BatchLoad, HostTimer
+from sglang_harli.managers.scheduler.step_timer import BatchLoad, HostTimer
 
 DECODE = BatchLoad(True, 2, 40, 2, 40)
 PREFILL = BatchLoad(False, 1, 12, 12, 144)

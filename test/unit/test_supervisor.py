@@ -18,9 +18,9 @@ import pytest
 from sglang_harli import core
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 from sglang_harli.errors import StateError, UnsupportedError
-from sglang_harli.managers import supervisor
-from sglang_harli.managers.endpoint_check import check_endpoint_free
-from sglang_harli.managers.supervisor import RestartPolicy, RunDirLock, Supervisor
+from sglang_harli.managers.http.supervision import supervisor
+from sglang_harli.managers.http.supervision.endpoint_check import check_endpoint_free
+from sglang_harli.managers.http.supervision.supervisor import RestartPolicy, RunDirLock, Supervisor
 from sglang_harli.protocol.shared_memory import Slot
 
 QUICK = RestartPolicy(first_s=0.05, longest_s=0.2, healthy_s=60.0, limit=3)
@@ -71,7 +71,7 @@ def supervised() -> Iterator[Callable[..., Supervisor]]:
 LIVES = "import signal\nsignal.pause()\n"
 HOLDER = """
 import sys
-from sglang_harli.managers.supervisor import RunDirLock
+from sglang_harli.managers.http.supervision.supervisor import RunDirLock
 lock = RunDirLock(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()
@@ -200,7 +200,7 @@ def test_stop_kills_a_child_that_ignores_sigterm(child_module, supervised, tmp_p
 
 SERVER = """
 import signal, sys
-from sglang_harli.managers.supervisor import Supervisor
+from sglang_harli.managers.http.supervision.supervisor import Supervisor
 keeper = Supervisor("harli_test_child", {})
 keeper.start()
 while keeper.pid is None:
@@ -224,7 +224,7 @@ def test_child_dies_with_a_killed_server(child_module, tmp_path: Path) -> None:
 def test_child_whose_server_is_gone_already_does_not_run(child_module, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     module = child_module(f"open({str(ran)!r}, 'w')\n")
-    command = [sys.executable, "-m", "sglang_harli.managers.child_process", "1", module]
+    command = [sys.executable, "-m", "sglang_harli.managers.http.supervision.child_process", "1", module]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "ended before its child was up" in done.stderr

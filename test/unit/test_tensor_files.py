@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from sglang_harli.core import shm_dir
 from sglang_harli.protocol import shared_memory
-from sglang_harli.service import politeness, tensor_files
-from sglang_harli.service.politeness import Pace
-from sglang_harli.service.tensor_files import Source
+from sglang_harli.service import pacing
+from sglang_harli.service.checkpoint import tensor_files
+from sglang_harli.service.checkpoint.tensor_files import Source
+from sglang_harli.service.pacing import Pace
 
 
 @pytest.fixture
@@ -91,12 +92,12 @@ def test_no_slot_stays_where_its_tensors_cannot_be_read(tmp_path: Path, shm: Pat
 def test_rests_follow_work_and_a_rush_takes_none(monkeypatch):
     slept: list[float] = []
     clock = iter([0.0, 0.0002, 0.005, 0.005])
-    monkeypatch.setattr(politeness.time, "thread_time", lambda: next(clock))
-    monkeypatch.setattr(politeness.time, "sleep", slept.append)
+    monkeypatch.setattr(pacing.time, "thread_time", lambda: next(clock))
+    monkeypatch.setattr(pacing.time, "sleep", slept.append)
     pace = Pace()
     pace.rest()  # too little work yet
     pace.rest()
-    assert slept == [pytest.approx(0.005 * politeness.REST)]
+    assert slept == [pytest.approx(0.005 * pacing.REST)]
     clock = iter([0.0, 1.0])
     Pace(rush=True).rest()
     assert len(slept) == 1

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from project_files import PACKAGE, parse, relative
 from rich.console import Console
 
-from sglang_harli.client import FinetuneClient
+from sglang_harli.cli import view
+from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.protocol.escaping import escaped, json_text
 from sglang_harli.protocol.public import Hyperparameters, Job
-from sglang_harli.tools import job_view
 from support.cli_process import CliProcess, Done
 from support.models import write_tokenizer
 from support.service import ServiceProcess
@@ -127,7 +127,7 @@ def test_ordinary_text_stays():
 
 def test_commands_print_in_one_place():
     """All of it goes through ``tools.terminal``: no other module of the command line prints."""
-    files = [*(PACKAGE / "cli").glob("*.py"), PACKAGE / "tools" / "job_view.py"]
+    files = [*(PACKAGE / "cli").glob("*.py"), PACKAGE / "cli" / "view.py"]
     wrong = [
         f"{relative(path)}:{node.lineno}"
         for path in files
@@ -218,7 +218,7 @@ def test_texts_of_a_server_are_no_markup_of_ours():
     job = Job(id="ftjob-1", created_at=0, status=JobStatus.SUCCEEDED, hyperparameters=Hyperparameters())
     shown = io.StringIO()
     Console(file=shown, width=300, force_terminal=True).print(
-        job_view.job_table([msgspec.structs.replace(job, fine_tuned_model=name)])
+        view.job_table([msgspec.structs.replace(job, fine_tuned_model=name)])
     )
     assert r"[bold]a[/bold]\x1b[31m" in shown.getvalue()
 

@@ -26,10 +26,10 @@ from trainer_oracle import (
 
 from sglang_harli.core import MemoryPurpose, QuantumKind
 from sglang_harli.errors import StateError
-from sglang_harli.managers.snapshots import StateCopier, reader, state_layout
+from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer import optimizer
-from sglang_harli.peft_trainer.frozen_base import FrozenBase, from_transformers
-from sglang_harli.peft_trainer.memory import HeapMemory, Room, carved_bytes
+from sglang_harli.peft_trainer.base.frozen_base import FrozenBase, from_transformers
+from sglang_harli.peft_trainer.memory.interface import HeapMemory, Room, carved_bytes
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import ServedLimits
 from sglang_harli.protocol.public import ALL_LINEAR, Hyperparameters
@@ -220,7 +220,7 @@ def test_a_run_waits_for_memory_and_says_for_what() -> None:
 
 
 def test_a_spill_without_host_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_harli.peft_trainer import state_memory
+    from sglang_harli.peft_trainer.memory import adapter_state
 
     memory = PoisonedMemory()
     steps = random_steps(1, 2, 1)
@@ -233,7 +233,7 @@ def test_a_spill_without_host_memory_changes_nothing(monkeypatch: pytest.MonkeyP
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(state_memory, "_host_like", none_left)
+        patched.setattr(adapter_state, "_host_like", none_left)
         assert not run.spill() and not run.spilled and memory.bytes_of(STATE)
     drive(run, everything)
     assert run.finished

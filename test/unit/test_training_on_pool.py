@@ -22,10 +22,10 @@ from trainer_oracle import (
 )
 
 from sglang_harli.core import MemoryPurpose, QuantumKind
-from sglang_harli.managers.memory_desk import MemoryDesk
+from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
+from sglang_harli.mem_cache.backing.host import HostBacking
+from sglang_harli.mem_cache.backing.static import StaticBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
-from sglang_harli.mem_cache.host_backing import HostBacking
-from sglang_harli.mem_cache.static_backing import StaticBacking
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer.run import TrainingRun
 from support.pool_parts import Clock, Slots, small_pool

@@ -30,13 +30,13 @@ from trainer_oracle import (
 
 from sglang_harli.core import QuantumKind
 from sglang_harli.errors import ConfigError, StateError, TrainingError, UnsupportedError
-from sglang_harli.peft_trainer.dropout import DropoutMasks
-from sglang_harli.peft_trainer.frozen_base import from_transformers
+from sglang_harli.peft_trainer.base.frozen_base import from_transformers
+from sglang_harli.peft_trainer.layers.dropout import DropoutMasks
+from sglang_harli.peft_trainer.micro_batch_pass import training_mode
 from sglang_harli.peft_trainer.records import SHAPES_KEPT, ShapesSeen
 from sglang_harli.peft_trainer.run import TrainingRun
-from sglang_harli.peft_trainer.step import training_mode
-from sglang_harli.protocol.adapter_config import adapter_config
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch
+from sglang_harli.service.publish.peft_config import adapter_config
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -150,7 +150,7 @@ def test_global_random_state_and_inference_mode_are_left_alone() -> None:
 
 def test_backward_runs_on_the_calling_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where autograd differentiates a piece of a layer: the norms in fp64."""
-    from sglang_harli.peft_trainer.rms_norm import RmsNorm
+    from sglang_harli.peft_trainer.layers.rms_norm import RmsNorm
 
     threads: set[int] = set()
     native = RmsNorm._native

@@ -28,7 +28,7 @@ from trainer_oracle import (
 )
 
 from sglang_harli.core import QuantumKind
-from sglang_harli.peft_trainer.attention import SHORT
+from sglang_harli.peft_trainer.layers.attention import SHORT
 
 __all__ = ["one_thread"]  # a fixture
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import QuantumKind, QuantumOffer, Reason, StepLoad
-from sglang_harli.managers import qos_policy, waiting_prompts
-from sglang_harli.managers.serving_side import ServingSide, targets_of
-from sglang_harli.managers.slo_ledger import (
+from sglang_harli.managers.scheduler.policy import qos_policy, waiting_prompts
+from sglang_harli.managers.scheduler.policy.serving_state import ServingSide, targets_of
+from sglang_harli.managers.scheduler.policy.slo_ledger import (
     KEPT_S,
     KEPT_SHARE,
     Backlog,

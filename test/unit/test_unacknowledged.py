@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_harli.managers.unacknowledged import AGAIN_AFTER_S, AGAIN_AT_ONCE, Unacknowledged
+from sglang_harli.managers.scheduler.unacknowledged import AGAIN_AFTER_S, AGAIN_AT_ONCE, Unacknowledged
 from sglang_harli.protocol import internal
 
 RUN = {"job": "j", "attempt": 1}

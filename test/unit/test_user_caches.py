@@ -9,7 +9,7 @@ import pytest
 
 from sglang_harli import core
 from sglang_harli.errors import ConfigError
-from sglang_harli.managers.user_caches import CACHES, provide
+from sglang_harli.managers.http.start_up.user_caches import CACHES, provide
 from support.other_user import UID, needs_root, open_folder, run_python
 
 

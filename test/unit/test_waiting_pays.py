@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from serving_loop import Arrivals, Clients, EverySteps, InTime, Served, device, drawn, serve
 
 from sglang_harli.core import QuantumKind, QuantumOffer
-from sglang_harli.managers import qos_policy
-from sglang_harli.managers.slo_ledger import Slack, Targets
-from sglang_harli.managers.waiting_pays import HALF_LIFE_S, WaitingPays
-from sglang_harli.tools.simulation import policies
-from sglang_harli.tools.simulation.worlds import TemporalWorld
+from sglang_harli.managers.scheduler.policy import qos_policy
+from sglang_harli.managers.scheduler.policy.slo_ledger import Slack, Targets
+from sglang_harli.managers.scheduler.policy.waiting_pays import HALF_LIFE_S, WaitingPays
+from sglang_harli.simulation import policies
+from sglang_harli.simulation.devices import TemporalWorld
 
 LEAST = 0.8  # of what both rules off get
 SPAN_S = 60.0  # over any such span

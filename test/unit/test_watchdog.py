@@ -19,16 +19,17 @@ import zmq
 import zmq.asyncio
 
 from sglang_harli import core
-from sglang_harli.client import AsyncFinetuneClient
+from sglang_harli.client.clients import AsyncFinetuneClient
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import HarliError, NotReadyError
-from sglang_harli.managers import stand_in_door, supervisor, watchdog
-from sglang_harli.managers.publisher import Publisher
-from sglang_harli.managers.stand_in_door import StandInDoor
-from sglang_harli.managers.supervisor import RestartPolicy, Supervisor
-from sglang_harli.managers.watchdog import Patience, SilenceCounter, Watchdog
+from sglang_harli.managers.http import watchdog
+from sglang_harli.managers.http.publisher import Publisher
+from sglang_harli.managers.http.supervision import supervisor, unavailable_endpoint
+from sglang_harli.managers.http.supervision.supervisor import RestartPolicy, Supervisor
+from sglang_harli.managers.http.supervision.unavailable_endpoint import StandInDoor
+from sglang_harli.managers.http.watchdog import Patience, SilenceCounter, Watchdog
 from sglang_harli.protocol import curve_keys, public
-from sglang_harli.service import http_link
+from sglang_harli.service.links import http_link
 from support.service_world import free_port
 from support.tokenizer import make_tokenizer_folder
 
@@ -184,7 +185,7 @@ def test_a_service_that_is_given_up_is_replaced_by_a_door_that_says_so(tmp_path:
                     NotReadyError, match=r"2 times in a row.*serving goes on.*restart the server"
                 ) as e:
                     await call
-                assert e.value.code == stand_in_door.CODE
+                assert e.value.code == unavailable_endpoint.CODE
             shown, refused = await asyncio.to_thread(harli, "status"), await asyncio.to_thread(harli, "list")
             assert (shown.returncode, refused.returncode) == (0, 6)
             assert "ended 2 times in a row" in shown.stdout
@@ -200,7 +201,7 @@ def test_a_service_that_is_given_up_is_replaced_by_a_door_that_says_so(tmp_path:
 def test_the_stand_in_waits_for_an_endpoint_that_somebody_holds_and_keeps_its_keys(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, guarded: bool
 ) -> None:
-    monkeypatch.setattr(stand_in_door, "BIND_AGAIN_S", 0.05)
+    monkeypatch.setattr(unavailable_endpoint, "BIND_AGAIN_S", 0.05)
     curve_keys.make_keys(str(tmp_path / "keys"))
     chosen = options(tmp_path).replace(curve_keys=str(tmp_path / "keys" / "server") if guarded else None)
     context = zmq.Context()
@@ -235,7 +236,7 @@ METRICS = """
 import os, tempfile
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()
 from types import SimpleNamespace
-from sglang_harli.managers.metrics_collector import MetricsCollector
+from sglang_harli.managers.http.metrics_collector import MetricsCollector
 from sglang_harli.protocol.internal import ServiceState
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 collector = MetricsCollector()

@@ -17,9 +17,9 @@ from peft.utils import get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
 from sglang_harli.peft_trainer.adapter import lora_config
-from sglang_harli.peft_trainer.dropout import DropoutMasks
-from sglang_harli.peft_trainer.frozen_base import from_transformers
-from sglang_harli.peft_trainer.memory import TrainMemory
+from sglang_harli.peft_trainer.base.frozen_base import from_transformers
+from sglang_harli.peft_trainer.layers.dropout import DropoutMasks
+from sglang_harli.peft_trainer.memory.interface import TrainMemory
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
 from sglang_harli.protocol.micro_batches import padded

@@ -33,7 +33,7 @@ class _SubmitCommand(TyperCommand):
     """Adds the hyperparameters, which are read from the protocol only when the help is asked for."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        from sglang_harli.tools import hyperparameter_help
+        from sglang_harli.cli import hyperparameter_help
 
         with formatter.section("Hyperparameters (KEY=VALUE)"):
             formatter.write_dl(list(hyperparameter_help.describe()))
@@ -80,9 +80,9 @@ def submit(
 
 def _show_job(current: Session, job: Job) -> None:
     def lines() -> Iterator[str]:
-        from sglang_harli.tools import job_view
+        from sglang_harli.cli import view
 
-        return job_view.job_lines(job)
+        return view.job_lines(job)
 
     current.show(job, lines)
 
@@ -103,9 +103,9 @@ def list_jobs(
         elif not jobs:
             say("no jobs")
         else:
-            from sglang_harli.tools import job_view
+            from sglang_harli.cli import view
 
-            job_view.show_jobs(jobs)
+            view.show_jobs(jobs)
 
 
 @app.command()
@@ -128,9 +128,9 @@ def watch(
             last = client.wait(found.id)
             print_json(last)
         else:
-            from sglang_harli.tools import job_view
+            from sglang_harli.cli import view
 
-            last = job_view.watch(client.watch(found.id))
+            last = view.watch(client.watch(found.id))
         if last.status == "failed":
             raise typer.Exit(EXIT_FAILED)
         if last.status == "cancelled":
@@ -148,13 +148,13 @@ def events(
 ) -> None:
     """Print a job's events; with --json one object a line."""
     with session(ctx, endpoint, as_json) as current, current.client() as client:
-        from sglang_harli.tools import job_view
+        from sglang_harli.cli import view
 
         for event in client.events(client.find(job).id, after, follow=follow):
             if current.json:
                 print_json(event)
             else:
-                say(job_view.event_line(event))
+                say(view.event_line(event))
 
 
 def _steering(verb: str, text: str) -> None:

@@ -127,9 +127,9 @@ def check_data(
         if current.json:
             print_json(found)
         else:
-            from sglang_harli.tools import job_view
+            from sglang_harli.cli import view
 
-            job_view.data_report(found)
+            view.data_report(found)
         if not found["ok"]:
             report(DataError(found["message"], details=found["bad_lines"]), as_json=False)
             raise typer.Exit(3)

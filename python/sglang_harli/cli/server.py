@@ -18,10 +18,10 @@ app = typer.Typer()
 def status(ctx: typer.Context, endpoint: Endpoint = None, as_json: AsJson = False) -> None:
     """Show the service, serving, training, memory and the queue."""
     with session(ctx, endpoint, as_json) as current, current.client() as client:
-        from sglang_harli.tools import job_view
+        from sglang_harli.cli import view
 
         answer = client.status()
-        current.show(answer, lambda: job_view.status_lines(answer))
+        current.show(answer, lambda: view.status_lines(answer))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -61,7 +61,7 @@ def profile(
             raise ConfigError(
                 f"budget_s={budget_s!r} is not accepted: give 0 to 86,400 seconds", param="budget_s"
             )
-        from sglang_harli.tools import job_view
+        from sglang_harli.cli import view
         from sglang_harli.tools import profile as tool
 
         if model_path is not None:
@@ -70,7 +70,7 @@ def profile(
                 ctx.args,
                 output=output or HarliOptions(run_dir=run_dir).profile_path,
                 budget_s=budget_s,
-                progress=job_view.loads_bar,
+                progress=view.loads_bar,
                 report=notice,
             )
         elif ctx.args:
@@ -80,8 +80,8 @@ def profile(
             )
         else:
             door = tool.Door(url, api_key)
-            made = tool.sweep(door, output=output, budget_s=budget_s, progress=job_view.loads_bar)
-        current.show(made, lambda: job_view.profile_lines(made))
+            made = tool.sweep(door, output=output, budget_s=budget_s, progress=view.loads_bar)
+        current.show(made, lambda: view.profile_lines(made))
 
 
 @app.command(

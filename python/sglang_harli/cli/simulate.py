@@ -54,7 +54,7 @@ def simulate(
     with session(ctx, None, as_json) as current:
         if not compare and trace is None:
             raise ConfigError("give --compare, or a trace with --trace FILE", param="trace")
-        from sglang_harli.tools.simulation import command
+        from sglang_harli.simulation import command
 
         wish = {"trace": trace, "limit": limit, "mode": mode, "rate": rate, "prefill": prefill, "seed": seed}
         times = {"tpot_ms": tpot_ms, "max_itl_ms": max_itl_ms, "noise": noise, "error": error}

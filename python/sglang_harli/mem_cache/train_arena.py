@@ -1,6 +1,6 @@
 """Training's spaces in the pool: a lease of stripes in which tensors are carved.
 
-Implements ``peft_trainer.memory.TrainMemory`` and ``Space`` by structure; the two rooms do not import each other.
+Implements ``peft_trainer.memory.interface.TrainMemory`` and ``Space`` by structure; the two rooms do not import each other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sglang_harli.mem_cache.geometry import PoolGeometry, runs_of
 if TYPE_CHECKING:
     from sglang_harli.mem_cache.unified_pool import UnifiedPool
 
-ALIGNMENT = 256  # bytes; of every carved tensor, as in peft_trainer.memory
+ALIGNMENT = 256  # bytes; of every carved tensor, as in peft_trainer.memory.interface
 
 Tensors = Sequence[tuple[Sequence[int], torch.dtype]]  # (shape, dtype) of each
 Spot = tuple[int, int]  # (extent, byte in it)
@@ -61,7 +61,7 @@ def separate_extents(geometry: PoolGeometry, stripes: Sequence[int]) -> list[int
 
 
 class Lease:
-    """Stripes lent to training for one purpose; see ``peft_trainer.memory.Space``.
+    """Stripes lent to training for one purpose; see ``peft_trainer.memory.interface.Space``.
 
     Attributes:
         purpose: decides what goes first under pressure.
@@ -149,7 +149,7 @@ class Lease:
 
 
 class TrainArena:
-    """Gives training its spaces; see ``peft_trainer.memory.TrainMemory``."""
+    """Gives training its spaces; see ``peft_trainer.memory.interface.TrainMemory``."""
 
     def __init__(self, pool: UnifiedPool) -> None:
         self._pool = pool

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from sglang_harli.core import MemoryPurpose
-from sglang_harli.mem_cache.backing import Backing
+from sglang_harli.mem_cache.backing.interface import Backing
 from sglang_harli.mem_cache.chunk_ledger import ChunkLedger
 from sglang_harli.mem_cache.geometry import PoolGeometry
 from sglang_harli.mem_cache.quota import UNUSED_S, Quota

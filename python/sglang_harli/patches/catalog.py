@@ -14,19 +14,21 @@ from sglang_harli.patches import (
     control_requests,
     cpu_sampling,
     idle_health_check,
-    lora_adapter_checks,
-    lora_cache_key,
-    lora_gate,
-    lora_padded_mlp,
-    lora_peft_adapters,
-    lora_pin_memory,
-    lora_request_counts,
-    lora_unload,
     nan_sampling,
     request_fields,
     session_replace,
     shutdown_drain,
     stop_regex,
+)
+from sglang_harli.patches.lora import (
+    adapter_checks,
+    cache_key,
+    gate,
+    padded_mlp,
+    peft_adapters,
+    pin_memory,
+    request_counts,
+    unload,
 )
 
 
@@ -49,7 +51,7 @@ ALL: tuple[Patch, ...] = (
     Patch(
         "01-lora-pin-memory",
         ("srt/lora/layers.py", "srt/lora/backend/torch_backend.py", "srt/lora/utils.py"),
-        lora_pin_memory.register,
+        pin_memory.register,
     ),
     Patch(
         "02-lora-gate",
@@ -58,12 +60,10 @@ ALL: tuple[Patch, ...] = (
             "srt/lora/lora_manager.py",
             "srt/model_executor/runner/decode_cuda_graph_runner.py",
         ),
-        lora_gate.register,
+        gate.register,
     ),
-    Patch("03-lora-padded-mlp", ("srt/lora/lora.py", "srt/lora/lora_manager.py"), lora_padded_mlp.register),
-    Patch(
-        "04-lora-peft-adapters", ("srt/lora/lora.py", "srt/lora/lora_config.py"), lora_peft_adapters.register
-    ),
+    Patch("03-lora-padded-mlp", ("srt/lora/lora.py", "srt/lora/lora_manager.py"), padded_mlp.register),
+    Patch("04-lora-peft-adapters", ("srt/lora/lora.py", "srt/lora/lora_config.py"), peft_adapters.register),
     Patch(
         "05-lora-adapter-checks",
         (
@@ -72,7 +72,7 @@ ALL: tuple[Patch, ...] = (
             "srt/lora/lora_manager.py",
             "srt/managers/tp_worker.py",
         ),
-        lora_adapter_checks.register,
+        adapter_checks.register,
     ),
     Patch(
         "06-request-fields",
@@ -87,7 +87,7 @@ ALL: tuple[Patch, ...] = (
     Patch(
         "07-lora-request-counts",
         ("srt/lora/lora_registry.py", "srt/managers/tokenizer_manager.py"),
-        lora_request_counts.register,
+        request_counts.register,
     ),
     Patch(
         "08-lora-unload",
@@ -96,11 +96,11 @@ ALL: tuple[Patch, ...] = (
             "srt/managers/tokenizer_control_mixin.py",
             "srt/managers/tokenizer_manager.py",
         ),
-        lora_unload.register,
+        unload.register,
     ),
     Patch("09-shutdown-drain", ("srt/managers/tokenizer_manager.py",), shutdown_drain.register),
     Patch("10-idle-health-check", ("srt/managers/scheduler.py",), idle_health_check.register),
-    Patch("11-lora-cache-key", ("srt/managers/tokenizer_manager.py",), lora_cache_key.register),
+    Patch("11-lora-cache-key", ("srt/managers/tokenizer_manager.py",), cache_key.register),
     Patch("12-nan-sampling", ("srt/layers/sampler.py",), nan_sampling.register),
     Patch(
         "13-cpu-sampling",

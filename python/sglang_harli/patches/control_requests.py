@@ -51,7 +51,7 @@ def _update(output: str, original: Callable[..., Any], updater: Any, request: An
         return answer(success=False, message=f"the weights were not updated: {_BUSY}")
     try:
         return original(updater, request)
-    except Exception as error:  # boundary: one call of an operator; the scheduler's loop goes on
+    except Exception as error:  # boundary: one update is answered with an error; the scheduler's loop goes on
         logger.exception("an update of the weights failed")
         return answer(success=False, message=f"the update failed: {type(error).__name__}: {error}")
 

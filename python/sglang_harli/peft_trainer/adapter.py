@@ -19,9 +19,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from sglang_harli.errors import ConfigError, TrainingError
-from sglang_harli.peft_trainer.dropout import DropoutMasks
-from sglang_harli.peft_trainer.frozen_base import FrozenBase
-from sglang_harli.peft_trainer.lora_linear import INPUT_GROUPS, LinearGroup
+from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.layers.dropout import DropoutMasks
+from sglang_harli.peft_trainer.layers.lora_linear import INPUT_GROUPS, LinearGroup
 from sglang_harli.protocol.public import Hyperparameters
 
 _STATE_PREFIX = "base_model.model."

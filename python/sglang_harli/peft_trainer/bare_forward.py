@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang_harli.peft_trainer.frozen_base import FrozenBase
-from sglang_harli.peft_trainer.layer import LayerProgram
-from sglang_harli.peft_trainer.lora_linear import INPUT_GROUPS, LinearGroup
-from sglang_harli.peft_trainer.rms_norm import RmsNorm
-from sglang_harli.peft_trainer.step import HEAD_BLOCK, training_mode
+from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
+from sglang_harli.peft_trainer.layers.lora_linear import INPUT_GROUPS, LinearGroup
+from sglang_harli.peft_trainer.layers.rms_norm import RmsNorm
+from sglang_harli.peft_trainer.micro_batch_pass import HEAD_BLOCK, training_mode
 
 SLICE = 4 << 20  # weights that are widened at once: 16 MiB in fp32
 

@@ -20,17 +20,17 @@ from torch import Tensor
 
 from sglang_harli.core import MemoryPurpose, QuantumKind
 from sglang_harli.errors import ConfigError, StateError, TrainingError
-from sglang_harli.peft_trainer.activations import MicroBatchMemory
 from sglang_harli.peft_trainer.adapter import Adapter
-from sglang_harli.peft_trainer.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.intake import Fed, Intake
-from sglang_harli.peft_trainer.kept import KeptActivations
-from sglang_harli.peft_trainer.memory import HeapMemory, TrainMemory
+from sglang_harli.peft_trainer.memory.activations import MicroBatchMemory
+from sglang_harli.peft_trainer.memory.adapter_state import StateMemory
+from sglang_harli.peft_trainer.memory.interface import HeapMemory, TrainMemory
+from sglang_harli.peft_trainer.memory.kept_activations import KeptActivations
+from sglang_harli.peft_trainer.micro_batch_pass import MicroBatchPass, ModelPieces, training_mode
 from sglang_harli.peft_trainer.optimizer import SlicedAdamW, layer_slices
 from sglang_harli.peft_trainer.records import MetricsRing, QuantumDone, QuantumShape, ShapesSeen, StepMetrics
 from sglang_harli.peft_trainer.schedule import LearningRate
-from sglang_harli.peft_trainer.state_memory import StateMemory
-from sglang_harli.peft_trainer.step import MicroBatchPass, ModelPieces, training_mode
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
 
 

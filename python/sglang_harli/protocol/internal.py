@@ -14,8 +14,8 @@ import msgspec
 from msgspec import Struct, field
 
 from sglang_harli.protocol.base_print import BasePrint as BasePrint
+from sglang_harli.protocol.job_limits import ServedLimits as ServedLimits
 from sglang_harli.protocol.public import Hyperparameters
-from sglang_harli.protocol.served_limits import ServedLimits as ServedLimits
 
 
 class Message(Struct, kw_only=True, tag=True):

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from sglang_harli import core
-from sglang_harli.fault_points import Write, reach
+from sglang_harli.failpoints import Write, reach
 from sglang_harli.protocol.internal import SlotRef, TensorRef
 
 _ALIGN = 64

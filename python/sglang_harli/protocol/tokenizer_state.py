@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from sglang_harli.fault_points import Write, reach
+from sglang_harli.failpoints import Write, reach
 
 RULES = 2  # how rows are made of a line; a change of it has stored rows made again
 FILE = "tokenizer.state"

@@ -23,21 +23,22 @@ from sglang_harli.config import SERVICE_ENV, ServiceConfig
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol import internal, public
 from sglang_harli.protocol.escaping import escaped
-from sglang_harli.service import hidden_torch, run_dir_modes
-from sglang_harli.service.desk import JobDesk
-from sglang_harli.service.http_link import HttpLink
-from sglang_harli.service.job_store import STORE_FILE, JobStore, sqlite_url
-from sglang_harli.service.model_tokenizer import ModelTokenizer
-from sglang_harli.service.options_desk import SETTING, OptionsDesk
-from sglang_harli.service.politeness import be_polite
-from sglang_harli.service.public_door import PublicDoor
-from sglang_harli.service.publication import Publication
-from sglang_harli.service.run_driver import RunDriver
-from sglang_harli.service.scheduler_link import SchedulerLink
-from sglang_harli.service.submission import Submission, remove_leftovers
-from sglang_harli.service.subscriptions import Subscriptions
-from sglang_harli.service.uploads import Uploads
-from sglang_harli.service.verbs import Caller, Verbs
+from sglang_harli.service import run_dir_modes
+from sglang_harli.service.endpoint.live_options import SETTING, OptionsDesk
+from sglang_harli.service.endpoint.router import PublicDoor
+from sglang_harli.service.endpoint.subscriptions import Subscriptions
+from sglang_harli.service.endpoint.verbs import Caller, Verbs
+from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.store import STORE_FILE, JobStore, sqlite_url
+from sglang_harli.service.links.http_link import HttpLink
+from sglang_harli.service.links.scheduler_link import SchedulerLink
+from sglang_harli.service.pacing import be_polite
+from sglang_harli.service.publish.publication import Publication
+from sglang_harli.service.run.driver import RunDriver
+from sglang_harli.service.submit.submission import Submission, remove_leftovers
+from sglang_harli.service.submit.uploads import Uploads
+from sglang_harli.service.tokenizer import hidden_torch
+from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
 
 logger = logging.getLogger("harli.service")
 
@@ -162,7 +163,7 @@ class App:
             body = public.ErrorBody(
                 code=error.code, message=error.message, param=error.param, details=error.details
             )
-        except Exception as error:  # boundary: one request must not end the service
+        except Exception as error:  # boundary: one request gets an error reply; the service goes on
             logger.exception("a request failed")
             body = public.ErrorBody(
                 code="internal",

@@ -9,13 +9,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sglang_harli.client.data_source import as_text, open_file
 from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import ConfigError, DataError, HarliError
-from sglang_harli.protocol.data_source import as_text, open_file
 from sglang_harli.protocol.public import OVERFLOWS
-from sglang_harli.service import model_files, own_tokenizer
-from sglang_harli.service.chat_rows import RowTokenizer
-from sglang_harli.service.data_report import data_report
+from sglang_harli.service.data.report import data_report
+from sglang_harli.service.rows.encoder import RowTokenizer
+from sglang_harli.service.tokenizer import model_files, own_tokenizer
 
 
 def check_data(
@@ -35,7 +35,7 @@ def check_data(
         max_seq_length: longest row in tokens; default: the model's limit.
 
     Returns:
-        See ``service.data_report.data_report``.
+        See ``service.data.report.data_report``.
 
     Raises:
         ConfigError: the model's tokenizer cannot be loaded, or an option is not accepted.

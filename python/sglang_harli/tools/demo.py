@@ -25,7 +25,7 @@ from typing import Any
 import aiohttp
 
 from sglang_harli import core
-from sglang_harli.client import AsyncFinetuneClient
+from sglang_harli.client.clients import AsyncFinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol.public import Job

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_harli.errors import ConfigError
-from sglang_harli.managers import user_caches
+from sglang_harli.managers.http.start_up import user_caches
 from sglang_harli.tools.toy_text import ToyWorld
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sglang_harli.mem_cache import cuda_driver
-from sglang_harli.mem_cache.cuda_driver import CudaDriver, DriverError, why_not
+from sglang_harli.mem_cache.backing import cuda_driver
+from sglang_harli.mem_cache.backing.cuda_driver import CudaDriver, DriverError, why_not
 
 bindings = pytest.importorskip("cuda.bindings.driver")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sglang_harli.mem_cache.cuda_driver import DriverError
+from sglang_harli.mem_cache.backing.cuda_driver import DriverError
 from support.cuda_driver_double import FRESH, DriverDouble, RuleBroken
 
 GRAIN = DriverDouble().granularity

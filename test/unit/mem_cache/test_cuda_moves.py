@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from sglang_harli.mem_cache.cuda_driver import DriverError
+from sglang_harli.mem_cache.backing.cuda_driver import DriverError
 from support.cuda_driver_double import DriverDouble
 from support.cuda_pool import BUFFERS, FORWARD, SCHEDULE, STRIPES, is_all, make, rows
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sglang_harli.core import MemoryPurpose
-from sglang_harli.mem_cache.cuda_backing import BrokenPoolError, CudaBacking, overhead_bytes
-from sglang_harli.mem_cache.cuda_driver import DriverError
+from sglang_harli.mem_cache.backing.cuda import BrokenPoolError, CudaBacking, overhead_bytes
+from sglang_harli.mem_cache.backing.cuda_driver import DriverError
 from sglang_harli.mem_cache.geometry import PoolGeometry
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from support.cuda_driver_double import DriverDouble, RuleBroken

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sglang_harli.mem_cache.backing.host import HostBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
-from sglang_harli.mem_cache.host_backing import HostBacking
 from support.pool_parts import small_geometry
 
 MIB = 2**20
@@ -74,7 +74,7 @@ def test_resident_bytes_are_exact_and_never_above_the_budget():
 @pytest.mark.parametrize("populated_by", ["kernel", "writing"])
 def test_the_kv_cache_is_in_memory_from_the_start(monkeypatch, populated_by):
     if populated_by == "writing":  # an older kernel refuses the advice
-        monkeypatch.setattr("sglang_harli.mem_cache.host_backing.MADV_POPULATE_WRITE", -1)
+        monkeypatch.setattr("sglang_harli.mem_cache.backing.host.MADV_POPULATE_WRITE", -1)
     geometry = small_geometry()
     backing = HostBacking(geometry)
     assert backing.resident_bytes() >= geometry.total_bytes

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_harli.mem_cache.geometry import PoolGeometry
-from sglang_harli.mem_cache.slot_counts import StripeCounts, event_fence
+from sglang_harli.mem_cache.kv.stripe_counts import StripeCounts, event_fence
 
 CPU = torch.device("cpu")
 STRIPES, PAGES = 6, 4  # page size 2: 8 slots a stripe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_harli.mem_cache.static_backing import StaticBacking
+from sglang_harli.mem_cache.backing.static import StaticBacking
 from sglang_harli.mem_cache.train_arena import separate_extents
 from support.pool_parts import small_geometry
 

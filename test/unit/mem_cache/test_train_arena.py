@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.mem_cache import train_arena
-from sglang_harli.mem_cache.backing import Backing
+from sglang_harli.mem_cache.backing.host import HostBacking
+from sglang_harli.mem_cache.backing.interface import Backing
+from sglang_harli.mem_cache.backing.static import StaticBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
-from sglang_harli.mem_cache.host_backing import HostBacking
-from sglang_harli.mem_cache.static_backing import StaticBacking
 from sglang_harli.mem_cache.train_arena import Lease, place
-from sglang_harli.peft_trainer import memory
-from sglang_harli.peft_trainer.memory import Space, TrainMemory
+from sglang_harli.peft_trainer.memory import interface
+from sglang_harli.peft_trainer.memory.interface import Space, TrainMemory
 from support.pool_parts import small_geometry, small_pool
 
 GEOMETRY = small_geometry()  # 9 lendable stripes of 4 chunks of 4 KiB
@@ -51,14 +51,14 @@ def apart(tensors: list[torch.Tensor]) -> bool:
 
 
 def test_the_trainer_and_the_pool_agree_on_sizes():
-    assert train_arena.ALIGNMENT == memory.ALIGNMENT
+    assert train_arena.ALIGNMENT == interface.ALIGNMENT
     for shape, dtype in [
         ((3, 5), torch.bfloat16),
         ((), torch.float64),
         ((0, 4), torch.float32),
         ((64,), torch.float32),
     ]:
-        assert train_arena.carved_bytes(shape, dtype) == memory.carved_bytes(shape, dtype)
+        assert train_arena.carved_bytes(shape, dtype) == interface.carved_bytes(shape, dtype)
 
 
 @settings(max_examples=80, deadline=None)

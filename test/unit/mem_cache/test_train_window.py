@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sglang_harli.mem_cache.train_window import IntervalAllocator
+from sglang_harli.mem_cache.backing.intervals import IntervalAllocator
 
 SIZE = 24
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sglang_harli.core import MemoryPurpose
-from sglang_harli.mem_cache.host_backing import POISON, HostBacking
+from sglang_harli.mem_cache.backing.host import POISON, HostBacking
 from sglang_harli.mem_cache.quota import UNUSED_S
 from sglang_harli.mem_cache.train_arena import Lease
 from sglang_harli.mem_cache.unified_pool import EVICT_AGAIN_MOST_S, EVICT_AGAIN_S

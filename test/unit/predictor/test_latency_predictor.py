@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_harli.core import LatencyEstimate, QuantumKind, QuantumOffer, StepLoad
-from sglang_harli.managers import qos_policy
-from sglang_harli.managers.slo_ledger import Slack, Targets
-from sglang_harli.managers.waiting_pays import WaitingPays
+from sglang_harli.managers.scheduler.policy import qos_policy
+from sglang_harli.managers.scheduler.policy.slo_ledger import Slack, Targets
+from sglang_harli.managers.scheduler.policy.waiting_pays import WaitingPays
 from sglang_harli.predictor.corun import in_turns
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.predictor.priors import Priors, first_guess

@@ -8,12 +8,12 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
+from sglang_harli.cli import view
 from sglang_harli.config import HarliOptions
-from sglang_harli.managers.predictor_metrics import PredictorMetrics
-from sglang_harli.managers.serving_side import ServingSide
-from sglang_harli.managers.step_timer import BatchLoad, load_of
+from sglang_harli.managers.scheduler.metrics.predictor_metrics import PredictorMetrics
+from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
+from sglang_harli.managers.scheduler.step_timer import BatchLoad, load_of
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
-from sglang_harli.tools import job_view
 
 
 def batch(lengths, *, decode, extend=None, known=True):
@@ -59,13 +59,13 @@ def test_prefills_are_learnt_from_and_enter_the_reserve():
 
 def test_status_and_the_command_line_show_error_coverage_and_margin():
     side = ServingSide(HarliOptions())
-    assert list(job_view.prediction_lines(side.status()["prediction"])) == []
+    assert list(view.prediction_lines(side.status()["prediction"])) == []
     for _ in range(100):
         side.step(BatchLoad(True, 4, 400, 4, 400), 0.012, 0.0)
     status = side.status()
     assert status["decode_ms"] == pytest.approx(12.0, abs=0.2)
     assert status["decode_ms"] < status["decode_upper_ms"]
-    head, line = job_view.prediction_lines(status["prediction"])
+    head, line = view.prediction_lines(status["prediction"])
     assert "latest 200" in head
     assert line.split()[:2] == ["decode", "error"]
     assert "within the upper bound 100.0%" in line and "steps 99" in line

@@ -14,8 +14,8 @@ import pytest
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import PROFILE_ROUTE, QuantumKind
 from sglang_harli.errors import ConfigError, HarliError, NotReadyError, UnsupportedError
-from sglang_harli.managers.serving_side import ServingSide
-from sglang_harli.managers.step_timer import BatchLoad
+from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
+from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.predictor import sweep as sweeping
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.predictor.measured_points import KEPT_LOADS, MeasuredPoints

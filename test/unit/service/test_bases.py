@@ -10,7 +10,7 @@ import pytest
 
 from sglang_harli.errors import ConfigError
 from sglang_harli.protocol.base_print import BasePrint
-from sglang_harli.service.served_base import UNKNOWN
+from sglang_harli.service.jobs.served_base import UNKNOWN
 from support.service_peers import limits
 from support.service_world import World, pairs, until
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from sglang_harli.cli import view
 from sglang_harli.core import JobStatus
 from sglang_harli.protocol.public import Hyperparameters
-from sglang_harli.service import jobs
-from sglang_harli.service.desk import JobDesk
-from sglang_harli.service.job_store import JobStore, sqlite_url
-from sglang_harli.service.jobs import JobRecord
-from sglang_harli.service.subscriptions import Subscriptions
-from sglang_harli.tools import job_view
+from sglang_harli.service.endpoint.subscriptions import Subscriptions
+from sglang_harli.service.jobs import transitions
+from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.store import JobStore, sqlite_url
+from sglang_harli.service.jobs.transitions import JobRecord
 
 METRICS = {"loss": 2.0, "learning_rate": 1e-4, "seconds": 0.1, "tokens": 10, "step": 1}
 
@@ -57,21 +57,21 @@ def test_order_of_jobs_and_events_is_by_number(store, tmp_path):
         desk = JobDesk(store, tmp_path)
         made = [new(desk) for _ in range(20)]
         for record in made:
-            await desk.add(jobs.created(record, "4 rows"))
+            await desk.add(transitions.created(record, "4 rows"))
         assert [r.id for r in desk.newest()] == [r.id for r in reversed(made)]
         order = []
         while (record := desk.next_queued()) is not None:
             order.append(record.id)
-            desk.apply(jobs.start(record, time.time()))
-            desk.apply(jobs.step_done(desk.get(record.id), 1, 10, METRICS), urgent=False)
-            await desk.apply(jobs.fail(desk.get(record.id), "code", "text", time.time()))
+            desk.apply(transitions.start(record, time.time()))
+            desk.apply(transitions.step_done(desk.get(record.id), 1, 10, METRICS), urgent=False)
+            await desk.apply(transitions.fail(desk.get(record.id), "code", "text", time.time()))
         assert order == [r.id for r in made]
         for job in order:
             events = store.events(job, 0, 100)
             assert [e.id for e in events] == list(range(1, len(events) + 1))
             assert events[-1].type == "failed"
         assert len({events[i].created_at for i in range(len(events))}) == len(events)  # the clock did jump
-        shown = list(job_view.job_lines(desk.public(desk.get(order[0]))))
+        shown = list(view.job_lines(desk.public(desk.get(order[0]))))
         assert any(line.startswith("finished:") for line in shown)
         desk.journal.close()
 
@@ -82,7 +82,7 @@ def test_leases_of_followers_and_waiting_do_not_look_at_it(store, tmp_path):
     async def work():
         desk = JobDesk(store, tmp_path)
         record = new(desk)
-        await desk.add(jobs.created(record, "4 rows"))
+        await desk.add(transitions.created(record, "4 rows"))
         got = []
         with ThreadPoolExecutor(1) as readers:
             followers = Subscriptions(store, readers, lambda route, request, event: not got.append(event.id))
@@ -91,7 +91,7 @@ def test_leases_of_followers_and_waiting_do_not_look_at_it(store, tmp_path):
             followers.follow((b"a",), "1", record.id, 0)
             waiting = asyncio.create_task(desk.wait_until(record.id, lambda r: r.status == "paused", 20.0))
             await asyncio.sleep(0)
-            await desk.apply(jobs.ask_pause(desk.get(record.id)))
+            await desk.apply(transitions.ask_pause(desk.get(record.id)))
             assert (await waiting).status == "paused"
             while len(got) < 4:
                 await asyncio.sleep(0.01)

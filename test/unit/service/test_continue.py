@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sglang_harli.errors import ConfigError, HarliError, NotFoundError, StateError
-from sglang_harli.service import checkpoints
+from sglang_harli.service.checkpoint import checkpoints
 from support.service_world import pairs, until
 
 HP = {"n_epochs": 3, "seed": 7, "checkpoint_every": 4, "gradient_accumulation_steps": 2}  # 9 steps

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from sglang_harli.client import FinetuneClient
+from sglang_harli.client import exchange
+from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import ConfigError, NotReadyError
-from sglang_harli.managers.endpoint_check import check_endpoint_free
-from sglang_harli.protocol import curve_keys, exchange
+from sglang_harli.managers.http.supervision.endpoint_check import check_endpoint_free
+from sglang_harli.protocol import curve_keys
 from support.service_peers import ServiceProcess
 from support.service_world import free_port, pairs, until
 

@@ -14,7 +14,7 @@ import zmq.asyncio
 
 from sglang_harli.errors import NotReadyError
 from sglang_harli.protocol import public
-from sglang_harli.service.public_door import PublicDoor
+from sglang_harli.service.endpoint.router import PublicDoor
 from support.service_world import dealer, pairs, request, until
 
 pytestmark = pytest.mark.long
@@ -172,7 +172,7 @@ def test_submits_in_work_do_not_lock_other_verbs_out_and_the_limit_is_named(tmp_
 
 
 def test_a_room_is_bounded_by_bytes_too():
-    from sglang_harli.service.public_door import _Room
+    from sglang_harli.service.endpoint.router import _Room
 
     room = _Room("chunks", 10, 100)
     room.enter(1000)  # one that is larger than the room comes in alone

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from sglang_harli import core
-from sglang_harli.client import FinetuneClient
+from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.errors import HarliError, NotReadyError
-from sglang_harli.fault_points import FAULT_POINTS_ENV, Read, Write
+from sglang_harli.failpoints import FAULT_POINTS_ENV, Read, Write
 from support.service_world import World, pairs, until
 
 pytestmark = pytest.mark.long

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sglang_harli import core
-from sglang_harli.client import FinetuneClient
+from sglang_harli.client.clients import FinetuneClient
 from support.other_user import UID, needs_root, run_python
 from support.service import ServiceProcess
 from support.service_world import pairs, until

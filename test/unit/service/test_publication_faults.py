@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sglang_harli.fault_points import FAULT_POINTS_ENV, Write
+from sglang_harli.failpoints import FAULT_POINTS_ENV, Write
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import Job
 from support.service_peers import HttpPeer

@@ -12,11 +12,11 @@ import pytest
 from sglang_harli.core import JobStatus, short_id
 from sglang_harli.errors import ConfigError, ProtocolError, StateError
 from sglang_harli.protocol.public import Hyperparameters
-from sglang_harli.service import space
-from sglang_harli.service.desk import JobDesk
-from sglang_harli.service.job_store import JobStore, sqlite_url
-from sglang_harli.service.jobs import JobRecord
-from sglang_harli.service.queue_order import QueueOrder
+from sglang_harli.service.jobs import disk_usage
+from sglang_harli.service.jobs.queue_order import QueueOrder
+from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.store import JobStore, sqlite_url
+from sglang_harli.service.jobs.transitions import JobRecord
 from support.scheduler_peer import SchedulerPeer
 from support.service_world import exchange, pairs, until
 
@@ -178,7 +178,7 @@ def test_space_is_counted_by_kind_and_shared_files_once(tmp_path: Path):
     (tmp_path / "ftjob-b" / "data").mkdir(parents=True)
     (tmp_path / "ftjob-b/data/ids.npy").hardlink_to(tmp_path / "ftjob-a/data/ids.npy")
     (tmp_path / "harli.db").write_bytes(b"x" * 4096)
-    found = space.count(tmp_path)
+    found = disk_usage.count(tmp_path)
     assert found == {
         "data_bytes": 8192,
         "checkpoint_bytes": 8192,
@@ -186,7 +186,7 @@ def test_space_is_counted_by_kind_and_shared_files_once(tmp_path: Path):
         "store_bytes": 4096,
         "total_bytes": 28672,
     }
-    assert space.count(tmp_path / "nowhere")["total_bytes"] == 0
+    assert disk_usage.count(tmp_path / "nowhere")["total_bytes"] == 0
 
 
 def test_status_shows_the_space(world):

@@ -18,19 +18,19 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from sglang_harli.client import FinetuneClient
+from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError, HarliError, NotReadyError
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import Event, Hyperparameters
-from sglang_harli.service import jobs, record_encoding
 from sglang_harli.service.app import App
-from sglang_harli.service.desk import JobDesk
-from sglang_harli.service.job_record import Asked
-from sglang_harli.service.job_store import JobStore, UnwritableError, sqlite_url
-from sglang_harli.service.jobs import Change, JobRecord
-from sglang_harli.service.peer_link import PeerLink
-from sglang_harli.service.subscriptions import Subscriptions
+from sglang_harli.service.endpoint.subscriptions import Subscriptions
+from sglang_harli.service.jobs import record_encoding, transitions
+from sglang_harli.service.jobs.record import Asked
+from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.store import JobStore, UnwritableError, sqlite_url
+from sglang_harli.service.jobs.transitions import Change, JobRecord
+from sglang_harli.service.links.peer_link import PeerLink
 from support.scheduler_peer import SchedulerPeer
 from support.service_peers import HttpPeer, ServiceProcess
 from support.service_world import exchange, free_port, pairs, submit_args, until
@@ -193,16 +193,16 @@ def test_a_change_that_the_store_never_takes_is_refused_and_the_others_are_writt
     async def work() -> None:
         desk = JobDesk(store, tmp_path)
         good, bad, clash = (record(id=f"ftjob-{n}", number=n) for n in (1, 2, 3))
-        await asyncio.gather(*(desk.add(jobs.created(job, "fine")) for job in (good, bad, clash)))
-        unstorable = desk.apply(jobs.warn(desk.get(bad.id), "caf\udce9"))
+        await asyncio.gather(*(desk.add(transitions.created(job, "fine")) for job in (good, bad, clash)))
+        unstorable = desk.apply(transitions.warn(desk.get(bad.id), "caf\udce9"))
         taken = desk.apply(Change(msgspec.structs.replace(desk.get(clash.id), number=1)))
-        fine = desk.apply(jobs.warn(desk.get(good.id), "fine"))
+        fine = desk.apply(transitions.warn(desk.get(good.id), "fine"))
         await fine
         for refused in (unstorable, taken):
             with pytest.raises(UnwritableError):
                 await refused
         assert set(desk.journal.unwritable) == {bad.id, clash.id}
-        await desk.apply(jobs.warn(desk.get(good.id), "and it goes on"))
+        await desk.apply(transitions.warn(desk.get(good.id), "and it goes on"))
         assert [e.message for e in store.events(good.id, 3, 9)] == ["fine", "and it goes on"]
         desk.journal.close()
 
@@ -212,9 +212,9 @@ def test_a_change_that_the_store_never_takes_is_refused_and_the_others_are_writt
 def test_a_new_job_that_the_store_refuses_is_none(store: JobStore, tmp_path: Path) -> None:
     async def work() -> None:
         desk = JobDesk(store, tmp_path)
-        await desk.add(jobs.created(record(id="ftjob-1", number=1), "fine"))
+        await desk.add(transitions.created(record(id="ftjob-1", number=1), "fine"))
         with pytest.raises(UnwritableError):
-            await desk.add(jobs.created(record(id="ftjob-2", number=1, idempotency_key="k"), "fine"))
+            await desk.add(transitions.created(record(id="ftjob-2", number=1, idempotency_key="k"), "fine"))
         await asyncio.sleep(0)
         assert [job.id for job in desk.all()] == ["ftjob-1"]
         assert desk.by_key("k") is None and desk.counts()["queued"] == 1
@@ -231,8 +231,8 @@ def test_a_copy_that_can_never_be_written_is_left_out_and_the_journal_goes_on(
         bad, good = with_hyperparameters(checkpoint_every=HUGE), record(id="ftjob-b", number=9)
         for job in (bad, good):
             (tmp_path / job.id).mkdir()
-            await desk.add(jobs.created(job, "fine"))
-        await desk.apply(jobs.warn(desk.get(bad.id), "once more"))
+            await desk.add(transitions.created(job, "fine"))
+        await desk.apply(transitions.warn(desk.get(bad.id), "once more"))
         desk.journal.close()
         assert not desk.journal.ended.done()
         assert not (tmp_path / bad.id / "job.json").exists()

@@ -9,14 +9,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from sglang_harli.client import FinetuneClient
+from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError
-from sglang_harli.fault_points import FAULT_POINTS_ENV, Write
+from sglang_harli.failpoints import FAULT_POINTS_ENV, Write
 from sglang_harli.protocol.public import Hyperparameters, Job, SubmitArgs
-from sglang_harli.service import repeated_submit
-from sglang_harli.service.job_record import JobRecord
-from sglang_harli.service.record_encoding import read_record, record_body
+from sglang_harli.service.jobs.record import JobRecord
+from sglang_harli.service.jobs.record_encoding import read_record, record_body
+from sglang_harli.service.submit import repeated_submit
 from support.service_world import pairs, until
 
 FIRST = {"n_epochs": 4, "target_modules": ["q_proj", "v_proj"], "suffix": "a", "priority": 2}

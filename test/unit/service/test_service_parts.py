@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from sglang_harli.config import LIVE, LIVE_MS
 from sglang_harli.errors import ConfigError, UnsupportedError
 from sglang_harli.protocol.public import Hyperparameters
-from sglang_harli.service import admission, options_desk, public_door
-from sglang_harli.service.submission import remove_leftovers
+from sglang_harli.service.endpoint import live_options, router
+from sglang_harli.service.jobs import admission
+from sglang_harli.service.submit.submission import remove_leftovers
 from support.service_peers import limits
 
 
@@ -76,16 +77,16 @@ def test_leftovers_of_a_crash_go_and_jobs_stay(tmp_path):
 @pytest.mark.parametrize("values", [{}, {"run_dir": 1.0}, {"tpot_slo_ms": None}, {"tpot_slo_ms": 0.0}])
 def test_what_cannot_be_set(values):
     with pytest.raises(ConfigError):
-        options_desk.check(values)
+        live_options.check(values)
 
 
 def test_what_can_be_set_and_what_contradicts_itself():
-    options_desk.check(dict.fromkeys(LIVE_MS, 25.0) | {"max_train_mem": "1GiB"})
-    options_desk.check(dict.fromkeys(LIVE[1:]))
-    assert options_desk.contradiction({"tpot_slo_ms": 50.0, "max_itl_ms": 40.0})
-    assert options_desk.contradiction({"tpot_slo_ms": 50.0, "max_itl_ms": None}) is None
+    live_options.check(dict.fromkeys(LIVE_MS, 25.0) | {"max_train_mem": "1GiB"})
+    live_options.check(dict.fromkeys(LIVE[1:]))
+    assert live_options.contradiction({"tpot_slo_ms": 50.0, "max_itl_ms": 40.0})
+    assert live_options.contradiction({"tpot_slo_ms": 50.0, "max_itl_ms": None}) is None
 
 
 @given(st.binary(max_size=100))
 def test_any_header_has_an_id_or_none(header):
-    assert [type(value) for value in public_door.peek(header)] == [str, str]
+    assert [type(value) for value in router.peek(header)] == [str, str]

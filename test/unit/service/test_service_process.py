@@ -259,7 +259,7 @@ def test_neither_torch_nor_sglang_is_ever_imported(own, monkeypatch):
     imported = {
         line.rsplit("|", 1)[1].strip() for line in log.splitlines() if line.startswith("import time:")
     }
-    assert {"transformers", "sqlalchemy", "sglang_harli.service.run_driver"} <= imported
+    assert {"transformers", "sqlalchemy", "sglang_harli.service.run.driver"} <= imported
     assert {name for name in imported if name.partition(".")[0] in ("torch", "sglang")} == set()
     maps = Path(f"/proc/{world.service.process.pid}/maps").read_text()
     assert "libtorch" not in maps

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from sglang_harli.errors import HarliError, ProtocolError
-from sglang_harli.fault_points import FAULT_POINTS_ENV, Read
+from sglang_harli.failpoints import FAULT_POINTS_ENV, Read
 from sglang_harli.protocol.public import UploadArgs
-from sglang_harli.service import uploads as uploads_module
-from sglang_harli.service.uploads import Uploads
+from sglang_harli.service.submit import uploads as uploads_module
+from sglang_harli.service.submit.uploads import Uploads
 from support.service_world import World, pairs, until
 
 pytestmark = pytest.mark.long

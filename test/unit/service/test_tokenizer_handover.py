@@ -16,12 +16,12 @@ from sglang_harli.errors import DataError
 from sglang_harli.protocol import tokenizer_state
 from sglang_harli.protocol.public import Job
 from sglang_harli.protocol.tokenizer_state import ChatTemplate, TokenizerState
-from sglang_harli.service import own_tokenizer
-from sglang_harli.service.chat_rows import RowTokenizer
-from sglang_harli.service.model_tokenizer import ModelTokenizer
-from sglang_harli.service.row_error import RowError
-from sglang_harli.service.served_tokenizer import ServedTokenizer, describe
-from sglang_harli.service.token_store import TokenReader
+from sglang_harli.service.data.token_store import TokenReader
+from sglang_harli.service.rows.encoder import RowTokenizer
+from sglang_harli.service.rows.error import RowError
+from sglang_harli.service.rows.served_tokenizer import ServedTokenizer, describe
+from sglang_harli.service.tokenizer import own_tokenizer
+from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
 from support.models import CHAT_TEMPLATE
 from support.service_world import World, pairs, until
 from support.tokenizer import load_tokenizer, make_tokenizer_folder

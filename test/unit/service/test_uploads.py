@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sglang_harli.client import FinetuneClient
+from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.errors import ConfigError, DataError, HarliError
 from sglang_harli.protocol import public
-from sglang_harli.service import uploads
+from sglang_harli.service.submit import uploads
 from support.service_world import exchange, pairs, until
 
 MIB = 1 << 20
@@ -242,7 +242,7 @@ def test_what_stands_still_is_removed(tmp_path, monkeypatch):
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_named(world, tmp_path):
-    from sglang_harli.protocol.data_source import DataSource
+    from sglang_harli.client.data_source import DataSource
 
     path = write_large(tmp_path / "shrinks.jsonl", 2)
     with DataSource(path) as source:

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_harli.core import Reason, RungOffer, SmSplit, StepLoad
-from sglang_harli.managers import qos_policy
-from sglang_harli.managers.slo_ledger import (
+from sglang_harli.managers.scheduler.policy import qos_policy
+from sglang_harli.managers.scheduler.policy.slo_ledger import (
     KEPT_S,
     KEPT_SHARE,
     RequestClock,
@@ -15,7 +15,7 @@ from sglang_harli.managers.slo_ledger import (
     Targets,
     batch_slack,
 )
-from sglang_harli.tools.simulation.worlds import ada_rungs, finetune_rate
+from sglang_harli.simulation.devices import ada_rungs, finetune_rate
 
 TARGETS = Targets(tpot_s=0.04, ttft_s=None, max_itl_s=None, busy_quantum_s=0.08, idle_quantum_s=0.25)
 BUSY = StepLoad(running=4, context_tokens=4000)

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 from sglang_harli.core import SmSplit, StepLoad
 from sglang_harli.errors import ConfigError
-from sglang_harli.managers import qos_policy
-from sglang_harli.managers.slo_ledger import KEPT_S, KEPT_SHARE, Clock
-from sglang_harli.tools.simulation import command, compare, engine, oracle, policies, temporal
-from sglang_harli.tools.simulation.results import Outcome
-from sglang_harli.tools.simulation.worlds import (
+from sglang_harli.managers.scheduler.policy import qos_policy
+from sglang_harli.managers.scheduler.policy.slo_ledger import KEPT_S, KEPT_SHARE, Clock
+from sglang_harli.simulation import command, compare, engine, policies, temporal, upper_limit
+from sglang_harli.simulation.devices import (
     RATE_MODELS,
     Noise,
     Rung,
@@ -27,7 +26,8 @@ from sglang_harli.tools.simulation.worlds import (
     ada_rungs,
     finetune_rate,
 )
-from sglang_harli.tools.traces import Trace, TraceRequest
+from sglang_harli.simulation.results import Outcome
+from sglang_harli.simulation.traces import Trace, TraceRequest
 
 TARGETS = engine.targets_of(0.040)
 RUNGS = ada_rungs()
@@ -203,7 +203,7 @@ def test_temporal_runs_conserve_too(trace, which, decode_only, max_running):
 @settings(max_examples=25, deadline=None)
 def test_nobody_who_keeps_the_deadlines_beats_the_upper_limit(trace, model, seed):
     world = SpatialWorld()
-    most = oracle.limit(trace, RUNGS, rates(model), TARGETS, slot_s=0.5)
+    most = upper_limit.limit(trace, RUNGS, rates(model), TARGETS, slot_s=0.5)
     for policy in (policies.HarliSpatial(world, TARGETS, rates(model)), RandomOnTime(seed)):
         outcome = engine.run_spatial(trace, world, policy, rates(model), TARGETS)
         assert outcome.rate <= most.rate * (1 + 1e-6), policy.name
@@ -223,18 +223,18 @@ def test_the_upper_limit_holds_under_load_and_for_turns(trace, seed):
         ),
     )
     world = SpatialWorld()
-    most = oracle.limit(heavy, RUNGS, rates(), TARGETS)
+    most = upper_limit.limit(heavy, RUNGS, rates(), TARGETS)
     for policy in (policies.HarliSpatial(world, TARGETS, rates()), RandomOnTime(seed)):
         assert engine.run_spatial(heavy, world, policy, rates(), TARGETS).rate <= most.rate * (1 + 1e-6)
     turns = TemporalWorld(decode_only=True)
-    most = oracle.limit(heavy, (turns.solo,), (0.0,), TARGETS, gap_rate=turns.best_rate)
+    most = upper_limit.limit(heavy, (turns.solo,), (0.0,), TARGETS, gap_rate=turns.best_rate)
     ours = engine.run_temporal(heavy, turns, policies.HarliTemporal(turns, TARGETS), TARGETS)
     assert ours.rate <= most.rate * (1 + 1e-6)
 
 
 def test_the_limit_says_when_not_even_serving_alone_keeps_the_target():
     crowd = Trace("crowd", tuple(TraceRequest(0.0, 1500, 200) for _ in range(90)))
-    assert oracle.limit(crowd, RUNGS, rates(), TARGETS).tpot_s > TARGETS.tpot_s * (1 - KEPT_SHARE)
+    assert upper_limit.limit(crowd, RUNGS, rates(), TARGETS).tpot_s > TARGETS.tpot_s * (1 - KEPT_SHARE)
 
 
 def test_a_run_is_repeated_exactly():
@@ -284,7 +284,7 @@ def outcome(policy: str, rate: float, attainment: float = 1.0) -> Outcome:
 def row(ours: Outcome, batch: float = 50.0, limit: float = 60.0) -> compare.Row:
     others = [outcome("one-rung ladder", 40.0, 0.99), outcome("batch threshold", 9.0)]
     return compare.Row(
-        "t", batch, "proportional", [ours, *others], oracle.Limit(limit, 0.0388), simulated_s=1.0
+        "t", batch, "proportional", [ours, *others], upper_limit.Limit(limit, 0.0388), simulated_s=1.0
     )
 
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_harli.errors import ConfigError, DataError
-from sglang_harli.tools import trace_files, traces
+from sglang_harli.simulation import trace_files, traces
 
-FOLDER = Path(str(resources.files("sglang_harli.tools.simulation"))) / "traces"
+FOLDER = Path(str(resources.files("sglang_harli.simulation"))) / "trace_data"
 
 
 @pytest.mark.parametrize("name", traces.COMMITTED)

@@ -1,0 +1,215 @@
+"""The client's socket: carries out what ``exchange`` and ``calls`` ask for, blocking or in asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from sglang_harli.client.endpoints import FORMS
+from sglang_harli.errors import ConfigError, StateError
+from sglang_harli.protocol.curve_keys import ClientKeys
+
+LINGER_MS = 200
+_REFUSED = (
+    zmq.Event.HANDSHAKE_FAILED_AUTH,
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL,
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL,
+)
+
+
+class Wire:
+    """A DEALER socket and its monitor, of one call.  ``IMMEDIATE``: nothing is queued for a peer that is not there."""
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
+        self._context, self._endpoint, self._keys = context, endpoint, keys
+        self._socket: Any = None
+        self._monitor: Any = None
+        self._lost = False
+
+    def open(self, with_keys: bool) -> None:
+        self.close()
+        self._lost = False
+        self._socket = self._context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.IMMEDIATE, 1),
+            (zmq.LINGER, LINGER_MS),
+            (zmq.SNDHWM, 0),
+            (zmq.RCVHWM, 0),
+            (zmq.HEARTBEAT_IVL, 5000),
+            (zmq.HEARTBEAT_TIMEOUT, 20_000),
+            (zmq.IPV6, self._endpoint.startswith("tcp://[")),
+        ):
+            self._socket.setsockopt(option, value)
+        if self._keys is not None and with_keys:
+            self._keys.apply(self._socket)
+        wanted = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | sum(_REFUSED)
+        self._monitor = self._socket.get_monitor_socket(wanted)
+        try:
+            self._socket.connect(self._endpoint)
+        except zmq.ZMQError as error:
+            raise ConfigError(
+                f"endpoint {self._endpoint!r} is not accepted ({error.strerror}): give {FORMS}",
+                param="endpoint",
+            ) from error
+
+    def send(self, frames: Sequence[Any]) -> None:
+        self._socket.getsockopt(zmq.EVENTS)  # libzmq takes note of what its other thread did, as in read()
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            self._lost = True  # the peer has just gone
+
+    def read(self) -> tuple[str, Any]:
+        """What there is, without waiting; an answer comes before the news that the peer left after it."""
+        event = None
+        if not self._lost:
+            with contextlib.suppress(zmq.Again):
+                news = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+                event = news["event"]
+                if event in _REFUSED:
+                    return "refused", _why(event, news["value"])
+        self._lost = self._lost or event == zmq.Event.DISCONNECTED
+        self._socket.getsockopt(zmq.EVENTS)
+        try:
+            return "message", self._socket.recv_multipart(zmq.NOBLOCK)[0]
+        except zmq.Again:
+            pass
+        if self._lost:
+            self._lost = False
+            return "lost", None
+        return ("nothing" if event is None else "connected"), None
+
+    def close(self) -> None:
+        opened, self._socket = self._socket, None
+        monitor, self._monitor = self._monitor, None
+        if opened is not None:
+            opened.disable_monitor()
+            monitor.close(0)
+            opened.close()
+
+
+class SyncWire(Wire):
+    """Used by one thread; ended by that, or by any other."""
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
+        super().__init__(context, endpoint, keys)
+        self._ended = threading.Event()
+        # Held while the sockets are used.  Reentrant: the garbage collector may end a wire in the midst of anything.
+        self._using = threading.RLock()
+
+    def do(self, operation: str, argument: Any) -> Any:
+        if operation == "call":
+            return argument()
+        if operation == "sleep":
+            self._ended.wait(argument)
+            return None
+        with self._using:
+            if self._ended.is_set():
+                raise closed()
+            if operation == "open":
+                return self.open(argument)
+            if operation == "send":
+                return self.send(argument)
+            try:
+                if not self._lost:
+                    sockets = [(self._socket, zmq.POLLIN), (self._monitor, zmq.POLLIN)]
+                    zmq.zmq_poll(sockets, int(argument * 1000))
+                return self.read()
+            except zmq.ZMQError as error:
+                if self._ended.is_set():  # by a signal handler of this thread, within poll
+                    raise closed() from error
+                raise
+
+    def end(self) -> None:
+        """No more is done; a call under way notices within a second."""
+        self._ended.set()
+        with self._using:
+            self.close()
+
+
+class AsyncWire(Wire):
+    """Used and ended in one event loop."""
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
+        super().__init__(context, endpoint, keys)
+        self._ended = asyncio.Event()
+        self._news = asyncio.Event()
+        self._watched: tuple[asyncio.AbstractEventLoop, list[int]] | None = None
+
+    async def do(self, operation: str, argument: Any) -> Any:
+        if operation == "call":
+            return await asyncio.to_thread(argument)
+        if operation == "sleep":
+            await _wait(self._ended, argument)
+            return None
+        if self._ended.is_set():
+            raise closed()
+        if operation == "open":
+            return self.open(argument)
+        if operation == "send":
+            return self.send(argument)
+        if not self._lost and not self._readable():
+            await self._wait_for_news(argument)
+        return self.read()
+
+    async def _wait_for_news(self, seconds: float) -> None:
+        """Until a socket has something.  Their descriptors tell of changes only: nobody may wait where something
+        is there already, and they are watched no longer than somebody waits."""
+        self._news.clear()
+        loop = asyncio.get_running_loop()
+        self._watched = loop, [self._socket.FD, self._monitor.FD]
+        for descriptor in self._watched[1]:
+            loop.add_reader(descriptor, self._news.set)
+        end = loop.time() + seconds
+        try:
+            while not self._readable() and (left := end - loop.time()) > 0:
+                self._news.clear()
+                await _wait(self._news, left)
+                if self._ended.is_set():
+                    raise closed()
+        finally:
+            self._unwatch()
+
+    def _readable(self) -> bool:
+        return bool((self._socket.EVENTS | self._monitor.EVENTS) & zmq.POLLIN)
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            loop, descriptors = self._watched
+            self._watched = None
+            if not loop.is_closed():
+                for descriptor in descriptors:
+                    loop.remove_reader(descriptor)
+
+    def end(self) -> None:
+        """No more is done; a call under way notices at once."""
+        self._unwatch()
+        self.close()
+        self._ended.set()
+        self._news.set()
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+
+
+def closed() -> StateError:
+    return StateError("this client is closed: make a new one", code="client_closed")
+
+
+def _why(event: int, value: int) -> str:
+    """``key``: it is not known there; ``mechanism``: one side uses CURVE, the other does not; ``unclear``."""
+    if event == zmq.Event.HANDSHAKE_FAILED_AUTH:
+        return "key"
+    mismatch = (
+        event == zmq.Event.HANDSHAKE_FAILED_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
+    )
+    return "mechanism" if mismatch else "unclear"

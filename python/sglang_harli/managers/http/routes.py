@@ -1,0 +1,173 @@
+"""HTTP process: what is added to SGLang's FastAPI app, and the life of publisher and watchdog in its event loop.
+
+Routes of ours stand before SGLang's of the same path and end in SGLang's own functions; they pass the same
+ASGI middleware (API keys included), which wraps the router as a whole.
+
+Leans on SGLang's http_server (app, health_generate, available_models, retrieve_model), ModelCard, and on
+Starlette's ``router.lifespan_context``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from sglang_harli import core
+from sglang_harli.config import HarliOptions
+from sglang_harli.core import PROFILE_ROUTE
+from sglang_harli.errors import HarliError
+from sglang_harli.managers.http.metrics_collector import MetricsCollector
+from sglang_harli.managers.http.model_names import missing_model_error
+from sglang_harli.managers.http.publisher import Publisher
+from sglang_harli.managers.http.start_up.parity_request import ParityRequest
+from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
+from sglang_harli.managers.http.supervision import supervisor
+from sglang_harli.managers.http.tokenizer_handover import TokenizerHandover, hand_over
+from sglang_harli.managers.http.training_guards import end_training
+from sglang_harli.managers.http.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+
+def install(
+    app: FastAPI, server_args: Any, tokenizer_manager: Any, handover: TokenizerHandover | None = None
+) -> None:
+    """Add the health gate and the adapters' model routes, and tie the publisher to the app's lifespan.
+
+    Called once, before the app serves.
+
+    Args:
+        app: sglang.srt.entrypoints.http_server.app.
+        server_args: HarliServerArgs.
+        tokenizer_manager: SGLang's TokenizerManager; gets the attribute ``harli_publisher``.
+        handover: of its tokenizer to the finetune service.
+    """
+    options: HarliOptions = server_args.harli_options()
+    if not options.enabled:
+        return
+    publisher = Publisher(tokenizer_manager, core.http_endpoint(options.absolute_run_dir), handover)
+    tokenizer_manager.harli_publisher = publisher
+    metrics = MetricsCollector() if server_args.enable_metrics else None
+    profile = StartupProfile(publisher, tokenizer_manager, options.profile_budget_s)
+    watchdog = Watchdog(options, supervisor.running, publisher, metrics)
+    parity = ParityRequest(publisher, tokenizer_manager, profile) if options.parity != "off" else None
+    tokenizer_manager.harli_parity = parity
+    _follow_lifespan(app, tokenizer_manager, publisher, watchdog, profile, parity)
+    app.router.routes[:0] = routes(publisher, tokenizer_manager, profile).routes
+
+
+def before_setup_and_run(
+    server_args: Any, tokenizer_manager: Any, template_manager: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Hook before ``sglang.srt.entrypoints.http_server._setup_and_run_http_server``: no event loop runs yet."""
+    from sglang.srt.entrypoints import http_server
+
+    options: HarliOptions = server_args.harli_options()
+    handover = None
+    if options.enabled:
+        handover = hand_over(tokenizer_manager, template_manager, options.absolute_run_dir)
+    install(http_server.app, server_args, tokenizer_manager, handover)
+
+
+def _follow_lifespan(
+    app: FastAPI,
+    manager: Any,
+    publisher: Publisher,
+    watchdog: Watchdog,
+    profile: StartupProfile,
+    parity: ParityRequest | None,
+) -> None:
+    original = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(inner: Any) -> AsyncIterator[Any]:
+        async with original(inner) as state:
+            publisher.start()
+            watchdog.start()
+            profile.start()
+            if parity is not None:
+                parity.start()
+            try:
+                yield state
+            finally:
+                if parity is not None:
+                    await parity.stop()
+                await end_training(manager)
+                await profile.stop()
+                await watchdog.stop()
+                await publisher.stop()
+
+    app.router.lifespan_context = lifespan
+
+
+def routes(publisher: Publisher, tokenizer_manager: Any, startup: StartupProfile) -> APIRouter:
+    """The routes that stand before SGLang's."""
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.entrypoints.openai.protocol import ModelCard
+
+    router = APIRouter()
+
+    @router.get("/health_generate")
+    async def health_generate(request: Request) -> Response:
+        """SGLang's answer, but 503 until the finetune service and the scheduler have met once (and, with
+        --harli-profile-budget-s, the start's profile is measured).
+
+        Later trouble in finetuning is no trouble of serving: the gate never closes again, and a service that is
+        given up before they have met opens it.
+        """
+        if not publisher.was_ready and publisher.down is None:
+            return PlainTextResponse(not_ready_reason(publisher), status_code=503)
+        if not startup.done:
+            return PlainTextResponse("sglang-harli: measuring a latency profile\n", status_code=503)
+        return await http_server.health_generate(request)
+
+    @router.get(PROFILE_ROUTE)
+    async def profile() -> Response:
+        """What ``harli profile`` asks for: the scheduler builds it only then."""
+        try:
+            return JSONResponse(await publisher.ask("harli/profile", {}))
+        except HarliError as error:
+            return PlainTextResponse(f"{error}\n", status_code=503)
+
+    def card(name: str, path: str | None) -> ModelCard:
+        return ModelCard(id=name, root=path, parent=tokenizer_manager.served_model_name)
+
+    @router.get("/v1/models")
+    async def available_models() -> Any:
+        """SGLang's list (the base and the loaded adapters) and the adapters that load when asked for."""
+        models = await http_server.available_models()
+        models.data = [model for model in models.data if model.id not in publisher.others]
+        for name in publisher.dormant():
+            models.data.append(card(name, tokenizer_manager.lora_ref_cache[name].lora_path))
+        return models
+
+    @router.get("/v1/models/{model:path}")
+    async def retrieve_model(model: str) -> Any:
+        """An adapter, or SGLang's answer (which knows the base alone)."""
+        if model in publisher.others:
+            return missing_model_error(tokenizer_manager, model)
+        ref = tokenizer_manager.lora_registry.get_all_adapters().get(model)
+        if ref is not None:
+            return card(model, ref.lora_path)
+        if model in publisher.dormant():
+            return card(model, tokenizer_manager.lora_ref_cache[model].lora_path)
+        return await http_server.retrieve_model(model)
+
+    return router
+
+
+def not_ready_reason(publisher: Publisher) -> str:
+    """Why the server is not healthy yet, in one line."""
+    keeper = supervisor.running()
+    if keeper is not None and keeper.gave_up is not None:
+        return f"sglang-harli: {keeper.gave_up}\n"
+    if publisher.state is None:
+        return "sglang-harli: waiting for the finetune service\n"
+    if not publisher.state.endpoint_bound:
+        return "sglang-harli: the finetune service has not opened its endpoint yet\n"
+    return "sglang-harli: the finetune service waits for the scheduler's hello\n"

@@ -1,0 +1,74 @@
+"""HTTP process: starts the service before SGLang's processes, and proves afterwards that the seam took.
+
+SGLang only logs a hook that could not be applied and then serves plain; so each scheduler rank puts a hello
+into its init info, and a server without it stops.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sglang_harli.managers.http.supervision import supervisor
+
+KEY = "harli"  # in Scheduler.get_init_info(): {"version": str, "refusal": str | None}
+
+
+_http_server = False
+
+
+def http_server_starts(*_args: Any, **_kwargs: Any) -> None:
+    """Before SGLang's ``http_server.launch_server``: what is launched next will have an HTTP process."""
+    global _http_server
+    _http_server = True
+
+
+def launch(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
+    """Around ``Engine._launch_subprocesses``: the service first, the hello last.
+
+    Raises:
+        SystemExit: a rank did not say hello, or refuses the model; or this is the offline Engine, which has
+            no HTTP process to publish adapters.
+    """
+    if not _http_server:
+        raise SystemExit(
+            "sglang-harli: finetuning needs a server, whose HTTP process publishes the adapters: start "
+            "`python -m sglang_harli.launch_server`, or give Engine(harli_finetune='off')"
+        )
+    server_args = kwargs["server_args"] if "server_args" in kwargs else args[0]
+    supervisor.start(server_args)
+    launched = original(cls, *args, **kwargs)
+    _, _, _, schedulers, watchdog = launched
+    try:
+        check_hello(schedulers.scheduler_infos)
+    except SystemExit:
+        # At exit a zmq context of SGLang's that is collected waits for its messages to schedulers that are gone.
+        gc.disable()
+        if watchdog is not None:
+            watchdog.stop()  # it would answer the end of the children by killing us before the sentence is out
+        raise
+    return launched
+
+
+def check_hello(scheduler_infos: Sequence[dict[str, Any]]) -> None:
+    """Raise SystemExit unless every scheduler rank said hello and can finetune its model."""
+    if not scheduler_infos:
+        raise SystemExit(_missing("no scheduler reported"))
+    for rank, info in enumerate(scheduler_infos):
+        hello = info.get(KEY)
+        if hello is None:
+            raise SystemExit(_missing(f"scheduler {rank} runs without it"))
+        if hello.get("refusal"):
+            raise SystemExit(
+                f"sglang-harli: {hello['refusal']}; serve without finetuning by --harli-finetune off"
+                if "--harli-finetune off" not in hello["refusal"]
+                else f"sglang-harli: {hello['refusal']}"
+            )
+
+
+def _missing(what: str) -> str:
+    return (
+        f"sglang-harli: the plugin did not reach SGLang's scheduler ({what}): install sglang-harli into the environment "
+        "that runs SGLang, let SGLANG_PLUGINS name harli, or serve without finetuning by --harli-finetune off"
+    )

@@ -1,0 +1,50 @@
+"""Why training runs or yields now, in one sentence.  Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_harli.core import Reason, SubState
+from sglang_harli.managers.scheduler.policy import qos_policy
+from sglang_harli.managers.scheduler.policy.possible_targets import CONSEQUENCE
+
+TARGETS = {
+    "tpot": "the TPOT target",
+    "itl": "--harli-max-itl-ms",
+    "ttft": "the TTFT target",
+}
+
+
+def why(sub_state: str, reason: str, serving: dict[str, Any]) -> str:
+    """One sentence.
+
+    Args:
+        sub_state, reason: of the run, as they were told last.
+        serving: ``ServingSide.status()``.
+    """
+    impossible = serving.get("impossible_targets") or []
+    if sub_state == SubState.TRAINING and reason == Reason.IDLE:
+        return "Training runs in large quanta: nothing is served."
+    if sub_state == SubState.TRAINING and reason == Reason.PROBE:
+        return f"Training yields for the most part, and tries its smallest quantum now and then: {_room(serving)}."
+    if impossible and sub_state in (SubState.TRAINING, SubState.YIELDING):
+        return f"Training yields until nothing is served: {'; '.join(impossible)}, so {CONSEQUENCE}."
+    if sub_state == SubState.TRAINING:
+        return f"Training runs between decode steps: {_room(serving)}."
+    if sub_state != SubState.YIELDING:
+        return f"Training does not run ({sub_state.replace('_', ' ')}){': ' + reason if reason else ''}."
+    if reason in qos_policy.NO_SLACK.values():
+        return f"Training yields: {reason}; {_room(serving)}."
+    return f"Training yields: {reason}."
+
+
+def _room(serving: dict[str, Any]) -> str:
+    slack_ms, bound = serving.get("slack_ms"), serving.get("slack_bound")
+    step = (
+        f"the next decode step takes {serving['decode_ms']:.3g} ms, at most {serving['decode_upper_ms']:.3g}"
+    )
+    if slack_ms is None or bound not in TARGETS:
+        return step
+    if slack_ms < 0:
+        return f"{step}, which is {-slack_ms:.3g} ms more than {TARGETS[bound]} leaves"
+    return f"{step}, and {TARGETS[bound]} leaves {slack_ms:.3g} ms beside it"

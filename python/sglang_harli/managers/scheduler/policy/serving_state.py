@@ -1,0 +1,344 @@
+"""What the policy needs to know of serving: targets in force, estimates, deadlines, attainment.
+
+Plain Python: requests are read by attribute (SGLang's Req: output_ids, finished(), time_stats), so that
+the class is tested without SGLang.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sglang_harli.config import LIVE, HarliOptions
+from sglang_harli.core import StepLoad
+from sglang_harli.errors import ConfigError
+from sglang_harli.managers.scheduler.policy.possible_targets import CONSEQUENCE, impossible
+from sglang_harli.managers.scheduler.policy.slo_ledger import (
+    IDLE_SEEN_S,
+    Attainment,
+    Backlog,
+    PrefillReserve,
+    QuietSteps,
+    RequestClock,
+    Slack,
+    Targets,
+    backlog_slack,
+    batch_slack,
+    expecting,
+    spare,
+)
+from sglang_harli.managers.scheduler.step_timer import BatchLoad
+from sglang_harli.predictor.latency_predictor import DECODE, PREFILL, LatencyPredictor
+from sglang_harli.predictor.profile_table import ProfileKey
+from sglang_harli.protocol import internal
+
+logger = logging.getLogger(__name__)
+
+CHECK_EVERY = 64  # batches that were learnt from
+# While a checkpoint is written on a CPU, its writer takes turns with the threads of a decode step, which is as slow
+# as its slowest one (*measured* on two cores: now and then 2 to 3 times as long).  So more is kept for it.
+DISTURBED = 3.0
+
+
+def targets_of(options: HarliOptions) -> Targets:
+    """The options in seconds."""
+
+    def seconds(value: float | None) -> float | None:
+        return None if value is None else value / 1e3
+
+    return Targets(
+        tpot_s=options.tpot_slo_ms / 1e3,
+        ttft_s=seconds(options.ttft_slo_ms),
+        max_itl_s=seconds(options.max_itl_ms),
+        busy_quantum_s=options.busy_quantum_ms / 1e3,
+        idle_quantum_s=options.idle_quantum_ms / 1e3,
+    )
+
+
+class Lending(Protocol):
+    """What of training's memory ``harli set`` changes (``memory_desk.MemoryDesk``)."""
+
+    def limit_conflict(self, max_train_bytes: int | None) -> str | None: ...
+    def limit(self, max_train_bytes: int | None) -> str | None: ...
+
+
+class ServingSide:
+    """Targets and estimates of one scheduler; lives on its thread.
+
+    Attributes:
+        memory: training's, once there is a trainer.
+        predictor: of steps and quanta; the trainer's set-up puts one in place that knows the model.
+        profile_key: what its measured points are good for; None before that.
+        decode_steps: while there was something to train.
+        impossible: targets in force that serving alone cannot keep here, each with a sentence.
+        last_slack: of the latest decision.
+        idle_s: when training ran last while nothing was served.
+    """
+
+    def __init__(self, options: HarliOptions) -> None:
+        self.options = options
+        self.memory: Lending | None = None
+        self.targets = targets_of(options)
+        self.revision = 0
+        self.predictor = LatencyPredictor()
+        self.profile_key: ProfileKey | None = None
+        self.reserve = PrefillReserve()
+        self.quiet = QuietSteps()
+        self.idle_s = float("-inf")
+        self.attainment = Attainment()
+        self.decode_steps = 0
+        self.impossible: dict[str, str] = {}
+        self.last_slack: Slack | None = None
+        self._said: set[str] = set()
+        self._learnt = 0
+        self._last_decode = (1, 0)  # requests, tokens of context
+
+    # ---------------------------------------------------------------- measured
+    def learn(self, load: BatchLoad, seconds: float) -> None:
+        """A batch took ``seconds`` on the device; one that computed nothing teaches nothing."""
+        if not load.new_tokens:
+            return
+        if load.is_decode:
+            self._last_decode = load.requests, load.context_tokens
+            self.predictor.observe_decode(
+                load.requests,
+                load.context_tokens,
+                seconds,
+                adapters=load.adapters,
+                after_training=load.after_training,
+            )
+        else:
+            self.predictor.observe_prefill(load.new_tokens, seconds, load.pairs)
+        self._learnt += 1
+        if not self._learnt % CHECK_EVERY:
+            self.check_targets()
+
+    def check_targets(self) -> None:
+        """Compare the targets with what serving alone takes, as far as that is known; a finding is logged once."""
+        predictor = self.predictor
+        found = impossible(
+            self.targets,
+            decode_s=predictor.decode(1, 1).expected_s if predictor.known(DECODE) else None,
+            prefill_s=predictor.prefill(1, 1).expected_s if predictor.known(PREFILL) else None,
+        )
+        for name in (
+            found.keys() - self._said
+        ):  # once for each setting: near a target the finding may come and go
+            logger.warning("harli: %s; %s", found[name], CONSEQUENCE)
+        self._said |= found.keys()
+        self.impossible = found
+
+    def step(self, load: BatchLoad, seconds: float, now_s: float) -> None:
+        """As ``learn``, of every batch while there is something to train."""
+        self.learn(load, seconds)
+        if load.is_decode:
+            self.decode_steps += 1
+            self.reserve.decode(now_s)
+            self.quiet.decode()
+        else:
+            self.reserve.prefill(seconds)
+            self.quiet.prefill()
+
+    @staticmethod
+    def _clock(req: Any) -> RequestClock | None:
+        stats = req.time_stats
+        emitted = len(req.output_ids)
+        if not emitted or not stats.prefill_finished_time:
+            return None
+        # Where SGLang retracts a request it keeps the time of its first token and resets the others; its next token comes
+        # with another prefill.
+        first = stats.prefill_finished_time
+        last = max(first, stats.last_prefill_finished_time, stats.last_decode_finish_time)
+        return RequestClock(first, last, emitted)
+
+    def clocks(self, reqs: Iterable[Any]) -> list[RequestClock]:
+        """Clocks of the requests that go on decoding."""
+        clocks = (self._clock(req) for req in reqs if not req.finished())
+        return [clock for clock in clocks if clock is not None]
+
+    @staticmethod
+    def context_tokens(reqs: Iterable[Any]) -> int:
+        """Tokens that the next decode step of these requests attends to."""
+        return sum(len(req.origin_input_ids) + len(req.output_ids) for req in reqs if not req.finished())
+
+    def count_finished(self, reqs: Iterable[Any]) -> int:
+        """How many have finished since the call before."""
+        count = 0
+        for req in reqs:
+            if req.finished() and not getattr(req, "harli_counted", False):
+                req.harli_counted = True
+                count += 1
+                clock = self._clock(req)
+                if clock is not None:
+                    self.attainment.count(clock, self.targets.tpot_s)
+        return count
+
+    def slack(
+        self,
+        clocks: list[RequestClock],
+        context_tokens: int,
+        now_s: float,
+        queued_s: float,
+        *,
+        adapters: bool = False,
+        disturbed: bool = False,
+        backlog: Backlog | None = None,
+    ) -> Slack:
+        """What may be spent before the next decode step, and before prompts that wait are due.
+
+        Args:
+            clocks, context_tokens, adapters: of the requests that go on decoding; whether one uses an adapter.
+            queued_s: training that is launched and not finished.
+            disturbed: a checkpoint is being written.
+            backlog: prompts that wait under a TTFT target.
+        """
+        after, alone = (
+            self.predictor.decode(len(clocks), context_tokens, adapters=adapters, after_training=trained)
+            for trained in (True, False)
+        )
+        decode_upper_s = after.upper_s * (DISTURBED if disturbed else 1.0)
+        slack = batch_slack(
+            clocks,
+            self.targets,
+            now_s=now_s,
+            decode_upper_s=decode_upper_s,
+            reserve_s=self.reserve.seconds(now_s, spare(self.targets, alone.expected_s)),
+            queued_s=queued_s,
+            prefill_s=0.0 if backlog is None or not backlog.admitted else backlog.prefill_upper_s,
+        )
+        slack = expecting(
+            slack,
+            self.targets,
+            decode_s=alone.expected_s,
+            quiet_steps=self.quiet.steps,
+            toll_s=max(after.expected_s - alone.expected_s, 0.0),
+            idle_comes=now_s - self.idle_s < IDLE_SEEN_S,
+        )
+        if backlog is not None:
+            waits = backlog_slack(
+                backlog,
+                self.targets,
+                now_s=now_s,
+                decode_upper_s=decode_upper_s,
+                reserve_s=self.reserve.seconds(now_s),
+                queued_s=queued_s,
+            )
+            slack = min(slack, waits, key=lambda each: each.seconds)
+        for bound in ("tpot", "itl"):
+            if clocks and bound in self.impossible:
+                slack = Slack(min(slack.seconds, 0.0), bound)
+        self.last_slack = slack
+        return slack
+
+    # ---------------------------------------------------------------- harli set, harli status, harli profile
+    def profile(self) -> dict[str, Any] | None:
+        """The loads that were measured, as a profile table; where it is looked for at the next start."""
+        if self.profile_key is None:
+            return None
+        table = self.predictor.points.table(self.profile_key)
+        return {"path": self.options.profile_path, "table": table.document()}
+
+    def set_options(self, message: internal.SetOptions) -> internal.OptionsSet:
+        """Apply ``harli set``; the answer carries what is in force."""
+
+        def answer(outcome: str, text: str = "") -> internal.OptionsSet:
+            return internal.OptionsSet(
+                request=message.request,
+                outcome=outcome,
+                revision=self.revision,
+                effective=self.effective(),
+                text=text,
+            )
+
+        if message.if_revision is not None and message.if_revision != self.revision:
+            return answer("stale", f"the revision is {self.revision}, not {message.if_revision}")
+        unknown = sorted(set(message.values) - set(LIVE))
+        if unknown:
+            return answer("conflict", f"not an option that can be set: {', '.join(unknown)}")
+        try:
+            options = self.options.replace(**message.values)
+        except ConfigError as error:
+            return answer("conflict", error.message)
+        itl, tpot = options.max_itl_ms, options.tpot_slo_ms
+        if itl is not None and itl < tpot:
+            return answer(
+                "conflict", f"max-itl-ms={itl:g} is below tpot-slo-ms={tpot:g}: every token would miss it"
+            )
+        memory = self.memory if "max_train_mem" in message.values else None
+        if memory is not None and (text := memory.limit_conflict(options.max_train_bytes)):
+            return answer("conflict", text)
+        self.options, self.targets = options, targets_of(options)
+        self.revision += 1
+        self._said = set()
+        self.check_targets()
+        later = memory.limit(options.max_train_bytes) if memory is not None else None
+        if later:
+            return answer("deferred", later)
+        return answer(
+            "applied", "; ".join((*self.impossible.values(), CONSEQUENCE)) if self.impossible else ""
+        )
+
+    def effective(self) -> dict[str, Any]:
+        values: dict[str, Any] = {name: getattr(self.options, name) for name in LIVE}
+        values["max_quantum_ms"] = self.options.busy_quantum_ms
+        values["max_idle_quantum_ms"] = self.options.idle_quantum_ms
+        return values
+
+    def status(self) -> dict[str, Any]:
+        """For ``harli status``: attainment counts requests that finished while a job was held."""
+        slack = self.last_slack
+        decode = self.predictor.decode(*self._last_decode)
+        return {
+            "decode_ms": round(decode.expected_s * 1e3, 3),
+            "decode_upper_ms": round(decode.upper_s * 1e3, 3),
+            "slack_ms": None if slack is None or slack.bound == "none" else round(slack.seconds * 1e3, 3),
+            "slack_bound": None if slack is None else slack.bound,
+            "requests_finished": self.attainment.finished,
+            "requests_met_tpot": self.attainment.met,
+            "impossible_targets": list(self.impossible.values()),
+            "slo_attainment": round(self.attainment.share, 4),
+            "prediction": self.predictor.summary(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """What is served, between two of its steps: ``slotting.Serving``.
+
+    Attributes:
+        clocks, context_tokens, adapters: of the requests that go on decoding, as ``ServingSide.slack`` takes them.
+        backlog: prompts that wait under a TTFT target.
+        waiting: how many prompts wait now that training stops for at once; asked before each decision.
+    """
+
+    side: ServingSide
+    clocks: list[RequestClock]
+    context_tokens: int
+    adapters: bool
+    backlog: Backlog | None
+    waiting: Callable[[], int]
+
+    @property
+    def targets(self) -> Targets:
+        return self.side.targets
+
+    @property
+    def running(self) -> int:
+        return len(self.clocks)
+
+    def load(self) -> StepLoad:
+        promised = 0 if self.backlog is None else self.backlog.prompts
+        return StepLoad(len(self.clocks), self.context_tokens, self.waiting(), promised)
+
+    def slack(self, now_s: float, queued_s: float, *, disturbed: bool) -> Slack:
+        return self.side.slack(
+            self.clocks,
+            self.context_tokens,
+            now_s,
+            queued_s,
+            adapters=self.adapters,
+            disturbed=disturbed,
+            backlog=self.backlog,
+        )

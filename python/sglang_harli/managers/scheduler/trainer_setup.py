@@ -1,0 +1,190 @@
+"""Builds the scheduler's trainer: binds the weights, states the limits, opens the link.
+
+Leans on SGLang 0.5.16: Scheduler.server_args, weight_updater.offload_tags, token_to_kv_pool_allocator, tree_cache, tp_worker.model_runner (model, model_config, lora_manager,
+kv_cache_dtype, decode_cuda_graph_runner.capture_bs), ServerArgs (model_path, tokenizer_path, served_model_name, max_lora_rank, lora_target_modules, device).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from sglang_harli.config import HarliOptions, show_size
+from sglang_harli.core import scheduler_endpoint
+from sglang_harli.errors import UnsupportedError
+from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
+from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
+from sglang_harli.managers.scheduler.profile_setup import profile_key, starting_priors
+from sglang_harli.managers.scheduler.service_link import ServiceLink
+from sglang_harli.managers.scheduler.training.adapter_loader import AdapterLoader
+from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
+from sglang_harli.managers.scheduler.training.parity import Parity
+from sglang_harli.managers.scheduler.training.quantum_timer import make_clock
+from sglang_harli.mem_cache.kv.prefix_eviction import evict_stripes
+from sglang_harli.mem_cache.unified_pool import UnifiedPool
+from sglang_harli.peft_trainer.base import base_print
+from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.base.frozen_base import bind as bind_base
+from sglang_harli.platforms.cpu.defaults import host_memory_bytes
+from sglang_harli.platforms.cpu.malloc import keep_freed_memory
+from sglang_harli.predictor import priors
+from sglang_harli.predictor.latency_predictor import LatencyPredictor
+from sglang_harli.predictor.profile_table import ProfileKey
+from sglang_harli.predictor.solo import Padding
+from sglang_harli.protocol import internal
+from sglang_harli.protocol.public import ALL_LINEAR
+
+logger = logging.getLogger(__name__)
+
+# Cautious rates for the first guess of a quantum's cost, floating-point operations a second.
+_PRIOR_FLOPS = {"cpu": 2e10, "cuda": 5e13}
+# A first guess of what a request more, and a token of context more, add to a decode step, as a share of it.
+_PRIOR_SHARES = {"cpu": (0.1, 1e-4), "cuda": (0.01, 2e-5)}
+
+_FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+
+
+def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | None]:
+    """The trainer, or None and the one sentence that says why finetuning is not possible here.
+
+    A refusal stops the server (it was asked for); ``--harli-finetune off`` serves without.
+    """
+    args = scheduler.server_args
+    runner = scheduler.tp_worker.model_runner
+    try:
+        base = bind_base(runner.model, runner.model_config.hf_config)
+    except UnsupportedError as error:
+        return None, f"{error.message}; serve without finetuning: --harli-finetune off"
+    if base.device.type == "cpu":
+        keep_freed_memory()
+    desk = side.memory = memory_desk(scheduler, base.device, side.options)
+    limits = served_limits(base, args, runner, side.options, desk)
+    trainer: CoTrainer | None = None
+
+    def hello() -> internal.Hello:
+        run = trainer.run if trainer is not None else None
+        current = limits if trainer is None else trainer.limits  # `harli set` may have changed them
+        message = internal.Hello(
+            pid=os.getpid(), rank=0, limits=current, options=side.effective(), revision=side.revision
+        )
+        if trainer is not None:
+            message.hold, message.base, message.updates = trainer.hold, trainer.base_print, trainer.updates
+        if run is not None:
+            message.job, message.attempt = run.spec.job, run.spec.attempt
+            message.step, message.taken = run.training.applied_step, run.training.taken
+            message.next_cursor = run.training.next_cursor
+        return message
+
+    key = profile_key(limits, args)
+    side.predictor = _predictor(limits, runner, key, side.options)
+    side.profile_key = key
+    side.check_targets()
+    trainer = CoTrainer(
+        base,
+        limits,
+        ServiceLink(scheduler_endpoint(side.options.absolute_run_dir), hello),
+        AdapterLoader(runner.lora_manager),
+        side.predictor,
+        make_clock(base.device.type, getattr(scheduler, "forward_stream", None)),
+        desk,
+        quantum_rows=side.options.quantum_rows,
+        parity=_parity(scheduler, base, limits, side.options),
+        take_print=lambda: base_print.take(base, args.served_model_name, args.model_path),
+        set_options=side.set_options,
+        status=side.status,
+    )
+    logger.info(
+        "harli: finetuning is on: %s, %s on %s, adapters up to rank %d on %s, up to %s for training%s",
+        limits.architecture,
+        limits.dtype,
+        limits.device,
+        limits.max_lora_rank,
+        ",".join(limits.lora_target_modules),
+        show_size(limits.train_memory_bytes),
+        " beside the KV pool" if desk.pool is None else ", lent by the KV pool",
+    )
+    return trainer, None
+
+
+def memory_desk(scheduler: Any, device: torch.device, options: HarliOptions) -> MemoryDesk:
+    """Training's memory: lent by the scheduler's KV pool if that is ours, else of its own beside it."""
+    cpu = device.type == "cpu"
+    reserve = options.reserve_bytes(cpu)
+    allocator, cache = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
+    pool: UnifiedPool | None = getattr(allocator.get_kvcache(), "harli_pool", None)
+    if pool is None:
+        total = host_memory_bytes() if cpu else torch.cuda.get_device_properties(device).total_memory
+        return MemoryDesk(None, device, fixed_bytes=options.train_bytes(total, cpu), reserve_bytes=reserve)
+
+    def evict(stripes: int, unused_since_s: float | None) -> int:
+        return evict_stripes(cache, allocator, stripes, pool.quota.kept_prefix_slots(), unused_since_s)
+
+    pool.evict = evict
+    return MemoryDesk(pool, device, reserve_bytes=reserve)
+
+
+def served_limits(
+    base: FrozenBase, args: Any, runner: Any, options: HarliOptions, desk: MemoryDesk
+) -> internal.ServedLimits:
+    """What the served model allows a job."""
+    served = runner.lora_manager.target_modules  # SGLang's fused names
+    targets = tuple(m for m in ALL_LINEAR if _FUSED.get(m, m) in served)
+    return internal.ServedLimits(
+        architecture=base.config.architectures[0],
+        model_path=args.model_path,
+        tokenizer_path=args.tokenizer_path or args.model_path,
+        served_model_name=args.served_model_name,
+        dtype=str(base.dtype).removeprefix("torch."),
+        device=base.device.type,
+        vocab_size=base.config.vocab_size,
+        hidden_size=base.config.hidden_size,
+        num_layers=base.config.num_hidden_layers,
+        linear_sizes=base.linear_sizes(),
+        max_seq_length=min(
+            runner.model_config.context_len, base.positions or runner.model_config.context_len
+        ),
+        max_lora_rank=runner.lora_manager.max_lora_rank,
+        lora_target_modules=targets,
+        train_memory_bytes=desk.ever_bytes,
+        logits_bytes=options.logits_bytes,
+        space_bytes=desk.space_bytes,
+    )
+
+
+def _parity(scheduler: Any, base: FrozenBase, limits: internal.ServedLimits, options: HarliOptions) -> Parity:
+    """The comparison of training with serving that is to be made."""
+    token_bytes = limits.vocab_size * torch.promote_types(base.dtype, torch.float32).itemsize
+    kv_bytes = scheduler.tp_worker.model_runner.kv_cache_dtype.itemsize
+    return Parity(
+        base,
+        options.parity,
+        head_tokens=max(1, limits.logits_bytes // token_bytes),
+        rounds="a KV cache in 8 bits" if kv_bytes < base.dtype.itemsize else "",
+        released=lambda: bool(scheduler.weight_updater.offload_tags),
+    )
+
+
+def _predictor(
+    limits: internal.ServedLimits, runner: Any, key: ProfileKey, options: HarliOptions
+) -> LatencyPredictor:
+    """Starts from this server's profile, or from a cautious guess of what such a model takes on such a device."""
+    flops = _PRIOR_FLOPS[limits.device]
+    guess = priors.first_guess(
+        token_s=2 * _layer_parameters(limits) / flops,
+        pair_s=4 * limits.hidden_size / flops,  # scores and weighted values: two products of a head's width
+        layers=limits.num_layers,
+        decode_shares=_PRIOR_SHARES[limits.device],
+    )
+    graphs = getattr(runner, "decode_cuda_graph_runner", None)
+    padding = Padding(getattr(graphs, "capture_bs", None) or ())
+    return LatencyPredictor(starting_priors(options.profile_path, key, guess, padding), padding=padding)
+
+
+def _layer_parameters(limits: internal.ServedLimits) -> int:
+    return sum(i * o for i, o in limits.linear_sizes.values())

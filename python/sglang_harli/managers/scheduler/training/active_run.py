@@ -1,0 +1,363 @@
+"""The run in progress: its training, its snapshots, and how it stops.
+
+    StartRun ── draw or restore the adapter ── RunStarted ── train ─┬─ every N steps: snapshot ── train …
+                                                                    ├─ StopRun: [snapshot] ── RunStopped
+                                                                    └─ last step: final snapshot ── saved
+
+A snapshot needs the slot, which belongs to the service while it writes: one that falls due then waits
+for the next step boundary, except the last ones (pause, final), which wait for the slot.
+"""
+
+from __future__ import annotations
+
+import time
+
+from sglang_harli.config import show_size
+from sglang_harli.core import SubState
+from sglang_harli.errors import ConfigError, TrainingError
+from sglang_harli.failpoints import Point, reach
+from sglang_harli.managers.scheduler.service_link import ServiceLink
+from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
+from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.memory.interface import TrainMemory
+from sglang_harli.peft_trainer.run import QuantumShape, TrainingRun
+from sglang_harli.protocol import internal
+from sglang_harli.protocol.shared_memory import Slot
+
+TOLD_EVERY = 8  # micro-batches of a step; each one where fewer than that are ahead
+
+
+class ActiveRun:
+    """One job's run in the scheduler.
+
+    Raises:
+        ConfigError, TrainingError: the job does not fit the model or its memory, or its checkpoint is of
+            another job.
+        OSError: the restore slot is gone.
+    """
+
+    def __init__(
+        self,
+        base: FrozenBase,
+        start: internal.StartRun,
+        limits: internal.ServedLimits,
+        link: ServiceLink,
+        quantum_rows: int | None,
+        memory: TrainMemory,
+    ) -> None:
+        self.spec = start.spec
+        self._link = link
+        _check_memory(start.spec, limits)
+        self.training = TrainingRun(
+            base, start.spec, logits_bytes=limits.logits_bytes, quantum_rows=quantum_rows, memory=memory
+        )
+        self._every = start.spec.hyperparameters.checkpoint_every
+        self._saved_step = start.step
+        self.told_step = start.step  # of the last StepDone
+        self._in_hand: internal.SnapshotReady | None = None  # in the slot, not written yet
+        self._slot: Slot | None = None
+        self._slot_free = False
+        self._copier: StateCopier | None = None
+        self._wanted: str | None = None  # why a snapshot is due: every, pause, final, shutdown
+        self._stopping = False  # pause or cancel: no training quantum any more
+        self._save_first = False  # the stop is a pause
+        self._stop_reason = ""  # of a stop that the service has not asked for
+        self.stopped = False
+        self._taken = (0, 0)  # the first micro-batch that was not done behind the latest quantum
+        self._untold = 0  # micro-batches that are done and of which the service has not heard
+        self._last_step_at = time.monotonic()
+        self._state_bytes = 0  # of a snapshot; 0 until the adapter is there
+        self._restore: Slot | None = None
+        if start.restore is not None:
+            try:
+                self._restore = Slot.open(start.restore)
+                self.training.load_state(reader(self._restore, start.restore.tensors), start.meta)
+            except BaseException:
+                self.training.release()  # its memory goes back
+                raise
+        self._total_tokens = self.training.tokens
+
+    def _announce(self) -> None:
+        """The adapter is drawn or restored: the run is there, and asks for its snapshot slot."""
+        if self._restore is not None:
+            self._restore.close()
+            self._restore = None
+        _, self._state_bytes = state_layout(self.training.state_tensors())
+        self._link.send(
+            internal.RunStarted(
+                job=self.spec.job,
+                attempt=self.spec.attempt,
+                step=self.training.applied_step,
+                state_bytes=self._state_bytes,
+            )
+        )
+
+    # ---------------------------------------------------------------- what comes next
+    @property
+    def copying(self) -> bool:
+        return self._copier is not None
+
+    @property
+    def saving(self) -> bool:
+        """Whether a snapshot is on its way to the disk."""
+        return self._in_hand is not None
+
+    @property
+    def _ending(self) -> bool:
+        """Nothing is trained any more: it stops or is finished, and no step is half applied."""
+        return self.training.state_consistent and (self._stopping or self.training.finished)
+
+    @property
+    def finishing(self) -> bool:
+        """It is to stop, and the optimizer applies a step, whose slices come first."""
+        return self._stopping and self.training.ready and not self.training.state_consistent
+
+    def next_shape(self) -> QuantumShape | None:
+        """The next training quantum, or None while the run waits for memory, data, a slot or its end."""
+        return None if self._ending else self.training.peek()
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether it is memory that ``next_shape`` waits for."""
+        return self.training.needs_memory is not None and not self._ending
+
+    def waiting_for(self) -> tuple[str, str]:
+        """Sub-state and reason of a run that waits, but not for memory."""
+        if self._stopping or self.training.finished:
+            return SubState.CHECKPOINTING, "waiting for the checkpoint to be written"
+        return SubState.WAITING_DATA, "waiting for the next micro-batch"
+
+    def copy_slice(self) -> int:
+        """One copy quantum; returns the bytes moved."""
+        assert self._copier is not None
+        moved = self._copier.run()
+        if self._copier.done:
+            self._copied()
+        return moved
+
+    def _copied(self) -> None:
+        copier, self._copier = self._copier, None
+        assert copier is not None
+        reason, self._wanted = self._wanted or "every", None
+        self._slot_free = False  # the service's until SnapshotSaved
+        reach(Point.SNAPSHOT_COPIED)
+        self._in_hand = internal.SnapshotReady(
+            job=self.spec.job,
+            attempt=self.spec.attempt,
+            step=self.training.applied_step,
+            slot=copier.ref(),
+            meta=self.training.state_meta(),
+            reason=reason,
+            after=self.told_step,
+        )
+        self._link.send(self._in_hand)
+
+    def after_quantum(self) -> bool:
+        """Send what a step brought; start a snapshot that is due.  True: the run is over, release it."""
+        if not self._state_bytes and self.training.ready:
+            self._announce()
+        self.send_metrics()
+        self._tell_taken()
+        if not self.training.state_consistent:
+            return False
+        if self._stopping and not self._save_first:  # cancel waited for the optimizer's slices
+            return self._stop_now()
+        step = self.training.applied_step
+        if self._stopping:
+            self._wanted = "pause"
+        elif self.training.finished:
+            self._wanted = "final"
+        elif self._every and step // self._every > self._saved_step // self._every and self._slot_free:
+            self._wanted = "every"
+        self._begin_snapshot()
+        return False
+
+    def _tell_taken(self) -> None:
+        """Tell the service that there is room for more; the end of a step (StepDone) tells it too."""
+        taken = self.training.taken
+        if (place := (taken.step, taken.index)) == self._taken:
+            return
+        self._taken = place
+        self._untold = self._untold + 1 if taken.index else 0
+        if self._untold and (self._untold >= TOLD_EVERY or self.training.batches_ahead < TOLD_EVERY):
+            self._untold = 0
+            self._link.send(internal.BatchesTaken(job=self.spec.job, attempt=self.spec.attempt, cursor=taken))
+
+    def send_metrics(self) -> None:
+        """Report the steps whose metrics have reached the host.
+
+        Raises:
+            TrainingError: a step's loss was not finite.
+        """
+        for metrics in self.training.take_metrics():
+            reach(Point.STEP_APPLIED)
+            now_s = time.monotonic()
+            seconds, self._last_step_at = now_s - self._last_step_at, now_s
+            after, self.told_step = self.told_step, metrics.step
+            self._total_tokens += metrics.tokens
+            self._link.send(
+                internal.StepDone(
+                    job=self.spec.job,
+                    attempt=self.spec.attempt,
+                    step=metrics.step,
+                    epoch=metrics.epoch,
+                    loss=metrics.loss,
+                    learning_rate=metrics.learning_rate,
+                    grad_norm=metrics.grad_norm,
+                    tokens=metrics.tokens,
+                    target_tokens=metrics.target_tokens,
+                    seconds=seconds,
+                    total_tokens=self._total_tokens,
+                    after=after,
+                )
+            )
+
+    # ---------------------------------------------------------------- snapshots
+    def take_slot(self, ref: internal.SlotRef) -> None:
+        """The service's slot for snapshots, faulted in; one that was named before changes nothing."""
+        if self._slot is not None and self._slot.path == ref.path:
+            return
+        if ref.nbytes < self._state_bytes:
+            raise TrainingError(
+                f"the snapshot slot has {ref.nbytes} bytes, {self._state_bytes} are needed", code="internal"
+            )
+        if self._slot is not None:
+            self._slot.close()
+        self._slot, self._slot_free = Slot.open(ref), True
+        self._begin_snapshot()
+
+    def _begin_snapshot(self) -> None:
+        """Start the copy that is wanted, once the slot is ours and no step is half applied."""
+        if self._wanted is None or self._copier is not None or not self._slot_free or self._slot is None:
+            return
+        if not self.training.state_consistent:
+            return
+        if self.training.applied_step == self._saved_step and self._wanted != "final":
+            self._wanted = None
+            return
+        tensors = self.training.state_tensors()
+        refs, _ = state_layout(tensors)
+        self._copier = StateCopier(tensors, self._slot, refs)
+
+    def saved(self, message: internal.SnapshotSaved) -> bool:
+        """The service has written a snapshot (or could not); True: the run is over, release it."""
+        in_hand = self._in_hand is not None and self._in_hand.step == message.step
+        if not in_hand and not message.ok:
+            return False  # late: about a snapshot that was answered before
+        if in_hand:
+            self._in_hand, self._slot_free = None, True
+        reach(Point.ACKNOWLEDGED)
+        if message.ok:
+            self._saved_step = max(self._saved_step, message.step)
+        behind = self.training.applied_step > self._saved_step
+        if behind and (self._save_first or self.training.finished) and self.training.state_consistent:
+            self._wanted = "pause" if self._save_first else "final"  # once more, until the service gives up
+            self._begin_snapshot()
+            return False
+        if self._stopping and self.training.state_consistent and not self.copying:
+            return self._stop_now()
+        return self.training.finished and not behind
+
+    def pulse(self) -> None:
+        """Say where the run stands, and once more what was taken over and then not answered."""
+        in_hand = self._in_hand
+        if in_hand is not None and not self._link.keeps(in_hand):
+            self._link.send(in_hand)
+        self._link.send(
+            internal.Pulse(
+                job=self.spec.job,
+                attempt=self.spec.attempt,
+                step=self.training.applied_step,
+                next_cursor=self.training.next_cursor,
+                state_bytes=self._state_bytes,
+                has_slot=self._slot is not None,
+                snapshot=-1 if in_hand is None else in_hand.step,
+                stopping=self._stopping,
+                taken=self.training.taken,
+            )
+        )
+
+    def final_snapshot(self) -> bool:
+        """Shutdown: copy the state out at once; True if the service has something to write."""
+        training = self.training
+        if not training.ready:
+            return False
+        self._stopping = self._save_first = True
+        while not training.state_consistent:
+            shape = training.peek()
+            if (
+                shape is None
+            ):  # the state lies in host memory in the middle of a step, and cannot come back now
+                return False
+            training.run(shape.rows)
+        self.after_quantum()
+        if self._copier is not None:
+            self._wanted = "shutdown"
+            self._copier.finish()
+            self._copied()
+        return not self._slot_free and self._slot is not None
+
+    # ---------------------------------------------------------------- stopping
+    def stop(self, snapshot: bool) -> bool:
+        """Pause (with a snapshot) or cancel; True: stopped already, release it."""
+        self._stopping, self._save_first = True, snapshot
+        if not self.training.ready:
+            return self._stop_now()  # nothing is applied; a checkpoint it came from is the state
+        if self._copier is not None and not snapshot:
+            self._copier = None
+        if not self.training.state_consistent and (snapshot or not self.training.spilled):
+            return False  # the optimizer's slices are finished first
+        self.training.drop_micro_batch()
+        if not snapshot or self.training.applied_step == self._saved_step:
+            return self._stop_now()
+        self._wanted = "pause"
+        self._begin_snapshot()
+        return False
+
+    def end(self, reason: str) -> bool:
+        """Stop as for a pause, unasked: its job goes on from the checkpoint.  True: stopped already, release it.
+
+        A run that is trained goes its way: all that is left is its last snapshot.
+        """
+        if self.training.finished:
+            return False
+        self._stop_reason = reason
+        return self.stop(snapshot=True)
+
+    def give_up(self, reason: str) -> None:
+        """The run ends without having been asked to, and its job goes on from the checkpoint: release it."""
+        self._stop_now(reason)
+
+    def _stop_now(self, reason: str = "") -> bool:
+        self.stopped = True
+        self._link.send(
+            internal.RunStopped(
+                job=self.spec.job,
+                attempt=self.spec.attempt,
+                step=self.training.applied_step,
+                after=self.told_step,
+                reason=reason or self._stop_reason,
+            )
+        )
+        return True
+
+    def release(self) -> None:
+        """Return the memory; the slot's file is the service's to remove."""
+        self._copier = None
+        self.training.release()
+        if self._slot is not None:
+            self._slot.close()
+        if self._restore is not None:
+            self._restore.close()
+
+
+def _check_memory(spec: internal.RunSpec, limits: internal.ServedLimits) -> None:
+    """The cap may have been lowered since the service looked: a run that can never be had does not wait for it."""
+    if spec.memory_bytes > limits.train_memory_bytes:
+        raise ConfigError(
+            f"the job needs up to {show_size(spec.memory_bytes)} of training memory and "
+            f"{show_size(limits.train_memory_bytes)} can be had: lower batch_size, max_seq_length or lora_r, or raise "
+            "it (harli set max-train-mem=SIZE)",
+            code="memory_budget",
+            param="batch_size",
+        )

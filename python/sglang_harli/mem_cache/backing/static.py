@@ -1,0 +1,80 @@
+"""The pool's memory as plain tensors: training gets the very bytes of the KV rows, as separate extents.
+
+For devices whose memory cannot, or must not, be remapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sglang_harli.mem_cache.backing.host import POISON
+from sglang_harli.mem_cache.geometry import PoolGeometry, runs_of
+
+
+class StaticBacking:
+    """See ``Backing``.
+
+    Args:
+        geometry: the pool's.
+        device: where the buffers lie.
+        debug: memory on its way to training is filled with NaN.
+
+    Attributes:
+        stream: on CUDA the stream of forwards and quanta; what is written here stands in line on it.  None: the
+            current stream.
+    """
+
+    name = "static"
+    contiguous = False
+
+    def __init__(self, geometry: PoolGeometry, device: torch.device | str, *, debug: bool = False) -> None:
+        self.geometry, self.debug = geometry, debug
+        self.device = torch.device(device)
+        self.stream: Any = None
+        self._buffers = [
+            torch.zeros(geometry.buffer_bytes, dtype=torch.uint8, device=self.device)
+            for _ in range(geometry.buffers)
+        ]
+
+    def kv_bytes(self, buffer: int) -> Tensor:
+        """Buffer's bytes, uint8 ``[buffer_bytes]``."""
+        return self._buffers[buffer]
+
+    def lend(self, stripes: Sequence[int]) -> list[Tensor]:
+        """One extent for each run of adjacent stripes and buffer."""
+        chunk = self.geometry.chunk_bytes
+        extents = [
+            flat.narrow(0, run.start * chunk, len(run) * chunk)
+            for run in runs_of(stripes)
+            for flat in self._buffers
+        ]
+        if self.debug:
+            with self._in_line():
+                for extent in extents:
+                    extent.fill_(POISON)
+        return extents
+
+    def take_back(self, stripes: Sequence[int], extents: Sequence[Tensor]) -> None:
+        """The extents are the KV rows: they are filled with zeros, behind training's last work on them and before
+        any later forward."""
+        with self._in_line():
+            for extent in extents:
+                extent.zero_()
+
+    def _in_line(self) -> AbstractContextManager[Any]:
+        if self.stream is None:
+            return nullcontext()
+        return torch.get_device_module(self.device).stream(self.stream)
+
+    def resident_bytes(self) -> int:
+        """All of it, always."""
+        return self.geometry.total_bytes
+
+    def close(self) -> None:
+        """Let go of the buffers; their memory goes with the last tensor over it."""
+        self._buffers = []

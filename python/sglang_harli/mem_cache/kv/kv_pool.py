@@ -1,0 +1,54 @@
+"""SGLang's KV pool with the unified pool's memory under its buffers.
+
+Shapes, dtypes and addresses are SGLang's own for the life of the server, so that attention backends and CUDA
+graphs see nothing.  Leans on SGLang 0.5.16: ``mem_cache.memory_pool.MHATokenToKVPool``
+(``_create_buffers_normal``, the only method that is overridden, and ``_kv_buffer_shapes``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from torch import Tensor
+
+from sglang_harli.mem_cache.unified_pool import UnifiedPool
+
+MakePool = Callable[[int, int, int, int], UnifiedPool]  # slots, bytes of a row, buffers, page size
+
+
+class HarliMHATokenToKVPool(MHATokenToKVPool):
+    """Args:
+        make_pool: builds the unified pool, once SGLang has said how large it is.
+        (the others: SGLang's)
+
+    Attributes:
+        harli_pool: the unified pool; buffer ``2 * layer`` holds the keys, the one after it the values.
+
+    Raises:
+        ValueError: a layout whose rows the pool cannot hold (``managers.scheduler.memory.pool_setup`` asks for none).
+    """
+
+    harli_pool: UnifiedPool
+
+    def __init__(self, *args: Any, make_pool: MakePool, **kwargs: Any) -> None:
+        self._make_pool = make_pool
+        super().__init__(*args, **kwargs)
+
+    def _create_buffers_normal(self) -> None:
+        shape, v_shape = self._kv_buffer_shapes()
+        if self.kv_cache_layout != "nhd" or shape != v_shape:
+            raise ValueError(
+                f"layout {self.kv_cache_layout!r} with rows of {shape[1:]} and {v_shape[1:]}: the unified pool holds "
+                "'nhd' with keys and values alike"
+            )
+        row_bytes = math.prod(shape[1:]) * self.store_dtype.itemsize
+        self.harli_pool = self._make_pool(shape[0], row_bytes, 2 * self.layer_num, self.page_size)
+
+        def buffer(number: int) -> Tensor:
+            return self.harli_pool.backing.kv_bytes(number).view(self.store_dtype).view(shape)
+
+        self.k_buffer = [buffer(2 * layer) for layer in range(self.layer_num)]
+        self.v_buffer = [buffer(2 * layer + 1) for layer in range(self.layer_num)]

@@ -1,0 +1,293 @@
+"""SGLang's two slot allocators over the unified pool: what is lent still counts as available.
+
+A lease is revocable at any allocation, so the slots behind it are promised to requests as if they were free:
+``available_size`` counts them, and admission, decode growth, retraction, the checkers and the load report decide
+exactly as on plain SGLang, with or without training.  An allocation that finds too little takes it back before
+it answers.  Which slots a request gets differs from plain SGLang's choice (low ones first, so that high stripes
+drain); what is computed does not: attention reads the same rows through the same table, so greedy decisions are
+equal by construction.
+
+Leans on SGLang 0.5.16: ``mem_cache.allocator`` (``free_pages``, ``release_pages`` and ``need_sort``: frees go to
+``release_pages``, and are merged and sorted when ``free_pages`` is too short).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.allocator import (
+    BaseTokenToKVPoolAllocator,
+    PagedTokenToKVPoolAllocator,
+    TokenToKVPoolAllocator,
+)
+from sglang.srt.utils import get_num_new_pages
+from torch import Tensor
+
+from sglang_harli.mem_cache.geometry import runs_of
+from sglang_harli.mem_cache.kv.stripe_counts import Fence, StripeCounts, event_fence
+from sglang_harli.mem_cache.unified_pool import UnifiedPool
+
+# What the restoring caller gets back: both lists and the stripes that were lent then.
+State = tuple[Tensor, Tensor, frozenset[int]]
+
+
+class StripedFreeList(BaseTokenToKVPoolAllocator):
+    """The pages of a slot allocator, and the stripes of them that are lent (``unified_pool.SlotSource``).
+
+    ``free_pages`` is sorted ascending and is taken from its head; ``release_pages`` holds what was freed since.
+    Nothing here synchronises with the device except ``restore_state`` across a change of leases.
+    """
+
+    free_pages: Tensor
+    release_pages: Tensor
+    prefix_scan: Any = None  # of prefix_eviction: a look at the prefix cache whose figures are on their way
+
+    def _attach(self, pool: UnifiedPool, device: str | torch.device, fence: Fence | None) -> None:
+        """Before SGLang's constructor, which calls ``clear``."""
+        self.pool = pool
+        at = torch.device(device)
+        self.counts = StripeCounts(pool.geometry, at, fence or event_fence(at))
+        self.lent_stripes: set[int] = set()
+        self._offered = False  # the counts were used: next time newer frees are counted in
+
+    @property
+    def lent_pages(self) -> int:
+        return len(self.lent_stripes) * self.pool.geometry.stripe_pages
+
+    # ------------------------------------------------------------------ SGLang's side
+    def available_size(self) -> int:
+        """Slots that requests may count on: free ones, and those that training holds on call."""
+        return (len(self.free_pages) + len(self.release_pages) + self.lent_pages) * self.page_size
+
+    def physical_slots(self) -> int:
+        """Slots that are free at once, without a reclaim."""
+        return (len(self.free_pages) + len(self.release_pages)) * self.page_size
+
+    def merge_and_sort_free(self) -> None:
+        if len(self.release_pages) > 0:
+            self.counts.forget()
+        super().merge_and_sort_free()
+
+    def clear(self) -> None:
+        """Everything is free again but what is lent: a flush takes no lease away.  The rest is as in both of
+        SGLang's (page 0 is the padded one)."""
+        self.counts.forget()
+        self.prefix_scan = None
+        stop, first, pieces = self.size // self.page_size + 1, 1, list[Tensor]()
+        for run in runs_of(self.lent_stripes):
+            pieces.append(self._range(first, run.start * self.pool.geometry.stripe_pages))
+            first = run.stop * self.pool.geometry.stripe_pages
+        self.free_pages = torch.cat([*pieces, self._range(first, stop)])
+        self.release_pages = self._range(0, 0)
+        self.is_not_in_free_group, self.free_group = True, []
+
+    def backup_state(self) -> State:
+        return (self.free_pages, self.release_pages, frozenset(self.lent_stripes))
+
+    def restore_state(self, state: State) -> None:
+        """Undo allocations; leases taken or given back in between stay as they are now."""
+        self.free_pages, self.release_pages, lent = state
+        self.counts.forget()
+        if taken := self.lent_stripes - lent:
+            self.free_pages = self._without(self.free_pages, taken)
+            self.release_pages = self._without(self.release_pages, taken)
+        if returned := lent - self.lent_stripes:
+            self.release_pages = torch.cat((self.release_pages, *self._pages_of(returned)))
+
+    def _make_room(self, pages: int) -> None:
+        """Get ``pages`` into ``free_pages``, from training where nothing else is left.
+
+        Does nothing more than SGLang would where not even all that is lent suffices.
+        """
+        self.merge_and_sort_free()
+        missing = pages - len(self.free_pages)
+        if 0 < missing <= self.lent_pages:
+            self.pool.reclaim(missing * self.page_size)
+            self.merge_and_sort_free()
+
+    # ------------------------------------------------------------------ the pool's side
+    def free_stripes(self) -> list[int]:
+        """Lendable stripes known to be wholly free, highest first.
+
+        Called when training asks for memory, never per step: it merges and sorts what was freed since the last
+        time.  On a device the answer to that comes one call later; what is known is offered once before.
+        """
+        if not self._counted():
+            return []
+        self._offered = True
+        return self.counts.wholly_free(len(self.free_pages))
+
+    def count_stripes(self) -> None:
+        """Have the counts brought up to date; ``stripe_free_pages`` says them when they are there."""
+        self._counted()
+
+    def stripe_free_pages(self) -> list[int] | None:
+        """Free pages of each stripe, without those that were freed since the last count, if known."""
+        return self.counts.free_pages(len(self.free_pages)) if self.counts.known() else None
+
+    def withdraw(self, stripes: Sequence[int]) -> None:
+        """Take stripes that ``free_stripes`` has just named out of the free list.
+
+        Raises:
+            ValueError: one is not known to be free.
+        """
+        kept = self.counts.cut(stripes, len(self.free_pages))
+        self.free_pages = torch.cat([self.free_pages[part] for part in kept])
+        self.lent_stripes.update(stripes)
+
+    def restore(self, stripes: Sequence[int]) -> None:
+        """The slots of lent stripes are free again.
+
+        Raises:
+            ValueError: one was not lent.
+        """
+        if stray := set(stripes) - self.lent_stripes:
+            raise ValueError(f"stripes {sorted(stray)} are not lent: the pool gives each back once")
+        self.release_pages = torch.cat((self.release_pages, *self._pages_of(stripes)))
+        self.lent_stripes.difference_update(stripes)
+
+    # ------------------------------------------------------------------ helpers
+    def _counted(self) -> bool:
+        """Whether the counts are known and as new as they can be; starts a count where they are not."""
+        stale = len(self.release_pages) > 0 and (self._offered or self.counts.fence is None)
+        if (stale or not self.counts.known()) and not self.counts.pending:
+            self.merge_and_sort_free()
+            self.counts.start(self.free_pages)
+            self._offered = False
+        return self.counts.known()
+
+    def _pages_of(self, stripes: Iterable[int]) -> list[Tensor]:
+        pages = self.pool.geometry.stripe_pages
+        return [self._range(run.start * pages, run.stop * pages) for run in runs_of(stripes)]
+
+    def _range(self, start: int, stop: int) -> Tensor:
+        return torch.arange(start, stop, dtype=torch.int64, device=self.device)
+
+    def _without(self, pages: Tensor, stripes: set[int]) -> Tensor:
+        return pages[~torch.isin(pages, torch.cat(self._pages_of(stripes)))]
+
+
+class HarliTokenAllocator(StripedFreeList, TokenToKVPoolAllocator):
+    """``TokenToKVPoolAllocator`` (page size 1) over the unified pool.
+
+    Args:
+        size: slots, the padded one not counted.
+        pool: whose stripes the slots belong to.
+        fence: see ``slot_counts``; None: by the device.
+        (the others: SGLang's)
+    """
+
+    def __init__(
+        self,
+        size: int,
+        dtype: torch.dtype,
+        device: str,
+        kvcache: Any,
+        pool: UnifiedPool,
+        fence: Fence | None = None,
+    ) -> None:
+        self._attach(pool, device, fence)
+        super().__init__(size, dtype, device, kvcache, need_sort=True)
+
+    def alloc(self, need_size: int) -> Tensor | None:
+        if need_size > len(self.free_pages):
+            self._make_room(need_size)
+        return super().alloc(need_size)
+
+
+class HarliPagedAllocator(StripedFreeList, PagedTokenToKVPoolAllocator):
+    """``PagedTokenToKVPoolAllocator`` over the unified pool; on a host without Triton.
+
+    Args: as ``HarliTokenAllocator``, and ``page_size`` in slots.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: str,
+        kvcache: Any,
+        pool: UnifiedPool,
+        fence: Fence | None = None,
+    ) -> None:
+        self._attach(pool, device, fence)
+        self._on_host = torch.device(device).type == "cpu"
+        super().__init__(size, page_size, dtype, device, kvcache, need_sort=True)
+
+    def alloc(self, need_size: int) -> Tensor | None:
+        if need_size // self.page_size > len(self.free_pages):
+            self._make_room(need_size // self.page_size)
+        return super().alloc(need_size)
+
+    def alloc_extend(
+        self,
+        prefix_lens: Tensor,
+        prefix_lens_cpu: Tensor,
+        seq_lens: Tensor,
+        seq_lens_cpu: Tensor,
+        last_loc: Tensor,
+        extend_num_tokens: int,
+        num_new_pages: int | None = None,
+    ) -> Tensor | None:
+        """Slots of ``[prefix, seq)`` of each request: its last page is filled first, then new pages."""
+        if num_new_pages is None:
+            num_new_pages = int(
+                get_num_new_pages(
+                    seq_lens=seq_lens_cpu, page_size=self.page_size, prefix_lens=prefix_lens_cpu
+                )
+            )
+        if num_new_pages > len(self.free_pages):
+            self._make_room(num_new_pages)
+            if num_new_pages > len(self.free_pages):
+                return None  # before a kernel would read past the list
+        if self._on_host:
+            return self._extend_on_host(prefix_lens, seq_lens, last_loc, extend_num_tokens, num_new_pages)
+        return super().alloc_extend(
+            prefix_lens,
+            prefix_lens_cpu,
+            seq_lens,
+            seq_lens_cpu,
+            last_loc,
+            extend_num_tokens,
+            num_new_pages,
+        )
+
+    def alloc_decode(self, seq_lens: Tensor, seq_lens_cpu: Tensor, last_loc: Tensor) -> Tensor | None:
+        """One slot for each request; ``seq_lens`` counts the new token."""
+        if len(seq_lens) > len(self.free_pages) or self._on_host:  # each may need a page
+            pages = int(get_num_new_pages(seq_lens=seq_lens_cpu, page_size=self.page_size, decode=True))
+            if pages > len(self.free_pages):
+                self._make_room(pages)
+                if pages > len(self.free_pages):
+                    return None
+            if self._on_host:
+                return self._extend_on_host(seq_lens - 1, seq_lens, last_loc, len(seq_lens), pages)
+        return super().alloc_decode(seq_lens, seq_lens_cpu, last_loc)
+
+    def _extend_on_host(
+        self, prefix_lens: Tensor, seq_lens: Tensor, last_loc: Tensor, total: int, new_pages: int
+    ) -> Tensor:
+        """What SGLang's Triton kernel computes (``kernels/ops/memory/allocator.py``), in torch, for all requests
+        at once.  ``free_pages`` holds at least ``new_pages``.
+
+        Returns:
+            int64 ``[total]``, the requests one after another.
+        """
+        page = self.page_size
+        first_new = (prefix_lens + page - 1) // page  # index of each request's first new page, among its own
+        news = (seq_lens + page - 1) // page - first_new
+        lens = seq_lens - prefix_lens
+        # Positions of each request's tokens in its sequence.
+        owner = torch.repeat_interleave(torch.arange(len(lens)), lens, output_size=total)
+        position = torch.arange(total) - (torch.cumsum(lens, 0) - lens - prefix_lens)[owner]
+        begun = position < (first_new * page)[owner]  # these go on in the page that the request has
+        taken = self.free_pages[:new_pages]
+        slot = last_loc.to(torch.int64)[owner] + 1 + position - prefix_lens[owner]
+        number = (torch.cumsum(news, 0) - news - first_new)[owner] + position // page
+        fresh = ~begun
+        slot[fresh] = taken[number[fresh]] * page + position[fresh] % page
+        self.free_pages = self.free_pages[new_pages:]
+        return slot

@@ -1,0 +1,171 @@
+"""The arithmetic of LoRA linears that read the same input: what peft's modules compute, in fewer passes.
+
+peft's own forward makes three passes over each output (product, scaling, sum), one thin product per
+matrix, and leaves autograd five nodes a module; small quanta are bound by just that.  Here the A
+matrices of q, k and v (or gate and up) are one product, their outputs lie side by side in one tensor, the
+frozen weights are one product where they are one tensor (SGLang's ``qkv_proj`` and ``gate_up_proj``), and
+the backward is written out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sglang_harli.peft_trainer.layers.dropout import DropoutMasks
+from sglang_harli.peft_trainer.layers.saved_tensors import Trace
+
+# q, k and v read one tensor, gate and up another.
+INPUT_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+class LinearGroup:
+    """Frozen linears on one input, some or all of them with an adapter.
+
+    Args:
+        names: their own names, such as ``q_proj``; ``linears`` likewise.
+        linears: the frozen ones, ``[out, in]`` each.
+        adapted: indices of those with an adapter, rising.
+        a: ``[len(adapted) * r, in]``, the A matrices one below the other; None: no adapters.
+        b: ``[out, r]`` each.
+        scaling: the factor on B·A.
+        layer: key of the dropout masks.
+        masks: None when nothing is dropped.
+
+    Attributes:
+        leaves: what is differentiated for: A's as one, then each B.
+        columns: of the output, each linear's.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        linears: list[nn.Linear],
+        adapted: list[int],
+        a: Tensor | None,
+        b: list[Tensor],
+        *,
+        scaling: float,
+        layer: int,
+        masks: DropoutMasks | None,
+    ) -> None:
+        self.names, self.linears, self.adapted = names, linears, adapted
+        self.a, self.b, self.scaling = a, b, scaling
+        self.layer, self.masks = layer, masks if adapted else None
+        self.leaves: list[Tensor] = [] if a is None else [a, *b]
+        self.rank = b[0].shape[1] if b else 0
+        ends = [0]
+        for linear in linears:
+            ends.append(ends[-1] + linear.out_features)
+        self.width, self.columns = ends[-1], [slice(*span) for span in itertools.pairwise(ends)]
+        self._parts = [slice(i * self.rank, (i + 1) * self.rank) for i in range(len(adapted))]
+        self._frozen = self._products()
+
+    def _products(self) -> list[tuple[Tensor, Tensor | None, slice]]:
+        """(weight, bias, columns): one for all where the weights lie one behind the other, else one each."""
+        weights = [linear.weight.detach() for linear in self.linears]
+        biases = [None if linear.bias is None else linear.bias.detach() for linear in self.linears]
+        whole = _joined(weights)
+        if whole is not None and all(bias is None for bias in biases):
+            return [(whole, None, slice(0, self.width))]
+        given = [bias for bias in biases if bias is not None]
+        if whole is not None and len(given) == len(biases) and (bias := _joined(given)) is not None:
+            return [(whole, bias, slice(0, self.width))]
+        return list(zip(weights, biases, self.columns, strict=True))
+
+    def forward(self, x: Tensor, trace: Trace | None, *, values: bool = True) -> Tensor:
+        """``[tokens, in]`` to ``[tokens, width]``.
+
+        Args:
+            trace: remembers what ``backward`` needs.
+            values: False: the output is not wanted and undefined.
+        """
+        out = x.new_empty(len(x), self.width)
+        if values:
+            for weight, bias, columns in self._frozen:
+                if bias is None:
+                    torch.mm(x, weight.t(), out=out[:, columns])
+                else:
+                    torch.addmm(bias, x, weight.t(), out=out[:, columns])
+        if self.a is None or (trace is None and not values):
+            return out
+        masks = self._draw_masks(x.shape[1])
+        low = self._down(x, masks)
+        if values:
+            for part, i, b in zip(self._parts, self.adapted, self.b, strict=True):
+                out[:, self.columns[i]].addmm_(low[:, part], b.t())
+        if trace is not None:
+            trace["x " + self.names[0]], trace["low " + self.names[0]] = x, low
+            if masks is not None and not trace.kept:
+                trace.masks[self.names[0]] = masks
+        return out
+
+    def _down(self, x: Tensor, masks: list[Tensor] | None) -> Tensor:
+        """``[tokens, adapters * r]``: the input through every A of the group, scaled."""
+        assert self.a is not None
+        if masks is None:
+            low = torch.mm(x, self.a.t())
+        else:
+            low = x.new_empty(len(x), len(self.a))
+            for part, mask in zip(self._parts, masks, strict=True):
+                torch.mm(x * mask, self.a[part].t(), out=low[:, part])
+        return low if self.scaling == 1.0 else low.mul_(self.scaling)
+
+    def backward(
+        self, grad: Tensor, trace: Trace, leaf_grads: Sequence[Tensor], *, wants_x: bool
+    ) -> Tensor | None:
+        """The input's gradient ``[tokens, in]``; those of the leaves are written.
+
+        Args:
+            grad: ``[tokens, width]``.
+            leaf_grads: one for each of ``leaves``, contents undefined.
+        """
+        grad_x = None
+        if wants_x:
+            for weight, _, columns in self._frozen:
+                part = grad[:, columns]
+                grad_x = torch.mm(part, weight) if grad_x is None else grad_x.addmm_(part, weight)
+        if self.a is None:
+            return grad_x
+        x, low = trace["x " + self.names[0]], trace["low " + self.names[0]]
+        grad_low = torch.empty_like(low)
+        for part, i, b, grad_b in zip(self._parts, self.adapted, self.b, leaf_grads[1:], strict=True):
+            out = grad[:, self.columns[i]]
+            torch.mm(out, b, out=grad_low[:, part])
+            torch.mm(out.t(), low[:, part], out=grad_b)
+        if self.scaling != 1.0:
+            grad_low.mul_(self.scaling)
+        if self.masks is None:
+            torch.mm(grad_low.t(), x, out=leaf_grads[0])
+            return grad_x if grad_x is None else grad_x.addmm_(grad_low, self.a)
+        masks = trace.masks.get(self.names[0]) or self._draw_masks(x.shape[1])
+        assert masks is not None
+        for part, mask in zip(self._parts, masks, strict=True):
+            torch.mm(grad_low[:, part].t(), x * mask, out=leaf_grads[0][part])
+            if grad_x is not None:
+                grad_x.addcmul_(torch.mm(grad_low[:, part], self.a[part]), mask)
+        return grad_x
+
+    def _draw_masks(self, features: int) -> list[Tensor] | None:
+        """Dropout masks of the adapted linears for the rows that are set; None: nothing is dropped."""
+        if self.masks is None:
+            return None
+        return [self.masks.draw(self.layer, self.names[i], features) for i in self.adapted]
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    """One tensor over all of them where each begins in memory at the end of the one before."""
+    first, rows = parts[0], 0
+    for part in parts:
+        begin = first.storage_offset() + rows * first.stride(0)
+        if (
+            part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or not part.is_contiguous()
+            or part.storage_offset() != begin
+        ):
+            return None
+        rows += len(part)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())

@@ -1,0 +1,115 @@
+"""Where the adapter's state lies: in a space of training's memory or, last resort, in host memory.
+
+    nowhere ── obtain ── in its space ── spill ── in host memory ── obtain ── coming back, layer by layer ── in its space
+
+Tensors keep their identity (``LayerBlock.lie_in``), so what holds one, a copy of the state into a
+checkpoint or an optimizer in the middle of a step, goes on with the same values wherever they lie.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sglang_harli.core import MemoryPurpose
+from sglang_harli.peft_trainer.adapter import LayerBlock
+from sglang_harli.peft_trainer.memory.interface import Space, TrainMemory, ask, carved_bytes
+
+
+class StateMemory:
+    """Master weights, their copy in the base's dtype, gradients and moments of all layers, in one space.
+
+    Args:
+        blocks: the adapter's; without memory so far.
+        memory: gives the space.
+    """
+
+    def __init__(self, blocks: list[LayerBlock], memory: TrainMemory) -> None:
+        self._blocks, self._memory = blocks, memory
+        self._tensors = [((block.size,), flat.dtype) for block in blocks for flat in block.flats]
+        self.nbytes = sum(carved_bytes(shape, dtype) for shape, dtype in self._tensors)
+        self._space: Space | None = None
+        self._places: list[list[Tensor]] = []  # by layer, in the space; empty until they are carved
+        self._host: dict[int, list[Tensor]] = {}  # layers in host memory
+
+    @property
+    def spilled(self) -> bool:
+        """Whether some layer lies in host memory."""
+        return bool(self._host)
+
+    def obtain(self) -> bool:
+        """Hold a space: False when there is none now."""
+        if self._space is None:
+            self._space = ask(self._memory, MemoryPurpose.STATE, self._tensors)
+        return self._space is not None
+
+    def carve(self) -> None:
+        """Let the tensors lie in the space, those of spilled layers excepted; contents are undefined.
+
+        Apart from ``obtain`` because that only counts: this belongs on the stream that trains.
+        """
+        if self._places:
+            return
+        assert self._space is not None
+        for layer, block in enumerate(self._blocks):
+            self._places.append([self._space.carve((block.size,), flat.dtype) for flat in block.flats])
+            if layer not in self._host:
+                block.lie_in(self._places[layer])
+
+    def bring_back(self) -> None:
+        """One spilled layer from host memory into the space."""
+        self.carve()
+        layer = min(self._host)
+        places = self._places[layer]
+        for place, kept in zip(places, self._host[layer], strict=True):
+            place.copy_(
+                kept, non_blocking=True
+            )  # pinned memory is torch's: it waits for the copy before reuse
+        self._blocks[layer].lie_in(places)
+        del self._host[layer]
+
+    def spill(self) -> bool:
+        """Copy everything to host memory and give the space back.  Waits for the device: the last resort.
+
+        Returns:
+            False: there is no space to give back, or no host memory to go to; nothing has changed then.
+        """
+        if self._space is None:
+            return False
+        if self._places:
+            device = self._places[0][0].device
+            leaving = [layer for layer in range(len(self._blocks)) if layer not in self._host]
+            try:
+                host = {layer: [_host_like(flat) for flat in self._blocks[layer].flats] for layer in leaving}
+            except (MemoryError, RuntimeError):  # torch's allocators raise either
+                return False
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # quanta may still be writing, on another stream than this
+            for layer, copies in host.items():
+                for copy, flat in zip(copies, self._blocks[layer].flats, strict=True):
+                    copy.copy_(flat)
+                self._blocks[layer].lie_in(copies)
+            self._host.update(host)
+        self._give_back()
+        return True
+
+    def _give_back(self) -> None:
+        space, self._space = self._space, None
+        self._places = []
+        if space is not None:
+            space.give_back()
+
+    def release(self) -> None:
+        """The run is over: let all of it go."""
+        self._host.clear()
+        self._give_back()
+
+
+def _host_like(flat: Tensor) -> Tensor:
+    """Host memory for ``flat``; pinned where the device copies into it and pinned memory can be had."""
+    if flat.is_cuda:
+        try:
+            return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+        except RuntimeError:  # the limit of locked memory: pageable memory is slower and does as well
+            pass
+    return torch.empty(flat.shape, dtype=flat.dtype)

@@ -1,0 +1,216 @@
+"""Activations that are kept from forward to backward, so that nothing is computed twice (design section 6).
+
+Where memory can be had for a layer and a range of rows, the trace of the forward quantum stays.  What it holds is
+copied into a space of training's memory and the allocator's own memory is freed, so that the pool knows every
+byte; weights, rotary tables and saved layer inputs stay references.
+
+    forward    trace ── its slots ──► references (layer input, weights, tables), copies in the space (the rest)
+    backward   exactly the same rows, from the trace; once dropped: recomputed, in any split
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sglang_harli.core import MemoryPurpose
+from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram, RotaryTable
+from sglang_harli.peft_trainer.layers.saved_tensors import Slot, Trace
+from sglang_harli.peft_trainer.memory.interface import Room, TrainMemory
+
+_SMALL = 64  # bytes; what is smaller (scalars, states of random generators) stays where it is
+_SHAPES = 256  # shapes of ranges whose needs are remembered
+
+Needs = tuple[tuple[int, torch.dtype], ...]  # (elements, dtype) of each flat copy, in order
+
+
+@dataclass(slots=True)
+class _KeptRange:
+    """``count`` rows of one layer from row ``start`` on."""
+
+    start: int
+    count: int
+    program: LayerProgram
+    trace: Trace
+    room: Room
+
+
+class KeptActivations:
+    """The kept ranges of the micro-batch in flight, and the rooms that stay for the next one.
+
+    Args:
+        memory: gives a space for each layer and range of rows.
+    """
+
+    def __init__(self, memory: TrainMemory) -> None:
+        self._memory = memory
+        self._ranges: dict[int, list[_KeptRange]] = {}  # by layer, rising
+        self._spare: list[Room] = []
+        self._idle: set[Room] = set()  # spare ones that no range of this micro-batch has needed
+        self._needs: dict[tuple[object, ...], Needs] = {}  # by what the kernels may depend on
+        self._references: set[int] = set()
+        self._refused = False
+
+    def begin(self, saved: Iterable[Tensor]) -> None:
+        """A micro-batch begins, whose layer inputs are ``saved``.  Rooms that the last one did not need go."""
+        self._end_ranges()
+        self._references = {_storage(tensor) for tensor in saved}
+        self._refused = False
+        for room in self._idle:
+            self._spare.remove(room)
+            room.give_back()
+        self._idle = set(self._spare)
+
+    # ---- forward
+    def forward(
+        self, layer: int, start: int, program: LayerProgram, x: Tensor, rotary: RotaryTable
+    ) -> Tensor | None:
+        """A layer's output for a range of rows; its activations are kept if there is memory for them.
+
+        Args:
+            x: ``[count, width, hidden]``, part of what ``begin`` was given.
+
+        Returns:
+            None: not tried, for memory is short.
+        """
+        if self._refused:
+            return None
+        key = (layer == 0, program.attend.window, *x.shape[:2])
+        known, room = self._needs.get(key), None
+        if known is not None and (room := self._obtain(known)) is None:
+            return None
+        trace = Trace(kept=True)
+        out = program.forward(x, rotary, trace)
+        references = self._references | {_storage(t) for t in (*program.references, *rotary)}
+        slots = trace.all_slots()
+        sources = _sources(
+            [s for s in slots if s.tensor.nbytes >= _SMALL and _storage(s.tensor) not in references]
+        )
+        needs = tuple((slots[0].tensor.numel(), slots[0].tensor.dtype) for slots in sources)
+        if needs != known:  # the first of its shape
+            self._remember(key, needs)
+            room = self._obtain(needs)
+        if room is not None:
+            self._spare.remove(room)
+            self._idle.discard(room)
+            _move(sources, room.carve(_specs(needs)))
+            kept = _KeptRange(start, x.shape[0], program, trace, room)
+            self._ranges.setdefault(layer, []).append(kept)
+        return out
+
+    def _remember(self, key: tuple[object, ...], needs: Needs) -> None:
+        if len(self._needs) >= _SHAPES:
+            del self._needs[next(iter(self._needs))]
+        self._needs[key] = needs
+
+    def _obtain(self, needs: Needs) -> Room | None:
+        """A spare room for these, had anew where there is none; None ends keeping for this micro-batch."""
+        specs = _specs(needs)
+        fitting = [room for room in self._spare if room.holds(specs)]
+        if fitting:
+            return min(fitting, key=lambda room: room.nbytes)
+        room = Room.obtain(self._memory, MemoryPurpose.KEPT, specs)
+        if room is None and self.give_back_spare():
+            room = Room.obtain(self._memory, MemoryPurpose.KEPT, specs)
+        self._refused = room is None
+        if room is not None:
+            self._spare.append(room)
+        return room
+
+    # ---- backward
+    def next(self, layer: int) -> tuple[int, int] | None:
+        """(first row, rows) of this layer's next kept range."""
+        ranges = self._ranges.get(layer)
+        return (ranges[0].start, ranges[0].count) if ranges else None
+
+    def gradients(self, layer: int, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``LayerProgram.gradients`` for the layer's next kept range.
+
+        Args:
+            grad: of the range's output.
+        """
+        kept = self._ranges[layer][0]
+        grads = kept.program.gradients(kept.trace, grad)
+        self.drop_next(layer)
+        return grads
+
+    # ---- giving back
+    def drop_next(self, layer: int) -> None:
+        """The layer's next kept range is kept no longer; its room stays for others."""
+        self._spare.append(self._ranges[layer].pop(0).room)
+
+    def _end_ranges(self) -> None:
+        for ranges in self._ranges.values():
+            self._spare += [kept.room for kept in ranges]
+        self._ranges.clear()
+
+    def give_back_spare(self) -> bool:
+        """Return the rooms that hold nothing; whether there were any."""
+        rooms, self._spare = self._spare, []
+        self._idle.clear()
+        for room in rooms:
+            room.give_back()
+        return bool(rooms)
+
+    def drop(self, enough: Callable[[], bool] | None = None) -> bool:
+        """Return what is spare and what is kept, and keep no more of this micro-batch; whether there was anything.
+
+        Args:
+            enough: ends it early.  Those ranges go first whose backward comes last.
+        """
+        self._refused = True
+        gave = self.give_back_spare()
+        for layer in sorted(self._ranges):
+            ranges = self._ranges[layer]
+            while ranges:
+                if enough is not None and enough():
+                    return gave
+                ranges.pop().room.give_back()
+                gave = True
+        return gave
+
+
+def _specs(needs: Needs) -> list[tuple[tuple[int], torch.dtype]]:
+    return [((count,), dtype) for count, dtype in needs]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _sources(saved: list[Slot]) -> list[list[Slot]]:
+    """The slots by the memory that they name; all of it is alive still, so that no address means two things."""
+    found: dict[tuple[object, ...], list[Slot]] = {}
+    for number, slot in enumerate(saved):
+        tensor = slot.tensor
+        own = None if _dense(tensor) else number
+        key = (_storage(tensor), tensor.storage_offset(), tensor.numel(), tensor.dtype, own)
+        found.setdefault(key, []).append(slot)
+    return list(found.values())
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory without gaps, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _move(sources: list[list[Slot]], places: list[Tensor]) -> None:
+    """Copy each memory once to its place; from there the graph reads, in the same layout."""
+    with torch.no_grad():
+        for slots, flat in zip(sources, places, strict=True):
+            first = slots[0].tensor
+            if not _dense(first):
+                slots[0].tensor = flat.view(first.shape).copy_(first)
+                continue
+            flat.copy_(first.as_strided((first.numel(),), (1,)))
+            for slot in slots:
+                slot.tensor = flat.as_strided(slot.tensor.shape, slot.tensor.stride())

@@ -1,0 +1,361 @@
+"""One micro-batch as a sequence of quanta (design section 5).
+
+    embed, forward(0..L-1), head (chunks of target tokens), backward(L-1..0)
+
+Forward keeps only each layer's input, for all rows; backward runs one layer again with gradients.
+Where memory is plentiful, forward keeps a layer's activations too (``kept``), and nothing is run again.
+A quantum is one layer and a range of rows that is chosen when it is run, so a micro-batch begun in
+large pieces may go on in small ones.  Rows are sorted by falling length and a range is padded to its
+own longest row.
+
+Padding stands to the right of every row, where causal attention cannot see it; its gradients are zero,
+so it adds nothing but time.  But it must be finite (0 * NaN is NaN), and memory comes with undefined contents:
+what a range leaves out of its rows is zeroed when the range is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sglang_harli.core import QuantumKind
+from sglang_harli.peft_trainer.adapter import Adapter
+from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
+from sglang_harli.peft_trainer.layers.rms_norm import RmsNorm
+from sglang_harli.peft_trainer.layers.saved_tensors import Trace
+from sglang_harli.peft_trainer.layers.token_blocks import BLOCK, RowBlocks
+from sglang_harli.peft_trainer.memory.activations import Activations, MicroBatchMemory
+from sglang_harli.peft_trainer.memory.kept_activations import KeptActivations
+from sglang_harli.peft_trainer.records import QuantumShape
+from sglang_harli.peft_trainer.rows import Rows
+
+HEAD_BLOCK = 16  # target tokens: the unit in which the head is cut
+
+
+@contextlib.contextmanager
+def training_mode() -> Iterator[None]:
+    """Out of SGLang's inference mode, and what autograd differentiates on this very thread (its thread-local
+    contexts, such as memory pools, would not hold on autograd's)."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+class ModelPieces:
+    """What every quantum needs of the model, looked up once a run.
+
+    Args:
+        memory: has a space for the micro-batch when it begins.
+        kept: None: activations are never kept.
+    """
+
+    def __init__(
+        self, base: FrozenBase, adapter: Adapter, memory: MicroBatchMemory, kept: KeptActivations | None
+    ) -> None:
+        self.base = base
+        self.adapter = adapter
+        self.memory, self.kept = memory, kept
+        self.layers = [
+            LayerProgram(layer, block.groups, base.window(i), wants_x=i > 0)  # the embedding is frozen
+            for i, (layer, block) in enumerate(zip(base.layers, adapter.blocks, strict=True))
+        ]
+        self.embed = base.model.model.embed_tokens
+        self.norm = RmsNorm("norm", base.model.model.norm)
+        self.head_weight: Tensor = base.model.lm_head.weight
+        self.rotary = base.rotary()
+
+
+class MicroBatchPass:
+    """The state machine of one micro-batch.
+
+    Args:
+        pieces: the model's.
+        rows: the micro-batch.
+        step: optimizer step, key of dropout masks.
+        divisor: target tokens of the whole optimizer step.
+        scale: loss scale, a device scalar, or None.
+        overwrite: the gradients go straight into the step's (its first micro-batch), which they replace;
+            otherwise into the blocks' ``partial``.
+
+    Attributes:
+        loss: summed cross-entropy / divisor of what the head has done; a device scalar.
+    """
+
+    def __init__(
+        self,
+        pieces: ModelPieces,
+        rows: Rows,
+        *,
+        step: int,
+        divisor: int,
+        scale: Tensor | None,
+        overwrite: bool,
+    ) -> None:
+        self.pieces, self.rows, self.step = pieces, rows, step
+        self.divisor, self.scale, self.overwrite = divisor, scale, overwrite
+        self._stage: QuantumKind | None = QuantumKind.EMBED
+        self.layer = 0
+        self.done = 0  # rows of this layer, or target tokens of the head
+        self.loss = torch.zeros((), dtype=torch.float64, device=pieces.base.device)
+        self._tensors: Activations | None = None
+        self._blocks: RowBlocks | None = None  # row ``done`` is taken in blocks of tokens
+        # A row that cannot be, for want of memory: stage, layer, row.
+        self._uncut: tuple[QuantumKind | None, int, int] | None = None
+
+    @property
+    def kind(self) -> QuantumKind | None:
+        """The quantum that comes next; None: the micro-batch is done."""
+        if self._blocks is not None:
+            return self._blocks.kind
+        if self._stage == QuantumKind.BACKWARD and (kept := self._next_kept()) and kept[0] == self.done:
+            return QuantumKind.BACKWARD_KEPT
+        return self._stage
+
+    @property
+    def left(self) -> int:
+        """Rows that the next quantum may take (kept ones: must), or target tokens left in the head."""
+        if self._stage == QuantumKind.BACKWARD and (kept := self._next_kept()):
+            return kept[1] if kept[0] == self.done else kept[0] - self.done
+        return self._unfinished
+
+    def shape(self, head_tokens: int, fixed_rows: int | None) -> QuantumShape:
+        """The quantum that comes next, whose memory is held from now on.
+
+        Args:
+            head_tokens: most target tokens whose logits are computed at once.
+            fixed_rows: of a fixed split, or None.
+        """
+        self._obtain_keys()
+        kind, left, width = self.kind, self.left, self.rows.width
+        assert kind is not None
+        if (blocks := self._blocks) is not None:
+            return QuantumShape(kind, math.ceil(blocks.left / BLOCK), BLOCK, False, blocks.length)
+        if kind == QuantumKind.BACKWARD_KEPT:
+            return QuantumShape(kind, left, self.rows.lengths[self.done], True)
+        if kind != QuantumKind.HEAD:
+            most = left if fixed_rows is None else min(left, fixed_rows)
+            return QuantumShape(kind, most, width, fixed_rows is not None)
+        most = min(left, head_tokens)
+        if fixed_rows is not None:
+            return QuantumShape(kind, 1, min(most, fixed_rows * width), True)
+        block = min(HEAD_BLOCK, head_tokens)
+        return QuantumShape(kind, max(1, math.ceil(most / block)), min(block, most), False)
+
+    @property
+    def _unfinished(self) -> int:
+        whole = len(self.rows.targets) if self._stage == QuantumKind.HEAD else self.rows.count
+        return whole - self.done
+
+    def _next_kept(self) -> tuple[int, int] | None:
+        """(first row, rows) of the layer's next kept range."""
+        return None if self.pieces.kept is None else self.pieces.kept.next(self.layer)
+
+    def cut(self) -> bool:
+        """Recompute what the next quantum would have taken from kept activations, else take the next row of the layer
+        in blocks of tokens; False: it is, or it cannot be."""
+        if self.kind == QuantumKind.BACKWARD_KEPT and self.pieces.kept is not None:
+            self.pieces.kept.drop_next(self.layer)
+            return True
+        if self._blocks is not None or self._stage not in (QuantumKind.FORWARD, QuantumKind.BACKWARD):
+            return False
+        length = self.rows.lengths[self.done]
+        if length <= BLOCK or self._uncut == (self._stage, self.layer, self.done):
+            return False
+        self._blocks = RowBlocks(self.done, length, backward=self._stage == QuantumKind.BACKWARD)
+        return True
+
+    def _obtain_keys(self) -> None:
+        """Hold the memory of a row in blocks; the row stays whole where there is none."""
+        blocks = self._blocks
+        if blocks is not None and blocks.keys is None and not self.pieces.memory.obtain_keys(blocks.length):
+            self._blocks, self._uncut = None, (self._stage, self.layer, self.done)
+
+    @property
+    def misleads(self) -> bool:
+        """The time of the next quantum says nothing about its kind."""
+        return self._blocks is not None and self._blocks.fills
+
+    def extent(self, count: int) -> tuple[int, int]:
+        """What ``run(count)`` would return."""
+        kind = self.kind
+        if self._blocks is not None:
+            return min(count * BLOCK, self._blocks.left), self._blocks.length
+        if kind == QuantumKind.EMBED:
+            return self.rows.count * self.rows.width, self.rows.width
+        if kind == QuantumKind.HEAD:
+            return count, 1
+        width = self.rows.lengths[self.done]  # sorted: the longest of the range
+        return count * width, width
+
+    def run(self, count: int) -> tuple[int, int]:
+        """One quantum of ``count`` rows (head: target tokens; a row that is cut: blocks), at most ``left``.
+
+        Returns:
+            (tokens, padding included, padded width of each row); (target tokens, 1) for the head.
+        """
+        kind = self.kind
+        if self._blocks is not None:
+            return self._run_blocks(self._blocks, count)
+        if kind == QuantumKind.EMBED:
+            self._embed()
+            return self.rows.count * self.rows.width, self.rows.width
+        if kind == QuantumKind.HEAD:
+            self._head(count)
+            return count, 1
+        width = self.rows.lengths[self.done]  # sorted: the longest of the range
+        part = (slice(self.done, self.done + count), slice(0, width))
+        masks = self.pieces.adapter.masks
+        if masks is not None:
+            names = list(zip(self.rows.positions[part[0]], self.rows.lengths[part[0]], strict=True))
+            masks.set_rows(self.step, names, width)
+        if kind == QuantumKind.FORWARD:
+            self._forward(part)
+        else:
+            self._backward(part, kept=kind == QuantumKind.BACKWARD_KEPT)
+        self._advance(count)
+        return count * width, width
+
+    def _run_blocks(self, blocks: RowBlocks, count: int) -> tuple[int, int]:
+        if blocks.keys is None:
+            blocks.keys = self.pieces.memory.carve_keys(blocks.length)
+        keys, kind, fills = blocks.keys, blocks.kind, blocks.fills
+        keys.at = at = blocks.take(count * BLOCK)
+        row, length = slice(blocks.row, blocks.row + 1), blocks.length
+        masks, program = self.pieces.adapter.masks, self.pieces.layers[self.layer]
+        if masks is not None:
+            masks.set_rows(self.step, [(self.rows.positions[blocks.row], length)], length, at)
+        cos, sin = self.pieces.rotary.upto(length)
+        x, rotary = self._at.saved[self.layer][row, at], (cos[:, at], sin[:, at])
+        if fills:
+            program.fill_keys(x, rotary, keys)
+        elif kind == QuantumKind.FORWARD:
+            below = self._at.saved[self.layer + 1][row]
+            below[:, at].copy_(program.forward(x, rotary, past=keys))
+            if at.stop == length:
+                below[:, length:].zero_()
+        else:
+            grad = self._at.grad[row, at]
+            trace = program.recompute(x, rotary, keys)
+            self._collect(
+                program.gradients(trace, grad, keys), grad, first=not row.start and at.stop == length
+            )
+        if blocks.finished:
+            self._blocks = None
+            self._advance(1)
+        return at.stop - at.start, length
+
+    def _advance(self, count: int) -> None:
+        """To the next range, layer or kind."""
+        self.done += count
+        if self._unfinished > 0:
+            return
+        self.done = 0
+        last = len(self.pieces.layers) - 1
+        if self._stage == QuantumKind.FORWARD:
+            if self.layer < last:
+                self.layer += 1
+            else:
+                self._begin_head()
+        elif self._stage == QuantumKind.HEAD:
+            self._stage = QuantumKind.BACKWARD  # self.layer is the last one still
+        elif self.layer > 0:
+            self.layer -= 1
+        else:
+            self._stage = None
+
+    @property
+    def _at(self) -> Activations:
+        assert self._tensors is not None  # from EMBED on
+        return self._tensors
+
+    def _embed(self) -> None:
+        device, rows = self.pieces.base.device, self.rows
+        self._tensors = self.pieces.memory.carve(rows)
+        if self.pieces.kept is not None:
+            self.pieces.kept.begin(self._at.saved)
+        self._places = _upload(rows.target_places, device)
+        self._targets = _upload(rows.targets, device)
+        self._at.saved[0].copy_(self.pieces.embed(_upload(rows.ids, device)))
+        self._stage = QuantumKind.FORWARD
+
+    def _forward(self, part: tuple[slice, slice]) -> None:
+        x, (rows, columns) = self._at.saved[self.layer][part], part
+        layer, rotary = self.pieces.layers[self.layer], self.pieces.rotary.upto(columns.stop)
+        out = None
+        if self.pieces.kept is not None:
+            out = self.pieces.kept.forward(self.layer, rows.start, layer, x, rotary)
+        if out is None:
+            out = layer.forward(x, rotary)
+        below = self._at.saved[self.layer + 1][rows]
+        below[:, columns].copy_(out)
+        below[:, columns.stop :].zero_()  # a later range may be cut wider
+
+    def _begin_head(self) -> None:
+        self._at.grad.zero_()
+        self._stage = QuantumKind.HEAD if len(self.rows.targets) else QuantumKind.BACKWARD
+
+    def _head(self, count: int) -> None:
+        """Loss of ``count`` target tokens and the gradient at their hidden states.
+
+        The softmax is turned into the gradient in place: one ``[count, vocab]`` tensor in the exact dtype and,
+        in 16 bits, one copy of it.
+        """
+        places = self._places[self.done : self.done + count].long()
+        targets = self._targets[self.done : self.done + count, None].long()
+        hidden, head = self.pieces.base.config.hidden_size, self.pieces.head_weight
+        logits, low = self._at.logits[:count], self._at.low[:count]
+        trace, norm = Trace(), self.pieces.norm
+        normed = norm.forward(self._at.saved[-1].view(-1, hidden).index_select(0, places), trace)
+        torch.mm(normed, head.t(), out=low)
+        if low.dtype != logits.dtype:
+            logits.copy_(low)
+        logits.sub_(logits.amax(dim=-1, keepdim=True))
+        wanted = logits.gather(1, targets)
+        total = logits.exp_().sum(dim=-1, keepdim=True)
+        self.loss += (total.log() - wanted).sum(dtype=torch.float64) / self.divisor
+        logits.div_(total)
+        logits.scatter_add_(1, targets, torch.full_like(wanted, -1.0))
+        logits.mul_(1.0 / self.divisor if self.scale is None else self.scale / self.divisor)
+        if low.dtype != logits.dtype:
+            low.copy_(logits)
+        grad = norm.backward(torch.mm(low, head), trace)
+        self._at.grad.view(-1, hidden).index_copy_(0, places, grad)
+        self._advance(count)
+
+    def _backward(self, part: tuple[slice, slice], *, kept: bool) -> None:
+        """One layer for a range of rows, kept or recomputed; its input's gradient replaces its output's."""
+        grad, program = self._at.grad[part], self.pieces.layers[self.layer]
+        if kept:
+            assert self.pieces.kept is not None
+            found = self.pieces.kept.gradients(self.layer, grad)
+        else:
+            x = self._at.saved[self.layer][part]
+            trace = program.recompute(x, self.pieces.rotary.upto(x.shape[1]))
+            found = program.gradients(trace, grad)
+        self._collect(found, grad, first=part[0].start == 0)
+
+    def _collect(self, found: tuple[Tensor, Tensor | None], grad: Tensor, *, first: bool) -> None:
+        """What ``LayerProgram.gradients`` gave; ``grad``: of the output, replaced.  ``first`` of the layer's pieces."""
+        leaves, below = found
+        if below is not None:
+            grad.copy_(below)
+        block = self.pieces.adapter.blocks[self.layer]
+        target = block.grad if self.overwrite else block.partial
+        assert target is not None
+        if first:  # whatever a dropped attempt left there is overwritten
+            target.copy_(leaves)
+        else:
+            target.add_(leaves)
+
+
+def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy, in the array's dtype; the message that it lies in goes with the micro-batch."""
+    tensor = torch.from_numpy(array.copy())
+    if device.type == "cuda":  # from pinned memory the copy does not block the host
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor

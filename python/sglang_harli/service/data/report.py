@@ -1,0 +1,116 @@
+"""What is worth seeing of a data file before a job is made of it: lengths, what is learned, bad lines, notes."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from msgspec import to_builtins
+
+from sglang_harli.service.data.dataset import look
+from sglang_harli.service.data.token_store import TokenWriter
+from sglang_harli.service.rows.encoder import RowTokenizer
+from sglang_harli.service.rows.row import Row
+from sglang_harli.service.rows.served_tokenizer import ServedTokenizer
+
+EXAMPLES = 3
+EXAMPLE_TOKENS = 2048  # of one example at most
+BUCKETS = 12
+
+
+def data_report(
+    path: Path,
+    tokenizer: RowTokenizer,
+    *,
+    name: str,
+    max_length: int | None,
+    on_overflow: str,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Read a file as a submit does.
+
+    Returns:
+        ``ok, file, rows, tokens, target_tokens, loss_share, longest_row, truncated, dropped, summary`` (a sentence, or
+        None), ``notes`` (each: code, text, names, line), ``max_seq_length, bad_lines`` (each: line, field, reason),
+        ``message`` (of the first trouble, or None), ``histogram`` (each: from, to, rows; lengths in tokens, ends
+        included) and ``examples`` (each: line, parts; each part: text, learned).
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    seen = _Collector()
+    summary, error = look(
+        path,
+        tokenizer,
+        name=name,
+        max_length=max_length,
+        on_overflow=on_overflow,
+        writer=cast(TokenWriter, seen),
+        stop=stop,
+    )
+    return seen.report(tokenizer.served) | {
+        "ok": error is None,
+        "file": name,
+        "truncated": summary.truncated,
+        "dropped": summary.dropped,
+        "summary": summary.text() if summary.rows else None,
+        "notes": to_builtins(summary.notes),
+        "max_seq_length": max_length,
+        "bad_lines": error.details if error else [],
+        "message": error.message if error else None,
+    }
+
+
+class _Collector:
+    """Stands where the service's writer of rows stands."""
+
+    def __init__(self) -> None:
+        self.lengths = array("I")
+        self.targets = 0
+        self.examples: list[tuple[int, Row]] = []
+
+    def append(self, row: Row, line: int) -> None:
+        self.lengths.append(len(row.ids))
+        self.targets += row.target_tokens
+        if len(self.examples) < EXAMPLES:
+            self.examples.append((line, row.cut(EXAMPLE_TOKENS)))
+
+    def report(self, tokenizer: ServedTokenizer) -> dict[str, Any]:
+        tokens = sum(self.lengths)
+        return {
+            "rows": len(self.lengths),
+            "tokens": tokens,
+            "target_tokens": self.targets,
+            "loss_share": round(self.targets / tokens, 4) if tokens else 0.0,
+            "longest_row": max(self.lengths, default=0),
+            "histogram": histogram(self.lengths),
+            "examples": [{"line": line, "parts": parts(row, tokenizer)} for line, row in self.examples],
+        }
+
+
+def histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
+    """Up to ``BUCKETS`` equal ranges of lengths and the number of rows in each."""
+    if not lengths:
+        return []
+    low, high = min(lengths), max(lengths)
+    width = max(1, -(-(high - low + 1) // BUCKETS))
+    counts = [0] * ((high - low) // width + 1)
+    for length in lengths:
+        counts[(length - low) // width] += 1
+    return [
+        {"from": low + i * width, "to": min(high, low + (i + 1) * width - 1), "rows": n}
+        for i, n in enumerate(counts)
+    ]
+
+
+def parts(row: Row, tokenizer: ServedTokenizer) -> list[dict[str, Any]]:
+    """The row's text in runs of equal mask."""
+    found: list[dict[str, Any]] = []
+    start = 0
+    for at in range(1, len(row.ids) + 1):
+        if at == len(row.ids) or row.targets[at] != row.targets[start]:
+            found.append({"text": tokenizer.decode(row.ids[start:at]), "learned": row.targets[start]})
+            start = at
+    return found

@@ -1,0 +1,162 @@
+"""One line of a training file as its JSON value, or the reason why it is not JSON, in words and with the column.
+
+More is read than JSON allows where it does no harm: NaN and Infinity, and numbers of any size, in fields that are
+not used.  A field that stands twice is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from typing import Any
+
+from sglang_harli.protocol.odd_values import MAX_DEPTH, USED, fields_of, odd_value, place
+from sglang_harli.service.data.lines import MAX_LINE_BYTES, Coding, Line
+from sglang_harli.service.rows.encoder import RowError
+
+# What may hold a value that JSON does not have; looked for before a row is searched for one.
+_ODD = re.compile(rb"NaN|Infinity|\\u[dD][89a-fA-F]|[0-9][eE]\+?[0-9]{3}|[0-9]{300}")
+_WORDS = {
+    **dict.fromkeys(("None", "True", "False"), "is Python's: JSON writes null, true and false"),
+    **dict.fromkeys(("undefined", "TRUE", "FALSE", "NULL", "nan", "inf", "nil"), "is no JSON value"),
+}
+
+
+MAX_DOUBLED = 1000  # objects of a line that have a field twice
+
+
+class RowReader:
+    """Reads the lines of one file.
+
+    Attributes:
+        twice: of the line that was read last: the fields that stand twice in their object.
+    """
+
+    def __init__(self, coding: Coding) -> None:
+        self._coding = coding
+        self._doubled: dict[int, tuple[dict[str, Any], list[str]]] = {}  # by the object's id
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+        self.twice: list[str] = []
+
+    def read(self, line: Line) -> Any:
+        """The line's value.
+
+        Raises:
+            RowError: with the reason.
+        """
+        if line.text is None:
+            raise RowError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+        self._doubled.clear()
+        text = self._decode(line.text, line.lead)
+        try:
+            value, end = self._decoder.raw_decode(text)
+            if end < len(text):
+                raise json.JSONDecodeError("Extra data", text, len(text) - len(text[end:].lstrip()))
+        except json.JSONDecodeError as error:
+            raise RowError(f"not JSON: {_why(error)} at column {line.lead + error.pos + 1}") from error
+        except RecursionError as error:
+            raise RowError(f"nested too deep: at most {MAX_DEPTH} levels are accepted") from error
+        except ValueError as error:  # Python reads no integer of more than 4,300 digits
+            raise RowError("it holds a number of thousands of digits") from error
+        if _ODD.search(line.text) or line.text.count(b"[") + line.text.count(b"{") > MAX_DEPTH:
+            _check(value)
+        self.twice = list(self._find_doubled(value)) if self._doubled else []
+        return value
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            seen: set[str] = set()
+            names = [name for name, _ in pairs if name in seen or seen.add(name)]
+            if len(self._doubled) < MAX_DOUBLED:
+                self._doubled[id(made)] = made, sorted(set(names))
+        return made
+
+    def _find_doubled(self, value: Any) -> list[str]:
+        found = []
+        for path, part in fields_of(value, whole=True):
+            _, names = self._doubled.get(id(part), (None, ()))
+            found += [place((*path, name)) for name in names if path or name in USED]
+        return found
+
+    def _decode(self, raw: bytes, lead: int) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            column = lead + len(raw[: error.start].decode()) + 1
+            if self._coding.name != "utf-8":
+                raise RowError(
+                    f"not {self._coding.shown}: a broken character at column {column}: save the file as UTF-8"
+                ) from error
+            byte = raw[error.start]
+            meant = bytes([byte]).decode("cp1252", "ignore")
+            hint = f" ({meant} in Latin-1 or Windows-1252)" if meant.isprintable() and meant else ""
+            raise RowError(
+                f"not UTF-8: byte {byte:#04x}{hint} at column {column}: save the file as UTF-8"
+            ) from error
+
+
+def _check(value: Any) -> None:
+    found = odd_value(value)
+    if found is not None:
+        path, problem = found
+        raise RowError(f"{place(path)} {problem}", str(path[0]) if path else None)
+
+
+# ------------------------------------------------------------------ why a text is no JSON
+def _why(error: json.JSONDecodeError) -> str:
+    text, at = error.doc, error.pos
+    rest = text[at:]
+    if not rest:
+        return "the line ends in the middle of the value"
+    if error.msg.startswith("Invalid control character"):
+        return f"{_character(rest[0])} stands as such in a text, write {json.dumps(rest[0])[1:-1]}"
+    if error.msg.startswith("Unterminated string"):
+        return "the line ends in the middle of the text that begins"
+    if error.msg.startswith("Invalid \\"):
+        return "a backslash that begins no JSON escape (a backslash itself is written \\\\)"
+    if error.msg == "Extra data":
+        return _why_extra(rest)
+    word = re.match(r"[A-Za-z_][A-Za-z0-9_]*", rest)
+    if "property name" in error.msg:
+        return _why_no_name(text, at, word[0] if word else "")
+    if word and word[0] in _WORDS:
+        return f"{word[0]} {_WORDS[word[0]]}"
+    if rest[0] in "'\u201c\u201d\u2018\u2019`":
+        return f"{_character(rest[0])} in place of a double quote"
+    if error.msg == "Expecting value" and rest[0] in "]}" and text[:at].rstrip().endswith(","):
+        return f"a comma before {rest[0]}"
+    if error.msg.startswith("Expecting ','"):
+        hint = ' (a quote within a text is written \\")' if text[:at].rstrip().endswith('"') else ""
+        return f"{_character(rest[0])} where a comma or a closing bracket is expected{hint}"
+    expected = "a colon" if error.msg.startswith("Expecting ':'") else "a JSON value"
+    return f"{_character(rest[0])} where {expected} is expected"
+
+
+def _why_extra(rest: str) -> str:
+    if rest.strip() == ",":
+        return "a comma behind the row"
+    if rest.startswith(("{", "[", '"')):
+        return "a second value on the line (one row per line)"
+    if rest.startswith(("//", "/*", "#")):
+        return "a comment, which JSON has not"
+    return f"{_character(rest[0])} behind the value"
+
+
+def _why_no_name(text: str, at: int, word: str) -> str:
+    if word:
+        return f"the field name {word} without double quotes"
+    if text[at] == "}" and text[:at].rstrip().endswith(","):
+        return "a comma before }"
+    if text[at] in "'\u201c\u201d\u2018\u2019`":
+        return f"{_character(text[at])} in place of a double quote"
+    return f"{_character(text[at])} where a field name in double quotes is expected"
+
+
+def _character(found: str) -> str:
+    """``'x'``; one that is not seen, or easily mistaken, by its number and name."""
+    if found.isascii() and found.isprintable():
+        return f'"{found}"' if found == "'" else f"'{found}'"
+    name = unicodedata.name(found, "").lower() or ("NUL" if found == "\0" else "a control character")
+    return f"U+{ord(found):04X} ({name})"

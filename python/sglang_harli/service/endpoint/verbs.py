@@ -1,0 +1,239 @@
+"""What each verb of the public wire does (docs/jobs.md).  Errors are HarliErrors; the door turns them into replies."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from sglang_harli.core import JobStatus
+from sglang_harli.errors import ConfigError, ProtocolError
+from sglang_harli.protocol import public
+from sglang_harli.protocol.public import Job
+from sglang_harli.service.endpoint.live_options import OptionsDesk
+from sglang_harli.service.endpoint.subscriptions import LEASE_S, Subscriptions
+from sglang_harli.service.jobs import transitions
+from sglang_harli.service.jobs.disk_usage import Space
+from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.transitions import Change, JobRecord
+from sglang_harli.service.links.http_link import HttpLink
+from sglang_harli.service.links.scheduler_link import SchedulerLink
+from sglang_harli.service.publish.publication import Publication
+from sglang_harli.service.submit.submission import Submission
+from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
+
+# Pausing a running job saves its state first.  The answer waits this long for it; after that it shows the
+# job as it is (still running, reason "pausing"), and the job becomes paused when the state is saved.
+TAKE_S = 2.0
+STATUS_S = 1.0
+UNREADABLE_SHOWN = 20  # jobs that `status` names
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """``route``: frames that lead back to the client; ``request``: its id for this request."""
+
+    route: tuple[bytes, ...]
+    request: str
+
+
+class Verbs:
+    """Args: the parts of this service that verbs speak to; ``about``: fixed facts for ``status``."""
+
+    def __init__(
+        self,
+        *,
+        desk: JobDesk,
+        submission: Submission,
+        publication: Publication,
+        options: OptionsDesk,
+        scheduler: SchedulerLink,
+        http: HttpLink,
+        tokenizer: ModelTokenizer,
+        subscriptions: Subscriptions,
+        readers: Executor,
+        about: dict[str, Any],
+    ) -> None:
+        self._desk = desk
+        self._submission = submission
+        self._publication = publication
+        self._options = options
+        self._scheduler = scheduler
+        self._http = http
+        self._tokenizer = tokenizer
+        self._subscriptions = subscriptions
+        self._readers = readers
+        self._about = about
+        self._started = time.monotonic()
+        self._space = Space(desk.run_dir)
+        desk.blocker = self._blocker
+        self._verbs: dict[str, Callable[[Caller, dict[str, Any]], Awaitable[Any]]] = {
+            "list": self._list,
+            "get": self._get,
+            "events": self._events,
+            "unsubscribe": self._unsubscribe,
+            "pause": self._pause,
+            "resume": self._resume,
+            "cancel": self._cancel,
+            "prioritize": self._prioritize,
+            "status": self._status,
+            "set": self._set,
+        }
+
+    async def do(self, caller: Caller, request: public.Request, frames: Sequence[bytes]) -> Any:
+        """The result of one request.
+
+        Raises:
+            HarliError: the refusal.
+        """
+        if request.v != public.VERSION:
+            raise ProtocolError(
+                f"protocol version {request.v} is not spoken here, this service speaks {public.VERSION}",
+                code="unsupported_version",
+                param="v",
+            )
+        if request.verb == "submit":
+            args = public.convert_args(request.args, public.SubmitArgs)
+            return await self._submission.submit(args, frames)
+        if request.verb == "check":
+            return await self._submission.check(public.convert_args(request.args, public.CheckArgs), frames)
+        if request.verb == "upload":
+            return await self._submission.upload(public.convert_args(request.args, public.UploadArgs), frames)
+        verb = self._verbs.get(request.verb)
+        if verb is None:
+            known = ", ".join(public.VERBS)
+            raise ProtocolError(f"unknown verb {request.verb[:64]!r}; accepted: {known}", param="verb")
+        if frames:
+            raise ProtocolError(f"{request.verb} takes no data, {len(frames)} frames came behind the header")
+        return await verb(caller, request.args)
+
+    # ---- reading
+    async def _list(self, _caller: Caller, raw: dict[str, Any]) -> Any:
+        """Newest first; ``after`` names the last job of the page before."""
+        args = public.convert_args(raw, public.ListArgs)
+        if args.status not in (None, *JobStatus):
+            known = ", ".join(JobStatus)
+            raise ConfigError(f"status {args.status!r} is not accepted: give one of {known}", param="status")
+        before = math.inf if args.after is None else self._desk.get(args.after).number
+        found = (r for r in self._desk.newest() if r.number < before and args.status in (None, r.status))
+        page = list(islice(found, args.limit + 1))
+        shown = [self._desk.public(r) for r in page[: args.limit]]
+        return {"jobs": shown, "has_more": len(page) > args.limit}
+
+    async def _get(self, _caller: Caller, raw: dict[str, Any]) -> Job:
+        return self._desk.public(self._desk.get(public.convert_args(raw, public.JobArgs).job))
+
+    async def _events(self, caller: Caller, raw: dict[str, Any]) -> Any:
+        args = public.convert_args(raw, public.EventsArgs)
+        self._desk.get(args.job)
+        loop = asyncio.get_running_loop()
+        events = await loop.run_in_executor(
+            self._readers, self._desk.store.events, args.job, args.after, args.limit
+        )
+        last = events[-1].id if events else args.after
+        if args.follow:
+            self._subscriptions.follow(caller.route, caller.request, args.job, last)
+        return {"events": events, "last": last, "lease_s": LEASE_S if args.follow else None}
+
+    async def _unsubscribe(self, caller: Caller, raw: dict[str, Any]) -> Any:
+        """``id``: of the request that subscribed; without it all subscriptions of this connection end."""
+        request = raw.get("id")
+        if request is not None and not isinstance(request, str):
+            raise ProtocolError("id must be the id of an events request", param="id")
+        return {"ended": self._subscriptions.unfollow(caller.route, request)}
+
+    # ---- jobs
+    async def _pause(self, _caller: Caller, raw: dict[str, Any]) -> Job:
+        return await self._change(raw, transitions.ask_pause, lambda r: r.status != JobStatus.RUNNING)
+
+    async def _resume(self, _caller: Caller, raw: dict[str, Any]) -> Job:
+        return await self._change(raw, transitions.ask_resume, lambda r: True)
+
+    async def _cancel(self, _caller: Caller, raw: dict[str, Any]) -> Job:
+        def ask(record: JobRecord) -> Change:
+            return transitions.ask_cancel(
+                record,
+                time.time(),  # stamp: when the job ended
+                in_flight=self._publication.in_flight == record.id,
+            )
+
+        return await self._change(raw, ask, lambda r: r.status != JobStatus.RUNNING)
+
+    async def _prioritize(self, _caller: Caller, raw: dict[str, Any]) -> Job:
+        args = public.convert_args(raw, public.PrioritizeArgs)
+        return await self._ask(args.job, lambda r: transitions.ask_priority(r, args.priority), lambda r: True)
+
+    async def _change(
+        self, raw: dict[str, Any], ask: Callable[[JobRecord], Change], taken: Callable[[JobRecord], bool]
+    ) -> Job:
+        return await self._ask(public.convert_args(raw, public.JobArgs).job, ask, taken)
+
+    async def _ask(
+        self, job: str, ask: Callable[[JobRecord], Change], taken: Callable[[JobRecord], bool]
+    ) -> Job:
+        """What is wanted is durable before the answer; what is may follow (see TAKE_S)."""
+        record = self._desk.get(job)
+        change = ask(record)
+        # Nothing to change: it was asked before, and that may still be on its way to the disk.
+        asked = self._desk.apply(change) if change.record != record else None
+        await self._desk.durable(asked)
+        return self._desk.public(await self._desk.wait_until(job, taken, TAKE_S))
+
+    def _blocker(self, own: str) -> str | None:
+        """Why no queued job can start at the moment; ``own``: what keeps this one until another base or server comes,
+        which says more than what passes by itself."""
+        if self._scheduler.refusal is not None:
+            return f"this server cannot train: {self._scheduler.refusal}"
+        if self._desk.journal.trouble is not None:
+            return self._desk.journal.trouble
+        hello = self._scheduler.hello
+        if hello is None:
+            return "waiting for the scheduler"
+        if own or hello.hold:
+            return own or hello.hold
+        return None if self._tokenizer.known else "waiting for the server's tokenizer and chat template"
+
+    # ---- the server
+    async def _status(self, _caller: Caller, _raw: dict[str, Any]) -> public.StatusAnswer:
+        report = await self._scheduler.ask_status(STATUS_S)
+        hello = self._scheduler.hello
+        service = self._about | {
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._started, 1),
+            "scheduler_pid": hello.pid if hello else None,
+            "scheduler_answers": report is not None,
+            "http_pid": self._http.pid,
+            "refusal": self._scheduler.refusal,
+            "hold": (hello.hold or None) if hello else None,
+            "base": hello.base.shown if hello and hello.base else None,
+            "store": self._desk.journal.trouble or self._subscriptions.trouble or "ok",
+            "unreadable_jobs": self._unreadable(),
+            "trouble": self._scheduler.peer.trouble or self._http.peer.trouble,
+            "followers": len(self._subscriptions),
+            "space": await self._space.report(),
+        }
+        return public.StatusAnswer(
+            service=service,
+            serving=report.serving if report else None,
+            training=report.training if report else None,
+            jobs=self._desk.counts(),
+            options=self._options.effective,
+            revision=self._options.revision,
+            pool=report.pool if report else None,
+        )
+
+    def _unreadable(self) -> dict[str, str]:
+        """Jobs whose records cannot be read or written, and why: the first of them."""
+        found = {job: unreadable.why for job, unreadable in self._desk.unreadable.items()}
+        found |= self._desk.journal.unwritable
+        shown = dict(islice(found.items(), UNREADABLE_SHOWN))
+        return shown if len(found) <= UNREADABLE_SHOWN else shown | {"in all": str(len(found))}
+
+    async def _set(self, _caller: Caller, raw: dict[str, Any]) -> public.SetAnswer:
+        return await self._options.set(public.convert_args(raw, public.SetArgs))

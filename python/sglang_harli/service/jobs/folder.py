@@ -1,0 +1,154 @@
+"""A job's folder: what stands where, and the readable copies of the store in it.
+
+``job.json``, ``events.jsonl`` and ``metrics.jsonl`` follow the store, which is the truth: whatever a
+crash leaves out or tears is completed at the next write.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import orjson
+
+from sglang_harli.failpoints import Write, reach
+from sglang_harli.protocol.public import Event, Job
+
+TAIL_BYTES = 1 << 20  # more than the longest event
+INCOMING = ".incoming-"  # a folder of a job that is not accepted yet
+
+
+class JobPaths:
+    """The places of one job under the run directory."""
+
+    def __init__(self, run_dir: Path, job: str) -> None:
+        self.folder = run_dir / job
+        self.data = self.folder / "data"
+        self.checkpoints = self.folder / "checkpoints"
+        self.adapter = self.folder / "adapter"
+        self.job = self.folder / "job.json"
+        self.events = self.folder / "events.jsonl"
+        self.metrics = self.folder / "metrics.jsonl"
+
+
+def fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Every file and folder under ``folder`` reaches the disk."""
+    for root, _folders, files in os.walk(folder):
+        for name in files:
+            fd = os.open(Path(root) / name, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        fsync_folder(Path(root))
+
+
+class JobMirror:
+    """Writes the readable copies.
+
+    Args:
+        run_dir: the run directory.
+        missing: reads events (job, after, limit) from the store, to complete a copy that fell behind.
+    """
+
+    def __init__(self, run_dir: Path, missing: Callable[[str, int, int], list[Event]]) -> None:
+        self._run_dir = run_dir
+        self._missing = missing
+        self._written: dict[str, int] = {}  # job -> id of the last event in both files
+
+    def has(self, job: str) -> bool:
+        """Whether the job still has a folder."""
+        return JobPaths(self._run_dir, job).folder.is_dir()
+
+    def forget(self, job: str) -> None:
+        """Nothing more is expected of this job."""
+        self._written.pop(job, None)
+
+    def job(self, job: Job) -> None:
+        """Bring job.json up to date.
+
+        Raises:
+            OSError: the disk is full or the folder is gone; the next call tries again.
+        """
+        path = JobPaths(self._run_dir, job.id).job
+        content = orjson.dumps(msgspec.to_builtins(job), option=orjson.OPT_INDENT_2)
+        if _content(path) == content:
+            return
+        temporary = path.with_suffix(".tmp")
+        reach(Write.MIRROR)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+
+    def events(self, job: str, upto: int) -> None:
+        """Bring both files to event ``upto``.
+
+        Raises:
+            OSError: the disk is full or the folder is gone; the next call tries again.
+            NotReadyError: the store cannot be read.
+        """
+        paths = JobPaths(self._run_dir, job)
+        last = self._written.pop(job, None)
+        told = measured = last or 0
+        if last is None:  # a crash may have left each file behind by as much as it likes
+            told, measured = _repair(paths.events, "id"), _repair(paths.metrics, "event")
+            last = min(told, measured)
+        while last < upto:
+            batch = self._missing(job, last, 1000)
+            if not batch:
+                break
+            metrics = [e for e in batch if e.type == "step_metrics" and e.id > measured]
+            _append(paths.metrics, [{"event": e.id, "time": e.created_at, **e.data} for e in metrics])
+            _append(paths.events, [msgspec.to_builtins(e) for e in batch if e.id > told])
+            last = batch[-1].id
+        self._written[job] = last
+
+
+def _append(path: Path, rows: list[dict]) -> None:
+    if rows:
+        reach(Write.MIRROR)
+        with path.open("ab") as file:
+            file.write(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _repair(path: Path, key: str) -> int:
+    """Cut off a line that a crash has torn; returns the id in the last whole line (0: none).
+
+    A file that does not end like one of ours is emptied: the store has it all.
+    """
+    try:
+        file = path.open("r+b")
+    except FileNotFoundError:
+        return 0
+    with file:
+        size = file.seek(0, os.SEEK_END)
+        start = max(0, size - TAIL_BYTES)
+        file.seek(start)
+        tail = file.read()
+        end = tail.rfind(b"\n") + 1
+        begin = tail.rfind(b"\n", 0, max(0, end - 1)) + 1
+        try:
+            if start and not begin:
+                raise ValueError("the last line is longer than any of ours")
+            last = int(orjson.loads(tail[begin:end])[key]) if end else 0
+        except (ValueError, KeyError, TypeError):
+            last, start, end = 0, 0, 0
+        if start + end < size:
+            file.truncate(start + end)
+        return last

@@ -1,0 +1,238 @@
+"""The job store: jobs, their events and a few settings in one database (SQLAlchemy).
+
+SQLite in write-ahead mode by default; any other SQLAlchemy URL works too.  Only two threads use it: the
+journal's writer, and readers of events.  A commit is durable when ``write`` returns.  A database that is
+locked, full or away is a NotReadyError each time it is asked, and works again when it is back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    Connection,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.engine import URL, Engine, make_url
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
+
+from sglang_harli.errors import HarliError, NotReadyError
+from sglang_harli.failpoints import Write, reach
+from sglang_harli.protocol.public import CODING_ERRORS, Event
+from sglang_harli.service.jobs.record_encoding import (
+    RecordError,
+    event_body,
+    read_event,
+    read_record,
+    record_body,
+)
+from sglang_harli.service.jobs.transitions import JobRecord
+
+logger = logging.getLogger(__name__)
+
+STORE_FILE = "harli.db"
+SCHEMA = "1"
+LOCKED_MS = 2000  # a database that another process has locked is waited for; then the caller says so
+
+_metadata = MetaData()
+_jobs = Table(
+    "jobs",
+    _metadata,
+    Column("id", String(64), primary_key=True),
+    Column("number", Integer, nullable=False, unique=True),
+    Column("status", String(32), nullable=False, index=True),
+    Column("idempotency_key", String(128), unique=True),
+    Column("body", Text, nullable=False),
+)
+_events = Table(
+    "events",
+    _metadata,
+    Column("job", String(64), primary_key=True),
+    Column("id", Integer, primary_key=True),
+    Column("type", String(32), nullable=False),
+    Column("body", Text, nullable=False),
+)
+_settings = Table(
+    "settings",
+    _metadata,
+    Column("key", String(64), primary_key=True),
+    Column("value", Text, nullable=False),
+)
+
+
+def sqlite_url(path: Path) -> URL:
+    return URL.create(
+        "sqlite", database=str(path)
+    )  # a path may hold what means something in the text of a URL
+
+
+class UnwritableError(HarliError):
+    """Records that the database will never take, now or later."""
+
+    code = "store"
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A job whose record cannot be read: what its other columns say, and why."""
+
+    id: str
+    number: int
+    idempotency_key: str | None
+    why: str
+
+
+class JobStore:
+    """Args:
+        url: SQLAlchemy URL.
+
+    Attributes:
+        unreadable: what ``jobs`` has left out.
+
+    Raises:
+        HarliError: the database cannot be opened, or is of another version of harli.
+    """
+
+    def __init__(self, url: str | URL) -> None:
+        address = make_url(url)
+        where = address.database if address.get_backend_name() == "sqlite" else address
+        self._engine: Engine = create_engine(address)
+        if address.get_backend_name() == "sqlite":
+            event.listen(self._engine, "connect", _tune_sqlite)
+        try:
+            _metadata.create_all(self._engine)
+            schema = self.setting("schema")
+            if schema is None:
+                self.write(settings={"schema": SCHEMA})
+        except SQLAlchemyError as error:
+            raise HarliError(
+                f"the job store {where} cannot be opened: {_why(error)}", code="store"
+            ) from error
+        except NotReadyError as error:
+            raise HarliError(
+                f"the job store {where} cannot be opened: {error.message}: end the process that holds it, or make room",
+                code="store",
+            ) from error
+        if schema not in (None, SCHEMA):
+            raise HarliError(
+                f"the job store {where} has schema {schema}, this harli reads {SCHEMA}: give another --harli-run-dir",
+                code="store",
+            )
+        self.unreadable: list[Unreadable] = []
+
+    # ---- writing
+    def write(
+        self,
+        records: Iterable[JobRecord] = (),
+        events: Iterable[Event] = (),
+        settings: dict[str, str] | None = None,
+    ) -> None:
+        """All of it in one transaction; repeating a write changes nothing.
+
+        Raises:
+            NotReadyError: it cannot be written now; nothing of it was.
+            UnwritableError: it never can; nothing of it was.
+        """
+        with _trouble("written"), self._engine.begin() as db:
+            try:
+                reach(Write.STORE)
+            except OSError as error:  # as the database itself would say it
+                raise OperationalError("write", None, error) from error
+            for record in records:
+                _put(
+                    db,
+                    _jobs,
+                    {"id": record.id},
+                    {
+                        "number": record.number,
+                        "status": str(record.status),
+                        "idempotency_key": record.idempotency_key,
+                        "body": record_body(record),
+                    },
+                )
+            for e in events:
+                _put(db, _events, {"job": e.job, "id": e.id}, {"type": e.type, "body": event_body(e)})
+            for key, value in (settings or {}).items():
+                _put(db, _settings, {"key": key}, {"value": value})
+
+    # ---- reading (NotReadyError where it cannot be read now)
+    def jobs(self) -> list[JobRecord]:
+        """All jobs in the order of their creation; those whose record cannot be read are ``unreadable``."""
+        columns = (_jobs.c.id, _jobs.c.number, _jobs.c.idempotency_key, _jobs.c.body)
+        with _trouble("read"), self._engine.connect() as db:
+            rows = db.execute(select(*columns).order_by(_jobs.c.number)).all()
+        found, self.unreadable = [], []
+        for job, number, key, body in rows:
+            try:
+                found.append(read_record(body))
+            except RecordError as error:
+                logger.error(
+                    "the record of job %s in the job store cannot be read, and is left aside: %s", job, error
+                )
+                self.unreadable.append(Unreadable(job, number, key, str(error)))
+        return found
+
+    def events(self, job: str, after: int, limit: int) -> list[Event]:
+        """The job's events with an id above ``after``, oldest first."""
+        query = (
+            select(_events.c.id, _events.c.body)
+            .where(_events.c.job == job, _events.c.id > after)
+            .order_by(_events.c.id)
+            .limit(limit)
+        )
+        with _trouble("read"), self._engine.connect() as db:
+            return [read_event(job, number, body) for number, body in db.execute(query)]
+
+    def setting(self, key: str) -> str | None:
+        with _trouble("read"), self._engine.connect() as db:
+            return db.execute(select(_settings.c.value).where(_settings.c.key == key)).scalar_one_or_none()
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+
+@contextmanager
+def _trouble(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (IntegrityError, DataError, *CODING_ERRORS) as error:  # of what is written, not of the database
+        why = _why(error) if isinstance(error, SQLAlchemyError) else str(error)
+        raise UnwritableError(f"the job store cannot take it: {why}") from error
+    except SQLAlchemyError as error:
+        raise NotReadyError(f"the job store cannot be {what}: {_why(error)}") from error
+
+
+def _why(error: SQLAlchemyError) -> str:
+    return str(error.orig) if isinstance(error, DBAPIError) and error.orig is not None else str(error)
+
+
+def _put(db: Connection, table: Table, key: dict[str, Any], values: dict[str, Any]) -> None:
+    """Update or insert (one writer, so nothing comes between)."""
+    match = [table.c[name] == value for name, value in key.items()]
+    if db.execute(update(table).where(*match).values(**values)).rowcount == 0:
+        db.execute(insert(table).values(**key, **values))
+
+
+def _tune_sqlite(connection: Any, _record: Any) -> None:
+    # A text that was damaged is read too, so that it is one record that cannot be used and not the whole table.
+    connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout={LOCKED_MS}")
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")  # what was acknowledged survives a power cut
+    cursor.close()

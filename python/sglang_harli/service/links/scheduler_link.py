@@ -1,0 +1,136 @@
+"""The service's end of the pair to the scheduler: hello, acknowledgements, questions and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import zmq.asyncio
+
+from sglang_harli.protocol import internal
+from sglang_harli.protocol.internal import ServedLimits
+from sglang_harli.service.links.peer_link import PeerLink
+
+logger = logging.getLogger(__name__)
+
+# A scheduler that knew an earlier service waits for a Welcome; one that knows none says hello by itself,
+# within a second.  So the first word is left to it for this long.
+WELCOME_AFTER_S = 1.5
+
+
+class SchedulerLink:
+    """Args:
+        context, endpoint: see PeerLink.
+        on_hello: called with each hello that was welcomed.
+        on_run_message: called with messages about a run; what of them is taken over durably goes to
+            ``acknowledge``.
+
+    Attributes:
+        hello: the scheduler's latest hello; None until one has been read.
+    """
+
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        endpoint: str,
+        on_hello: Callable[[internal.Hello], None],
+        on_run_message: Callable[[Any], None],
+    ) -> None:
+        self.peer = PeerLink(context, endpoint, "scheduler", self._receive, self._greet)
+        self._on_hello = on_hello
+        self._on_run_message = on_run_message
+        self._acks: list[int] = []
+        self._requests = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self.hello: internal.Hello | None = None
+
+    @property
+    def limits(self) -> ServedLimits | None:
+        return self.hello.limits if self.hello else None
+
+    @property
+    def refusal(self) -> str | None:
+        """Why this server cannot train; None where it can, or where nobody has said so yet."""
+        if self.hello is None or self.hello.limits is not None:
+            return None
+        return self.hello.refusal or "the scheduler gives no reason"
+
+    def send(self, message: internal.Message, *frames: Any) -> bool:
+        return self.peer.send(message, *frames)
+
+    # ---- coming in
+    def _greet(self) -> None:
+        asyncio.get_running_loop().call_later(WELCOME_AFTER_S, self._welcome_unread)
+
+    def _welcome_unread(self) -> None:
+        """Until a hello has been read: it, or this, may have been lost with an earlier connection."""
+        if self.hello is None and self.peer.connected:
+            self.ask_hello()
+            self._greet()
+
+    def ask_hello(self) -> None:
+        """Have the scheduler say hello (again)."""
+        self.send(internal.Welcome(pid=os.getpid(), answers=0))
+
+    def _receive(self, message: Any, _frames: list[bytes]) -> None:
+        if isinstance(message, internal.Hello):
+            self._take_hello(message)
+        elif isinstance(message, internal.StatusReport | internal.OptionsSet):
+            answer = self._answers.get(message.request)
+            if answer is not None and not answer.done():
+                answer.set_result(message)
+        else:
+            self._on_run_message(message)
+
+    def _take_hello(self, hello: internal.Hello) -> None:
+        if self.hello is None or self.hello.pid != hello.pid:
+            logger.info(
+                "hello of the scheduler, pid %d: %s", hello.pid, hello.refusal or "finetuning is possible"
+            )
+        self.send(internal.Welcome(pid=os.getpid(), answers=hello.seq))
+        if self.hello is not None and hello.seq < self.hello.seq:  # of a scheduler before, or doubled
+            return
+        self.hello = hello
+        self._on_hello(hello)
+
+    def acknowledge(self, seq: int) -> None:
+        """Tell the scheduler that a message is taken over; one Ack for all that became durable together."""
+        if not self._acks:
+            asyncio.get_running_loop().call_soon(self._ack)
+        self._acks.append(seq)
+
+    def _ack(self) -> None:
+        seqs, self._acks = self._acks, []
+        self.send(internal.Ack(seqs=seqs))  # where it is lost the messages come again, and then this
+
+    # ---- questions
+    async def ask_status(self, timeout_s: float) -> internal.StatusReport | None:
+        """The scheduler's view of serving and training; None where it does not answer in time."""
+        return await self._ask(lambda number: internal.StatusRequest(request=number), timeout_s)
+
+    async def ask_set(
+        self, values: dict[str, float | str | None], if_revision: int | None, timeout_s: float
+    ) -> internal.OptionsSet | None:
+        """Change live options; None where the scheduler does not answer in time."""
+        return await self._ask(
+            lambda number: internal.SetOptions(request=number, values=values, if_revision=if_revision),
+            timeout_s,
+        )
+
+    async def _ask(self, make: Callable[[int], internal.Message], timeout_s: float) -> Any:
+        if self.hello is None:
+            return None
+        number = next(self._requests)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            if not self.send(make(number)):
+                return None
+            return await asyncio.wait_for(answer, timeout_s)
+        except TimeoutError:
+            return None
+        finally:
+            del self._answers[number]

@@ -1,0 +1,340 @@
+"""From a finished run's last checkpoint to an adapter that answers: one at a time, every step repeatable."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sglang_harli.core import JobStatus
+from sglang_harli.errors import HarliError
+from sglang_harli.failpoints import Point, reach
+from sglang_harli.protocol import shared_memory, trouble
+from sglang_harli.protocol.internal import AdapterPublished, SlotRef
+from sglang_harli.protocol.shared_memory import Slot
+from sglang_harli.service.checkpoint import checkpoints
+from sglang_harli.service.checkpoint.checkpoints import CheckpointError
+from sglang_harli.service.jobs import transitions
+from sglang_harli.service.jobs.folder import JobPaths
+from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.transitions import Draft, JobRecord
+from sglang_harli.service.links.http_link import HttpLink
+from sglang_harli.service.publish.peft_config import adapter_config
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+TRIES = 3  # of a publication that the HTTP process refuses
+PAUSES_S = (1.0, 2.0, 4.0)  # between the tries of a write while a request waits, and of a publication
+ANSWER_S = 120.0  # an adapter's slices are loaded between decode batches, so this may take a while
+
+
+class _GivenUpError(HarliError):
+    """What was tried often enough; the message is for the job."""
+
+
+class _PutOffError(HarliError):
+    """Trouble of the environment while a job's adapter is published first: it is tried again later, and those of other
+    jobs come before."""
+
+
+class Publication:
+    """Args:
+        desk: the jobs.
+        http: the pair to the HTTP process.
+        disk: where blocking work runs.
+        shm: folder of slots.
+        model_path: of the served base, for the adapter_config.json of a job whose base nobody has noted.
+
+    Attributes:
+        in_flight: the job whose publication the HTTP process has been asked for and has not answered.
+    """
+
+    def __init__(self, desk: JobDesk, http: HttpLink, disk: Executor, shm: Path, model_path: str) -> None:
+        self._desk = desk
+        self._http = http
+        self._disk = disk
+        self._shm = shm
+        self._model_path = model_path
+        self._queue: asyncio.Queue[str] = asyncio.Queue()
+        self._queued: set[str] = set()
+        self.in_flight: str | None = None
+        self._base_known = False  # a hello of the scheduler has been read
+        self._waiting: set[str] = set()  # jobs whose base is not served
+        self._troubles: dict[str, int] = {}  # in a row, of jobs that were put off
+        self._names: dict[str, str] = {}  # adapter name -> job, of the jobs that succeeded
+        for record in desk.all():
+            self._note(record)
+            if record.status == JobStatus.RUNNING and record.publishing:
+                self.want(record.id)
+        desk.listeners.append(self._note)
+
+    def _note(self, record: JobRecord) -> None:
+        if record.fine_tuned_model:
+            self._names[record.fine_tuned_model] = record.id
+
+    def want(self, job: str) -> None:
+        """Publish a job's adapter, now or again."""
+        if job not in self._queued:
+            self._queued.add(job)
+            self._queue.put_nowait(job)
+
+    def want_name(self, name: str) -> None:
+        """The HTTP process misses an adapter that it had (or that an earlier server had)."""
+        job = self._names.get(name)
+        if job is not None:
+            if other := self._desk.other_base(self._desk.get(job)):
+                self._http.refuse(name, "other_base", other)
+            else:
+                self.want(job)
+            return
+        logger.warning("an unknown adapter was asked for: %s", name)
+        self._http.refuse(name, "not_found", "no job of this run directory has made it")
+
+    def names(self) -> list[str]:
+        """The adapters of succeeded jobs on the served base; none before that is known."""
+        if not self._base_known:
+            return []
+        return [name for name, job in self._names.items() if not self._desk.other_base(self._desk.get(job))]
+
+    def others(self) -> dict[str, list[str]] | None:
+        """The other adapters, by the sentence that says which base they belong to; None before that is known."""
+        if not self._base_known:
+            return None
+        found: dict[str, list[str]] = {}
+        for name, job in self._names.items():
+            if other := self._desk.other_base(self._desk.get(job)):
+                found.setdefault(other, []).append(name)
+        return found
+
+    def base_known(self) -> None:
+        """The scheduler has said what it serves: what waited for that is published."""
+        self._base_known = True
+        waiting, self._waiting = self._waiting, set()
+        for job in waiting:
+            self.want(job)
+
+    @property
+    def count(self) -> int:
+        """How many names there are; they only grow in number."""
+        return len(self._names)
+
+    async def run(self) -> None:
+        while True:
+            job = await self._queue.get()
+            self._queued.discard(job)
+            try:
+                await self._one(job)
+            except Exception as error:  # boundary: one adapter is tried again later; the others come
+                logger.exception("the adapter of job %s cannot be published", job)
+                self._put_off(job, f"the adapter cannot be published ({type(error).__name__}: {error})")
+
+    async def _one(self, job: str) -> None:
+        paths = JobPaths(self._desk.run_dir, job)
+        try:
+            if self._other_base(job):
+                return
+            refusal = await self._publish(job, paths)
+        except _GivenUpError as error:
+            self._give_up(job, error.code, error.message)
+            return
+        except _PutOffError as error:
+            self._put_off(job, error.message)
+            return
+        except CheckpointError as error:
+            damage = await self._damage(job, paths)
+            record = self._desk.get(job)
+            if damage is not None and record.publishing and record.wish != transitions.Wish.CANCEL:
+                self._desk.apply(transitions.train_again(record, damage))
+            else:
+                self._give_up(job, "adapter_failed", f"the adapter cannot be saved or read: {error}")
+            return
+        if refusal is not None:
+            text = f"the adapter is trained and saved in {paths.adapter}, but cannot be served: {refusal}"
+            self._give_up(job, "publication_failed", text)
+
+    async def _damage(self, job: str, paths: JobPaths) -> str | None:
+        """Why the job's last checkpoint cannot be used; None where it is whole."""
+        try:
+            await self._off(checkpoints.check_state, paths.checkpoints, self._desk.get(job).checkpoint_step)
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    def _wanted(self, job: str) -> bool:
+        record = self._desk.get(job)
+        return (record.publishing or record.status == JobStatus.SUCCEEDED) and not self._other_base(job)
+
+    def _other_base(self, job: str) -> bool:
+        """Whether the job's base is not served, or that is not known; then it waits for that."""
+        other = not self._base_known or bool(self._desk.other_base(self._desk.get(job)))
+        if other:
+            self._waiting.add(job)
+        return other
+
+    # ---------------------------------------------------------------- files
+    async def _save(self, job: str, paths: JobPaths) -> None:
+        """Write the adapter's folder from the run's last checkpoint.
+
+        Raises:
+            CheckpointError: that is not whole.
+            _PutOffError, _GivenUpError: the disk refuses.
+        """
+        record = self._desk.get(job)
+        base = record.base.path if record.base is not None else self._model_path
+        config = adapter_config(record.hyperparameters, base)
+        step = record.checkpoint_step
+        await self._again(
+            job,
+            lambda: self._off(checkpoints.save_adapter, paths.adapter, paths.checkpoints, step, config),
+            "adapter_failed",
+            lambda error: f"the adapter cannot be saved in {paths.adapter} ({error}): make room on the disk",
+        )
+        drafts = (
+            Draft("adapter_saved", f"adapter saved in {paths.adapter}", data={"path": str(paths.adapter)}),
+        )
+        await self._desk.apply(transitions.Change(self._desk.get(job), drafts))
+
+    async def _share(self, job: str, paths: JobPaths) -> tuple[Slot, SlotRef, dict[str, Any]]:
+        """The adapter's tensors in a slot; a folder that is missing or damaged is saved again, once.
+
+        Raises:
+            CheckpointError: neither the folder nor the checkpoint is whole.
+            _PutOffError, _GivenUpError: the disk or shared memory refuses.
+        """
+        fresh = not await self._off(paths.adapter.is_dir)
+        if fresh:
+            await self._save(job, paths)
+        while True:
+            try:
+                return await self._again(
+                    job,
+                    lambda: self._off(checkpoints.load_adapter, paths.adapter, self._shm),
+                    "shared_memory",
+                    lambda error: shared_memory.refusal("the adapter", error),
+                )
+            except CheckpointError as error:
+                if fresh:
+                    raise
+                text = f"{error}: the adapter is saved again from the run's last checkpoint"
+                self._desk.apply(transitions.warn(self._desk.get(job), text))
+            await self._save(job, paths)
+            fresh = True
+
+    async def _again(
+        self,
+        job: str,
+        call: Callable[[], Awaitable[_T]],
+        code: str,
+        explain: Callable[[OSError | MemoryError], str],
+    ) -> _T:
+        """Try a write until it succeeds, with pauses, as long as the job's adapter is wanted.
+
+        ``explain``: what is wrong and what to do, one sentence.
+
+        Raises:
+            _PutOffError: it does not, and the adapter has not been published yet.
+            _GivenUpError: it does not, and a request for the adapter waits; or it never will.
+        """
+        for wait_s in (*PAUSES_S, None):
+            try:
+                return await call()
+            except (OSError, MemoryError) as error:
+                text = explain(error)
+                if self._desk.get(job).publishing and _passes(error):
+                    raise _PutOffError(text) from error
+                if wait_s is None or not self._wanted(job) or not _passes(error):
+                    raise _GivenUpError(text, code=code) from error
+                self._desk.apply(
+                    transitions.warn(self._desk.get(job), f"{text}; trying again in {wait_s:g} s")
+                )
+            await asyncio.sleep(wait_s)
+        raise AssertionError("the last try returns or raises")
+
+    async def _off(self, call: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, call, *args)
+
+    # ---------------------------------------------------------------- the HTTP process
+    async def _publish(self, job: str, paths: JobPaths) -> str | None:
+        """Ask until there is an answer; None when the adapter answers (or is not wanted any more), else why it
+        does not."""
+        if self._wanted(job) and not await self._off(paths.adapter.is_dir):
+            await self._save(job, paths)  # whether or not anybody is there to serve it
+        refused = 0
+        while True:
+            await self._http.ready.wait()
+            if not self._wanted(job):  # cancelled while it waited
+                return None
+            slot, ref, config = await self._share(job, paths)
+            reach(Point.TENSORS_SHARED)
+            try:
+                if not self._wanted(job):
+                    return None
+                answer = await self._ask(job, ref, config)
+            finally:
+                slot.unlink()
+            if answer is None:  # lost on the way, or late: its number makes it nobody's answer
+                continue
+            if answer.ok:
+                self._troubles.pop(job, None)
+                if self._desk.get(job).publishing:
+                    now = time.time()  # stamp: when the job ended
+                    await self._desk.apply(transitions.published(self._desk.get(job), now))
+                return None
+            if answer.passing and self._desk.get(job).publishing:
+                raise _PutOffError(f"the adapter cannot be served now: {answer.text or answer.code}")
+            refused += 1
+            if refused == TRIES or not self._retry(job, answer.text):
+                return answer.text or answer.code
+            await asyncio.sleep(PAUSES_S[refused - 1])
+
+    async def _ask(self, job: str, slot: SlotRef, config: dict[str, Any]) -> AdapterPublished | None:
+        self.in_flight = job
+        try:
+            return await self._http.publish(
+                job=job,
+                name=self._desk.get(job).adapter_name,
+                config=config,
+                slot=slot,
+                timeout_s=ANSWER_S,
+            )
+        finally:
+            self.in_flight = None
+
+    def _retry(self, job: str, text: str) -> bool:
+        record = self._desk.get(job)
+        if record.wish == transitions.Wish.CANCEL:
+            return False
+        self._desk.apply(transitions.warn(record, f"publication failed, trying again: {text}"))
+        return True
+
+    def _put_off(self, job: str, text: str) -> None:
+        """Try again after a pause that grows; a request that waits for the adapter gets the reason at once."""
+        record = self._desk.get(job)
+        if not record.publishing:
+            self._give_up(job, "adapter_failed", text)
+            return
+        count = self._troubles[job] = self._troubles.get(job, 0) + 1
+        pause = trouble.pause_s(count)
+        self._desk.apply(transitions.delayed(record, f"{text}; trying again in {pause:g} s"))
+        asyncio.get_running_loop().call_later(pause, self.want, job)
+
+    def _give_up(self, job: str, code: str, message: str) -> None:
+        record = self._desk.get(job)
+        self._troubles.pop(job, None)
+        if record.publishing:
+            now = time.time()  # stamp: when the job ended
+            self._desk.apply(transitions.fail(record, code, message, now))
+        elif record.status == JobStatus.SUCCEEDED:  # it stays so; requests for the adapter get the reason
+            self._desk.apply(transitions.warn(record, message))
+            self._http.refuse(record.adapter_name, code, message)
+
+
+def _passes(error: OSError | MemoryError) -> bool:
+    slot = isinstance(error, shared_memory.SlotError)
+    return shared_memory.passes(error) if slot else trouble.passes(error)

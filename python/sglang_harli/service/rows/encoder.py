@@ -1,0 +1,109 @@
+"""One line of data as token ids and the mask of what is learned.
+
+The rule at every seam: the ids before an answer are exactly those that serving computes for the same
+prompt (``/v1/chat/completions`` renders the template with its generation prompt and encodes that,
+``/v1/completions`` encodes the prompt), and the answer's ids follow.  The end-of-turn token is learned,
+what a template writes behind it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sglang_harli.protocol.tokenizer_state import ChatTemplate
+from sglang_harli.service.rows import content_format
+from sglang_harli.service.rows.conversation import Conversation
+from sglang_harli.service.rows.error import RowError, kind
+from sglang_harli.service.rows.row import Reading, Row, end_of_text
+from sglang_harli.service.rows.served_tokenizer import ServedTokenizer, describe
+
+FIELDS = ("messages", "tools", "prompt", "completion")
+
+
+class RowTokenizer:
+    """Args:
+    tokenizer: a transformers tokenizer with its own chat template, or the served one.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not isinstance(tokenizer, ServedTokenizer):
+            tokenizer = of_transformers(tokenizer)
+        self.served: ServedTokenizer = tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs where ids or the chat template would."""
+        return self.served.fingerprint
+
+    def rows(self, record: Any, reading: Reading | None = None) -> list[Row]:
+        """The training rows of one line's JSON value.
+
+        Almost always one.  A template that renders earlier answers differently once a conversation goes
+        on (Qwen3 drops their reasoning) gives one row per answer, so that each prompt is what serving saw.
+
+        Raises:
+            RowError: with the reason.
+        """
+        return list(self.each_row(record, reading or Reading()))
+
+    def each_row(self, record: Any, reading: Reading) -> Iterator[Row]:
+        """The same one after the other: together they may be far longer than the line."""
+        if self.served.refusal is not None:
+            raise RowError(self.served.refusal)
+        if not isinstance(record, dict):
+            raise RowError(f"a JSON object is expected, this is {kind(record)}")
+        given = {name for name in FIELDS if record.get(name) is not None}
+        if "messages" in given and given & {"prompt", "completion"}:
+            raise RowError(
+                "it has both 'messages' and 'prompt'/'completion': give one of the two forms", "messages"
+            )
+        if "messages" in given:
+            yield from Conversation(self.served, record, reading).rows()
+        elif given & {"prompt", "completion"}:
+            yield self._completion(record, reading)
+        elif "messages" in record:
+            raise RowError("field 'messages' is null", "messages")
+        else:
+            found = ", ".join(repr(k) for k in list(record)[:5]) or "nothing"
+            raise RowError(
+                f"field 'messages' (or 'prompt' and 'completion') is missing; found {found}", "messages"
+            )
+
+    # ---- prompt and completion
+    def _completion(self, record: dict[str, Any], reading: Reading) -> Row:
+        for name in ("prompt", "completion"):
+            if record.get(name) is None:
+                raise RowError(f"field '{name}' is {'null' if name in record else 'missing'}", name)
+            if not isinstance(record[name], str):
+                raise RowError(f"field '{name}' must be a string, it is {kind(record[name])}", name)
+        if not record["completion"]:
+            raise RowError("field 'completion' is empty: there is nothing to learn", "completion")
+        served, text = self.served, record["prompt"]
+        prompt = served.encode(text)
+        whole = served.encode(text + record["completion"])
+        if whole[: len(prompt)] == prompt:
+            answer = whole[len(prompt) :]
+        else:
+            answer = served.encoder.encode(record["completion"], special=False)
+        if answer[-1:] != [served.eos_id]:
+            answer = [*answer, end_of_text(served)]
+        tokens = {*answer[:-1]} & served.special_ids
+        reading.notes.add("control_tokens", sorted(served.decode([i]) for i in tokens))
+        return Row(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+
+def of_transformers(tokenizer: Any) -> ServedTokenizer:
+    """A transformers tokenizer with its own chat template, as a server without flags would use it."""
+    source = getattr(tokenizer, "chat_template", None)
+    if isinstance(source, dict):
+        source = next(iter(source.values()), None)
+    found = content_format.detect(source) if source else content_format.STRING
+    chat = ChatTemplate(source=source or None, content_format=found)
+    return ServedTokenizer(describe(tokenizer, chat, []), tokenizer)
+
+
+def unused_fields(record: dict[str, Any]) -> set[str]:
+    """Keys of an accepted line that are passed over; one that is null says nothing."""
+    used = FIELDS[:2] if record.get("messages") is not None else FIELDS[2:]
+    return {key for key, value in record.items() if key not in used and value is not None}

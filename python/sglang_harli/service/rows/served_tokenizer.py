@@ -1,0 +1,314 @@
+"""The served model's tokenizer and chat template, as serving uses them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, Protocol
+
+import jinja2
+
+from sglang_harli.protocol.tokenizer_state import ChatTemplate, Probe, TokenizerState
+
+# What a chat template can raise over what a client sent; serving answers 400 or 500 to it.
+TEMPLATE_ERRORS = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    RuntimeError,  # RecursionError among them
+)
+# What a tokenizer class that is not of transformers' usual kind can raise where it is asked as one.
+TOKENIZER_ERRORS = (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, ImportError)
+_PROBES = (
+    "Which gate is open?",
+    "  two blanks, a\ttab and\n\n lines \r\n",
+    "Größe naïve 名前 Привет नमस्ते \u200d\u2028 \U0001f98a\U0001f3fd",
+    "3.14159 1000000 2026-11-30 x=1;y!=2 don't WE'LL",
+    "def f(x):\n    return {'a': [x, None]}  # \\n\n",
+    " leading",
+    "a",
+)
+# A default keyword of a template that serving itself passes, or that would replace what it passes.
+_TAKEN = (
+    *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding"),
+    *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
+
+
+class Encoder(Protocol):
+    """Texts to ids and back."""
+
+    def encode(self, text: str, *, special: bool) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class BackendEncoder:
+    """Args:
+    backend: a ``tokenizers.Tokenizer``.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+
+class LoadedEncoder:
+    """Args:
+    tokenizer: one of transformers' without a backend.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        return _encode(self._tokenizer, text, special)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+class ServedTokenizer:
+    """Args:
+        state: what the tokenizer and the template are.
+        loaded: the transformers tokenizer that ``state`` describes; needed where that has no backend.
+
+    Attributes:
+        fingerprint: differs where a row's ids would.
+        chat: how chats are rendered.
+        special_ids: control tokens.
+
+    Raises:
+        ValueError: the tokenizer does not give the ids that the state names.
+    """
+
+    def __init__(self, state: TokenizerState, loaded: Any = None) -> None:
+        self.chat = state.chat
+        self.fingerprint = state.fingerprint
+        self.refusal = state.refusal
+        self.eos_id = state.eos_id
+        self.special_ids = frozenset(state.special_ids)
+        self.stop_ids = frozenset(state.stop_ids)
+        self.chat_adds_special = state.chat_adds_special
+        self._template_values = state.special_tokens | state.chat.kwargs
+        self._loaded = None
+        self.encoder: Encoder
+        if state.backend is not None:
+            self.encoder = BackendEncoder(_backend(state, loaded))
+        elif loaded is not None:
+            self.encoder, self._loaded = LoadedEncoder(loaded), loaded
+            loaded.chat_template = state.chat.source
+        elif state.refusal is None:
+            raise ValueError("the tokenizer has no backend and was not loaded by its path")
+        if state.refusal is None:
+            self._check(state)
+
+    def _check(self, state: TokenizerState) -> None:
+        """Raises ValueError where a probe comes out differently."""
+        for probe in state.probes:
+            found = self.encode(probe.text), self.encoder.encode(probe.text, special=False)
+            if found != (probe.ids, probe.plain):
+                raise ValueError(f"the text {probe.text!r} gets other ids than in serving: {found[0][:12]}")
+        if state.probes and state.chat.refusal is None:
+            found_chat = self._chat_probe(state.probes[0].text)
+            if found_chat != state.chat_probe:
+                raise ValueError(f"the chat template gives {found_chat!r}, in serving {state.chat_probe!r}")
+
+    def _chat_probe(self, text: str) -> str | None:
+        try:
+            return self.render([{"role": "user", "content": text}], None, opened=True, now=_same_day)
+        except TEMPLATE_ERRORS:
+            return None
+
+    # ---- ids
+    def encode(self, text: str) -> list[int]:
+        """As ``/v1/completions`` encodes a prompt."""
+        return self.encoder.encode(text, special=True)
+
+    def encode_chat(self, text: str) -> list[int]:
+        """As ``/v1/chat/completions`` encodes what the template made."""
+        return self.encoder.encode(text, special=self.chat_adds_special)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.encoder.decode(ids)
+
+    # ---- chats
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        *,
+        opened: bool,
+        now: Callable[[str], str] | None = None,
+    ) -> str:
+        """The chat as text.
+
+        Args:
+            opened: with the beginning of an answer, as serving asks for one.
+            now: in the place of ``strftime_now``, which templates ask for the date.
+
+        Raises:
+            one of TEMPLATE_ERRORS.
+        """
+        clock: dict[str, Any] = {"strftime_now": now or today}
+        if self._loaded is not None:
+            kwargs = clock | self.chat.kwargs
+            return self._loaded.apply_chat_template(
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=opened,
+                return_dict=False,
+                **kwargs,
+            )
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        values: dict[str, Any] = clock | self._template_values
+        rendered, _ = render_jinja_template(
+            [messages],
+            tools=tools,  # type: ignore[arg-type]
+            chat_template=self.chat.source,
+            add_generation_prompt=opened,
+            **values,
+        )
+        return rendered[0]
+
+
+def today(pattern: str) -> str:
+    """The date, as transformers gives it to a template that asks for it."""
+    return datetime.now().strftime(pattern)  # stamp: the date that a chat template asks for
+
+
+# ------------------------------------------------------------------ of a loaded tokenizer
+def describe(tokenizer: Any, chat: ChatTemplate, stop_ids: list[int]) -> TokenizerState:
+    """What a transformers tokenizer is, with the chat template that serving uses with it.
+
+    Args:
+        stop_ids: see TokenizerState.
+    """
+    chat = checked_kwargs(chat)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = set(getattr(tokenizer, "all_special_ids", ())) | {i for i, t in added.items() if t.special}
+    try:
+        # As SGLang asks: where nothing is added to nothing, it lets the tokenizer add what it would.
+        adds_special = not _encode(tokenizer, "", True)
+        texts = (*_PROBES, *(f"{t} a {t}b {t}\n{t}" for t in _some_special(tokenizer, special)))
+        probes = [
+            Probe(text=t, ids=_encode(tokenizer, t, True), plain=_encode(tokenizer, t, False)) for t in texts
+        ]
+        special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        eos_id = tokenizer.eos_token_id
+    except TOKENIZER_ERRORS as error:
+        name = type(tokenizer).__name__
+        return TokenizerState(chat=chat, refusal=f"the server's tokenizer ({name}) cannot make rows: {error}")
+    backend = _backend_text(tokenizer, probes)
+    state = TokenizerState(
+        chat=chat,
+        backend=backend,
+        special_tokens=special_tokens,
+        special_ids=sorted(special),
+        eos_id=eos_id,
+        chat_adds_special=adds_special,
+        split_special=bool(getattr(tokenizer, "split_special_tokens", False)),
+        stop_ids=sorted(set(stop_ids)),
+        probes=probes,
+        chat_probe=_loaded_chat(tokenizer, chat, probes[0].text),
+        vocabulary="" if backend else _vocabulary(tokenizer),
+    )
+    if backend is not None:
+        try:
+            ServedTokenizer(state, tokenizer)
+        except ValueError:  # a class that renders chats in its own way
+            return _without_backend(state, tokenizer)
+    return state
+
+
+def _without_backend(state: TokenizerState, tokenizer: Any) -> TokenizerState:
+    import msgspec
+
+    return msgspec.structs.replace(state, backend=None, vocabulary=_vocabulary(tokenizer))
+
+
+def checked_kwargs(chat: ChatTemplate) -> ChatTemplate:
+    """The same, with a refusal where its keywords make each chat request an error in serving."""
+    taken = [name for name in chat.kwargs if name in _TAKEN]
+    if chat.refusal is None and chat.source is None:
+        why = "the model has no chat template: use 'prompt' and 'completion'"
+    elif chat.refusal is None and taken:
+        why = f"--default-chat-template-kwargs has {', '.join(taken)}, which serving itself sets"
+    else:
+        return chat
+    return ChatTemplate(
+        source=chat.source, content_format=chat.content_format, kwargs=chat.kwargs, refusal=why
+    )
+
+
+def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
+    # Without the keyword where it changes nothing: SGLang does not give it either, and some classes are slower.
+    return list(tokenizer.encode(text) if special else tokenizer.encode(text, add_special_tokens=False))
+
+
+def _some_special(tokenizer: Any, special: set[int]) -> list[str]:
+    return [tokenizer.decode([i]) for i in sorted(special)[:4]]
+
+
+def _backend_text(tokenizer: Any, probes: list[Probe]) -> str | None:
+    """The JSON of the tokenizers library, where that alone gives the tokenizer's ids."""
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        return None
+    encoder = BackendEncoder(backend)
+    for probe in probes:
+        if encoder.encode(probe.text, special=True) != probe.ids:
+            return None
+        if encoder.encode(probe.text, special=False) != probe.plain:
+            return None
+    return backend.to_str()
+
+
+def _backend(state: TokenizerState, loaded: Any) -> Any:
+    if loaded is not None:
+        return loaded.backend_tokenizer
+    from tokenizers import Tokenizer
+
+    assert state.backend is not None
+    backend = Tokenizer.from_str(state.backend)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = state.split_special
+    return backend
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    try:
+        tokens = sorted(tokenizer.get_vocab().items())
+    except TOKENIZER_ERRORS:
+        return ""
+    return hashlib.sha256(repr(tokens).encode()).hexdigest()
+
+
+def _loaded_chat(tokenizer: Any, chat: ChatTemplate, text: str) -> str | None:
+    if chat.refusal is not None:
+        return None
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            tokenize=False,
+            add_generation_prompt=True,
+            return_dict=False,
+            chat_template=chat.source,
+            **({"strftime_now": _same_day} | chat.kwargs),
+        )
+    except TEMPLATE_ERRORS:
+        return None
+
+
+def _same_day(pattern: str) -> str:
+    return pattern

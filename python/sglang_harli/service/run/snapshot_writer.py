@@ -1,0 +1,107 @@
+"""Snapshots that lie in shared memory become checkpoints on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+from sglang_harli.protocol import internal, shared_memory, trouble
+from sglang_harli.service.checkpoint import checkpoints
+from sglang_harli.service.jobs import transitions
+from sglang_harli.service.jobs.folder import JobPaths
+from sglang_harli.service.jobs.record import JobRecord
+from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.run.prepare import UNREADABLE
+from sglang_harli.service.run.state import Unwritten
+
+# A snapshot in passing is given up soon: the next one comes.  That of a run that stops or ends is all that there is
+# of its last steps: it is tried for as long as the trouble lasts.
+TRIES_IN_PASSING = 3
+
+
+class SnapshotWriter:
+    """Args:
+    desk: the jobs.
+    disk: where blocking work runs.
+    """
+
+    def __init__(self, desk: JobDesk, disk: Executor) -> None:
+        self._desk = desk
+        self._disk = disk
+        self._turn = asyncio.Lock()  # what is half written must not be taken for a crash's leftovers
+
+    async def write(
+        self, message: internal.SnapshotReady, delayed: Callable[[str], None]
+    ) -> Unwritten | None:
+        """Write a snapshot; None where it is durable, else why it was given up.
+
+        Args:
+            delayed: told why it is not written yet.
+        """
+        tries = 0
+        while True:
+            try:
+                await self._save(message)
+                return None
+            except UNREADABLE as error:
+                wrong = error
+            tries += 1
+            text = _text(message, wrong)
+            lasting = not isinstance(wrong, OSError | MemoryError)  # it would be so the next time
+            # The slot is gone, or it is not what it was.
+            lost = isinstance(wrong, shared_memory.SlotError) and not trouble.passes(wrong)
+            passed = message.reason == "every" and tries == TRIES_IN_PASSING
+            if lasting or lost or passed or _is_over(self._desk.get(message.job)):
+                break
+            again = f"{text}: trying again in {trouble.pause_s(tries):g} s"
+            self._warn(message.job, again)
+            delayed(again)
+            # The queue waits for this: a job that was cancelled does not keep it waiting for the rest of the pause.
+            if _is_over(await self._desk.wait_in_memory(message.job, _is_over, trouble.pause_s(tries))):
+                break
+        self._warn(message.job, f"{text}: given up")
+        return Unwritten(text, lasting=lasting)
+
+    async def _save(self, message: internal.SnapshotReady) -> None:
+        paths = JobPaths(self._desk.run_dir, message.job)
+        told = message.meta.get("tokens")
+        tokens = told if isinstance(told, int) else self._desk.get(message.job).trained_tokens
+        save = functools.partial(
+            checkpoints.save_state,
+            paths.checkpoints,
+            message.step,
+            message.slot,
+            message.meta,
+            tokens,
+            rush=message.reason == "shutdown",
+        )
+        async with self._turn:
+            await self._off(save)
+
+    def _warn(self, job: str, text: str) -> None:
+        self._desk.apply(transitions.warn(self._desk.get(job), text))
+
+    async def prune(self, job: str) -> None:
+        """Remove older checkpoints than are kept; what cannot be removed now goes with the next ones."""
+        folder = JobPaths(self._desk.run_dir, job).checkpoints
+        async with self._turn:
+            try:
+                await self._off(checkpoints.prune, folder, self._desk.keep_checkpoints)
+            except OSError as error:
+                self._warn(job, f"older checkpoints cannot be removed ({error})")
+
+    async def _off(self, call: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, call, *args)
+
+
+def _is_over(record: JobRecord) -> bool:
+    """Whether nobody needs its snapshots any more."""
+    return record.status.final
+
+
+def _text(message: internal.SnapshotReady, error: BaseException) -> str:
+    what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return f"the checkpoint of step {message.step} cannot be written ({what})"

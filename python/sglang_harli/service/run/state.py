@@ -1,0 +1,389 @@
+"""What the run machine knows, and what it asks to have done (pure: see ``run_machine``)."""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sglang_harli.core import JobStatus
+from sglang_harli.protocol import internal
+from sglang_harli.protocol.base_print import BasePrint
+from sglang_harli.protocol.internal import BatchCursor, ServedLimits, SlotRef
+from sglang_harli.service.jobs import transitions
+from sglang_harli.service.jobs.transitions import Change, JobRecord, Wish
+
+SAY_AGAIN_S = 5.0  # a StartRun or StopRun without an answer
+# Micro-batches that were sent and are not done, the one in training included: at most so many, and so many bytes unless
+# they are fewer than LEAST_AHEAD.
+LEAST_AHEAD, MOST_AHEAD = 2, 32
+BYTES_AHEAD = 16 << 20
+SILENT_S = 10.0  # nothing was heard of a run for so long: the scheduler is asked for a hello
+
+
+class Phase(enum.Enum):
+    PREPARING = "preparing"  # data and checkpoint are being read
+    STARTING = "starting"  # StartRun is said
+    TRAINING = "training"
+    STOPPING = "stopping"  # a run that the store does not want
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """``wall``: for stamps that people read; ``s``: monotonic, for all that is waited for."""
+
+    wall: float
+    s: float
+
+
+class Book(Protocol):
+    """The jobs as they are in memory."""
+
+    def find(self, job: str) -> JobRecord | None: ...
+    def next_queued(self) -> JobRecord | None: ...
+    def without_base(self) -> list[JobRecord]: ...
+
+
+class Plan(Protocol):
+    """Which micro-batch comes when."""
+
+    total_steps: int
+
+    def cursor_after(self, step: int) -> BatchCursor: ...
+    def following(self, cursor: BatchCursor) -> BatchCursor: ...
+
+
+# ------------------------------------------------------------------ what is to be done
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """A transition.  ``then`` is done when it is durable."""
+
+    change: Change
+    urgent: bool = True
+    then: tuple[Effect, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    message: internal.Message
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledge:
+    """The scheduler's message ``seq`` need not come again."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class HoldJob:
+    """Pass a job over while it is queued, for a reason that is shown; ``""`` ends that.  ``lasting``: it does not end by
+    itself."""
+
+    job: str
+    reason: str
+    lasting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ServeBase:
+    """The served base is another one, or the first one, or not known any more (None): which jobs may start changes."""
+
+    base: BasePrint | None
+
+
+@dataclass(frozen=True, slots=True)
+class AskHello:
+    """Have the scheduler say which run it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Read the job's data and, with ``restore``, its checkpoint; answered by ``prepared``, ``not_prepared`` or
+    ``put_off``."""
+
+    job: str
+    attempt: int
+    limits: ServedLimits
+    restore: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MakeSlot:
+    """Answered by ``slot_made``, ``slot_refused`` or ``put_off``."""
+
+    job: str
+    attempt: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaveSnapshot:
+    """Write it to disk; answered by ``snapshot_written``."""
+
+    message: internal.SnapshotReady
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The store knows the checkpoint: older ones may go."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class TakeBack:
+    """Remove a file from shared memory."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveStale:
+    """Remove the slots that an earlier service made: no run uses them."""
+
+
+Effect = (
+    Apply
+    | Send
+    | Acknowledge
+    | HoldJob
+    | ServeBase
+    | AskHello
+    | Prepare
+    | MakeSlot
+    | SaveSnapshot
+    | Saved
+    | Publish
+    | TakeBack
+    | RemoveStale
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What ``Prepare`` found.
+
+    Attributes:
+        plan: None where nothing is left to train (``trained``).
+        step, tokens, restore, meta: of the checkpoint to go on from, in a slot; 0 and None: from nothing.
+        damage: why newer checkpoints cannot be used ("": there is no newer one).
+        trained: the checkpoint of the last step is there and whole.
+        data, total_steps: of the job, where its rows were made again; None: they are as they were.
+    """
+
+    plan: Plan | None
+    step: int = 0
+    tokens: int = 0
+    restore: SlotRef | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    damage: str = ""
+    trained: bool = False
+    data: dict[str, Any] | None = None
+    total_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unwritten:
+    """Why a snapshot was given up; ``lasting``: it would be the next time, too."""
+
+    why: str
+    lasting: bool = False
+
+
+# ------------------------------------------------------------------ what is known
+@dataclass
+class Run:
+    """Attributes:
+    adopting: it is a run that the scheduler already held.
+    applied: the last optimizer step that the scheduler is known to have applied.
+    taken: the first micro-batch, by step and index, that the scheduler is not known to be done with.
+    ahead: the micro-batches from there on, up to ``next_cursor``, with their bytes.
+    asked: the wish of which the scheduler has been told.
+    start, stop: the last StartRun and StopRun, to be said again at ``said_at_s`` + SAY_AGAIN_S.
+    heard_at_s: the last word of the scheduler about it.
+    slot: of its snapshots; the scheduler's, or ours between SnapshotReady and SnapshotSaved.
+    seen_behind: the cursor of the last pulse that was behind ours.
+    """
+
+    job: str
+    attempt: int
+    phase: Phase
+    scheduler_pid: int
+    adopting: bool = False
+    plan: Plan | None = None
+    next_cursor: BatchCursor | None = None
+    applied: int = 0
+    taken: tuple[int, int] = (0, 0)
+    ahead: deque[tuple[tuple[int, int], int]] = field(default_factory=deque)
+    asked: Wish = Wish.RUN
+    start: internal.StartRun | None = None
+    stop: internal.StopRun | None = None
+    said_at_s: float = 0.0
+    heard_at_s: float = 0.0
+    slot: SlotRef | None = None
+    making_slot: bool = False
+    restore: SlotRef | None = None
+    seen_behind: tuple[int, int] | None = None
+    told_sub_state: str = ""
+    told_at_s: float = float("-inf")
+
+    def has_applied(self, step: int) -> None:
+        """The scheduler has applied this step, and is done with its micro-batches."""
+        self.applied = max(self.applied, step)
+        self.has_taken(self.applied + 1, 0)
+
+    def has_taken(self, step: int, index: int) -> None:
+        """The scheduler is done with the micro-batches before that one."""
+        self.taken = max(self.taken, (step, index))
+        while self.ahead and self.ahead[0][0] < self.taken:
+            self.ahead.popleft()
+
+    def fed(self, nbytes: int) -> None:
+        """The micro-batch at ``next_cursor`` was sent."""
+        assert self.plan is not None and self.next_cursor is not None
+        self.ahead.append((_place(self.next_cursor), nbytes))
+        self.next_cursor = self.plan.following(self.next_cursor)
+
+    def go_back(self, cursor: BatchCursor) -> None:
+        """What was sent from ``cursor`` on was lost."""
+        self.next_cursor = cursor
+        while self.ahead and self.ahead[-1][0] >= _place(cursor):
+            self.ahead.pop()
+
+    def go_on(self, cursor: BatchCursor) -> None:
+        """The scheduler has what another process sent it before ``cursor``: how many bytes is not known, so each counts as
+        all that are allowed."""
+        assert self.plan is not None
+        step, index = self.taken
+        held, self.next_cursor = BatchCursor(epoch=cursor.epoch, step=step, index=index), cursor
+        while _place(held) < _place(cursor):
+            self.ahead.append((_place(held), BYTES_AHEAD))
+            held = self.plan.following(held)
+
+    @property
+    def enough_ahead(self) -> bool:
+        """See ``MOST_AHEAD``."""
+        count = len(self.ahead)
+        return count >= MOST_AHEAD or (
+            count >= LEAST_AHEAD and sum(nbytes for _, nbytes in self.ahead) >= BYTES_AHEAD
+        )
+
+
+def _place(cursor: BatchCursor) -> tuple[int, int]:
+    return cursor.step, cursor.index
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A queued job does not start before ``until_s`` (infinity: not with this scheduler)."""
+
+    reason: str
+    until_s: float
+
+
+@dataclass
+class Writing:
+    """``path``: the slot it lies in; ``seqs``: the messages that announced it; ``orphaned``: its run is over,
+    and the slot goes when it is written; ``delayed``: why it is not written yet."""
+
+    path: str
+    seqs: set[int]
+    orphaned: bool = False
+    delayed: str = ""
+
+
+@dataclass
+class State:
+    """Attributes:
+    greeted: a hello has been read, and the scheduler has not said that it ends; ``hello_seq``: of the newest.
+    base, updates: what it serves, and after how many updates of the weights; ``base_unknown``: it does not know since
+        the last of them.
+    hold: why the scheduler takes no run now, "" where it does; ``asked_at_s``: when that was last asked.
+    holds, troubles: queued jobs that are passed over, and how often in a row each met trouble.
+    lacking: of jobs that ran out of memory: the step, and how often in a row.
+    writing: snapshots on their way to disk, by job, attempt and step.
+    given_up: the last snapshot that could not be written.
+    unstored: numbers of StepDones that are not durable yet.
+    """
+
+    book: Book
+    run: Run | None = None
+    greeted: bool = False
+    hello_seq: int = 0
+    scheduler_pid: int = 0
+    limits: ServedLimits | None = None
+    base: BasePrint | None = None
+    base_unknown: bool = False
+    updates: int = 0
+    hold: str = ""
+    asked_at_s: float = float("-inf")
+    holds: dict[str, Hold] = field(default_factory=dict)
+    troubles: dict[str, int] = field(default_factory=dict)
+    lacking: dict[str, tuple[int, int]] = field(default_factory=dict)
+    writing: dict[tuple[str, int, int], Writing] = field(default_factory=dict)
+    given_up: tuple[str, int, int] | None = None
+    unstored: set[int] = field(default_factory=set)
+
+    def named(self, message: Any) -> Run | None:
+        """The run in progress, if the message is about it and not about an older attempt or another job."""
+        run = self.run
+        return run if run and (run.job, run.attempt) == (message.job, message.attempt) else None
+
+    def running(self, run: Run) -> JobRecord | None:
+        """The run's record, if the store wants this very attempt to train."""
+        record = self.book.find(run.job)
+        if record is None or record.attempt != run.attempt or record.publishing:
+            return None
+        return record if record.status == JobStatus.RUNNING else None
+
+    # ---- common answers
+    def stop(self, run: Run, now: Now, *, snapshot: bool) -> list[Effect]:
+        run.stop = internal.StopRun(job=run.job, attempt=run.attempt, snapshot=snapshot)
+        run.said_at_s = now.s
+        return [Send(run.stop)]
+
+    def unwanted(self, run: Run, now: Now, *, snapshot: bool = False) -> list[Effect]:
+        """Stop it; the job's record is settled already or is none of its business."""
+        run.phase = Phase.STOPPING
+        return self.stop(run, now, snapshot=snapshot)
+
+    def lost(self, run: Run, why: str, now: Now) -> list[Effect]:
+        """The scheduler does not hold the run any more."""
+        record = self.running(run)
+        effects: list[Effect] = []
+        if record is not None:
+            effects.append(Apply(transitions.interrupted(record, why, now.wall)))
+        return effects + self.end()
+
+    def end(self) -> list[Effect]:
+        """Nothing is left of the run but what is still being written."""
+        run, self.run = self.run, None
+        if run is None:
+            return []
+        effects = self.drop_restore(run)
+        if run.slot is not None:
+            inside = [w for w in self.writing.values() if w.path == run.slot.path]
+            for writing in inside:
+                writing.orphaned = True
+            effects += [] if inside else [TakeBack(run.slot.path)]
+        return [*effects, *([] if self.writing else [RemoveStale()])]
+
+    def drop_restore(self, run: Run) -> list[Effect]:
+        ref, run.restore = run.restore, None
+        return [TakeBack(ref.path)] if ref is not None else []
+
+    def want_slot(self, run: Run, nbytes: int) -> list[Effect]:
+        """The scheduler has no slot for snapshots: name ours, or make one."""
+        if run.slot is not None:
+            return [Send(internal.SnapshotSlot(job=run.job, attempt=run.attempt, slot=run.slot))]
+        if run.making_slot or (run.stop is not None and not run.stop.snapshot):
+            return []
+        run.making_slot = True
+        return [MakeSlot(run.job, run.attempt, nbytes)]

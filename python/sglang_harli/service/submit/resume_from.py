@@ -1,0 +1,248 @@
+"""``submit --resume-from JOB``: what a new job takes over from one that is over.
+
+Without data the training itself goes on: data, hyperparameters, and the newest whole checkpoint with the
+optimizer's state and the position in the schedule and in the data.  With data it is a new course: only
+the adapter's weights carry over, as the new job's ``step-0`` checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sglang_harli.core import JobStatus
+from sglang_harli.errors import ConfigError, HarliError, StateError
+from sglang_harli.protocol.public import Hyperparameters, SubmitArgs, parse_hyperparameters
+from sglang_harli.service.checkpoint import checkpoints
+from sglang_harli.service.checkpoint.checkpoints import CheckpointError
+from sglang_harli.service.data import batches
+from sglang_harli.service.data.dataset import DataSummary
+from sglang_harli.service.data.token_store import TokenReader
+from sglang_harli.service.jobs.folder import JobPaths
+from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.transitions import Change, Draft, JobRecord
+from sglang_harli.service.tokenizer.retokenize import ROWS_IN, rows_folder
+
+# What may change without changing which rows come when, or the shape of the state.
+MAY_DIFFER = (
+    *("n_epochs", "learning_rate", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm"),
+    *("checkpoint_every", "lora_dropout"),
+)
+SHAPE = ("lora_r", "lora_alpha", "use_rslora", "target_modules")  # of an adapter: fixed on any course
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The job that is continued, and the hyperparameters of the new one.
+
+    Attributes:
+        new_course: there are other data; only the adapter carries over.
+    """
+
+    record: JobRecord
+    paths: JobPaths
+    hyperparameters: Hyperparameters
+    new_course: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a new job begins: its first checkpoint, or nothing.
+
+    Attributes:
+        carried: a ``step-0`` checkpoint is there, and needed.
+        damage: newer checkpoints of the old job that cannot be used, and why.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    carried: bool = False
+    damage: str = ""
+
+
+def find(desk: JobDesk, args: SubmitArgs) -> Origin:
+    """The job that ``args.resume_from`` names, checked as far as its record says.
+
+    Raises:
+        HarliError: there is none, it is not over, its base is not the served one, or what was asked cannot follow it.
+    """
+    assert args.resume_from is not None
+    record = desk.get(args.resume_from)
+    if not record.status.final:
+        raise StateError(
+            f"job {record.id} is {record.status}: only a job that is over can be continued; cancel it or let it end",
+            param="resume_from",
+        )
+    if other := desk.other_base(record):
+        raise ConfigError(
+            f"job {record.id} cannot be continued here: {other}; start the server with the job's base",
+            param="resume_from",
+        )
+    new_course = bool(args.sha256)
+    values = msgspec.to_builtins(record.hyperparameters) | args.hyperparameters
+    hp = parse_hyperparameters(values)
+    _check_same(record, hp, SHAPE if new_course else _fixed(), new_course)
+    origin = Origin(record, JobPaths(desk.run_dir, record.id), hp, new_course)
+    if not new_course:
+        _check_left(origin)
+    return origin
+
+
+def _fixed() -> tuple[str, ...]:
+    return tuple(name for name in Hyperparameters.__struct_fields__ if name not in MAY_DIFFER)
+
+
+def _check_same(record: JobRecord, hp: Hyperparameters, names: tuple[str, ...], new_course: bool) -> None:
+    def shown(values: Hyperparameters, name: str) -> str:
+        value = getattr(values, name)
+        return f"{name}={','.join(value) if isinstance(value, tuple) else value}"
+
+    old = record.hyperparameters
+    changed = [name for name in names if getattr(old, name) != getattr(hp, name)]
+    if not changed:
+        return
+    if new_course:
+        fix = "an adapter keeps its shape: leave them out"
+    else:
+        fix = f"these may change: {', '.join(MAY_DIFFER)}; for anything else give --data, which begins a new course"
+    raise ConfigError(
+        f"job {record.id} was trained with {', '.join(shown(old, n) for n in changed)}, and cannot go on with "
+        f"{', '.join(shown(hp, n) for n in changed)}: {fix}",
+        param=changed[0],
+    )
+
+
+def _check_left(origin: Origin) -> None:
+    """Something is left to do, as far as the record tells (the checkpoint itself is read later)."""
+    record, total = origin.record, total_steps(origin)
+    if record.status == JobStatus.SUCCEEDED and total == record.total_steps:
+        raise ConfigError(
+            f"job {record.id} has done all of its {total} steps: raise n_epochs (now "
+            f"{origin.hyperparameters.n_epochs}), or give --data to begin a new course with its adapter",
+            param="resume_from",
+        )
+    if total < record.checkpoint_step:
+        raise ConfigError(
+            f"n_epochs={origin.hyperparameters.n_epochs} makes {total} steps, and job {record.id} has already done "
+            f"{record.checkpoint_step}: raise n_epochs",
+            param="n_epochs",
+        )
+
+
+def total_steps(origin: Origin) -> int:
+    return batches.total_steps(origin.record.data["rows"], origin.hyperparameters)
+
+
+def follow(record: JobRecord, origin: Origin, start: Start) -> JobRecord:
+    """The new job's record with what it takes over."""
+    old = origin.record
+    values: dict[str, Any] = {
+        "resumed_from": old.id,
+        "carried": start.carried,
+        "checkpoint_step": start.step,
+        "checkpoint_tokens": start.tokens,
+        "step": start.step,
+        "trained_tokens": start.tokens,
+        "base": old.base or record.base,
+    }
+    if not origin.new_course:
+        data = {name: value for name, value in old.data.items() if name != ROWS_IN}
+        values |= {"data": data, "data_sha256": old.data_sha256}
+    return msgspec.structs.replace(record, **values)
+
+
+def told(change: Change, start: Start) -> Change:
+    """The events of a new job, and what could not be taken over."""
+    if not start.damage:
+        return change
+    text = f"an older checkpoint was taken: {start.damage}"
+    return Change(change.record, (*change.drafts, Draft("warning", text, level="warn")))
+
+
+# ------------------------------------------------------------------ in the worker thread
+def take_data(origin: Origin, folder: Path) -> DataSummary:
+    """The data of the old job as that of a new one in ``folder``; either may be removed afterwards.
+
+    Raises:
+        HarliError: the files are gone or are not what they were.
+        OSError: the disk is full.
+    """
+    record = origin.record
+    try:
+        stored = rows_folder(record.data, origin.paths)
+        tokens = TokenReader(stored)
+        rows = len(tokens)
+        tokens.close()
+        if rows != record.data["rows"]:
+            raise ValueError(f"{rows} rows instead of {record.data['rows']}")
+    except (OSError, ValueError, KeyError) as error:
+        raise HarliError(
+            f"the data of job {record.id} cannot be read ({error}): give --data FILE",
+            code="bad_data_files",
+            param="resume_from",
+        ) from error
+    _link_files(stored, folder / "data")
+    if stored != origin.paths.data:
+        _link_files(origin.paths.data, folder / "data", "train.jsonl")
+    return msgspec.convert(_summary(record.data), DataSummary)
+
+
+def _summary(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name in DataSummary.__struct_fields__}
+
+
+def take_checkpoint(origin: Origin, folder: Path) -> Start:
+    """The newest whole checkpoint of the old job as the first one of the new job in ``folder``.
+
+    Raises:
+        HarliError: there is none; the message says what is there.
+        OSError: the disk is full.
+    """
+    found, tokens, damage = _newest_whole(origin)
+    source, new = origin.paths.checkpoints, folder / "checkpoints"
+    if origin.new_course:
+        checkpoints.save_beginning(source / f"step-{found}", new / "step-0", origin.hyperparameters.seed)
+        return Start(0, 0, True, damage)
+    _link_files(source / f"step-{found}", new / f"step-{found}")
+    carried = origin.record.carried and (source / "step-0").is_dir()
+    if carried and found:
+        _link_files(source / "step-0", new / "step-0")
+    return Start(found, tokens, carried, damage)
+
+
+def _newest_whole(origin: Origin) -> tuple[int, int, str]:
+    """Step and tokens, and why newer ones are not taken."""
+    record, damage = origin.record, []
+    for step in reversed(checkpoints.steps(origin.paths.checkpoints)):
+        if step > record.checkpoint_step:  # written, but the store was never told
+            continue
+        try:
+            meta = checkpoints.check_state(origin.paths.checkpoints, step)
+            return step, int(meta["trained_tokens"]), "; ".join(damage)
+        except CheckpointError as error:
+            damage.append(error.message)
+    before = f"it ended at step {record.step}, before its first one"
+    gone = f"none is left in {origin.paths.checkpoints}"
+    what = "; ".join(damage) or (gone if record.checkpoint_step else before)
+    raise HarliError(
+        f"job {record.id} has no checkpoint to go on from ({what}): submit its data as a new job",
+        code="bad_checkpoint",
+        param="resume_from",
+    )
+
+
+def _link_files(source: Path, target: Path, pattern: str = "*") -> None:
+    """The files of ``source`` in a new folder: hard links (they are never written again), or copies."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.glob(pattern):
+        if path.is_dir():
+            continue
+        try:
+            os.link(path, target / path.name)
+        except OSError:  # a file system without links; a full disk says so at the copy
+            shutil.copy2(path, target / path.name)

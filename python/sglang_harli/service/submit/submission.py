@@ -1,0 +1,386 @@
+"""``submit``: from a request's frames to a durable job, or to a refusal that leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import shutil
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from sglang_harli.config import ServiceConfig
+from sglang_harli.core import JobStatus, adapter_name
+from sglang_harli.errors import ConfigError, HarliError, NotReadyError, ProtocolError
+from sglang_harli.failpoints import Point, Write, reach
+from sglang_harli.protocol.public import (
+    MAX_INLINE_BYTES,
+    CheckArgs,
+    Hyperparameters,
+    Job,
+    SubmitArgs,
+    UploadAnswer,
+    UploadArgs,
+    parse_hyperparameters,
+)
+from sglang_harli.service.data import batches, dataset
+from sglang_harli.service.data.dataset import DataSummary
+from sglang_harli.service.data.report import data_report
+from sglang_harli.service.data.token_store import TokenWriter
+from sglang_harli.service.jobs import admission, record_encoding, transitions
+from sglang_harli.service.jobs.folder import INCOMING, JobPaths, fsync_folder, fsync_tree
+from sglang_harli.service.jobs.record import Asked
+from sglang_harli.service.jobs.record_encoding import RecordError
+from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.transitions import JobRecord
+from sglang_harli.service.links.scheduler_link import SchedulerLink
+from sglang_harli.service.submit import repeated_submit, resume_from
+from sglang_harli.service.submit.resume_from import Origin, Start
+from sglang_harli.service.submit.uploads import Uploads
+from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
+
+logger = logging.getLogger(__name__)
+
+SETTLERS = 8
+
+
+class Submission:
+    """Args:
+    desk, link, tokenizer, config: of this service.
+    worker: one thread; files are looked at one after the other.
+    uploads: files that were sent before the submit that names them.
+    """
+
+    def __init__(
+        self,
+        desk: JobDesk,
+        link: SchedulerLink,
+        tokenizer: ModelTokenizer,
+        config: ServiceConfig,
+        worker: ThreadPoolExecutor,
+        uploads: Uploads,
+    ) -> None:
+        self._desk = desk
+        self._link = link
+        self._tokenizer = tokenizer
+        self._config = config
+        self._worker = worker
+        self._uploads = uploads
+        # Folders reach the disk several at a time: the file system commits them together.
+        self._settlers = ThreadPoolExecutor(SETTLERS, "settle")
+        self._running: dict[str, tuple[asyncio.Task[JobRecord], Asked]] = {}  # by idempotency key
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Let a scan in progress end soon; its client tries again."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        self._settlers.shutdown(wait=False, cancel_futures=True)
+
+    async def upload(self, args: UploadArgs, frames: Sequence[bytes]) -> UploadAnswer:
+        """A chunk of a file, for a submit to come."""
+        return await self._uploads.add(args, frames)
+
+    async def submit(self, args: SubmitArgs, frames: Sequence[bytes]) -> Job:
+        """The job, durable.  A repeated key gives the job that the first submit made.
+
+        Raises:
+            HarliError: a refusal; no job was created.
+        """
+        _check_frames(args, frames)
+        key = args.idempotency_key
+        task, first = self._running.get(key, (None, None)) if key else (None, None)
+        if task is not None and first is not None:  # the job may be known already and not be durable yet
+            self._check_same(args, "a submit that is under way", first, None)
+            return self._desk.public(self._desk.get((await asyncio.shield(task)).id))
+        known = self._desk.by_key(key) if key else None
+        if known is not None:
+            return self._again(known, args)
+        task = asyncio.create_task(self._create(args, frames))
+        if key:
+            self._running[key] = task, repeated_submit.asked(args)
+        try:
+            return self._desk.public(await asyncio.shield(task))
+        finally:
+            if key:
+                self._running.pop(key, None)
+
+    def _again(self, record: JobRecord, args: SubmitArgs) -> Job:
+        if record.asked is not None:
+            self._check_same(args, f"job {record.id}", record.asked, record.hyperparameters)
+        else:
+            _conflict(args, f"job {record.id}", repeated_submit.differences_of_before(record, args))
+        return self._desk.public(self._desk.get(record.id))
+
+    def _check_same(self, args: SubmitArgs, owner: str, first: Asked, has: Hyperparameters | None) -> None:
+        left_out: Hyperparameters | None = Hyperparameters()
+        if first.resume_from:
+            origin = self._desk.find(first.resume_from)  # None: its record cannot be read any more
+            left_out = origin.hyperparameters if origin is not None else None
+        again = repeated_submit.asked(args)
+        _conflict(args, owner, repeated_submit.differences(first, again, has, left_out))
+
+    async def _create(self, args: SubmitArgs, frames: Sequence[bytes]) -> JobRecord:
+        if self._desk.journal.trouble:
+            raise NotReadyError(self._desk.journal.trouble)
+        admission.require_trainable(self._link.refusal)
+        origin = None
+        if args.resume_from is not None:
+            origin = resume_from.find(self._desk, args)
+            hp = origin.hyperparameters
+        else:
+            hp = parse_hyperparameters(args.hyperparameters)
+        admitted = self._link.limits is not None
+        loop = asyncio.get_running_loop()
+        longest = await loop.run_in_executor(self._settlers, self._longest, hp)
+        job = self._desk.new_id()
+        async with self._incoming(args, frames, job) as (source, folder):
+            summary, start = await loop.run_in_executor(
+                self._worker, self._take_in, args, source, folder, hp, longest, origin
+            )
+            await loop.run_in_executor(self._settlers, self._settle, folder, job)
+        reach(Point.DATA_STORED)
+        record = self._record(job, args, hp, summary, admitted=admitted)
+        if origin is not None:
+            record = resume_from.follow(record, origin, start)
+        try:
+            record_encoding.check(record)
+        except RecordError as error:
+            await loop.run_in_executor(self._settlers, _remove, JobPaths(self._desk.run_dir, job).folder)
+            raise ConfigError(f"the job cannot be kept: {error}") from error
+        await self._desk.add(resume_from.told(transitions.created(record, summary.text()), start))
+        reach(Point.JOB_CREATED)
+        return record
+
+    async def check(self, asked: CheckArgs, frames: Sequence[bytes]) -> dict[str, Any]:
+        """What would become of the data (see ``data_report``); nothing of it stays.
+
+        Raises:
+            HarliError: a hyperparameter is not accepted, or the data did not come whole.
+        """
+        args = SubmitArgs(filename=asked.filename, size=asked.size, sha256=asked.sha256, upload=asked.upload)
+        _check_frames(args, frames)
+        hp = parse_hyperparameters(asked.hyperparameters)
+        loop = asyncio.get_running_loop()
+        longest = await loop.run_in_executor(self._settlers, self._longest, hp)
+        async with self._incoming(args, frames, self._desk.new_id()) as (source, folder):
+            return await loop.run_in_executor(self._worker, self._look, args, source, folder, hp, longest)
+
+    @contextlib.asynccontextmanager
+    async def _incoming(
+        self, args: SubmitArgs, frames: Sequence[bytes], job: str
+    ) -> AsyncIterator[tuple[Path | Sequence[bytes], Path]]:
+        """The data, an uploaded file or frames, and a folder for it, which is removed afterwards where it is still
+        there."""
+        incoming = self._desk.run_dir / f"{INCOMING}{job}"
+        uploaded = None
+        if args.upload:
+            uploaded = await self._uploads.take(args.upload, args.size, args.sha256)
+        try:
+            yield uploaded or frames, incoming
+        except OSError as error:
+            raise HarliError(
+                f"the data cannot be stored in {self._desk.run_dir} ({error}): make room, then submit again",
+                code="storage",
+            ) from error
+        finally:
+            loop = asyncio.get_running_loop()
+            for folder in (incoming, uploaded.parent if uploaded is not None else None):
+                if folder is not None:
+                    with contextlib.suppress(RuntimeError):  # the service ends; its next start removes it
+                        await loop.run_in_executor(self._settlers, _remove, folder)
+
+    def _longest(self, hp: Hyperparameters) -> int | None:
+        """The longest row that is accepted; by the model's own files where no hello has come yet."""
+        limits = self._link.limits
+        if limits is not None:
+            admission.check_hyperparameters(hp, limits)
+            longest: int | None = limits.max_seq_length
+        else:
+            longest = self._tokenizer.longest_row()
+            if longest is not None:
+                admission.check_length(hp, longest)
+        return hp.max_seq_length if hp.max_seq_length is not None else longest
+
+    def _record(
+        self, job: str, args: SubmitArgs, hp: Hyperparameters, summary: DataSummary, *, admitted: bool
+    ) -> JobRecord:
+        return JobRecord(
+            id=job,
+            number=self._desk.next_number(),
+            created_at=time.time(),  # stamp: of a job
+            status=JobStatus.QUEUED,
+            hyperparameters=hp,
+            model=self._config.served_model_name,
+            adapter_name=adapter_name(self._config.served_model_name, args.suffix, job),
+            total_steps=batches.total_steps(summary.rows, hp),
+            data=summary.builtins() | {"bytes": args.size, "sha256": args.sha256},
+            data_sha256=args.sha256,
+            suffix=args.suffix,
+            idempotency_key=args.idempotency_key,
+            asked=repeated_submit.asked(args) if args.idempotency_key else None,
+            priority=args.priority,
+            base=self._link.hello.base if self._link.hello else None,
+            admitted=admitted,
+        )
+
+    # ---- in the worker thread
+    def _take_in(
+        self,
+        args: SubmitArgs,
+        source: Path | Sequence[bytes],
+        folder: Path,
+        hp: Hyperparameters,
+        longest: int | None,
+        origin: Origin | None,
+    ) -> tuple[DataSummary, Start]:
+        """The folder of a job to be: the file, an uploaded one or frames, and what ``origin`` left."""
+        start = resume_from.take_checkpoint(origin, folder) if origin is not None else Start()
+        if origin is not None and not origin.new_course:
+            summary = resume_from.take_data(origin, folder)
+        else:
+            summary = self._scan(args, source, folder, hp, longest)
+        limits = self._link.limits  # they may have come meanwhile
+        if limits is not None:
+            admission.check_data(hp, summary.longest_row, summary.longest_line, summary.rows, limits)
+        return summary, start
+
+    def _scan(
+        self,
+        args: SubmitArgs,
+        source: Path | Sequence[bytes],
+        folder: Path,
+        hp: Hyperparameters,
+        longest: int | None,
+    ) -> DataSummary:
+        file = _keep(args, source, folder)
+        summary = self._tokens(args, file, hp, longest)
+        limits = self._link.limits
+        if limits is not None and summary.longest_row > limits.max_seq_length:
+            summary = self._tokens(args, file, hp, limits.max_seq_length)  # the limit came meanwhile
+        return summary
+
+    def _tokens(self, args: SubmitArgs, file: Path, hp: Hyperparameters, longest: int | None) -> DataSummary:
+        with TokenWriter(file.parent) as writer:
+            return dataset.scan(
+                file,
+                self._tokenizer.get(),
+                name=args.filename,
+                max_length=longest,
+                on_overflow=hp.on_overflow,
+                writer=writer,
+                stop=self._stopping.is_set,
+            )
+
+    def _look(
+        self,
+        args: SubmitArgs,
+        source: Path | Sequence[bytes],
+        folder: Path,
+        hp: Hyperparameters,
+        longest: int | None,
+    ) -> dict[str, Any]:
+        return data_report(
+            _keep(args, source, folder),
+            self._tokenizer.get(),
+            name=args.filename,
+            max_length=longest,
+            on_overflow=hp.on_overflow,
+            stop=self._stopping.is_set,
+        )
+
+    def _settle(self, incoming: Path, job: str) -> None:
+        """The folder under its final name, durable."""
+        reach(Write.SETTLE)
+        fsync_tree(incoming)
+        final = JobPaths(self._desk.run_dir, job).folder
+        incoming.rename(final)
+        try:
+            fsync_folder(self._desk.run_dir)
+        except OSError:
+            shutil.rmtree(final, ignore_errors=True)
+            raise
+
+
+def _conflict(args: SubmitArgs, owner: str, differences: list[str]) -> None:
+    if differences:
+        raise ConfigError(
+            f"idempotency_key {args.idempotency_key!r} belongs to {owner}; this submit has {', '.join(differences)}: "
+            "give each submit a key of its own",
+            code="idempotency_conflict",
+            param="idempotency_key",
+        )
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_frames(args: SubmitArgs, frames: Sequence[bytes]) -> None:
+    if not args.sha256 and (args.resume_from is None or args.upload or frames or args.size):
+        raise ProtocolError("submit needs the data's size and sha256, or resume_from alone", param="sha256")
+    if args.upload and frames:
+        raise ProtocolError(
+            f"submit names an upload and brings {len(frames)} frames: give one of the two", param="upload"
+        )
+    size = sum(len(frame) for frame in frames)
+    if size > MAX_INLINE_BYTES:
+        raise ProtocolError(
+            f"{args.filename}: {size} bytes came with the submit, at most {MAX_INLINE_BYTES} are accepted there: send "
+            "a larger file by `upload` first",
+            code="too_large",
+            param="size",
+        )
+
+
+def _keep(args: SubmitArgs, source: Path | Sequence[bytes], folder: Path) -> Path:
+    """The data as a file in its folder."""
+    data = folder / "data"
+    data.mkdir(parents=True)
+    file = data / "train.jsonl"
+    if isinstance(source, Path):
+        source.replace(file)
+    else:
+        _store(args, source, file)
+        if isinstance(source, list):
+            source.clear()  # it is on the disk: memory need not hold it while it is looked at
+    return file
+
+
+def _store(args: SubmitArgs, frames: Sequence[bytes], path: Path) -> None:
+    """Write the frames; ProtocolError if they are not what the header says."""
+    size = sum(len(frame) for frame in frames)
+    if size != args.size:
+        raise ProtocolError(
+            f"{args.filename}: the header says {args.size} bytes, {size} came",
+            code="data_mismatch",
+            param="size",
+        )
+    digest = hashlib.sha256()
+    reach(Write.DATA)
+    with path.open("wb") as file:
+        for frame in frames:
+            digest.update(frame)
+            file.write(frame)
+    if digest.hexdigest() != args.sha256:
+        raise ProtocolError(
+            f"{args.filename}: its sha256 is {digest.hexdigest()}, the header says {args.sha256}",
+            code="data_mismatch",
+            param="sha256",
+        )
+
+
+def remove_leftovers(run_dir: Path, known: set[str]) -> None:
+    """Remove folders of submits that a crash cut off before they were acknowledged."""
+    for path in run_dir.glob(f"{INCOMING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in run_dir.glob("ftjob-*"):
+        # job.json is written right after the commit: a folder with it belonged to an accepted job
+        if path.name not in known and not (path / "job.json").exists():
+            shutil.rmtree(path, ignore_errors=True)
