@@ -29,8 +29,8 @@ LORA_LIMITS = ("enable_lora", "max_lora_rank", "lora_target_modules", "max_loras
 BASELINE_PLUGIN = """
 def activate():
     from sglang.srt.plugins.hook_registry import HookRegistry
-    from sglang_harli.patches import lora_pin_memory
-    lora_pin_memory.register(HookRegistry)
+    from sglang_harli.patches.lora import pin_memory
+    pin_memory.register(HookRegistry)
 """
 
 

@@ -58,7 +58,7 @@ def test_a_config_that_may_not_be_read():
 import sys
 from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import HarliError
-from sglang_harli.service import model_files
+from sglang_harli.service.tokenizer import model_files
 try:
     model_files.model_length(TokenizerFlags(model_path=sys.argv[1], tokenizer_path=sys.argv[1]))
 except HarliError as error:

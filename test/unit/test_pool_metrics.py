@@ -18,7 +18,7 @@ import os, tempfile
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
-from sglang_harli.tools import job_view
+from sglang_harli.cli import view
 from sglang_harli.managers.scheduler.metrics.pool_metrics import PoolMetrics
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 import torch

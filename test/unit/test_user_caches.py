@@ -66,7 +66,7 @@ def test_where_there_is_no_place_the_variables_are_named(
 
 LIBRARIES = """
 import os
-from sglang_harli.managers import user_caches
+from sglang_harli.managers.http.start_up import user_caches
 print(*user_caches.provide(), sep="\\n")
 import getpass
 print(getpass.getuser(), os.path.expanduser("~"))
