@@ -11,7 +11,7 @@ job paused is a control: what of a difference is training's.
 
 Everything is started once; only what is measured runs, the rest is held by SIGSTOP.  A repetition measures every cell once, in an
 order drawn anew; ratios are taken within a repetition.  The rule by which a disturbed cell is left out is in
-``colocate_noise.py``, what must hold in ``colocate_judge.py``.  Where too few requests are left, harli and serve-only are measured in
+``colocate/noise.py``, what must hold in ``colocate/judge.py``.  Where too few requests are left, harli and serve-only are measured in
 further repetitions; ``--resume`` goes on with a run that was ended, on its targets and rates.  Exits with 1 exactly when a row fails:
 when the whole 95% interval of its ratio is on the wrong side.
 """
@@ -35,13 +35,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-import bench_report
-import colocate_noise
-import colocate_picture
-import colocate_report
-from colocate_calibrate import calibrate
-from colocate_client import pinned
-from colocate_judge import (
+from colocate import noise, picture
+from colocate import report as colocate_report
+from colocate.calibrate import calibrate
+from colocate.client import pinned
+from colocate.judge import (
     FAILS,
     HARLI,
     IDLE,
@@ -56,8 +54,9 @@ from colocate_judge import (
     UNCOORDINATED,
     judge,
 )
-from colocate_modes import CUT_AFTER, Place, World
-from colocate_plan import Cell, baseline_of, in_blocks, plan, plan_lacking, targets_of
+from colocate.modes import CUT_AFTER, Place, World
+from colocate.plan import Cell, baseline_of, in_blocks, plan, plan_lacking, targets_of
+from common import report as bench_report
 
 WARM_REQUESTS = 12
 REQUESTS, BASELINE_REQUESTS, SECONDS = 400, 120, 60.0  # of a cell, all repetitions together
@@ -221,7 +220,7 @@ def resumed(options: argparse.Namespace) -> dict[str, Any] | None:
 def measured_under(options: argparse.Namespace) -> dict[str, Any]:
     """What all cells of a run have in common."""
     names = ("device", "model_size", "flags")
-    return {name: getattr(options, name) for name in names} | {"noise_rule": colocate_noise.RULE}
+    return {name: getattr(options, name) for name in names} | {"noise_rule": noise.RULE}
 
 
 def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -238,7 +237,7 @@ def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any
     results["commits"].append(bench_report.commit())
     before_s = results["seconds"]
     print(f"noise rule: {results['noise_rule']}", flush=True)
-    watch = colocate_noise.Watch(colocate_noise.Pieces(), results["reference_ms"])
+    watch = noise.Watch(noise.Pieces(), results["reference_ms"])
     with World(place, watch) as world:
         names = ["plain", *(["ours"] if options.modes & {TRAIN, HARLI, PAUSED, SLICES} else [])]
         names += ["sleepy"] if NICE in options.modes else []
@@ -339,7 +338,7 @@ def report(options: argparse.Namespace, place: Place, results: dict[str, Any], t
         },
         results=results,
         table=text,
-        picture=colocate_picture.svg(results),
+        picture=picture.svg(results),
         not_shown=(
             "Other models and lengths, requests that share prefixes, adapters in the batch, and the quality of what is "
             "trained. The load client runs on the same machine. Harvest is finetune tokens/s over train-only's; efficiency "

@@ -25,8 +25,8 @@ import torch
 import torch._inductor.config
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import bench_report
 from bench_step import BLOCKS, SIZES
+from common import report
 from sglang_harli.peft_trainer.base.frozen_base import from_transformers
 from sglang_harli.peft_trainer.layers import attention
 from sglang_harli.peft_trainer.micro_batch_pass import training_mode
@@ -152,7 +152,7 @@ def main() -> int:
         programs, rotary = layers()
         found = {str(tokens): measure(programs, rotary, tokens, args.repeats) for tokens in BLOCKS}
     text = table(found)
-    page = bench_report.write(
+    page = report.write(
         "compiled",
         "cpu",
         question="Would compiled layers train faster beside requests?",

@@ -24,8 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import bench_report
-import bench_servers as servers
+from common import report, servers
 
 LIMIT = 1.02
 PROMPT_TOKENS = 16
@@ -43,9 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=16, help="measured blocks of each side per launch")
     parser.add_argument("--batch", type=int, default=8, help="requests in the batch")
     parser.add_argument("--tokens", type=int, default=48, help="output tokens of each request in a block")
-    parser.add_argument(
-        "--results", type=Path, default=bench_report.RESULTS, help="folder of the result files"
-    )
+    parser.add_argument("--results", type=Path, default=report.RESULTS, help="folder of the result files")
     options = parser.parse_args(argv)
     if options.launches - 1 not in T_95:
         parser.error("--launches: give 2 to 10")
@@ -165,7 +162,7 @@ def main() -> int:
             make_model(model, "llama", size="25m", dtype="bfloat16", seconds=0)
         model = model.resolve()
         results = run(model, options, AutoConfig.from_pretrained(model).vocab_size)
-    page = bench_report.write(
+    page = report.write(
         "overhead",
         "cpu",
         question="With no job and no adapter in the batch, does decode cost what plain SGLang's costs?",

@@ -3,13 +3,13 @@
     python benchmark/bench_pool.py [--quick] [--seed 1]
 
 Four servers of a 25M model (with --quick a smaller one) with the same memory for KV cache and training together serve the same request trace
-(``bench_pool_trace.py``, from the seed) in turn, those that are not measured held by SIGSTOP: plain SGLang with all of
+(``pool/trace.py``, from the seed) in turn, those that are not measured held by SIGSTOP: plain SGLang with all of
 it as KV cache and no training; two static splits, whose KV cache is 50 and 80% of it, the rest a fixed reserve for
 training; and the unified pool.  All but the first train meanwhile, with the same job.  After the trace, with nothing
 in training, one request as long as the server accepts shows how many tokens the cache holds.  The largest
-micro-batches are found by trying (``bench_pool_capacity.py``).
+micro-batches are found by trying (``pool/capacity.py``).
 
-Exits with 1 when a statement that must hold does not (``bench_pool_judge.py`` lists them): the unified pool caches as
+Exits with 1 when a statement that must hold does not (``pool/judge.py`` lists them): the unified pool caches as
 many tokens as SGLang alone and trains the micro-batch that the whole budget allows, no split does either, no request
 is retracted or rejected that SGLang alone serves, and memory is taken back in less than a decode step at the median.
 """
@@ -28,14 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bench_pool_capacity
-import bench_pool_picture
-import bench_pool_trace
-import bench_report
-import bench_servers as servers
-from bench_pool_judge import MODES, PLAIN, SPLITS, UNIFIED, judge, table
-from bench_pool_trace import Ask, Seen
-from bench_servers import Server
+from common import report as bench_report
+from common import servers
+from common.servers import Server
+from pool import capacity as bench_pool_capacity
+from pool import picture, trace
+from pool.judge import MODES, PLAIN, SPLITS, UNIFIED, judge, table
+from pool.trace import Ask, Seen
 from sglang_harli import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import HarliError
@@ -174,19 +173,19 @@ class Looks:
 
 
 # ------------------------------------------------------------------ one mode
-def serve(mode: str, server: Server, waves: list[bench_pool_trace.Wave], sizes: Sizes) -> dict[str, Any]:
+def serve(mode: str, server: Server, waves: list[trace.Wave], sizes: Sizes) -> dict[str, Any]:
     """The row of one mode; see ``bench_pool_judge``."""
     tokens_per_s = None
     with contextlib.ExitStack() as stack:
         looks = stack.enter_context(Looks(server, trains=mode != PLAIN))
         trained = stack.enter_context(training(server, sizes)) if mode != PLAIN else None
         began, before = time.monotonic(), trained() if trained else 0
-        seen = bench_pool_trace.drive(server.url, waves, rests=trained is not None)
+        seen = trace.drive(server.url, waves, rests=trained is not None)
         if trained:
             tokens_per_s = round((trained() - before) / (time.monotonic() - began), 1)
     if (looks.pool is None) != (mode != UNIFIED):
         raise RuntimeError(f"{mode}: the server's pool is {looks.pool}")
-    row = bench_pool_trace.summary(seen)
+    row = trace.summary(seen)
     row |= {"tokens_per_s": tokens_per_s, "pool": looks.pool, "sums": looks.sums}
     row["grown_bytes"] = looks.grown_bytes
     return row | longest(server)
@@ -197,17 +196,17 @@ def longest(server: Server) -> dict[str, int]:
     slots = int(servers.get(server, "/server_info")["max_total_num_tokens"])
     prompt = tuple(10 + n % 997 for n in range(slots - PROBE_TOKENS - 2))
     first, again = Seen("longest"), Seen("again")
-    bench_pool_trace.send(server.url, Ask(prompt, PROBE_TOKENS), first)
-    bench_pool_trace.send(server.url, Ask(prompt, PROBE_TOKENS), again)
+    trace.send(server.url, Ask(prompt, PROBE_TOKENS), first)
+    trace.send(server.url, Ask(prompt, PROBE_TOKENS), again)
     for one in (first, again):
         if one.error is not None:
             raise RuntimeError(f"the longest request of {slots} slots failed: {one.error}")
-    return {"peak_tokens": bench_pool_trace.peak(server.log()), "cached_again": again.cached_tokens}
+    return {"peak_tokens": trace.peak(server.log()), "cached_again": again.cached_tokens}
 
 
 def launch(model: Path, sizes: Sizes, total_bytes: int, seed: int, vocab: int) -> dict[str, dict[str, Any]]:
     """Start all modes at once, hold them, and let one after the other serve the trace."""
-    waves = bench_pool_trace.trace(seed, sizes.pool_tokens, vocab, sizes.waves, sizes.rest_s)
+    waves = trace.trace(seed, sizes.pool_tokens, vocab, sizes.waves, sizes.rest_s)
     rows: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         running = {mode: start(mode, model, sizes, total_bytes) for mode in MODES}
@@ -276,7 +275,7 @@ def report(options: argparse.Namespace, sizes: Sizes, results: dict[str, Any], t
         },
         results=results,
         table=text,
-        picture=bench_pool_picture.svg(results),
+        picture=picture.svg(results),
         not_shown=(
             "A GPU, a larger model, and a trace that needs more than the pool: there SGLang alone retracts too, and "
             "what it retracts depends on timing. Preemptions are SGLang's retractions. The decode step is the "

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import bench_report
+from common import report
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import QuantumKind, QuantumOffer, StepLoad
 from sglang_harli.managers.scheduler.policy import qos_policy
@@ -63,9 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", default="25m", help="with --server: of the model that is made: tiny, 25m")
     parser.add_argument("--span", type=int, default=2000, help="with --server: decode steps of each span")
     parser.add_argument("--limit-s", type=float, default=300.0, help="with --server: most seconds of a span")
-    parser.add_argument(
-        "--results", type=Path, default=bench_report.RESULTS, help="folder of the result files"
-    )
+    parser.add_argument("--results", type=Path, default=report.RESULTS, help="folder of the result files")
     options = parser.parse_args(argv)
     if options.steps < 1500 or options.seeds < 1 or options.calls < 100:
         parser.error("give --steps of at least 1500, --seeds of at least 1, --calls of at least 100")
@@ -235,12 +233,12 @@ def table(cost: dict[str, dict[str, float]], found: dict[str, dict[str, float]])
 
 
 def judge_server(options: argparse.Namespace) -> int:
-    import bench_predictor_server as real  # it needs the whole stack
+    from prediction import server as real  # it needs the whole stack
 
     found = real.measure(options.model, options.size, options.span, options.limit_s)
     wrong, shown = real.judge(found), real.table(found)
     print(shown)
-    page = bench_report.write(
+    page = report.write(
         "predictor_server",
         "cpu",
         question="How good are the latency predictor's bounds on a real server that trains meanwhile?",
@@ -271,7 +269,7 @@ def main() -> int:
     wrong = judge(cost, found)
     shown = table(cost, found)
     print(shown)
-    page = bench_report.write(
+    page = report.write(
         "predictor",
         "cpu",
         question="Is the latency predictor cheap, right, and as safe as it says?",

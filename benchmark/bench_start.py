@@ -17,8 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import bench_report
-import bench_servers as servers
+from common import report, servers
 
 MAX_RATIO = 1.2
 MAX_PSS_BYTES = 5_000_000_000
@@ -28,9 +27,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Start-up time and memory against plain SGLang.")
     parser.add_argument("--model", type=Path, help="model folder (default: a tiny Llama, made for this run)")
     parser.add_argument("--launches", type=int, default=3, help="measured launches of each side (default: 3)")
-    parser.add_argument(
-        "--results", type=Path, default=bench_report.RESULTS, help="folder of the result files"
-    )
+    parser.add_argument("--results", type=Path, default=report.RESULTS, help="folder of the result files")
     return parser.parse_args(argv)
 
 
@@ -84,7 +81,7 @@ def main() -> int:
             model = folder / "model"
             make_model(model, "llama", size="tiny", seconds=0)
         results = run(model.resolve(), folder, options.launches)
-    page = bench_report.write(
+    page = report.write(
         "start",
         "cpu",
         question="Does our server start as fast as plain SGLang with the same limits and LoRA flags?",

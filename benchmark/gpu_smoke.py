@@ -24,9 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bench_load
-import bench_report
-import bench_servers as servers
+from common import load as bench_load
+from common import report, servers
 
 DATA_ROWS = 512
 GREEDY_PROMPTS = 20
@@ -44,9 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--flags", default="", help="more flags for the server, as one string")
-    parser.add_argument(
-        "--results", type=Path, default=bench_report.RESULTS, help="folder of the result files"
-    )
+    parser.add_argument("--results", type=Path, default=report.RESULTS, help="folder of the result files")
     parser.add_argument("--cpu", action="store_true", help="dry run of the script on SGLang's CPU engine")
     return parser.parse_args(argv)
 
@@ -235,7 +232,7 @@ def main() -> int:
         for size in sizes:
             results[size] = smoke(size, Path(name), options)
             print(json.dumps({k: v for k, v in results[size].items() if k != "status"})[:4000], flush=True)
-    page = bench_report.write(
+    page = report.write(
         "gpu_smoke",
         "cpu-dry-run" if options.cpu else "gpu",
         question="Does serving keep its target, and its output, while a LoRA job trains on the same weights?",

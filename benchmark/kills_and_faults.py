@@ -20,14 +20,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import bench_report
+from common import report as bench_report
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = "test/e2e/test_kill.py"
 FAULTS = (
-    *("test/unit/service/test_faults.py", "test/unit/service/test_publication_faults.py"),
-    *("test/unit/service/test_service_crashes.py", "test/unit/service/test_clock.py"),
-    *("test/unit/test_checkpoints.py", "test/unit/test_run_preparation.py"),
+    *("test/unit/service/test_faults.py", "test/unit/service/publish/test_publication_faults.py"),
+    *("test/unit/service/test_service_crashes.py", "test/unit/service/run/test_clock.py"),
+    *("test/unit/service/checkpoint/test_checkpoints.py", "test/unit/service/run/test_run_preparation.py"),
 )
 LIMIT_S = 15 * 60.0
 TOTALS = ("lost", "doubled", "differing", "unclean")

@@ -24,12 +24,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import bench_pool_trace
-import bench_report
-import bench_servers as servers
-import pool_flow_picture
-from bench_pool_trace import Ask, Wave
-from pool_flow_judge import Sample, Span, judge, table
+from common import report, servers
+from pool import flow_picture, trace
+from pool.flow_judge import Sample, Span, judge, table
+from pool.trace import Ask, Wave
 from sglang_harli import FinetuneClient
 from sglang_harli.errors import HarliError
 from sglang_harli.tools.make_model import make_model
@@ -58,9 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--waves", type=int, default=3, help="of long prompts (default: 3)")
     parser.add_argument("--seed", type=int, default=1, help="of the prompts (default: 1)")
-    parser.add_argument(
-        "--results", type=Path, default=bench_report.RESULTS, help="folder of the result files"
-    )
+    parser.add_argument("--results", type=Path, default=report.RESULTS, help="folder of the result files")
     options = parser.parse_args(argv)
     if options.waves < 1:
         parser.error("--waves: give at least 1")
@@ -144,7 +140,7 @@ def run(server: servers.Server, waves: list[Wave]) -> dict[str, Any]:
             for number, wave in enumerate(waves):
                 held = looker.samples[-1].train if looker.samples else 0
                 began_s = looker.now_s
-                found = bench_pool_trace.drive(server.url, [wave])
+                found = trace.drive(server.url, [wave])
                 spans.append(Span(began_s, looker.now_s))
                 for one in found:
                     one.name = f"{number + 1}.{one.name.split('.')[1]}"
@@ -188,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
             results = run(server, prompts(options.seed, options.waves, made["vocab_size"]))
     problems = judge(results)
     text = table(results, problems)
-    page = bench_report.write(
+    page = report.write(
         "pool-flow",
         "cpu",
         question="Does memory flow to the KV cache and back while a job trains?",
@@ -204,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             "waves": [asdict(span) for span in results["waves"]],
         },
         table=text,
-        picture=pool_flow_picture.svg(results["samples"], results["waves"]),
+        picture=flow_picture.svg(results["samples"], results["waves"]),
         not_shown=(
             "What the flow costs either side: `bench_pool.py` measures that. Looks are some tenths of a second apart, "
             "so a movement to and fro within one is not seen."

@@ -25,17 +25,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bench_report
-import bench_servers as servers
-import soak_checkpoints
-from bench_servers import Server
+from common import report, servers
+from common.servers import Server
 from sglang_harli.tools.make_model import make_model
 from sglang_harli.tools.server_process import free_port
-from soak_chaos import BACK_S, Chaos, plan
-from soak_jobs import JobClients, Ticket, digest, judge, kinds
-from soak_report import table, verdict
-from soak_traffic import Traffic, excused
-from soak_watch import EVERY_S, Watch
+from survive import checkpoints
+from survive.chaos import BACK_S, Chaos, plan
+from survive.jobs import JobClients, Ticket, digest, judge, kinds
+from survive.report import table, verdict
+from survive.traffic import Traffic, excused
+from survive.watch import EVERY_S, Watch
 
 PROMPTS = [f"Tell me about the harbour of {town}." for town in ("Grebe", "Nea", "Tarn", "Ostel", "Vimmer")]
 JUDGED_FROM_MINUTES = 10
@@ -48,9 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=3, help="clients that send requests")
     parser.add_argument("--jobs", type=int, default=3, help="clients that submit jobs")
     parser.add_argument("--skip-checkpoints", action="store_true", help="only the soak itself")
-    parser.add_argument(
-        "--results", type=Path, default=bench_report.RESULTS, help="folder of the result files"
-    )
+    parser.add_argument("--results", type=Path, default=report.RESULTS, help="folder of the result files")
     options = parser.parse_args(argv)
     if options.minutes < 2:
         parser.error("--minutes: give at least 2")
@@ -162,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(name)
         model = folder / "model"
         make_model(model, "llama", size="25m", dtype="bfloat16", seconds=0)
-        saves = None if options.skip_checkpoints else asyncio.run(soak_checkpoints.run(model, folder))
+        saves = None if options.skip_checkpoints else asyncio.run(checkpoints.run(model, folder))
         if saves is not None:
             print(f"gaps during a checkpoint, ms: {saves['during']}", flush=True)
         soak = Soak(model, folder, options)
@@ -176,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     judged = options.minutes >= JUDGED_FROM_MINUTES
     problems = verdict(results, soak.watch.lives, judged=judged)
     text = table(results, problems, judged=judged)
-    bench_report.write(
+    report.write(
         "soak",
         "cpu",
         question="Does anything get lost, doubled, different or larger under traffic, jobs, cancels and kills?",

@@ -32,12 +32,11 @@ from typing import Any
 
 import aiohttp
 
-import bench_report
-import bench_servers as servers
+from common import report, servers
+from pool.stress_traffic import MOST_TOKENS, Askers, Question, catalogue, tide
 from sglang_harli.errors import HarliError
-from soak_jobs import JobClients, Kind, Ticket, digest, judge, kinds
-from stress_pool_traffic import MOST_TOKENS, Askers, Question, catalogue, tide
 from support.models import make_model
+from survive.jobs import JobClients, Kind, Ticket, digest, judge, kinds
 
 POOL_TOKENS = 4096
 BATCH_SIZES = (2, 5, 9)  # the last needs more than the prefixes leave that are kept
@@ -60,9 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of requests and jobs")
     parser.add_argument("--streams", type=int, default=6, help="clients that send requests")
     parser.add_argument("--jobs", type=int, default=2, help="clients that submit jobs")
-    parser.add_argument(
-        "--results", type=Path, default=bench_report.RESULTS, help="folder of the result files"
-    )
+    parser.add_argument("--results", type=Path, default=report.RESULTS, help="folder of the result files")
     options = parser.parse_args(argv)
     if options.minutes < 1:
         parser.error("--minutes: give at least 1")
@@ -336,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
                 part.server.kill()
     problems = verdict(parts)
     text = table(parts, problems)
-    bench_report.write(
+    report.write(
         "stress-pool",
         "cpu",
         question="Is anything read after it was given away, lost or changed while the pool's memory moves?",

@@ -19,12 +19,12 @@ settings.load_profile("harli")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    from support import kill_report
+    from support.kills import kill_report
 
     kill_report.add_options(parser)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    from support import kill_report
+    from support.kills import kill_report
 
     kill_report.write_summary(terminalreporter, config)

@@ -19,10 +19,10 @@ from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.failpoints import Point
 from sglang_harli.protocol.public import Event
-from support.kill_cases import Case, Outcome
-from support.kill_judge import HYPERPARAMETERS, JOB_S, ROWS, Result, reference, run_case, weights
-from support.kill_report import OUTCOMES
-from support.kill_world import VICTIMS, BareWorld, RealWorld, World, until
+from support.kills.kill_cases import Case, Outcome
+from support.kills.kill_judge import HYPERPARAMETERS, JOB_S, ROWS, Result, reference, run_case, weights
+from support.kills.kill_report import OUTCOMES
+from support.kills.kill_targets import VICTIMS, BareWorld, RealWorld, World, until
 from support.models import make_model
 
 pytestmark = pytest.mark.long

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_harli.core import MemoryPurpose
-from support.prefix_world import SEEDS, STRIPE, World
+from support.prefix_fixture import SEEDS, STRIPE, World
 
 
 @pytest.mark.parametrize("page", [1, 4])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.service_world import World, until
+from support.service.service_fixture import World, until
 from support.tokenizer import make_tokenizer_folder
 
 

@@ -18,7 +18,7 @@ from sglang_harli import core
 from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.failpoints import FAULT_POINTS_ENV, Read, Write
-from support.service_world import World, pairs, until
+from support.service.service_fixture import World, pairs, until
 
 pytestmark = pytest.mark.long
 

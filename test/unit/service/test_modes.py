@@ -12,8 +12,8 @@ import pytest
 from sglang_harli import core
 from sglang_harli.client.clients import FinetuneClient
 from support.other_user import UID, needs_root, run_python
-from support.service import ServiceProcess
-from support.service_world import pairs, until
+from support.service.service_fixture import pairs, until
+from support.service.service_process import ServiceProcess
 
 OTHERS = 0o077
 

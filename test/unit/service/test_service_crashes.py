@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from support.service_world import pairs, until
+from support.service.service_fixture import pairs, until
 
 pytestmark = pytest.mark.long
 

@@ -12,7 +12,7 @@ from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.service.endpoint import live_options, router
 from sglang_harli.service.jobs import admission
 from sglang_harli.service.submit.submission import remove_leftovers
-from support.service_peers import limits
+from support.service.service_peers import limits
 
 
 def test_targets_that_are_not_served_are_named():

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from sglang_harli import core
 from sglang_harli.errors import ConfigError, DataError, HarliError, NotFoundError, StateError
-from support.scheduler_peer import SchedulerPeer
-from support.service_peers import ServiceProcess
-from support.service_world import exchange, pairs, submit_args, until
+from support.service.scheduler_peer import SchedulerPeer
+from support.service.service_fixture import exchange, pairs, submit_args, until
+from support.service.service_peers import ServiceProcess
 
 
 # ------------------------------------------------------------------ the whole way

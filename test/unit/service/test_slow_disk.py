@@ -16,7 +16,7 @@ from sglang_harli.failpoints import FAULT_POINTS_ENV, Read
 from sglang_harli.protocol.public import UploadArgs
 from sglang_harli.service.submit import uploads as uploads_module
 from sglang_harli.service.submit.uploads import Uploads
-from support.service_world import World, pairs, until
+from support.service.service_fixture import World, pairs, until
 
 pytestmark = pytest.mark.long
 

@@ -1,0 +1,316 @@
+"""The scheduler's half of the protocol, as ``managers.scheduler.training.active_run`` keeps it, with counting in place of training."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sglang_harli.managers.scheduler.unacknowledged import KEPT, Unacknowledged
+from sglang_harli.protocol import internal
+from sglang_harli.protocol.internal import BatchCursor, SlotRef
+from sglang_harli.service.run import state
+from support.service.service_peers import limits
+
+if TYPE_CHECKING:
+    from support.run_model.run_simulation import World
+
+TOTAL_STEPS, MICRO_BATCHES, EVERY = 4, 2, 2
+BATCH_BYTES = 1
+STATE_BYTES = 64
+LIMITS = limits()
+BASES = tuple(
+    internal.BasePrint(
+        model="m", path=f"m/{number}", dtype="float32", math={}, weights={"x": (number,)}, digest=str(number)
+    )
+    for number in (1.0, 2.0)
+)
+
+
+@dataclass
+class Held:
+    """A run as ``ActiveRun`` has it."""
+
+    job: str
+    attempt: int
+    applied: int
+    restore: str | None
+    cursor: tuple[int, int] = (1, 0)
+    ready: bool = False
+    queue: deque[tuple[int, int]] = field(default_factory=deque)
+    slot: str | None = None
+    slot_free: bool = False
+    saved: int = 0
+    told: int = 0
+    wanted: str | None = None
+    in_hand: internal.SnapshotReady | None = None
+    stopping: bool = False
+    save_first: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return self.applied >= TOTAL_STEPS
+
+
+class Scheduler:
+    """The scheduler's half of the protocol, with counting in place of training."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.pid = world.new_name()
+        self.seq = self.before = self.pid * 1_000_000
+        self.ring = Unacknowledged()
+        self.run: Held | None = None
+        self.attempts: dict[str, int] = {}
+        self.service_pid: int | None = None
+        self.pulse_at = 0.0
+        self.hold = ""  # why no run is to start
+        self.base, self.updates = world.base, 0
+
+    # ---- out
+    def send(self, message: Any) -> None:
+        self.seq += 1
+        message.seq = self.seq
+        if isinstance(message, KEPT):
+            self.ring.keep(message, self.world.s)
+        if self.service_pid is not None:
+            self.world.to_service.append(copy.deepcopy(message))
+
+    def hello(self) -> None:
+        run = self.run
+        self.seq += 1
+        message = internal.Hello(
+            pid=self.pid,
+            rank=0,
+            limits=LIMITS,
+            seq=self.seq,
+            hold=self.hold,
+            base=self.base,
+            updates=self.updates,
+        )
+        if run is not None:
+            message.job, message.attempt, message.step = run.job, run.attempt, run.applied
+            message.next_cursor, message.taken = self._cursor(run), self._taken(run)
+        self.world.to_service.append(message)
+
+    def _cursor(self, run: Held) -> BatchCursor:
+        return BatchCursor(epoch=1, step=run.cursor[0], index=run.cursor[1])  # its epoch may be out of date
+
+    def _taken(self, run: Held) -> BatchCursor:
+        step, index = run.queue[0] if run.queue else run.cursor
+        return BatchCursor(epoch=1, step=step, index=index)
+
+    def tick(self) -> None:
+        if self.service_pid is None:
+            self.hello()
+            return
+        for kept in self.ring.due(self.world.s):
+            self.world.to_service.append(copy.deepcopy(kept))
+        run = self.run
+        if run is not None and self.world.s - self.pulse_at >= 2:
+            self.pulse_at = self.world.s
+            if run.in_hand is not None and run.in_hand not in self.ring:
+                self.send(run.in_hand)
+            self.send(
+                internal.Pulse(
+                    job=run.job,
+                    attempt=run.attempt,
+                    step=run.applied,
+                    next_cursor=self._cursor(run),
+                    state_bytes=STATE_BYTES if run.ready else 0,
+                    has_slot=run.slot is not None,
+                    snapshot=-1 if run.in_hand is None else run.in_hand.step,
+                    stopping=run.stopping,
+                    taken=self._taken(run),
+                )
+            )
+
+    # ---- in
+    def receive(self, message: Any) -> None:
+        run = self.run
+        match message:
+            case internal.Welcome() if not 0 < message.answers <= self.before:
+                new, self.service_pid = message.pid != self.service_pid, message.pid
+                if new or not message.answers:
+                    for kept in self.ring.all():
+                        self.world.to_service.append(copy.deepcopy(kept))
+                if not message.answers:
+                    self.hello()
+            case internal.Ack():
+                self.ring.acknowledged(message.seqs, self.world.s)
+            case internal.StartRun():
+                self._start(message)
+            case internal.StopRun() if run is None or (run.job, run.attempt) != (
+                message.job,
+                message.attempt,
+            ):
+                self.attempts[message.job] = max(message.attempt, self.attempts.get(message.job, 0))
+                self.send(internal.RunStopped(job=message.job, attempt=message.attempt, step=0))
+            case _ if run is not None and (run.job, run.attempt) == (message.job, message.attempt):
+                self._of_run(run, message)
+
+    def _start(self, message: internal.StartRun) -> None:
+        spec = message.spec
+        if spec.attempt <= self.attempts.get(spec.job, 0) or message.scheduler != self.pid:
+            return
+        if self.hold or message.updates != self.updates:
+            self.hello()
+            return
+        base = self.world.store[spec.job].base
+        assert base is not None and base.digest == self.base.digest, "a job is trained on another base"
+        self.attempts[spec.job] = spec.attempt
+        self.run = None
+        path = message.restore.path if message.restore else None
+        assert path is None or self.world.shm.get(path) == message.step, (
+            "the restore slot is not what was saved"
+        )
+        self.world.started[spec.job, spec.attempt] += 1
+        assert self.world.started[spec.job, spec.attempt] == 1, "one attempt trained twice"
+        self.run = Held(
+            spec.job, spec.attempt, message.step, path, cursor=(message.step + 1, 0), saved=message.step
+        )
+        self.run.told = message.step
+
+    def _of_run(self, run: Held, message: Any) -> None:
+        if isinstance(message, internal.MicroBatch):
+            place = (message.cursor.step, message.cursor.index)
+            if place == run.cursor:
+                run.queue.append(place)
+                assert len(run.queue) <= state.MOST_AHEAD
+                last = place[1] + 1 == MICRO_BATCHES
+                run.cursor = (place[0] + 1, 0) if last else (place[0], place[1] + 1)
+        elif isinstance(message, internal.SnapshotSlot):
+            if run.slot != message.slot.path:
+                run.slot, run.slot_free = message.slot.path, True
+        elif isinstance(message, internal.SnapshotSaved):
+            self._saved(run, message)
+        elif isinstance(message, internal.StopRun):
+            run.stopping, run.save_first = True, message.snapshot
+            if not run.ready or not message.snapshot or run.applied == run.saved:
+                self._stop(run)
+            else:
+                run.queue.clear()  # a micro-batch in flight is dropped; those behind it stay with the service
+                run.cursor = (run.applied + 1, 0)
+                run.wanted = "pause"
+
+    def _saved(self, run: Held, message: internal.SnapshotSaved) -> None:
+        in_hand = run.in_hand is not None and run.in_hand.step == message.step
+        if not in_hand and not message.ok:
+            return
+        if in_hand:
+            run.in_hand, run.slot_free = None, True
+        if message.ok:
+            assert message.step in self.world.disk[run.job]
+            run.saved = max(run.saved, message.step)
+        behind = run.applied > run.saved
+        if behind and (run.save_first or run.finished):
+            run.wanted = "pause" if run.save_first else "final"
+        elif run.stopping:
+            self._stop(run)
+        elif run.finished and not behind:
+            self.run = None
+
+    def _stop(self, run: Held, reason: str = "") -> None:
+        self.run = None
+        self.send(
+            internal.RunStopped(
+                job=run.job, attempt=run.attempt, step=run.applied, after=run.told, reason=reason
+            )
+        )
+
+    def hold_runs(self, reason: str) -> None:
+        """Take no run for a while, or (``""``) again; what a hello says and is lost comes with the next one."""
+        self.hold = reason
+        self.hello()
+
+    def update_weights(self, base: internal.BasePrint) -> None:
+        """SGLang's update, which is refused while a job trains."""
+        if self.run is None:
+            self.world.base = self.base = base
+            self.updates += 1
+            self.hello()
+
+    def give_up(self) -> None:
+        """Requests need the memory of the run."""
+        if self.run is not None:
+            self._stop(self.run, "memory_pressure: requests needed it")
+
+    def fail(self, *, passing: bool, code: str = "internal") -> None:
+        """Trouble in the scheduler's process ends the run."""
+        if self.run is not None:
+            run, self.run = self.run, None
+            failed = internal.RunFailed(
+                job=run.job, attempt=run.attempt, step=run.applied, code=code, message="EMFILE"
+            )
+            failed.after, failed.passing = run.told, passing
+            self.send(failed)
+
+    # ---- work
+    def work(self) -> bool:
+        """One quantum: announce, copy, or train a micro-batch."""
+        run = self.run
+        if run is None:
+            return False
+        if not run.ready:
+            run.ready = True
+            self.send(
+                internal.RunStarted(
+                    job=run.job, attempt=run.attempt, step=run.applied, state_bytes=STATE_BYTES
+                )
+            )
+            return True
+        if run.wanted and run.slot_free and run.slot is not None:
+            self._copy(run)
+            return True
+        if run.stopping or run.finished or not run.queue:
+            return False
+        step, index = run.queue.popleft()
+        assert step == run.applied + 1
+        if index + 1 == MICRO_BATCHES:
+            self._applied(run)
+        else:
+            taken = internal.BatchesTaken(job=run.job, attempt=run.attempt, cursor=self._taken(run))
+            self.send(taken)
+        return True
+
+    def _copy(self, run: Held) -> None:
+        reason, run.wanted = run.wanted or "every", None
+        if run.applied == run.saved and reason != "final":
+            return
+        assert run.slot is not None
+        self.world.shm[run.slot] = run.applied
+        run.slot_free = False
+        run.in_hand = internal.SnapshotReady(
+            job=run.job,
+            attempt=run.attempt,
+            step=run.applied,
+            slot=SlotRef(path=run.slot, nbytes=STATE_BYTES),
+            meta={"tokens": run.applied},
+            reason=reason,
+            after=run.told,
+        )
+        self.send(run.in_hand)
+
+    def _applied(self, run: Held) -> None:
+        run.applied += 1
+        done = internal.StepDone(
+            job=run.job,
+            attempt=run.attempt,
+            step=run.applied,
+            epoch=(run.applied - 1) // 2 + 1,
+            loss=1.0,
+            learning_rate=1e-3,
+            grad_norm=1.0,
+            tokens=1,
+            target_tokens=1,
+            seconds=0.1,
+            total_tokens=run.applied,
+            after=run.told,
+        )
+        run.told = run.applied
+        self.send(done)
+        if run.finished:
+            run.wanted = "final"
+        elif run.applied % EVERY == 0 and run.slot_free:
+            run.wanted = "every"

@@ -1,0 +1,181 @@
+"""Imports run downwards only, and heavy libraries stay out of the modules that must load in milliseconds."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.project_files import PACKAGE, module_name, package_files, parse, relative
+
+BASE = {"core", "errors", "failpoints", "config", "protocol"}
+ROOMS = {"predictor", "mem_cache", "peft_trainer", "service"}
+INSIDE = BASE | ROOMS | {"managers", "server_args", "patches", "platforms"}
+
+# Who may import whom: a room (top-level module or folder) and the other rooms that it may see.
+ALLOWED: dict[str, set[str]] = {
+    "": {"client"},  # `from sglang_harli import FinetuneClient`, resolved when asked for
+    "core": set(),
+    "errors": set(),
+    "failpoints": set(),
+    "config": {"core", "errors"},
+    "protocol": {"core", "errors", "failpoints"},
+    **dict.fromkeys(ROOMS, BASE),
+    "platforms": {"errors"},
+    "patches": BASE | {"platforms"},
+    "server_args": BASE | {"platforms"},
+    "managers": INSIDE,
+    "client": BASE,
+    "simulation": BASE | {"managers"},
+    "tools": INSIDE | {"client"},
+    "plugin": INSIDE | {"tools"},
+    "launch_server": INSIDE | {"tools", "plugin"},
+    "cli": BASE | {"client", "simulation", "tools"},
+}
+
+# The modules and folders that lean on SGLang.  An upgrade begins with this list.
+SGLANG = (
+    "launch_server",
+    "plugin",
+    "server_args",
+    "managers.http",
+    "managers.scheduler.control",
+    "managers.scheduler.scheduler",
+    "managers.scheduler.memory.pool_setup",
+    "managers.scheduler.training.adapter_loader",
+    "mem_cache.kv",
+    "patches",
+    "peft_trainer.base.frozen_base",
+    "platforms.cpu",
+)
+
+# Must import without torch, sglang or transformers: `harli --help` and the pure rooms.
+LIGHT = (
+    "core",
+    "failpoints",
+    "errors",
+    "config",
+    "client.clients",
+    "cli.main",
+    "protocol.public",
+    "protocol.internal",
+    "protocol.shared_memory",
+    "mem_cache.chunk_ledger",
+    "mem_cache.geometry",
+    "mem_cache.quota",
+    "mem_cache.backing.intervals",
+    "managers.scheduler.policy.qos_policy",
+    "managers.scheduler.policy.slo_ledger",
+    "managers.scheduler.policy.slotting",
+    "managers.scheduler.step_timer",
+    "managers.scheduler.policy.serving_state",
+    "predictor.latency_predictor",
+    "predictor.fit",
+    "predictor.profile_table",
+    "predictor.sweep",
+)
+HEAVY = ("torch", "sglang", "transformers", "peft")
+
+
+def imports(path: Path, *, top_only: bool = False) -> Iterator[tuple[str, int]]:
+    """(absolute module, line) of each import; those under TYPE_CHECKING are no imports at run time."""
+    package = ["sglang_harli", *path.relative_to(PACKAGE).parts[:-1]]
+
+    def skipped(node: ast.AST) -> bool:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return True
+        return top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+    def visit(node: ast.AST) -> Iterator[tuple[str, int]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, child.lineno) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = package[: len(package) - child.level + 1] if child.level else []
+                module = ".".join([*base, *([child.module] if child.module else [])])
+                yield module, child.lineno
+                yield from ((f"{module}.{alias.name}", child.lineno) for alias in child.names)
+            elif not skipped(child):
+                yield from visit(child)
+
+    return visit(parse(path))
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def ours(path: Path, *, top_only: bool = False) -> Iterator[tuple[str, int]]:
+    """The rooms of our own package that a file imports, with the line."""
+    for module, line in imports(path, top_only=top_only):
+        if module.startswith("sglang_harli."):
+            yield room(module.removeprefix("sglang_harli.")), line
+
+
+def test_every_room_has_a_place_in_the_layers():
+    rooms = {room(module_name(p)) for p in package_files()}
+    assert rooms <= set(ALLOWED), f"new rooms need a line in ALLOWED: {sorted(rooms - set(ALLOWED))}"
+
+
+def test_imports_run_downwards_only():
+    wrong = []
+    for path in package_files():
+        mine = room(module_name(path))
+        for other, line in ours(path):
+            if other != mine and other in ALLOWED and other not in ALLOWED[mine]:
+                wrong.append(f"{relative(path)}:{line}: {mine or '__init__'} must not import {other}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_cli_imports_tools_inside_its_commands_only():
+    wrong = [
+        f"{relative(path)}:{line}"
+        for path in (PACKAGE / "cli").glob("*.py")
+        if path.name != "view.py"
+        for other, line in ours(path, top_only=True)
+        if other in ("tools", "simulation")
+    ]
+    assert not wrong, f"tools are imported at the top: {wrong}"
+
+
+def test_sglang_is_imported_in_the_named_modules_only():
+    wrong = [
+        f"{relative(path)}:{line}"
+        for path in package_files()
+        if not f"{module_name(path)}.".startswith(tuple(f"{place}." for place in SGLANG))
+        for module, line in imports(path)
+        if room(module) == "sglang"
+    ]
+    assert not wrong, "import sglang outside the named modules:\n" + "\n".join(wrong)
+
+
+def test_the_service_imports_neither_torch_nor_sglang():
+    wrong = [
+        f"{relative(path)}:{line}: {module}"
+        for path in sorted((PACKAGE / "service").rglob("*.py"))
+        for module, line in imports(path)
+        if room(module) in ("torch", "sglang", "peft")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_package_inits_are_empty():
+    inits = [
+        p
+        for p in PACKAGE.rglob("__init__.py")
+        if p.parent != PACKAGE and "platforms/cpu/" not in p.as_posix()
+    ]
+    filled = [relative(p) for p in inits if p.read_text().strip()]
+    assert not filled, f"these must stay empty, so that importing one module imports one module: {filled}"
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_load_nothing_heavy(module):
+    code = f"import sys, sglang_harli.{module}; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]", f"sglang_harli.{module} loads {done.stdout.strip()}"

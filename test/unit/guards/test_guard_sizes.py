@@ -1,0 +1,39 @@
+"""Small by default: a file is read in one sitting, a function on one screen."""
+
+from __future__ import annotations
+
+import warnings
+
+from support.project_files import code_files, functions, parse, relative
+
+REPORTED_FILE_LINES = 400  # a warning names the file: split it by the question it answers when you are there
+MAX_FILE_LINES = 600
+MAX_FUNCTION_LINES = 60
+
+# Path, or path::qualified name -> why it may be longer.
+EXCEPTIONS: dict[str, str] = {}
+
+
+def test_files_and_functions_are_small():
+    too_long, large = {}, []
+    for path in code_files():
+        name = relative(path)
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > MAX_FILE_LINES:
+            too_long[name] = f"{lines} lines, at most {MAX_FILE_LINES}"
+        elif lines > REPORTED_FILE_LINES:
+            large.append(f"{name}: {lines} lines")
+        for qualified, node in functions(parse(path)):
+            span = (node.end_lineno or node.lineno) - node.lineno + 1
+            if span > MAX_FUNCTION_LINES:
+                too_long[f"{name}::{qualified}"] = f"{span} lines, at most {MAX_FUNCTION_LINES}"
+    new = [f"{where}: {what}" for where, what in too_long.items() if where not in EXCEPTIONS]
+    assert not new, "split these by the question they answer:\n" + "\n".join(new)
+    gone = sorted(set(EXCEPTIONS) - set(too_long))
+    assert not gone, f"no longer too long: take them off the list: {gone}"
+    if large:
+        warnings.warn(f"over {REPORTED_FILE_LINES} lines: {'; '.join(large)}", stacklevel=1)
+
+
+def test_exceptions_have_reasons():
+    assert all(len(reason) > 20 for reason in EXCEPTIONS.values())

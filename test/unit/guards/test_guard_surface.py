@@ -1,0 +1,247 @@
+"""The frozen surface: names that users, scripts and dashboards rely on, in one list.
+
+Changing one means editing this list and CHANGELOG.md in the same commit.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+
+import msgspec
+
+from sglang_harli import config, core
+from sglang_harli.protocol import base_print, internal, job_limits, public
+from support.project_files import package_files, parse
+
+# --harli-<name with dashes>: default.
+FLAGS = {
+    "finetune": "on",
+    "tpot_slo_ms": 50.0,
+    "ttft_slo_ms": None,
+    "max_itl_ms": None,
+    "max_quantum_ms": None,
+    "max_idle_quantum_ms": None,
+    "quantum_rows": None,
+    "finetune_endpoint": "tcp://127.0.0.1:30100",
+    "curve_keys": None,
+    "allow_insecure_endpoint": False,
+    "run_dir": "./harli-runs",
+    "overlap": "auto",
+    "max_train_mem": None,
+    "train_reserve": None,
+    "prefix_keep": 0.5,
+    "profile_budget_s": 0.0,
+    "parity": "refuse",
+    "keep_checkpoints": 2,
+    "logits_mem": "64MiB",
+}
+LIVE_FLAGS = (
+    *("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms"),
+    "max_train_mem",
+)
+ENVIRONMENT = {
+    *("HARLI_ON", "HARLI_ENDPOINT", "HARLI_CURVE_KEYS", "HARLI_SERVICE_CONFIG", "HARLI_FAULT_POINTS"),
+    *("HARLI_POOL_DEBUG", "HARLI_POOL_BACKING", "HARLI_API_KEY"),
+}
+
+PROTOCOL_VERSION = 1
+VERBS = (
+    "submit",
+    "upload",
+    "list",
+    "get",
+    "events",
+    "pause",
+    "resume",
+    "cancel",
+    "prioritize",
+    "status",
+    "set",
+    "unsubscribe",
+    "check",
+)
+JOB_STATES = ["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+SUB_STATES = ["training", "yielding", "waiting_data", "waiting_memory", "checkpointing", "publishing"]
+EVENT_TYPES = (
+    *(
+        "job_created",
+        "data_validated",
+        "queued",
+        "prioritized",
+        "started",
+        "step_metrics",
+        "checkpoint_saved",
+        "paused",
+    ),
+    *("resumed", "sub_state", "adapter_saved", "adapter_published", "warning", "failed", "cancelled"),
+    "succeeded",
+)
+HYPERPARAMETERS = {
+    "n_epochs": 3,
+    "learning_rate": 2e-4,
+    "lr_scheduler": "linear",
+    "warmup_ratio": 0.0,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "lora_r": 16,
+    "lora_alpha": 32.0,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "max_seq_length": None,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "checkpoint_every": 50,
+    "seed": 42,
+    "on_overflow": "error",
+}
+
+# Names in SGLang's /metrics, with their labels.
+METRICS = {
+    "harli_service_up": "",
+    "harli_service_restarts_total": "",
+    "harli_finetune_degraded": "",
+    "harli_jobs": "status",
+    "harli_pool_bytes": "owner",
+    "harli_pool_watermark_bytes": "mark",
+    "harli_pool_reclaims_total": "",
+    "harli_pool_reclaim_seconds": "",
+    "harli_dropped_micro_batches_total": "",
+    "harli_predictor_mape_ratio": "phase",
+    "harli_predictor_coverage_ratio": "phase",
+    "harli_predictor_upper_ratio": "phase",
+    "harli_predictor_steps_total": "phase",
+    "harli_parity_difference": "",
+    "harli_parity_accepted": "",
+    "harli_parity_ok": "",
+    "harli_slack_seconds": "",
+    "harli_quanta_total": "load",
+    "harli_quanta_per_step": "",
+    "harli_yield_seconds_total": "reason",
+    "harli_slo_requests_total": "met",
+    "harli_slo_attainment_ratio": "",
+    "harli_impossible_target": "target",
+}
+
+# Fields of what goes over a socket: the public messages, then those between a server's processes.
+MESSAGES = {
+    "Request": "v id verb args",
+    "Reply": "v id ok result error event",
+    "ErrorBody": "code message param details",
+    "SubmitArgs": "filename size sha256 suffix hyperparameters idempotency_key priority resume_from upload",
+    "CheckArgs": "filename size sha256 hyperparameters upload",
+    "UploadArgs": "upload filename size sha256 offset",
+    "UploadAnswer": "offset",
+    "ListArgs": "limit after status",
+    "JobArgs": "job",
+    "PrioritizeArgs": "job priority",
+    "EventsArgs": "job after limit follow",
+    "SetArgs": "values if_revision",
+    "SetAnswer": "outcome revision effective message",
+    "StatusAnswer": "service serving training jobs options revision pool",
+    "Event": "id job created_at level type message data",
+    "JobError": "code message param",
+    "Job": (
+        "id object created_at started_at finished_at status sub_state reason model suffix fine_tuned_model step "
+        "total_steps trained_tokens loss learning_rate tokens_per_s eta_s attempt hyperparameters data error run_dir "
+        "priority resumed_from base"
+    ),
+    "TensorRef": "name dtype shape offset nbytes",
+    "SlotRef": "path nbytes tensors",
+    "RunSpec": "job attempt hyperparameters total_steps memory_bytes",
+    "BatchCursor": "epoch step index",
+    "ServedLimits": (
+        "architecture model_path tokenizer_path served_model_name dtype device vocab_size hidden_size num_layers "
+        "linear_sizes max_seq_length max_lora_rank lora_target_modules train_memory_bytes logits_bytes "
+        "space_bytes"
+    ),
+    "BasePrint": "model path dtype math weights digest",
+    "Hello": "seq pid rank limits refusal job attempt step next_cursor options revision hold base updates taken",
+    "Pulse": "seq job attempt step next_cursor state_bytes has_slot snapshot stopping taken",
+    "BatchesTaken": "seq job attempt cursor",
+    "RunStarted": "seq job attempt step state_bytes",
+    "StepDone": (
+        "seq job attempt step epoch loss learning_rate grad_norm tokens target_tokens seconds total_tokens after"
+    ),
+    "SnapshotReady": "seq job attempt step slot meta reason after",
+    "RunStopped": "seq job attempt step after reason",
+    "RunFailed": "seq job attempt step code message after passing",
+    "Progress": "seq job attempt step sub_state reason tokens",
+    "StatusReport": "seq request serving training pool",
+    "OptionsSet": "seq request outcome revision effective text",
+    "Welcome": "seq pid answers",
+    "StartRun": "seq spec scheduler updates step restore meta",
+    "MicroBatch": "seq job attempt cursor micro_batches lengths rows step_target_tokens",
+    "SnapshotSlot": "seq job attempt slot",
+    "SnapshotSaved": "seq job attempt step ok",
+    "StopRun": "seq job attempt snapshot",
+    "Ack": "seq seqs",
+    "StatusRequest": "seq request",
+    "SetOptions": "seq request values if_revision",
+    "HttpHello": "seq pid served_model_name tokenizer",
+    "ServiceState": "seq pid endpoint_bound scheduler_seen refusal adapters jobs greeted_by others tokenizer_lost",
+    "PublishAdapter": "seq request job name config slot",
+    "AdapterPublished": "seq request job name ok code text passing",
+    "AdapterWanted": "seq name",
+    "AdapterRefused": "seq name code text",
+}
+# ------------------------------------------------------------------ end of the list
+
+
+def structs(module) -> dict[str, type[msgspec.Struct]]:
+    own = (v for v in vars(module).values() if isinstance(v, type) and issubclass(v, msgspec.Struct))
+    return {v.__name__: v for v in own if v.__module__ == module.__name__ and v.__name__ != "Message"}
+
+
+def test_flags():
+    assert {f.name: f.default for f in dataclasses.fields(config.HarliOptions)} == FLAGS
+    assert config.FLAG_PREFIX == "--harli-"
+    assert config.LIVE == LIVE_FLAGS
+    assert FLAGS["finetune_endpoint"] == config.DEFAULT_ENDPOINT
+
+
+def test_every_flag_explains_itself():
+    for f in dataclasses.fields(config.HarliOptions):
+        text = f.metadata["help"]
+        assert text.endswith((".", ")")), f"--harli-{f.name}: the help is not a sentence"
+        if f.name.endswith("_ms"):
+            assert "milliseconds" in text, f"--harli-{f.name}: the help does not give the unit"
+
+
+def test_environment_variables():
+    named = {name for p in package_files() for name in re.findall(r"\bHARLI_[A-Z_]+\b", p.read_text())}
+    assert named == ENVIRONMENT
+
+
+def test_verbs_states_and_events():
+    assert public.VERSION == PROTOCOL_VERSION
+    assert public.VERBS == VERBS
+    assert [s.value for s in core.JobStatus] == JOB_STATES
+    assert [s.value for s in core.SubState] == SUB_STATES
+    assert public.EVENT_TYPES == EVENT_TYPES
+
+
+def test_metrics():
+    """Read from the text of the tables: importing them would need SGLang."""
+    found = {}
+    for path in package_files():
+        for table in (node for node in ast.walk(parse(path)) if isinstance(node, ast.Dict)):
+            for key, row in zip(table.keys, table.values, strict=True):
+                name = key.value if isinstance(key, ast.Constant) else None
+                if str(name).startswith("harli_") and isinstance(row, ast.Tuple) and len(row.elts) == 3:
+                    found[name] = " ".join(ast.literal_eval(row.elts[2]))
+    assert found == METRICS
+
+
+def test_hyperparameters():
+    fields = msgspec.structs.fields(public.Hyperparameters)
+    assert {f.name: f.default for f in fields} == HYPERPARAMETERS
+
+
+def test_message_fields():
+    found = {**structs(public), **structs(internal), **structs(job_limits), **structs(base_print)}
+    found.pop("Hyperparameters")  # its own test
+    names = {name: {f.name for f in msgspec.structs.fields(kind)} for name, kind in found.items()}
+    assert names == {name: set(fields.split()) for name, fields in MESSAGES.items()}

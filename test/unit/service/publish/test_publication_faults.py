@@ -1,0 +1,309 @@
+"""Publication under faults, in the real service: adapters that were damaged, disks and shared memory that are full,
+answers that come twice or late."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sglang_harli.failpoints import FAULT_POINTS_ENV, Write
+from sglang_harli.protocol import internal
+from sglang_harli.protocol.public import Job
+from support.service.service_fixture import World, pairs, until
+from support.service.service_peers import HttpPeer
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture
+def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "points"
+    folder.mkdir()
+    monkeypatch.setenv(FAULT_POINTS_ENV, str(folder))
+    return folder
+
+
+def messages(world: World, job: Job, kind: str = "warning") -> list[str]:
+    return [e.message for e in world.client.events(job.id) if e.type == kind]
+
+
+# ------------------------------------------------------------------ damaged folders
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "tensors flipped": lambda adapter: flip(adapter / "adapter_model.safetensors"),
+    "tensors cut off": lambda adapter: truncate(adapter / "adapter_model.safetensors"),
+    "tensors gone": lambda adapter: (adapter / "adapter_model.safetensors").unlink(),
+    "config flipped": lambda adapter: flip(adapter / "adapter_config.json"),
+    "config gone": lambda adapter: (adapter / "adapter_config.json").unlink(),
+    "checksums torn": lambda adapter: truncate(adapter / "harli.json"),
+    "folder gone": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_adapter_is_saved_again_from_the_checkpoint(world: World, damage: str) -> None:
+    job = world.done(world.client.submit(pairs(4)))
+    whole, name = world.result(job), str(job.fine_tuned_model)
+    del world.http.published[name]
+    DAMAGES[damage](world.folder(job) / "adapter")
+    world.http.want(name)
+    until(lambda: name in world.http.published, "the adapter")
+    assert np.array_equal(world.result(job), whole)
+    warnings = [m for m in messages(world, job) if "saved again from the run's last checkpoint" in m]
+    assert len(warnings) == (0 if damage == "folder gone" else 1)
+    assert len(messages(world, job, "adapter_saved")) == 2
+    assert world.client.get(job.id).status == "succeeded"
+
+
+def test_an_adapter_of_an_earlier_version_has_no_checksums_and_is_served(world: World) -> None:
+    job = world.done(world.client.submit(pairs(4)))
+    name = str(job.fine_tuned_model)
+    del world.http.published[name]
+    (world.folder(job) / "adapter" / "harli.json").unlink()
+    world.http.want(name)
+    until(lambda: name in world.http.published, "the adapter")
+    assert messages(world, job) == []
+
+
+def test_an_adapter_that_is_lost_is_refused_at_once_and_its_job_stays_succeeded(world: World) -> None:
+    job = world.done(world.client.submit(pairs(4)))
+    flip(world.folder(job) / "adapter" / "adapter_model.safetensors")
+    for step in (world.folder(job) / "checkpoints").iterdir():
+        truncate(step / "state.safetensors")
+    before = len(world.http.refused)
+    for asked in (1, 2):
+        world.http.want(str(job.fine_tuned_model))
+        until(lambda asked=asked: len(world.http.refused) == before + asked, "the refusal")
+    refused = world.http.refused[-1]
+    assert (refused.name, refused.code) == (job.fine_tuned_model, "adapter_failed")
+    assert "state.safetensors" in refused.text
+    assert world.client.get(job.id).status == "succeeded"
+    world.done(world.client.submit(pairs(4)))  # publication goes on
+
+
+def test_an_unknown_adapter_is_refused_at_once(world: World) -> None:
+    world.http.want("tiny-ft-nobody-00000000")
+    until(lambda: any(r.name == "tiny-ft-nobody-00000000" for r in world.http.refused), "the refusal")
+    assert world.http.refused[-1].code == "not_found"
+
+
+def test_the_folder_is_plain_peft_with_checksums_beside_it(world: World) -> None:
+    job = world.done(world.client.submit(pairs(4)))
+    adapter = world.folder(job) / "adapter"
+    assert {p.name for p in adapter.iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "harli.json",
+    }
+    meta = json.loads((adapter / "harli.json").read_text())
+    assert meta["step"] == job.total_steps
+    assert set(meta["sha256"]) == {"adapter_model.safetensors", "adapter_config.json"}
+
+
+# ------------------------------------------------------------------ full disks and full shared memory
+def publishing(world: World) -> Job:
+    """A job whose training is over and that waits for an HTTP process."""
+    job = world.client.submit(pairs(4))
+    return until(
+        lambda: (j := world.client.get(job.id)).sub_state == "publishing" and j, "the end of training"
+    )
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EROFS"])
+@pytest.mark.parametrize("write", [Write.ADAPTER, Write.RENAME])
+def test_an_export_that_the_disk_refuses_is_tried_again(
+    own: Any, points: Path, write: Write, number: str
+) -> None:
+    world = own(peers=False)
+    world.join_http()
+    scheduler = world.join_scheduler()
+    scheduler.hold.clear()
+    job = world.client.submit(pairs(4))
+    if write is Write.ADAPTER:
+        (points / write).write_text(f"error {number} 2")
+        scheduler.hold.set()
+    else:  # checkpoints pass the same point: let the last one by
+        (points / "adapter-exported").write_text("stop")
+        scheduler.hold.set()
+        until((points / "adapter-exported.hit").exists, "the first export")
+        world.service.kill()
+        shutil.rmtree(world.folder(job) / "adapter")
+        (points / write).write_text(f"error {number} 2")
+        world.service.start()
+    world.done(job)
+    assert len([m for m in messages(world, job) if "trying again in" in m and "a test armed" in m]) == 2
+
+
+def waits(world: World, job: Job, pause: str) -> Job:
+    """A job whose publication has been put off for so long."""
+    return until(
+        lambda: j if f"trying again in {pause}" in ((j := world.client.get(job.id)).reason or "") else None,
+        "why it waits",
+    )
+
+
+def test_a_disk_that_stays_full_keeps_the_job_and_says_what_to_do(own: Any, points: Path) -> None:
+    world = own()
+    (points / Write.ADAPTER).write_text("error ENOSPC 99")
+    job = waits(world, world.client.submit(pairs(4)), "4 s")
+    assert (job.status, job.sub_state) == ("running", "publishing")
+    assert "No space left on device" in str(job.reason)
+    assert "make room on the disk" in str(job.reason)
+    (points / Write.ADAPTER).unlink()
+    world.done(world.client.submit(pairs(4)))  # which does not wait for the other
+    world.done(job)
+
+
+def test_full_shared_memory_is_waited_for(own: Any, points: Path) -> None:
+    world = own(peers=False)
+    world.join_scheduler()
+    job = publishing(world)
+    (points / Write.SLOT).write_text("error ENOSPC 99")
+    world.join_http()
+    reason = str(waits(world, job, "4 s").reason)
+    assert reason.startswith("shared memory has no room for the adapter (")
+    assert "make room in /dev/shm" in reason
+    (points / Write.SLOT).unlink()
+    world.done(job)
+    assert len([m for m in messages(world, job) if "shared memory has no room" in m]) == 3
+
+
+def test_a_request_for_an_adapter_that_shared_memory_has_no_room_for_gets_an_answer(
+    own: Any, points: Path
+) -> None:
+    world = own()
+    job = world.done(world.client.submit(pairs(4)))
+    (points / Write.SLOT).write_text("error ENOSPC 99")
+    world.http.want(str(job.fine_tuned_model))
+    until(lambda: world.http.refused, "the refusal")
+    assert (world.http.refused[-1].code, world.client.get(job.id).status) == ("shared_memory", "succeeded")
+    (points / Write.SLOT).unlink()
+    world.http.want(str(job.fine_tuned_model))
+    until(lambda: world.http.publications.count(str(job.fine_tuned_model)) == 2, "the adapter")
+
+
+def test_a_refusal_that_may_pass_is_no_end_of_the_job(own: Any) -> None:
+    world = own(peers=False)
+    world.join_scheduler()
+    peer = world.http = HttpPeer(world.run_dir)
+    peer.refuse, peer.passing = 4, True
+    peer.start()
+    world._stack.callback(peer.close)
+    job = world.done(world.client.submit(pairs(4)))
+    assert len([m for m in messages(world, job) if "no room for it; trying again" in m]) == 4
+
+
+def test_what_nobody_thought_of_ends_neither_the_service_nor_other_publications(own: Any) -> None:
+    world = own(peers=False)
+    world.join_scheduler()
+    job = publishing(world)
+    other = world.client.submit(pairs(4))
+    world.service.kill()
+    [step] = (world.folder(job) / "checkpoints").glob("step-*")
+    state = step / "state.safetensors"
+    tensors = {name: tensor.astype(np.int8) for name, tensor in load_file(state).items()}
+    save_file(tensors, state)  # whole, with the right checksum, and of another kind than is ever written
+    meta = json.loads((step / "meta.json").read_text())
+    meta["sha256"]["state.safetensors"] = hashlib.sha256(state.read_bytes()).hexdigest()
+    (step / "meta.json").write_text(json.dumps(meta))
+    shutil.rmtree(world.folder(job) / "adapter", ignore_errors=True)
+    world.service.start()
+    world.join_http()
+    assert str(waits(world, job, "2 s").reason).startswith("the adapter cannot be published (")
+    world.done(other)
+    assert world.service.alive
+    world.client.cancel(job.id)
+    world.done(job, "cancelled")
+
+
+# ------------------------------------------------------------------ answers
+class Echo(HttpPeer):
+    """Answers every question twice, and first the question before it, with a refusal."""
+
+    def _send(self, message: internal.Message) -> None:
+        if isinstance(message, internal.AdapterPublished):
+            late = internal.AdapterPublished(
+                request=message.request - 1, job=message.job, name=message.name, ok=False, text="too late"
+            )
+            super()._send(late)
+            super()._send(message)
+        super()._send(message)
+
+
+def test_late_and_doubled_answers_count_for_nothing(own: Any) -> None:
+    world = own(peers=False)
+    world.join_scheduler()
+    peer = Echo(world.run_dir).start()
+    with contextlib.closing(peer):
+        for _ in range(3):
+            job = world.done(world.client.submit(pairs(4)))
+            assert messages(world, job) == []
+            assert len(messages(world, job, "succeeded")) == 1
+
+
+class Slow(HttpPeer):
+    """Keeps its answers to itself until ``answers`` is set."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir)
+        self.answers = threading.Event()
+
+    def _send(self, message: internal.Message) -> None:
+        if isinstance(message, internal.AdapterPublished):
+            self.answers.wait()
+        super()._send(message)
+
+
+@pytest.mark.parametrize(("refusals", "status"), [(0, "succeeded"), (1, "cancelled")])
+def test_a_cancel_while_the_question_is_open_leaves_it_to_the_answer(
+    own: Any, refusals: int, status: str
+) -> None:
+    world = own(peers=False)
+    world.join_scheduler()
+    peer = world.http = Slow(world.run_dir).start()
+    peer.refuse = refusals
+    try:
+        job = world.client.submit(pairs(4))
+        until(lambda: peer.publications, "the question")
+        assert world.client.cancel(job.id).status == "running"
+        peer.answers.set()
+        done = world.done(job, status)
+        assert len(peer.publications) == 1
+        assert (done.fine_tuned_model is not None) == (status == "succeeded")
+    finally:
+        peer.answers.set()
+        peer.close()
+
+
+def test_a_cancel_between_two_tries_is_a_cancel(own: Any, points: Path) -> None:
+    world = own(peers=False)
+    world.join_scheduler()
+    job = publishing(world)
+    (points / Write.SLOT).write_text("error ENOSPC 99")
+    world.join_http()
+    until(lambda: [m for m in messages(world, job) if "trying again" in m], "the first try")
+    world.client.cancel(job.id)
+    world.done(job, "cancelled")
+    (points / Write.SLOT).unlink()
+    world.done(world.client.submit(pairs(4)))
+    assert len(world.http.publications) == 1
+    assert messages(world, job, "failed") == []
