@@ -21,15 +21,18 @@ from transformers import AutoModelForCausalLM
 
 from pool.judge import SPLITS, UNIFIED
 from sglang_harli.core import QuantumKind
+from sglang_harli.errors import ConfigError
 from sglang_harli.mem_cache.backing.host import HostBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
+from sglang_harli.mem_cache.train_arena import TrainArena
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer.base.frozen_base import from_transformers
-from sglang_harli.peft_trainer.memory.interface import HeapMemory, TrainMemory
+from sglang_harli.peft_trainer.memory.heap import HeapMemory
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
 from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import Hyperparameters
+from sglang_harli.train_memory import TrainMemory
 
 SAVED_LEASES = 2  # the state, and the micro-batch; kept activations add one for each layer
 
@@ -99,7 +102,10 @@ class Capacity:
     def _fits(self, memory: TrainMemory, rows: int, kept: bool) -> bool:
         """Whether a step is applied (with ``kept``: every layer's activations kept).  Without ``kept`` the step
         ends where its memory is held, as the size of the largest one is proven by ``prove``."""
-        done = self._step(memory, rows, kept=kept, whole=kept)
+        try:
+            done = self._step(memory, rows, kept=kept, whole=kept)
+        except ConfigError:  # the pool can never hold it
+            return False
         return QuantumKind.BACKWARD not in done if kept and done else bool(done)
 
     def prove(self, memory: TrainMemory, rows: int) -> None:
@@ -168,10 +174,10 @@ def measure(model: Path, pool_tokens: int, rows: Rows) -> dict[str, Any]:
         budgets = {"whole": geometry.total_bytes, "least": least}
         budgets |= {split: int((1 - share) * geometry.total_bytes) for split, share in SPLITS.items()}
         memories: dict[str, TrainMemory] = {n: HeapMemory(cpu, budget) for n, budget in budgets.items()}
-        memories[UNIFIED] = pool.arena
+        memories[UNIFIED] = TrainArena(pool)
         for mode, memory in memories.items():
             found[name][mode] = capacity.largest(memory, kept=name == "kept")
             print(f"largest micro-batch, {name}, {mode}: {found[name][mode]} rows", flush=True)
-    capacity.prove(pool.arena, found["saved"][UNIFIED])
+    capacity.prove(TrainArena(pool), found["saved"][UNIFIED])
     backing.close()
     return found

@@ -42,9 +42,20 @@ class SubState(enum.StrEnum):
 class MemoryPurpose(enum.StrEnum):
     """What training holds memory for; under pressure the first named goes first (design section 6)."""
 
-    KEPT = "kept"  # activations kept to save a recomputation
-    MICRO_BATCH = "micro_batch"  # saved layer inputs, gradients of activations, logits: run again if dropped
-    STATE = "state"  # adapter, gradients, optimizer: moved to host memory last
+    text: str  # in a sentence
+
+    def __new__(cls, value: str, text: str) -> MemoryPurpose:
+        purpose = str.__new__(cls, value)
+        purpose._value_ = value
+        purpose.text = text
+        return purpose
+
+    KEPT = "kept", "kept activations"  # save a recomputation
+    MICRO_BATCH = (
+        "micro_batch",
+        "the next micro-batch",  # saved layer inputs, gradients of activations, logits: run again if dropped
+    )
+    STATE = "state", "the adapter and its optimizer"  # with gradients: moved to host memory last
 
 
 class Reason(enum.StrEnum):

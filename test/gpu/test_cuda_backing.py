@@ -16,6 +16,7 @@ from sglang_harli.core import MemoryPurpose
 from sglang_harli.mem_cache.backing.cuda import CudaBacking, overhead_bytes
 from sglang_harli.mem_cache.backing.cuda_driver import CudaDriver
 from sglang_harli.mem_cache.geometry import PoolGeometry
+from sglang_harli.mem_cache.train_arena import TrainArena
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 
 pytestmark = [
@@ -216,7 +217,7 @@ def test_the_pool_lends_and_reclaims_device_memory():
     world = World(stripes=16)
     pool = UnifiedPool(world.geometry, world.backing)
     pool.slots = Slots(world.geometry)
-    lease = pool.arena.obtain(MemoryPurpose.MICRO_BATCH, [((1024, 1024), torch.float32)])
+    lease = TrainArena(pool).obtain(MemoryPurpose.MICRO_BATCH, [((1024, 1024), torch.float32)])
     assert lease is not None
     tensor = lease.carve((1024, 1024), torch.float32)
     tensor.fill_(1)

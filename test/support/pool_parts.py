@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 
 from sglang_harli.core import MemoryPurpose
+from sglang_harli.errors import ConfigError
 from sglang_harli.mem_cache.backing.host import HostBacking
 from sglang_harli.mem_cache.backing.interface import Backing
 from sglang_harli.mem_cache.geometry import PoolGeometry
+from sglang_harli.mem_cache.lease import PoolLease
+from sglang_harli.mem_cache.train_arena import TrainArena
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
+from sglang_harli.train_memory import Specs
 
 
 def small_geometry(stripes: int = 10, *, buffers: int = 4, tail: int = 17) -> PoolGeometry:
@@ -102,3 +107,18 @@ def small_pool(
     POOLS.add(pool)
     give_back_in_order(pool)
     return pool, Slots(pool), clock
+
+
+@functools.lru_cache(maxsize=4)
+def arena_of(pool: UnifiedPool) -> TrainArena:
+    """The one that gives this pool's leases their names."""
+    return TrainArena(pool)
+
+
+def obtain(pool: UnifiedPool, purpose: MemoryPurpose, specs: Specs) -> PoolLease | None:
+    """As training does; None: not now, or never."""
+    try:
+        return arena_of(pool).obtain(purpose, specs)
+    except ConfigError:
+        assert not arena_of(pool).could_ever_obtain(specs)
+        return None

@@ -17,8 +17,8 @@ from sglang_harli.core import MemoryPurpose
 from sglang_harli.mem_cache.backing.interface import Backing
 from sglang_harli.mem_cache.chunk_ledger import ChunkLedger
 from sglang_harli.mem_cache.geometry import PoolGeometry
+from sglang_harli.mem_cache.lease import PoolLease
 from sglang_harli.mem_cache.quota import UNUSED_S, Quota
-from sglang_harli.mem_cache.train_arena import Lease, TrainArena
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ class UnifiedPool:
         self.slots: SlotSource | None = None
         self.on_pressure: Callable[[int], None] | None = None
         self.evict: Evict | None = None
-        self.leases: dict[str, Lease] = {}
-        self.arena = TrainArena(self)
+        self.leases: dict[str, PoolLease] = {}
         self.reclaims = 0
         self.reclaim_seconds: deque[float] = deque(maxlen=RECLAIMS_KEPT)
         self._clock = clock
@@ -119,7 +118,7 @@ class UnifiedPool:
     # ------------------------------------------------------------------ training takes and gives
     def lease(
         self, purpose: MemoryPurpose, name: str, stripes_needed: int, *, choose: Chooser | None = None
-    ) -> Lease | None:
+    ) -> PoolLease | None:
         """Lend stripes to training, if the quota allows it now.
 
         Cached prefixes above the kept share, and those that no request has used for ``UNUSED_S``, are evicted for it
@@ -149,7 +148,7 @@ class UnifiedPool:
             self.ledger.give_back(name)
             self.slots.restore(stripes)
             return None
-        lease = self.leases[name] = Lease(self, purpose, name, stripes, extents)
+        lease = self.leases[name] = PoolLease(purpose, name, stripes, extents, self.release)
         return lease
 
     def _takeable(self, wanted: int, *, may_evict: bool) -> tuple[int, list[int]]:
@@ -189,7 +188,7 @@ class UnifiedPool:
             self._evict_pause_s = min(2 * self._evict_pause_s, EVICT_AGAIN_MOST_S)
         return freed
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: PoolLease) -> None:
         """End a lease: its memory goes back to the KV cache, its slots to the allocator.  May be repeated."""
         if lease.revoked:
             return

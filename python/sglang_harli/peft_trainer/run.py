@@ -25,13 +25,14 @@ from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.intake import Fed, Intake
 from sglang_harli.peft_trainer.memory.activations import MicroBatchMemory
 from sglang_harli.peft_trainer.memory.adapter_state import StateMemory
-from sglang_harli.peft_trainer.memory.interface import HeapMemory, TrainMemory
+from sglang_harli.peft_trainer.memory.heap import HeapMemory
 from sglang_harli.peft_trainer.memory.kept_activations import KeptActivations
 from sglang_harli.peft_trainer.micro_batch_pass import MicroBatchPass, ModelPieces, training_mode
 from sglang_harli.peft_trainer.optimizer import SlicedAdamW, layer_slices
 from sglang_harli.peft_trainer.records import MetricsRing, QuantumDone, QuantumShape, ShapesSeen, StepMetrics
 from sglang_harli.peft_trainer.schedule import LearningRate
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
+from sglang_harli.train_memory import TrainMemory
 
 
 class TrainingRun:

@@ -5,21 +5,38 @@ from __future__ import annotations
 from msgspec import Struct
 
 from sglang_harli.protocol.public import Hyperparameters
+from sglang_harli.train_memory import aligned
 
-ALIGNMENT = 256  # bytes; of every tensor in training's memory
 
+class MemoryLayout(Struct, frozen=True, kw_only=True):
+    """The bytes of a run's tensors, as the trainer lays them out.
 
-def carved(nbytes: int) -> int:
-    """Bytes that a tensor of ``nbytes`` takes of training's memory."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    Attributes:
+        parameter_bytes: of each tensor of a layer's adapter state, bytes for each trainable parameter.
+        accumulated_bytes: of one tensor more, where a step has several micro-batches.
+        inputs: tensors of a micro-batch that have a value for each token and hidden unit.
+        input_bytes: of such a value.
+        logit_bytes: of each tensor of logits, bytes for each token and word of the vocabulary.
+        head_tokens: most target tokens that have logits at once.
+    """
+
+    parameter_bytes: tuple[int, ...]
+    accumulated_bytes: int
+    inputs: int
+    input_bytes: int
+    logit_bytes: tuple[int, ...]
+    head_tokens: int
 
 
 class ServedLimits(Struct, frozen=True, kw_only=True):
     """What the served model allows a job; goes with the scheduler's hello.
 
-    ``linear_sizes``: per target module the (in, out) features summed over nothing: one layer's; all
-    layers are alike.  Bytes are of the training side: ``train_memory_bytes`` can ever be had, and each space of
-    a run (its state, a micro-batch) takes whole multiples of ``space_bytes`` of it.
+    Attributes:
+        linear_sizes: (in, out) features of each target module in one layer; all layers are alike.
+        train_memory_bytes: training can have at most these.
+        logits_bytes: of the largest logits tensor.
+        layout: what the tensors of a run take.
+        space_bytes: each lease of a run (its state, a micro-batch) takes whole multiples of these.
     """
 
     architecture: str
@@ -37,6 +54,7 @@ class ServedLimits(Struct, frozen=True, kw_only=True):
     lora_target_modules: tuple[str, ...]
     train_memory_bytes: int
     logits_bytes: int
+    layout: MemoryLayout
     space_bytes: int = 1
 
     def trainable_parameters(self, hp: Hyperparameters) -> int:
@@ -62,24 +80,16 @@ class ServedLimits(Struct, frozen=True, kw_only=True):
                 too_large = middle
         return fits
 
-    @property
-    def _item(self) -> int:
-        """Bytes of a weight or an activation; the exact values beside them have 4."""
-        return 4 if self.dtype == "float32" else 2
-
     def _leased(self, nbytes: int) -> int:
         return -(-nbytes // self.space_bytes) * self.space_bytes
 
     def _state_bytes(self, hp: Hyperparameters) -> int:
-        """Each layer's weights (and their copy in the base's dtype), gradients (twice with accumulation), two moments."""
-        layer = self.trainable_parameters(hp) // self.num_layers
-        exact = 5 if hp.gradient_accumulation_steps > 1 else 4
-        copy = 0 if self._item == 4 else carved(layer * self._item)
-        return self.num_layers * (exact * carved(4 * layer) + copy)
+        layer, layout = self.trainable_parameters(hp) // self.num_layers, self.layout
+        more = (layout.accumulated_bytes,) if hp.gradient_accumulation_steps > 1 else ()
+        return self.num_layers * sum(aligned(each * layer) for each in (*layout.parameter_bytes, *more))
 
     def _micro_batch_bytes(self, rows: int, width: int) -> int:
-        """The inputs of all layers and of the head, a gradient, and the logits (in 16 bits with a copy)."""
-        activations = (self.num_layers + 2) * carved(rows * width * self.hidden_size * self._item)
-        tokens = min(rows * (width - 1), self.logits_bytes // (4 * self.vocab_size))
-        logits = tokens * self.vocab_size
-        return activations + carved(4 * logits) + (0 if self._item == 4 else carved(self._item * logits))
+        layout = self.layout
+        inputs = layout.inputs * aligned(rows * width * self.hidden_size * layout.input_bytes)
+        logits = min(rows * (width - 1), layout.head_tokens) * self.vocab_size
+        return inputs + sum(aligned(each * logits) for each in layout.logit_bytes)

@@ -19,6 +19,7 @@ import zmq
 from sglang_harli import core
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 from sglang_harli.protocol import internal, shared_memory, tokenizer_state
+from sglang_harli.protocol.job_limits import MemoryLayout
 from sglang_harli.protocol.public import ALL_LINEAR
 from sglang_harli.protocol.tokenizer_state import TokenizerState
 
@@ -63,6 +64,16 @@ class ServiceProcess:
         return self.process is not None and self.process.poll() is None
 
 
+LAYOUT = MemoryLayout(  # of a base in float32 with two layers
+    parameter_bytes=(4, 4, 4, 4),
+    accumulated_bytes=4,
+    inputs=4,
+    input_bytes=4,
+    logit_bytes=(4,),
+    head_tokens=(1 << 20) // (4 * 400),
+)
+
+
 def limits(**changes: Any) -> internal.ServedLimits:
     values: dict[str, Any] = {
         "architecture": "LlamaForCausalLM",
@@ -80,6 +91,7 @@ def limits(**changes: Any) -> internal.ServedLimits:
         "lora_target_modules": ALL_LINEAR,
         "train_memory_bytes": 1 << 30,
         "logits_bytes": 1 << 20,
+        "layout": LAYOUT,
     }
     return internal.ServedLimits(**(values | changes))
 

@@ -20,6 +20,7 @@ from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
 from sglang_harli.managers.scheduler.training.quantum_timer import HostClock
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer.base import base_print, frozen_base
+from sglang_harli.peft_trainer.memory.layout import memory_layout
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import ALL_LINEAR, Hyperparameters
@@ -89,6 +90,7 @@ class Host:
             lora_target_modules=ALL_LINEAR,
             train_memory_bytes=self.desk.ever_bytes,
             logits_bytes=1 << 20,
+            layout=memory_layout(self.base, 1 << 20),
             space_bytes=self.desk.space_bytes,
         )
         self.side = ServingSide(HarliOptions(run_dir=run_dir))

@@ -2,71 +2,70 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sglang_harli.core import MemoryPurpose
-from sglang_harli.peft_trainer.memory.interface import Specs, carved_bytes
+from sglang_harli.train_memory import Lease, Specs, aligned, carved_bytes
 
 POISON = 0xFF  # four of them are NaN in every floating-point format
 
 
 class PoisonedMemory:
-    """Spaces full of NaN, before they are written and after they are given back.
+    """Leases full of NaN, before they are written and after they are given back.
 
     Args:
         grants: whether a purpose may have so many bytes now; None: always.
 
     Attributes:
         asked: (purpose, bytes) of each request, granted or not.
-        held: spaces that are not given back.
+        held: leases that are not given back.
     """
 
     def __init__(self, grants: Callable[[MemoryPurpose, int], bool] | None = None) -> None:
         self.grants = grants
         self.asked: list[tuple[MemoryPurpose, int]] = []
-        self.held: list[PoisonedSpace] = []
+        self.held: list[PoisonedLease] = []
 
-    def obtain(self, purpose: MemoryPurpose, tensors: Specs) -> PoisonedSpace | None:
-        nbytes = sum(carved_bytes(shape, dtype) for shape, dtype in tensors)
-        self.asked.append((purpose, nbytes))
-        if self.grants is not None and not self.grants(purpose, nbytes):
+    def obtain(self, purpose: MemoryPurpose, specs: Specs) -> PoisonedLease | None:
+        sizes = [carved_bytes(shape, dtype) for shape, dtype in specs]
+        self.asked.append((purpose, sum(sizes)))
+        if self.grants is not None and not self.grants(purpose, sum(sizes)):
             return None
-        space = PoisonedSpace(self, purpose, nbytes)
-        assert not space.flat.is_inference()
-        self.held.append(space)
-        return space
+        lease = PoisonedLease(self, purpose, sizes)
+        assert not lease.flat.is_inference()
+        self.held.append(lease)
+        return lease
 
     def bytes_of(self, purpose: MemoryPurpose) -> int:
         """Held now."""
-        return sum(space.nbytes for space in self.held if space.purpose == purpose)
+        return sum(lease.nbytes for lease in self.held if lease.purpose == purpose)
 
     @property
     def addresses(self) -> list[range]:
-        """Of the spaces held."""
+        """Of the leases held."""
         return [range(s.flat.data_ptr(), s.flat.data_ptr() + s.nbytes) for s in self.held]
 
 
-class PoisonedSpace:
+class PoisonedLease(Lease):
     """See ``PoisonedMemory``."""
 
-    def __init__(self, owner: PoisonedMemory, purpose: MemoryPurpose, nbytes: int) -> None:
-        self.purpose, self.nbytes = purpose, nbytes
-        self.flat = torch.full((nbytes,), POISON, dtype=torch.uint8)
+    def __init__(self, owner: PoisonedMemory, purpose: MemoryPurpose, sizes: list[int]) -> None:
+        self.purpose, self.nbytes = purpose, sum(sizes)
+        self.flat = torch.full((self.nbytes,), POISON, dtype=torch.uint8)
+        self._sizes = sizes
         self._owner = owner
         self._used = 0
         self._over = False
 
-    def carve(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        size = math.prod(shape) * dtype.itemsize
-        if self._over or self._used + size > self.nbytes:
-            raise MemoryError(f"{size} bytes at {self._used} of {self.nbytes}, given back: {self._over}")
-        part = self.flat[self._used : self._used + size]
-        self._used += carved_bytes(shape, dtype)
-        return part.fill_(POISON).view(dtype).view(tuple(shape))
+    def _take(self, nbytes: int) -> Tensor:
+        if self._over or self._used + nbytes > self.nbytes:
+            raise MemoryError(f"{nbytes} bytes at {self._used} of {self.nbytes}, given back: {self._over}")
+        part = self.flat[self._used : self._used + nbytes]
+        self._used += aligned(nbytes)
+        return part.fill_(POISON)
 
     def reset(self) -> None:
         self._used = 0

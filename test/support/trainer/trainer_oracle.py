@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 from sglang_harli.peft_trainer.adapter import lora_config
 from sglang_harli.peft_trainer.base.frozen_base import from_transformers
 from sglang_harli.peft_trainer.layers.dropout import DropoutMasks
-from sglang_harli.peft_trainer.memory.interface import TrainMemory
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
 from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import Hyperparameters
+from sglang_harli.train_memory import TrainMemory
 
 VOCABULARY = 90
 SIZES = {

@@ -6,13 +6,14 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 from support.project_files import PACKAGE, module_name, package_files, parse, relative
 
-BASE = {"core", "errors", "failpoints", "config", "protocol"}
+BASE = {"core", "errors", "failpoints", "config", "protocol", "train_memory"}
 ROOMS = {"predictor", "mem_cache", "peft_trainer", "service"}
 INSIDE = BASE | ROOMS | {"managers", "server_args", "patches", "platforms"}
 
@@ -22,8 +23,9 @@ ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "errors": set(),
     "failpoints": set(),
+    "train_memory": {"core"},
     "config": {"core", "errors"},
-    "protocol": {"core", "errors", "failpoints"},
+    "protocol": {"core", "errors", "failpoints", "train_memory"},
     **dict.fromkeys(ROOMS, BASE),
     "platforms": {"errors"},
     "patches": BASE | {"platforms"},
@@ -57,6 +59,7 @@ SGLANG = (
 LIGHT = (
     "core",
     "failpoints",
+    "train_memory",
     "errors",
     "config",
     "client.clients",
@@ -81,12 +84,12 @@ LIGHT = (
 HEAVY = ("torch", "sglang", "transformers", "peft")
 
 
-def imports(path: Path, *, top_only: bool = False) -> Iterator[tuple[str, int]]:
+def imports(path: Path, *, top_only: bool = False, typing_too: bool = False) -> Iterator[tuple[str, int]]:
     """(absolute module, line) of each import; those under TYPE_CHECKING are no imports at run time."""
     package = ["sglang_harli", *path.relative_to(PACKAGE).parts[:-1]]
 
     def skipped(node: ast.AST) -> bool:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if not typing_too and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             return True
         return top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
@@ -129,6 +132,43 @@ def test_imports_run_downwards_only():
             if other != mine and other in ALLOWED and other not in ALLOWED[mine]:
                 wrong.append(f"{relative(path)}:{line}: {mine or '__init__'} must not import {other}")
     assert not wrong, "\n".join(wrong)
+
+
+def graphs() -> dict[str, dict[str, set[str]]]:
+    """By folder: which of its modules and sub-folders import which others of it, for types too."""
+    files = {module_name(path): path for path in package_files() if path.name != "__init__.py"}
+    found: dict[str, dict[str, set[str]]] = {}
+    for module, path in files.items():
+        for other, _line in imports(path, typing_too=True):
+            other = other.removeprefix("sglang_harli.")
+            if other not in files or other == module:
+                continue
+            mine, theirs = module.split("."), other.split(".")
+            same = next(n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b)
+            folder = found.setdefault(".".join(mine[:same]), {})
+            folder.setdefault(mine[same], set()).add(theirs[same])
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The names of one circle; none: there is no circle."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_a_folder_has_no_circles():
+    """Neither of its modules nor of its sub-folders."""
+    wrong = [
+        f"{folder or 'sglang_harli'}: {' -> '.join(way)}"
+        for folder, g in graphs().items()
+        if (way := circle(g))
+    ]
+    assert not wrong, "these import each other in a circle:\n" + "\n".join(wrong)
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    assert not circle({"a": {"b", "c"}, "b": {"c"}})
 
 
 def test_cli_imports_tools_inside_its_commands_only():

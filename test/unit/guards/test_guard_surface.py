@@ -155,8 +155,9 @@ MESSAGES = {
     "ServedLimits": (
         "architecture model_path tokenizer_path served_model_name dtype device vocab_size hidden_size num_layers "
         "linear_sizes max_seq_length max_lora_rank lora_target_modules train_memory_bytes logits_bytes "
-        "space_bytes"
+        "layout space_bytes"
     ),
+    "MemoryLayout": "parameter_bytes accumulated_bytes inputs input_bytes logit_bytes head_tokens",
     "BasePrint": "model path dtype math weights digest",
     "Hello": "seq pid rank limits refusal job attempt step next_cursor options revision hold base updates taken",
     "Pulse": "seq job attempt step next_cursor state_bytes has_slot snapshot stopping taken",

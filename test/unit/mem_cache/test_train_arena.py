@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_harli.core import MemoryPurpose
-from sglang_harli.mem_cache import train_arena
+from sglang_harli.errors import ConfigError
 from sglang_harli.mem_cache.backing.host import HostBacking
 from sglang_harli.mem_cache.backing.interface import Backing
 from sglang_harli.mem_cache.backing.static import StaticBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
-from sglang_harli.mem_cache.train_arena import Lease, place
-from sglang_harli.peft_trainer.memory import interface
-from sglang_harli.peft_trainer.memory.interface import Space, TrainMemory
-from support.pool_parts import small_geometry, small_pool
+from sglang_harli.mem_cache.lease import PoolLease, place
+from sglang_harli.mem_cache.unified_pool import UnifiedPool
+from sglang_harli.train_memory import ALIGNMENT, Lease, aligned
+from support import pool_parts
+from support.pool_parts import arena_of, small_geometry, small_pool
 
 GEOMETRY = small_geometry()  # 9 lendable stripes of 4 chunks of 4 KiB
 CHUNK = GEOMETRY.chunk_bytes
@@ -30,15 +31,13 @@ def make(name: str, geometry: PoolGeometry = GEOMETRY) -> Backing:
     return HostBacking(geometry, debug=True) if name == "host" else StaticBacking(geometry, "cpu", debug=True)
 
 
-def obtain(arena: TrainMemory, *sizes: int, purpose: MemoryPurpose = MemoryPurpose.STATE) -> Lease | None:
+def obtain(pool: UnifiedPool, *sizes: int, purpose: MemoryPurpose = MemoryPurpose.STATE) -> PoolLease | None:
     """Float32 vectors of these many bytes."""
-    space = arena.obtain(purpose, [((size // 4,), torch.float32) for size in sizes])
-    assert space is None or isinstance(space, Lease)
-    return space
+    return pool_parts.obtain(pool, purpose, [((size // 4,), torch.float32) for size in sizes])
 
 
-def carve(space: Space, *sizes: int) -> list[torch.Tensor]:
-    return [space.carve((size // 4,), torch.float32) for size in sizes]
+def carve(lease: Lease, *sizes: int) -> list[torch.Tensor]:
+    return [lease.carve((size // 4,), torch.float32) for size in sizes]
 
 
 def spans(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
@@ -50,17 +49,6 @@ def apart(tensors: list[torch.Tensor]) -> bool:
     return all(end <= start for (_, end), (start, _) in itertools.pairwise(found))
 
 
-def test_the_trainer_and_the_pool_agree_on_sizes():
-    assert train_arena.ALIGNMENT == interface.ALIGNMENT
-    for shape, dtype in [
-        ((3, 5), torch.bfloat16),
-        ((), torch.float64),
-        ((0, 4), torch.float32),
-        ((64,), torch.float32),
-    ]:
-        assert train_arena.carved_bytes(shape, dtype) == interface.carved_bytes(shape, dtype)
-
-
 @settings(max_examples=80, deadline=None)
 @given(
     backing=st.sampled_from(BACKINGS),
@@ -70,9 +58,9 @@ def test_the_trainer_and_the_pool_agree_on_sizes():
 def test_what_is_obtained_can_be_carved_in_order_and_apart(backing, sizes, busy):
     pool, slots, _ = small_pool(backing=make(backing))
     slots.free.difference_update(*(GEOMETRY.slots_of(stripe) for stripe in busy))
-    lease = obtain(pool.arena, *sizes)
+    lease = obtain(pool, *sizes)
     if lease is None:
-        assert backing == "static" or sum(map(_aligned, sizes)) > (9 - len(busy)) * GEOMETRY.stripe_bytes
+        assert backing == "static" or sum(map(aligned, sizes)) > (9 - len(busy)) * GEOMETRY.stripe_bytes
         assert not slots.lent and not pool.leases
         return
     assert not busy & set(lease.stripes)
@@ -88,28 +76,24 @@ def test_what_is_obtained_can_be_carved_in_order_and_apart(backing, sizes, busy)
     assert not pool.leases and not slots.lent
 
 
-def _aligned(size: int) -> int:
-    return -(-size // train_arena.ALIGNMENT) * train_arena.ALIGNMENT
-
-
 @pytest.mark.parametrize("backing", BACKINGS)
 def test_no_more_stripes_than_needed_the_highest_first(backing):
     pool, *_ = small_pool(backing=make(backing))
-    lease = obtain(pool.arena, CHUNK, CHUNK, CHUNK, CHUNK)
+    lease = obtain(pool, CHUNK, CHUNK, CHUNK, CHUNK)
     assert lease is not None and set(lease.stripes) == {9}
-    second = obtain(pool.arena, CHUNK, CHUNK, CHUNK, CHUNK, 256)
+    second = obtain(pool, CHUNK, CHUNK, CHUNK, CHUNK, 256)
     assert second is not None and set(second.stripes) == {7, 8}
 
 
 def test_a_tensor_larger_than_a_chunk_gets_a_run_of_stripes_in_a_static_pool():
     pool, slots, _ = small_pool(backing=make("static"))
     slots.free.difference_update(GEOMETRY.slots_of(8))  # 9 stands alone
-    lease = obtain(pool.arena, 3 * CHUNK)
+    lease = obtain(pool, 3 * CHUNK)
     assert lease is not None and {5, 6, 7} <= set(lease.stripes)
     scattered, scattered_slots, _ = small_pool(backing=make("static"))
     for stripe in range(1, 10, 2):
         scattered_slots.free.difference_update(GEOMETRY.slots_of(stripe))
-    assert obtain(scattered.arena, 2 * CHUNK) is None
+    assert obtain(scattered, 2 * CHUNK) is None  # not now
     assert not scattered.leases and not scattered_slots.lent
 
 
@@ -118,17 +102,17 @@ def test_could_ever_obtain_asks_for_the_empty_pool():
         pool, slots, _ = small_pool(backing=make(backing))
         slots.free.clear()
         whole = [((9 * CHUNK,), torch.uint8)] * 4
-        assert pool.arena.could_ever_obtain(whole)
-        assert not pool.arena.could_ever_obtain([*whole, ((1,), torch.uint8)])
-        assert pool.arena.could_ever_obtain([((9 * CHUNK + 1,), torch.uint8)]) == (backing == "host")
+        assert arena_of(pool).could_ever_obtain(whole)
+        assert not arena_of(pool).could_ever_obtain([*whole, ((1,), torch.uint8)])
+        assert arena_of(pool).could_ever_obtain([((9 * CHUNK + 1,), torch.uint8)]) == (backing == "host")
         pool.quota.max_train_bytes = 2 * GEOMETRY.stripe_bytes
-        assert not pool.arena.could_ever_obtain(whole[:3])
+        assert not arena_of(pool).could_ever_obtain(whole[:3])
 
 
 @pytest.mark.parametrize("backing", BACKINGS)
 def test_other_tensors_may_be_carved_after_a_reset(backing):
     pool, *_ = small_pool(backing=make(backing))
-    lease = obtain(pool.arena, CHUNK, 512, CHUNK)
+    lease = obtain(pool, CHUNK, 512, CHUNK)
     assert lease is not None
     first = carve(lease, CHUNK, 256)  # leaves the plan at the second
     rest = lease.nbytes - CHUNK - 256
@@ -144,7 +128,7 @@ def test_other_tensors_may_be_carved_after_a_reset(backing):
 
 def test_after_it_was_given_back_nothing_can_be_carved():
     pool, slots, _ = small_pool()
-    lease = obtain(pool.arena, CHUNK)
+    lease = obtain(pool, CHUNK)
     assert lease is not None and not lease.revoked
     lease.give_back()
     lease.give_back()
@@ -157,7 +141,7 @@ def test_after_it_was_given_back_nothing_can_be_carved():
 def test_memory_is_poisoned_in_debug_mode(dtype):
     for backing in BACKINGS:
         pool, *_ = small_pool(backing=make(backing))
-        space = pool.arena.obtain(MemoryPurpose.KEPT, [((7, 9), dtype)])
+        space = arena_of(pool).obtain(MemoryPurpose.KEPT, [((7, 9), dtype)])
         assert space is not None
         tensor = space.carve((7, 9), dtype)
         assert tensor.shape == (7, 9) and tensor.is_contiguous() and tensor.isnan().all()
@@ -166,7 +150,7 @@ def test_memory_is_poisoned_in_debug_mode(dtype):
 def test_nothing_asked_for_is_a_lease_all_the_same():
     for backing in BACKINGS:
         pool, *_ = small_pool(backing=make(backing))
-        lease = pool.arena.obtain(MemoryPurpose.STATE, [])
+        lease = arena_of(pool).obtain(MemoryPurpose.STATE, [])
         assert lease is not None and lease.nbytes == GEOMETRY.stripe_bytes
 
 
@@ -194,9 +178,16 @@ def test_a_tensor_keeps_its_shape_and_is_aligned():
         ((), torch.int64),
         ((0, 4), torch.float32),
     ]
-    space = pool.arena.obtain(MemoryPurpose.STATE, tensors)
+    space = arena_of(pool).obtain(MemoryPurpose.STATE, tensors)
     assert space is not None
     for shape, dtype in tensors:
         tensor = space.carve(shape, dtype)
         assert tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.numel() == math.prod(shape)
-        assert tensor.data_ptr() % train_arena.ALIGNMENT == 0 or not tensor.numel()
+        assert tensor.data_ptr() % ALIGNMENT == 0 or not tensor.numel()
+
+
+def test_what_can_never_be_had_is_refused_by_name():
+    pool, *_ = small_pool()
+    with pytest.raises(ConfigError, match=r"for the next micro-batch can never be had: .* on the host backing"):
+        arena_of(pool).obtain(MemoryPurpose.MICRO_BATCH, [((9 * 4 * CHUNK + 1,), torch.uint8)])
+    assert arena_of(pool).obtain(MemoryPurpose.KEPT, [((9 * 4 * CHUNK + 1,), torch.uint8)]) is None

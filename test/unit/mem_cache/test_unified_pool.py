@@ -12,10 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.mem_cache.backing.host import POISON, HostBacking
+from sglang_harli.mem_cache.lease import PoolLease
 from sglang_harli.mem_cache.quota import UNUSED_S
-from sglang_harli.mem_cache.train_arena import Lease
 from sglang_harli.mem_cache.unified_pool import EVICT_AGAIN_MOST_S, EVICT_AGAIN_S
-from support.pool_parts import small_geometry, small_pool
+from support.pool_parts import obtain, small_geometry, small_pool
 
 STATE, BATCH, KEPT = MemoryPurpose.STATE, MemoryPurpose.MICRO_BATCH, MemoryPurpose.KEPT
 STRIPE = 64  # slots
@@ -64,7 +64,7 @@ class PoolMachine(RuleBasedStateMachine):
     def lease(self, purpose: MemoryPurpose, stripes: int) -> None:
         free = self.slots.free_stripes()
         before = len(self.pool.leases)
-        lease = self.pool.arena.obtain(purpose, [((stripes * self.geometry.stripe_bytes,), torch.uint8)])
+        lease = obtain(self.pool, purpose, [((stripes * self.geometry.stripe_bytes,), torch.uint8)])
         if lease is None:
             now_s = self.clock()
             room = self.pool.quota.may_take(
@@ -131,7 +131,7 @@ TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
-def lease_of(pool, purpose: MemoryPurpose, stripes: int) -> Lease | None:
+def lease_of(pool, purpose: MemoryPurpose, stripes: int) -> PoolLease | None:
     return pool.lease(purpose, f"{purpose}-{len(pool.leases)}", stripes)
 
 
@@ -395,5 +395,5 @@ def test_an_oscillating_load_moves_a_lease_twice_at_most(amplitude):
         if (stripes := pool.must_give()) and pool.on_pressure:
             pool.on_pressure(stripes)
         if not pool.leases:
-            pool.arena.obtain(BATCH, [((16 * pool.geometry.stripe_bytes,), torch.uint8)])
+            obtain(pool, BATCH, [((16 * pool.geometry.stripe_bytes,), torch.uint8)])
     assert pool.ledger.moves_to_train <= 2 * 16, "thirty waves"

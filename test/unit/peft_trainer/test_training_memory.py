@@ -17,11 +17,13 @@ from sglang_harli.errors import StateError
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer import optimizer
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase, from_transformers
-from sglang_harli.peft_trainer.memory.interface import HeapMemory, Room, carved_bytes
+from sglang_harli.peft_trainer.memory.heap import HeapMemory
+from sglang_harli.peft_trainer.memory.layout import memory_layout, state_dtypes
 from sglang_harli.peft_trainer.run import TrainingRun
-from sglang_harli.protocol.internal import ServedLimits
+from sglang_harli.protocol.job_limits import MemoryLayout, ServedLimits
 from sglang_harli.protocol.public import ALL_LINEAR, Hyperparameters
 from sglang_harli.protocol.shared_memory import Slot
+from sglang_harli.train_memory import carved_bytes
 from support.trainer.poisoned_memory import PoisonedMemory
 from support.trainer.trainer_oracle import (
     Step,
@@ -285,6 +287,7 @@ def limits_of(base: FrozenBase, logits_bytes: int, **changes: Any) -> ServedLimi
         "lora_target_modules": ALL_LINEAR,
         "train_memory_bytes": 1 << 40,
         "logits_bytes": logits_bytes,
+        "layout": memory_layout(base, logits_bytes),
     }
     return ServedLimits(**(values | changes))
 
@@ -335,6 +338,14 @@ def test_the_largest_batch_fits_and_the_next_one_does_not(
         lora_target_modules=ALL_LINEAR,
         train_memory_bytes=memory_bytes // space_bytes * space_bytes,
         logits_bytes=1 << 16,
+        layout=MemoryLayout(
+            parameter_bytes=(4, 2, 4, 4, 4),
+            accumulated_bytes=4,
+            inputs=4,
+            input_bytes=2,
+            logit_bytes=(4, 2),
+            head_tokens=(1 << 16) // 1600,
+        ),
         space_bytes=space_bytes,
     )
 
@@ -347,6 +358,16 @@ def test_the_largest_batch_fits_and_the_next_one_does_not(
     assert needs(1) % space_bytes == 0
 
 
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_layout_names_the_tensors_that_a_layer_has(dtype: torch.dtype, accumulates: bool) -> None:
+    hp = hyperparameters(gradient_accumulation_steps=2 if accumulates else 1)
+    run = make_run(tiny_model(dtype=dtype), hp, STEPS)
+    for block in run._adapter.blocks:
+        assert tuple(flat.dtype for flat in block.flats) == state_dtypes(dtype, accumulates=accumulates)
+    run.release()
+
+
 def test_heap_memory_has_a_budget() -> None:
     memory = HeapMemory(torch.device("cpu"), 1000)
     specs = [((100,), torch.uint8), ((3, 5), torch.float64)]
@@ -355,7 +376,7 @@ def test_heap_memory_has_a_budget() -> None:
     assert space is not None and memory.used == 512 and memory.obtain(KEPT, specs) is None
     first, second = (space.carve(shape, dtype) for shape, dtype in specs)
     assert second.data_ptr() - first.data_ptr() == 256 and second.shape == (3, 5)
-    with pytest.raises(MemoryError, match="no room for 8 bytes in a space of 512, 512 of them carved"):
+    with pytest.raises(MemoryError, match="no room for 8 bytes in a lease of 512, 512 of them carved"):
         space.carve((1,), torch.float64)
     space.give_back()
     space.give_back()
@@ -364,15 +385,15 @@ def test_heap_memory_has_a_budget() -> None:
         space.carve((1,), torch.uint8)
 
 
-def test_a_room_serves_tensors_that_are_no_larger() -> None:
-    room = Room.obtain(HeapMemory(torch.device("cpu")), KEPT, [((300,), torch.uint8), ((4,), torch.float32)])
-    assert room is not None and room.nbytes == 768
-    assert room.holds([((128,), torch.float32), ((2, 3), torch.float64)])
-    assert not room.holds([((129,), torch.float32), ((1,), torch.float32)])
-    assert not room.holds([((1,), torch.float32)])
-    one, two = room.carve([((2, 50), torch.bfloat16), ((2, 3), torch.float64)])
+def test_a_lease_serves_tensors_that_are_no_larger() -> None:
+    lease = HeapMemory(torch.device("cpu")).obtain(KEPT, [((300,), torch.uint8), ((4,), torch.float32)])
+    assert lease is not None and lease.asked_bytes == 768
+    assert lease.holds([((128,), torch.float32), ((2, 3), torch.float64)])
+    assert not lease.holds([((129,), torch.float32), ((1,), torch.float32)])
+    assert not lease.holds([((1,), torch.float32)])
+    one, two = lease.carve_all([((2, 50), torch.bfloat16), ((2, 3), torch.float64)])
     assert one.shape == (2, 50) and two.data_ptr() - one.data_ptr() == 512
-    room.give_back()
+    lease.give_back()
 
 
 def test_a_job_whose_adapter_is_in_the_mlp_alone() -> None:

@@ -28,6 +28,7 @@ from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer.base import base_print
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.base.frozen_base import bind as bind_base
+from sglang_harli.peft_trainer.memory.layout import memory_layout
 from sglang_harli.platforms.cpu.defaults import host_memory_bytes
 from sglang_harli.platforms.cpu.malloc import keep_freed_memory
 from sglang_harli.predictor import priors
@@ -153,6 +154,7 @@ def served_limits(
         lora_target_modules=targets,
         train_memory_bytes=desk.ever_bytes,
         logits_bytes=options.logits_bytes,
+        layout=memory_layout(base, options.logits_bytes),
         space_bytes=desk.space_bytes,
     )
 

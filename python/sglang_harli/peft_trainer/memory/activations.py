@@ -1,4 +1,4 @@
-"""A micro-batch's memory: saved layer inputs, the gradient, and the head's workspace, in one space.
+"""A micro-batch's memory: saved layer inputs, the gradient, and the head's workspace, in one lease.
 
     saved[0]  saved[1]  ...  saved[L]     grad           each [rows, width, hidden]
     input of  input of       input of     of the output
@@ -19,8 +19,10 @@ from torch import Tensor
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.layers.token_blocks import RowKeys
-from sglang_harli.peft_trainer.memory.interface import Room, Specs, TrainMemory, carved_bytes
+from sglang_harli.peft_trainer.memory.heap import obtain
+from sglang_harli.peft_trainer.memory.layout import logits_dtypes
 from sglang_harli.peft_trainer.rows import Rows
+from sglang_harli.train_memory import Lease, Specs, TrainMemory, carved_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,11 @@ class Activations:
 
 
 class MicroBatchMemory:
-    """Holds the space from one micro-batch to the next as long as it is large enough.
+    """Holds the lease from one micro-batch to the next as long as it is large enough.
 
     Args:
         base: sizes and dtype.
-        memory: gives the space.
+        memory: gives the lease.
         head_tokens: most target tokens whose logits are computed at once.
     """
 
@@ -49,36 +51,36 @@ class MicroBatchMemory:
         self._hidden = base.config.hidden_size
         self._vocabulary = base.model.lm_head.weight.shape[0]
         self._head_tokens = head_tokens
-        self._room: Room | None = None
+        self._lease: Lease | None = None
         config, heads = base.config, base.config.num_attention_heads
         self._heads = config.num_key_value_heads, getattr(config, "head_dim", None) or self._hidden // heads
-        self._keys_room: Room | None = None
+        self._keys_lease: Lease | None = None
 
     def specs(self, rows: Rows) -> Specs:
         """What is carved, in this order: saved[0..L], grad, logits, and ``low`` where there is one."""
         tokens = min(len(rows.targets), self._head_tokens)
         inputs = [((rows.count, rows.width, self._hidden), self._dtype)] * (self._inputs + 1)
-        dtypes = [self._exact] if self._exact == self._dtype else [self._exact, self._dtype]
-        return [*inputs, *(((tokens, self._vocabulary), dtype) for dtype in dtypes)]
+        logits = [((tokens, self._vocabulary), dtype) for dtype in logits_dtypes(self._dtype)]
+        return [*inputs, *logits]
 
     def obtain(self, rows: Rows) -> int:
-        """Hold a space for a micro-batch.
+        """Hold a lease for a micro-batch.
 
         Returns:
             0: it is held; otherwise the bytes that are lacking now.
         """
         specs = self.specs(rows)
-        if self._room is not None:
-            if self._room.holds(specs):
+        if self._lease is not None:
+            if self._lease.holds(specs):
                 return 0
             self.give_back()  # first: both need not fit
-        self._room = Room.obtain(self._memory, MemoryPurpose.MICRO_BATCH, specs)
-        return 0 if self._room is not None else sum(carved_bytes(shape, dtype) for shape, dtype in specs)
+        self._lease = obtain(self._memory, MemoryPurpose.MICRO_BATCH, specs)
+        return 0 if self._lease is not None else sum(carved_bytes(shape, dtype) for shape, dtype in specs)
 
     def carve(self, rows: Rows) -> Activations:
         """The tensors of a micro-batch that ``obtain`` was asked for; those of the one before are gone."""
-        assert self._room is not None
-        parts = self._room.carve(self.specs(rows))
+        assert self._lease is not None
+        parts = self._lease.carve_all(self.specs(rows))
         inputs = self._inputs
         return Activations(parts[:inputs], parts[inputs], parts[inputs + 1], parts[-1])
 
@@ -87,25 +89,25 @@ class MicroBatchMemory:
         return [(shape, self._dtype), (shape, self._dtype), (shape, self._exact), (shape, self._exact)]
 
     def obtain_keys(self, length: int) -> bool:
-        """Hold a space for the keys and values of one row, for a layer that takes it in blocks; False: not now."""
+        """Hold a lease for the keys and values of one row, for a layer that takes it in blocks; False: not now."""
         specs = self._keys_specs(length)
-        if self._keys_room is not None and not self._keys_room.holds(specs):
-            self._keys_room.give_back()
-            self._keys_room = None
-        if self._keys_room is None:
-            self._keys_room = Room.obtain(self._memory, MemoryPurpose.MICRO_BATCH, specs)
-        return self._keys_room is not None
+        if self._keys_lease is not None and not self._keys_lease.holds(specs):
+            self._keys_lease.give_back()
+            self._keys_lease = None
+        if self._keys_lease is None:
+            self._keys_lease = obtain(self._memory, MemoryPurpose.MICRO_BATCH, specs)
+        return self._keys_lease is not None
 
     def carve_keys(self, length: int) -> RowKeys:
         """What ``obtain_keys`` was asked for; gradients are zero."""
-        assert self._keys_room is not None
-        key, value, grad_key, grad_value = self._keys_room.carve(self._keys_specs(length))
+        assert self._keys_lease is not None
+        key, value, grad_key, grad_value = self._keys_lease.carve_all(self._keys_specs(length))
         return RowKeys(key, value, grad_key.zero_(), grad_value.zero_())
 
     def give_back(self) -> bool:
         """Whether there was something to give back."""
-        rooms = [room for room in (self._room, self._keys_room) if room is not None]
-        self._room = self._keys_room = None
-        for room in rooms:
-            room.give_back()
-        return bool(rooms)
+        leases = [lease for lease in (self._lease, self._keys_lease) if lease is not None]
+        self._lease = self._keys_lease = None
+        for lease in leases:
+            lease.give_back()
+        return bool(leases)

@@ -1,6 +1,6 @@
-"""Where the adapter's state lies: in a space of training's memory or, last resort, in host memory.
+"""Where the adapter's state lies: in a lease of training's memory or, last resort, in host memory.
 
-    nowhere ── obtain ── in its space ── spill ── in host memory ── obtain ── coming back, layer by layer ── in its space
+    nowhere ── obtain ── in its lease ── spill ── in host memory ── obtain ── coming back, layer by layer ── in its lease
 
 Tensors keep their identity (``LayerBlock.lie_in``), so what holds one, a copy of the state into a
 checkpoint or an optimizer in the middle of a step, goes on with the same values wherever they lie.
@@ -13,23 +13,24 @@ from torch import Tensor
 
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.peft_trainer.adapter import LayerBlock
-from sglang_harli.peft_trainer.memory.interface import Space, TrainMemory, ask, carved_bytes
+from sglang_harli.peft_trainer.memory.heap import obtain
+from sglang_harli.train_memory import Lease, TrainMemory, carved_bytes
 
 
 class StateMemory:
-    """Master weights, their copy in the base's dtype, gradients and moments of all layers, in one space.
+    """Master weights, their copy in the base's dtype, gradients and moments of all layers, in one lease.
 
     Args:
         blocks: the adapter's; without memory so far.
-        memory: gives the space.
+        memory: gives the lease.
     """
 
     def __init__(self, blocks: list[LayerBlock], memory: TrainMemory) -> None:
         self._blocks, self._memory = blocks, memory
         self._tensors = [((block.size,), flat.dtype) for block in blocks for flat in block.flats]
         self.nbytes = sum(carved_bytes(shape, dtype) for shape, dtype in self._tensors)
-        self._space: Space | None = None
-        self._places: list[list[Tensor]] = []  # by layer, in the space; empty until they are carved
+        self._lease: Lease | None = None
+        self._places: list[list[Tensor]] = []  # by layer, in the lease; empty until they are carved
         self._host: dict[int, list[Tensor]] = {}  # layers in host memory
 
     @property
@@ -38,26 +39,26 @@ class StateMemory:
         return bool(self._host)
 
     def obtain(self) -> bool:
-        """Hold a space: False when there is none now."""
-        if self._space is None:
-            self._space = ask(self._memory, MemoryPurpose.STATE, self._tensors)
-        return self._space is not None
+        """Hold a lease: False when there is none now."""
+        if self._lease is None:
+            self._lease = obtain(self._memory, MemoryPurpose.STATE, self._tensors)
+        return self._lease is not None
 
     def carve(self) -> None:
-        """Let the tensors lie in the space, those of spilled layers excepted; contents are undefined.
+        """Let the tensors lie in the lease, those of spilled layers excepted; contents are undefined.
 
         Apart from ``obtain`` because that only counts: this belongs on the stream that trains.
         """
         if self._places:
             return
-        assert self._space is not None
+        assert self._lease is not None
         for layer, block in enumerate(self._blocks):
-            self._places.append([self._space.carve((block.size,), flat.dtype) for flat in block.flats])
+            self._places.append([self._lease.carve((block.size,), flat.dtype) for flat in block.flats])
             if layer not in self._host:
                 block.lie_in(self._places[layer])
 
     def bring_back(self) -> None:
-        """One spilled layer from host memory into the space."""
+        """One spilled layer from host memory into the lease."""
         self.carve()
         layer = min(self._host)
         places = self._places[layer]
@@ -69,12 +70,12 @@ class StateMemory:
         del self._host[layer]
 
     def spill(self) -> bool:
-        """Copy everything to host memory and give the space back.  Waits for the device: the last resort.
+        """Copy everything to host memory and give the lease back.  Waits for the device: the last resort.
 
         Returns:
-            False: there is no space to give back, or no host memory to go to; nothing has changed then.
+            False: there is no lease to give back, or no host memory to go to; nothing has changed then.
         """
-        if self._space is None:
+        if self._lease is None:
             return False
         if self._places:
             device = self._places[0][0].device
@@ -94,10 +95,10 @@ class StateMemory:
         return True
 
     def _give_back(self) -> None:
-        space, self._space = self._space, None
+        lease, self._lease = self._lease, None
         self._places = []
-        if space is not None:
-            space.give_back()
+        if lease is not None:
+            lease.give_back()
 
     def release(self) -> None:
         """The run is over: let all of it go."""

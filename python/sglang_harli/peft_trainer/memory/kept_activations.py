@@ -1,10 +1,10 @@
 """Activations that are kept from forward to backward, so that nothing is computed twice (design section 6).
 
 Where memory can be had for a layer and a range of rows, the trace of the forward quantum stays.  What it holds is
-copied into a space of training's memory and the allocator's own memory is freed, so that the pool knows every
+copied into a lease of training's memory and the allocator's own memory is freed, so that the pool knows every
 byte; weights, rotary tables and saved layer inputs stay references.
 
-    forward    trace ── its slots ──► references (layer input, weights, tables), copies in the space (the rest)
+    forward    trace ── its slots ──► references (layer input, weights, tables), copies in the lease (the rest)
     backward   exactly the same rows, from the trace; once dropped: recomputed, in any split
 """
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram, RotaryTable
 from sglang_harli.peft_trainer.layers.saved_tensors import Slot, Trace
-from sglang_harli.peft_trainer.memory.interface import Room, TrainMemory
+from sglang_harli.peft_trainer.memory.heap import obtain
+from sglang_harli.train_memory import Lease, TrainMemory
 
 _SMALL = 64  # bytes; what is smaller (scalars, states of random generators) stays where it is
 _SHAPES = 256  # shapes of ranges whose needs are remembered
@@ -35,21 +36,21 @@ class _KeptRange:
     count: int
     program: LayerProgram
     trace: Trace
-    room: Room
+    lease: Lease
 
 
 class KeptActivations:
-    """The kept ranges of the micro-batch in flight, and the rooms that stay for the next one.
+    """The kept ranges of the micro-batch in flight, and the leases that stay for the next one.
 
     Args:
-        memory: gives a space for each layer and range of rows.
+        memory: gives a lease for each layer and range of rows.
     """
 
     def __init__(self, memory: TrainMemory) -> None:
         self._memory = memory
         self._ranges: dict[int, list[_KeptRange]] = {}  # by layer, rising
-        self._spare: list[Room] = []
-        self._idle: set[Room] = set()  # spare ones that no range of this micro-batch has needed
+        self._spare: list[Lease] = []
+        self._idle: set[Lease] = set()  # spare ones that no range of this micro-batch has needed
         self._needs: dict[tuple[object, ...], Needs] = {}  # by what the kernels may depend on
         self._references: set[int] = set()
         self._refused = False
@@ -59,9 +60,9 @@ class KeptActivations:
         self._end_ranges()
         self._references = {_storage(tensor) for tensor in saved}
         self._refused = False
-        for room in self._idle:
-            self._spare.remove(room)
-            room.give_back()
+        for lease in self._idle:
+            self._spare.remove(lease)
+            lease.give_back()
         self._idle = set(self._spare)
 
     # ---- forward
@@ -79,8 +80,8 @@ class KeptActivations:
         if self._refused:
             return None
         key = (layer == 0, program.attend.window, *x.shape[:2])
-        known, room = self._needs.get(key), None
-        if known is not None and (room := self._obtain(known)) is None:
+        known, lease = self._needs.get(key), None
+        if known is not None and (lease := self._obtain(known)) is None:
             return None
         trace = Trace(kept=True)
         out = program.forward(x, rotary, trace)
@@ -92,12 +93,12 @@ class KeptActivations:
         needs = tuple((slots[0].tensor.numel(), slots[0].tensor.dtype) for slots in sources)
         if needs != known:  # the first of its shape
             self._remember(key, needs)
-            room = self._obtain(needs)
-        if room is not None:
-            self._spare.remove(room)
-            self._idle.discard(room)
-            _move(sources, room.carve(_specs(needs)))
-            kept = _KeptRange(start, x.shape[0], program, trace, room)
+            lease = self._obtain(needs)
+        if lease is not None:
+            self._spare.remove(lease)
+            self._idle.discard(lease)
+            _move(sources, lease.carve_all(_specs(needs)))
+            kept = _KeptRange(start, x.shape[0], program, trace, lease)
             self._ranges.setdefault(layer, []).append(kept)
         return out
 
@@ -106,19 +107,19 @@ class KeptActivations:
             del self._needs[next(iter(self._needs))]
         self._needs[key] = needs
 
-    def _obtain(self, needs: Needs) -> Room | None:
-        """A spare room for these, had anew where there is none; None ends keeping for this micro-batch."""
+    def _obtain(self, needs: Needs) -> Lease | None:
+        """A spare lease for these, had anew where there is none; None ends keeping for this micro-batch."""
         specs = _specs(needs)
-        fitting = [room for room in self._spare if room.holds(specs)]
+        fitting = [lease for lease in self._spare if lease.holds(specs)]
         if fitting:
-            return min(fitting, key=lambda room: room.nbytes)
-        room = Room.obtain(self._memory, MemoryPurpose.KEPT, specs)
-        if room is None and self.give_back_spare():
-            room = Room.obtain(self._memory, MemoryPurpose.KEPT, specs)
-        self._refused = room is None
-        if room is not None:
-            self._spare.append(room)
-        return room
+            return min(fitting, key=lambda lease: lease.asked_bytes)
+        lease = obtain(self._memory, MemoryPurpose.KEPT, specs)
+        if lease is None and self.give_back_spare():
+            lease = obtain(self._memory, MemoryPurpose.KEPT, specs)
+        self._refused = lease is None
+        if lease is not None:
+            self._spare.append(lease)
+        return lease
 
     # ---- backward
     def next(self, layer: int) -> tuple[int, int] | None:
@@ -139,21 +140,21 @@ class KeptActivations:
 
     # ---- giving back
     def drop_next(self, layer: int) -> None:
-        """The layer's next kept range is kept no longer; its room stays for others."""
-        self._spare.append(self._ranges[layer].pop(0).room)
+        """The layer's next kept range is kept no longer; its lease stays for others."""
+        self._spare.append(self._ranges[layer].pop(0).lease)
 
     def _end_ranges(self) -> None:
         for ranges in self._ranges.values():
-            self._spare += [kept.room for kept in ranges]
+            self._spare += [kept.lease for kept in ranges]
         self._ranges.clear()
 
     def give_back_spare(self) -> bool:
-        """Return the rooms that hold nothing; whether there were any."""
-        rooms, self._spare = self._spare, []
+        """Return the leases that hold nothing; whether there were any."""
+        leases, self._spare = self._spare, []
         self._idle.clear()
-        for room in rooms:
-            room.give_back()
-        return bool(rooms)
+        for lease in leases:
+            lease.give_back()
+        return bool(leases)
 
     def drop(self, enough: Callable[[], bool] | None = None) -> bool:
         """Return what is spare and what is kept, and keep no more of this micro-batch; whether there was anything.
@@ -168,7 +169,7 @@ class KeptActivations:
             while ranges:
                 if enough is not None and enough():
                     return gave
-                ranges.pop().room.give_back()
+                ranges.pop().lease.give_back()
                 gave = True
         return gave
 

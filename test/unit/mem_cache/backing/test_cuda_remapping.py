@@ -11,6 +11,7 @@ from sglang_harli.core import MemoryPurpose
 from sglang_harli.mem_cache.backing.cuda import BrokenPoolError, CudaBacking, overhead_bytes
 from sglang_harli.mem_cache.backing.cuda_driver import DriverError
 from sglang_harli.mem_cache.geometry import PoolGeometry
+from sglang_harli.mem_cache.train_arena import TrainArena
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from support.cuda.cuda_driver_double import DriverDouble, RuleBroken
 from support.cuda.cuda_pool import (
@@ -318,10 +319,10 @@ def test_the_pool_leases_it_and_serves_on_when_the_driver_refuses(driver: Driver
     pool = UnifiedPool(backing.geometry, backing)
     slots = pool.slots = Slots(backing.geometry)
     driver.refuse["map"] = 2
-    wanted = [((16, 512), torch.float32)]
-    assert pool.arena.obtain(MemoryPurpose.STATE, wanted) is None
+    wanted, arena = [((16, 512), torch.float32)], TrainArena(pool)
+    assert arena.obtain(MemoryPurpose.STATE, wanted) is None
     assert slots.free == set(backing.geometry.lendable)
-    lease = pool.arena.obtain(MemoryPurpose.STATE, wanted)
+    lease = arena.obtain(MemoryPurpose.STATE, wanted)
     assert lease is not None
     lease.carve(*wanted[0]).fill_(1.0)
     pool.on_pressure = lambda _: lease.give_back()

@@ -2,7 +2,7 @@
 
 The KV cache comes first.  What training holds is given back in this order, until it is enough:
 
-    unused spaces ── kept activations ── the micro-batch in flight ── the state, to host memory ── the run itself
+    unused leases ── kept activations ── the micro-batch in flight ── the state, to host memory ── the run itself
                      (recomputed)        (run again later)            (the last resorts, for requests alone)
 
 The pool asks for it inline, when an allocation is short (``pressure``).  Ahead of need only what can be computed
@@ -20,21 +20,15 @@ import torch
 
 from sglang_harli.config import show_size
 from sglang_harli.core import MemoryPurpose
-from sglang_harli.errors import ConfigError
 from sglang_harli.mem_cache.quota import UNUSED_S
-from sglang_harli.peft_trainer.memory.interface import HeapMemory, Space, Specs, TrainMemory, carved_bytes
+from sglang_harli.mem_cache.train_arena import TrainArena
+from sglang_harli.peft_trainer.memory.heap import HeapMemory
+from sglang_harli.train_memory import TrainMemory
 
 if TYPE_CHECKING:
     from sglang_harli.mem_cache.unified_pool import UnifiedPool
 
 logger = logging.getLogger(__name__)
-
-_WHAT = {
-    MemoryPurpose.KEPT: "kept activations",
-    MemoryPurpose.MICRO_BATCH: "the next micro-batch",
-    MemoryPurpose.STATE: "the adapter and its optimizer",
-}
-
 
 class Tenant(Protocol):
     """What of a training run the desk asks for; each says whether something was given back."""
@@ -45,38 +39,6 @@ class Tenant(Protocol):
     def drop_kept(self, enough: Callable[[], bool]) -> bool: ...
     def drop_micro_batch(self) -> bool: ...
     def spill(self) -> bool: ...
-
-
-class _Lent:
-    """The pool's spaces.  A run does not wait for one that it can never have: separate extents may hold less than
-    their sum, which no estimate knows beforehand."""
-
-    def __init__(self, pool: UnifiedPool) -> None:
-        self._pool = pool
-        self._possible: tuple[object, int] | None = (
-            None  # the last tensors that could be had one day, and the cap
-        )
-
-    def obtain(self, purpose: MemoryPurpose, tensors: Specs) -> Space | None:
-        space = self._pool.arena.obtain(purpose, tensors)
-        if space is None and purpose is not MemoryPurpose.KEPT:
-            self._check(purpose, tensors)
-        return space
-
-    def _check(self, purpose: MemoryPurpose, tensors: Specs) -> None:
-        asked = (tuple((tuple(shape), dtype) for shape, dtype in tensors), self._pool.quota.max_stripes)
-        if asked == self._possible:
-            return
-        if not self._pool.arena.could_ever_obtain(tensors):
-            nbytes = sum(carved_bytes(shape, dtype) for shape, dtype in tensors)
-            most = self._pool.quota.max_stripes * self._pool.geometry.stripe_bytes
-            raise ConfigError(
-                f"{show_size(nbytes)} for {_WHAT[purpose]} can never be had: the pool lends at most {show_size(most)}, "
-                f"on the {self._pool.backing.name} backing: lower batch_size, max_seq_length or lora_r",
-                code="memory_budget",
-                param="batch_size",
-            )
-        self._possible = asked
 
 
 Enough = Callable[[], bool]
@@ -97,7 +59,7 @@ class MemoryDesk:
         reserve_bytes: what was left outside the pool for training, for ``status``.
 
     Attributes:
-        memory: where training's spaces come from.
+        memory: where training's leases come from.
         dropped_micro_batches: in flight, to be run again.
         spills: how often the state was moved to host memory.
         dropped_runs: that went back to their checkpoints.
@@ -113,7 +75,7 @@ class MemoryDesk:
     ) -> None:
         self.pool = pool
         self.fixed_bytes, self.reserve_bytes = fixed_bytes, reserve_bytes
-        self.memory: TrainMemory = HeapMemory(device, fixed_bytes) if pool is None else _Lent(pool)
+        self.memory: TrainMemory = HeapMemory(device, fixed_bytes) if pool is None else TrainArena(pool)
         self.dropped_micro_batches = self.spills = self.dropped_runs = 0
         self._tenant: Tenant | None = None
         self._needs_bytes = 0
@@ -209,7 +171,7 @@ class MemoryDesk:
         if needs is None:
             return None
         purpose, nbytes = needs
-        text = f"{show_size(nbytes)} for {_WHAT[purpose]} is not available now: "
+        text = f"{show_size(nbytes)} for {purpose.text} is not available now: "
         figures, pool = self.status(), self.pool
         total, held = show_size(figures["total_bytes"]), show_size(figures["train_bytes"])
         if pool is None:

@@ -19,10 +19,10 @@ from sglang_harli.failpoints import Point, reach
 from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
-from sglang_harli.peft_trainer.memory.interface import TrainMemory
 from sglang_harli.peft_trainer.run import QuantumShape, TrainingRun
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import Slot
+from sglang_harli.train_memory import TrainMemory
 
 TOLD_EVERY = 8  # micro-batches of a step; each one where fewer than that are ahead
 
