@@ -16,10 +16,10 @@ from sglang_harli.errors import NotReadyError
 from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
 from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
 from sglang_harli.managers.scheduler.step_timer import BatchLoad
-from sglang_harli.predictor import sweep
+from sglang_harli.predictor.profile import sweep
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
-from sglang_harli.predictor.priors import first_guess, from_table
-from sglang_harli.predictor.profile_table import ProfileKey, load
+from sglang_harli.predictor.profile.priors import first_guess, from_table
+from sglang_harli.predictor.profile.profile_table import ProfileKey, load
 
 KEY = ProfileKey("m", "cpu", "bfloat16", "0.5.16", "")
 LIMITS = {"requests": 4, "row_tokens": 400, "slots": 4096, "vocab": 100, "sampled": 8}

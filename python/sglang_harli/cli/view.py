@@ -20,7 +20,7 @@ from sglang_harli.protocol.public import Event, Job, StatusAnswer
 from sglang_harli.tools import terminal
 
 if TYPE_CHECKING:
-    from sglang_harli.predictor.sweep import Load
+    from sglang_harli.predictor.profile.sweep import Load
 
 PURPOSES = tuple(purpose.value for purpose in MemoryPurpose)
 LINE_EVERY_S = 5.0  # without a terminal, `watch` prints a line when the state changes and this often

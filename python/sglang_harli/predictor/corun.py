@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from sglang_harli.core import LatencyEstimate, QuantumKind
-from sglang_harli.predictor.accuracy import Accuracy
-from sglang_harli.predictor.margin import Margin
+from sglang_harli.predictor.line.accuracy import Accuracy
+from sglang_harli.predictor.line.margin import Margin
 
 PRIOR_RHO = 0.0065  # per SM: the largest that was published for an RTX 6000 Ada
 FORGETTING = 0.99

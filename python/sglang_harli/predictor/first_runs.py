@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from sglang_harli.predictor.accuracy import Accuracy
-from sglang_harli.predictor.margin import Margin
+from sglang_harli.predictor.line.accuracy import Accuracy
+from sglang_harli.predictor.line.margin import Margin
 
 STEP = 0.1  # of the way to the latest ratio, as a logarithm
 BOUND = 1.0  # of a logarithm: no single run says more

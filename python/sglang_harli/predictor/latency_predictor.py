@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from sglang_harli.core import LatencyEstimate, QuantumKind
-from sglang_harli.predictor.accuracy import Accuracy, Score
+from sglang_harli.predictor.line.accuracy import Accuracy, Score
 from sglang_harli.predictor.corun import CoRun
-from sglang_harli.predictor.cost_line import CostLine
-from sglang_harli.predictor.measured_points import MeasuredPoints
-from sglang_harli.predictor.priors import Priors, first_guess
+from sglang_harli.predictor.line.cost_line import CostLine
+from sglang_harli.predictor.profile.measured_points import MeasuredPoints
+from sglang_harli.predictor.profile.priors import Priors, first_guess
 from sglang_harli.predictor.quanta import QuantumLines
 from sglang_harli.predictor.solo import WHOLE, Padding, SoloDecode, SoloPrefill, times
 

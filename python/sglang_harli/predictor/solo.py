@@ -12,10 +12,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 
 from sglang_harli.core import LatencyEstimate
-from sglang_harli.predictor.accuracy import Accuracy
+from sglang_harli.predictor.line.accuracy import Accuracy
 from sglang_harli.predictor.after_training import AfterTraining
-from sglang_harli.predictor.cost_line import CostLine
-from sglang_harli.predictor.recursive import Prior
+from sglang_harli.predictor.line.cost_line import CostLine
+from sglang_harli.predictor.line.recursive import Prior
 
 WHOLE = 0  # the SM share of a device that is not split
 FOLLOWS = 0.1  # how far the level of decode steps goes with each: what disturbs one disturbs the next

@@ -19,9 +19,9 @@ from typing import Any
 
 from sglang_harli.core import PROFILE_ROUTE
 from sglang_harli.errors import ConfigError, HarliError, NotReadyError, UnsupportedError
-from sglang_harli.predictor import profile_table
-from sglang_harli.predictor.profile_table import Found, ProfileTable
-from sglang_harli.predictor.sweep import Load, bodies, grid, missing
+from sglang_harli.predictor.profile import profile_table
+from sglang_harli.predictor.profile.profile_table import Found, ProfileTable
+from sglang_harli.predictor.profile.sweep import Load, bodies, grid, missing
 from sglang_harli.tools.server_process import ServerProcess
 
 TIMEOUT_S = 600.0

@@ -77,9 +77,9 @@ LIGHT = (
     "managers.scheduler.step_timer",
     "managers.scheduler.policy.serving_state",
     "predictor.latency_predictor",
-    "predictor.fit",
-    "predictor.profile_table",
-    "predictor.sweep",
+    "predictor.line.fit",
+    "predictor.profile.profile_table",
+    "predictor.profile.sweep",
 )
 HEAVY = ("torch", "sglang", "transformers", "peft")
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_harli.predictor.accuracy import RECENT, Accuracy
-from sglang_harli.predictor.margin import CAP, FLOOR, PRIOR_RATIO, WINDOW, Margin
+from sglang_harli.predictor.line.accuracy import RECENT, Accuracy
+from sglang_harli.predictor.line.margin import CAP, FLOOR, PRIOR_RATIO, WINDOW, Margin
 
 SCATTER = {
     "normal": lambda rng: max(rng.gauss(1, 0.05), 0.5),

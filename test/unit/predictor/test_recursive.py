@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_harli.predictor.recursive import Prior, RecursiveLine
+from sglang_harli.predictor.line.recursive import Prior, RecursiveLine
 
 PRIOR = Prior((0.015, 0.0015, 1.5e-6))
 TRUTH = (0.007, 0.0009, 4e-7)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from sglang_harli.predictor import profile_table
-from sglang_harli.predictor.priors import Priors, from_table
-from sglang_harli.predictor.profile_table import ProfileKey
+from sglang_harli.predictor.profile import profile_table
+from sglang_harli.predictor.profile.priors import Priors, from_table
+from sglang_harli.predictor.profile.profile_table import ProfileKey
 from sglang_harli.predictor.solo import Padding
 from sglang_harli.protocol.job_limits import ServedLimits
 

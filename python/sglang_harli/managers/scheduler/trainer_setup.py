@@ -31,9 +31,9 @@ from sglang_harli.peft_trainer.base.frozen_base import bind as bind_base
 from sglang_harli.peft_trainer.memory.layout import memory_layout
 from sglang_harli.platforms.cpu.defaults import host_memory_bytes
 from sglang_harli.platforms.cpu.malloc import keep_freed_memory
-from sglang_harli.predictor import priors
+from sglang_harli.predictor.profile import priors
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
-from sglang_harli.predictor.profile_table import ProfileKey
+from sglang_harli.predictor.profile.profile_table import ProfileKey
 from sglang_harli.predictor.solo import Padding
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import ALL_LINEAR

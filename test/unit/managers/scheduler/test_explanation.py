@@ -17,8 +17,8 @@ from sglang_harli.managers.scheduler.policy.slo_ledger import RequestClock
 from sglang_harli.managers.scheduler.policy.yield_time import YieldTime
 from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
-from sglang_harli.predictor.priors import first_guess, from_table
-from sglang_harli.predictor.profile_table import DecodePoint, PrefillPoint, ProfileKey, ProfileTable
+from sglang_harli.predictor.profile.priors import first_guess, from_table
+from sglang_harli.predictor.profile.profile_table import DecodePoint, PrefillPoint, ProfileKey, ProfileTable
 from sglang_harli.protocol.internal import SetOptions
 
 SERVING = {"decode_ms": 10.04, "decode_upper_ms": 12.5, "slack_ms": 7.5, "slack_bound": "tpot"}

@@ -9,8 +9,8 @@ import pytest
 
 from sglang_harli.managers.scheduler.profile_setup import starting_priors
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
-from sglang_harli.predictor.priors import first_guess
-from sglang_harli.predictor.profile_table import DecodePoint, ProfileKey, ProfileTable
+from sglang_harli.predictor.profile.priors import first_guess
+from sglang_harli.predictor.profile.profile_table import DecodePoint, ProfileKey, ProfileTable
 from sglang_harli.predictor.solo import Padding
 
 KEY = ProfileKey("LlamaForCausalLM 512x8", "cpu", "bfloat16", "0.5.16", "attention=torch_native")

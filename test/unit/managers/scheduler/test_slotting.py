@@ -20,7 +20,7 @@ from sglang_harli.managers.scheduler.policy.slotting import (
     Slotting,
 )
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
-from sglang_harli.predictor.priors import first_guess
+from sglang_harli.predictor.profile.priors import first_guess
 
 TARGETS = Targets(tpot_s=0.05, ttft_s=None, max_itl_s=None, busy_quantum_s=0.1, idle_quantum_s=0.25)
 KIND = QuantumKind.BACKWARD

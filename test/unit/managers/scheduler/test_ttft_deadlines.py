@@ -27,7 +27,7 @@ from sglang_harli.managers.scheduler.policy.slo_ledger import (
     backlog_slack,
 )
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
-from sglang_harli.predictor.priors import first_guess
+from sglang_harli.predictor.profile.priors import first_guess
 
 OPTIONS = HarliOptions(ttft_slo_ms=200.0)
 TARGETS = targets_of(OPTIONS)

@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang_harli.errors import HarliError
 from sglang_harli.managers.http.publisher import Publisher
-from sglang_harli.predictor import profile_table, sweep
+from sglang_harli.predictor.profile import profile_table, sweep
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from sglang_harli.managers.scheduler.policy.slo_ledger import (
 )
 from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.predictor.latency_predictor import DECODE, PREFILL, LatencyPredictor
-from sglang_harli.predictor.profile_table import ProfileKey
+from sglang_harli.predictor.profile.profile_table import ProfileKey
 from sglang_harli.protocol import internal
 
 logger = logging.getLogger(__name__)

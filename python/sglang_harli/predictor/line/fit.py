@@ -10,7 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
-from sglang_harli.predictor.recursive import Prior
+from sglang_harli.predictor.line.recursive import Prior
 
 HUBER = 1.345  # standard deviations; 95% efficient where residuals are normal
 ROUNDS = 50

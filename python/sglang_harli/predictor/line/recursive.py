@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sglang_harli.predictor.symmetric import Sym3, inverse, plus, plus_outer, projected, scaled
+from sglang_harli.predictor.line.symmetric import Sym3, inverse, plus, plus_outer, projected, scaled
 
 NOISE = 0.1  # relative scatter of one observation that the information matrix counts in; only its ratio to priors matters
 CLAMP = 3.0  # an observation counts as at most this many times the scatter from the expectation

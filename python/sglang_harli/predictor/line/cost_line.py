@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterable
 
 from sglang_harli.core import LatencyEstimate
-from sglang_harli.predictor.accuracy import Accuracy
-from sglang_harli.predictor.margin import CAP, Margin
-from sglang_harli.predictor.recursive import CLAMP, TINY_S, Prior, RecursiveLine
+from sglang_harli.predictor.line.accuracy import Accuracy
+from sglang_harli.predictor.line.margin import CAP, Margin
+from sglang_harli.predictor.line.recursive import CLAMP, TINY_S, Prior, RecursiveLine
 
 KNOWN = 0.03  # a relative standard deviation of the expectation that the margin covers anyway
 MOST_DOUBT = 1.0

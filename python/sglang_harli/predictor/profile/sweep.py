@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_harli.predictor.profile_table import ProfileTable
+from sglang_harli.predictor.profile.profile_table import ProfileTable
 
 BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 PROMPT_TOKENS = (64, 256, 1024, 4096)
