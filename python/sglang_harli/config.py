@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.errors import ConfigError, shown
 
 FLAG_PREFIX = "--harli-"
@@ -200,11 +200,11 @@ class HarliOptions:
 
     def _check_endpoint(self) -> None:
         path = ipc_path(self.finetune_endpoint)
-        if path is not None and not core.fits_socket(path):
+        if path is not None and not run_paths.fits_socket(path):
             raise _bad(
                 "finetune_endpoint",
                 self.finetune_endpoint,
-                f"a path of at most {core.MAX_SOCKET_PATH} bytes behind ipc:// (this one has "
+                f"a path of at most {run_paths.MAX_SOCKET_PATH} bytes behind ipc:// (this one has "
                 f"{len(os.fsencode(path))}), which is what a Unix socket can have",
             )
         bare = _BARE_IPV6.match(self.finetune_endpoint)

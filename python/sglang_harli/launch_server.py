@@ -98,8 +98,8 @@ def check_options(argv: Sequence[str]) -> HarliOptions:
 
 
 def _check_model(argv: Sequence[str]) -> None:
-    from sglang_harli.core import colon_refusal
     from sglang_harli.errors import ConfigError, shown
+    from sglang_harli.names import colon_refusal
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model-path", "--model", dest="model", nargs="?")

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from sglang_harli import FinetuneClient
-from sglang_harli.core import JobStatus, shm_dir, short_id
+from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError, DataError, HarliError
+from sglang_harli.names import short_id
 from sglang_harli.protocol.public import Job
+from sglang_harli.run_paths import shm_dir
 from sglang_harli.service.data.token_store import TokenReader
 from support.chat_templates import QWEN3
 from support.http import PROMPTS, chat, generate, generate_all, get, post

@@ -16,8 +16,8 @@ from sglang_harli.errors import NotReadyError
 from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
 from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
 from sglang_harli.managers.scheduler.step_timer import BatchLoad
-from sglang_harli.predictor.profile import sweep
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
+from sglang_harli.predictor.profile import sweep
 from sglang_harli.predictor.profile.priors import first_guess, from_table
 from sglang_harli.predictor.profile.profile_table import ProfileKey, load
 

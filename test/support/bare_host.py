@@ -24,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sglang_harli import run_paths
 from sglang_harli.platforms.cpu.engine import CPU_ENGINE_ENV, STAND_IN
 
 os.environ[CPU_ENGINE_ENV] = "1"  # SGLang decides at import which engine it is
@@ -39,7 +40,6 @@ from sglang.srt.models import registry as _models  # noqa: E402, F401  (imports 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # noqa: E402
 from sglang.utils import TypeBasedDispatcher  # noqa: E402
 
-from sglang_harli import core  # noqa: E402
 from sglang_harli.config import HarliOptions  # noqa: E402
 from sglang_harli.core import StepLoad  # noqa: E402
 from sglang_harli.managers.http.publisher import Publisher  # noqa: E402
@@ -119,7 +119,7 @@ def host(options: HarliOptions, model: str, registrations: str) -> None:
     trainer, refusal = trainer_setup.build(scheduler, side)
     assert trainer is not None, refusal
     manager = Manager(args, registrations)
-    endpoint = core.http_endpoint(options.absolute_run_dir)
+    endpoint = run_paths.http_endpoint(options.absolute_run_dir)
     threading.Thread(target=asyncio.run, args=(_publish(manager, endpoint),), daemon=True).start()
     while True:
         while manager.answer_one(trainer):
@@ -148,7 +148,7 @@ def _run_host(asked: dict[str, Any], template: int) -> None:
     for fd in (1, 2):
         os.dup2(log, fd)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(process)d %(message)s")
-    core.make_ipc_dir(asked["options"]["run_dir"])
+    run_paths.make_ipc_dir(asked["options"]["run_dir"])
     host(HarliOptions(**{**asked["options"], "parity": "off"}), asked["model"], asked["registrations"])
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import psutil
 
-from sglang_harli.core import shm_dir
 from sglang_harli.platforms.cpu import engine
+from sglang_harli.run_paths import shm_dir
 
 START_S = 300.0  # start-up takes 14 to 51 s on 2 cores that do nothing else
 STOP_S = 40.0  # SGLang drains for at most 15 s, then kills its tree

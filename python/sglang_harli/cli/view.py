@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sglang_harli.config import show_size
-from sglang_harli.core import MemoryPurpose, short_id
+from sglang_harli.core import MemoryPurpose
+from sglang_harli.names import short_id
 from sglang_harli.protocol.escaping import escaped
 from sglang_harli.protocol.public import Event, Job, StatusAnswer
 from sglang_harli.tools import terminal

@@ -15,8 +15,8 @@ import msgspec
 from sglang_harli.client import exchange, uploading
 from sglang_harli.client.data_source import Data, DataSource
 from sglang_harli.client.exchange import SLICE_S, Exchange, Patience, Steps
-from sglang_harli.core import short_id
 from sglang_harli.errors import ConfigError, NotFoundError
+from sglang_harli.names import short_id
 from sglang_harli.protocol import accepted, public
 from sglang_harli.protocol.public import Event, Job, SetAnswer, StatusAnswer
 

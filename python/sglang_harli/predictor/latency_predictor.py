@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from sglang_harli.core import LatencyEstimate, QuantumKind
-from sglang_harli.predictor.line.accuracy import Accuracy, Score
 from sglang_harli.predictor.corun import CoRun
+from sglang_harli.predictor.line.accuracy import Accuracy, Score
 from sglang_harli.predictor.line.cost_line import CostLine
 from sglang_harli.predictor.profile.measured_points import MeasuredPoints
 from sglang_harli.predictor.profile.priors import Priors, first_guess

@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterable, Mapping
 
 from sglang_harli.core import LatencyEstimate, QuantumKind
-from sglang_harli.predictor.line.cost_line import CostLine
 from sglang_harli.predictor.doubt import Doubt
 from sglang_harli.predictor.first_runs import FirstRuns
+from sglang_harli.predictor.line.cost_line import CostLine
 from sglang_harli.predictor.line.recursive import Prior
 
 ATTENDING = frozenset({QuantumKind.FORWARD, QuantumKind.BACKWARD, QuantumKind.BACKWARD_KEPT})

@@ -12,8 +12,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 
 from sglang_harli.core import LatencyEstimate
-from sglang_harli.predictor.line.accuracy import Accuracy
 from sglang_harli.predictor.after_training import AfterTraining
+from sglang_harli.predictor.line.accuracy import Accuracy
 from sglang_harli.predictor.line.cost_line import CostLine
 from sglang_harli.predictor.line.recursive import Prior
 

@@ -12,8 +12,9 @@ import msgspec
 import orjson
 from msgspec import Meta, Struct, field
 
-from sglang_harli.core import SUFFIX_PATTERN, JobStatus
+from sglang_harli.core import JobStatus
 from sglang_harli.errors import SHOWN, ConfigError, ProtocolError, shown
+from sglang_harli.names import SUFFIX_PATTERN
 from sglang_harli.protocol import accepted
 
 VERSION = 1

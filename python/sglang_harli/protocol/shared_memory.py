@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.failpoints import Write, reach
 from sglang_harli.protocol.internal import SlotRef, TensorRef
 
@@ -69,7 +69,7 @@ class Slot:
         self.nbytes = nbytes
         folder, name = os.path.split(path)
         try:
-            at = core.open_private(Path(folder))
+            at = run_paths.open_private(Path(folder))
             try:
                 self.map = _create(at, name, nbytes, rest) if create else _open(at, name, nbytes)
             finally:
@@ -83,7 +83,7 @@ class Slot:
         """A new slot in ``folder`` (made with mode 0700), its pages faulted in; ``rest`` is called in between."""
         try:
             reach(Write.SLOT)
-            os.close(core.open_private(folder, make=True))
+            os.close(run_paths.open_private(folder, make=True))
         except OSError as error:
             raise _slot_error(error, folder) from error
         slot = cls(str(folder / f"slot-{secrets.token_hex(8)}"), nbytes, create=True, rest=rest)
@@ -166,7 +166,7 @@ def _check_room(fd: int, nbytes: int) -> None:
 def stale(folder: Path) -> list[Path]:
     """The slots in ``folder``, if that is this user's alone."""
     try:
-        os.close(core.open_private(folder))
+        os.close(run_paths.open_private(folder))
     except OSError:
         return []
     return sorted(folder.glob("slot-*"))

@@ -18,7 +18,7 @@ from pathlib import Path
 import uvloop
 import zmq.asyncio
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.config import SERVICE_ENV, ServiceConfig
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol import internal, public
@@ -62,8 +62,8 @@ class App:
         run_dir = Path(config.options.absolute_run_dir)
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         run_dir_modes.close_to_others(run_dir)
-        core.make_ipc_dir(str(run_dir))
-        shm = core.shm_dir(str(run_dir))
+        run_paths.make_ipc_dir(str(run_dir))
+        shm = run_paths.shm_dir(str(run_dir))
         self._context = zmq.asyncio.Context()
         # Threads: files of submits one after the other, politely; the server's tokenizer; checkpoints and slots;
         # reads of events.
@@ -79,7 +79,7 @@ class App:
         self._taking: asyncio.Future[bool] | None = None
         self._http = HttpLink(
             self._context,
-            core.http_endpoint(str(run_dir)),
+            run_paths.http_endpoint(str(run_dir)),
             self._state,
             self._wanted,
             self._take_tokenizer,
@@ -87,7 +87,7 @@ class App:
         self._publication = Publication(self._desk, self._http, self._disk, shm, config.model_path)
         self._driver = RunDriver(self._desk, self._publication, self._disk, shm, self._tokenizer)
         self._scheduler = SchedulerLink(
-            self._context, core.scheduler_endpoint(str(run_dir)), self._hello, self._driver.on_message
+            self._context, run_paths.scheduler_endpoint(str(run_dir)), self._hello, self._driver.on_message
         )
         self._driver.attach(self._scheduler)
         self._options = OptionsDesk(

@@ -24,7 +24,7 @@ from typing import Any
 
 import aiohttp
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.client.clients import AsyncFinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import HarliError
@@ -245,7 +245,7 @@ def run(arch: str, log: Path) -> dict[str, Any]:
                     raise
                 say("stopping the server")
         finally:  # a run directory that is never used again
-            for left in (core.shm_dir(str(runs)), core.ipc_dir(str(runs))):
+            for left in (run_paths.shm_dir(str(runs)), run_paths.ipc_dir(str(runs))):
                 shutil.rmtree(left, ignore_errors=True)
     return summary(measured, expected) | {"total_s": round(time.monotonic() - began, 1)}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import NotReadyError
@@ -205,7 +205,7 @@ def _leftovers(world: World, job: str) -> list[str]:
     found = [str(p) for p in world.run_dir.glob(f"{INCOMING}*")]
     found += [str(p) for p in world.run_dir.glob("ftjob-*") if p.name not in known]
     found += [str(p) for p in paths.folder.rglob("*.tmp")]
-    found += [str(p) for p in core.shm_dir(str(world.run_dir)).glob("*")]
+    found += [str(p) for p in run_paths.shm_dir(str(world.run_dir)).glob("*")]
     return [f"left behind: {what}" for what in (*found, *world.strays())]
 
 

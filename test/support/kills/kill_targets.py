@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 from sglang_harli.failpoints import FAULT_POINTS_ENV, Point
 from support.server import Server, start_server
@@ -203,7 +203,7 @@ class BareWorld:
             assert self._template.stdin is not None
             self._template.stdin.close()
             self._template.wait(30)
-        for folder in (core.shm_dir(str(self.run_dir)), core.ipc_dir(str(self.run_dir)), self.folder):
+        for folder in (run_paths.shm_dir(str(self.run_dir)), run_paths.ipc_dir(str(self.run_dir)), self.folder):
             shutil.rmtree(folder, ignore_errors=True)
 
     # ---- what is seen from outside
@@ -285,7 +285,7 @@ class RealWorld:
     def close(self) -> None:
         if self._server is not None:
             self._server.kill()
-        for folder in (core.shm_dir(str(self.run_dir)), self.folder):
+        for folder in (run_paths.shm_dir(str(self.run_dir)), self.folder):
             shutil.rmtree(folder, ignore_errors=True)
 
     def registrations(self, name: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.protocol import internal, shared_memory
 from support.service.service_peers import Peer, limits
 
@@ -37,7 +37,7 @@ class SchedulerPeer(Peer):
     """
 
     def __init__(self, run_dir: Path, *, step_s: float = 0.0, **changes: Any) -> None:
-        super().__init__(core.scheduler_endpoint(str(run_dir)), "service")
+        super().__init__(run_paths.scheduler_endpoint(str(run_dir)), "service")
         self.step_s = step_s
         self.limits: internal.ServedLimits | None = limits(**changes)
         self.refusal: str | None = None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import zmq
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.errors import ConfigError
 from sglang_harli.protocol import public
@@ -73,7 +73,7 @@ class World:
         self.model, self.port = model, free_port()
         self.service = ServiceProcess(self.run_dir, model, self.port, **options).start()
         self._stack.callback(self._stop)
-        core.make_ipc_dir(str(self.run_dir))
+        run_paths.make_ipc_dir(str(self.run_dir))
         self.client = self._stack.enter_context(
             FinetuneClient(self.service.endpoint, reconnect_timeout_s=LONG_S)
         )
@@ -109,7 +109,7 @@ class World:
 
     def close(self) -> None:
         self._stack.close()
-        for folder in (core.shm_dir(str(self.run_dir)), core.ipc_dir(str(self.run_dir))):
+        for folder in (run_paths.shm_dir(str(self.run_dir)), run_paths.ipc_dir(str(self.run_dir))):
             shutil.rmtree(folder, ignore_errors=True)
 
     def restart(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import zmq
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 from sglang_harli.protocol import internal, shared_memory, tokenizer_state
 from sglang_harli.protocol.job_limits import MemoryLayout
@@ -172,7 +172,7 @@ class HttpPeer(Peer):
     """
 
     def __init__(self, run_dir: Path, tokenizer: TokenizerState | None = None) -> None:
-        super().__init__(core.http_endpoint(str(run_dir)), "to_http")
+        super().__init__(run_paths.http_endpoint(str(run_dir)), "to_http")
         self._run_dir = run_dir
         self.tokenizer = tokenizer
         self.writes = 0

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 
@@ -53,5 +53,5 @@ class ServiceProcess:
 
     def close(self) -> None:
         self.kill()
-        for folder in (core.ipc_dir(str(self.run_dir)), core.shm_dir(str(self.run_dir)), self.folder):
+        for folder in (run_paths.ipc_dir(str(self.run_dir)), run_paths.shm_dir(str(self.run_dir)), self.folder):
             shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,7 @@ import zmq
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang_harli.config import HarliOptions
-from sglang_harli.core import StepLoad, make_ipc_dir, scheduler_endpoint, shm_dir
+from sglang_harli.core import StepLoad
 from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
 from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
 from sglang_harli.managers.scheduler.service_link import ServiceLink
@@ -25,6 +25,7 @@ from sglang_harli.protocol import internal
 from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import ALL_LINEAR, Hyperparameters
 from sglang_harli.protocol.shared_memory import Slot, remove_stale
+from sglang_harli.run_paths import make_ipc_dir, scheduler_endpoint, shm_dir
 
 VOCAB = 97
 

@@ -14,7 +14,7 @@ import zmq
 
 from sglang_harli import AsyncFinetuneClient, FinetuneClient
 from sglang_harli.client import exchange
-from sglang_harli.core import JobStatus, short_id
+from sglang_harli.core import JobStatus
 from sglang_harli.errors import (
     ConfigError,
     DataError,
@@ -23,6 +23,7 @@ from sglang_harli.errors import (
     NotReadyError,
     StateError,
 )
+from sglang_harli.names import short_id
 from sglang_harli.protocol import public
 from support.models import write_tokenizer
 from support.service.service_fixture import until

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import zmq
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol import internal, shared_memory
 from sglang_harli.protocol.shared_memory import Slot, SlotError
@@ -48,17 +48,17 @@ def filled(folder: Path, text: bytes = b"ours") -> internal.SlotRef:
 
 # ------------------------------------------------------------------ folders
 def test_a_folder_is_made_for_this_user_alone(tmp_path: Path) -> None:
-    os.close(core.open_private(tmp_path / "new", make=True))
+    os.close(run_paths.open_private(tmp_path / "new", make=True))
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
     with pytest.raises(FileNotFoundError):
-        core.open_private(tmp_path / "missing")
+        run_paths.open_private(tmp_path / "missing")
 
 
 def test_a_folder_of_ours_that_is_open_to_others_is_closed_to_them(tmp_path: Path) -> None:
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(0o777)
-    os.close(core.open_private(folder))
+    os.close(run_paths.open_private(folder))
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
@@ -68,7 +68,7 @@ def test_a_link_or_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name in ("link", "file"):
         with pytest.raises(PermissionError, match=f"{name} must be a folder of uid .* a link or a file"):
-            core.open_private(tmp_path / name, make=True)
+            run_paths.open_private(tmp_path / name, make=True)
     assert (tmp_path / "target").stat().st_mode & 0o777 == 0o755
 
 
@@ -79,7 +79,7 @@ def test_another_users_folder_is_refused_with_his_uid(tmp_path: Path) -> None:
     with pytest.raises(
         PermissionError, match=rf"his must be a folder of uid 0, and it belongs to uid {OTHER}"
     ):
-        core.open_private(tmp_path / "his", make=True)
+        run_paths.open_private(tmp_path / "his", make=True)
 
 
 # ------------------------------------------------------------------ slots
@@ -192,22 +192,22 @@ def test_sockets_fit_whatever_the_length_of_tmpdir(
     monkeypatch.setenv("TMPDIR", str(tmp))
     run_dir = str(places / "runs")
     try:
-        core.make_ipc_dir(run_dir)
+        run_paths.make_ipc_dir(run_dir)
         with (
             zmq.Context() as context,
             context.socket(zmq.DEALER) as bound,
             context.socket(zmq.DEALER) as peer,
         ):
-            for endpoint in (core.scheduler_endpoint(run_dir), core.http_endpoint(run_dir)):
+            for endpoint in (run_paths.scheduler_endpoint(run_dir), run_paths.http_endpoint(run_dir)):
                 bound.bind(endpoint)
                 peer.connect(endpoint)
                 peer.send(b"hello")
                 assert bound.poll(10_000) and bound.recv() == b"hello"
                 peer.disconnect(endpoint)
         short = length <= 107 - len(f"/harli-{os.getuid()}/{'k' * 16}/scheduler.sock")
-        assert core.ipc_dir(run_dir).parent.parent == (tmp if short else Path("/tmp"))
+        assert run_paths.ipc_dir(run_dir).parent.parent == (tmp if short else Path("/tmp"))
     finally:
-        shutil.rmtree(core.ipc_dir(run_dir), ignore_errors=True)
+        shutil.rmtree(run_paths.ipc_dir(run_dir), ignore_errors=True)
         shutil.rmtree(top)
 
 
@@ -215,7 +215,7 @@ def test_the_length_counts_in_bytes(places: Path, monkeypatch: pytest.MonkeyPatc
     wide = places / ("ü" * 60)
     wide.mkdir()
     monkeypatch.setenv("TMPDIR", str(wide))
-    assert core.ipc_dir("runs").parent.parent == Path("/tmp")
+    assert run_paths.ipc_dir("runs").parent.parent == Path("/tmp")
 
 
 def test_a_runtime_directory_comes_before_the_common_folder(
@@ -225,7 +225,7 @@ def test_a_runtime_directory_comes_before_the_common_folder(
     runtime.mkdir()
     monkeypatch.setenv("TMPDIR", "/" + "t" * 100)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
-    assert core.make_ipc_dir("runs").parent.parent == runtime
+    assert run_paths.make_ipc_dir("runs").parent.parent == runtime
 
 
 @needs_root
@@ -239,9 +239,9 @@ def test_a_place_that_another_user_has_taken_is_passed_over(
     os.chown(taken / "harli-0", OTHER, -1)
     monkeypatch.setenv("TMPDIR", str(taken))
     monkeypatch.setenv("TMP", str(free))
-    assert core.make_ipc_dir("runs").parent.parent == free
+    assert run_paths.make_ipc_dir("runs").parent.parent == free
 
 
 def test_a_place_that_is_missing_is_passed_over(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(places / "missing"))
-    assert core.ipc_dir("runs").parent.parent == Path("/tmp")
+    assert run_paths.ipc_dir("runs").parent.parent == Path("/tmp")

@@ -13,19 +13,18 @@ import pytest
 
 from support.project_files import PACKAGE, module_name, package_files, parse, relative
 
-BASE = {"core", "errors", "failpoints", "config", "protocol", "train_memory"}
+GROUND = {"core", "errors", "failpoints", "names", "run_paths", "train_memory"}
+BASE = GROUND | {"config", "protocol"}
 ROOMS = {"predictor", "mem_cache", "peft_trainer", "service"}
 INSIDE = BASE | ROOMS | {"managers", "server_args", "patches", "platforms"}
 
 # Who may import whom: a room (top-level module or folder) and the other rooms that it may see.
 ALLOWED: dict[str, set[str]] = {
     "": {"client"},  # `from sglang_harli import FinetuneClient`, resolved when asked for
-    "core": set(),
-    "errors": set(),
-    "failpoints": set(),
+    **dict.fromkeys(GROUND - {"train_memory"}, set()),
     "train_memory": {"core"},
-    "config": {"core", "errors"},
-    "protocol": {"core", "errors", "failpoints", "train_memory"},
+    "config": {"core", "errors", "run_paths"},
+    "protocol": GROUND - {"names"},
     **dict.fromkeys(ROOMS, BASE),
     "platforms": {"errors"},
     "patches": BASE | {"platforms"},
@@ -59,6 +58,8 @@ SGLANG = (
 LIGHT = (
     "core",
     "failpoints",
+    "names",
+    "run_paths",
     "train_memory",
     "errors",
     "config",

@@ -16,8 +16,8 @@ from sglang_harli.managers.scheduler.policy.slo_ledger import Slack, Targets
 from sglang_harli.managers.scheduler.policy.waiting_pays import WaitingPays
 from sglang_harli.predictor.corun import in_turns
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
-from sglang_harli.predictor.profile.priors import Priors, first_guess
 from sglang_harli.predictor.line.recursive import Prior
+from sglang_harli.predictor.profile.priors import Priors, first_guess
 from sglang_harli.predictor.solo import WHOLE, Padding
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)

@@ -9,11 +9,18 @@ from hypothesis import strategies as st
 from published_constants import BETA_MS, C_MS, KAPPA_MS, LADDER, RHO, SHARES, corun_s, solo_s
 
 from sglang_harli.core import QuantumKind
-from sglang_harli.predictor.line.fit import line, measured_prior
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
-from sglang_harli.predictor.profile.priors import first_guess, from_table
-from sglang_harli.predictor.profile.profile_table import CorunPoint, DecodePoint, PrefillPoint, ProfileKey, ProfileTable, QuantumPoint
+from sglang_harli.predictor.line.fit import line, measured_prior
 from sglang_harli.predictor.line.recursive import Prior
+from sglang_harli.predictor.profile.priors import first_guess, from_table
+from sglang_harli.predictor.profile.profile_table import (
+    CorunPoint,
+    DecodePoint,
+    PrefillPoint,
+    ProfileKey,
+    ProfileTable,
+    QuantumPoint,
+)
 
 KEY = ProfileKey("m", "cuda", "bfloat16", "0.5.16", "")
 BATCHES = (1, 2, 4, 8, 16, 32, 48, 64)

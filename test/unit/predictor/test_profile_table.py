@@ -11,7 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sglang_harli.core import QuantumKind
-from sglang_harli.predictor.profile.profile_table import CorunPoint, DecodePoint, PrefillPoint, ProfileKey, ProfileTable, QuantumPoint, load
+from sglang_harli.predictor.profile.profile_table import (
+    CorunPoint,
+    DecodePoint,
+    PrefillPoint,
+    ProfileKey,
+    ProfileTable,
+    QuantumPoint,
+    load,
+)
 
 KEY = ProfileKey("LlamaForCausalLM 512x8", "cpu", "bfloat16", "0.5.16", "attention=torch_native")
 TABLE = ProfileTable(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.failpoints import FAULT_POINTS_ENV, Read, Write
@@ -284,7 +284,7 @@ def test_a_last_state_whose_slot_is_gone_is_trained_again(world, faults):
     faults.arm(Write.STATE)
     job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
     until(lambda: events_of(world, job, "warning"), "the first try")
-    for slot in core.shm_dir(str(world.run_dir)).glob("slot-*"):
+    for slot in run_paths.shm_dir(str(world.run_dir)).glob("slot-*"):
         slot.unlink()
     faults.clear()
     assert world.done(job).attempt == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.client.clients import FinetuneClient
 from support.other_user import UID, needs_root, run_python
 from support.service.service_fixture import pairs, until
@@ -88,7 +88,7 @@ def test_an_ipc_endpoint_is_open_to_the_servers_user_alone(model):
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to another user")
 def test_another_users_folder_in_shared_memory_keeps_jobs_waiting_and_nothing_is_put_into_it(own):
     world = own()
-    shm = core.shm_dir(str(world.run_dir))
+    shm = run_paths.shm_dir(str(world.run_dir))
     shm.mkdir(mode=0o777)
     os.chown(shm, UID, -1)
     pid = world.service.process.pid

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sglang_harli import core
+from sglang_harli import names, run_paths
 from sglang_harli.errors import ConfigError, DataError, HarliError, NotFoundError, StateError
 from support.service.scheduler_peer import SchedulerPeer
 from support.service.service_fixture import exchange, pairs, submit_args, until
@@ -24,7 +24,7 @@ def test_from_submit_to_succeeded(world):
     done = world.done(job)
     assert done.step == done.total_steps == 10
     assert done.trained_tokens == 2 * done.data["tokens"]
-    assert done.fine_tuned_model == f"tiny-ft-t-{core.short_id(job.id)}"
+    assert done.fine_tuned_model == f"tiny-ft-t-{names.short_id(job.id)}"
     events = list(world.client.events(job.id))
     assert [e.id for e in events] == list(range(1, len(events) + 1))
     kinds = [e.type for e in events]
@@ -43,7 +43,7 @@ def test_from_submit_to_succeeded(world):
     assert np.array_equal(*saved.values(), world.result(done))
     assert world.scheduler.farthest_ahead <= 2
     until(lambda: not world.scheduler.ring, "the last acknowledgement")
-    assert list(core.shm_dir(str(world.run_dir)).glob("slot-*")) == []
+    assert list(run_paths.shm_dir(str(world.run_dir)).glob("slot-*")) == []
 
 
 def test_one_run_at_a_time_in_order(world):

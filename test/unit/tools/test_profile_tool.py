@@ -16,8 +16,8 @@ from sglang_harli.core import PROFILE_ROUTE, QuantumKind
 from sglang_harli.errors import ConfigError, HarliError, NotReadyError, UnsupportedError
 from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
 from sglang_harli.managers.scheduler.step_timer import BatchLoad
-from sglang_harli.predictor.profile import sweep as sweeping
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
+from sglang_harli.predictor.profile import sweep as sweeping
 from sglang_harli.predictor.profile.measured_points import KEPT_LOADS, MeasuredPoints
 from sglang_harli.predictor.profile.priors import first_guess, from_table
 from sglang_harli.predictor.profile.profile_table import ProfileKey, load

@@ -18,7 +18,7 @@ from typing import Any
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
-from sglang_harli.core import looks_like_adapter
+from sglang_harli.names import looks_like_adapter
 
 NOT_FOUND = 404
 BAD_REQUEST = 400

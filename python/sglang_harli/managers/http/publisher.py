@@ -24,11 +24,11 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from sglang_harli.core import looks_like_adapter
 from sglang_harli.errors import HarliError, NotReadyError, StateError, UnsupportedError
 from sglang_harli.failpoints import Point, reach
 from sglang_harli.managers.http.scheduler_call import call
 from sglang_harli.managers.http.tokenizer_handover import TokenizerHandover
+from sglang_harli.names import looks_like_adapter
 from sglang_harli.patches.lora.request_counts import uses_of
 from sglang_harli.patches.lora.unload import refuse_when_all_are_pinned, unload_when_idle, updates_of
 from sglang_harli.protocol import internal
@@ -52,7 +52,7 @@ class Publisher:
 
     Args:
         tokenizer_manager: SGLang's; all calls run in its event loop.
-        endpoint: core.http_endpoint(run_dir).
+        endpoint: run_paths.http_endpoint(run_dir).
         handover: of this server's tokenizer; None where it has none.
 
     Attributes:

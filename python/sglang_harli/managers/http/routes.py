@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import PROFILE_ROUTE
 from sglang_harli.errors import HarliError
@@ -50,7 +50,7 @@ def install(
     options: HarliOptions = server_args.harli_options()
     if not options.enabled:
         return
-    publisher = Publisher(tokenizer_manager, core.http_endpoint(options.absolute_run_dir), handover)
+    publisher = Publisher(tokenizer_manager, run_paths.http_endpoint(options.absolute_run_dir), handover)
     tokenizer_manager.harli_publisher = publisher
     metrics = MetricsCollector() if server_args.enable_metrics else None
     profile = StartupProfile(publisher, tokenizer_manager, options.profile_budget_s)

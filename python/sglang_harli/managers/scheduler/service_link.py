@@ -36,7 +36,7 @@ class ServiceLink:
     nothing to train.
 
     Args:
-        endpoint: core.scheduler_endpoint(run_dir).
+        endpoint: run_paths.scheduler_endpoint(run_dir).
         make_hello: builds the hello of this moment (limits, run in progress, options).
 
     Attributes:

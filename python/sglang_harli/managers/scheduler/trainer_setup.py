@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from sglang_harli.config import HarliOptions, show_size
-from sglang_harli.core import scheduler_endpoint
 from sglang_harli.errors import UnsupportedError
 from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
 from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
@@ -31,12 +30,13 @@ from sglang_harli.peft_trainer.base.frozen_base import bind as bind_base
 from sglang_harli.peft_trainer.memory.layout import memory_layout
 from sglang_harli.platforms.cpu.defaults import host_memory_bytes
 from sglang_harli.platforms.cpu.malloc import keep_freed_memory
-from sglang_harli.predictor.profile import priors
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
+from sglang_harli.predictor.profile import priors
 from sglang_harli.predictor.profile.profile_table import ProfileKey
 from sglang_harli.predictor.solo import Padding
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import ALL_LINEAR
+from sglang_harli.run_paths import scheduler_endpoint
 
 logger = logging.getLogger(__name__)
 

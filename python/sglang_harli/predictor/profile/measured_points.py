@@ -7,7 +7,14 @@ from collections import deque
 from collections.abc import Hashable
 
 from sglang_harli.core import QuantumKind
-from sglang_harli.predictor.profile.profile_table import DecodePoint, PrefillPoint, ProfileKey, ProfileTable, QuantumPoint, half_octave
+from sglang_harli.predictor.profile.profile_table import (
+    DecodePoint,
+    PrefillPoint,
+    ProfileKey,
+    ProfileTable,
+    QuantumPoint,
+    half_octave,
+)
 
 KEPT_LOADS = 128  # of each list; the one that was not seen for longest goes first
 KEPT_TIMES = 9  # of each load, the latest: a point is their median

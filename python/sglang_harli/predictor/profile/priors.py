@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from sglang_harli.core import QuantumKind
 from sglang_harli.predictor.line.fit import measured_prior
+from sglang_harli.predictor.line.recursive import Prior
 from sglang_harli.predictor.profile.profile_table import ProfileTable
 from sglang_harli.predictor.quanta import ATTENDING
-from sglang_harli.predictor.line.recursive import Prior
 from sglang_harli.predictor.solo import WHOLE, Padding
 
 # A quantum per token, in units of one layer's forward for one token.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable
 
-from sglang_harli.core import JobStatus, short_id
+from sglang_harli.core import JobStatus
+from sglang_harli.names import short_id
 from sglang_harli.service.jobs.transitions import JobRecord
 
 _Place = tuple[int, int, str]  # (-priority, number, id)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import msgspec
 
-from sglang_harli.core import JobStatus, short_id
+from sglang_harli.core import JobStatus
 from sglang_harli.errors import HarliError, NotFoundError, NotReadyError
+from sglang_harli.names import short_id
 from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.public import Event, Job
 from sglang_harli.service.jobs import transitions

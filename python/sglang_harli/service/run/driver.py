@@ -15,9 +15,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sglang_harli.core import short_id
 from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.failpoints import Point, Read, reach
+from sglang_harli.names import short_id
 from sglang_harli.protocol import internal, shared_memory, trouble
 from sglang_harli.protocol.public import CODING_ERRORS
 from sglang_harli.service.data.batches import Batch, Feeder

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from sglang_harli.config import ServiceConfig
-from sglang_harli.core import JobStatus, adapter_name
+from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError, HarliError, NotReadyError, ProtocolError
 from sglang_harli.failpoints import Point, Write, reach
+from sglang_harli.names import adapter_name
 from sglang_harli.protocol.public import (
     MAX_INLINE_BYTES,
     CheckArgs,

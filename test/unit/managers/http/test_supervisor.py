@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 from sglang_harli.errors import StateError, UnsupportedError
 from sglang_harli.managers.http.supervision import supervisor
@@ -294,7 +294,7 @@ def test_the_slots_of_a_run_go_when_the_server_ends_and_before_the_next_one_star
 ) -> None:
     monkeypatch.setattr(supervisor, "SERVICE_MODULE", child_module(LIVES))
     (tmp_path / "runs").mkdir()
-    folder = core.shm_dir(str(tmp_path / "runs"))
+    folder = run_paths.shm_dir(str(tmp_path / "runs"))
     killed = Slot.create(folder, 4096)  # what a killed server left behind
     supervisor.start(server_args(tmp_path / "runs"))
     try:
@@ -330,7 +330,7 @@ while True: signal.pause()
     wait_until(up.exists)
     keeper = supervisor.running()
     assert keeper is not None and keeper.pid is not None
-    held = Slot.create(core.shm_dir(str(tmp_path / "runs")), 4096)
+    held = Slot.create(run_paths.shm_dir(str(tmp_path / "runs")), 4096)
     pid = keeper.pid
     if told:
         supervisor.graceful_end()
@@ -347,7 +347,7 @@ def test_without_a_folder_for_sockets_serving_goes_on_without_the_service(
 ) -> None:
     monkeypatch.setattr(supervisor, "SERVICE_MODULE", child_module(LIVES))
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(core, "ipc_dir", lambda run_dir: tmp_path / "file" / "key")
+    monkeypatch.setattr(run_paths, "ipc_dir", lambda run_dir: tmp_path / "file" / "key")
     supervisor.start(server_args(tmp_path / "runs"))
     try:
         keeper = supervisor.running()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.errors import ConfigError
 from sglang_harli.managers.http.start_up.user_caches import CACHES, provide
 from support.other_user import UID, needs_root, open_folder, run_python
@@ -15,7 +15,7 @@ from support.other_user import UID, needs_root, open_folder, run_python
 
 @pytest.fixture(autouse=True)
 def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "private_tmp", lambda: tmp_path / "private")
+    monkeypatch.setattr(run_paths, "private_tmp", lambda: tmp_path / "private")
 
 
 def test_a_home_that_can_be_written_keeps_its_caches(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_downloads_that_are_there_are_still_read(tmp_path: Path, monkeypatch: py
 def test_where_there_is_no_place_the_variables_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core, "private_tmp", lambda: Path("/dev/null/private"))
+    monkeypatch.setattr(run_paths, "private_tmp", lambda: Path("/dev/null/private"))
     with pytest.raises(
         ConfigError, match=r"set HOME to a folder that can be written, or FLASHINFER_WORKSPACE"
     ):

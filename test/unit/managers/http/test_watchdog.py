@@ -18,7 +18,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.client.clients import AsyncFinetuneClient
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import HarliError, NotReadyError
@@ -97,7 +97,7 @@ async def watched(
     chosen: HarliOptions, keeper: Supervisor, patience: Patience = HASTE
 ) -> AsyncIterator[tuple[Publisher, Watchdog]]:
     manager = SimpleNamespace(served_model_name="base", lora_ref_cache={})
-    publisher = Publisher(manager, core.http_endpoint(chosen.absolute_run_dir))
+    publisher = Publisher(manager, run_paths.http_endpoint(chosen.absolute_run_dir))
     dog = Watchdog(chosen, lambda: keeper, publisher, None, patience)
     keeper.start()
     publisher.start()
@@ -116,7 +116,7 @@ def test_a_service_that_stops_answering_is_killed_and_started_again(
     chosen = options(tmp_path)
     model = str(make_tokenizer_folder(tmp_path / "model"))
     arguments = server_arguments(model)
-    core.make_ipc_dir(chosen.absolute_run_dir)
+    run_paths.make_ipc_dir(chosen.absolute_run_dir)
     keeper = Supervisor(supervisor.SERVICE_MODULE, supervisor.service_environment(chosen, arguments))
 
     async def scenario() -> None:
@@ -145,7 +145,7 @@ def test_a_service_is_not_judged_by_a_watch_that_hears_nothing(tmp_path: Path) -
     chosen = options(tmp_path)
     model = str(make_tokenizer_folder(tmp_path / "model"))
     arguments = server_arguments(model)
-    core.make_ipc_dir(chosen.absolute_run_dir)
+    run_paths.make_ipc_dir(chosen.absolute_run_dir)
     keeper = Supervisor(supervisor.SERVICE_MODULE, supervisor.service_environment(chosen, arguments))
     hasty = Patience(tick_s=0.05, silent=200, starting=600)
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_harli.core import Decision, QuantumKind, Reason, StepLoad, shm_dir
+from sglang_harli.core import Decision, QuantumKind, Reason, StepLoad
 from sglang_harli.managers.scheduler.policy.slo_ledger import Slack
 from sglang_harli.peft_trainer.layers.token_blocks import BLOCK
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import Slot
+from sglang_harli.run_paths import shm_dir
 from support.trainer.co_trainer_host import (
     VOCAB,
     Host,

@@ -10,10 +10,11 @@ import msgspec
 import pytest
 import torch
 
-from sglang_harli.core import Reason, shm_dir
+from sglang_harli.core import Reason
 from sglang_harli.managers.scheduler.training import co_trainer
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.base_print import difference
+from sglang_harli.run_paths import shm_dir
 from support.trainer.co_trainer_host import Host, Peer, batch, give_slot, spec, temporary_run_dir, until
 
 

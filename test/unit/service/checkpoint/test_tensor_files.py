@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sglang_harli.core import shm_dir
 from sglang_harli.protocol import shared_memory
+from sglang_harli.run_paths import shm_dir
 from sglang_harli.service import pacing
 from sglang_harli.service.checkpoint import tensor_files
 from sglang_harli.service.checkpoint.tensor_files import Source

@@ -131,7 +131,7 @@ def test_the_run_directory_is_private(tmp_path, model):
 def test_a_suffix_that_is_accepted_cannot_leave_a_folder():
     import re
 
-    from sglang_harli.core import SUFFIX_PATTERN, adapter_name
+    from sglang_harli.names import SUFFIX_PATTERN, adapter_name
 
     for name in [*NAMES, "a/b", "-x", ".x", "a b", "x" * 41, "", "a\n"]:
         assert not re.match(SUFFIX_PATTERN, name), name

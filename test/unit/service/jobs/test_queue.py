@@ -9,8 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sglang_harli.core import JobStatus, short_id
+from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError, ProtocolError, StateError
+from sglang_harli.names import short_id
 from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.service.jobs import disk_usage
 from sglang_harli.service.jobs.queue_order import QueueOrder

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_harli import core
+from sglang_harli import names
 from sglang_harli.errors import UnsupportedError
 from sglang_harli.peft_trainer.base import model_math
 
@@ -51,7 +51,7 @@ def refuse_flags(server_args: Any) -> None:
             )
     served = server_args.served_model_name
     flag, name = ("--served-model-name", served) if served else ("--model-path", server_args.model_path)
-    reason = core.colon_refusal(name, flag)
+    reason = names.colon_refusal(name, flag)
     if reason is not None:
         raise UnsupportedError(reason, param=flag)
     device = (server_args.device or "cuda").split(":")[0]

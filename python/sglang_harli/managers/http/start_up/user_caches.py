@@ -11,7 +11,7 @@ import os
 import pwd
 from collections.abc import MutableMapping
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.errors import ConfigError
 
 # variable -> (where the cache lies in the home if it is not set, its folder in ours)
@@ -74,10 +74,10 @@ def _kept(name: str, home: str) -> bool:
 
 
 def _cache_folder(lost: list[str]) -> str:
-    folder = core.private_tmp()
+    folder = run_paths.private_tmp()
     try:
         for made in (folder, folder / "cache"):
-            os.close(core.open_private(made, make=True))
+            os.close(run_paths.open_private(made, make=True))
     except OSError as error:
         raise ConfigError(
             f"HOME cannot be written, and there is no other place for caches ({error}): set HOME to a folder that can "

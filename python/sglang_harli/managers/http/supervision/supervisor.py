@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_harli import core
+from sglang_harli import run_paths
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 from sglang_harli.errors import ConfigError, StateError, UnsupportedError
 from sglang_harli.managers.http.supervision.endpoint_check import check_endpoint_free
@@ -303,9 +303,9 @@ def start(server_args: Any) -> None:
     supervisor = Supervisor(SERVICE_MODULE, service_environment(options, server_args))
     _running = supervisor, lock
     atexit.register(stop)
-    shared_memory.remove_stale(core.shm_dir(run_dir))
+    shared_memory.remove_stale(run_paths.shm_dir(run_dir))
     try:
-        core.make_ipc_dir(run_dir)
+        run_paths.make_ipc_dir(run_dir)
     except OSError as error:  # another user's folder, a full disk: no reason not to serve
         supervisor.give_up(f"there is no folder for the sockets of the finetune service ({error})")
         return
@@ -343,5 +343,5 @@ def _end(grace_s: float) -> None:
     supervisor, lock = _running
     _running = None
     supervisor.stop(grace_s)
-    shared_memory.remove_stale(core.shm_dir(lock.run_dir))  # of a run that was in training: it is memory
+    shared_memory.remove_stale(run_paths.shm_dir(lock.run_dir))  # of a run that was in training: it is memory
     lock.release()

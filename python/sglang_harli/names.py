@@ -1,0 +1,41 @@
+"""The names under which adapters are served."""
+
+from __future__ import annotations
+
+import re
+
+ADAPTER_MARK = "-ft-"
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+SUFFIX_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z"
+
+
+def short_id(job_id: str) -> str:
+    """The last eight characters of a job id: what adapter names carry."""
+    return job_id[-8:]
+
+
+def adapter_name(served_name: str, suffix: str | None, job_id: str) -> str:
+    """The name under which a job's adapter is served: ``{base}-ft-{suffix}-{short id}``.
+
+    ``base`` is the last path component of the served model's name; it never holds a colon, which
+    SGLang would read as ``base:adapter``.
+    """
+    base = _UNSAFE.sub("-", served_name.rstrip("/").rsplit("/", 1)[-1]) or "model"
+    middle = f"{suffix}-" if suffix else ""
+    return f"{base}{ADAPTER_MARK}{middle}{short_id(job_id)}"
+
+
+def colon_refusal(served_name: str, flag: str) -> str | None:
+    """Why a name cannot be served, one sentence; None: it can.  SGLang asserts the same, a minute later."""
+    if ":" not in served_name or served_name.lower().startswith(("s3://", "gs://", "az://")):
+        return None
+    fix = served_name.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
+    return (
+        f"{flag} {served_name!r} holds a colon, which SGLang reads as base:adapter in a model's name: give "
+        f"--served-model-name {fix}"
+    )
+
+
+def looks_like_adapter(name: str) -> bool:
+    """Whether a model name has the form of an adapter of ours (so that a miss is a 404)."""
+    return ADAPTER_MARK in name
