@@ -21,7 +21,7 @@ INSIDE = BASE | ROOMS | {"managers", "server_args", "patches", "platforms"}
 # Who may import whom: a room (top-level module or folder) and the other rooms that it may see.
 ALLOWED: dict[str, set[str]] = {
     "": {"client"},  # `from sglang_harli import FinetuneClient`, resolved when asked for
-    **dict.fromkeys(GROUND - {"train_memory"}, set()),
+    **{ground: set() for ground in GROUND - {"train_memory"}},
     "train_memory": {"core"},
     "config": {"core", "errors", "run_paths"},
     "protocol": GROUND - {"names"},
