@@ -22,6 +22,7 @@ from sglang.srt.arg_groups.arg_utils import A, Arg
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.common import get_device, kill_itself_when_parent_died
 
+from sglang_harli.architectures import ALL_LINEAR
 from sglang_harli.config import SWITCH_ENV, SWITCH_SERVE, HarliOptions
 from sglang_harli.errors import ConfigError, HarliError, UnsupportedError
 from sglang_harli.platforms.cpu import defaults as cpu_defaults
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "harli_"
 _SENDER = "_sender_pid"  # in a pickle: of the process that made it
-# What a LoRA job trains by default; the embedding and the head are left out on purpose.
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Twice to four times a job's default rank; each of SGLang's adapter slots is allocated at this rank.
 MAX_LORA_RANK_CPU = 32
 MAX_LORA_RANK_DEVICE = 64
@@ -203,7 +202,8 @@ class HarliServerArgs(_HarliFields, ServerArgs):
             return  # SGLang sizes its slots by the adapters given; jobs that do not fit are refused
         rank = MAX_LORA_RANK_CPU if cpu else MAX_LORA_RANK_DEVICE
         self._default("max_lora_rank", rank, "holds jobs of the default rank, 16, and larger ones")
-        self._default("lora_target_modules", list(LORA_TARGETS), "all linear layers of attention and MLP")
+        # The embedding and the head are left out on purpose.
+        self._default("lora_target_modules", list(ALL_LINEAR), "all linear layers of attention and MLP")
 
     def _loaded_loras(self) -> int:
         """Room for what is given at start and as many again as a batch takes."""

@@ -154,14 +154,14 @@ def test_arguments_travel_and_can_be_made_anew(make_args):
 
 
 def test_values_stay_guarded_after_they_are_resolved(make_args, monkeypatch):
-    from sglang_harli.server_args import LORA_TARGETS
+    from sglang_harli.architectures import ALL_LINEAR
 
     args = make_args(harli_tpot_slo_ms=25.0)
     monkeypatch.setenv("SGLANG_STRICT_CONFIG_MUTATION", "1")
     with pytest.raises(AttributeError, match="assigned after resolution"):
         args.max_running_requests = 3
     args.check_server_args()
-    assert args.lora_target_modules == set(LORA_TARGETS)
+    assert args.lora_target_modules == set(ALL_LINEAR)
 
 
 # ------------------------------------------------------------------ defaults

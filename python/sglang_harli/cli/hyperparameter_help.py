@@ -7,12 +7,13 @@ from typing import Any
 
 import msgspec
 
+from sglang_harli import architectures
 from sglang_harli.protocol import accepted, public
 
 CHOICES = {
     "lr_scheduler": public.SCHEDULERS,
     "on_overflow": public.OVERFLOWS,
-    "target_modules": public.ALL_LINEAR,
+    "target_modules": architectures.ALL_LINEAR,
     "use_rslora": ("true", "false"),
 }
 NOTES = {

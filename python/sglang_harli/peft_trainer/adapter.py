@@ -18,10 +18,11 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from sglang_harli.architectures import INPUT_GROUPS
 from sglang_harli.errors import ConfigError, TrainingError
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.layers.dropout import DropoutMasks
-from sglang_harli.peft_trainer.layers.lora_linear import INPUT_GROUPS, LinearGroup
+from sglang_harli.peft_trainer.layers.lora_linear import LinearGroup
 from sglang_harli.protocol.public import Hyperparameters
 
 _STATE_PREFIX = "base_model.model."

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sglang_harli.architectures import INPUT_GROUPS
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
-from sglang_harli.peft_trainer.layers.lora_linear import INPUT_GROUPS, LinearGroup
+from sglang_harli.peft_trainer.layers.lora_linear import LinearGroup
 from sglang_harli.peft_trainer.layers.rms_norm import RmsNorm
 from sglang_harli.peft_trainer.micro_batch_pass import HEAD_BLOCK, training_mode
 

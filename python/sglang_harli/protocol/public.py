@@ -12,6 +12,7 @@ import msgspec
 import orjson
 from msgspec import Meta, Struct, field
 
+from sglang_harli.architectures import ALL_LINEAR
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import SHOWN, ConfigError, ProtocolError, shown
 from sglang_harli.names import SUFFIX_PATTERN
@@ -48,7 +49,6 @@ Suffix = Annotated[
     accepted.words("1 to 40 of A-Z a-z 0-9 . _ - beginning with a letter or digit"),
 ]
 
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULERS = ("linear", "cosine", "constant")
 OVERFLOWS = ("error", "truncate", "drop")
 

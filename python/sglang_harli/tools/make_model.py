@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_harli.architectures import BY_TYPE
 from sglang_harli.errors import ConfigError
 from sglang_harli.managers.http.start_up import user_caches
 from sglang_harli.tools.toy_text import ToyWorld
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = tuple(BY_TYPE)
 DTYPES = ("float32", "bfloat16", "float16")
 
 END_OF_TEXT = "<|endoftext|>"
@@ -206,12 +207,7 @@ def _config(arch: str, shape: Size, tokenizer: Any, dtype: str, overrides: dict[
     import torch
     import transformers
 
-    kinds = {
-        "llama": "LlamaConfig",
-        "mistral": "MistralConfig",
-        "qwen2": "Qwen2Config",
-        "qwen3": "Qwen3Config",
-    }
+    row = BY_TYPE[arch]
     values: dict[str, Any] = {
         "vocab_size": shape.padded_vocab or len(tokenizer),
         "hidden_size": shape.hidden,
@@ -229,11 +225,11 @@ def _config(arch: str, shape: Size, tokenizer: Any, dtype: str, overrides: dict[
     }
     if arch == "mistral":
         values["sliding_window"] = None
-    if arch == "qwen2":
-        del values["head_dim"]  # Qwen2 has none: always hidden_size / heads
+    if not row.own_head_dim:
+        del values["head_dim"]
     values.update(overrides)
-    config = getattr(transformers, kinds[arch])(**values)
-    config.architectures = [kinds[arch].replace("Config", "ForCausalLM")]
+    config = getattr(transformers, row.config)(**values)
+    config.architectures = [row.name]
     config.dtype = getattr(torch, dtype)
     return config
 

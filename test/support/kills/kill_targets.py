@@ -203,7 +203,11 @@ class BareWorld:
             assert self._template.stdin is not None
             self._template.stdin.close()
             self._template.wait(30)
-        for folder in (run_paths.shm_dir(str(self.run_dir)), run_paths.ipc_dir(str(self.run_dir)), self.folder):
+        for folder in (
+            run_paths.shm_dir(str(self.run_dir)),
+            run_paths.ipc_dir(str(self.run_dir)),
+            self.folder,
+        ):
             shutil.rmtree(folder, ignore_errors=True)
 
     # ---- what is seen from outside

@@ -17,10 +17,10 @@ import numpy as np
 import zmq
 
 from sglang_harli import run_paths
+from sglang_harli.architectures import ALL_LINEAR
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 from sglang_harli.protocol import internal, shared_memory, tokenizer_state
 from sglang_harli.protocol.job_limits import MemoryLayout
-from sglang_harli.protocol.public import ALL_LINEAR
 from sglang_harli.protocol.tokenizer_state import TokenizerState
 
 

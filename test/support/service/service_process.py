@@ -53,5 +53,9 @@ class ServiceProcess:
 
     def close(self) -> None:
         self.kill()
-        for folder in (run_paths.ipc_dir(str(self.run_dir)), run_paths.shm_dir(str(self.run_dir)), self.folder):
+        for folder in (
+            run_paths.ipc_dir(str(self.run_dir)),
+            run_paths.shm_dir(str(self.run_dir)),
+            self.folder,
+        ):
             shutil.rmtree(folder, ignore_errors=True)

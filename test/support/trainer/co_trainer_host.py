@@ -11,6 +11,7 @@ import torch
 import zmq
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sglang_harli.architectures import ALL_LINEAR
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import StepLoad
 from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
@@ -23,7 +24,7 @@ from sglang_harli.peft_trainer.base import base_print, frozen_base
 from sglang_harli.peft_trainer.memory.layout import memory_layout
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.micro_batches import padded
-from sglang_harli.protocol.public import ALL_LINEAR, Hyperparameters
+from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.protocol.shared_memory import Slot, remove_stale
 from sglang_harli.run_paths import make_ipc_dir, scheduler_endpoint, shm_dir
 

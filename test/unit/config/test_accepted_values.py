@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_harli import architectures
 from sglang_harli.client import exchange
 from sglang_harli.errors import ConfigError, ProtocolError
 from sglang_harli.protocol import accepted, public
@@ -78,7 +79,7 @@ def test_what_people_write_is_read():
     found = parse_hyperparameters({**texts, "max_seq_length": "None", "target_modules": "all"})
     assert (found.n_epochs, found.batch_size, found.learning_rate) == (3, 10, 1e-4)
     assert (found.use_rslora, found.seed, found.max_seq_length) == (True, 0, None)
-    assert found.target_modules == public.ALL_LINEAR
+    assert found.target_modules == architectures.ALL_LINEAR
     assert parse_hyperparameters({"target_modules": "v_proj,q_proj"}).target_modules == ("v_proj", "q_proj")
 
 

@@ -188,6 +188,8 @@ def test_a_tensor_keeps_its_shape_and_is_aligned():
 
 def test_what_can_never_be_had_is_refused_by_name():
     pool, *_ = small_pool()
-    with pytest.raises(ConfigError, match=r"for the next micro-batch can never be had: .* on the host backing"):
+    with pytest.raises(
+        ConfigError, match=r"for the next micro-batch can never be had: .* on the host backing"
+    ):
         arena_of(pool).obtain(MemoryPurpose.MICRO_BATCH, [((9 * 4 * CHUNK + 1,), torch.uint8)])
     assert arena_of(pool).obtain(MemoryPurpose.KEPT, [((9 * 4 * CHUNK + 1,), torch.uint8)]) is None

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_harli.architectures import ALL_LINEAR
 from sglang_harli.core import MemoryPurpose, QuantumKind
 from sglang_harli.errors import StateError
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
@@ -21,7 +22,7 @@ from sglang_harli.peft_trainer.memory.heap import HeapMemory
 from sglang_harli.peft_trainer.memory.layout import memory_layout, state_dtypes
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.job_limits import MemoryLayout, ServedLimits
-from sglang_harli.protocol.public import ALL_LINEAR, Hyperparameters
+from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.protocol.shared_memory import Slot
 from sglang_harli.train_memory import carved_bytes
 from support.trainer.poisoned_memory import PoisonedMemory

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sglang_harli.architectures import ALL_LINEAR, FUSED
 from sglang_harli.config import HarliOptions, show_size
 from sglang_harli.errors import UnsupportedError
 from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
@@ -35,7 +36,6 @@ from sglang_harli.predictor.profile import priors
 from sglang_harli.predictor.profile.profile_table import ProfileKey
 from sglang_harli.predictor.solo import Padding
 from sglang_harli.protocol import internal
-from sglang_harli.protocol.public import ALL_LINEAR
 from sglang_harli.run_paths import scheduler_endpoint
 
 logger = logging.getLogger(__name__)
@@ -44,11 +44,6 @@ logger = logging.getLogger(__name__)
 _PRIOR_FLOPS = {"cpu": 2e10, "cuda": 5e13}
 # A first guess of what a request more, and a token of context more, add to a decode step, as a share of it.
 _PRIOR_SHARES = {"cpu": (0.1, 1e-4), "cuda": (0.01, 2e-5)}
-
-_FUSED = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
-}
 
 
 def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | None]:
@@ -135,7 +130,7 @@ def served_limits(
 ) -> internal.ServedLimits:
     """What the served model allows a job."""
     served = runner.lora_manager.target_modules  # SGLang's fused names
-    targets = tuple(m for m in ALL_LINEAR if _FUSED.get(m, m) in served)
+    targets = tuple(m for m in ALL_LINEAR if FUSED.get(m, m) in served)
     return internal.ServedLimits(
         architecture=base.config.architectures[0],
         model_path=args.model_path,

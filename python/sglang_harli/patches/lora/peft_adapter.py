@@ -15,21 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_harli.architectures import BY_NAME, FUSED, LINEARS
 from sglang_harli.errors import UnsupportedError
 
-# Of these architectures the linear layers are known by name and size; of others SGLang's own names are checked.
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 PREFIX = "base_model.model."
 _MARKS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 _WEIGHT = re.compile(r"(?P<module>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 _IN_LAYER = re.compile(r"model\.layers\.(?P<index>\d+)\.(?P<inner>.+)")
 _ANY_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _OUTSIDE = {"model.embed_tokens": "embed_tokens", "lm_head": "lm_head", "unembed_tokens": "lm_head"}
-# SGLang's name of the module that serves a PEFT module.
-_FUSED = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
-}
 # Fields of adapter_config.json by which PEFT computes something else than B·A, and what they are.
 _OTHER_MATH = {
     "modules_to_save": "whole modules saved beside the LoRA weights",
@@ -65,23 +59,29 @@ class Model:
 
 
 def model_of(config: Any) -> Model:
-    """``config``: the model's transformers config, as loaded or as SGLang padded it."""
+    """What adapters may name.
+
+    Args:
+        config: the model's transformers config, as loaded or as SGLang padded it.  Of an architecture that is not in
+            our table SGLang's own names are checked.
+    """
     layers = int(config.num_hidden_layers)
-    if next(iter(getattr(config, "architectures", None) or [""])) not in ARCHITECTURES:
+    if next(iter(getattr(config, "architectures", None) or [""])) not in BY_NAME:
         return Model(layers=layers, linears={})
     hidden, heads = config.hidden_size, config.num_attention_heads
     head = getattr(config, "head_dim", None) or hidden // heads
     queries, keys = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
     inner = getattr(config, "original_intermediate_size", None) or config.intermediate_size
-    linears = {
-        "self_attn.q_proj": (hidden, queries),
-        "self_attn.k_proj": (hidden, keys),
-        "self_attn.v_proj": (hidden, keys),
-        "self_attn.o_proj": (queries, hidden),
-        "mlp.gate_proj": (hidden, inner),
-        "mlp.up_proj": (hidden, inner),
-        "mlp.down_proj": (inner, hidden),
+    sizes = {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
     }
+    linears = {f"{place}.{name}": sizes[name] for name, place in LINEARS.items()}
     return Model(layers=layers, linears=linears, embedding=(config.vocab_size, hidden))
 
 
@@ -174,15 +174,15 @@ def check_limits(config: Mapping[str, Any], max_rank: int | None, served: Iterab
     targets = config["target_modules"]
     if served is None or isinstance(targets, str):
         return
-    held = {_FUSED.get(name, name) for name in served}
+    held = {FUSED.get(name, name) for name in served}
     for name in targets if "all" not in held else ():
         leaf = name.rpartition(".")[2]
-        if _FUSED.get(leaf, leaf) not in held and (leaf != "unembed_tokens" or "lm_head" not in held):
+        if FUSED.get(leaf, leaf) not in held and (leaf != "unembed_tokens" or "lm_head" not in held):
             raise UnsupportedError(_not_served(f"target_modules has {name}", name, held))
 
 
 def _not_served(what: str, module: str, held: set[str]) -> str:
-    names = sorted(name for leaf in held for name in ([k for k, v in _FUSED.items() if v == leaf] or [leaf]))
+    names = sorted(name for leaf in held for name in ([k for k, v in FUSED.items() if v == leaf] or [leaf]))
     return (
         f"{what}, and this server serves LoRA for {', '.join(names)}: start it with {module.rpartition('.')[2]} "
         "in --lora-target-modules as well"

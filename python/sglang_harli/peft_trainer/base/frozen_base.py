@@ -16,20 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM
 
+from sglang_harli.architectures import BY_NAME, FUSED
 from sglang_harli.peft_trainer.base import model_math, served_modules
 from sglang_harli.peft_trainer.base.model_math import refuse
 from sglang_harli.peft_trainer.layers.rotary import Rotary, RotaryTable, ServedRotary, model_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CONFIGS: dict[str, Any] = {
-    "LlamaForCausalLM": LlamaConfig,
-    "MistralForCausalLM": MistralConfig,
-    "Qwen2ForCausalLM": Qwen2Config,
-    "Qwen3ForCausalLM": Qwen3Config,
-}
 _DENSE_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 
 
@@ -147,7 +143,8 @@ def _skeleton_config(served: Any) -> Any:
     fields = model_math.math_fields(served)
     architecture = fields.pop("architecture")
     del fields["rope"]
-    return _CONFIGS[architecture](architectures=[architecture], sliding_window=None, **fields)
+    kind = getattr(transformers, BY_NAME[architecture].config)
+    return kind(architectures=[architecture], sliding_window=None, **fields)
 
 
 def _check_dense(sglang_model: nn.Module) -> None:
@@ -195,9 +192,7 @@ def _view(name: str, shape: tuple[int, ...], config: Any, served: dict[str, Tens
     """(name of the served parameter, view of it) for one parameter of the skeleton."""
     owner, _, leaf = name.rpartition(".")
     prefix, _, module = owner.rpartition(".")
-    fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
-    fused |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
-    source = f"{prefix}.{fused[module]}.{leaf}" if module in fused else name
+    source = f"{prefix}.{FUSED[module]}.{leaf}" if module in FUSED else name
     tensor = served.get(source)
     if tensor is None:
         raise refuse(f"the served model has no parameter {source}")

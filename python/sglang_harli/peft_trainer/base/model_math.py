@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sglang_harli.architectures import BY_NAME
 from sglang_harli.errors import UnsupportedError
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Rotary embeddings that are one table of positions in SGLang; dynamic is: SGLang scales it once, at load.
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 WAY_OUT = "; start with --harli-finetune off to serve this model without finetuning"
@@ -42,17 +42,18 @@ COMPUTED = (
     "original_max_position_embeddings",  # goes into rope_parameters
     "max_position_embeddings",
 )
+_ALL = tuple(BY_NAME)
 _LLAMA = ("LlamaForCausalLM", "MistralForCausalLM")  # one file in SGLang
 # Field: (neutral values, architectures whose code reads it, what it asks for).
 REFUSED: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str]] = {
     "partial_rotary_factor": ((None, 1), _LLAMA, "rotates a part of each head"),
     "rope_is_neox_style": ((None, True), _LLAMA, "rotates neighbouring values"),
     "mlp_bias": ((None, False), ("LlamaForCausalLM",), "SGLang leaves these biases out"),
-    "dual_chunk_attention_config": ((None,), ARCHITECTURES, "attends in chunks"),
-    "attention_chunk_size": ((None,), ARCHITECTURES, "attends in chunks"),
-    "is_hybrid_swa": ((None, False), ARCHITECTURES, "attends in sliding windows"),
-    "final_logit_softcapping": ((None, 0), ARCHITECTURES, "caps the logits"),
-    "quantization_config": ((None, {}), ARCHITECTURES, "quantised weights"),
+    "dual_chunk_attention_config": ((None,), _ALL, "attends in chunks"),
+    "attention_chunk_size": ((None,), _ALL, "attends in chunks"),
+    "is_hybrid_swa": ((None, False), _ALL, "attends in sliding windows"),
+    "final_logit_softcapping": ((None, 0), _ALL, "caps the logits"),
+    "quantization_config": ((None, {}), _ALL, "quantised weights"),
 }
 HARMLESS: dict[str, str] = {
     "pad_token_id": "whose embedding transformers keeps from being trained; it is frozen here",
@@ -122,8 +123,8 @@ def check(config: Any) -> None:
         UnsupportedError: naming the field, its value and what is accepted.
     """
     name = architecture(config)
-    if name not in ARCHITECTURES:
-        raise refuse(f"architecture {name} is not supported (supported: {', '.join(ARCHITECTURES)})")
+    if name not in BY_NAME:
+        raise refuse(f"architecture {name} is not supported (supported: {', '.join(BY_NAME)})")
     for field, (neutral, readers, what) in REFUSED.items():
         value = getattr(config, field, None)
         if field == "final_logit_softcapping" and isinstance(value, int | float) and value < 0:

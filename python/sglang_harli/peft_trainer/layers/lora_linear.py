@@ -19,7 +19,6 @@ from sglang_harli.peft_trainer.layers.dropout import DropoutMasks
 from sglang_harli.peft_trainer.layers.saved_tensors import Trace
 
 # q, k and v read one tensor, gate and up another.
-INPUT_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 class LinearGroup:

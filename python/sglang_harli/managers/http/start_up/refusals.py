@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_harli import names
+from sglang_harli.architectures import BY_NAME
 from sglang_harli.errors import UnsupportedError
 from sglang_harli.peft_trainer.base import model_math
 
@@ -70,10 +71,10 @@ def refuse_model(server_args: Any) -> None:
     """
     config = server_args.get_model_config().hf_config
     architectures = list(getattr(config, "architectures", None) or ["unknown"])
-    if architectures[0] not in model_math.ARCHITECTURES:
+    if architectures[0] not in BY_NAME:
         raise UnsupportedError(
             f"{server_args.model_path} is a {architectures[0]}, which cannot be finetuned yet "
-            f"(accepted: {', '.join(model_math.ARCHITECTURES)}): serve it without finetuning by --harli-finetune off",
+            f"(accepted: {', '.join(BY_NAME)}): serve it without finetuning by --harli-finetune off",
             param="--model-path",
         )
     quantisation = getattr(config, "quantization_config", None)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
 class Tenant(Protocol):
     """What of a training run the desk asks for; each says whether something was given back."""
 
