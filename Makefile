@@ -22,7 +22,7 @@ VENV := $(abspath $(or $(HARLI_VENV),.venv))
 BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv
 STAMP := $(VENV)/.harli-installed
-CODE := python test benchmark
+CODE := python test benchmark examples
 
 # The environment is current when the stamp says so: by content, because a checkout does not keep times.
 STATE := $(shell cat pyproject.toml constraints.txt | cksum) $(CURDIR)
@@ -42,7 +42,7 @@ RUN_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false \
 install: $(STAMP)
 
 demo: $(STAMP)
-	@$(RUN_ENV) exec $(BIN)/python -m sglang_harli.tools.demo
+	@$(RUN_ENV) exec $(BIN)/python examples/demo.py
 
 # Tests without a server share the cores, two files at a time; servers need both cores each.  With PYTEST_ARGS a part
 # may have nothing to run, which pytest answers with 5.

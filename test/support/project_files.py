@@ -22,8 +22,8 @@ def package_files() -> list[Path]:
 
 
 def code_files() -> list[Path]:
-    """Every Python file of the project: package, tests and benchmarks."""
-    others = [p for folder in ("test", "benchmark") for p in (ROOT / folder).rglob("*.py")]
+    """Every Python file of the project: package, tests, benchmarks and examples."""
+    others = [p for folder in ("test", "benchmark", "examples") for p in (ROOT / folder).rglob("*.py")]
     return package_files() + sorted(p for p in others if "__pycache__" not in p.parts)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import aiohttp
 
+from request_stream import RequestStream, Served, attainment
 from sglang_harli import run_paths
 from sglang_harli.client.clients import AsyncFinetuneClient
 from sglang_harli.core import JobStatus
@@ -31,7 +32,6 @@ from sglang_harli.errors import HarliError
 from sglang_harli.protocol.public import Job
 from sglang_harli.tools import terminal
 from sglang_harli.tools.make_model import ARCHITECTURES
-from sglang_harli.tools.request_stream import RequestStream, Served, attainment
 from sglang_harli.tools.server_process import ServerProcess
 from sglang_harli.tools.toy_text import Fact, ToyWorld
 
@@ -270,7 +270,7 @@ def _interrupt(number: int, _frame: object) -> None:
 
 def main() -> int:
     """Runs the demo; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m sglang_harli.tools.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python examples/demo.py", description=__doc__)
     parser.add_argument("--arch", default="llama", choices=ARCHITECTURES)
     parser.add_argument("--log", type=Path, default=Path("harli-demo.log"), help="the server's log")
     options = parser.parse_args()
