@@ -29,8 +29,8 @@ from common import report
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import QuantumKind, QuantumOffer, StepLoad
 from sglang_harli.managers.scheduler.policy import qos_policy
-from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
-from sglang_harli.managers.scheduler.policy.slo_ledger import RequestClock
+from sglang_harli.managers.scheduler.policy.serving_state import ServingState
+from sglang_harli.managers.scheduler.policy.slo_ledger import PlainProgress
 from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.managers.scheduler.training.co_trainer import SIZES
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
@@ -156,7 +156,7 @@ def timed(call: Callable[[int], object], calls: int) -> dict[str, float]:
 
 
 def costs(calls: int) -> dict[str, dict[str, float]]:
-    rng, side = random.Random(0), ServingSide(HarliOptions())
+    rng, side = random.Random(0), ServingState(HarliOptions())
     predictor, kind = side.predictor, QuantumKind.BACKWARD
     times = [rng.lognormvariate(0, 0.05) for _ in range(1024)]
     rows = [rng.choice((1, 2, 4, 8)) for _ in range(1024)]
@@ -173,7 +173,7 @@ def costs(calls: int) -> dict[str, dict[str, float]]:
         side.step(prefill, 0.01 * times[n], 0.1)
         for _ in range(rows[n]):
             side.step(decode, 0.01, 0.1)
-    clocks = [RequestClock(0.0, 1.0 + n / 100, 30) for n in range(BATCH)]
+    clocks = [PlainProgress(0.0, 1.0 + n / 100, 30) for n in range(BATCH)]
     load = StepLoad(running=BATCH, context_tokens=500 * BATCH)
 
     def observe(n: int) -> None:

@@ -1,9 +1,9 @@
 """Named points at every durable step, at which a test can stop a process or make a write fail.
 
-Off unless the environment variable ``HARLI_FAULT_POINTS`` names a folder; then ``reach(point)`` looks for
+Off unless the environment variable ``HARLI_FAULT_POINTS`` names a folder; then ``failpoint(point)`` looks for
 a file of the point's name in it.  Its content is one line:
 
-    stop [N]           at the N-th reach (default 1): rename the file to POINT.hit (this process's pid in it)
+    stop [N]           at the N-th failpoint (default 1): rename the file to POINT.hit (this process's pid in it)
                        and hold this thread until POINT.go appears; the test kills what it wants meanwhile
     error ERRNO [N]    the next N reaches (default 1) raise OSError(ERRNO), for example ENOSPC or EROFS
     hang SECONDS       hold this thread so long, once: a process that stops answering without dying
@@ -24,7 +24,7 @@ _folder: Path | None = Path(text) if (text := os.environ.get(FAULT_POINTS_ENV)) 
 _LOOK_EVERY_S = 0.01
 
 
-class Point(enum.StrEnum):
+class Failpoint(enum.StrEnum):
     """Durable steps, in the order in which a job passes them; who reaches each is said behind it."""
 
     DATA_STORED = "data-stored"  # service: the data's folder has its final name, the store knows no job yet
@@ -42,7 +42,7 @@ class Point(enum.StrEnum):
     REGISTERED = "registered"  # HTTP process: the name answers, the service does not know
 
 
-class Write(enum.StrEnum):
+class WriteFailpoint(enum.StrEnum):
     """Writes that a full or read-only disk, or a full shared memory, can refuse."""
 
     DATA = "write-data"  # the submitted file
@@ -58,14 +58,14 @@ class Write(enum.StrEnum):
     TOKENIZER = "write-tokenizer"  # the server's tokenizer and chat template, for the service
 
 
-class Read(enum.StrEnum):
+class ReadFailpoint(enum.StrEnum):
     """Reads that a disk can keep waiting."""
 
     DATA = "read-data"  # service: a job's rows, when its run is prepared
     ROWS = "read-rows"  # service: those of a micro-batch
 
 
-def reach(point: Point | Write | Read) -> None:
+def failpoint(point: Failpoint | WriteFailpoint | ReadFailpoint) -> None:
     """Do what a test has armed at this point; nothing otherwise.
 
     Raises:

@@ -17,7 +17,7 @@ import pytest
 
 from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.core import JobStatus
-from sglang_harli.failpoints import Point
+from sglang_harli.failpoints import Failpoint
 from sglang_harli.protocol.public import Event
 from support.kills.kill_cases import Case, Outcome
 from support.kills.kill_judge import HYPERPARAMETERS, JOB_S, ROWS, Result, reference, run_case, weights
@@ -28,36 +28,36 @@ from support.models import make_model
 pytestmark = pytest.mark.long
 
 SNAPSHOT = (
-    Point.SNAPSHOT_COPIED,
-    Point.FILE_WRITTEN,
-    Point.RENAMED,
-    Point.STORE_COMMITTED,
-    Point.ACKNOWLEDGED,
+    Failpoint.SNAPSHOT_COPIED,
+    Failpoint.FILE_WRITTEN,
+    Failpoint.RENAMED,
+    Failpoint.STORE_COMMITTED,
+    Failpoint.ACKNOWLEDGED,
 )
 EVERY = [
-    *(Case(point, victim) for point in Point for victim in VICTIMS),
+    *(Case(point, victim) for point in Failpoint for victim in VICTIMS),
     # later in a run, in the middle of a step's micro-batches, and at the checkpoint that ends it
-    *(Case(Point.MICRO_BATCH_FED, victim, reach=6) for victim in VICTIMS),
-    *(Case(Point.STEP_APPLIED, victim, reach=3) for victim in VICTIMS),
+    *(Case(Failpoint.MICRO_BATCH_FED, victim, reach=6) for victim in VICTIMS),
+    *(Case(Failpoint.STEP_APPLIED, victim, reach=3) for victim in VICTIMS),
     *(Case(point, victim, final=True) for point in SNAPSHOT for victim in VICTIMS),
 ]
 SAMPLE = [
-    Case(Point.JOB_CREATED, "service"),
-    Case(Point.STEP_APPLIED, "scheduler", reach=3),
-    Case(Point.RENAMED, "all"),
-    Case(Point.STORE_COMMITTED, "service", final=True),
-    Case(Point.LOADED, "scheduler"),
-    Case(Point.REGISTERED, "all"),
+    Case(Failpoint.JOB_CREATED, "service"),
+    Case(Failpoint.STEP_APPLIED, "scheduler", reach=3),
+    Case(Failpoint.RENAMED, "all"),
+    Case(Failpoint.STORE_COMMITTED, "service", final=True),
+    Case(Failpoint.LOADED, "scheduler"),
+    Case(Failpoint.REGISTERED, "all"),
 ]
 SERVER = [
-    Case(Point.DATA_STORED, "service"),
-    Case(Point.STEP_APPLIED, "scheduler", reach=3),
-    Case(Point.STORE_COMMITTED, "all"),
-    Case(Point.ACKNOWLEDGED, "service"),
-    Case(Point.TENSORS_SHARED, "scheduler"),
-    Case(Point.REGISTERED, "all"),
+    Case(Failpoint.DATA_STORED, "service"),
+    Case(Failpoint.STEP_APPLIED, "scheduler", reach=3),
+    Case(Failpoint.STORE_COMMITTED, "all"),
+    Case(Failpoint.ACKNOWLEDGED, "service"),
+    Case(Failpoint.TENSORS_SHARED, "scheduler"),
+    Case(Failpoint.REGISTERED, "all"),
 ]
-SERVER_SAMPLE = [Case(Point.FILE_WRITTEN, "service")]
+SERVER_SAMPLE = [Case(Failpoint.FILE_WRITTEN, "service")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -78,9 +78,9 @@ def _chosen(asked: str, sample: list[Case], every: list[Case]) -> list[Case]:
     if asked in ("", "all"):
         return every if asked else sample
     points = asked.split(",")
-    unknown = sorted(set(points) - set(Point))
+    unknown = sorted(set(points) - set(Failpoint))
     if unknown:
-        raise pytest.UsageError(f"--points {','.join(unknown)}: accepted are all, {', '.join(Point)}")
+        raise pytest.UsageError(f"--points {','.join(unknown)}: accepted are all, {', '.join(Failpoint)}")
     return [case for case in every if case.point in points]
 
 
@@ -154,10 +154,10 @@ def test_watch_sees_a_job_through_the_death_of_everything(
         pytest.skip("--points names points of the bare host")
     world = server.world()
     settings: dict[str, Any] = HYPERPARAMETERS | {"n_epochs": 20, "checkpoint_every": 10}
-    world.faults.arm(Point.STEP_APPLIED, 30)
+    world.faults.arm(Failpoint.STEP_APPLIED, 30)
     with FinetuneClient(world.endpoint) as client:
         job = client.submit(ROWS, **settings)
-        world.faults.hit(Point.STEP_APPLIED)  # it trains no further until everything is dead
+        world.faults.hit(Failpoint.STEP_APPLIED)  # it trains no further until everything is dead
         until(lambda: _saved(list(client.events(job.id))), "a checkpoint", 30)
         output = tmp_path / "watch"
         with _watching(world.endpoint, job.id, output) as watch:

@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sglang_harli.core import QuantumKind
 from sglang_harli.managers.scheduler.step_timer import BatchLoad, EventTimer
-from sglang_harli.managers.scheduler.training.quantum_timer import DeviceClock, Work
+from sglang_harli.managers.scheduler.training.quantum_timer import DeviceQuantumTimer, Work
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer.base.frozen_base import from_transformers
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
 from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import Hyperparameters
-from sglang_harli.protocol.shared_memory import Slot
+from sglang_harli.protocol.shared_memory import SharedBuffer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,7 +102,7 @@ def test_a_snapshot_through_pinned_memory_is_the_state(tmp_path: Path):
     finish(run)
     tensors = run.state_tensors()
     refs, nbytes = state_layout(tensors)
-    slot = Slot.create(tmp_path, nbytes)
+    slot = SharedBuffer.create(tmp_path, nbytes)
     copier = StateCopier(tensors, slot, refs)
     while not copier.done:
         copier.run()
@@ -128,7 +128,7 @@ def test_a_state_that_went_to_host_memory_comes_back_as_it_was():
 
 def test_queued_quanta_count_until_their_events_fire():
     stream = torch.cuda.Stream()
-    clock = DeviceClock(torch.cuda, stream)
+    clock = DeviceQuantumTimer(torch.cuda, stream)
     big = torch.randn(4096, 4096, device="cuda")
     torch.cuda.synchronize()
     with clock.span():

@@ -13,7 +13,7 @@ from sglang_harli.managers.scheduler import control
 from sglang_harli.managers.scheduler.training import adapter_loader
 from sglang_harli.managers.scheduler.training.adapter_loader import AdapterLoader
 from sglang_harli.protocol.internal import SlotRef, TensorRef
-from sglang_harli.protocol.shared_memory import Slot, layout
+from sglang_harli.protocol.shared_memory import SharedBuffer, layout
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
 
@@ -21,9 +21,9 @@ PROMPTS = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
 @pytest.fixture
 def fill_slot(tmp_path):
     """``fill_slot(tensors) -> (Slot, SlotRef)``: tensors as the finetune service writes them."""
-    slots: list[Slot] = []
+    slots: list[SharedBuffer] = []
 
-    def fill(tensors) -> tuple[Slot, SlotRef]:
+    def fill(tensors) -> tuple[SharedBuffer, SlotRef]:
         described = [
             (name, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes)
             for name, t in tensors.items()
@@ -32,7 +32,7 @@ def fill_slot(tmp_path):
         folder = (
             Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) / f"harli-test-{os.getpid()}"
         )
-        slot = Slot.create(folder, nbytes)
+        slot = SharedBuffer.create(folder, nbytes)
         slots.append(slot)
         for ref, tensor in zip(refs, tensors.values(), strict=True):
             slot.view(ref)[:] = tensor.contiguous().numpy().tobytes()

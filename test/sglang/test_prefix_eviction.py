@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_harli.core import MemoryPurpose
-from support.prefix_fixture import SEEDS, STRIPE, World
+from support.prefix_fixture import SEEDS, STRIPE, PrefixCacheUnderTest
 
 
 @pytest.mark.parametrize("page", [1, 4])
 def test_the_least_valuable_entries_go_and_what_is_kept_stays(page):
-    world = World(page=page)
+    world = PrefixCacheUnderTest(page=page)
     entries = [world.cache(STRIPE) for _ in range(9)]  # all but the last 7 pages
     assert world.slots.available_size() == 7 * page
     hot = entries[0]
@@ -34,7 +34,7 @@ def test_the_least_valuable_entries_go_and_what_is_kept_stays(page):
 
 def test_entries_that_came_since_the_last_count_can_go():
     """Nothing was freed since, so nothing makes the counts anew: they must follow what was taken."""
-    world = World()
+    world = PrefixCacheUnderTest()
     assert len(world.slots.free_stripes()) == 9
     for _ in range(9):
         world.cache(STRIPE)
@@ -45,7 +45,7 @@ def test_entries_that_came_since_the_last_count_can_go():
 
 
 def test_a_stripe_that_costs_least_goes_first():
-    world = World(stripes=6)
+    world = PrefixCacheUnderTest(stripes=6)
     world.use(STRIPE - 1)  # stripe 0
     long = world.cache(2 * STRIPE)  # stripes 1, 2
     short = world.cache(STRIPE)  # stripe 3
@@ -57,7 +57,7 @@ def test_a_stripe_that_costs_least_goes_first():
 
 
 def test_old_entries_go_before_new_ones_of_the_same_cost():
-    world = World(stripes=24)
+    world = PrefixCacheUnderTest(stripes=24)
     world.use(STRIPE - 1)
     entries = [world.cache(STRIPE) for _ in range(20)]
     for entry in entries[:4]:
@@ -72,7 +72,7 @@ def test_old_entries_go_before_new_ones_of_the_same_cost():
 
 
 def test_children_go_with_their_parent_and_not_the_other_way():
-    world = World(stripes=6)
+    world = PrefixCacheUnderTest(stripes=6)
     world.use(STRIPE - 1)
     root = world.cache(STRIPE)  # stripe 1
     child = world.cache(STRIPE, after=root)  # took stripes 2 and 3, gave 2 back as duplicates
@@ -87,7 +87,7 @@ def test_children_go_with_their_parent_and_not_the_other_way():
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "priority"])
 def test_what_is_in_use_keeps_its_whole_stripe(policy):
-    world = World(stripes=4, policy=policy)
+    world = PrefixCacheUnderTest(stripes=4, policy=policy)
     world.use(STRIPE - 1)
     locked = world.cache(2)
     world.tree.inc_lock_ref(world.node(locked))
@@ -105,7 +105,7 @@ def test_what_is_in_use_keeps_its_whole_stripe(policy):
 def test_removed_entries_are_told_to_routers():
     from sglang.srt.disaggregation.kv_events import BlockRemoved
 
-    world = World(stripes=4)
+    world = PrefixCacheUnderTest(stripes=4)
     world.use(STRIPE - 1)
     world.cache(STRIPE)
     world.tree.take_events()
@@ -125,9 +125,9 @@ class Late:
         return lambda: self.generation > asked
 
 
-def late_world() -> tuple[World, Late, list[list[int]]]:
+def late_world() -> tuple[PrefixCacheUnderTest, Late, list[list[int]]]:
     late = Late()
-    world = World(stripes=6, fence=late.fence)
+    world = PrefixCacheUnderTest(stripes=6, fence=late.fence)
     world.use(STRIPE - 1)
     entries = [world.cache(STRIPE) for _ in range(3)]
     assert world.evict(1) == 0, "asked for, not here yet"
@@ -149,7 +149,7 @@ def test_on_a_device_it_happens_one_call_later():
 @pytest.mark.parametrize("late", [None, Late()], ids=["host", "device"])
 def test_training_grows_into_the_prefix_cache_down_to_what_is_kept(late):
     now_s = itertools.count(step=1000.0)
-    world = World(stripes=20, fence=late.fence if late else None, clock=lambda: next(now_s))
+    world = PrefixCacheUnderTest(stripes=20, fence=late.fence if late else None, clock=lambda: next(now_s))
     world.use(STRIPE - 1)
     entries = [world.cache(STRIPE) for _ in range(15)]  # 4 stripes are free
     keep = 6 * STRIPE
@@ -195,7 +195,7 @@ def test_caches_without_a_plain_tree_have_nothing_to_evict():
 
     from sglang_harli.mem_cache.kv.prefix_eviction import evict_stripes
 
-    world = World(stripes=4)
+    world = PrefixCacheUnderTest(stripes=4)
     world.use(STRIPE - 1)
     world.cache(STRIPE)
     params = CacheInitParams(
@@ -218,7 +218,7 @@ def test_caches_without_a_plain_tree_have_nothing_to_evict():
 @given(data=st.data(), page=st.sampled_from([1, 4]), keep=st.integers(0, 60), wanted=st.integers(1, 8))
 @settings(deadline=None, max_examples=80)
 def test_any_tree(data, page, keep, wanted):
-    world = World(stripes=data.draw(st.integers(3, 12)), page=page)
+    world = PrefixCacheUnderTest(stripes=data.draw(st.integers(3, 12)), page=page)
     prefixes: list[list[int]] = [[]]
     in_use: list[torch.Tensor] = []
     locked: list[list[int]] = []
@@ -259,7 +259,7 @@ def test_any_tree(data, page, keep, wanted):
 
 @pytest.mark.parametrize("page", [1, 4])
 def test_of_one_long_entry_the_end_goes_and_its_beginning_still_matches(page):
-    world = World(stripes=10, page=page)
+    world = PrefixCacheUnderTest(stripes=10, page=page)
     tokens = world.cache(9 * STRIPE)
     keep = 3 * STRIPE * page
     freed = world.evict(8, keep=keep)
@@ -272,7 +272,7 @@ def test_of_one_long_entry_the_end_goes_and_its_beginning_still_matches(page):
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "slru"])
 def test_the_share_is_kept_for_prefixes_in_use_only_where_memory_cannot_be_done_without(policy):
-    world = World(policy=policy)
+    world = PrefixCacheUnderTest(policy=policy)
     entries = [world.cache(STRIPE) for _ in range(9)]
     for entry in entries[:5]:
         world.age(entry, by_s=120.0)
@@ -293,7 +293,7 @@ def test_the_share_is_kept_for_prefixes_in_use_only_where_memory_cannot_be_done_
 
 
 def test_unused_entries_beyond_the_share_are_not_taken_with_the_used_ones_above_it():
-    world = World()
+    world = PrefixCacheUnderTest()
     entries = [world.cache(STRIPE) for _ in range(9)]
     world.age(entries[0], by_s=120.0)
     keep = world.tree.evictable_size() - 3 * STRIPE  # three may go as it is
@@ -303,7 +303,7 @@ def test_unused_entries_beyond_the_share_are_not_taken_with_the_used_ones_above_
 
 
 def test_a_cut_entry_is_as_old_as_it_was():
-    world = World(stripes=10)
+    world = PrefixCacheUnderTest(stripes=10)
     old, new = world.cache(5 * STRIPE), world.cache(3 * STRIPE)
     world.evict(1, keep=7 * STRIPE)
     world.evict(8, keep=3 * STRIPE)

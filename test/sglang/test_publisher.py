@@ -28,7 +28,7 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.utils import TypeBasedDispatcher
 
 from sglang_harli.managers.http import publisher as publisher_module
-from sglang_harli.managers.http.publisher import TENSOR_PATH, Publisher
+from sglang_harli.managers.http.publisher import TENSOR_PATH, AdapterPublisher
 from sglang_harli.managers.http.tokenizer_handover import TokenizerHandover
 from sglang_harli.patches.lora.request_counts import uses_of
 from sglang_harli.patches.lora.unload import updates_of
@@ -108,7 +108,7 @@ def hooks(sglang_patches: None, monkeypatch: pytest.MonkeyPatch) -> None:
 class Service:
     """The finetune service's end of the pair."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, manager: Manager, publisher: Publisher) -> None:
+    def __init__(self, socket: zmq.asyncio.Socket, manager: Manager, publisher: AdapterPublisher) -> None:
         self.socket, self.manager, self.publisher = socket, manager, publisher
 
     async def receive(self, kind: type[Any]) -> Any:
@@ -144,7 +144,7 @@ async def connected(
 ) -> AsyncIterator[Service]:
     endpoint = f"ipc://{folder}/http.sock"
     manager = Manager(**arguments)
-    manager.harli_publisher = publisher = Publisher(manager, endpoint, handover)  # type: ignore[attr-defined]
+    manager.harli_publisher = publisher = AdapterPublisher(manager, endpoint, handover)  # type: ignore[attr-defined]
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)

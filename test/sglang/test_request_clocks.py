@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from sglang_harli.config import HarliOptions
-from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
+from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 
 CAME_S = 1000.0
 
 
 @pytest.fixture
-def side() -> ServingSide:
-    return ServingSide(HarliOptions(tpot_slo_ms=50.0))
+def side() -> ServingState:
+    return ServingState(HarliOptions(tpot_slo_ms=50.0))
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def req() -> Any:
     return SimpleNamespace(time_stats=stats, output_ids=[1, 2, 3], ended=False)
 
 
-def clock_of(side: ServingSide, req: Any) -> Any:
+def clock_of(side: ServingState, req: Any) -> Any:
     req.finished = lambda: req.ended
     [clock] = side.clocks([req])
     return clock
@@ -62,7 +62,7 @@ def test_a_request_that_was_retracted_before_anything_trained_has_banked_nothing
 
 
 def test_the_gap_bound_runs_from_the_token_of_the_second_prefill(req):
-    side = ServingSide(HarliOptions(tpot_slo_ms=1e6, max_itl_ms=200.0))
+    side = ServingState(HarliOptions(tpot_slo_ms=1e6, max_itl_ms=200.0))
     retract_and_prefill(req)
     assert side.slack([clock_of(side, req)], 100, CAME_S + 15.0, 0.0).seconds > 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sglang_harli.service.rows import content_format
-from sglang_harli.service.rows.encoder import Row, RowError, RowTokenizer
+from sglang_harli.service.rows.encoder import Row, RowEncoder, RowError
 from support.chat_templates import FAMILIES, make_family
 from support.serving_chat import RefusedError, Serving
 
@@ -250,11 +250,11 @@ OURS_ALONE = re.compile(
 
 
 @pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Serving, RowTokenizer]]:
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Serving, RowEncoder]]:
     made = {}
     for name in FAMILIES:
         serving = Serving(make_family(tmp_path_factory.mktemp(name), name))
-        made[name] = serving, RowTokenizer(serving.tokenizer)
+        made[name] = serving, RowEncoder(serving.tokenizer)
     return made
 
 

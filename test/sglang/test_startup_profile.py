@@ -14,7 +14,7 @@ from sglang.srt.managers.tokenizer_manager import ServerStatus
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import NotReadyError
 from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
-from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
+from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.predictor.profile import sweep
@@ -29,7 +29,7 @@ class World:
     """A server that takes ``stall_s`` for a load."""
 
     def __init__(self, run_dir: Path, stall_s: float = 0.0) -> None:
-        self.side = ServingSide(HarliOptions(run_dir=str(run_dir)))
+        self.side = ServingState(HarliOptions(run_dir=str(run_dir)))
         self.side.profile_key = KEY
         self.manager = SimpleNamespace(
             server_status=ServerStatus.Starting, generate_request=self.generate, abort_request=self.abort

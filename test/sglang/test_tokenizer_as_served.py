@@ -13,7 +13,7 @@ import pytest
 from sglang_harli.config import TokenizerFlags
 from sglang_harli.managers.http.tokenizer_handover import hand_over, state_of
 from sglang_harli.protocol import tokenizer_state
-from sglang_harli.service.rows.encoder import RowError, RowTokenizer
+from sglang_harli.service.rows.encoder import RowEncoder, RowError
 from sglang_harli.service.rows.served_tokenizer import ServedTokenizer
 from sglang_harli.service.tokenizer import hidden_torch, model_files, own_tokenizer
 from support.chat_templates import FAMILIES, QWEN3, make_family
@@ -46,14 +46,14 @@ def flags_of(folder: Path, **server_args: Any) -> TokenizerFlags:
     return TokenizerFlags(model_path=str(folder), tokenizer_path=str(folder), **values)
 
 
-def check(folder: Path, **server_args: Any) -> tuple[Serving, RowTokenizer]:
+def check(folder: Path, **server_args: Any) -> tuple[Serving, RowEncoder]:
     """The rows of the handed-over state have the prompts that serving computes; loaded by its path it is the same."""
     serving = Serving(folder, **server_args)
     handover = hand_over(serving.manager, serving.templates, folder)
     assert handover is not None
     state = tokenizer_state.read(folder)
     assert state.fingerprint == handover.fingerprint and state.backend is not None
-    rows = RowTokenizer(ServedTokenizer(state))
+    rows = RowEncoder(ServedTokenizer(state))
     own = own_tokenizer.load(flags_of(folder, **server_args))
     assert own.fingerprint == state.fingerprint
     assert own.stop_ids == frozenset(state.stop_ids)
@@ -177,7 +177,7 @@ def test_a_tokenizer_that_cannot_be_described_still_serves(tmp_path):
 
     serving.manager.tokenizer = Odd()
     assert hand_over(serving.manager, serving.templates, tmp_path) is not None
-    rows = RowTokenizer(ServedTokenizer(tokenizer_state.read(tmp_path)))
+    rows = RowEncoder(ServedTokenizer(tokenizer_state.read(tmp_path)))
     with pytest.raises(RowError, match=r"cannot be used for training .RuntimeError: no such thing"):
         rows.rows(RECORD)
 

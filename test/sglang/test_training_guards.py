@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from sglang.srt.managers.communicator import FanOutCommunicator
+from unit.co_trainer_host import Host, Peer, spec, temporary_run_dir, until
 
-from sglang_harli.managers.http.publisher import Publisher
+from sglang_harli.managers.http.publisher import AdapterPublisher
 from sglang_harli.managers.http.training_guards import end_training, refuse_while_training
 from sglang_harli.managers.scheduler import control
 from sglang_harli.protocol import internal
-from unit.co_trainer_host import Host, Peer, spec, temporary_run_dir, until
 
 
 class Server:
@@ -110,10 +110,12 @@ def test_the_answer_to_a_call_that_was_given_up_is_not_given_to_the_next_caller(
     async def scenario() -> None:
         server.late = True
         await end_training(server.manager, limit_s=0.05)
-        given_up = asyncio.create_task(Publisher(server.manager, "inproc://none").ask("harli/hold", {}))
+        given_up = asyncio.create_task(
+            AdapterPublisher(server.manager, "inproc://none").ask("harli/hold", {})
+        )
         await asyncio.sleep(0)
         given_up.cancel()
-        asked = asyncio.create_task(Publisher(server.manager, "inproc://none").ask("harli/parity", {}))
+        asked = asyncio.create_task(AdapterPublisher(server.manager, "inproc://none").ask("harli/parity", {}))
         await asyncio.sleep(0.05)
         for _ in range(3):
             server.answer()

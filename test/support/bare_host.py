@@ -42,10 +42,10 @@ from sglang.utils import TypeBasedDispatcher  # noqa: E402
 
 from sglang_harli.config import HarliOptions  # noqa: E402
 from sglang_harli.core import StepLoad  # noqa: E402
-from sglang_harli.managers.http.publisher import Publisher  # noqa: E402
+from sglang_harli.managers.http.publisher import AdapterPublisher  # noqa: E402
 from sglang_harli.managers.http.supervision import child_process  # noqa: E402
 from sglang_harli.managers.scheduler import control, trainer_setup  # noqa: E402
-from sglang_harli.managers.scheduler.policy.serving_state import ServingSide  # noqa: E402
+from sglang_harli.managers.scheduler.policy.serving_state import ServingState  # noqa: E402
 from sglang_harli.patches import catalog  # noqa: E402
 from sglang_harli.plugin import TABLE  # noqa: E402
 from support import model_runner  # noqa: E402
@@ -109,7 +109,7 @@ def host(options: HarliOptions, model: str, registrations: str) -> None:
     )
     object.__setattr__(args, "harli_options", lambda: options)  # as HarliServerArgs answers it
     runner = model_runner.build_runner(args)
-    side = ServingSide(options)
+    side = ServingState(options)
     scheduler = SimpleNamespace(
         server_args=args,
         tp_worker=SimpleNamespace(model_runner=runner),
@@ -135,7 +135,7 @@ def host(options: HarliOptions, model: str, registrations: str) -> None:
 
 
 async def _publish(manager: Manager, endpoint: str) -> None:
-    Publisher(manager, endpoint).start()
+    AdapterPublisher(manager, endpoint).start()
     await asyncio.Event().wait()
 
 

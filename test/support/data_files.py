@@ -10,7 +10,7 @@ import pytest
 from sglang_harli.errors import DataError
 from sglang_harli.service.data import dataset
 from sglang_harli.service.data.token_store import TokenReader, TokenWriter
-from sglang_harli.service.rows.encoder import RowTokenizer
+from sglang_harli.service.rows.encoder import RowEncoder
 from support.tokenizer import load_tokenizer, make_tokenizer_folder
 
 A = {"prompt": "Grüße an die Möwe 👋", "completion": " zurück\u2028und\u0085her"}
@@ -19,7 +19,7 @@ B = {"messages": [{"role": "user", "content": "wie weit?"}, {"role": "assistant"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return RowTokenizer(load_tokenizer(make_tokenizer_folder(tmp_path_factory.mktemp("tokenizer"))))
+    return RowEncoder(load_tokenizer(make_tokenizer_folder(tmp_path_factory.mktemp("tokenizer"))))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ STRIPE = 8  # pages
 SEEDS = itertools.count(1_000_000)  # token ids that no other entry has
 
 
-class World:
+class PrefixCacheUnderTest:
     """A pool with its allocator and a radix tree over it."""
 
     def __init__(

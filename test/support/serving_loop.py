@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from sglang_harli.core import SmSplit, StepLoad
 from sglang_harli.managers.scheduler.policy.slo_ledger import Targets
-from sglang_harli.simulation.devices import Rung, TemporalWorld
+from sglang_harli.simulation.devices import Rung, TimeSharedDevice
 from sglang_harli.simulation.policies import TemporalPolicy
 
 PROMPT = 100
@@ -117,8 +117,8 @@ class Served:
         return sum(rows for at_s, rows in self.rows if begin_s <= at_s < end_s)
 
 
-def device(decode_s: float, quantum_s: float, row_s: float, prefill_s: float = 0.0) -> TemporalWorld:
-    return TemporalWorld(
+def device(decode_s: float, quantum_s: float, row_s: float, prefill_s: float = 0.0) -> TimeSharedDevice:
+    return TimeSharedDevice(
         solo=Rung(SmSplit(1, 0), decode_s, 0.0, 0.0, 1.0),
         prefill_s=prefill_s,
         prefill_token_s=0.0,
@@ -127,7 +127,7 @@ def device(decode_s: float, quantum_s: float, row_s: float, prefill_s: float = 0
     )
 
 
-def serve(world: TemporalWorld, policy: TemporalPolicy, arrivals: Arrivals, seconds: float) -> Served:
+def serve(world: TimeSharedDevice, policy: TemporalPolicy, arrivals: Arrivals, seconds: float) -> Served:
     """Prompts first, then decode steps with quanta between them; predictions hold exactly."""
     now_s, step, ended = 0.0, 0, 0
     waiting: list[Request] = []

@@ -56,9 +56,9 @@ def simulate(
             raise ConfigError("give --compare, or a trace with --trace FILE", param="trace")
         from sglang_harli.simulation import command
 
-        wish = {"trace": trace, "limit": limit, "mode": mode, "rate": rate, "prefill": prefill, "seed": seed}
+        given = {"trace": trace, "limit": limit, "mode": mode, "rate": rate, "prefill": prefill, "seed": seed}
         times = {"tpot_ms": tpot_ms, "max_itl_ms": max_itl_ms, "noise": noise, "error": error}
-        result = command.simulate(command.Wish(**wish, **times))
+        result = command.simulate(command.SimulationOptions(**given, **times))
         if current.json:
             print_json(result.as_dict())
         else:

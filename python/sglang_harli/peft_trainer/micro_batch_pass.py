@@ -28,7 +28,7 @@ from sglang_harli.peft_trainer.adapter import Adapter
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
 from sglang_harli.peft_trainer.layers.rms_norm import RmsNorm
-from sglang_harli.peft_trainer.layers.saved_tensors import Trace
+from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
 from sglang_harli.peft_trainer.layers.token_blocks import BLOCK, RowBlocks
 from sglang_harli.peft_trainer.memory.activations import Activations, MicroBatchMemory
 from sglang_harli.peft_trainer.memory.kept_activations import KeptActivations
@@ -309,7 +309,7 @@ class MicroBatchPass:
         targets = self._targets[self.done : self.done + count, None].long()
         hidden, head = self.pieces.base.config.hidden_size, self.pieces.head_weight
         logits, low = self._at.logits[:count], self._at.low[:count]
-        trace, norm = Trace(), self.pieces.norm
+        trace, norm = SavedTensors(), self.pieces.norm
         normed = norm.forward(self._at.saved[-1].view(-1, hidden).index_select(0, places), trace)
         torch.mm(normed, head.t(), out=low)
         if low.dtype != logits.dtype:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from sglang_harli import run_paths
-from sglang_harli.failpoints import Write, reach
+from sglang_harli.failpoints import WriteFailpoint, failpoint
 from sglang_harli.protocol.internal import SlotRef, TensorRef
 
 _ALIGN = 64
@@ -36,7 +36,7 @@ def layout(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> tuple[li
     return refs, max(offset, _ALIGN)
 
 
-class SlotError(OSError):
+class SharedBufferError(OSError):
     """A slot cannot be made or opened; the text says why, and what to do where it is not for lack of room."""
 
 
@@ -54,11 +54,11 @@ def refusal(what: str, error: OSError | MemoryError) -> str:
     return f"shared memory cannot be used for {what}: {error}"
 
 
-class Slot:
+class SharedBuffer:
     """A mapped slot.  ``buffer`` is a writable memoryview over the whole file.
 
     Raises:
-        SlotError: shared memory is full (creating), the file is gone (opening), or it or its folder is not this
+        SharedBufferError: shared memory is full (creating), the file is gone (opening), or it or its folder is not this
             user's alone.
     """
 
@@ -79,10 +79,10 @@ class Slot:
         self.buffer = memoryview(self.map)
 
     @classmethod
-    def create(cls, folder: Path, nbytes: int, rest: Callable[[], None] = lambda: None) -> Slot:
+    def create(cls, folder: Path, nbytes: int, rest: Callable[[], None] = lambda: None) -> SharedBuffer:
         """A new slot in ``folder`` (made with mode 0700), its pages faulted in; ``rest`` is called in between."""
         try:
-            reach(Write.SLOT)
+            failpoint(WriteFailpoint.SLOT)
             os.close(run_paths.open_private(folder, make=True))
         except OSError as error:
             raise _slot_error(error, folder) from error
@@ -94,7 +94,7 @@ class Slot:
         return slot
 
     @classmethod
-    def open(cls, ref: SlotRef) -> Slot:
+    def open(cls, ref: SlotRef) -> SharedBuffer:
         return cls(ref.path, ref.nbytes, create=False)
 
     def ref(self, tensors: list[TensorRef] | None = None) -> SlotRef:
@@ -117,10 +117,10 @@ class Slot:
         Path(self.path).unlink(missing_ok=True)
 
 
-def _slot_error(error: OSError, path: str | Path) -> SlotError:
+def _slot_error(error: OSError, path: str | Path) -> SharedBufferError:
     if error.errno is None:
-        return SlotError(str(error))
-    return SlotError(error.errno, f"{error.strerror} ({path})")
+        return SharedBufferError(str(error))
+    return SharedBufferError(error.errno, f"{error.strerror} ({path})")
 
 
 def _create(at: int, name: str, nbytes: int, rest: Callable[[], None]) -> mmap.mmap:

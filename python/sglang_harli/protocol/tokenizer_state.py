@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from sglang_harli.failpoints import Write, reach
+from sglang_harli.failpoints import WriteFailpoint, failpoint
 
 RULES = 2  # how rows are made of a line; a change of it has stored rows made again
 FILE = "tokenizer.state"
@@ -103,7 +103,7 @@ def write(run_dir: str | Path, content: bytes) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    reach(Write.TOKENIZER)
+    failpoint(WriteFailpoint.TOKENIZER)
     path = Path(run_dir) / FILE
     new = path.with_suffix(".new")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -24,16 +24,16 @@ from sglang_harli.errors import HarliError
 from sglang_harli.protocol import internal, public
 from sglang_harli.protocol.escaping import escaped
 from sglang_harli.service import run_dir_modes
-from sglang_harli.service.endpoint.live_options import SETTING, OptionsDesk
-from sglang_harli.service.endpoint.router import PublicDoor
+from sglang_harli.service.endpoint.live_options import SETTING, LiveOptions
+from sglang_harli.service.endpoint.router import PublicRouter
 from sglang_harli.service.endpoint.subscriptions import Subscriptions
 from sglang_harli.service.endpoint.verbs import Caller, Verbs
-from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.jobs.store import STORE_FILE, JobStore, sqlite_url
 from sglang_harli.service.links.http_link import HttpLink
 from sglang_harli.service.links.scheduler_link import SchedulerLink
-from sglang_harli.service.pacing import be_polite
-from sglang_harli.service.publish.publication import Publication
+from sglang_harli.service.pacing import lower_priority
+from sglang_harli.service.publish.publication import PublicationQueue
 from sglang_harli.service.run.driver import RunDriver
 from sglang_harli.service.submit.submission import Submission, remove_leftovers
 from sglang_harli.service.submit.uploads import Uploads
@@ -67,13 +67,15 @@ class App:
         self._context = zmq.asyncio.Context()
         # Threads: files of submits one after the other, politely; the server's tokenizer; checkpoints and slots;
         # reads of events.
-        self._worker = ThreadPoolExecutor(1, "data", initializer=be_polite, initargs=(10,))
+        self._worker = ThreadPoolExecutor(1, "data", initializer=lower_priority, initargs=(10,))
         self._loader = ThreadPoolExecutor(1, "tokenizer")
-        self._disk = ThreadPoolExecutor(3, "disk", initializer=be_polite, initargs=(19,))
+        self._disk = ThreadPoolExecutor(3, "disk", initializer=lower_priority, initargs=(19,))
         self._readers = ThreadPoolExecutor(1, "reader")
         self._store = JobStore(sqlite_url(run_dir / STORE_FILE))
-        self._desk = JobDesk(self._store, run_dir, config.options.keep_checkpoints)
-        remove_leftovers(run_dir, {record.id for record in self._desk.all()} | set(self._desk.unreadable))
+        self._registry = JobRegistry(self._store, run_dir, config.options.keep_checkpoints)
+        remove_leftovers(
+            run_dir, {record.id for record in self._registry.all()} | set(self._registry.unreadable)
+        )
         self._tokenizer = ModelTokenizer(config, run_dir)
         self._named_tokenizer = ""  # by the last hello of the HTTP process
         self._taking: asyncio.Future[bool] | None = None
@@ -84,34 +86,34 @@ class App:
             self._wanted,
             self._take_tokenizer,
         )
-        self._publication = Publication(self._desk, self._http, self._disk, shm, config.model_path)
-        self._driver = RunDriver(self._desk, self._publication, self._disk, shm, self._tokenizer)
+        self._publication = PublicationQueue(self._registry, self._http, self._disk, shm, config.model_path)
+        self._driver = RunDriver(self._registry, self._publication, self._disk, shm, self._tokenizer)
         self._scheduler = SchedulerLink(
             self._context, run_paths.scheduler_endpoint(str(run_dir)), self._hello, self._driver.on_message
         )
         self._driver.attach(self._scheduler)
-        self._options = OptionsDesk(
+        self._options = LiveOptions(
             config.options,
             self._scheduler,
             self._store.setting(SETTING),
-            lambda text: self._desk.durable(self._desk.journal.put(settings={SETTING: text})),
+            lambda text: self._registry.durable(self._registry.journal.put(settings={SETTING: text})),
         )
         self._uploads = Uploads(run_dir)
         self._submission = Submission(
-            self._desk, self._scheduler, self._tokenizer, config, self._worker, self._uploads
+            self._registry, self._scheduler, self._tokenizer, config, self._worker, self._uploads
         )
-        self._door = PublicDoor(
+        self._door = PublicRouter(
             self._context, config.options.finetune_endpoint, self.handle, config.options.absolute_curve_keys
         )
         self._subscriptions = Subscriptions(self._store, self._readers, self._door.push)
-        self._desk.committed.append(self._subscriptions.committed)
-        self._desk.committed.append(self._tell_new_adapters)
+        self._registry.committed.append(self._subscriptions.committed)
+        self._registry.committed.append(self._tell_new_adapters)
         self._told = 0
         self._verbs = self._make_verbs(config, run_dir)
 
     def _make_verbs(self, config: ServiceConfig, run_dir: Path) -> Verbs:
         return Verbs(
-            desk=self._desk,
+            registry=self._registry,
             submission=self._submission,
             publication=self._publication,
             options=self._options,
@@ -185,7 +187,7 @@ class App:
             scheduler_seen=self._scheduler.hello is not None,
             refusal=self._scheduler.refusal,
             adapters=self._publication.names(),
-            jobs=self._desk.counts(),
+            jobs=self._registry.counts(),
             greeted_by=self._http.pid or 0,
             others=self._publication.others(),
             tokenizer_lost=self._tokenizer.lost,
@@ -224,7 +226,7 @@ class App:
             logger.error("%s", error)
 
     async def _watch_journal(self) -> None:
-        await asyncio.shield(self._desk.journal.ended)
+        await asyncio.shield(self._registry.journal.ended)
         raise HarliError("the journal has ended: the store is not written any more", code="store")
 
     async def _settle(self) -> None:
@@ -234,14 +236,14 @@ class App:
             await asyncio.sleep(0.05)
 
     def close(self) -> None:
-        self._desk.committed.clear()  # no answers to what is still written: the sockets are closing
+        self._registry.committed.clear()  # no answers to what is still written: the sockets are closing
         self._worker.shutdown(wait=False, cancel_futures=True)
         self._loader.shutdown(wait=False, cancel_futures=True)
         self._submission.close()
         self._driver.close()
         self._uploads.close()
         self._disk.shutdown(wait=True, cancel_futures=True)
-        self._desk.journal.close()
+        self._registry.journal.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._store.close()
         self._door.close()

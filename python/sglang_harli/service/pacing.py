@@ -10,7 +10,7 @@ BURST_S = 0.0005  # of work at a time, about
 REST = 4.0  # times as long as the burst before it
 
 
-def be_polite(niceness: int) -> None:
+def lower_priority(niceness: int) -> None:
     """This thread gives way to others: 10 for work that somebody waits for, 19 for what has time."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 

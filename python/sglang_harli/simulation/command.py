@@ -11,14 +11,14 @@ from typing import Any
 from sglang_harli.errors import ConfigError
 from sglang_harli.simulation import compare, engine, report, temporal, trace_files
 from sglang_harli.simulation.compare import Row
-from sglang_harli.simulation.devices import RATE_MODELS, Noise, SpatialWorld, TemporalWorld
+from sglang_harli.simulation.devices import RATE_MODELS, Noise, SpatialDevice, TimeSharedDevice
 
 MODES = ("spatial", "temporal")
 UNITS = {"spatial": "SMs", "temporal": "tokens/s"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class SimulationOptions:
     """The command's options; times in milliseconds.  ``trace`` None: the committed ones."""
 
     trace: str | None = None
@@ -63,56 +63,58 @@ class Result:
         yield f"{self.simulated_s:.0f} simulated seconds in {self.seconds:.1f} s"
 
 
-def simulate(wish: Wish) -> Result:
+def simulate(options: SimulationOptions) -> Result:
     """Every policy on every trace asked for.
 
     Raises:
         ConfigError: an option's value is not accepted.
         DataError: the trace file cannot be read or has a bad row.
     """
-    _check(wish)
+    _check(options)
     begin_s = time.monotonic()
-    if wish.trace:
-        traces = [trace_files.read(wish.trace, limit=wish.limit)]
+    if options.trace:
+        traces = [trace_files.read(options.trace, limit=options.limit)]
     else:
-        most = temporal.MOST_BATCH if wish.mode == "temporal" else math.inf
+        most = temporal.MOST_BATCH if options.mode == "temporal" else math.inf
         traces = [trace for trace in compare.committed() if trace.mean_batch(compare.TPOT_S) < most + 0.5]
-    max_itl_s = None if wish.max_itl_ms is None else wish.max_itl_ms / 1e3
-    targets = engine.targets_of(wish.tpot_ms / 1e3, max_itl_s)
-    noise = Noise(wish.noise, wish.error, wish.seed)
+    max_itl_s = None if options.max_itl_ms is None else options.max_itl_ms / 1e3
+    targets = engine.targets_of(options.tpot_ms / 1e3, max_itl_s)
+    noise = Noise(options.noise, options.error, options.seed)
     rows: list[Row] = []
     for trace in traces:
-        if wish.mode == "temporal":
+        if options.mode == "temporal":
             rows.append(
-                temporal.compare(trace, TemporalWorld(noise=noise, decode_only=not wish.prefill), targets)
+                temporal.compare(
+                    trace, TimeSharedDevice(noise=noise, decode_only=not options.prefill), targets
+                )
             )
             continue
-        models = RATE_MODELS if wish.rate == "both" else (wish.rate,)
+        models = RATE_MODELS if options.rate == "both" else (options.rate,)
         rows += compare.compare(
-            trace, SpatialWorld(noise=noise, decode_only=not wish.prefill), targets, models
+            trace, SpatialDevice(noise=noise, decode_only=not options.prefill), targets, models
         )
     simulated_s = sum(row.simulated_s for row in rows)
-    return Result(wish.mode, rows, simulated_s, time.monotonic() - begin_s)
+    return Result(options.mode, rows, simulated_s, time.monotonic() - begin_s)
 
 
-def _check(wish: Wish) -> None:
-    if wish.mode not in MODES:
-        raise ConfigError(f"--mode {wish.mode!r} is not accepted: give {' or '.join(MODES)}", param="mode")
-    if wish.rate not in (*RATE_MODELS, "both"):
+def _check(options: SimulationOptions) -> None:
+    if options.mode not in MODES:
+        raise ConfigError(f"--mode {options.mode!r} is not accepted: give {' or '.join(MODES)}", param="mode")
+    if options.rate not in (*RATE_MODELS, "both"):
         raise ConfigError(
-            f"--rate {wish.rate!r} is not accepted: give {', '.join(RATE_MODELS)} or both", param="rate"
+            f"--rate {options.rate!r} is not accepted: give {', '.join(RATE_MODELS)} or both", param="rate"
         )
     for name in ("tpot_ms", "max_itl_ms"):
-        value = getattr(wish, name)
+        value = getattr(options, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {value:g} is not accepted: give milliseconds above 0", param=flag)
-    if wish.max_itl_ms is not None and wish.max_itl_ms < wish.tpot_ms:
+    if options.max_itl_ms is not None and options.max_itl_ms < options.tpot_ms:
         raise ConfigError(
-            f"--max-itl-ms {wish.max_itl_ms:g} is below --tpot-ms {wish.tpot_ms:g}: every token would miss it",
+            f"--max-itl-ms {options.max_itl_ms:g} is below --tpot-ms {options.tpot_ms:g}: every token would miss it",
             param="--max-itl-ms",
         )
-    if wish.limit is not None and wish.limit < 1:
+    if options.limit is not None and options.limit < 1:
         raise ConfigError(
-            f"--limit {wish.limit} is not accepted: give a number of rows from 1", param="--limit"
+            f"--limit {options.limit} is not accepted: give a number of rows from 1", param="--limit"
         )

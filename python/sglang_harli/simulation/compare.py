@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_harli.managers.scheduler.policy.slo_ledger import Targets
 from sglang_harli.simulation import engine, policies, trace_files
-from sglang_harli.simulation.devices import RATE_MODELS, Noise, SpatialWorld, finetune_rate
+from sglang_harli.simulation.devices import RATE_MODELS, Noise, SpatialDevice, finetune_rate
 from sglang_harli.simulation.results import Outcome
 from sglang_harli.simulation.traces import Trace
 from sglang_harli.simulation.upper_limit import Limit, limit
@@ -98,7 +98,7 @@ def committed() -> list[Trace]:
 
 def compare(
     trace: Trace,
-    world: SpatialWorld,
+    world: SpatialDevice,
     targets: Targets,
     rate_models: Sequence[str] = RATE_MODELS,
 ) -> Iterator[Row]:
@@ -111,7 +111,7 @@ def compare(
         rates = tuple(finetune_rate(rate_model, rung.split) for rung in world.rungs)
 
         def run(
-            make: Callable[[SpatialWorld], policies.SpatialPolicy], rates: Sequence[float] = rates
+            make: Callable[[SpatialDevice], policies.SpatialPolicy], rates: Sequence[float] = rates
         ) -> Outcome:
             fresh = again(world)
             return engine.run_spatial(trace, fresh, make(fresh), rates, targets)
@@ -130,7 +130,7 @@ def compare(
         yield row
 
 
-def again(world: SpatialWorld) -> SpatialWorld:
+def again(world: SpatialDevice) -> SpatialDevice:
     """The same world with its noise at the beginning."""
     return replace(world, noise=Noise(world.noise.sigma, world.noise.error, world.noise.seed))
 

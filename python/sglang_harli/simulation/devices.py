@@ -129,7 +129,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class SpatialWorld:
+class SpatialDevice:
     """A device whose SMs are divided between decode and training.
 
     Attributes:
@@ -165,7 +165,7 @@ class SpatialWorld:
 
 
 @dataclass(frozen=True)
-class TemporalWorld:
+class TimeSharedDevice:
     """A device that decodes and trains by turns, such as a CPU.
 
     The defaults have the shape of two CPU cores and a model of 25M parameters (docs/architecture.md, section 5):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from sglang_harli.managers.scheduler.policy.slo_ledger import Targets
 from sglang_harli.simulation.batch import Batch
-from sglang_harli.simulation.devices import SpatialWorld, TemporalWorld
+from sglang_harli.simulation.devices import SpatialDevice, TimeSharedDevice
 from sglang_harli.simulation.policies import SpatialPolicy, TemporalPolicy
 from sglang_harli.simulation.results import Outcome, Tally
 from sglang_harli.simulation.traces import Trace
@@ -33,7 +33,7 @@ def targets_of(tpot_s: float, max_itl_s: float | None = None) -> Targets:
 
 def run_spatial(
     trace: Trace,
-    world: SpatialWorld,
+    world: SpatialDevice,
     policy: SpatialPolicy,
     rates: Sequence[float],
     targets: Targets,
@@ -91,7 +91,7 @@ def run_spatial(
 
 def run_temporal(
     trace: Trace,
-    world: TemporalWorld,
+    world: TimeSharedDevice,
     policy: TemporalPolicy,
     targets: Targets,
     *,
@@ -127,14 +127,16 @@ def run_temporal(
             break
         now_s = _train(batch, world, policy, tally, now_s)
     while now_s < tally.window_s:
-        later_s = _train(batch, world, policy, tally, now_s)
-        if later_s == now_s:
+        later_quantum_s = _train(batch, world, policy, tally, now_s)
+        if later_quantum_s == now_s:
             break
-        now_s = later_s
+        now_s = later_quantum_s
     return tally.outcome(policy.name, len(trace.requests), batch.finished, tokens, targets.tpot_s)
 
 
-def _train(batch: Batch, world: TemporalWorld, policy: TemporalPolicy, tally: Tally, now_s: float) -> float:
+def _train(
+    batch: Batch, world: TimeSharedDevice, policy: TemporalPolicy, tally: Tally, now_s: float
+) -> float:
     """Quanta until the policy wants none, or, while nothing is served, until one has run; when that is."""
     begin_s = now_s
     while True:

@@ -16,9 +16,9 @@ from sglang_harli.core import Decision, QuantumKind, QuantumOffer, RungOffer, St
 from sglang_harli.managers.scheduler.policy import qos_policy
 from sglang_harli.managers.scheduler.policy.slo_ledger import (
     IDLE_SEEN_S,
-    Clock,
     PrefillReserve,
     QuietSteps,
+    RequestProgress,
     Slack,
     Targets,
     batch_slack,
@@ -26,7 +26,7 @@ from sglang_harli.managers.scheduler.policy.slo_ledger import (
     spare,
 )
 from sglang_harli.managers.scheduler.policy.slotting import Slotting
-from sglang_harli.simulation.devices import SpatialWorld, TemporalWorld
+from sglang_harli.simulation.devices import SpatialDevice, TimeSharedDevice
 
 JOINS_SEEN = 0.02  # weight of the newest step in the running share of steps that bring a new request
 WHOLE = math.inf  # training runs beside the whole step
@@ -37,7 +37,7 @@ class SpatialPolicy(Protocol):
 
     name: str
 
-    def rung(self, now_s: float, load: StepLoad, running: Sequence[Clock]) -> tuple[int, float]:
+    def rung(self, now_s: float, load: StepLoad, running: Sequence[RequestProgress]) -> tuple[int, float]:
         """The rung of the next step, and the seconds of training launched beside it."""
         ...
 
@@ -46,7 +46,7 @@ class SpatialPolicy(Protocol):
         ...
 
 
-class Margin:
+class RecentMargin:
     """Upper bound over expectation: the 99th percentile of the recent ratios of measured to predicted times."""
 
     def __init__(self, first: float, size: int = 200) -> None:
@@ -76,15 +76,19 @@ class HarliSpatial:
     name = "harli"
 
     def __init__(
-        self, world: SpatialWorld, targets: Targets, rates: Sequence[float], first_margin: float | None = None
+        self,
+        world: SpatialDevice,
+        targets: Targets,
+        rates: Sequence[float],
+        first_margin: float | None = None,
     ) -> None:
         self._world, self._targets, self._rates = world, targets, tuple(rates)
-        self._margin = None if first_margin is None else Margin(first_margin)
+        self._margin = None if first_margin is None else RecentMargin(first_margin)
         self._reserve = PrefillReserve()
         self._current: int | None = None
         self._joins = 1 / qos_policy.QUIET_STEPS
 
-    def rung(self, now_s: float, load: StepLoad, running: Sequence[Clock]) -> tuple[int, float]:
+    def rung(self, now_s: float, load: StepLoad, running: Sequence[RequestProgress]) -> tuple[int, float]:
         joined = any(request.emitted == 1 for request in reversed(running))
         self._joins += JOINS_SEEN * (joined - self._joins)
         ratio = self._margin.ratio if self._margin else 1.0
@@ -98,7 +102,7 @@ class HarliSpatial:
             self._targets,
             quantum_s=self._world.quantum_s * ratio,
             current=self._current,
-            quiet_steps=1 / max(self._joins, 1e-3),
+            steps_between_prefills=1 / max(self._joins, 1e-3),
         )
         self._current = choice.rung
         return choice.rung, choice.train_s / ratio
@@ -137,11 +141,11 @@ class OneRungLadder(_Untaught):
 
     name = "one-rung ladder"
 
-    def __init__(self, world: SpatialWorld, lower_s: float = 0.030, upper_s: float = 0.040) -> None:
+    def __init__(self, world: SpatialDevice, lower_s: float = 0.030, upper_s: float = 0.040) -> None:
         self._world, self._lower_s, self._upper_s = world, lower_s, upper_s
         self._rung = 1  # the most decode; 0 lets training pause, which that ladder does not
 
-    def rung(self, now_s: float, load: StepLoad, running: Sequence[Clock]) -> tuple[int, float]:
+    def rung(self, now_s: float, load: StepLoad, running: Sequence[RequestProgress]) -> tuple[int, float]:
         predicted_s = self._world.predicted_s(self._rung, load.running, load.context_tokens)
         if predicted_s > self._upper_s:
             self._rung = max(self._rung - 1, 1)
@@ -153,12 +157,12 @@ class OneRungLadder(_Untaught):
 class FixedRung(_Untaught):
     """Always the same rung; 0 serves alone and trains while nothing is served."""
 
-    def __init__(self, world: SpatialWorld, rung: int) -> None:
+    def __init__(self, world: SpatialDevice, rung: int) -> None:
         split = world.rungs[rung].split
         self.name = "idle time only" if not split.finetune else f"fixed {split.decode}/{split.finetune}"
         self._rung = rung
 
-    def rung(self, now_s: float, load: StepLoad, running: Sequence[Clock]) -> tuple[int, float]:
+    def rung(self, now_s: float, load: StepLoad, running: Sequence[RequestProgress]) -> tuple[int, float]:
         return self._rung, WHOLE
 
 
@@ -168,10 +172,10 @@ class BatchThreshold(_Untaught):
 
     name = "batch threshold"
 
-    def __init__(self, world: SpatialWorld, divisor: int = 36) -> None:
+    def __init__(self, world: SpatialDevice, divisor: int = 36) -> None:
         self._last, self._divisor = len(world.rungs) - 1, divisor
 
-    def rung(self, now_s: float, load: StepLoad, running: Sequence[Clock]) -> tuple[int, float]:
+    def rung(self, now_s: float, load: StepLoad, running: Sequence[RequestProgress]) -> tuple[int, float]:
         level = max(1, min(self._last, load.running * self._last // self._divisor))
         return self._last + 1 - level, WHOLE
 
@@ -182,7 +186,7 @@ class TemporalPolicy(Protocol):
 
     name: str
 
-    def rows(self, now_s: float, gap_s: float, load: StepLoad, running: Sequence[Clock]) -> int:
+    def rows(self, now_s: float, gap_s: float, load: StepLoad, running: Sequence[RequestProgress]) -> int:
         """Rows of the next quantum, or 0; ``gap_s``: spent on quanta since the last step."""
         ...
 
@@ -196,7 +200,7 @@ class _Quanta:
 
     queued_s, saving, barred = 0.0, False, None
 
-    def __init__(self, world: TemporalWorld, margin: float) -> None:
+    def __init__(self, world: TimeSharedDevice, margin: float) -> None:
         candidates = tuple((rows, world.predicted_quantum_s(rows) * margin) for rows in world.sizes)
         self._offer = QuantumOffer(QuantumKind.BACKWARD, candidates)
 
@@ -223,17 +227,17 @@ class HarliTemporal:
 
     name = "harli"
 
-    def __init__(self, world: TemporalWorld, targets: Targets, margin: float = 1.0) -> None:
+    def __init__(self, world: TimeSharedDevice, targets: Targets, margin: float = 1.0) -> None:
         self.targets = targets
         self._world, self._margin = world, margin
         self._reserve, self._quiet = PrefillReserve(), QuietSteps()
         self._idle_s = -math.inf
         self._slotting = Slotting(_Quanta(world, margin), lambda: self._now_s)
         self._now_s, self._load = 0.0, StepLoad()
-        self._clocks: Sequence[Clock] = ()
+        self._clocks: Sequence[RequestProgress] = ()
         self._due = True
 
-    def rows(self, now_s: float, gap_s: float, load: StepLoad, running: Sequence[Clock]) -> int:
+    def rows(self, now_s: float, gap_s: float, load: StepLoad, running: Sequence[RequestProgress]) -> int:
         self._now_s, self._load, self._clocks = now_s, load, running
         if load.idle:
             self._idle_s = now_s
@@ -277,8 +281,8 @@ class HarliTemporal:
             slack,
             self.targets,
             decode_s=decode_s,
-            quiet_steps=self._quiet.steps,
-            toll_s=0.0,
+            steps_between_prefills=self._quiet.steps,
+            decode_penalty_s=0.0,
             idle_comes=now_s - self._idle_s < IDLE_SEEN_S,
         )
 
@@ -290,7 +294,7 @@ class FixedQuantum:
         self.name = f"fixed {rows} rows"
         self._rows = rows
 
-    def rows(self, now_s: float, gap_s: float, load: StepLoad, running: Sequence[Clock]) -> int:
+    def rows(self, now_s: float, gap_s: float, load: StepLoad, running: Sequence[RequestProgress]) -> int:
         return 0 if load.waiting or gap_s else self._rows
 
     def stepped(self, now_s: float, seconds: float, *, prefill: bool, finished: int = 0) -> None:
@@ -305,7 +309,7 @@ class QuantumBelowBatch(FixedQuantum):
         self.name = f"{rows} rows below {batch}"
         self._batch = batch
 
-    def rows(self, now_s: float, gap_s: float, load: StepLoad, running: Sequence[Clock]) -> int:
+    def rows(self, now_s: float, gap_s: float, load: StepLoad, running: Sequence[RequestProgress]) -> int:
         return super().rows(now_s, gap_s, load, running) if load.running < self._batch else 0
 
 

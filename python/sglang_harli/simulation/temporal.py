@@ -8,16 +8,16 @@ from sglang_harli.managers.scheduler.policy.slo_ledger import Targets
 from sglang_harli.simulation import compare as compare_spatial
 from sglang_harli.simulation import engine, policies
 from sglang_harli.simulation.compare import Row
-from sglang_harli.simulation.devices import Noise, TemporalWorld
+from sglang_harli.simulation.devices import Noise, TimeSharedDevice
 from sglang_harli.simulation.results import Outcome
 from sglang_harli.simulation.traces import Trace
 from sglang_harli.simulation.upper_limit import limit
 
 RATE = "tokens"
-MOST_BATCH = 8  # of the committed traces: more is beyond the device that TemporalWorld describes
+MOST_BATCH = 8  # of the committed traces: more is beyond the device that TimeSharedDevice describes
 
 
-def compare(trace: Trace, world: TemporalWorld, targets: Targets) -> Row:
+def compare(trace: Trace, world: TimeSharedDevice, targets: Targets) -> Row:
     """Our policy, fixed quanta, a threshold on the batch, and serving alone."""
     margin = 1.0 if world.noise.exact else 1.1
 

@@ -14,7 +14,7 @@ from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import ConfigError, DataError, HarliError
 from sglang_harli.protocol.public import OVERFLOWS
 from sglang_harli.service.data.report import data_report
-from sglang_harli.service.rows.encoder import RowTokenizer
+from sglang_harli.service.rows.encoder import RowEncoder
 from sglang_harli.service.tokenizer import model_files, own_tokenizer
 
 
@@ -44,7 +44,7 @@ def check_data(
     path = Path(data)
     open_file(path).close()
     limit = _limit(flags, max_seq_length, on_overflow)
-    tokenizer = RowTokenizer(_load(flags))
+    tokenizer = RowEncoder(_load(flags))
     try:
         found = data_report(
             path, tokenizer, name=as_text(path.name), max_length=limit, on_overflow=on_overflow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sglang_harli.failpoints import Point
+from sglang_harli.failpoints import Failpoint
 
 KINDS = ("lost", "doubled", "differing", "unclean")
 
@@ -16,7 +16,7 @@ class Case:
     final: the job takes no checkpoint but the last one.
     """
 
-    point: Point
+    point: Failpoint
     victim: str
     reach: int = 1
     final: bool = False

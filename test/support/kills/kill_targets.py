@@ -24,7 +24,7 @@ import psutil
 
 from sglang_harli import run_paths
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
-from sglang_harli.failpoints import FAULT_POINTS_ENV, Point
+from sglang_harli.failpoints import FAULT_POINTS_ENV, Failpoint
 from support.server import Server, start_server
 
 VICTIMS = ("service", "scheduler", "all")
@@ -65,20 +65,20 @@ class Faults:
         folder.mkdir(parents=True)
         self.env = {FAULT_POINTS_ENV: str(folder)}
 
-    def arm(self, point: Point, reach: int) -> None:
+    def arm(self, point: Failpoint, reach: int) -> None:
         """Stop the process that reaches ``point`` for the ``reach``-th time."""
         self.clear()
         temporary = self.folder / ".armed"
         temporary.write_text(f"stop {reach}")
         os.replace(temporary, self.folder / point)
 
-    def hit(self, point: Point) -> int:
+    def hit(self, point: Failpoint) -> int:
         """Wait until somebody stands at the point; its pid."""
         armed, hit = self.folder / point, self.folder / f"{point}.hit"
         until(lambda: hit.exists() and not armed.exists(), f"the point {point}", HIT_S)
         return int(hit.read_text())
 
-    def go(self, point: Point) -> None:
+    def go(self, point: Failpoint) -> None:
         (self.folder / f"{point}.go").touch()
 
     def clear(self) -> None:

@@ -49,7 +49,7 @@ class FixedPlan:
 
 
 @dataclass
-class World:
+class LossyNetwork:
     """What outlives a process: store, disk, shared memory, what is on its way, and what was seen to happen."""
 
     store: dict[str, JobRecord] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class World:
 class Service:
     """The volatile half: records in memory, the machine, what is not committed, work under way."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: LossyNetwork) -> None:
         self.world = world
         self.pid = world.new_name()
         self.records = dict(world.store)
@@ -123,7 +123,7 @@ class Service:
         for record in self.records.values():
             self.queue.update(record)
         self.machine = RunMachine(self)
-        self.uncommitted: deque[tuple[transitions.Change, tuple[Effect, ...]]] = deque()
+        self.uncommitted: deque[tuple[transitions.Transition, tuple[Effect, ...]]] = deque()
         self.work: list[Any] = []
         self.publications = {r.id for r in self.records.values() if r.publishing}
         self.stale = list(world.shm)
@@ -144,7 +144,7 @@ class Service:
         return [r for r in self.records.values() if r.base is None]
 
     # ---- effects
-    def apply(self, change: transitions.Change, then: tuple[Effect, ...] = ()) -> None:
+    def apply(self, change: transitions.Transition, then: tuple[Effect, ...] = ()) -> None:
         self.records[change.record.id] = change.record
         self.queue.update(change.record)
         self.uncommitted.append((change, then))

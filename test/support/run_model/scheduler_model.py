@@ -14,7 +14,7 @@ from sglang_harli.service.run import state
 from support.service.service_peers import limits
 
 if TYPE_CHECKING:
-    from support.run_model.run_simulation import World
+    from support.run_model.run_simulation import LossyNetwork
 
 TOTAL_STEPS, MICRO_BATCHES, EVERY = 4, 2, 2
 BATCH_BYTES = 1
@@ -56,7 +56,7 @@ class Held:
 class Scheduler:
     """The scheduler's half of the protocol, with counting in place of training."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: LossyNetwork) -> None:
         self.world = world
         self.pid = world.new_name()
         self.seq = self.before = self.pid * 1_000_000

@@ -185,7 +185,7 @@ class SchedulerPeer(Peer):
         self.starts.append(message)
         self.spec, self.step, self._saved = message.spec, message.step, message.step
         if message.restore is not None:
-            slot = shared_memory.Slot.open(message.restore)
+            slot = shared_memory.SharedBuffer.open(message.restore)
             [ref] = [t for t in message.restore.tensors if t.name.startswith("adapter/")]
             self.state = np.frombuffer(slot.view(ref), dtype=np.float32).copy()
             self.tokens = message.meta["tokens"]
@@ -318,7 +318,7 @@ class SchedulerPeer(Peer):
             return
         names = [f"{kind}/base_model.model.x.lora_A.weight" for kind in ("adapter", "exp_avg", "exp_avg_sq")]
         refs, _ = shared_memory.layout((name, "float32", (2, 4), 32) for name in names)
-        slot = shared_memory.Slot.open(self._slot)
+        slot = shared_memory.SharedBuffer.open(self._slot)
         for ref in refs:
             slot.view(ref)[:] = self.state.tobytes()
         slot.close()

@@ -64,7 +64,7 @@ def free_port() -> int:
     raise AssertionError(f"no free port in {PORTS}")
 
 
-class World:
+class ServiceUnderTest:
     """A service on a run directory of its own, its peers and a client."""
 
     def __init__(self, folder: Path, model: Path, *, peers: bool = True, **options: Any) -> None:
@@ -141,7 +141,7 @@ class World:
 
 
 # ------------------------------------------------------------------ the raw wire
-def dealer(world: World, **options: int) -> tuple[zmq.Context, zmq.Socket]:
+def dealer(world: ServiceUnderTest, **options: int) -> tuple[zmq.Context, zmq.Socket]:
     context = zmq.Context()
     client = context.socket(zmq.DEALER)
     client.setsockopt(zmq.LINGER, 0)
@@ -159,7 +159,7 @@ def submit_args(content: bytes) -> dict[str, Any]:
     return {"filename": "f", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def exchange(world: World, verb: str, args: Any, *frames: bytes) -> Any:
+def exchange(world: ServiceUnderTest, verb: str, args: Any, *frames: bytes) -> Any:
     """One raw request; a refusal as ConfigError."""
     context, client = dealer(world, RCVTIMEO=10_000)
     client.send_multipart([request(verb, args), *frames])

@@ -225,7 +225,7 @@ class HttpPeer(Peer):
                 )
             )
             return
-        slot = shared_memory.Slot.open(message.slot)
+        slot = shared_memory.SharedBuffer.open(message.slot)
         tensors = {
             t.name: np.frombuffer(slot.view(t), dtype=t.dtype).reshape(t.shape).copy()
             for t in message.slot.tensors

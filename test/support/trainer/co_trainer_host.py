@@ -14,18 +14,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sglang_harli.architectures import ALL_LINEAR
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import StepLoad
-from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
-from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
+from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressure
+from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
-from sglang_harli.managers.scheduler.training.quantum_timer import HostClock
+from sglang_harli.managers.scheduler.training.quantum_timer import HostQuantumTimer
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer.base import base_print, frozen_base
 from sglang_harli.peft_trainer.memory.layout import memory_layout
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import Hyperparameters
-from sglang_harli.protocol.shared_memory import Slot, remove_stale
+from sglang_harli.protocol.shared_memory import SharedBuffer, remove_stale
 from sglang_harli.run_paths import make_ipc_dir, scheduler_endpoint, shm_dir
 
 VOCAB = 97
@@ -75,7 +75,7 @@ class Host:
             vocab_size=VOCAB,
         )
         self.base = frozen_base.from_transformers(LlamaForCausalLM(config).float())
-        self.desk = MemoryDesk(pool, torch.device("cpu"), fixed_bytes=1 << 30)
+        self.pressure = MemoryPressure(pool, torch.device("cpu"), fixed_bytes=1 << 30)
         self.limits = internal.ServedLimits(
             architecture="LlamaForCausalLM",
             model_path="m",
@@ -90,13 +90,13 @@ class Host:
             max_seq_length=64,
             max_lora_rank=32,
             lora_target_modules=ALL_LINEAR,
-            train_memory_bytes=self.desk.ever_bytes,
+            train_memory_bytes=self.pressure.ever_bytes,
             logits_bytes=1 << 20,
             layout=memory_layout(self.base, 1 << 20),
-            space_bytes=self.desk.space_bytes,
+            space_bytes=self.pressure.space_bytes,
         )
-        self.side = ServingSide(HarliOptions(run_dir=run_dir))
-        self.side.memory = self.desk
+        self.side = ServingState(HarliOptions(run_dir=run_dir))
+        self.side.memory = self.pressure
         self.link = ServiceLink(scheduler_endpoint(run_dir), self.hello)
         self.trainer = CoTrainer(
             self.base,
@@ -104,8 +104,8 @@ class Host:
             self.link,
             None,
             self.side.predictor,
-            HostClock(),
-            self.desk,
+            HostQuantumTimer(),
+            self.pressure,
             quantum_rows=quantum_rows,
             take_print=lambda: base_print.take(self.base, "m", "m"),
             set_options=self.side.set_options,
@@ -174,8 +174,8 @@ def batch(
     return message, ids_sent, places, targets
 
 
-def give_slot(peer: Peer, run_dir: str, attempt: int = 1) -> Slot:
+def give_slot(peer: Peer, run_dir: str, attempt: int = 1) -> SharedBuffer:
     started = [m for m in peer.of(internal.RunStarted) if m.attempt == attempt][-1]
-    slot = Slot.create(shm_dir(run_dir), started.state_bytes)
+    slot = SharedBuffer.create(shm_dir(run_dir), started.state_bytes)
     peer.send(internal.SnapshotSlot(job="job-1", attempt=attempt, slot=slot.ref()))
     return slot

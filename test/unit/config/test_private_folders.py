@@ -17,7 +17,7 @@ import zmq
 from sglang_harli import run_paths
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol import internal, shared_memory
-from sglang_harli.protocol.shared_memory import Slot, SlotError
+from sglang_harli.protocol.shared_memory import SharedBuffer, SharedBufferError
 from sglang_harli.service.checkpoint import checkpoints
 from sglang_harli.service.jobs.folder import JobPaths
 from sglang_harli.service.run.prepare import restore
@@ -40,7 +40,7 @@ def shm() -> Iterator[Path]:
 
 
 def filled(folder: Path, text: bytes = b"ours") -> internal.SlotRef:
-    slot = Slot.create(folder, 4096)
+    slot = SharedBuffer.create(folder, 4096)
     slot.buffer[: len(text)] = text
     slot.close()
     return slot.ref()
@@ -87,8 +87,8 @@ def test_another_users_folder_is_refused_with_his_uid(tmp_path: Path) -> None:
 def test_no_slot_is_made_in_another_users_folder(shm: Path) -> None:
     shm.mkdir(mode=0o777)
     os.chown(shm, OTHER, -1)
-    with pytest.raises(SlotError, match=f"belongs to uid {OTHER}: have it removed"):
-        Slot.create(shm, 4096)
+    with pytest.raises(SharedBufferError, match=f"belongs to uid {OTHER}: have it removed"):
+        SharedBuffer.create(shm, 4096)
     assert list(shm.iterdir()) == []
 
 
@@ -96,14 +96,14 @@ def test_no_slot_is_made_in_another_users_folder(shm: Path) -> None:
 def test_a_slot_whose_folder_or_file_was_taken_over_is_not_opened(shm: Path) -> None:
     ref = filled(shm)
     os.chown(ref.path, OTHER, -1)
-    with pytest.raises(SlotError, match="not a file of uid 0 with mode 0600"):
-        Slot.open(ref)
+    with pytest.raises(SharedBufferError, match="not a file of uid 0 with mode 0600"):
+        SharedBuffer.open(ref)
     os.chown(ref.path, 0, -1)
     os.chown(shm, OTHER, -1)
-    with pytest.raises(SlotError, match=f"belongs to uid {OTHER}"):
-        Slot.open(ref)
+    with pytest.raises(SharedBufferError, match=f"belongs to uid {OTHER}"):
+        SharedBuffer.open(ref)
     os.chown(shm, 0, -1)
-    Slot.open(ref).unlink()
+    SharedBuffer.open(ref).unlink()
 
 
 def test_a_link_in_the_place_of_a_slot_leads_nowhere(shm: Path, tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_a_link_in_the_place_of_a_slot_leads_nowhere(shm: Path, tmp_path: Path) 
     precious.chmod(0o600)
     Path(ref.path).unlink()
     Path(ref.path).symlink_to(precious)
-    with pytest.raises(SlotError):
-        Slot.open(ref)
+    with pytest.raises(SharedBufferError):
+        SharedBuffer.open(ref)
     Path(ref.path).unlink()
     assert precious.read_bytes() == b"x" * 4096
 
@@ -122,10 +122,12 @@ def test_a_link_in_the_place_of_a_slot_leads_nowhere(shm: Path, tmp_path: Path) 
 def test_a_folder_that_is_a_link_is_no_place_for_slots(shm: Path, tmp_path: Path) -> None:
     ref = filled(tmp_path / "real")
     shm.symlink_to(tmp_path / "real")
-    with pytest.raises(SlotError, match="a link or a file"):
-        Slot.open(internal.SlotRef(path=f"{shm}/{Path(ref.path).name}", nbytes=ref.nbytes, tensors=[]))
-    with pytest.raises(SlotError, match="a link or a file"):
-        Slot.create(shm, 4096)
+    with pytest.raises(SharedBufferError, match="a link or a file"):
+        SharedBuffer.open(
+            internal.SlotRef(path=f"{shm}/{Path(ref.path).name}", nbytes=ref.nbytes, tensors=[])
+        )
+    with pytest.raises(SharedBufferError, match="a link or a file"):
+        SharedBuffer.create(shm, 4096)
     shared_memory.remove_stale(shm)
     assert Path(ref.path).exists() and shm.is_symlink()
 
@@ -134,15 +136,15 @@ def test_a_folder_that_is_a_link_is_no_place_for_slots(shm: Path, tmp_path: Path
 def test_a_slot_that_others_may_open_is_refused(shm: Path, mode: int) -> None:
     ref = filled(shm)
     Path(ref.path).chmod(mode)
-    with pytest.raises(SlotError, match="with mode 0600"):
-        Slot.open(ref)
+    with pytest.raises(SharedBufferError, match="with mode 0600"):
+        SharedBuffer.open(ref)
 
 
 def test_a_slot_that_is_too_short_is_refused(shm: Path) -> None:
     ref = filled(shm)
     os.truncate(ref.path, 100)
-    with pytest.raises(SlotError, match="shorter than the 4096 bytes"):
-        Slot.open(ref)
+    with pytest.raises(SharedBufferError, match="shorter than the 4096 bytes"):
+        SharedBuffer.open(ref)
 
 
 def test_the_slots_of_a_server_that_is_gone_go_with_their_folder(shm: Path) -> None:
@@ -160,7 +162,7 @@ def test_the_slots_of_a_server_that_is_gone_go_with_their_folder(shm: Path) -> N
 def test_a_checkpoint_that_cannot_be_shared_is_not_taken_for_a_damaged_one(shm: Path, tmp_path: Path) -> None:
     paths = JobPaths(tmp_path, job_record().id)
     refs, nbytes = shared_memory.layout([("adapter/x", "float32", (64,), 256)])
-    slot = Slot.create(shm, nbytes)
+    slot = SharedBuffer.create(shm, nbytes)
     slot.view(refs[0])[:] = np.ones(64, dtype=np.float32).tobytes()
     checkpoints.save_state(paths.checkpoints, 2, slot.ref(refs), {"version": 1, "step": 2, "tokens": 20}, 20)
     slot.unlink()

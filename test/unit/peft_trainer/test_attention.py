@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sglang_harli.peft_trainer.layers.attention import BLOCK, LONG_BLOCK, SHORT, CausalAttention
-from sglang_harli.peft_trainer.layers.saved_tensors import Trace
+from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
 from support.trainer.trainer_oracle import one_thread
 
 __all__ = ["one_thread"]  # a fixture
@@ -32,11 +32,11 @@ def test_blocks_give_what_the_kernel_gives(queries: int, keys: int, repeats: int
     key, value = torch.randn(2, 2, 2, keys, 4, dtype=torch.float64)
     grad = torch.randn(2, queries, 2 * repeats * 4, dtype=torch.float64)
     with torch.no_grad():
-        trace = Trace()
+        trace = SavedTensors()
         expected = trace.run("sdpa", attend._sdpa, query, key, value)
         grads = trace.pieces["sdpa"].backward(grad)
         torch.testing.assert_close(attend.forward(query, key, value, None), expected)
-        trace = Trace()
+        trace = SavedTensors()
         torch.testing.assert_close(attend.forward(query, key, value, trace), expected)
         torch.testing.assert_close(attend.backward(grad, trace), grads)
 
@@ -44,7 +44,7 @@ def test_blocks_give_what_the_kernel_gives(queries: int, keys: int, repeats: int
 def results(attend: CausalAttention, *inputs: torch.Tensor, kernel: bool) -> list[torch.Tensor]:
     """The output and the gradients of query, key and value, in fp64."""
     query, key, value, grad = inputs
-    trace = Trace()
+    trace = SavedTensors()
     with torch.no_grad():
         if kernel:
             out = trace.run("sdpa", attend._sdpa, query, key, value)

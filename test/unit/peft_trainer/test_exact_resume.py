@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.service.checkpoint import checkpoints
-from sglang_harli.service.data.batches import Feeder, total_steps
+from sglang_harli.service.data.batches import BatchOrder, total_steps
 from sglang_harli.service.data.token_store import TokenReader, TokenWriter
 from support.trainer.trainer_oracle import (
     Step,
@@ -91,7 +91,7 @@ def test_the_order_of_the_data_over_epochs_is_the_same_from_any_step(tmp_path) -
     hp = hyperparameters(n_epochs=3, batch_size=2, gradient_accumulation_steps=2, seed=5)
 
     def order(step: int) -> list[tuple[int, int, int, tuple[int, ...]]]:
-        feeder = Feeder(TokenReader(tmp_path), hp)
+        feeder = BatchOrder(TokenReader(tmp_path), hp)
         cursor, seen = feeder.cursor_after(step), []
         while cursor.step <= feeder.total_steps:
             batch = feeder.batch(cursor)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sglang_harli.peft_trainer.layers.lora_linear import LinearGroup
-from sglang_harli.peft_trainer.layers.saved_tensors import Trace
+from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
 from support.trainer.trainer_oracle import one_thread
 
 __all__ = ["one_thread"]  # a fixture
@@ -46,7 +46,7 @@ def test_fused_and_separate_weights_give_what_autograd_gives(adapted: list[int],
             outs[i] = outs[i] + 0.7 * low @ leaves[1 + place].t()
         expected = torch.cat(outs, 1)
         grads = torch.autograd.grad(expected, [entered, *leaves], grad)
-        trace, own = Trace(), [torch.full_like(leaf, torch.nan) for leaf in mine.leaves]
+        trace, own = SavedTensors(), [torch.full_like(leaf, torch.nan) for leaf in mine.leaves]
         with torch.no_grad():
             torch.testing.assert_close(mine.forward(x, trace), expected)
             below = mine.backward(grad, trace, own, wants_x=True)

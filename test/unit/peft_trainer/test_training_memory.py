@@ -23,7 +23,7 @@ from sglang_harli.peft_trainer.memory.layout import memory_layout, state_dtypes
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.job_limits import MemoryLayout, ServedLimits
 from sglang_harli.protocol.public import Hyperparameters
-from sglang_harli.protocol.shared_memory import Slot
+from sglang_harli.protocol.shared_memory import SharedBuffer
 from sglang_harli.train_memory import carved_bytes
 from support.trainer.poisoned_memory import PoisonedMemory
 from support.trainer.trainer_oracle import (
@@ -171,7 +171,7 @@ def test_a_copy_of_the_state_goes_on_while_it_is_spilled_and_comes_back(tmp_path
     expected = saved(run)[0]
     tensors = run.state_tensors()
     refs, nbytes = state_layout(tensors)
-    slot = Slot.create(tmp_path, nbytes)
+    slot = SharedBuffer.create(tmp_path, nbytes)
     copier = StateCopier(tensors, slot, refs)
     moves = 0
     while not copier.done:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_harli.core import MemoryPurpose, QuantumKind
-from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
+from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressure
 from sglang_harli.mem_cache.backing.host import HostBacking
 from sglang_harli.mem_cache.backing.static import StaticBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
@@ -51,7 +51,7 @@ class Serving:
         self.slots: Slots
         self.clock: Clock
         self.pool, self.slots, self.clock = small_pool(geometry, backing=made(geometry, debug=True, **device))
-        self.desk = MemoryDesk(self.pool, torch.device("cpu"))
+        self.pressure = MemoryPressure(self.pool, torch.device("cpu"))
         self.random = random.Random(seed)
         self.requests: list[list[int]] = []
         self.kv = [self.pool.backing.kv_bytes(b).view(geometry.slots, -1) for b in range(geometry.buffers)]
@@ -68,13 +68,13 @@ class Serving:
             for kv in self.kv:
                 kv[taken] = 7
             self.requests.append(taken)
-        self.desk.tick()
+        self.pressure.tick()
 
     def hold(self, run: TrainingRun) -> None:
         def no_need(reason: str) -> None:
             raise AssertionError(f"the run was dropped: {reason}")
 
-        self.desk.attach(run, 0, no_need)
+        self.pressure.attach(run, 0, no_need)
 
     def end(self) -> None:
         """No request: all memory is free."""
@@ -120,15 +120,15 @@ def test_a_fixed_split_ends_at_the_same_bits(backing: str, dtype: torch.dtype) -
     spills = 0
     for seed in range(3):
         serving = Serving(backing, seed)
-        run = make_run(tiny_model("llama", dtype), HP, STEPS, rows=2, memory=serving.desk.memory)
+        run = make_run(tiny_model("llama", dtype), HP, STEPS, rows=2, memory=serving.pressure.memory)
         serving.hold(run)
         feed(run, STEPS)
         outcome, kinds = train(run, serving, seed)
         assert outcome.losses == expected.losses and QuantumKind.BACKWARD_KEPT not in kinds
         for name, weight in expected.weights.items():
             assert torch.equal(outcome.weights[name], weight), name
-        spills += serving.desk.spills
-        assert serving.pool.reclaims and serving.desk.dropped_micro_batches
+        spills += serving.pressure.spills
+        assert serving.pool.reclaims and serving.pressure.dropped_micro_batches
         run.release()
         assert not serving.pool.train_stripes
         serving.pool.ledger.check()
@@ -142,7 +142,7 @@ def test_any_split_with_kept_activations_equals_the_oracle(backing: str) -> None
     kinds: set[QuantumKind] = set()
     for seed in range(3):
         serving = Serving(backing, seed)
-        run = make_run(model, HP, STEPS, memory=serving.desk.memory)
+        run = make_run(model, HP, STEPS, memory=serving.pressure.memory)
         serving.hold(run)
         feed(run, STEPS)
         outcome, seen = train(run, serving, seed)

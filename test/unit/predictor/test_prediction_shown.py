@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from sglang_harli.cli import view
 from sglang_harli.config import HarliOptions
 from sglang_harli.managers.scheduler.metrics.predictor_metrics import PredictorMetrics
-from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
+from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.step_timer import BatchLoad, load_of
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 
@@ -36,7 +36,7 @@ def test_the_load_of_a_batch(known):
 
 
 def test_slack_counts_what_the_context_takes():
-    side = ServingSide(HarliOptions())
+    side = ServingState(HarliOptions())
     for n in range(200):
         tokens = 100 if n % 2 else 10_000
         side.step(BatchLoad(True, 1, tokens, 1, tokens), 0.005 + 1e-6 * tokens, 0.0)
@@ -49,7 +49,7 @@ def test_slack_counts_what_the_context_takes():
 
 
 def test_prefills_are_learnt_from_and_enter_the_reserve():
-    side = ServingSide(HarliOptions())
+    side = ServingState(HarliOptions())
     for _ in range(50):
         side.step(BatchLoad(False, 1, 100, 100, 10_000), 0.03, 0.0)
     side.step(BatchLoad(True, 1, 101, 1, 101), 0.01, 1.0)
@@ -58,7 +58,7 @@ def test_prefills_are_learnt_from_and_enter_the_reserve():
 
 
 def test_status_and_the_command_line_show_error_coverage_and_margin():
-    side = ServingSide(HarliOptions())
+    side = ServingState(HarliOptions())
     assert list(view.prediction_lines(side.status()["prediction"])) == []
     for _ in range(100):
         side.step(BatchLoad(True, 4, 400, 4, 400), 0.012, 0.0)

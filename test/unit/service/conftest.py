@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.service.service_fixture import World, until
+from support.service.service_fixture import ServiceUnderTest, until
 from support.tokenizer import make_tokenizer_folder
 
 
@@ -20,7 +20,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, model):
     """One service for the tests that leave it as it was."""
-    world = World(tmp_path_factory.mktemp("shared"), model)
+    world = ServiceUnderTest(tmp_path_factory.mktemp("shared"), model)
     yield world
     world.close()
 
@@ -43,8 +43,8 @@ def own(tmp_path, model):
     """``own()``: a service of the test's own."""
     with ExitStack() as stack:
 
-        def make(**options: Any) -> World:
-            world = World(tmp_path, model, **options)
+        def make(**options: Any) -> ServiceUnderTest:
+            world = ServiceUnderTest(tmp_path, model, **options)
             stack.callback(world.close)
             return world
 

@@ -17,8 +17,8 @@ import pytest
 from sglang_harli import run_paths
 from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.errors import HarliError, NotReadyError
-from sglang_harli.failpoints import FAULT_POINTS_ENV, Read, Write
-from support.service.service_fixture import World, pairs, until
+from sglang_harli.failpoints import FAULT_POINTS_ENV, ReadFailpoint, WriteFailpoint
+from support.service.service_fixture import ServiceUnderTest, pairs, until
 
 pytestmark = pytest.mark.long
 
@@ -31,16 +31,16 @@ class Faults:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def arm(self, write: Write | Read, kind: str = "ENOSPC", times: int = FOR_GOOD) -> None:
+    def arm(self, write: WriteFailpoint | ReadFailpoint, kind: str = "ENOSPC", times: int = FOR_GOOD) -> None:
         temporary = self.folder / ".armed"
         temporary.write_text(f"error {kind} {times}")
         os.replace(temporary, self.folder / write)
 
-    def armed(self, write: Write) -> bool:
+    def armed(self, write: WriteFailpoint) -> bool:
         return (self.folder / write).exists()
 
     def clear(self) -> None:
-        for write in (*Write, *Read):
+        for write in (*WriteFailpoint, *ReadFailpoint):
             (self.folder / write).unlink(missing_ok=True)
 
 
@@ -54,8 +54,8 @@ def points(tmp_path_factory) -> Iterator[Faults]:
 
 
 @pytest.fixture(scope="module")
-def shared(points, tmp_path_factory, model) -> Iterator[World]:
-    world = World(tmp_path_factory.mktemp("shared"), model)
+def shared(points, tmp_path_factory, model) -> Iterator[ServiceUnderTest]:
+    world = ServiceUnderTest(tmp_path_factory.mktemp("shared"), model)
     yield world
     world.close()
 
@@ -67,7 +67,7 @@ def faults(points) -> Iterator[Faults]:
     points.clear()
 
 
-def events_of(world: World, job, kind: str) -> list[str]:
+def events_of(world: ServiceUnderTest, job, kind: str) -> list[str]:
     return [e.message for e in world.client.events(job.id) if e.type == kind]
 
 
@@ -91,7 +91,7 @@ class Background:
 
 # ------------------------------------------------------------------ submit
 @pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
-@pytest.mark.parametrize("write", [Write.DATA, Write.TOKENS, Write.SETTLE])
+@pytest.mark.parametrize("write", [WriteFailpoint.DATA, WriteFailpoint.TOKENS, WriteFailpoint.SETTLE])
 def test_data_that_cannot_be_stored_are_a_refusal_that_leaves_nothing(world, faults, write, kind):
     before = sorted(p.name for p in world.run_dir.iterdir())
     faults.arm(write, kind, 2)
@@ -108,7 +108,7 @@ def test_data_that_cannot_be_stored_are_a_refusal_that_leaves_nothing(world, fau
 def test_a_store_that_cannot_be_written_holds_acknowledgements_back(own, faults, kind):
     world = own(peers=False)  # nobody else writes
     queued = world.client.submit(pairs(4))
-    faults.arm(Write.STORE, kind)
+    faults.arm(WriteFailpoint.STORE, kind)
     submit = Background(lambda: world.client.submit(pairs(5), idempotency_key=f"held {kind}"))
     until(lambda: world.client.list(limit=1)[0].id != queued.id, "the job in memory")
     change = Background(lambda: world.client.prioritize(queued.id, 4))
@@ -128,7 +128,7 @@ def test_a_store_that_cannot_be_written_holds_acknowledgements_back(own, faults,
 def test_a_job_that_was_not_acknowledged_is_made_once_by_the_retry(own, faults):
     world = own(peers=False)
     assert world.client.list() == []
-    faults.arm(Write.STORE)
+    faults.arm(WriteFailpoint.STORE)
     submit = Background(lambda: world.client.submit(pairs(4), idempotency_key="cut off"))
     until(lambda: world.client.status().service["store"] != "ok", "what is wrong")
     with FinetuneClient(
@@ -147,7 +147,7 @@ def test_the_run_goes_on_while_the_store_is_away_for_a_moment(world, faults):
     world.scheduler.step_s = 0.02
     job = world.client.submit(pairs(), n_epochs=3, checkpoint_every=4)
     world.at_step(job, 2)
-    faults.arm(Write.STORE, times=2)
+    faults.arm(WriteFailpoint.STORE, times=2)
     done = world.done(job)
     events = list(world.client.events(job.id))
     assert [e.id for e in events] == list(range(1, len(events) + 1))
@@ -198,7 +198,7 @@ def test_a_store_that_another_process_keeps_is_a_clear_end_and_the_next_start_wo
 # ------------------------------------------------------------------ readable copies
 @pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
 def test_copies_that_fell_behind_are_completed(world, faults, kind):
-    faults.arm(Write.MIRROR, kind)
+    faults.arm(WriteFailpoint.MIRROR, kind)
     done = world.done(world.client.submit(pairs(4)))
     folder = world.folder(done)
     until(lambda: "cannot be written now" in world.service.log.read_text(), "the warning")
@@ -233,7 +233,7 @@ def test_copies_are_completed_at_the_next_start(own):
 
 # ------------------------------------------------------------------ checkpoints, adapter, shared memory
 @pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
-@pytest.mark.parametrize("write", [Write.STATE, Write.META, Write.RENAME])
+@pytest.mark.parametrize("write", [WriteFailpoint.STATE, WriteFailpoint.META, WriteFailpoint.RENAME])
 def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(world, faults, write, kind):
     world.scheduler.hold_at = 0
     job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=2)
@@ -257,7 +257,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(world, faul
 
 
 def test_a_disk_that_stays_full_keeps_the_last_state_until_there_is_room(world, faults):
-    faults.arm(Write.STATE)
+    faults.arm(WriteFailpoint.STATE)
     job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
     waits = until(
         lambda: j if "trying again in 4 s" in ((j := world.client.get(job.id)).reason or "") else None, "why"
@@ -270,7 +270,7 @@ def test_a_disk_that_stays_full_keeps_the_last_state_until_there_is_room(world, 
 
 
 def test_a_job_cancelled_while_the_disk_is_full_does_not_keep_the_queue_waiting(world, faults):
-    faults.arm(Write.STATE)
+    faults.arm(WriteFailpoint.STATE)
     job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
     until(lambda: "trying again in 4 s" in (world.client.get(job.id).reason or ""), "a long pause")
     world.client.cancel(job.id)
@@ -281,7 +281,7 @@ def test_a_job_cancelled_while_the_disk_is_full_does_not_keep_the_queue_waiting(
 
 
 def test_a_last_state_whose_slot_is_gone_is_trained_again(world, faults):
-    faults.arm(Write.STATE)
+    faults.arm(WriteFailpoint.STATE)
     job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
     until(lambda: events_of(world, job, "warning"), "the first try")
     for slot in run_paths.shm_dir(str(world.run_dir)).glob("slot-*"):
@@ -292,14 +292,14 @@ def test_a_last_state_whose_slot_is_gone_is_trained_again(world, faults):
 
 
 def test_an_adapter_that_cannot_be_written_is_tried_again(world, faults):
-    faults.arm(Write.ADAPTER, times=1)
+    faults.arm(WriteFailpoint.ADAPTER, times=1)
     world.done(world.client.submit(pairs(4)))
-    assert not faults.armed(Write.ADAPTER)
+    assert not faults.armed(WriteFailpoint.ADAPTER)
 
 
 @pytest.mark.parametrize("kind", ["ENOSPC", "EMFILE"])
 def test_shared_memory_that_is_full_is_waited_for(world, faults, kind):
-    faults.arm(Write.SLOT, kind)
+    faults.arm(WriteFailpoint.SLOT, kind)
     jobs = [world.client.submit(pairs(4)) for _ in range(3)]
 
     def reasons() -> list[str]:
@@ -326,7 +326,7 @@ def test_what_all_of_shared_memory_cannot_hold_is_an_error_of_the_job(world):
 # ------------------------------------------------------------------ what a run needs and cannot have for a while
 @pytest.mark.parametrize("kind", ["EMFILE", "EIO"])
 def test_a_queue_of_jobs_outlasts_a_time_in_which_nothing_can_be_read(world, faults, kind):
-    faults.arm(Read.DATA, kind)
+    faults.arm(ReadFailpoint.DATA, kind)
     jobs = [world.client.submit(pairs(4)) for _ in range(6)]
 
     def waits(job) -> bool:
@@ -363,7 +363,7 @@ def test_rows_that_cannot_be_read_for_a_while_put_the_job_off_and_no_step_is_los
     world.scheduler.hold_at = 3
     job = world.client.submit(pairs(), n_epochs=4, checkpoint_every=0)
     world.at_step(job, 3)
-    faults.arm(Read.ROWS, "EIO", 2)
+    faults.arm(ReadFailpoint.ROWS, "EIO", 2)
     world.scheduler.hold_at = None
     done = world.done(job)
     assert done.attempt == 3
@@ -374,7 +374,7 @@ def test_rows_that_cannot_be_read_for_a_while_put_the_job_off_and_no_step_is_los
 
 def test_a_tokenizer_that_cannot_be_loaded_is_waited_for(own, tmp_path, model):
     folder = shutil.copytree(model, tmp_path / "model")
-    world = World(tmp_path / "world", folder, peers=False)
+    world = ServiceUnderTest(tmp_path / "world", folder, peers=False)
     try:
         jobs = [world.client.submit(pairs(4)) for _ in range(2)]
         world.service.kill()

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from sglang_harli.errors import HarliError, ProtocolError
-from sglang_harli.failpoints import FAULT_POINTS_ENV, Read
+from sglang_harli.failpoints import FAULT_POINTS_ENV, ReadFailpoint
 from sglang_harli.protocol.public import UploadArgs
 from sglang_harli.service.submit import uploads as uploads_module
 from sglang_harli.service.submit.uploads import Uploads
-from support.service.service_fixture import World, pairs, until
+from support.service.service_fixture import ServiceUnderTest, pairs, until
 
 pytestmark = pytest.mark.long
 
@@ -32,11 +32,11 @@ def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def held(points: Path, own) -> Iterator[World]:
+def held(points: Path, own) -> Iterator[ServiceUnderTest]:
     """A service whose reads of training data hang until ``go``."""
     world = own()
     yield world
-    (points / f"{Read.ROWS}.go").touch()
+    (points / f"{ReadFailpoint.ROWS}.go").touch()
 
 
 def soon(call, *args, **values):
@@ -46,11 +46,11 @@ def soon(call, *args, **values):
     return answer
 
 
-def test_rows_that_cannot_be_read_now_keep_only_their_run_waiting(held: World, points: Path):
+def test_rows_that_cannot_be_read_now_keep_only_their_run_waiting(held: ServiceUnderTest, points: Path):
     plain = held.done(held.client.submit(pairs(12), n_epochs=2, batch_size=2))
-    (points / Read.ROWS).write_text("stop 3")
+    (points / ReadFailpoint.ROWS).write_text("stop 3")
     job = held.client.submit(pairs(12), n_epochs=2, batch_size=2)
-    until((points / f"{Read.ROWS}.hit").exists, "the read that hangs")
+    until((points / f"{ReadFailpoint.ROWS}.hit").exists, "the read that hangs")
     soon(held.client.status)
     soon(held.client.list)
     other = soon(held.client.submit, pairs(4))
@@ -58,19 +58,21 @@ def test_rows_that_cannot_be_read_now_keep_only_their_run_waiting(held: World, p
     beats = len(held.http.states)
     until(lambda: len(held.http.states) > beats + 1, "signs of life")  # what the watchdog counts
     assert held.client.get(job.id).status == "running"
-    (points / f"{Read.ROWS}.go").touch()
+    (points / f"{ReadFailpoint.ROWS}.go").touch()
     np.testing.assert_array_equal(
         held.result(held.done(job)), held.result(plain)
     )  # the same rows in the same order
 
 
-def test_a_run_is_paused_while_its_rows_cannot_be_read_and_goes_on_later(held: World, points: Path):
-    (points / Read.ROWS).write_text("stop 3")
+def test_a_run_is_paused_while_its_rows_cannot_be_read_and_goes_on_later(
+    held: ServiceUnderTest, points: Path
+):
+    (points / ReadFailpoint.ROWS).write_text("stop 3")
     job = held.client.submit(pairs(12), n_epochs=2, batch_size=2)
-    until((points / f"{Read.ROWS}.hit").exists, "the read that hangs")
+    until((points / f"{ReadFailpoint.ROWS}.hit").exists, "the read that hangs")
     held.client.pause(job.id)
     held.status(job, "paused")
-    (points / f"{Read.ROWS}.go").touch()
+    (points / f"{ReadFailpoint.ROWS}.go").touch()
     held.client.resume(job.id)
     held.done(job)
 

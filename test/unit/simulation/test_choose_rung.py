@@ -10,7 +10,7 @@ from sglang_harli.managers.scheduler.policy import qos_policy
 from sglang_harli.managers.scheduler.policy.slo_ledger import (
     KEPT_S,
     KEPT_SHARE,
-    RequestClock,
+    PlainProgress,
     Slack,
     Targets,
     batch_slack,
@@ -64,7 +64,7 @@ def ada(batch: int, context: int, model: str = "proportional") -> list[RungOffer
     quiet=st.floats(1, 50),
 )
 def test_training_is_launched_only_where_the_step_fits(offers, slack_s, current, quiet):
-    choice = choose(offers, slack_s, current=current, quiet_steps=quiet)
+    choice = choose(offers, slack_s, current=current, steps_between_prefills=quiet)
     assert choice.reason
     assert 0 <= choice.rung < len(offers)
     if choice.train_s:
@@ -84,9 +84,11 @@ def test_training_is_launched_only_where_the_step_fits(offers, slack_s, current,
 )
 def test_more_slack_never_means_less_training(offers, slacks, current, quiet):
     less, more = sorted(slacks)
-    low, high = (choose(offers, slack_s, quiet_steps=quiet) for slack_s in (less, more))
+    low, high = (choose(offers, slack_s, steps_between_prefills=quiet) for slack_s in (less, more))
     assert high.rate >= low.rate * (1 - 1e-9)
-    low, high = (choose(offers, slack_s, current=current, quiet_steps=quiet) for slack_s in (less, more))
+    low, high = (
+        choose(offers, slack_s, current=current, steps_between_prefills=quiet) for slack_s in (less, more)
+    )
     assert (
         high.rate >= low.rate / (1 + qos_policy.STAY) - 1e-9
     )  # hysteresis may keep a rung that is nearly as good
@@ -103,7 +105,7 @@ def test_no_decision_turns_an_on_time_request_late(offers, banked, emitted, curr
     """A request that gets its next token on time from serving alone gets it on time beside training."""
     targets = Targets(0.04, None, cap, 0.08, 0.25)
     pace, now_s = targets.tpot_s * (1 - KEPT_SHARE), 100.0
-    clocks = [RequestClock(now_s + bank - (emitted - 1) * pace, now_s, emitted) for bank in banked]
+    clocks = [PlainProgress(now_s + bank - (emitted - 1) * pace, now_s, emitted) for bank in banked]
     slack = batch_slack(clocks, targets, now_s=now_s, decode_upper_s=0.0, reserve_s=0.0)
     choice = qos_policy.choose_rung(BUSY, slack, offers, targets, quantum_s=QUANTUM_S, current=current)
     alone_s = min(offer.alone_s for offer in offers)

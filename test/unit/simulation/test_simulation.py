@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from sglang_harli.core import SmSplit, StepLoad
 from sglang_harli.errors import ConfigError
 from sglang_harli.managers.scheduler.policy import qos_policy
-from sglang_harli.managers.scheduler.policy.slo_ledger import KEPT_S, KEPT_SHARE, Clock
+from sglang_harli.managers.scheduler.policy.slo_ledger import KEPT_S, KEPT_SHARE, RequestProgress
 from sglang_harli.simulation import command, compare, engine, policies, temporal, upper_limit
 from sglang_harli.simulation.devices import (
     RATE_MODELS,
     Noise,
     Rung,
-    SpatialWorld,
-    TemporalWorld,
+    SpatialDevice,
+    TimeSharedDevice,
     ada_rungs,
     finetune_rate,
 )
@@ -59,7 +59,7 @@ class RandomOnTime(policies._Untaught):
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(seed)
 
-    def rung(self, now_s: float, load: StepLoad, running: Sequence[Clock]) -> tuple[int, float]:
+    def rung(self, now_s: float, load: StepLoad, running: Sequence[RequestProgress]) -> tuple[int, float]:
         pace = TARGETS.tpot_s * (1 - KEPT_SHARE)
         room_s = min(clock.first_token_s + clock.emitted * pace - KEPT_S - now_s for clock in running)
         ways = []
@@ -76,7 +76,7 @@ class RandomOnTime(policies._Untaught):
 @given(trace=short_traces(), model=st.sampled_from(RATE_MODELS))
 @settings(max_examples=40, deadline=None)
 def test_every_request_is_on_time_beside_training_when_predictions_hold(trace, model):
-    world = SpatialWorld()
+    world = SpatialDevice()
     ours = engine.run_spatial(
         trace, world, policies.HarliSpatial(world, TARGETS, rates(model)), rates(model), TARGETS
     )
@@ -89,7 +89,7 @@ def test_every_request_is_on_time_beside_training_when_predictions_hold(trace, m
 @given(trace=short_traces(20), quiet=st.integers(1, 8))
 @settings(max_examples=40, deadline=None)
 def test_quanta_between_steps_turn_nobody_late(trace, quiet):
-    world = TemporalWorld(decode_only=True, sizes=tuple(range(1, quiet + 1)))
+    world = TimeSharedDevice(decode_only=True, sizes=tuple(range(1, quiet + 1)))
     ours = engine.run_temporal(trace, world, policies.HarliTemporal(world, TARGETS), TARGETS)
     alone = engine.run_temporal(trace, world, policies.ServeOnly(), TARGETS)
     assert alone.attainment == 1.0
@@ -105,7 +105,7 @@ def test_banking_for_larger_quanta_trains_more_and_keeps_the_target(gap_s, tpot_
         requests.append(TraceRequest(at_s, 100, rng.randint(20, 40)))
     trace, world, targets = (
         Trace("short answers", tuple(requests)),
-        TemporalWorld(),
+        TimeSharedDevice(),
         engine.targets_of(tpot_s),
     )
 
@@ -128,7 +128,7 @@ def test_prompts_that_come_in_a_row_turn_nobody_late(tpot_s):
         at_s += rng.expovariate(5.0)
         requests.append(TraceRequest(at_s, 100, rng.randint(20, 40)))
     trace, targets = Trace("short answers", tuple(requests)), engine.targets_of(tpot_s)
-    world = TemporalWorld(
+    world = TimeSharedDevice(
         solo=Rung(SmSplit(1, 0), 6.5e-3, 0.6e-3, 0.5e-6, 1.0),
         prefill_s=10e-3,
         prefill_token_s=150e-6,
@@ -161,7 +161,7 @@ def conserved(outcome: Outcome, trace: Trace) -> None:
 @example(trace=OVERLOAD, which=3, decode_only=False, max_running=1, sigma=0.05)
 @settings(max_examples=60, deadline=None)
 def test_requests_and_tokens_are_conserved(trace, which, decode_only, max_running, sigma):
-    world = SpatialWorld(decode_only=decode_only, noise=Noise(sigma), max_prefill_tokens=1000)
+    world = SpatialDevice(decode_only=decode_only, noise=Noise(sigma), max_prefill_tokens=1000)
     margin = 1.1 if sigma else None
     policy = (
         policies.HarliSpatial(world, TARGETS, rates(), margin),
@@ -182,7 +182,7 @@ def test_requests_and_tokens_are_conserved(trace, which, decode_only, max_runnin
 @example(trace=OVERLOAD, which=1, decode_only=False, max_running=1)
 @settings(max_examples=60, deadline=None)
 def test_temporal_runs_conserve_too(trace, which, decode_only, max_running):
-    world = TemporalWorld(decode_only=decode_only)
+    world = TimeSharedDevice(decode_only=decode_only)
     policy = (
         policies.HarliTemporal(world, TARGETS),
         policies.FixedQuantum(2),
@@ -202,7 +202,7 @@ def test_temporal_runs_conserve_too(trace, which, decode_only, max_running):
 @given(trace=short_traces(), model=st.sampled_from(RATE_MODELS), seed=st.integers(0, 5))
 @settings(max_examples=25, deadline=None)
 def test_nobody_who_keeps_the_deadlines_beats_the_upper_limit(trace, model, seed):
-    world = SpatialWorld()
+    world = SpatialDevice()
     most = upper_limit.limit(trace, RUNGS, rates(model), TARGETS, slot_s=0.5)
     for policy in (policies.HarliSpatial(world, TARGETS, rates(model)), RandomOnTime(seed)):
         outcome = engine.run_spatial(trace, world, policy, rates(model), TARGETS)
@@ -222,11 +222,11 @@ def test_the_upper_limit_holds_under_load_and_for_turns(trace, seed):
             for request in trace.requests
         ),
     )
-    world = SpatialWorld()
+    world = SpatialDevice()
     most = upper_limit.limit(heavy, RUNGS, rates(), TARGETS)
     for policy in (policies.HarliSpatial(world, TARGETS, rates()), RandomOnTime(seed)):
         assert engine.run_spatial(heavy, world, policy, rates(), TARGETS).rate <= most.rate * (1 + 1e-6)
-    turns = TemporalWorld(decode_only=True)
+    turns = TimeSharedDevice(decode_only=True)
     most = upper_limit.limit(heavy, (turns.solo,), (0.0,), TARGETS, gap_rate=turns.best_rate)
     ours = engine.run_temporal(heavy, turns, policies.HarliTemporal(turns, TARGETS), TARGETS)
     assert ours.rate <= most.rate * (1 + 1e-6)
@@ -239,7 +239,7 @@ def test_the_limit_says_when_not_even_serving_alone_keeps_the_target():
 
 def test_a_run_is_repeated_exactly():
     trace = compare.committed()[1]
-    world = SpatialWorld(noise=Noise(0.05, 0.02, seed=3))
+    world = SpatialDevice(noise=Noise(0.05, 0.02, seed=3))
 
     def once() -> Outcome:
         fresh = compare.again(world)
@@ -252,7 +252,7 @@ def test_a_run_is_repeated_exactly():
 
 def test_under_noise_the_margin_keeps_requests_on_time():
     trace = next(trace for trace in compare.committed() if trace.name == "conv-32")
-    world = SpatialWorld(noise=Noise(0.05, 0.10, seed=3))
+    world = SpatialDevice(noise=Noise(0.05, 0.10, seed=3))
     policy = policies.HarliSpatial(world, TARGETS, rates(), 1.1)
     ours = engine.run_spatial(trace, world, policy, rates(), TARGETS)
     assert ours.attainment >= 0.99
@@ -272,7 +272,7 @@ def test_the_published_card():
 
 
 def test_a_step_with_a_part_of_training_lies_between():
-    world = SpatialWorld()
+    world = SpatialDevice()
     alone, half, whole = (world.predicted_s(5, 40, 50_000, train_s) for train_s in (0.0, 0.015, 1.0))
     assert alone == RUNGS[5].alone_s(40, 50_000) < half < whole == pytest.approx(RUNGS[5].step_s(40, 50_000))
 
@@ -313,7 +313,7 @@ def test_the_temporal_judge():
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "given",
     [
         {"mode": "both"},
         {"rate": "linear"},
@@ -324,29 +324,31 @@ def test_the_temporal_judge():
         {"error": -1.0},
     ],
 )
-def test_bad_wishes_are_refused(wish):
+def test_bad_options_are_refused(given):
     with pytest.raises(ConfigError):
-        command.simulate(command.Wish(**wish))
+        command.simulate(command.SimulationOptions(**given))
 
 
 def test_the_command_on_a_file(tmp_path):
     path = tmp_path / "few.csv"
     path.write_text("arrival_s,prompt_tokens,output_tokens\n0,500,60\n0.4,900,80\n1.0,20,1\n")
-    result = command.simulate(command.Wish(trace=str(path)))
+    result = command.simulate(command.SimulationOptions(trace=str(path)))
     assert [found.rate_model for found in result.rows] == list(RATE_MODELS)
     assert result.problems == []
     assert json.loads(json.dumps(result.as_dict()))["rows"][0]["policies"][0]["policy"] == "harli"
     assert any("harli" in line for line in result.lines(brief=True))
     assert any("upper limit" in line for line in result.lines(brief=False))
-    prefilled = command.simulate(command.Wish(trace=str(path), prefill=True, rate="proportional"))
+    prefilled = command.simulate(
+        command.SimulationOptions(trace=str(path), prefill=True, rate="proportional")
+    )
     assert prefilled.rows[0].oracle is None and list(prefilled.lines(brief=True))
-    turns = command.simulate(command.Wish(trace=str(path), mode="temporal", tpot_ms=30))
+    turns = command.simulate(command.SimulationOptions(trace=str(path), mode="temporal", tpot_ms=30))
     assert turns.problems == [] and list(turns.lines(brief=True))
 
 
 def test_a_load_far_beyond_the_device_has_no_limit_and_still_runs(tmp_path):
     rows = "".join(f"{i / 20},3000,200\n" for i in range(60))
     (tmp_path / "flood.csv").write_text(f"arrival_s,prompt_tokens,output_tokens\n{rows}")
-    result = command.simulate(command.Wish(trace=str(tmp_path / "flood.csv"), mode="temporal"))
+    result = command.simulate(command.SimulationOptions(trace=str(tmp_path / "flood.csv"), mode="temporal"))
     assert result.rows[0].oracle is None and result.rows[0].outcomes[0].attainment < 0.5
     assert list(result.lines(brief=False))

@@ -14,7 +14,7 @@ import pytest
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import PROFILE_ROUTE, QuantumKind
 from sglang_harli.errors import ConfigError, HarliError, NotReadyError, UnsupportedError
-from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
+from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.predictor.profile import sweep as sweeping
@@ -31,7 +31,7 @@ class World:
     """A server whose decode step takes 5 ms, 1 ms a request and 1 us a token of context."""
 
     def __init__(self, run_dir: Path, *, key: ProfileKey | None = KEY) -> None:
-        self.side = ServingSide(HarliOptions(run_dir=str(run_dir)))
+        self.side = ServingState(HarliOptions(run_dir=str(run_dir)))
         self.side.profile_key = key
         self.refuses = False
         self.wants: str | None = None  # the server's API key

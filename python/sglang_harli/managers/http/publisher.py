@@ -25,7 +25,7 @@ import zmq
 import zmq.asyncio
 
 from sglang_harli.errors import HarliError, NotReadyError, StateError, UnsupportedError
-from sglang_harli.failpoints import Point, reach
+from sglang_harli.failpoints import Failpoint, failpoint
 from sglang_harli.managers.http.scheduler_call import call
 from sglang_harli.managers.http.tokenizer_handover import TokenizerHandover
 from sglang_harli.names import looks_like_adapter
@@ -47,7 +47,7 @@ ASK_AGAIN_S = 10.0  # a question may be lost
 HAND_OVER_PAUSE_S = 60.0  # at most, between two attempts to hand over the tokenizer
 
 
-class Publisher:
+class AdapterPublisher:
     """The HTTP process's end of the ipc pair to the finetune service.
 
     Args:
@@ -58,7 +58,7 @@ class Publisher:
     Attributes:
         was_ready: the service's door was open and the scheduler's hello had reached it, at least once.
         state: the latest the service said of itself.
-        heard: messages that have come from the service.
+        received: messages that have come from the service.
         others: adapters of another base than the served one, and the sentence that says so: they are not served.
         down: why there is no service any more; None while there is one, or will be again.
     """
@@ -82,7 +82,7 @@ class Publisher:
         self.state: internal.ServiceState | None = None
         self.others: dict[str, str] = {}
         self.was_ready = False
-        self.heard = 0
+        self.received = 0
         self.down: str | None = None
 
     # ---------------------------------------------------------------- life
@@ -145,7 +145,7 @@ class Publisher:
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
             header, *_ = await socket.recv_multipart()
-            self.heard += 1
+            self.received += 1
             try:
                 message = internal.decode(header, "to_http")
             except msgspec.MsgspecError as error:
@@ -311,14 +311,14 @@ class Publisher:
         if status.get("state") != "loaded":
             kind = NotReadyError if status.get("passing") else UnsupportedError
             raise kind(status.get("error") or f"unexpected answer {status}", code="load_failed")
-        reach(Point.LOADED)
+        failpoint(Failpoint.LOADED)
         async with self._manager.lora_update_lock:
             if wanted.name in self._dropped:  # meanwhile
                 await self._put_away(ref)
                 return
             await self._manager.lora_registry.register(ref)
             self._manager.lora_ref_cache[wanted.name] = ref
-        reach(Point.REGISTERED)
+        failpoint(Failpoint.REGISTERED)
         logger.info("harli: adapter %s is served (loaded in %.2f s)", wanted.name, time.monotonic() - since)
 
     async def _put_away(self, ref: Any) -> None:
@@ -432,7 +432,7 @@ def _log_failure(task: asyncio.Task[None]) -> None:
 
 
 # ------------------------------------------------------------------ in SGLang's tokenizer manager
-def _is_ours(publisher: Publisher | None, name: str, path: str | None) -> bool:
+def _is_ours(publisher: AdapterPublisher | None, name: str, path: str | None) -> bool:
     return publisher is not None and path == TENSOR_PATH and looks_like_adapter(name)
 
 
@@ -443,7 +443,7 @@ async def load_lora_adapter(
     which ours do not have."""
     from sglang.srt.managers.io_struct import LoadLoRAAdapterReqOutput
 
-    publisher: Publisher | None = getattr(manager, "harli_publisher", None)
+    publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
     if publisher is None or not _is_ours(publisher, obj.lora_name, obj.lora_path):
         return await original(manager, obj, *args, **kwargs)
     wrong = await publisher.bring_back(obj.lora_name)
@@ -457,7 +457,7 @@ async def unload_lora_adapter(
     ours answers no more, one that is not loaded now included."""
     from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqOutput
 
-    publisher: Publisher | None = getattr(manager, "harli_publisher", None)
+    publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
     async with manager.lora_update_lock:  # not while it is being registered
         if publisher is not None and obj.lora_name in publisher.dormant():
             publisher.drop(obj.lora_name)

@@ -23,7 +23,7 @@ from sglang_harli.core import PROFILE_ROUTE
 from sglang_harli.errors import HarliError
 from sglang_harli.managers.http.metrics_collector import MetricsCollector
 from sglang_harli.managers.http.model_names import missing_model_error
-from sglang_harli.managers.http.publisher import Publisher
+from sglang_harli.managers.http.publisher import AdapterPublisher
 from sglang_harli.managers.http.start_up.parity_request import ParityRequest
 from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
 from sglang_harli.managers.http.supervision import supervisor
@@ -50,7 +50,9 @@ def install(
     options: HarliOptions = server_args.harli_options()
     if not options.enabled:
         return
-    publisher = Publisher(tokenizer_manager, run_paths.http_endpoint(options.absolute_run_dir), handover)
+    publisher = AdapterPublisher(
+        tokenizer_manager, run_paths.http_endpoint(options.absolute_run_dir), handover
+    )
     tokenizer_manager.harli_publisher = publisher
     metrics = MetricsCollector() if server_args.enable_metrics else None
     profile = StartupProfile(publisher, tokenizer_manager, options.profile_budget_s)
@@ -77,7 +79,7 @@ def before_setup_and_run(
 def _follow_lifespan(
     app: FastAPI,
     manager: Any,
-    publisher: Publisher,
+    publisher: AdapterPublisher,
     watchdog: Watchdog,
     profile: StartupProfile,
     parity: ParityRequest | None,
@@ -105,7 +107,7 @@ def _follow_lifespan(
     app.router.lifespan_context = lifespan
 
 
-def routes(publisher: Publisher, tokenizer_manager: Any, startup: StartupProfile) -> APIRouter:
+def routes(publisher: AdapterPublisher, tokenizer_manager: Any, startup: StartupProfile) -> APIRouter:
     """The routes that stand before SGLang's."""
     from sglang.srt.entrypoints import http_server
     from sglang.srt.entrypoints.openai.protocol import ModelCard
@@ -161,7 +163,7 @@ def routes(publisher: Publisher, tokenizer_manager: Any, startup: StartupProfile
     return router
 
 
-def not_ready_reason(publisher: Publisher) -> str:
+def not_ready_reason(publisher: AdapterPublisher) -> str:
     """Why the server is not healthy yet, in one line."""
     keeper = supervisor.running()
     if keeper is not None and keeper.gave_up is not None:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from sglang_harli.config import HarliOptions
 from sglang_harli.managers.http.metrics_collector import MetricsCollector
-from sglang_harli.managers.http.publisher import Publisher
+from sglang_harli.managers.http.publisher import AdapterPublisher
 from sglang_harli.managers.http.supervision.supervisor import Supervisor
-from sglang_harli.managers.http.supervision.unavailable_endpoint import StandInDoor
+from sglang_harli.managers.http.supervision.unavailable_endpoint import UnavailableEndpoint
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Watchdog:
         self,
         options: HarliOptions,
         keeper: Callable[[], Supervisor | None],
-        publisher: Publisher,
+        publisher: AdapterPublisher,
         metrics: MetricsCollector | None,
         patience: Patience = Patience(),
     ) -> None:
@@ -86,7 +86,7 @@ class Watchdog:
         self._patience = patience
         self._silence = SilenceCounter(patience)
         self._task: asyncio.Task[None] | None = None
-        self._stand_in: StandInDoor | None = None
+        self._stand_in: UnavailableEndpoint | None = None
 
     def start(self) -> None:
         """Inside the server's running event loop, after the publisher's start."""
@@ -119,7 +119,7 @@ class Watchdog:
         if not self._publisher.listening:
             return  # nothing that the service says is heard: its silence says nothing about it
         pid, state = keeper.pid, self._publisher.state
-        if self._silence.look(pid, self._publisher.heard, state.pid if state is not None else None):
+        if self._silence.look(pid, self._publisher.received, state.pid if state is not None else None):
             looks = self._silence.looks
             logger.error(
                 "harli: the finetune service (pid %s) has said nothing for %d looks of %g s: killed, to be started "
@@ -132,7 +132,7 @@ class Watchdog:
         """The supervisor has said so in the log."""
         self._publisher.go_down(why)
         state = self._publisher.state
-        self._stand_in = StandInDoor(self._options, why, state.jobs if state is not None else {})
+        self._stand_in = UnavailableEndpoint(self._options, why, state.jobs if state is not None else {})
         self._stand_in.start()
 
 

@@ -25,7 +25,7 @@ from sglang_harli.managers.scheduler.metrics.pool_metrics import PoolMetrics
 from sglang_harli.managers.scheduler.metrics.predictor_metrics import PredictorMetrics
 from sglang_harli.managers.scheduler.metrics.qos_metrics import QosMetrics
 from sglang_harli.managers.scheduler.policy import slo_ledger, waiting_prompts
-from sglang_harli.managers.scheduler.policy.serving_state import Boundary, ServingSide
+from sglang_harli.managers.scheduler.policy.serving_state import Boundary, ServingState
 from sglang_harli.managers.scheduler.service_link import has_arrived
 from sglang_harli.managers.scheduler.step_timer import BatchLoad, load_of, make_timer, with_adapters
 from sglang_harli.managers.scheduler.trainer_setup import build
@@ -48,7 +48,7 @@ class HarliScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         ours: Any = self.server_args  # HarliServerArgs: the seam's other half
-        self._harli_side = ServingSide(ours.harli_options())
+        self._harli_side = ServingState(ours.harli_options())
         self._harli_timer = make_timer(str(self.device), getattr(self, "forward_stream", None))
         self._harli_housekeeping_at = 0.0
         self._harli_unmeasured = 0
@@ -65,7 +65,7 @@ class HarliScheduler(Scheduler):
             qos = QosMetrics(side, self._harli)
             parity = ParityMetrics(self._harli.parity)
             self._harli_metrics = (
-                PoolMetrics(self._harli.desk),
+                PoolMetrics(self._harli.pressure),
                 PredictorMetrics(side.predictor),
                 qos,
                 parity,
@@ -98,32 +98,32 @@ class HarliScheduler(Scheduler):
 
     def _harli_weights_updated(self) -> None:
         if self._harli is not None:
-            self._harli_safely(self._harli.weights_updated)
+            self._harli_guarded(self._harli.weights_updated)
 
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
         """Also takes what the finetune service has sent; runs every loop turn, paused or not."""
         known = len(self.waiting_queue)
         super().process_input_requests(recv_reqs)
         if self._harli is not None:
-            self._harli_safely(self._harli_take_messages, known)
+            self._harli_guarded(self._harli_take_messages, known)
 
     def _harli_take_messages(self, known: int) -> None:
         """``known``: how many prompts waited before those that have just come."""
         trainer = self._harli
         if trainer.busy and self._harli_side.targets.ttft_s is not None:
-            waiting_prompts.came(islice(self.waiting_queue, known, None), self._harli_looked_s)
+            waiting_prompts.note_arrivals(islice(self.waiting_queue, known, None), self._harli_looked_s)
             self._harli_looked_s = time.perf_counter()
         else:
             self._harli_looked_s = 0.0
         trainer.poll(serving=bool(self.waiting_queue) or not self.running_batch.is_empty())
         if self._engine_paused and trainer.busy:
             trainer.slotting.run_claimed(time.perf_counter() + IDLE_TURN_S)
-        if trainer.run is not None and self.waiting_queue and trainer.desk.lends:
-            trainer.desk.make_room(self._harli_coming())
+        if trainer.run is not None and self.waiting_queue and trainer.pressure.lends:
+            trainer.pressure.make_room(self._harli_coming())
         for metrics in self._harli_metrics:
             metrics.update(time.monotonic())
 
-    def _harli_safely(self, part: Callable[..., None], *args: Any) -> None:
+    def _harli_guarded(self, part: Callable[..., None], *args: Any) -> None:
         """Do a part of ours between two of SGLang's: where it goes wrong, the run in progress fails and serving goes on.
 
         Where there is no run to end, the same may go wrong with every batch, and is logged once.
@@ -201,10 +201,10 @@ class HarliScheduler(Scheduler):
         """Point P: the batch's tokens are out; quanta that fit the slack go in here."""
         super().process_batch_result(batch, result)
         if self._harli is not None:
-            self._harli_safely(self._harli_point_p, batch, result)
+            self._harli_guarded(self._harli_after_batch, batch, result)
             self._harli_timer.turn()
 
-    def _harli_point_p(self, batch: Any, result: Any) -> None:
+    def _harli_after_batch(self, batch: Any, result: Any) -> None:
         trainer, side = self._harli, self._harli_side
         self._harli_measured += self._harli_timer.take()
         decoded = batch.forward_mode.is_decode()
@@ -255,7 +255,7 @@ class HarliScheduler(Scheduler):
             full = self.running_batch.batch_is_full and self.chunked_req is None
             if not full or self.get_num_allocatable_reqs(len(reqs)) > 0 or any(r.finished() for r in reqs):
                 return None
-            steps = waiting_prompts.slot_waits(reqs, min(len(waiting), waiting_prompts.MOST))
+            steps = waiting_prompts.batch_seat_waits(reqs, min(len(waiting), waiting_prompts.MOST))
             longest = steps[-1] if steps else 0
             step_s = side.predictor.decode(
                 len(reqs), context + longest * len(reqs), adapters=with_adapters(reqs), after_training=True
@@ -297,7 +297,7 @@ class HarliScheduler(Scheduler):
         begin_s = time.perf_counter()
         housekeeping = begin_s - self._harli_housekeeping_at > HOUSEKEEPING_S
         quanta = self._harli.quanta
-        self._harli_safely(self._harli_fill_idle, begin_s, housekeeping)
+        self._harli_guarded(self._harli_fill_idle, begin_s, housekeeping)
         if self._harli.quanta == quanta or housekeeping:
             self._harli_housekeeping_at = begin_s
             super().on_idle()

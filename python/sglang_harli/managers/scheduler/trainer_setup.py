@@ -15,14 +15,14 @@ import torch
 from sglang_harli.architectures import ALL_LINEAR, FUSED
 from sglang_harli.config import HarliOptions, show_size
 from sglang_harli.errors import UnsupportedError
-from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
-from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
+from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressure
+from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.profile_setup import profile_key, starting_priors
 from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.managers.scheduler.training.adapter_loader import AdapterLoader
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
 from sglang_harli.managers.scheduler.training.parity import Parity
-from sglang_harli.managers.scheduler.training.quantum_timer import make_clock
+from sglang_harli.managers.scheduler.training.quantum_timer import make_timer
 from sglang_harli.mem_cache.kv.prefix_eviction import evict_stripes
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer.base import base_print
@@ -46,7 +46,7 @@ _PRIOR_FLOPS = {"cpu": 2e10, "cuda": 5e13}
 _PRIOR_SHARES = {"cpu": (0.1, 1e-4), "cuda": (0.01, 2e-5)}
 
 
-def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | None]:
+def build(scheduler: Any, side: ServingState) -> tuple[CoTrainer | None, str | None]:
     """The trainer, or None and the one sentence that says why finetuning is not possible here.
 
     A refusal stops the server (it was asked for); ``--harli-finetune off`` serves without.
@@ -59,8 +59,8 @@ def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | No
         return None, f"{error.message}; serve without finetuning: --harli-finetune off"
     if base.device.type == "cpu":
         keep_freed_memory()
-    desk = side.memory = memory_desk(scheduler, base.device, side.options)
-    limits = served_limits(base, args, runner, side.options, desk)
+    pressure = side.memory = training_memory(scheduler, base.device, side.options)
+    limits = served_limits(base, args, runner, side.options, pressure)
     trainer: CoTrainer | None = None
 
     def hello() -> internal.Hello:
@@ -87,8 +87,8 @@ def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | No
         ServiceLink(scheduler_endpoint(side.options.absolute_run_dir), hello),
         AdapterLoader(runner.lora_manager),
         side.predictor,
-        make_clock(base.device.type, getattr(scheduler, "forward_stream", None)),
-        desk,
+        make_timer(base.device.type, getattr(scheduler, "forward_stream", None)),
+        pressure,
         quantum_rows=side.options.quantum_rows,
         parity=_parity(scheduler, base, limits, side.options),
         take_print=lambda: base_print.take(base, args.served_model_name, args.model_path),
@@ -103,12 +103,12 @@ def build(scheduler: Any, side: ServingSide) -> tuple[CoTrainer | None, str | No
         limits.max_lora_rank,
         ",".join(limits.lora_target_modules),
         show_size(limits.train_memory_bytes),
-        " beside the KV pool" if desk.pool is None else ", lent by the KV pool",
+        " beside the KV pool" if pressure.pool is None else ", lent by the KV pool",
     )
     return trainer, None
 
 
-def memory_desk(scheduler: Any, device: torch.device, options: HarliOptions) -> MemoryDesk:
+def training_memory(scheduler: Any, device: torch.device, options: HarliOptions) -> MemoryPressure:
     """Training's memory: lent by the scheduler's KV pool if that is ours, else of its own beside it."""
     cpu = device.type == "cpu"
     reserve = options.reserve_bytes(cpu)
@@ -116,17 +116,19 @@ def memory_desk(scheduler: Any, device: torch.device, options: HarliOptions) -> 
     pool: UnifiedPool | None = getattr(allocator.get_kvcache(), "harli_pool", None)
     if pool is None:
         total = host_memory_bytes() if cpu else torch.cuda.get_device_properties(device).total_memory
-        return MemoryDesk(None, device, fixed_bytes=options.train_bytes(total, cpu), reserve_bytes=reserve)
+        return MemoryPressure(
+            None, device, fixed_bytes=options.train_bytes(total, cpu), reserve_bytes=reserve
+        )
 
     def evict(stripes: int, unused_since_s: float | None) -> int:
         return evict_stripes(cache, allocator, stripes, pool.quota.kept_prefix_slots(), unused_since_s)
 
     pool.evict = evict
-    return MemoryDesk(pool, device, reserve_bytes=reserve)
+    return MemoryPressure(pool, device, reserve_bytes=reserve)
 
 
 def served_limits(
-    base: FrozenBase, args: Any, runner: Any, options: HarliOptions, desk: MemoryDesk
+    base: FrozenBase, args: Any, runner: Any, options: HarliOptions, pressure: MemoryPressure
 ) -> internal.ServedLimits:
     """What the served model allows a job."""
     served = runner.lora_manager.target_modules  # SGLang's fused names
@@ -147,10 +149,10 @@ def served_limits(
         ),
         max_lora_rank=runner.lora_manager.max_lora_rank,
         lora_target_modules=targets,
-        train_memory_bytes=desk.ever_bytes,
+        train_memory_bytes=pressure.ever_bytes,
         logits_bytes=options.logits_bytes,
         layout=memory_layout(base, options.logits_bytes),
-        space_bytes=desk.space_bytes,
+        space_bytes=pressure.space_bytes,
     )
 
 

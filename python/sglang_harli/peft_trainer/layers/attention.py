@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang_harli.peft_trainer.layers.saved_tensors import Trace
+from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
 
 SHORT = 256  # tokens of a row up to which its shares are held
 BLOCK, LONG_BLOCK = 64, 128  # queries at once, where the row is short and where not
@@ -35,7 +35,7 @@ class CausalAttention:
     def __init__(self, scale: float, repeats: int, window: int | None) -> None:
         self.scale, self.repeats, self.window = scale, repeats, window
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, trace: Trace | None) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, trace: SavedTensors | None) -> Tensor:
         """``[rows, queries, heads * head_dim]``.
 
         Args:
@@ -48,7 +48,7 @@ class CausalAttention:
         run = self._sdpa if trace is None else functools.partial(trace.run, "sdpa", self._sdpa)
         return run(query, key, value)
 
-    def backward(self, grad: Tensor, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, trace: SavedTensors) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value, in their shapes; the latter two may have the exact dtype.
 
         Args:
@@ -75,7 +75,9 @@ class CausalAttention:
         return out.transpose(1, 2).reshape(out.shape[0], queries, -1)
 
     # ---- plain products
-    def _blocks_forward(self, query: Tensor, key: Tensor, value: Tensor, trace: Trace | None) -> Tensor:
+    def _blocks_forward(
+        self, query: Tensor, key: Tensor, value: Tensor, trace: SavedTensors | None
+    ) -> Tensor:
         rows, heads, queries, size = query.shape
         out = query.new_empty(rows, queries, heads, size)
         key, value = key.reshape(-1, *key.shape[2:]), value.reshape(-1, *value.shape[2:])
@@ -100,7 +102,7 @@ class CausalAttention:
             trace["shares" if short else "sums"] = torch.cat(shares) if short else torch.cat(sums, -1)
         return out
 
-    def _blocks_backward(self, grad: Tensor, trace: Trace) -> tuple[Tensor, Tensor, Tensor]:
+    def _blocks_backward(self, grad: Tensor, trace: SavedTensors) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = trace["query"], trace["key"], trace["value"]
         rows, heads, queries, size = query.shape
         by_head = (rows, queries, heads, size)

@@ -20,7 +20,7 @@ from sglang_harli.peft_trainer.layers.attention import CausalAttention
 from sglang_harli.peft_trainer.layers.lora_linear import LinearGroup
 from sglang_harli.peft_trainer.layers.rms_norm import RmsNorm
 from sglang_harli.peft_trainer.layers.rotary import RotaryTable
-from sglang_harli.peft_trainer.layers.saved_tensors import Trace
+from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
 from sglang_harli.peft_trainer.layers.token_blocks import RowKeys
 
 
@@ -64,7 +64,7 @@ class LayerProgram:
 
     # ---- forward
     def forward(
-        self, x: Tensor, rotary: RotaryTable, trace: Trace | None = None, past: RowKeys | None = None
+        self, x: Tensor, rotary: RotaryTable, trace: SavedTensors | None = None, past: RowKeys | None = None
     ) -> Tensor:
         """The layer's output.
 
@@ -75,9 +75,9 @@ class LayerProgram:
         middle = self.attention_half(x, rotary, trace, past)
         return self.mlp_half(middle, trace).add_(middle)
 
-    def recompute(self, x: Tensor, rotary: RotaryTable, past: RowKeys | None = None) -> Trace:
+    def recompute(self, x: Tensor, rotary: RotaryTable, past: RowKeys | None = None) -> SavedTensors:
         """What ``gradients`` needs; the output is not wanted, so its last product is left out."""
-        trace = Trace()
+        trace = SavedTensors()
         self.mlp_half(self.attention_half(x, rotary, trace, past), trace, values=False)
         return trace
 
@@ -86,7 +86,7 @@ class LayerProgram:
         past.extended(*self._heads(x, rotary, None)[1:])
 
     def attention_half(
-        self, x: Tensor, rotary: RotaryTable, trace: Trace | None = None, past: RowKeys | None = None
+        self, x: Tensor, rotary: RotaryTable, trace: SavedTensors | None = None, past: RowKeys | None = None
     ) -> Tensor:
         """x and what attention adds to it."""
         if not self._wants_middle:
@@ -99,7 +99,9 @@ class LayerProgram:
         added = self.o.forward(out.view(-1, out.shape[-1]), trace).view_as(x)
         return added.add_(x)
 
-    def _heads(self, x: Tensor, rotary: RotaryTable, trace: Trace | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(
+        self, x: Tensor, rotary: RotaryTable, trace: SavedTensors | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, ``[rows, heads, width, head_dim]`` each."""
         rows, width, hidden = x.shape
         normed = self.norm.forward(x, trace if self.wants_x else None)
@@ -112,7 +114,7 @@ class LayerProgram:
             trace["cos"], trace["sin"] = rotary
         return rotated(query, rotary), rotated(key, rotary), value.transpose(1, 2).contiguous()
 
-    def mlp_half(self, x: Tensor, trace: Trace | None = None, *, values: bool = True) -> Tensor:
+    def mlp_half(self, x: Tensor, trace: SavedTensors | None = None, *, values: bool = True) -> Tensor:
         """What the MLP adds to x, which is the input of its norm; ``values``: see ``LinearGroup.forward``."""
         inner = trace if self._wants_gates else None
         normed = self.middle_norm.forward(x, trace if self._wants_middle else None)
@@ -133,7 +135,7 @@ class LayerProgram:
 
     # ---- backward
     def gradients(
-        self, trace: Trace, grad: Tensor, past: RowKeys | None = None
+        self, trace: SavedTensors, grad: Tensor, past: RowKeys | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """(of all adapter weights, one behind the other as in the layer's block; of the layer's input, if wanted).
 
@@ -156,7 +158,7 @@ class LayerProgram:
         return leaves, self._attention_backward(trace, middle, past, grads[0], grads[1])
 
     def _mlp_backward(
-        self, trace: Trace, grad: Tensor, gate_up: list[Tensor], down: list[Tensor]
+        self, trace: SavedTensors, grad: Tensor, gate_up: list[Tensor], down: list[Tensor]
     ) -> Tensor | None:
         """Gradient of x after attention, if wanted."""
         flat = grad.reshape(-1, grad.shape[-1])
@@ -179,7 +181,7 @@ class LayerProgram:
         return self.middle_norm.backward(normed.view(grad.shape), trace, grad)
 
     def _attention_backward(
-        self, trace: Trace, grad: Tensor, past: RowKeys | None, qkv: list[Tensor], o: list[Tensor]
+        self, trace: SavedTensors, grad: Tensor, past: RowKeys | None, qkv: list[Tensor], o: list[Tensor]
     ) -> Tensor | None:
         """Gradient of the layer's input, if wanted.  ``grad``: of x after attention."""
         rows, width, hidden = grad.shape

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sglang_harli.peft_trainer.layers.dropout import DropoutMasks
-from sglang_harli.peft_trainer.layers.saved_tensors import Trace
+from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
 
 # q, k and v read one tensor, gate and up another.
 
@@ -75,7 +75,7 @@ class LinearGroup:
             return [(whole, bias, slice(0, self.width))]
         return list(zip(weights, biases, self.columns, strict=True))
 
-    def forward(self, x: Tensor, trace: Trace | None, *, values: bool = True) -> Tensor:
+    def forward(self, x: Tensor, trace: SavedTensors | None, *, values: bool = True) -> Tensor:
         """``[tokens, in]`` to ``[tokens, width]``.
 
         Args:
@@ -114,7 +114,7 @@ class LinearGroup:
         return low if self.scaling == 1.0 else low.mul_(self.scaling)
 
     def backward(
-        self, grad: Tensor, trace: Trace, leaf_grads: Sequence[Tensor], *, wants_x: bool
+        self, grad: Tensor, trace: SavedTensors, leaf_grads: Sequence[Tensor], *, wants_x: bool
     ) -> Tensor | None:
         """The input's gradient ``[tokens, in]``; those of the leaves are written.
 

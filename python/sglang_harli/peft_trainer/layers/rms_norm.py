@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang_harli.peft_trainer.layers.saved_tensors import Trace
+from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
 
 
 class RmsNorm:
@@ -26,7 +26,7 @@ class RmsNorm:
         # fp64 is for tests: bit for bit transformers' own, which rounds to fp32 on the way.
         self._by_hand = self.weight.device.type == "cpu" and self.weight.dtype != torch.float64
 
-    def forward(self, x: Tensor, trace: Trace | None) -> Tensor:
+    def forward(self, x: Tensor, trace: SavedTensors | None) -> Tensor:
         """Normed over the last axis, contiguous.  ``trace`` remembers what ``backward`` needs, x among it."""
         if not self._by_hand:
             return self._native(x) if trace is None else trace.run(self.name, self._native, x)
@@ -36,7 +36,7 @@ class RmsNorm:
             trace[self.name], trace[self.name + " factor"] = x, factor
         return (x * factor).to(x.dtype).mul_(self.weight)
 
-    def backward(self, grad: Tensor, trace: Trace, passed: Tensor | None = None) -> Tensor:
+    def backward(self, grad: Tensor, trace: SavedTensors, passed: Tensor | None = None) -> Tensor:
         """Of x.
 
         Args:

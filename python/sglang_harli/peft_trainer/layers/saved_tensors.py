@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 
-class Slot:
+class SavedTensor:
     """Holds one tensor; code that moves its contents puts the new one here."""
 
     __slots__ = ("tensor",)
@@ -23,7 +23,7 @@ class Slot:
         self.tensor = tensor
 
 
-class Trace:
+class SavedTensors:
     """One layer's forward over a range of tokens.
 
     Args:
@@ -34,12 +34,12 @@ class Trace:
 
     def __init__(self, *, kept: bool = False) -> None:
         self.kept = kept
-        self.slots: dict[str, Slot] = {}
+        self.slots: dict[str, SavedTensor] = {}
         self.masks: dict[str, list[Tensor]] = {}
-        self.pieces: dict[str, Piece] = {}
+        self.pieces: dict[str, AutogradSegment] = {}
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self.slots[name] = Slot(tensor)
+        self.slots[name] = SavedTensor(tensor)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.slots[name].tensor
@@ -49,21 +49,21 @@ class Trace:
 
     def run(self, name: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """``function(*inputs)``, remembered as a piece."""
-        piece = self.pieces[name] = Piece()
+        piece = self.pieces[name] = AutogradSegment()
         return piece.run(function, *inputs)
 
-    def all_slots(self) -> list[Slot]:
+    def all_slots(self) -> list[SavedTensor]:
         """Of everything that is held, masks excepted."""
         return [*self.slots.values(), *(slot for piece in self.pieces.values() for slot in piece.slots)]
 
 
-class Piece:
+class AutogradSegment:
     """A function that autograd differentiates; its graph holds memory through ``slots`` alone."""
 
     __slots__ = ("_edge", "_entries", "slots")
 
     def __init__(self) -> None:
-        self.slots: list[Slot] = []
+        self.slots: list[SavedTensor] = []
 
     def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         with torch.enable_grad(), saved_tensors_hooks(self._pack, _unpack):
@@ -78,13 +78,13 @@ class Piece:
         """Of each input its gradient; once only."""
         return torch.autograd.grad([self._edge], self._entries, [grad])
 
-    def _pack(self, tensor: Tensor) -> Slot:
-        slot = Slot(tensor)
+    def _pack(self, tensor: Tensor) -> SavedTensor:
+        slot = SavedTensor(tensor)
         self.slots.append(slot)
         return slot
 
 
-def _unpack(slot: Slot) -> Tensor:
+def _unpack(slot: SavedTensor) -> Tensor:
     return slot.tensor
 
 

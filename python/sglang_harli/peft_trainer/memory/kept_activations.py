@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram, RotaryTable
-from sglang_harli.peft_trainer.layers.saved_tensors import Slot, Trace
+from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensor, SavedTensors
 from sglang_harli.peft_trainer.memory.heap import obtain
 from sglang_harli.train_memory import Lease, TrainMemory
 
@@ -35,7 +35,7 @@ class _KeptRange:
     start: int
     count: int
     program: LayerProgram
-    trace: Trace
+    trace: SavedTensors
     lease: Lease
 
 
@@ -83,7 +83,7 @@ class KeptActivations:
         known, lease = self._needs.get(key), None
         if known is not None and (lease := self._obtain(known)) is None:
             return None
-        trace = Trace(kept=True)
+        trace = SavedTensors(kept=True)
         out = program.forward(x, rotary, trace)
         references = self._references | {_storage(t) for t in (*program.references, *rotary)}
         slots = trace.all_slots()
@@ -182,9 +182,9 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _sources(saved: list[Slot]) -> list[list[Slot]]:
+def _sources(saved: list[SavedTensor]) -> list[list[SavedTensor]]:
     """The slots by the memory that they name; all of it is alive still, so that no address means two things."""
-    found: dict[tuple[object, ...], list[Slot]] = {}
+    found: dict[tuple[object, ...], list[SavedTensor]] = {}
     for number, slot in enumerate(saved):
         tensor = slot.tensor
         own = None if _dense(tensor) else number
@@ -204,7 +204,7 @@ def _dense(tensor: Tensor) -> bool:
     return True
 
 
-def _move(sources: list[list[Slot]], places: list[Tensor]) -> None:
+def _move(sources: list[list[SavedTensor]], places: list[Tensor]) -> None:
     """Copy each memory once to its place; from there the graph reads, in the same layout."""
     with torch.no_grad():
         for slots, flat in zip(sources, places, strict=True):

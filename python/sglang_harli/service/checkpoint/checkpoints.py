@@ -27,7 +27,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sglang_harli.errors import HarliError
-from sglang_harli.failpoints import Point, Write, reach
+from sglang_harli.failpoints import Failpoint, WriteFailpoint, failpoint
 from sglang_harli.protocol import shared_memory, trouble
 from sglang_harli.protocol.internal import SlotRef
 from sglang_harli.service.checkpoint import tensor_files
@@ -63,23 +63,23 @@ def save_state(
     final = checkpoints / f"step-{step}"
     temporary = checkpoints / f"step-{step}.tmp"
     _make_anew(temporary)
-    mapped = shared_memory.Slot.open(slot)
+    mapped = shared_memory.SharedBuffer.open(slot)
     try:
-        reach(Write.STATE)
+        failpoint(WriteFailpoint.STATE)
         sources = tensor_files.from_slot(mapped, slot)
         digest = tensor_files.write(temporary / STATE_FILE, sources, Pace(rush=rush))
         del sources
     finally:
         mapped.close()
     _save_meta(temporary, step, run, tokens, digest)
-    reach(Point.FILE_WRITTEN)
+    failpoint(Failpoint.FILE_WRITTEN)
     _replace(temporary, final)
-    reach(Point.RENAMED)
+    failpoint(Failpoint.RENAMED)
     return final
 
 
 def _save_meta(folder: Path, step: int, run: dict[str, Any], tokens: int, state_digest: str) -> None:
-    reach(Write.META)
+    failpoint(WriteFailpoint.META)
     (folder / RUN_FILE).write_bytes(msgspec.msgpack.encode(run))
     meta = {
         "step": step,
@@ -122,7 +122,7 @@ def save_beginning(source: Path, target: Path, seed: int) -> None:
         OSError: the disk is full.
     """
     target.mkdir(parents=True)
-    reach(Write.STATE)
+    failpoint(WriteFailpoint.STATE)
     with safe_open(source / STATE_FILE, framework="np") as file:
 
         def load(name: str) -> np.ndarray:
@@ -139,7 +139,7 @@ def save_beginning(source: Path, target: Path, seed: int) -> None:
 
 def load_state(
     checkpoints: Path, step: int, shm: Path
-) -> tuple[shared_memory.Slot, SlotRef, dict[str, Any], int]:
+) -> tuple[shared_memory.SharedBuffer, SlotRef, dict[str, Any], int]:
     """The checkpoint of ``step`` in a new slot, the run's plain values and its trained tokens.
 
     Raises:
@@ -179,7 +179,7 @@ def save_adapter(adapter: Path, checkpoints: Path, step: int, config: dict[str, 
     check_state(checkpoints, step)
     temporary = adapter.with_name("adapter.tmp")
     _make_anew(temporary)
-    reach(Write.ADAPTER)
+    failpoint(WriteFailpoint.ADAPTER)
     with safe_open(checkpoints / f"step-{step}" / STATE_FILE, framework="np") as file:
         found = list(file.keys())
         names = {n: n.removeprefix(ADAPTER_PREFIX) for n in found if n.startswith(ADAPTER_PREFIX)}
@@ -192,10 +192,10 @@ def save_adapter(adapter: Path, checkpoints: Path, step: int, config: dict[str, 
     meta = {"step": step, "sha256": dict(zip(ADAPTER_FILES, (tensors_digest, config_digest), strict=True))}
     (temporary / ADAPTER_META).write_text(json.dumps(meta, indent=2))
     _replace(temporary, adapter)
-    reach(Point.ADAPTER_EXPORTED)
+    failpoint(Failpoint.ADAPTER_EXPORTED)
 
 
-def load_adapter(adapter: Path, shm: Path) -> tuple[shared_memory.Slot, SlotRef, dict[str, Any]]:
+def load_adapter(adapter: Path, shm: Path) -> tuple[shared_memory.SharedBuffer, SlotRef, dict[str, Any]]:
     """The saved adapter's tensors in a new slot, and its configuration.
 
     Raises:
@@ -241,7 +241,7 @@ def _compare(folder: Path, digests: dict[str, str]) -> None:
 
 def _replace(temporary: Path, final: Path) -> None:
     """Make ``temporary`` durable under its final name (an older folder of that name goes)."""
-    reach(Write.RENAME)
+    failpoint(WriteFailpoint.RENAME)
     fsync_tree(temporary)
     if final.exists():
         shutil.rmtree(final)

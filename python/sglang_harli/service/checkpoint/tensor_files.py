@@ -85,7 +85,7 @@ def _pieces(sources: Sequence[Source]) -> Iterator[memoryview]:
         yield from (data[at : at + PIECE] for at in range(0, len(data), PIECE))
 
 
-def from_slot(slot: shared_memory.Slot, ref: SlotRef) -> list[Source]:
+def from_slot(slot: shared_memory.SharedBuffer, ref: SlotRef) -> list[Source]:
     """The tensors in a mapped slot."""
     return [Source(t.name, t.dtype, tuple(t.shape), lambda t=t: slot.view(t)) for t in ref.tensors]
 
@@ -100,7 +100,7 @@ def digest(path: Path, pace: Pace) -> str:
     return found.hexdigest()
 
 
-def into_slot(path: Path, folder: Path, pace: Pace) -> tuple[shared_memory.Slot, SlotRef]:
+def into_slot(path: Path, folder: Path, pace: Pace) -> tuple[shared_memory.SharedBuffer, SlotRef]:
     """The tensors of a file in a new slot in ``folder``.
 
     Raises:
@@ -114,7 +114,7 @@ def into_slot(path: Path, folder: Path, pace: Pace) -> tuple[shared_memory.Slot,
         shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
         sizes = {n: int(np.prod(shapes[n], dtype=np.int64)) * kinds[n].itemsize for n in names}
         refs, nbytes = shared_memory.layout((n, kinds[n].name, shapes[n], sizes[n]) for n in names)
-        slot = shared_memory.Slot.create(folder, nbytes, pace.rest)
+        slot = shared_memory.SharedBuffer.create(folder, nbytes, pace.rest)
         try:
             for ref in refs:
                 place = np.frombuffer(slot.view(ref), dtype=kinds[ref.name]).reshape(ref.shape)

@@ -40,7 +40,7 @@ class Batch:
     data: Padded
 
 
-class Feeder:
+class BatchOrder:
     """Args:
     tokens: the job's rows.
     hp: its hyperparameters (seed, epochs, batch size, accumulation).

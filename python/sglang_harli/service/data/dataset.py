@@ -19,7 +19,7 @@ from sglang_harli.service.data.lines import Line, read_lines
 from sglang_harli.service.data.row_json import RowReader
 from sglang_harli.service.data.token_store import TokenWriter
 from sglang_harli.service.rows import foreign
-from sglang_harli.service.rows.encoder import RowTokenizer, unused_fields
+from sglang_harli.service.rows.encoder import RowEncoder, unused_fields
 from sglang_harli.service.rows.error import RowError
 from sglang_harli.service.rows.notes import ANSWERS_APART, Note
 from sglang_harli.service.rows.row import Reading, Row, over_limit
@@ -75,7 +75,7 @@ class DataSummary(Struct, kw_only=True):
 
 def scan(
     path: Path,
-    tokenizer: RowTokenizer,
+    tokenizer: RowEncoder,
     *,
     name: str,
     max_length: int | None = None,
@@ -105,7 +105,7 @@ def scan(
 
 def look(
     path: Path,
-    tokenizer: RowTokenizer,
+    tokenizer: RowEncoder,
     *,
     name: str,
     max_length: int | None = None,
@@ -157,7 +157,7 @@ class _LineRows:
         ignored: fields that were passed over.
     """
 
-    def __init__(self, name: str, reader: RowReader, tokenizer: RowTokenizer, reading: Reading) -> None:
+    def __init__(self, name: str, reader: RowReader, tokenizer: RowEncoder, reading: Reading) -> None:
         self._name = name
         self._reader = reader
         self._tokenizer = tokenizer

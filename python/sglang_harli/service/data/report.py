@@ -11,7 +11,7 @@ from msgspec import to_builtins
 
 from sglang_harli.service.data.dataset import look
 from sglang_harli.service.data.token_store import TokenWriter
-from sglang_harli.service.rows.encoder import RowTokenizer
+from sglang_harli.service.rows.encoder import RowEncoder
 from sglang_harli.service.rows.row import Row
 from sglang_harli.service.rows.served_tokenizer import ServedTokenizer
 
@@ -22,7 +22,7 @@ BUCKETS = 12
 
 def data_report(
     path: Path,
-    tokenizer: RowTokenizer,
+    tokenizer: RowEncoder,
     *,
     name: str,
     max_length: int | None,

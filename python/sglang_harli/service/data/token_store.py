@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sglang_harli.failpoints import Write, reach
+from sglang_harli.failpoints import WriteFailpoint, failpoint
 from sglang_harli.service.rows.row import Row
 
 
@@ -52,7 +52,7 @@ class TokenWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        reach(Write.TOKENS)
+        failpoint(WriteFailpoint.TOKENS)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._ids = _FlatFile(folder / "ids.npy", np.int32)

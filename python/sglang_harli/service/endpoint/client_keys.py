@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 DOMAIN = "harli"
 
 
-class DoorKeys:
+class ClientAuthenticator:
     """Answers libzmq's question about each client's key (ZAP); made inside the running event loop.
 
     The clients' files are read at each connection, by a thread: a file that is added, replaced or removed counts from

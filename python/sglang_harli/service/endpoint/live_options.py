@@ -22,7 +22,7 @@ SETTING = "pending_options"  # what is deferred, in the store: it survives a res
 ANSWER_S = 5.0
 
 
-class OptionsDesk:
+class LiveOptions:
     """Args:
         options: as the server was started.
         link: the pair to the scheduler.

@@ -16,7 +16,7 @@ import zmq.asyncio
 from sglang_harli.config import is_loopback
 from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.protocol import public
-from sglang_harli.service.endpoint.client_keys import DoorKeys
+from sglang_harli.service.endpoint.client_keys import ClientAuthenticator
 from sglang_harli.service.endpoint.verbs import Caller
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ UNREAD_S = 10.0  # how long an answer waits for a client that does not read
 
 
 @dataclass(slots=True)
-class _Room:
+class _InFlightLimit:
     """How many requests of a kind, and bytes of theirs, are in work at once; more are told to come again.
 
     One for each kind, so that a thousand submits that wait for their check do not keep ``status`` waiting.
@@ -56,7 +56,7 @@ class _Room:
         self.inside_bytes -= size
 
 
-class PublicDoor:
+class PublicRouter:
     """Args:
         context: the process's.
         endpoint: tcp://127.0.0.1:PORT or ipc://PATH.
@@ -75,15 +75,15 @@ class PublicDoor:
         keys: str | None = None,
     ) -> None:
         self._handle = handle
-        submits = _Room("submits", 2048, 64 << 20)
+        submits = _InFlightLimit("submits", 2048, 64 << 20)
         self._rooms = {
             "submit": submits,
             "check": submits,
-            "upload": _Room("chunks", 256, 64 << 20),
+            "upload": _InFlightLimit("chunks", 256, 64 << 20),
         }
-        self._rest = _Room("requests", 1024, 32 << 20)
-        self._late = _Room("unread answers", 4096, 32 << 20)
-        self._keys = DoorKeys(context, keys) if keys else None
+        self._rest = _InFlightLimit("requests", 1024, 32 << 20)
+        self._late = _InFlightLimit("unread answers", 4096, 32 << 20)
+        self._keys = ClientAuthenticator(context, keys) if keys else None
         self._socket: zmq.asyncio.Socket = context.socket(zmq.ROUTER)
         for option, value in (
             (zmq.LINGER, 500),
@@ -135,7 +135,9 @@ class PublicDoor:
             return
         group.create_task(self._one(Caller(route, request), head, data, room, size))
 
-    async def _one(self, caller: Caller, head: bytes, data: list[bytes], room: _Room, size: int) -> None:
+    async def _one(
+        self, caller: Caller, head: bytes, data: list[bytes], room: _InFlightLimit, size: int
+    ) -> None:
         try:
             answer = _encoded(await self._handle(caller, head, data))
         finally:

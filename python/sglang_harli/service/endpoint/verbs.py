@@ -16,15 +16,15 @@ from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError, ProtocolError
 from sglang_harli.protocol import public
 from sglang_harli.protocol.public import Job
-from sglang_harli.service.endpoint.live_options import OptionsDesk
+from sglang_harli.service.endpoint.live_options import LiveOptions
 from sglang_harli.service.endpoint.subscriptions import LEASE_S, Subscriptions
 from sglang_harli.service.jobs import transitions
-from sglang_harli.service.jobs.disk_usage import Space
-from sglang_harli.service.jobs.registry import JobDesk
-from sglang_harli.service.jobs.transitions import Change, JobRecord
+from sglang_harli.service.jobs.disk_usage import DiskUsage
+from sglang_harli.service.jobs.registry import JobRegistry
+from sglang_harli.service.jobs.transitions import JobRecord, Transition
 from sglang_harli.service.links.http_link import HttpLink
 from sglang_harli.service.links.scheduler_link import SchedulerLink
-from sglang_harli.service.publish.publication import Publication
+from sglang_harli.service.publish.publication import PublicationQueue
 from sglang_harli.service.submit.submission import Submission
 from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
 
@@ -49,10 +49,10 @@ class Verbs:
     def __init__(
         self,
         *,
-        desk: JobDesk,
+        registry: JobRegistry,
         submission: Submission,
-        publication: Publication,
-        options: OptionsDesk,
+        publication: PublicationQueue,
+        options: LiveOptions,
         scheduler: SchedulerLink,
         http: HttpLink,
         tokenizer: ModelTokenizer,
@@ -60,7 +60,7 @@ class Verbs:
         readers: Executor,
         about: dict[str, Any],
     ) -> None:
-        self._desk = desk
+        self._registry = registry
         self._submission = submission
         self._publication = publication
         self._options = options
@@ -71,8 +71,8 @@ class Verbs:
         self._readers = readers
         self._about = about
         self._started = time.monotonic()
-        self._space = Space(desk.run_dir)
-        desk.blocker = self._blocker
+        self._space = DiskUsage(registry.run_dir)
+        registry.blocker = self._blocker
         self._verbs: dict[str, Callable[[Caller, dict[str, Any]], Awaitable[Any]]] = {
             "list": self._list,
             "get": self._get,
@@ -120,21 +120,21 @@ class Verbs:
         if args.status not in (None, *JobStatus):
             known = ", ".join(JobStatus)
             raise ConfigError(f"status {args.status!r} is not accepted: give one of {known}", param="status")
-        before = math.inf if args.after is None else self._desk.get(args.after).number
-        found = (r for r in self._desk.newest() if r.number < before and args.status in (None, r.status))
+        before = math.inf if args.after is None else self._registry.get(args.after).number
+        found = (r for r in self._registry.newest() if r.number < before and args.status in (None, r.status))
         page = list(islice(found, args.limit + 1))
-        shown = [self._desk.public(r) for r in page[: args.limit]]
+        shown = [self._registry.public(r) for r in page[: args.limit]]
         return {"jobs": shown, "has_more": len(page) > args.limit}
 
     async def _get(self, _caller: Caller, raw: dict[str, Any]) -> Job:
-        return self._desk.public(self._desk.get(public.convert_args(raw, public.JobArgs).job))
+        return self._registry.public(self._registry.get(public.convert_args(raw, public.JobArgs).job))
 
     async def _events(self, caller: Caller, raw: dict[str, Any]) -> Any:
         args = public.convert_args(raw, public.EventsArgs)
-        self._desk.get(args.job)
+        self._registry.get(args.job)
         loop = asyncio.get_running_loop()
         events = await loop.run_in_executor(
-            self._readers, self._desk.store.events, args.job, args.after, args.limit
+            self._readers, self._registry.store.events, args.job, args.after, args.limit
         )
         last = events[-1].id if events else args.after
         if args.follow:
@@ -156,7 +156,7 @@ class Verbs:
         return await self._change(raw, transitions.ask_resume, lambda r: True)
 
     async def _cancel(self, _caller: Caller, raw: dict[str, Any]) -> Job:
-        def ask(record: JobRecord) -> Change:
+        def ask(record: JobRecord) -> Transition:
             return transitions.ask_cancel(
                 record,
                 time.time(),  # stamp: when the job ended
@@ -170,28 +170,28 @@ class Verbs:
         return await self._ask(args.job, lambda r: transitions.ask_priority(r, args.priority), lambda r: True)
 
     async def _change(
-        self, raw: dict[str, Any], ask: Callable[[JobRecord], Change], taken: Callable[[JobRecord], bool]
+        self, raw: dict[str, Any], ask: Callable[[JobRecord], Transition], taken: Callable[[JobRecord], bool]
     ) -> Job:
         return await self._ask(public.convert_args(raw, public.JobArgs).job, ask, taken)
 
     async def _ask(
-        self, job: str, ask: Callable[[JobRecord], Change], taken: Callable[[JobRecord], bool]
+        self, job: str, ask: Callable[[JobRecord], Transition], taken: Callable[[JobRecord], bool]
     ) -> Job:
         """What is wanted is durable before the answer; what is may follow (see TAKE_S)."""
-        record = self._desk.get(job)
+        record = self._registry.get(job)
         change = ask(record)
         # Nothing to change: it was asked before, and that may still be on its way to the disk.
-        asked = self._desk.apply(change) if change.record != record else None
-        await self._desk.durable(asked)
-        return self._desk.public(await self._desk.wait_until(job, taken, TAKE_S))
+        asked = self._registry.apply(change) if change.record != record else None
+        await self._registry.durable(asked)
+        return self._registry.public(await self._registry.wait_until(job, taken, TAKE_S))
 
     def _blocker(self, own: str) -> str | None:
         """Why no queued job can start at the moment; ``own``: what keeps this one until another base or server comes,
         which says more than what passes by itself."""
         if self._scheduler.refusal is not None:
             return f"this server cannot train: {self._scheduler.refusal}"
-        if self._desk.journal.trouble is not None:
-            return self._desk.journal.trouble
+        if self._registry.journal.trouble is not None:
+            return self._registry.journal.trouble
         hello = self._scheduler.hello
         if hello is None:
             return "waiting for the scheduler"
@@ -212,7 +212,7 @@ class Verbs:
             "refusal": self._scheduler.refusal,
             "hold": (hello.hold or None) if hello else None,
             "base": hello.base.shown if hello and hello.base else None,
-            "store": self._desk.journal.trouble or self._subscriptions.trouble or "ok",
+            "store": self._registry.journal.trouble or self._subscriptions.trouble or "ok",
             "unreadable_jobs": self._unreadable(),
             "trouble": self._scheduler.peer.trouble or self._http.peer.trouble,
             "followers": len(self._subscriptions),
@@ -222,7 +222,7 @@ class Verbs:
             service=service,
             serving=report.serving if report else None,
             training=report.training if report else None,
-            jobs=self._desk.counts(),
+            jobs=self._registry.counts(),
             options=self._options.effective,
             revision=self._options.revision,
             pool=report.pool if report else None,
@@ -230,8 +230,8 @@ class Verbs:
 
     def _unreadable(self) -> dict[str, str]:
         """Jobs whose records cannot be read or written, and why: the first of them."""
-        found = {job: unreadable.why for job, unreadable in self._desk.unreadable.items()}
-        found |= self._desk.journal.unwritable
+        found = {job: unreadable.why for job, unreadable in self._registry.unreadable.items()}
+        found |= self._registry.journal.unwritable
         shown = dict(islice(found.items(), UNREADABLE_SHOWN))
         return shown if len(found) <= UNREADABLE_SHOWN else shown | {"in all": str(len(found))}
 

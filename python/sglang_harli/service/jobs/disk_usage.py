@@ -10,21 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sglang_harli.service.pacing import be_polite
+from sglang_harli.service.pacing import lower_priority
 
 EVERY_S = 30.0  # a count is at least so long apart from the next, and 20 times as long as it took
 FIRST_S = 1.0  # the first one is waited for so long
 _PARTS = {"data": "data_bytes", "checkpoints": "checkpoint_bytes", "adapter": "adapter_bytes"}
 
 
-class Space:
+class DiskUsage:
     """Args:
     run_dir: the run directory.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._thread = ThreadPoolExecutor(1, "space", initializer=be_polite, initargs=(19,))
+        self._thread = ThreadPoolExecutor(1, "space", initializer=lower_priority, initargs=(19,))
         self._counting: asyncio.Future[None] | None = None
         self._looker = ThreadPoolExecutor(1, "free space")
         self._looking: asyncio.Future[int] | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import orjson
 
-from sglang_harli.failpoints import Write, reach
+from sglang_harli.failpoints import WriteFailpoint, failpoint
 from sglang_harli.protocol.public import Event, Job
 
 TAIL_BYTES = 1 << 20  # more than the longest event
@@ -85,7 +85,7 @@ class JobMirror:
         if _content(path) == content:
             return
         temporary = path.with_suffix(".tmp")
-        reach(Write.MIRROR)
+        failpoint(WriteFailpoint.MIRROR)
         temporary.write_bytes(content)
         os.replace(temporary, path)
 
@@ -115,7 +115,7 @@ class JobMirror:
 
 def _append(path: Path, rows: list[dict]) -> None:
     if rows:
-        reach(Write.MIRROR)
+        failpoint(WriteFailpoint.MIRROR)
         with path.open("ab") as file:
             file.write(b"".join(orjson.dumps(row) + b"\n" for row in rows))
 

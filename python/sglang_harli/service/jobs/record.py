@@ -14,7 +14,7 @@ from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.public import Hyperparameters, Job, JobError
 
 
-class Wish(enum.StrEnum):
+class DesiredState(enum.StrEnum):
     """What the user wants of a running job."""
 
     RUN = "run"
@@ -80,7 +80,9 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     step_s: float | None = None
     attempt: int = 0
     error: JobError | None = None
-    wish: Wish = Wish.RUN
+    desired: DesiredState = msgspec.field(
+        default=DesiredState.RUN, name="wish"
+    )  # its name in the store since 0.1
     publishing: bool = False
     checkpoint_step: int = 0
     checkpoint_tokens: int = 0
@@ -102,7 +104,7 @@ class JobRecord(Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class EventDraft:
     """An event before it has an id and a time."""
 
     type: str
@@ -112,11 +114,11 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class Transition:
     """The record after a transition, and the events that tell of it."""
 
     record: JobRecord
-    drafts: tuple[Draft, ...] = ()
+    drafts: tuple[EventDraft, ...] = ()
 
 
 def public(record: JobRecord, run_dir: str) -> Job:

@@ -23,14 +23,14 @@ from sglang_harli.service.jobs.journal import Journal
 from sglang_harli.service.jobs.queue_order import QueueOrder
 from sglang_harli.service.jobs.served_base import ServedBase
 from sglang_harli.service.jobs.store import JobStore
-from sglang_harli.service.jobs.transitions import Change, JobRecord
+from sglang_harli.service.jobs.transitions import JobRecord, Transition
 
 logger = logging.getLogger(__name__)
 
 DURABLE_S = 30.0  # a command waits so long for a store that cannot be written
 
 
-class JobDesk:
+class JobRegistry:
     """Loads the store, re-queues what a crash left running, and keeps the records.
 
     Attributes:
@@ -168,7 +168,7 @@ class JobDesk:
         self._number += 1
         return self._number
 
-    def add(self, change: Change) -> asyncio.Future[None]:
+    def add(self, change: Transition) -> asyncio.Future[None]:
         """A new job; durable when the future is done.  One that the store refuses is none."""
         future = self.apply(change)
         future.add_done_callback(
@@ -176,7 +176,7 @@ class JobDesk:
         )
         return future
 
-    def apply(self, change: Change, *, urgent: bool = True) -> asyncio.Future[None]:
+    def apply(self, change: Transition, *, urgent: bool = True) -> asyncio.Future[None]:
         """Take a transition over: memory now, store soon; durable when the future is done."""
         record = change.record
         events = []

@@ -32,7 +32,7 @@ from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
 
 from sglang_harli.errors import HarliError, NotReadyError
-from sglang_harli.failpoints import Write, reach
+from sglang_harli.failpoints import WriteFailpoint, failpoint
 from sglang_harli.protocol.public import CODING_ERRORS, Event
 from sglang_harli.service.jobs.record_encoding import (
     RecordError,
@@ -150,7 +150,7 @@ class JobStore:
         """
         with _trouble("written"), self._engine.begin() as db:
             try:
-                reach(Write.STORE)
+                failpoint(WriteFailpoint.STORE)
             except OSError as error:  # as the database itself would say it
                 raise OperationalError("write", None, error) from error
             for record in records:

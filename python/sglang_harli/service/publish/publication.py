@@ -12,16 +12,16 @@ from typing import Any, TypeVar
 
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import HarliError
-from sglang_harli.failpoints import Point, reach
+from sglang_harli.failpoints import Failpoint, failpoint
 from sglang_harli.protocol import shared_memory, trouble
 from sglang_harli.protocol.internal import AdapterPublished, SlotRef
-from sglang_harli.protocol.shared_memory import Slot
+from sglang_harli.protocol.shared_memory import SharedBuffer
 from sglang_harli.service.checkpoint import checkpoints
 from sglang_harli.service.checkpoint.checkpoints import CheckpointError
 from sglang_harli.service.jobs import transitions
 from sglang_harli.service.jobs.folder import JobPaths
-from sglang_harli.service.jobs.registry import JobDesk
-from sglang_harli.service.jobs.transitions import Draft, JobRecord
+from sglang_harli.service.jobs.registry import JobRegistry
+from sglang_harli.service.jobs.transitions import EventDraft, JobRecord
 from sglang_harli.service.links.http_link import HttpLink
 from sglang_harli.service.publish.peft_config import adapter_config
 
@@ -43,9 +43,9 @@ class _PutOffError(HarliError):
     jobs come before."""
 
 
-class Publication:
+class PublicationQueue:
     """Args:
-        desk: the jobs.
+        registry: the jobs.
         http: the pair to the HTTP process.
         disk: where blocking work runs.
         shm: folder of slots.
@@ -55,8 +55,10 @@ class Publication:
         in_flight: the job whose publication the HTTP process has been asked for and has not answered.
     """
 
-    def __init__(self, desk: JobDesk, http: HttpLink, disk: Executor, shm: Path, model_path: str) -> None:
-        self._desk = desk
+    def __init__(
+        self, registry: JobRegistry, http: HttpLink, disk: Executor, shm: Path, model_path: str
+    ) -> None:
+        self._registry = registry
         self._http = http
         self._disk = disk
         self._shm = shm
@@ -68,11 +70,11 @@ class Publication:
         self._waiting: set[str] = set()  # jobs whose base is not served
         self._troubles: dict[str, int] = {}  # in a row, of jobs that were put off
         self._names: dict[str, str] = {}  # adapter name -> job, of the jobs that succeeded
-        for record in desk.all():
+        for record in registry.all():
             self._note(record)
             if record.status == JobStatus.RUNNING and record.publishing:
                 self.want(record.id)
-        desk.listeners.append(self._note)
+        registry.listeners.append(self._note)
 
     def _note(self, record: JobRecord) -> None:
         if record.fine_tuned_model:
@@ -88,7 +90,7 @@ class Publication:
         """The HTTP process misses an adapter that it had (or that an earlier server had)."""
         job = self._names.get(name)
         if job is not None:
-            if other := self._desk.other_base(self._desk.get(job)):
+            if other := self._registry.other_base(self._registry.get(job)):
                 self._http.refuse(name, "other_base", other)
             else:
                 self.want(job)
@@ -100,7 +102,11 @@ class Publication:
         """The adapters of succeeded jobs on the served base; none before that is known."""
         if not self._base_known:
             return []
-        return [name for name, job in self._names.items() if not self._desk.other_base(self._desk.get(job))]
+        return [
+            name
+            for name, job in self._names.items()
+            if not self._registry.other_base(self._registry.get(job))
+        ]
 
     def others(self) -> dict[str, list[str]] | None:
         """The other adapters, by the sentence that says which base they belong to; None before that is known."""
@@ -108,7 +114,7 @@ class Publication:
             return None
         found: dict[str, list[str]] = {}
         for name, job in self._names.items():
-            if other := self._desk.other_base(self._desk.get(job)):
+            if other := self._registry.other_base(self._registry.get(job)):
                 found.setdefault(other, []).append(name)
         return found
 
@@ -135,7 +141,7 @@ class Publication:
                 self._put_off(job, f"the adapter cannot be published ({type(error).__name__}: {error})")
 
     async def _one(self, job: str) -> None:
-        paths = JobPaths(self._desk.run_dir, job)
+        paths = JobPaths(self._registry.run_dir, job)
         try:
             if self._other_base(job):
                 return
@@ -148,9 +154,9 @@ class Publication:
             return
         except CheckpointError as error:
             damage = await self._damage(job, paths)
-            record = self._desk.get(job)
-            if damage is not None and record.publishing and record.wish != transitions.Wish.CANCEL:
-                self._desk.apply(transitions.train_again(record, damage))
+            record = self._registry.get(job)
+            if damage is not None and record.publishing and record.desired != transitions.DesiredState.CANCEL:
+                self._registry.apply(transitions.train_again(record, damage))
             else:
                 self._give_up(job, "adapter_failed", f"the adapter cannot be saved or read: {error}")
             return
@@ -161,18 +167,20 @@ class Publication:
     async def _damage(self, job: str, paths: JobPaths) -> str | None:
         """Why the job's last checkpoint cannot be used; None where it is whole."""
         try:
-            await self._off(checkpoints.check_state, paths.checkpoints, self._desk.get(job).checkpoint_step)
+            await self._off(
+                checkpoints.check_state, paths.checkpoints, self._registry.get(job).checkpoint_step
+            )
         except CheckpointError as error:
             return str(error)
         return None
 
     def _wanted(self, job: str) -> bool:
-        record = self._desk.get(job)
+        record = self._registry.get(job)
         return (record.publishing or record.status == JobStatus.SUCCEEDED) and not self._other_base(job)
 
     def _other_base(self, job: str) -> bool:
         """Whether the job's base is not served, or that is not known; then it waits for that."""
-        other = not self._base_known or bool(self._desk.other_base(self._desk.get(job)))
+        other = not self._base_known or bool(self._registry.other_base(self._registry.get(job)))
         if other:
             self._waiting.add(job)
         return other
@@ -185,7 +193,7 @@ class Publication:
             CheckpointError: that is not whole.
             _PutOffError, _GivenUpError: the disk refuses.
         """
-        record = self._desk.get(job)
+        record = self._registry.get(job)
         base = record.base.path if record.base is not None else self._model_path
         config = adapter_config(record.hyperparameters, base)
         step = record.checkpoint_step
@@ -196,11 +204,13 @@ class Publication:
             lambda error: f"the adapter cannot be saved in {paths.adapter} ({error}): make room on the disk",
         )
         drafts = (
-            Draft("adapter_saved", f"adapter saved in {paths.adapter}", data={"path": str(paths.adapter)}),
+            EventDraft(
+                "adapter_saved", f"adapter saved in {paths.adapter}", data={"path": str(paths.adapter)}
+            ),
         )
-        await self._desk.apply(transitions.Change(self._desk.get(job), drafts))
+        await self._registry.apply(transitions.Transition(self._registry.get(job), drafts))
 
-    async def _share(self, job: str, paths: JobPaths) -> tuple[Slot, SlotRef, dict[str, Any]]:
+    async def _share(self, job: str, paths: JobPaths) -> tuple[SharedBuffer, SlotRef, dict[str, Any]]:
         """The adapter's tensors in a slot; a folder that is missing or damaged is saved again, once.
 
         Raises:
@@ -222,7 +232,7 @@ class Publication:
                 if fresh:
                     raise
                 text = f"{error}: the adapter is saved again from the run's last checkpoint"
-                self._desk.apply(transitions.warn(self._desk.get(job), text))
+                self._registry.apply(transitions.warn(self._registry.get(job), text))
             await self._save(job, paths)
             fresh = True
 
@@ -246,12 +256,12 @@ class Publication:
                 return await call()
             except (OSError, MemoryError) as error:
                 text = explain(error)
-                if self._desk.get(job).publishing and _passes(error):
+                if self._registry.get(job).publishing and _passes(error):
                     raise _PutOffError(text) from error
                 if wait_s is None or not self._wanted(job) or not _passes(error):
                     raise _GivenUpError(text, code=code) from error
-                self._desk.apply(
-                    transitions.warn(self._desk.get(job), f"{text}; trying again in {wait_s:g} s")
+                self._registry.apply(
+                    transitions.warn(self._registry.get(job), f"{text}; trying again in {wait_s:g} s")
                 )
             await asyncio.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
@@ -271,7 +281,7 @@ class Publication:
             if not self._wanted(job):  # cancelled while it waited
                 return None
             slot, ref, config = await self._share(job, paths)
-            reach(Point.TENSORS_SHARED)
+            failpoint(Failpoint.TENSORS_SHARED)
             try:
                 if not self._wanted(job):
                     return None
@@ -282,11 +292,11 @@ class Publication:
                 continue
             if answer.ok:
                 self._troubles.pop(job, None)
-                if self._desk.get(job).publishing:
+                if self._registry.get(job).publishing:
                     now = time.time()  # stamp: when the job ended
-                    await self._desk.apply(transitions.published(self._desk.get(job), now))
+                    await self._registry.apply(transitions.published(self._registry.get(job), now))
                 return None
-            if answer.passing and self._desk.get(job).publishing:
+            if answer.passing and self._registry.get(job).publishing:
                 raise _PutOffError(f"the adapter cannot be served now: {answer.text or answer.code}")
             refused += 1
             if refused == TRIES or not self._retry(job, answer.text):
@@ -298,7 +308,7 @@ class Publication:
         try:
             return await self._http.publish(
                 job=job,
-                name=self._desk.get(job).adapter_name,
+                name=self._registry.get(job).adapter_name,
                 config=config,
                 slot=slot,
                 timeout_s=ANSWER_S,
@@ -307,34 +317,34 @@ class Publication:
             self.in_flight = None
 
     def _retry(self, job: str, text: str) -> bool:
-        record = self._desk.get(job)
-        if record.wish == transitions.Wish.CANCEL:
+        record = self._registry.get(job)
+        if record.desired == transitions.DesiredState.CANCEL:
             return False
-        self._desk.apply(transitions.warn(record, f"publication failed, trying again: {text}"))
+        self._registry.apply(transitions.warn(record, f"publication failed, trying again: {text}"))
         return True
 
     def _put_off(self, job: str, text: str) -> None:
         """Try again after a pause that grows; a request that waits for the adapter gets the reason at once."""
-        record = self._desk.get(job)
+        record = self._registry.get(job)
         if not record.publishing:
             self._give_up(job, "adapter_failed", text)
             return
         count = self._troubles[job] = self._troubles.get(job, 0) + 1
         pause = trouble.pause_s(count)
-        self._desk.apply(transitions.delayed(record, f"{text}; trying again in {pause:g} s"))
+        self._registry.apply(transitions.delayed(record, f"{text}; trying again in {pause:g} s"))
         asyncio.get_running_loop().call_later(pause, self.want, job)
 
     def _give_up(self, job: str, code: str, message: str) -> None:
-        record = self._desk.get(job)
+        record = self._registry.get(job)
         self._troubles.pop(job, None)
         if record.publishing:
             now = time.time()  # stamp: when the job ended
-            self._desk.apply(transitions.fail(record, code, message, now))
+            self._registry.apply(transitions.fail(record, code, message, now))
         elif record.status == JobStatus.SUCCEEDED:  # it stays so; requests for the adapter get the reason
-            self._desk.apply(transitions.warn(record, message))
+            self._registry.apply(transitions.warn(record, message))
             self._http.refuse(record.adapter_name, code, message)
 
 
 def _passes(error: OSError | MemoryError) -> bool:
-    slot = isinstance(error, shared_memory.SlotError)
+    slot = isinstance(error, shared_memory.SharedBufferError)
     return shared_memory.passes(error) if slot else trouble.passes(error)

@@ -17,7 +17,7 @@ MAX_ANSWERS = 2048  # learned in one conversation: each has a prompt of its own 
 
 class Conversation:
     """Args:
-    served, record, reading: see RowTokenizer.each_row; the record has messages.
+    served, record, reading: see RowEncoder.each_row; the record has messages.
 
     Raises:
         RowError: they are not accepted.

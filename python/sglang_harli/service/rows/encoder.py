@@ -21,7 +21,7 @@ from sglang_harli.service.rows.served_tokenizer import ServedTokenizer, describe
 FIELDS = ("messages", "tools", "prompt", "completion")
 
 
-class RowTokenizer:
+class RowEncoder:
     """Args:
     tokenizer: a transformers tokenizer with its own chat template, or the served one.
     """

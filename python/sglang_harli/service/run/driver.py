@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from sglang_harli.errors import HarliError, NotReadyError
-from sglang_harli.failpoints import Point, Read, reach
+from sglang_harli.failpoints import Failpoint, ReadFailpoint, failpoint
 from sglang_harli.names import short_id
 from sglang_harli.protocol import internal, shared_memory, trouble
 from sglang_harli.protocol.public import CODING_ERRORS
-from sglang_harli.service.data.batches import Batch, Feeder
+from sglang_harli.service.data.batches import Batch, BatchOrder
 from sglang_harli.service.jobs.folder import JobPaths
-from sglang_harli.service.jobs.record import Wish
-from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.record import DesiredState
+from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.jobs.store import STORE_FILE
 from sglang_harli.service.links.scheduler_link import SchedulerLink
 from sglang_harli.service.pacing import Pace
-from sglang_harli.service.publish.publication import Publication
+from sglang_harli.service.publish.publication import PublicationQueue
 from sglang_harli.service.run import state as machine
 from sglang_harli.service.run.holds import NotNow
 from sglang_harli.service.run.machine import RunMachine
@@ -43,7 +43,7 @@ TICK_S = 1.0
 
 class RunDriver:
     """Args:
-    desk, publication: the jobs, and where a trained one goes.
+    registry, publication: the jobs, and where a trained one goes.
     disk: where blocking work runs.
     shm: folder of slots.
     tokenizer: no job starts before it is known which one serves.
@@ -51,19 +51,19 @@ class RunDriver:
 
     def __init__(
         self,
-        desk: JobDesk,
-        publication: Publication,
+        registry: JobRegistry,
+        publication: PublicationQueue,
         disk: Executor,
         shm: Path,
         tokenizer: ModelTokenizer,
     ) -> None:
-        self._desk = desk
+        self._registry = registry
         self._publication = publication
         self._disk = disk
         self._shm = shm
         self._tokenizer = tokenizer
         self._link: SchedulerLink | None = None
-        self._writer = SnapshotWriter(desk, disk)
+        self._writer = SnapshotWriter(registry, disk)
         self._wake = asyncio.Event()
         # One thread that reads rows: they stay in order, and training never waits behind a checkpoint's files.
         self._reader = ThreadPoolExecutor(1, "feeder")
@@ -72,9 +72,9 @@ class RunDriver:
         self._tasks: asyncio.TaskGroup | None = None
         # Slots of a service that was killed: a scheduler that still trains may hold one of them.
         self._stale = shared_memory.stale(shm)
-        self._machine = RunMachine(desk)
-        self._feeder: Feeder | None = None  # of the run in progress
-        desk.listeners.append(lambda _record: self._wake.set())
+        self._machine = RunMachine(registry)
+        self._feeder: BatchOrder | None = None  # of the run in progress
+        registry.listeners.append(lambda _record: self._wake.set())
 
     def attach(self, link: SchedulerLink) -> None:
         self._link = link
@@ -110,7 +110,7 @@ class RunDriver:
 
     # ------------------------------------------------------------ the scheduler's messages
     def on_hello(self, hello: internal.Hello) -> None:
-        without = self._desk.without_base() if hello.base is not None else []
+        without = self._registry.without_base() if hello.base is not None else []
         if without and hello.base is not None:
             names = ", ".join(short_id(record.id) for record in without)
             logger.info("jobs without a noted base now have %s: %s", hello.base.shown, names)
@@ -133,7 +133,7 @@ class RunDriver:
     def _do_one(self, effect: Effect) -> None:
         match effect:
             case machine.Apply(change, urgent, then):
-                durable = self._desk.apply(change, urgent=urgent)
+                durable = self._registry.apply(change, urgent=urgent)
                 if then:
                     durable.add_done_callback(lambda done: _refused(done) or self._do(then))
             case machine.Send(message):
@@ -143,9 +143,9 @@ class RunDriver:
                 if self._link is not None:
                     self._link.acknowledge(seq)
             case machine.HoldJob(job, reason, lasting):
-                self._desk.hold(job, reason, lasting=lasting)
+                self._registry.hold(job, reason, lasting=lasting)
             case machine.ServeBase(base):
-                self._desk.serve(base)
+                self._registry.serve(base)
             case machine.AskHello():
                 if self._link is not None:
                     self._link.ask_hello()
@@ -156,7 +156,7 @@ class RunDriver:
             case machine.SaveSnapshot(message):
                 self._spawn(self._save(message))
             case machine.Saved(job):
-                reach(Point.STORE_COMMITTED)
+                failpoint(Failpoint.STORE_COMMITTED)
                 self._spawn(self._writer.prune(job))
             case machine.Publish(job):
                 self._publication.want(job)
@@ -172,8 +172,8 @@ class RunDriver:
         try:
             found = await self._off(
                 prepare,
-                self._desk.get(job),
-                JobPaths(self._desk.run_dir, job),
+                self._registry.get(job),
+                JobPaths(self._registry.run_dir, job),
                 asked.limits,
                 self._tokenizer,
                 self._shm if asked.restore else None,
@@ -201,12 +201,12 @@ class RunDriver:
 
     def _passes(self, error: Exception) -> bool:
         """Whether it is trouble of the environment: a run directory that is away is, too."""
-        return trouble.passes(error) or not (self._desk.run_dir / STORE_FILE).exists()
+        return trouble.passes(error) or not (self._registry.run_dir / STORE_FILE).exists()
 
     def _is_unwanted(self, job: str) -> bool:
         """Whether a run that is being prepared is to stop; asked by a thread."""
-        record = self._desk.find(job)
-        return self._ending.is_set() or record is None or record.wish != Wish.RUN
+        record = self._registry.find(job)
+        return self._ending.is_set() or record is None or record.desired != DesiredState.RUN
 
     async def _make_slot(self, asked: machine.MakeSlot) -> None:
         try:
@@ -243,7 +243,7 @@ class RunDriver:
         cursor, run = self._machine.next_batch(), self._machine.run
         if cursor is None or run is None:
             return False
-        assert isinstance(run.plan, Feeder)
+        assert isinstance(run.plan, BatchOrder)
         try:
             batch = await asyncio.get_running_loop().run_in_executor(self._reader, _read, run.plan, cursor)
         except UNREADABLE as error:
@@ -263,7 +263,7 @@ class RunDriver:
         )
         if not self._send(message, *(array.data for array in batch.data.arrays)):
             return False  # nobody is there: tried again at the next tick
-        reach(Point.MICRO_BATCH_FED)
+        failpoint(Failpoint.MICRO_BATCH_FED)
         self._machine.fed(cursor, batch.data.nbytes)
         return True
 
@@ -280,7 +280,7 @@ class RunDriver:
         plan = self._machine.run.plan if self._machine.run is not None else None
         if self._feeder is not None and self._feeder is not plan:
             self._feeder.close()
-        self._feeder = plan if isinstance(plan, Feeder) else None
+        self._feeder = plan if isinstance(plan, BatchOrder) else None
 
     def close(self) -> None:
         self._reader.shutdown(wait=False, cancel_futures=True)
@@ -319,13 +319,13 @@ def _remove(path: str | Path) -> None:
         logger.warning("%s cannot be removed: %s", path, error)
 
 
-def _read(plan: Feeder, cursor: internal.BatchCursor) -> Batch:
-    reach(Read.ROWS)
+def _read(plan: BatchOrder, cursor: internal.BatchCursor) -> Batch:
+    failpoint(ReadFailpoint.ROWS)
     return plan.batch(cursor)
 
 
 def _make_slot(folder: Path, nbytes: int) -> internal.SlotRef:
-    slot = shared_memory.Slot.create(folder, nbytes, Pace().rest)
+    slot = shared_memory.SharedBuffer.create(folder, nbytes, Pace().rest)
     slot.close()  # the file stays: the scheduler maps it by its name
     return slot.ref()
 

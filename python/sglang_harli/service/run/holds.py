@@ -17,7 +17,7 @@ from sglang_harli.protocol.base_print import difference
 from sglang_harli.protocol.trouble import pause_s
 from sglang_harli.service.jobs import transitions
 from sglang_harli.service.jobs.served_base import other_base
-from sglang_harli.service.jobs.transitions import Change, JobRecord
+from sglang_harli.service.jobs.transitions import JobRecord, Transition
 from sglang_harli.service.run.state import (
     SILENT_S,
     Apply,
@@ -60,9 +60,9 @@ def put_off(state: State, run: Run, why: NotNow, now: Now) -> list[Effect]:
     return effects + state.unwanted(run, now, snapshot=slot_there)
 
 
-def put_back(state: State, record: JobRecord, why: NotNow, now: Now) -> tuple[Change, list[Effect]]:
+def put_back(state: State, record: JobRecord, why: NotNow, now: Now) -> tuple[Transition, list[Effect]]:
     """A job's change back to the queue if it runs, and its hold there; one that was to stop has stopped."""
-    change = Change(record)
+    change = Transition(record)
     if record.status == JobStatus.RUNNING:
         change = transitions.interrupted(record, why.reason, now.wall)
     held = change.record.status == JobStatus.QUEUED

@@ -13,7 +13,7 @@ from typing import Any
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.internal import BatchCursor, SlotRef
 from sglang_harli.service.jobs import transitions
-from sglang_harli.service.jobs.transitions import Change, JobRecord, Wish
+from sglang_harli.service.jobs.transitions import DesiredState, JobRecord, Transition
 from sglang_harli.service.run import holds
 from sglang_harli.service.run import progress as message_part
 from sglang_harli.service.run import resync as hello_part
@@ -23,8 +23,8 @@ from sglang_harli.service.run.state import (
     SILENT_S,
     Apply,
     AskHello,
-    Book,
     Effect,
+    JobLookup,
     Now,
     Phase,
     Preparation,
@@ -48,7 +48,7 @@ class RunMachine:
     book: the jobs' records; a change is in them as soon as its ``Apply`` is carried out.
     """
 
-    def __init__(self, book: Book) -> None:
+    def __init__(self, book: JobLookup) -> None:
         self.state = State(book)
 
     @property
@@ -85,9 +85,9 @@ class RunMachine:
         record = state.running(run)
         if record is None:
             return state.unwanted(run, now)
-        if record.wish not in (Wish.RUN, run.asked):
-            run.asked = record.wish
-            return state.stop(run, now, snapshot=record.wish == Wish.PAUSE)
+        if record.desired not in (DesiredState.RUN, run.asked):
+            run.asked = record.desired
+            return state.stop(run, now, snapshot=record.desired == DesiredState.PAUSE)
         return []
 
     def tick(self, now: Now) -> list[Effect]:
@@ -96,8 +96,8 @@ class RunMachine:
         effects = holds.lift_due(self.state, now) + holds.still_held(self.state, now)
         if run is None or run.phase is Phase.PREPARING:
             return effects
-        waiting = run.phase in (Phase.STARTING, Phase.STOPPING) or run.asked != Wish.RUN
-        if waiting and now.s - run.said_at_s >= SAY_AGAIN_S:
+        waiting = run.phase in (Phase.STARTING, Phase.STOPPING) or run.asked != DesiredState.RUN
+        if waiting and now.s - run.sent_at_s >= SAY_AGAIN_S:
             effects += hello_part.again(run, now)
         if now.s - run.heard_at_s >= SILENT_S:
             run.heard_at_s = now.s
@@ -149,13 +149,13 @@ class RunMachine:
             run.go_on(at)
             run.phase = Phase.TRAINING
             return []
-        change = Change(record)
+        change = Transition(record)
         if found.damage:
             change = transitions.fell_back(record, found.step, found.tokens, found.damage)
         if found.data is not None:
             data, total_steps = found.data, found.total_steps
             change = transitions.then(change, lambda r: transitions.tokenized_again(r, data, total_steps))
-        if record.wish != Wish.RUN:  # paused or cancelled while it was prepared
+        if record.desired != DesiredState.RUN:  # paused or cancelled while it was prepared
             change = transitions.then(change, lambda r: transitions.stopped(r, now.wall))
             return [Apply(change), *self.state.end()]
         if why := holds.why_not_now(self.state, record):  # said while it was prepared
@@ -163,7 +163,7 @@ class RunMachine:
             return [Apply(change), *self.state.end()]
         return self._start(run, change, found, now)
 
-    def _start(self, run: Run, change: Change, found: Preparation, now: Now) -> list[Effect]:
+    def _start(self, run: Run, change: Transition, found: Preparation, now: Now) -> list[Effect]:
         assert found.plan is not None
         spec = internal.RunSpec(
             job=run.job,
@@ -172,7 +172,7 @@ class RunMachine:
             total_steps=change.record.total_steps,
             memory_bytes=self._memory_bytes(change.record),
         )
-        run.phase, run.scheduler_pid, run.said_at_s = Phase.STARTING, self.state.scheduler_pid, now.s
+        run.phase, run.scheduler_pid, run.sent_at_s = Phase.STARTING, self.state.scheduler_pid, now.s
         run.start = internal.StartRun(
             spec=spec,
             scheduler=run.scheduler_pid,
@@ -250,10 +250,10 @@ class RunMachine:
         """The micro-batch to send now: up to STEPS_AHEAD optimizer steps beyond the last one applied, and no more of them
         than the scheduler may hold."""
         run = self.state.run
-        if run is None or run.phase is not Phase.TRAINING or run.asked != Wish.RUN:
+        if run is None or run.phase is not Phase.TRAINING or run.asked != DesiredState.RUN:
             return None
         record, cursor, plan = self.state.running(run), run.next_cursor, run.plan
-        if record is None or record.wish != Wish.RUN or cursor is None or plan is None:
+        if record is None or record.desired != DesiredState.RUN or cursor is None or plan is None:
             return None
         if cursor.step > min(run.applied + STEPS_AHEAD, plan.total_steps) or run.enough_ahead:
             return None

@@ -13,12 +13,12 @@ import msgspec
 from safetensors import SafetensorError
 
 from sglang_harli.errors import HarliError, NotReadyError
-from sglang_harli.failpoints import Read, reach
+from sglang_harli.failpoints import ReadFailpoint, failpoint
 from sglang_harli.protocol import shared_memory, trouble
 from sglang_harli.protocol.internal import ServedLimits
 from sglang_harli.service.checkpoint import checkpoints
 from sglang_harli.service.checkpoint.checkpoints import CheckpointError
-from sglang_harli.service.data.batches import Feeder
+from sglang_harli.service.data.batches import BatchOrder
 from sglang_harli.service.data.token_store import TokenReader
 from sglang_harli.service.jobs import admission
 from sglang_harli.service.jobs.folder import JobPaths
@@ -67,7 +67,7 @@ def prepare(
     return dataclasses.replace(found, plan=plan, data=new, total_steps=rows.total_steps)
 
 
-def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits) -> Feeder:
+def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits) -> BatchOrder:
     """The job's data, checked against what is served once more.
 
     Raises:
@@ -88,8 +88,8 @@ def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits) -> Fee
         raise
     folder = rows_folder(data, paths)
     try:
-        reach(Read.DATA)
-        feeder = Feeder(TokenReader(folder), record.hyperparameters)
+        failpoint(ReadFailpoint.DATA)
+        feeder = BatchOrder(TokenReader(folder), record.hyperparameters)
     except UNREADABLE as error:
         if trouble.passes(error):
             raise
@@ -142,7 +142,7 @@ def _restore_one(record: JobRecord, paths: JobPaths, shm: Path, step: int) -> Pr
         if step == record.total_steps:
             return Preparation(None, trained=True)
         slot, ref, meta, tokens = checkpoints.load_state(paths.checkpoints, step, shm)
-    except shared_memory.SlotError as error:
+    except shared_memory.SharedBufferError as error:
         kind = NotReadyError if shared_memory.passes(error) else HarliError
         raise kind(shared_memory.refusal("the checkpoint", error), code="shared_memory") from error
     except UNREADABLE as error:

@@ -12,7 +12,7 @@ from typing import Any
 from sglang_harli.core import JobStatus, SubState
 from sglang_harli.protocol import internal
 from sglang_harli.service.jobs import transitions
-from sglang_harli.service.jobs.transitions import Change, JobRecord, Wish
+from sglang_harli.service.jobs.transitions import DesiredState, JobRecord, Transition
 from sglang_harli.service.run.holds import NotNow, forget, may_be_tried_again, put_back
 from sglang_harli.service.run.resync import pulse, saved
 from sglang_harli.service.run.state import (
@@ -114,7 +114,7 @@ def _progress(state: State, run: Run | None, message: internal.Progress, now: No
     except ValueError:
         logger.error("the scheduler reports an unknown sub-state %r", message.sub_state)
         return []
-    reason = message.reason if record.wish == Wish.RUN else record.reason
+    reason = message.reason if record.desired == DesiredState.RUN else record.reason
     reason = next((w.delayed for key, w in state.writing.items() if w.delayed and key[0] == run.job), reason)
     change = transitions.progress(record, message.step, message.tokens, sub_state, reason)
     if run.told_sub_state != sub_state and now.s - run.told_at_s >= SUB_STATE_EVENT_S:
@@ -204,17 +204,17 @@ def _freed(state: State, writing: Writing) -> list[Effect]:
 
 def _checkpointed(
     state: State, record: JobRecord, message: internal.SnapshotReady, now: Now
-) -> tuple[Change, list[Effect]]:
+) -> tuple[Transition, list[Effect]]:
     """The transition, and what follows once it is durable."""
     told = message.meta.get("tokens")
     tokens = told if isinstance(told, int) else record.trained_tokens
     change = transitions.checkpoint_saved(record, message.step, tokens, message.reason)
     after: list[Effect] = []
     if message.step == record.total_steps and record.status == JobStatus.RUNNING:
-        if record.wish == Wish.CANCEL:
+        if record.desired == DesiredState.CANCEL:
             change = transitions.then(change, lambda r: transitions.stopped(r, now.wall))
         else:  # one commit: both or none
-            change = transitions.then(change, lambda r: Change(transitions.trained(r).record))
+            change = transitions.then(change, lambda r: Transition(transitions.trained(r).record))
             after.append(Publish(record.id))
         if state.named(message) is not None:
             after += state.end()

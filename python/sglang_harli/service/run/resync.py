@@ -56,7 +56,7 @@ def again(run: Run, now: Now) -> list[Effect]:
     last = run.stop or run.start
     if last is None:
         return []
-    run.said_at_s = now.s
+    run.sent_at_s = now.s
     return [Send(last)]
 
 
@@ -82,7 +82,7 @@ def pulse(state: State, message: internal.Pulse, now: Now) -> list[Effect]:
             effects += state.drop_restore(run)
         if not message.has_slot:
             effects += state.want_slot(run, message.state_bytes)
-    if run.stop is not None and not message.stopping and now.s - run.said_at_s >= PULSE_GRACE_S:
+    if run.stop is not None and not message.stopping and now.s - run.sent_at_s >= PULSE_GRACE_S:
         effects += again(run, now)
     return effects + _answer_snapshot(state, message) + _rewind(run, message)
 

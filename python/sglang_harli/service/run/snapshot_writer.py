@@ -13,7 +13,7 @@ from sglang_harli.service.checkpoint import checkpoints
 from sglang_harli.service.jobs import transitions
 from sglang_harli.service.jobs.folder import JobPaths
 from sglang_harli.service.jobs.record import JobRecord
-from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.run.prepare import UNREADABLE
 from sglang_harli.service.run.state import Unwritten
 
@@ -24,12 +24,12 @@ TRIES_IN_PASSING = 3
 
 class SnapshotWriter:
     """Args:
-    desk: the jobs.
+    registry: the jobs.
     disk: where blocking work runs.
     """
 
-    def __init__(self, desk: JobDesk, disk: Executor) -> None:
-        self._desk = desk
+    def __init__(self, registry: JobRegistry, disk: Executor) -> None:
+        self._registry = registry
         self._disk = disk
         self._turn = asyncio.Lock()  # what is half written must not be taken for a crash's leftovers
 
@@ -52,23 +52,23 @@ class SnapshotWriter:
             text = _text(message, wrong)
             lasting = not isinstance(wrong, OSError | MemoryError)  # it would be so the next time
             # The slot is gone, or it is not what it was.
-            lost = isinstance(wrong, shared_memory.SlotError) and not trouble.passes(wrong)
+            lost = isinstance(wrong, shared_memory.SharedBufferError) and not trouble.passes(wrong)
             passed = message.reason == "every" and tries == TRIES_IN_PASSING
-            if lasting or lost or passed or _is_over(self._desk.get(message.job)):
+            if lasting or lost or passed or _is_over(self._registry.get(message.job)):
                 break
             again = f"{text}: trying again in {trouble.pause_s(tries):g} s"
             self._warn(message.job, again)
             delayed(again)
             # The queue waits for this: a job that was cancelled does not keep it waiting for the rest of the pause.
-            if _is_over(await self._desk.wait_in_memory(message.job, _is_over, trouble.pause_s(tries))):
+            if _is_over(await self._registry.wait_in_memory(message.job, _is_over, trouble.pause_s(tries))):
                 break
         self._warn(message.job, f"{text}: given up")
         return Unwritten(text, lasting=lasting)
 
     async def _save(self, message: internal.SnapshotReady) -> None:
-        paths = JobPaths(self._desk.run_dir, message.job)
+        paths = JobPaths(self._registry.run_dir, message.job)
         told = message.meta.get("tokens")
-        tokens = told if isinstance(told, int) else self._desk.get(message.job).trained_tokens
+        tokens = told if isinstance(told, int) else self._registry.get(message.job).trained_tokens
         save = functools.partial(
             checkpoints.save_state,
             paths.checkpoints,
@@ -82,14 +82,14 @@ class SnapshotWriter:
             await self._off(save)
 
     def _warn(self, job: str, text: str) -> None:
-        self._desk.apply(transitions.warn(self._desk.get(job), text))
+        self._registry.apply(transitions.warn(self._registry.get(job), text))
 
     async def prune(self, job: str) -> None:
         """Remove older checkpoints than are kept; what cannot be removed now goes with the next ones."""
-        folder = JobPaths(self._desk.run_dir, job).checkpoints
+        folder = JobPaths(self._registry.run_dir, job).checkpoints
         async with self._turn:
             try:
-                await self._off(checkpoints.prune, folder, self._desk.keep_checkpoints)
+                await self._off(checkpoints.prune, folder, self._registry.keep_checkpoints)
             except OSError as error:
                 self._warn(job, f"older checkpoints cannot be removed ({error})")
 

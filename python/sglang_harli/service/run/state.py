@@ -12,7 +12,7 @@ from sglang_harli.protocol import internal
 from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.internal import BatchCursor, ServedLimits, SlotRef
 from sglang_harli.service.jobs import transitions
-from sglang_harli.service.jobs.transitions import Change, JobRecord, Wish
+from sglang_harli.service.jobs.transitions import DesiredState, JobRecord, Transition
 
 SAY_AGAIN_S = 5.0  # a StartRun or StopRun without an answer
 # Micro-batches that were sent and are not done, the one in training included: at most so many, and so many bytes unless
@@ -37,7 +37,7 @@ class Now:
     s: float
 
 
-class Book(Protocol):
+class JobLookup(Protocol):
     """The jobs as they are in memory."""
 
     def find(self, job: str) -> JobRecord | None: ...
@@ -59,7 +59,7 @@ class Plan(Protocol):
 class Apply:
     """A transition.  ``then`` is done when it is durable."""
 
-    change: Change
+    change: Transition
     urgent: bool = True
     then: tuple[Effect, ...] = ()
 
@@ -205,8 +205,8 @@ class Run:
     applied: the last optimizer step that the scheduler is known to have applied.
     taken: the first micro-batch, by step and index, that the scheduler is not known to be done with.
     ahead: the micro-batches from there on, up to ``next_cursor``, with their bytes.
-    asked: the wish of which the scheduler has been told.
-    start, stop: the last StartRun and StopRun, to be said again at ``said_at_s`` + SAY_AGAIN_S.
+    asked: the desired state that the scheduler was sent last.
+    start, stop: the last StartRun and StopRun, to be said again at ``sent_at_s`` + SAY_AGAIN_S.
     heard_at_s: the last word of the scheduler about it.
     slot: of its snapshots; the scheduler's, or ours between SnapshotReady and SnapshotSaved.
     seen_behind: the cursor of the last pulse that was behind ours.
@@ -222,10 +222,10 @@ class Run:
     applied: int = 0
     taken: tuple[int, int] = (0, 0)
     ahead: deque[tuple[tuple[int, int], int]] = field(default_factory=deque)
-    asked: Wish = Wish.RUN
+    asked: DesiredState = DesiredState.RUN
     start: internal.StartRun | None = None
     stop: internal.StopRun | None = None
-    said_at_s: float = 0.0
+    sent_at_s: float = 0.0
     heard_at_s: float = 0.0
     slot: SlotRef | None = None
     making_slot: bool = False
@@ -313,7 +313,7 @@ class State:
     unstored: numbers of StepDones that are not durable yet.
     """
 
-    book: Book
+    book: JobLookup
     run: Run | None = None
     greeted: bool = False
     hello_seq: int = 0
@@ -346,7 +346,7 @@ class State:
     # ---- common answers
     def stop(self, run: Run, now: Now, *, snapshot: bool) -> list[Effect]:
         run.stop = internal.StopRun(job=run.job, attempt=run.attempt, snapshot=snapshot)
-        run.said_at_s = now.s
+        run.sent_at_s = now.s
         return [Send(run.stop)]
 
     def unwanted(self, run: Run, now: Now, *, snapshot: bool = False) -> list[Effect]:

@@ -24,8 +24,8 @@ from sglang_harli.service.data import batches
 from sglang_harli.service.data.dataset import DataSummary
 from sglang_harli.service.data.token_store import TokenReader
 from sglang_harli.service.jobs.folder import JobPaths
-from sglang_harli.service.jobs.registry import JobDesk
-from sglang_harli.service.jobs.transitions import Change, Draft, JobRecord
+from sglang_harli.service.jobs.registry import JobRegistry
+from sglang_harli.service.jobs.transitions import EventDraft, JobRecord, Transition
 from sglang_harli.service.tokenizer.retokenize import ROWS_IN, rows_folder
 
 # What may change without changing which rows come when, or the shape of the state.
@@ -65,20 +65,20 @@ class Start:
     damage: str = ""
 
 
-def find(desk: JobDesk, args: SubmitArgs) -> Origin:
+def find(registry: JobRegistry, args: SubmitArgs) -> Origin:
     """The job that ``args.resume_from`` names, checked as far as its record says.
 
     Raises:
         HarliError: there is none, it is not over, its base is not the served one, or what was asked cannot follow it.
     """
     assert args.resume_from is not None
-    record = desk.get(args.resume_from)
+    record = registry.get(args.resume_from)
     if not record.status.final:
         raise StateError(
             f"job {record.id} is {record.status}: only a job that is over can be continued; cancel it or let it end",
             param="resume_from",
         )
-    if other := desk.other_base(record):
+    if other := registry.other_base(record):
         raise ConfigError(
             f"job {record.id} cannot be continued here: {other}; start the server with the job's base",
             param="resume_from",
@@ -87,7 +87,7 @@ def find(desk: JobDesk, args: SubmitArgs) -> Origin:
     values = msgspec.to_builtins(record.hyperparameters) | args.hyperparameters
     hp = parse_hyperparameters(values)
     _check_same(record, hp, SHAPE if new_course else _fixed(), new_course)
-    origin = Origin(record, JobPaths(desk.run_dir, record.id), hp, new_course)
+    origin = Origin(record, JobPaths(registry.run_dir, record.id), hp, new_course)
     if not new_course:
         _check_left(origin)
     return origin
@@ -156,12 +156,12 @@ def follow(record: JobRecord, origin: Origin, start: Start) -> JobRecord:
     return msgspec.structs.replace(record, **values)
 
 
-def told(change: Change, start: Start) -> Change:
+def told(change: Transition, start: Start) -> Transition:
     """The events of a new job, and what could not be taken over."""
     if not start.damage:
         return change
     text = f"an older checkpoint was taken: {start.damage}"
-    return Change(change.record, (*change.drafts, Draft("warning", text, level="warn")))
+    return Transition(change.record, (*change.drafts, EventDraft("warning", text, level="warn")))
 
 
 # ------------------------------------------------------------------ in the worker thread

@@ -17,7 +17,7 @@ from typing import Any
 from sglang_harli.config import ServiceConfig
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError, HarliError, NotReadyError, ProtocolError
-from sglang_harli.failpoints import Point, Write, reach
+from sglang_harli.failpoints import Failpoint, WriteFailpoint, failpoint
 from sglang_harli.names import adapter_name
 from sglang_harli.protocol.public import (
     MAX_INLINE_BYTES,
@@ -37,7 +37,7 @@ from sglang_harli.service.jobs import admission, record_encoding, transitions
 from sglang_harli.service.jobs.folder import INCOMING, JobPaths, fsync_folder, fsync_tree
 from sglang_harli.service.jobs.record import Asked
 from sglang_harli.service.jobs.record_encoding import RecordError
-from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.jobs.transitions import JobRecord
 from sglang_harli.service.links.scheduler_link import SchedulerLink
 from sglang_harli.service.submit import repeated_submit, resume_from
@@ -52,21 +52,21 @@ SETTLERS = 8
 
 class Submission:
     """Args:
-    desk, link, tokenizer, config: of this service.
+    registry, link, tokenizer, config: of this service.
     worker: one thread; files are looked at one after the other.
     uploads: files that were sent before the submit that names them.
     """
 
     def __init__(
         self,
-        desk: JobDesk,
+        registry: JobRegistry,
         link: SchedulerLink,
         tokenizer: ModelTokenizer,
         config: ServiceConfig,
         worker: ThreadPoolExecutor,
         uploads: Uploads,
     ) -> None:
-        self._desk = desk
+        self._registry = registry
         self._link = link
         self._tokenizer = tokenizer
         self._config = config
@@ -99,15 +99,15 @@ class Submission:
         task, first = self._running.get(key, (None, None)) if key else (None, None)
         if task is not None and first is not None:  # the job may be known already and not be durable yet
             self._check_same(args, "a submit that is under way", first, None)
-            return self._desk.public(self._desk.get((await asyncio.shield(task)).id))
-        known = self._desk.by_key(key) if key else None
+            return self._registry.public(self._registry.get((await asyncio.shield(task)).id))
+        known = self._registry.by_key(key) if key else None
         if known is not None:
             return self._again(known, args)
         task = asyncio.create_task(self._create(args, frames))
         if key:
             self._running[key] = task, repeated_submit.asked(args)
         try:
-            return self._desk.public(await asyncio.shield(task))
+            return self._registry.public(await asyncio.shield(task))
         finally:
             if key:
                 self._running.pop(key, None)
@@ -117,46 +117,46 @@ class Submission:
             self._check_same(args, f"job {record.id}", record.asked, record.hyperparameters)
         else:
             _conflict(args, f"job {record.id}", repeated_submit.differences_of_before(record, args))
-        return self._desk.public(self._desk.get(record.id))
+        return self._registry.public(self._registry.get(record.id))
 
     def _check_same(self, args: SubmitArgs, owner: str, first: Asked, has: Hyperparameters | None) -> None:
         left_out: Hyperparameters | None = Hyperparameters()
         if first.resume_from:
-            origin = self._desk.find(first.resume_from)  # None: its record cannot be read any more
+            origin = self._registry.find(first.resume_from)  # None: its record cannot be read any more
             left_out = origin.hyperparameters if origin is not None else None
         again = repeated_submit.asked(args)
         _conflict(args, owner, repeated_submit.differences(first, again, has, left_out))
 
     async def _create(self, args: SubmitArgs, frames: Sequence[bytes]) -> JobRecord:
-        if self._desk.journal.trouble:
-            raise NotReadyError(self._desk.journal.trouble)
+        if self._registry.journal.trouble:
+            raise NotReadyError(self._registry.journal.trouble)
         admission.require_trainable(self._link.refusal)
         origin = None
         if args.resume_from is not None:
-            origin = resume_from.find(self._desk, args)
+            origin = resume_from.find(self._registry, args)
             hp = origin.hyperparameters
         else:
             hp = parse_hyperparameters(args.hyperparameters)
         admitted = self._link.limits is not None
         loop = asyncio.get_running_loop()
         longest = await loop.run_in_executor(self._settlers, self._longest, hp)
-        job = self._desk.new_id()
+        job = self._registry.new_id()
         async with self._incoming(args, frames, job) as (source, folder):
             summary, start = await loop.run_in_executor(
                 self._worker, self._take_in, args, source, folder, hp, longest, origin
             )
             await loop.run_in_executor(self._settlers, self._settle, folder, job)
-        reach(Point.DATA_STORED)
+        failpoint(Failpoint.DATA_STORED)
         record = self._record(job, args, hp, summary, admitted=admitted)
         if origin is not None:
             record = resume_from.follow(record, origin, start)
         try:
             record_encoding.check(record)
         except RecordError as error:
-            await loop.run_in_executor(self._settlers, _remove, JobPaths(self._desk.run_dir, job).folder)
+            await loop.run_in_executor(self._settlers, _remove, JobPaths(self._registry.run_dir, job).folder)
             raise ConfigError(f"the job cannot be kept: {error}") from error
-        await self._desk.add(resume_from.told(transitions.created(record, summary.text()), start))
-        reach(Point.JOB_CREATED)
+        await self._registry.add(resume_from.told(transitions.created(record, summary.text()), start))
+        failpoint(Failpoint.JOB_CREATED)
         return record
 
     async def check(self, asked: CheckArgs, frames: Sequence[bytes]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class Submission:
         hp = parse_hyperparameters(asked.hyperparameters)
         loop = asyncio.get_running_loop()
         longest = await loop.run_in_executor(self._settlers, self._longest, hp)
-        async with self._incoming(args, frames, self._desk.new_id()) as (source, folder):
+        async with self._incoming(args, frames, self._registry.new_id()) as (source, folder):
             return await loop.run_in_executor(self._worker, self._look, args, source, folder, hp, longest)
 
     @contextlib.asynccontextmanager
@@ -179,7 +179,7 @@ class Submission:
     ) -> AsyncIterator[tuple[Path | Sequence[bytes], Path]]:
         """The data, an uploaded file or frames, and a folder for it, which is removed afterwards where it is still
         there."""
-        incoming = self._desk.run_dir / f"{INCOMING}{job}"
+        incoming = self._registry.run_dir / f"{INCOMING}{job}"
         uploaded = None
         if args.upload:
             uploaded = await self._uploads.take(args.upload, args.size, args.sha256)
@@ -187,7 +187,7 @@ class Submission:
             yield uploaded or frames, incoming
         except OSError as error:
             raise HarliError(
-                f"the data cannot be stored in {self._desk.run_dir} ({error}): make room, then submit again",
+                f"the data cannot be stored in {self._registry.run_dir} ({error}): make room, then submit again",
                 code="storage",
             ) from error
         finally:
@@ -214,7 +214,7 @@ class Submission:
     ) -> JobRecord:
         return JobRecord(
             id=job,
-            number=self._desk.next_number(),
+            number=self._registry.next_number(),
             created_at=time.time(),  # stamp: of a job
             status=JobStatus.QUEUED,
             hyperparameters=hp,
@@ -298,12 +298,12 @@ class Submission:
 
     def _settle(self, incoming: Path, job: str) -> None:
         """The folder under its final name, durable."""
-        reach(Write.SETTLE)
+        failpoint(WriteFailpoint.SETTLE)
         fsync_tree(incoming)
-        final = JobPaths(self._desk.run_dir, job).folder
+        final = JobPaths(self._registry.run_dir, job).folder
         incoming.rename(final)
         try:
-            fsync_folder(self._desk.run_dir)
+            fsync_folder(self._registry.run_dir)
         except OSError:
             shutil.rmtree(final, ignore_errors=True)
             raise
@@ -364,7 +364,7 @@ def _store(args: SubmitArgs, frames: Sequence[bytes], path: Path) -> None:
             param="size",
         )
     digest = hashlib.sha256()
-    reach(Write.DATA)
+    failpoint(WriteFailpoint.DATA)
     with path.open("wb") as file:
         for frame in frames:
             digest.update(frame)

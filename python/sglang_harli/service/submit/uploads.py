@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sglang_harli.errors import ConfigError, HarliError, NotFoundError, NotReadyError, ProtocolError
-from sglang_harli.failpoints import Write, reach
+from sglang_harli.failpoints import WriteFailpoint, failpoint
 from sglang_harli.protocol.public import BUSY, MAX_DATA_BYTES, MAX_FRAME_BYTES, UploadAnswer, UploadArgs
 
 UPLOADING = ".upload-"
@@ -193,7 +193,7 @@ class Uploads:
     # ---- in the disk's thread
     @staticmethod
     def _write(upload: _Upload, chunk: bytes) -> None:
-        reach(Write.DATA)
+        failpoint(WriteFailpoint.DATA)
         if upload.file is None:
             _check_room(upload)
             upload.folder.mkdir(mode=0o700)

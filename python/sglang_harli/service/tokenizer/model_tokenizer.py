@@ -13,7 +13,7 @@ from sglang_harli.errors import HarliError
 from sglang_harli.protocol import tokenizer_state
 from sglang_harli.protocol.tokenizer_state import TokenizerState
 from sglang_harli.protocol.trouble import passes
-from sglang_harli.service.rows.encoder import RowTokenizer
+from sglang_harli.service.rows.encoder import RowEncoder
 from sglang_harli.service.rows.served_tokenizer import ServedTokenizer
 from sglang_harli.service.tokenizer import hidden_torch, model_files, own_tokenizer
 
@@ -34,8 +34,8 @@ class ModelTokenizer:
         self._flags = flags
         self._run_dir = run_dir
         self._lock = threading.Lock()
-        self._own: RowTokenizer | None = None
-        self._served: RowTokenizer | None = None
+        self._own: RowEncoder | None = None
+        self._served: RowEncoder | None = None
         self.expected: str | None = None
         self.lost = False
 
@@ -44,7 +44,7 @@ class ModelTokenizer:
         """Whether what serves is known: only then are rows trained on."""
         return self.expected == "" or (self._served is not None and self.expected is not None)
 
-    def get(self) -> RowTokenizer:
+    def get(self) -> RowEncoder:
         """Blocking where it has to be loaded.
 
         Raises:
@@ -55,7 +55,7 @@ class ModelTokenizer:
             return served
         with self._lock:
             if self._own is None:
-                self._own = RowTokenizer(own_tokenizer.load(self._flags))
+                self._own = RowEncoder(own_tokenizer.load(self._flags))
             return self._own
 
     def longest_row(self) -> int | None:
@@ -80,7 +80,7 @@ class ModelTokenizer:
             if state.fingerprint != fingerprint:
                 raise ValueError("it is of another server")
             hidden_torch.import_transformers()
-            served = RowTokenizer(self._open(state))
+            served = RowEncoder(self._open(state))
         except (OSError, ValueError, MemoryError) as error:
             if not self.lost:
                 logger.error("the server's tokenizer cannot be read: %s; it is asked for again", error)

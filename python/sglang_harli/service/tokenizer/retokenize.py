@@ -17,7 +17,7 @@ from sglang_harli.service.data.dataset import DataSummary
 from sglang_harli.service.data.token_store import TokenWriter
 from sglang_harli.service.jobs.folder import JobPaths, fsync_folder, fsync_tree
 from sglang_harli.service.jobs.transitions import JobRecord
-from sglang_harli.service.rows.encoder import RowTokenizer
+from sglang_harli.service.rows.encoder import RowEncoder
 from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
 
 ROWS_IN = "rows_in"  # in a job's data: the folder in its data folder that holds its rows, where it is not that itself
@@ -84,7 +84,7 @@ def as_served(
 def _scan(
     record: JobRecord,
     paths: JobPaths,
-    tokenizer: RowTokenizer,
+    tokenizer: RowEncoder,
     limits: ServedLimits,
     stop: Callable[[], bool],
 ) -> DataSummary:

@@ -21,7 +21,7 @@ from sglang_harli.errors import StateError, UnsupportedError
 from sglang_harli.managers.http.supervision import supervisor
 from sglang_harli.managers.http.supervision.endpoint_check import check_endpoint_free
 from sglang_harli.managers.http.supervision.supervisor import RestartPolicy, RunDirLock, Supervisor
-from sglang_harli.protocol.shared_memory import Slot
+from sglang_harli.protocol.shared_memory import SharedBuffer
 
 QUICK = RestartPolicy(first_s=0.05, longest_s=0.2, healthy_s=60.0, limit=3)
 
@@ -295,11 +295,11 @@ def test_the_slots_of_a_run_go_when_the_server_ends_and_before_the_next_one_star
     monkeypatch.setattr(supervisor, "SERVICE_MODULE", child_module(LIVES))
     (tmp_path / "runs").mkdir()
     folder = run_paths.shm_dir(str(tmp_path / "runs"))
-    killed = Slot.create(folder, 4096)  # what a killed server left behind
+    killed = SharedBuffer.create(folder, 4096)  # what a killed server left behind
     supervisor.start(server_args(tmp_path / "runs"))
     try:
         assert not Path(killed.path).exists()
-        held = Slot.create(folder, 4096)
+        held = SharedBuffer.create(folder, 4096)
         with pytest.raises(SystemExit, match="in use by the server with pid"):  # and takes nothing away
             supervisor.start(server_args(tmp_path / "runs"))
         assert Path(held.path).exists()
@@ -330,7 +330,7 @@ while True: signal.pause()
     wait_until(up.exists)
     keeper = supervisor.running()
     assert keeper is not None and keeper.pid is not None
-    held = Slot.create(run_paths.shm_dir(str(tmp_path / "runs")), 4096)
+    held = SharedBuffer.create(run_paths.shm_dir(str(tmp_path / "runs")), 4096)
     pid = keeper.pid
     if told:
         supervisor.graceful_end()

@@ -23,10 +23,10 @@ from sglang_harli.client.clients import AsyncFinetuneClient
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.managers.http import watchdog
-from sglang_harli.managers.http.publisher import Publisher
+from sglang_harli.managers.http.publisher import AdapterPublisher
 from sglang_harli.managers.http.supervision import supervisor, unavailable_endpoint
 from sglang_harli.managers.http.supervision.supervisor import RestartPolicy, Supervisor
-from sglang_harli.managers.http.supervision.unavailable_endpoint import StandInDoor
+from sglang_harli.managers.http.supervision.unavailable_endpoint import UnavailableEndpoint
 from sglang_harli.managers.http.watchdog import Patience, SilenceCounter, Watchdog
 from sglang_harli.protocol import curve_keys, public
 from sglang_harli.service.links import http_link
@@ -95,9 +95,9 @@ def server_arguments(model: str) -> SimpleNamespace:
 @asynccontextmanager
 async def watched(
     chosen: HarliOptions, keeper: Supervisor, patience: Patience = HASTE
-) -> AsyncIterator[tuple[Publisher, Watchdog]]:
+) -> AsyncIterator[tuple[AdapterPublisher, Watchdog]]:
     manager = SimpleNamespace(served_model_name="base", lora_ref_cache={})
-    publisher = Publisher(manager, run_paths.http_endpoint(chosen.absolute_run_dir))
+    publisher = AdapterPublisher(manager, run_paths.http_endpoint(chosen.absolute_run_dir))
     dog = Watchdog(chosen, lambda: keeper, publisher, None, patience)
     keeper.start()
     publisher.start()
@@ -207,7 +207,7 @@ def test_the_stand_in_waits_for_an_endpoint_that_somebody_holds_and_keeps_its_ke
     context = zmq.Context()
     holder = context.socket(zmq.ROUTER)
     holder.bind(chosen.finetune_endpoint)
-    door = StandInDoor(chosen, "it ended", {"queued": 3})
+    door = UnavailableEndpoint(chosen, "it ended", {"queued": 3})
 
     async def status(keys: Path | None) -> public.StatusAnswer:
         async with AsyncFinetuneClient(

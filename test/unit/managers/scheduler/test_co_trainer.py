@@ -18,7 +18,7 @@ from sglang_harli.core import Decision, QuantumKind, Reason, StepLoad
 from sglang_harli.managers.scheduler.policy.slo_ledger import Slack
 from sglang_harli.peft_trainer.layers.token_blocks import BLOCK
 from sglang_harli.protocol import internal
-from sglang_harli.protocol.shared_memory import Slot
+from sglang_harli.protocol.shared_memory import SharedBuffer
 from sglang_harli.run_paths import shm_dir
 from support.trainer.co_trainer_host import (
     VOCAB,
@@ -38,7 +38,7 @@ def run_dir(tmp_path: Path) -> Iterator[str]:
 
 
 def tensors_of(ready: internal.SnapshotReady) -> dict[str, bytes]:
-    slot = Slot.open(ready.slot)
+    slot = SharedBuffer.open(ready.slot)
     return {ref.name: bytes(slot.view(ref)) for ref in ready.slot.tensors}
 
 
@@ -73,7 +73,7 @@ def run_to_end(
         peer.send(internal.SnapshotSaved(job="job-1", attempt=1, step=ready.step))
         until(host, peer, lambda: peer.of(internal.RunStopped))
         assert host.trainer.run is None and peer.of(internal.RunStopped)[-1].step == ready.step
-        restore = Slot.create(shm_dir(run_dir), ready.slot.nbytes)
+        restore = SharedBuffer.create(shm_dir(run_dir), ready.slot.nbytes)
         for ref in ready.slot.tensors:
             restore.view(ref)[:] = kept[ref.name]
         host.trainer.held = False

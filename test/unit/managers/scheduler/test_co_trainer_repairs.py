@@ -102,7 +102,7 @@ def test_a_slot_that_cannot_be_mapped_is_no_verdict_on_the_job(run_dir):
     until(host, peer, lambda: peer.of(internal.RunFailed))
     [failed] = peer.of(internal.RunFailed)
     assert failed.passing and "slot-gone" in failed.message
-    assert host.trainer.run is None and host.desk.status()["train_bytes"] == 0
+    assert host.trainer.run is None and host.pressure.status()["train_bytes"] == 0
     host.link.close()
     peer.socket.close()
 
@@ -174,7 +174,7 @@ def test_a_run_is_given_up_where_the_weights_under_it_are_others_now(run_dir, be
     if became == "the same":
         assert host.trainer.run is not None and not peer.of(internal.RunStopped)
     else:
-        assert host.trainer.run is None and host.desk.status()["train_bytes"] == 0
+        assert host.trainer.run is None and host.pressure.status()["train_bytes"] == 0
         [stopped] = peer.of(internal.RunStopped)
         assert "the served weights were updated" in stopped.reason
     host.link.close()

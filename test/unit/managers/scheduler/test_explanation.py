@@ -12,8 +12,8 @@ from sglang_harli.config import HarliOptions
 from sglang_harli.core import QuantumKind, QuantumOffer, Reason, StepLoad, SubState
 from sglang_harli.managers.scheduler.policy import explanation, qos_policy
 from sglang_harli.managers.scheduler.policy.possible_targets import impossible
-from sglang_harli.managers.scheduler.policy.serving_state import CHECK_EVERY, ServingSide, targets_of
-from sglang_harli.managers.scheduler.policy.slo_ledger import RequestClock
+from sglang_harli.managers.scheduler.policy.serving_state import CHECK_EVERY, ServingState, targets_of
+from sglang_harli.managers.scheduler.policy.slo_ledger import PlainProgress
 from sglang_harli.managers.scheduler.policy.yield_time import YieldTime
 from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
@@ -87,7 +87,7 @@ def test_yield_time_by_reason():
 
 
 # ---------------------------------------------------------------- impossible targets
-def learnt(side: ServingSide, seconds: float = 0.010, steps: int = CHECK_EVERY) -> ServingSide:
+def learnt(side: ServingState, seconds: float = 0.010, steps: int = CHECK_EVERY) -> ServingState:
     for _ in range(steps):
         side.learn(BatchLoad(True, 1, 300, 1, 300), seconds)
     return side
@@ -105,7 +105,7 @@ def test_which_targets_cannot_be_kept():
 
 
 def test_an_impossible_target_is_said_once_it_is_measured_and_training_uses_idle_time_only(caplog):
-    side = ServingSide(HarliOptions(tpot_slo_ms=2))
+    side = ServingState(HarliOptions(tpot_slo_ms=2))
     side.check_targets()
     assert not side.impossible  # nothing is measured yet, and a guess says nothing
     with caplog.at_level(logging.WARNING):
@@ -113,7 +113,7 @@ def test_an_impossible_target_is_said_once_it_is_measured_and_training_uses_idle
     (said,) = [record.getMessage() for record in caplog.records]
     assert "tpot-slo-ms=2 cannot be kept here" in said and "idle time only" in said
     assert side.status()["impossible_targets"] == [side.impossible["tpot"]]
-    clock = RequestClock(0.0, 99.0, 100_000)  # so far ahead that it has banked minutes
+    clock = PlainProgress(0.0, 99.0, 100_000)  # so far ahead that it has banked minutes
     slack = side.slack([clock], 300, 99.0, 0.0)
     assert qos_policy.decide(StepLoad(running=1), slack, OFFER, side.targets).quanta == 0
     assert qos_policy.decide(StepLoad(), side.slack([], 0, 99.0, 0.0), OFFER, side.targets).quanta == 1
@@ -122,7 +122,7 @@ def test_an_impossible_target_is_said_once_it_is_measured_and_training_uses_idle
 def test_a_profile_says_it_at_start_up(caplog):
     points = [DecodePoint(b, 100 * b, 0.010 + 0.001 * b) for b in (1, 2, 4)]
     table = ProfileTable(ProfileKey("m", "d", "t", "s", ""), points, [PrefillPoint(64, 4096, 0.05)])
-    side = ServingSide(HarliOptions(tpot_slo_ms=5, ttft_slo_ms=10_000))
+    side = ServingState(HarliOptions(tpot_slo_ms=5, ttft_slo_ms=10_000))
     side.predictor = LatencyPredictor(from_table(table, first_guess()))
     with caplog.at_level(logging.WARNING):
         side.check_targets()
@@ -130,7 +130,7 @@ def test_a_profile_says_it_at_start_up(caplog):
 
 
 def test_set_says_that_a_target_cannot_be_kept_and_a_possible_one_ends_it():
-    side = learnt(ServingSide(HarliOptions()))
+    side = learnt(ServingState(HarliOptions()))
     answer = side.set_options(SetOptions(request=1, values={"tpot_slo_ms": 1.0}))
     assert answer.outcome == "applied" and "cannot be kept" in answer.text
     answer = side.set_options(SetOptions(request=2, values={"tpot_slo_ms": 40.0}))

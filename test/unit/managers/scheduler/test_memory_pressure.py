@@ -15,7 +15,7 @@ from sglang_harli.managers.scheduler.policy.slo_ledger import UNBOUNDED
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer.memory import adapter_state
 from sglang_harli.protocol import internal
-from sglang_harli.protocol.shared_memory import Slot
+from sglang_harli.protocol.shared_memory import SharedBuffer
 from support.pool_parts import Clock, Slots, small_geometry, small_pool
 from support.trainer.co_trainer_host import Host, Peer, batch, give_slot, spec, temporary_run_dir, until
 
@@ -34,7 +34,7 @@ class World:
         self.pool, self.slots, self.clock = small_pool(small_geometry(stripes))
         self.run_dir = run_dir
         self.peer, self.host = Peer(run_dir), Host(run_dir, quantum_rows=quantum_rows, pool=self.pool)
-        self.desk = self.host.desk
+        self.pressure = self.host.pressure
         until(self.host, self.peer, lambda: self.peer.of(internal.Hello))
 
     def until(self, reached: Callable[[], object]) -> None:
@@ -65,7 +65,7 @@ class World:
         give_slot(self.peer, self.run_dir, self.peer.of(internal.RunStarted)[-1].attempt)
         self.until(lambda: self.peer.of(internal.SnapshotReady))
         ready = self.peer.of(internal.SnapshotReady)[-1]
-        slot = Slot.open(ready.slot)
+        slot = SharedBuffer.open(ready.slot)
         state = {ref.name: bytes(slot.view(ref)) for ref in ready.slot.tensors}
         slot.close()
         self.peer.send(internal.SnapshotSaved(job=ready.job, attempt=ready.attempt, step=ready.step))
@@ -100,14 +100,14 @@ def test_the_cheapest_goes_first_and_no_more_than_is_needed(run_dir):
     assert world.held() == {MICRO: held[MICRO], STATE: held[STATE]}
     taken += world.take(1)
     assert world.held() == {STATE: held[STATE]}
-    assert (world.desk.dropped_micro_batches, world.desk.spills) == (1, 0)
+    assert (world.pressure.dropped_micro_batches, world.pressure.spills) == (1, 0)
     taken += world.take(1)
-    assert world.held() == {} and world.desk.spills == 1
+    assert world.held() == {} and world.pressure.spills == 1
     assert world.host.trainer.run is not None and world.host.trainer.run.training.spilled
     assert world.pool.reclaims == reclaims + 2
     world.slots.release(taken)
     world.until(lambda: len(world.peer.of(internal.StepDone)) == 4)
-    assert not world.peer.of(internal.RunFailed) and world.desk.dropped_runs == 0
+    assert not world.peer.of(internal.RunFailed) and world.pressure.dropped_runs == 0
     world.finish()
     world.close()
 
@@ -130,8 +130,8 @@ def final_state(run_dir: str, *, shaken: int | None) -> dict[str, bytes]:
         return len(world.peer.of(internal.StepDone)) == 4
 
     world.until(trained)
-    assert (world.desk.dropped_micro_batches > 0) is (shaken is not None)
-    assert (world.desk.spills > 0) is (shaken is not None)
+    assert (world.pressure.dropped_micro_batches > 0) is (shaken is not None)
+    assert (world.pressure.spills > 0) is (shaken is not None)
     state = world.finish()
     world.close()
     return state
@@ -155,7 +155,7 @@ def test_without_host_memory_the_run_goes_back_to_its_checkpoint(run_dir, monkey
 
     monkeypatch.setattr(adapter_state, "_host_like", full)
     taken = world.take(world.pool.train_stripes)
-    assert world.host.trainer.run is None and world.desk.dropped_runs == 1
+    assert world.host.trainer.run is None and world.pressure.dropped_runs == 1
     world.until(lambda: world.peer.of(internal.RunStopped))
     stopped = world.peer.of(internal.RunStopped)[-1]
     assert stopped.reason.startswith("memory_pressure: ") and stopped.attempt == 1
@@ -171,9 +171,9 @@ def test_prompts_that_wait_take_only_what_can_be_computed_again_at_once(run_dir)
     world = World(run_dir, quantum_rows=None)
     world.start()
     world.until(lambda: len(world.held()) == 3)
-    world.desk.make_room(world.pool.free_slots)
+    world.pressure.make_room(world.pool.free_slots)
     assert len(world.held()) == 3  # there is room
-    world.desk.make_room(world.slots.available_size())
+    world.pressure.make_room(world.slots.available_size())
     assert set(world.held()) == {MICRO, STATE}
     world.peer.send(internal.StopRun(job="job-1", attempt=1, snapshot=False))
     world.until(lambda: world.host.trainer.run is None)
@@ -188,7 +188,7 @@ def test_little_free_memory_is_made_more_before_it_is_needed(run_dir):
     taken = world.slots.alloc(len(world.slots.free) - STRIPE)  # it grew by almost all within a second
     world.host.trainer.tick()
     assert MICRO not in world.held() and STATE in world.held()
-    assert world.desk.dropped_micro_batches == 1 and world.desk.spills == 0
+    assert world.pressure.dropped_micro_batches == 1 and world.pressure.spills == 0
     assert len(world.slots.free) >= STRIPE * micro
     world.slots.release(taken or [])
     world.until(lambda: len(world.peer.of(internal.StepDone)) == 4)
@@ -283,21 +283,21 @@ def test_the_cap_is_set_while_a_job_trains(run_dir):
     assert lendable < 2**20  # an option has at least that
     above = ask("1MiB")
     assert above.outcome == "conflict" and f"{lendable} bytes" in above.text and above.revision == 0
-    desk = world.desk
-    below = desk.limit_conflict(needs - 1)
+    pressure = world.pressure
+    below = pressure.limit_conflict(needs - 1)
     assert below is not None and f"{needs} bytes" in below
-    assert "whole stripes" in (desk.limit_conflict(unit - 1) or "")
-    assert desk.limit_conflict(needs) is None and desk.limit_conflict(lendable) is None
+    assert "whole stripes" in (pressure.limit_conflict(unit - 1) or "")
+    assert pressure.limit_conflict(needs) is None and pressure.limit_conflict(lendable) is None
     world.until(lambda: len(world.held()) == 3)
-    assert "gives back what is above" in (desk.limit(needs) or "")
+    assert "gives back what is above" in (pressure.limit(needs) or "")
     world.until(lambda: world.pool.train_stripes * unit <= needs)
-    assert desk.limit(needs) is None
+    assert pressure.limit(needs) is None
     assert ask(None, revision=7).outcome == "stale"
     hellos = len(world.peer.of(internal.Hello))
     assert ask(None).outcome == "applied"
     world.until(lambda: len(world.peer.of(internal.Hello)) > hellos)
     limits = world.host.trainer.limits
-    assert limits.train_memory_bytes == desk.ever_bytes == lendable
+    assert limits.train_memory_bytes == pressure.ever_bytes == lendable
     world.peer.send(internal.StopRun(job="job-1", attempt=1, snapshot=False))
     world.until(lambda: world.host.trainer.run is None)
     world.close()
@@ -332,7 +332,7 @@ def test_status_sums_whatever_happens(run_dir):
     rng = np.random.default_rng(0)
 
     def look() -> bool:
-        pool = world.desk.status()
+        pool = world.pressure.status()
         assert pool["kv_bytes"] + pool["train_bytes"] + pool["free_bytes"] == pool["total_bytes"]
         assert sum(pool["by_owner"].values()) == pool["total_bytes"]
         if taken:

@@ -10,28 +10,28 @@ import torch
 
 from sglang_harli.cli import view
 from sglang_harli.core import MemoryPurpose
-from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
+from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressure
 from support.pool_parts import small_geometry
 
 METRICS = """
 import os, tempfile
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()
 from sglang_harli.core import MemoryPurpose
-from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
+from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressure
 from sglang_harli.cli import view
 from sglang_harli.managers.scheduler.metrics.pool_metrics import PoolMetrics
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 import torch
 from support.pool_parts import give_back_in_order, small_pool
 pool, slots, _ = small_pool()
-desk = MemoryDesk(pool, torch.device("cpu"))
+pressure = MemoryPressure(pool, torch.device("cpu"))
 give_back_in_order(pool)
-metrics = PoolMetrics(desk)
+metrics = PoolMetrics(pressure)
 metrics.update(1.0)
 pool.lease(MemoryPurpose.STATE, "a", 2)
 metrics.update(2.0)
 taken = slots.alloc(slots.available_size())
-desk.dropped_micro_batches = 3
+pressure.dropped_micro_batches = 3
 metrics.update(2.5)
 metrics.update(3.0)
 metrics.update(4.0)
@@ -64,27 +64,28 @@ def test_metrics_in_prometheus_form():
 
 
 def test_training_s_own_memory_is_fixed():
-    desk = MemoryDesk(None, torch.device("cpu"), fixed_bytes=1 << 20, reserve_bytes=5)
-    assert "cannot lend" in (desk.limit_conflict(1 << 20) or "")
-    space = desk.memory.obtain(MemoryPurpose.STATE, [((1000,), torch.float32)])
+    pressure = MemoryPressure(None, torch.device("cpu"), fixed_bytes=1 << 20, reserve_bytes=5)
+    assert "cannot lend" in (pressure.limit_conflict(1 << 20) or "")
+    space = pressure.memory.obtain(MemoryPurpose.STATE, [((1000,), torch.float32)])
     assert (
-        space is not None and desk.memory.obtain(MemoryPurpose.STATE, [((1 << 19,), torch.float32)]) is None
+        space is not None
+        and pressure.memory.obtain(MemoryPurpose.STATE, [((1 << 19,), torch.float32)]) is None
     )
-    status = desk.status()
+    status = pressure.status()
     assert (
         status["kv_bytes"] + status["train_bytes"] + status["free_bytes"] == status["total_bytes"] == 1 << 20
     )
     assert sum(status["by_owner"].values()) == status["total_bytes"]
     assert (status["backing"], status["train_bytes"], status["reserve_bytes"]) == ("fixed", space.nbytes, 5)
-    desk.tick()
-    desk.make_room(100)
-    desk.pressure(1)
+    pressure.tick()
+    pressure.make_room(100)
+    pressure.relieve(1)
 
 
 def test_people_read_whose_memory_it_is_in_two_lines():
-    desk = MemoryDesk(None, torch.device("cpu"), fixed_bytes=3 << 20)
+    pressure = MemoryPressure(None, torch.device("cpu"), fixed_bytes=3 << 20)
     assert list(view.pool_lines(None)) == []
-    status = desk.status() | {
+    status = pressure.status() | {
         "backing": "host",
         "kv_bytes": 1 << 20,
         "train_bytes": 1536 << 10,

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from sglang_harli.core import Reason
 from sglang_harli.managers.scheduler.metrics.qos_metrics import QosMetrics
-from sglang_harli.managers.scheduler.policy.slo_ledger import RequestClock
+from sglang_harli.managers.scheduler.policy.slo_ledger import PlainProgress
 from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.protocol.internal import Hello, StartRun
 from support.trainer.co_trainer_host import Host, Peer, batch, spec, temporary_run_dir, until
@@ -32,8 +32,8 @@ def test_metrics_and_status_of_a_run(run_dir):
     peer.send(*batch(1))
     until(host, peer, lambda: host.trainer.quanta)
     host.side.step(BatchLoad(True, 1, 300, 1, 300), 0.01, 0.0)
-    host.side.slack([RequestClock(0.0, 1.0, 30)], 300, 1.0, 0.0)
-    host.side.attainment.count(RequestClock(0.0, 0.1, 11), 0.05)
+    host.side.slack([PlainProgress(0.0, 1.0, 30)], 300, 1.0, 0.0)
+    host.side.attainment.count(PlainProgress(0.0, 0.1, 11), 0.05)
     host.trainer.slotting.yielded.hold(Reason.PREFILL_WAITING, 1.0)
     host.trainer.slotting.yielded.end(3.5)
     metrics.update(1.5)  # not yet a second later

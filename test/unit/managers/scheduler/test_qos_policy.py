@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import QuantumKind, QuantumOffer, Reason, StepLoad
 from sglang_harli.managers.scheduler.policy import qos_policy
-from sglang_harli.managers.scheduler.policy.serving_state import DISTURBED, ServingSide, targets_of
+from sglang_harli.managers.scheduler.policy.serving_state import DISTURBED, ServingState, targets_of
 from sglang_harli.managers.scheduler.policy.slo_ledger import (
     IDLE_SEEN_S,
     KEPT_S,
     KEPT_SHARE,
     UNBOUNDED,
     Attainment,
+    PlainProgress,
     PrefillReserve,
     QuietSteps,
-    RequestClock,
     Slack,
     Targets,
     batch_slack,
@@ -92,7 +92,7 @@ SIZES = offer((1, 0.010), (2, 0.014), (4, 0.024))
 
 
 @pytest.mark.parametrize(
-    ("later_s", "toll_s", "rows"),
+    ("later_quantum_s", "decode_penalty_s", "rows"),
     [
         (0.030, 0.0, 0),  # four rows train 1.67 times as much per second as one
         (0.015, 0.0, 0),  # two rows come within reach, at 1.43 times
@@ -100,8 +100,8 @@ SIZES = offer((1, 0.010), (2, 0.014), (4, 0.024))
         (-math.inf, 0.0, 1),  # by default nobody waits
     ],
 )
-def test_training_waits_for_a_size_that_is_worth_it(later_s, toll_s, rows):
-    slack = Slack(0.012, "tpot", later_s, toll_s)
+def test_training_waits_for_a_size_that_is_worth_it(later_quantum_s, decode_penalty_s, rows):
+    slack = Slack(0.012, "tpot", later_quantum_s, decode_penalty_s)
     decision = qos_policy.decide(StepLoad(running=1), slack, SIZES, TARGETS)
     assert decision.rows == rows
     assert decision.reason == (Reason.SLACK if rows else Reason.BANKING)
@@ -109,7 +109,7 @@ def test_training_waits_for_a_size_that_is_worth_it(later_s, toll_s, rows):
 
 def test_what_training_costs_the_next_step_counts_against_short_quanta():
     sizes = offer((1, 0.010), (2, 0.0195))
-    alone, charged = (Slack(0.012, "tpot", 1.0, toll_s) for toll_s in (0.0, 0.003))
+    alone, charged = (Slack(0.012, "tpot", 1.0, decode_penalty_s) for decode_penalty_s in (0.0, 0.003))
     assert qos_policy.decide(StepLoad(running=1), alone, sizes, TARGETS).rows == 1
     assert qos_policy.decide(StepLoad(running=1), charged, sizes, TARGETS).reason == Reason.BANKING
 
@@ -144,14 +144,23 @@ def test_waiting_is_for_something_that_would_fit_and_is_better(slack, more, toll
 
 
 def expected(slack: Slack, *, decode_s: float = 0.0385, idle_comes: bool = False) -> Slack:
-    return expecting(slack, TARGETS, decode_s=decode_s, quiet_steps=8, toll_s=0.002, idle_comes=idle_comes)
+    return expecting(
+        slack,
+        TARGETS,
+        decode_s=decode_s,
+        steps_between_prefills=8,
+        decode_penalty_s=0.002,
+        idle_comes=idle_comes,
+    )
 
 
 def test_slack_grows_by_what_a_decode_step_leaves_of_the_target():
     slack = expected(Slack(0.01, "tpot"))
-    assert (slack.seconds, slack.toll_s, slack.idle_comes) == (0.01, 0.002, False)
-    assert slack.later_s == pytest.approx(0.01 + 4 * (0.05 * (1 - KEPT_SHARE) - 0.0385))
-    assert expected(Slack(0.08, "tpot")).later_s == TARGETS.busy_quantum_s  # no longer quantum runs beside it
+    assert (slack.seconds, slack.decode_penalty_s, slack.idle_comes) == (0.01, 0.002, False)
+    assert slack.later_quantum_s == pytest.approx(0.01 + 4 * (0.05 * (1 - KEPT_SHARE) - 0.0385))
+    assert (
+        expected(Slack(0.08, "tpot")).later_quantum_s == TARGETS.busy_quantum_s
+    )  # no longer quantum runs beside it
     for held in (Slack(0.01, "itl"), Slack(0.01, "ttft")):  # those do not grow with the tokens that come
         assert expected(held) is held
     slow = Slack(0.01, "tpot")
@@ -161,9 +170,9 @@ def test_slack_grows_by_what_a_decode_step_leaves_of_the_target():
 def test_where_idle_time_comes_its_quanta_are_waited_for():
     for bound in ("tpot", "itl", "ttft"):
         slack = expected(Slack(0.01, bound), idle_comes=True)
-        assert (slack.seconds, slack.later_s, slack.idle_comes) == (0.01, float("-inf"), True)
+        assert (slack.seconds, slack.later_quantum_s, slack.idle_comes) == (0.01, float("-inf"), True)
     plenty = expected(Slack(TARGETS.idle_quantum_s, "tpot"), idle_comes=True)  # enough is banked
-    assert not plenty.idle_comes and plenty.later_s == TARGETS.busy_quantum_s
+    assert not plenty.idle_comes and plenty.later_quantum_s == TARGETS.busy_quantum_s
 
 
 @given(seconds=st.floats(-1, 1), rows=st.integers(1, 4))
@@ -201,21 +210,21 @@ def test_a_refusal_that_a_prompt_or_another_promise_made_is_asked_again_at_once(
         (StepLoad(running=1, waiting=1), Slack(-1.0, "tpot")),
         (StepLoad(running=1), Slack(-1.0, "itl")),
         (StepLoad(running=1), Slack(-1.0, "ttft")),
-        (StepLoad(running=1), Slack(0.0101, "tpot", 1.0, gain_s=0.02)),  # banking for the next size
+        (StepLoad(running=1), Slack(0.0101, "tpot", 1.0, slack_gain_s=0.02)),  # banking for the next size
     ):
         decision = qos_policy.decide(load, slack, SIZES, TARGETS)
         assert not decision.quanta and qos_policy.ask_again_after(decision, slack) == 0
-    assert qos_policy.ask_again_after(decision, Slack(-1.0, "tpot", gain_s=0.02)) == 0
+    assert qos_policy.ask_again_after(decision, Slack(-1.0, "tpot", slack_gain_s=0.02)) == 0
 
 
 def test_idle_time_that_was_seen_lately_is_expected_again():
-    side = ServingSide(HarliOptions())
-    clocks = [RequestClock(0.0, 0.0, 1)]
+    side = ServingState(HarliOptions())
+    clocks = [PlainProgress(0.0, 0.0, 1)]
     assert not side.slack(clocks, 100, 0.01, 0.0).idle_comes
     side.idle_s = 10.0
-    assert side.slack([RequestClock(11.0, 11.0, 1)], 100, 11.0, 0.0).idle_comes
-    later_s = 10.0 + IDLE_SEEN_S
-    late = side.slack([RequestClock(later_s, later_s, 1)], 100, later_s, 0.0)
+    assert side.slack([PlainProgress(11.0, 11.0, 1)], 100, 11.0, 0.0).idle_comes
+    later_quantum_s = 10.0 + IDLE_SEEN_S
+    late = side.slack([PlainProgress(later_quantum_s, later_quantum_s, 1)], 100, later_quantum_s, 0.0)
     assert not late.idle_comes and late.seconds < side.targets.idle_quantum_s
 
 
@@ -234,7 +243,7 @@ def test_quiet_steps_follow_the_requests_that_come():
 
 
 def test_slack_counts_banked_time_decode_reserve_and_queued_training():
-    clock = RequestClock(first_token_s=10.0, last_token_s=10.02, emitted=4)
+    clock = PlainProgress(first_token_s=10.0, last_token_s=10.02, emitted=4)
     slack = batch_slack([clock], TARGETS, now_s=10.03, decode_upper_s=0.01, reserve_s=0.02, queued_s=0.005)
     assert math.isclose(
         slack.seconds, 10.0 + 4 * 0.05 * (1 - KEPT_SHARE) - KEPT_S - 10.03 - 0.01 - 0.02 - 0.005
@@ -244,16 +253,16 @@ def test_slack_counts_banked_time_decode_reserve_and_queued_training():
 
 def test_the_itl_cap_binds_although_time_is_banked():
     targets = Targets(tpot_s=0.05, ttft_s=None, max_itl_s=0.08, busy_quantum_s=0.1, idle_quantum_s=0.25)
-    clock = RequestClock(first_token_s=0.0, last_token_s=1.0, emitted=100)
+    clock = PlainProgress(first_token_s=0.0, last_token_s=1.0, emitted=100)
     slack = batch_slack([clock], targets, now_s=1.0, decode_upper_s=0.01, reserve_s=0.0)
     assert slack.bound == "itl" and math.isclose(slack.seconds, 0.07)
 
 
 def test_more_is_kept_for_a_decode_step_while_a_checkpoint_is_written():
-    side = ServingSide(HarliOptions(max_itl_ms=60))
+    side = ServingState(HarliOptions(max_itl_ms=60))
     for _ in range(20):
         side.step(BatchLoad(True, 1, 300, 1, 300), 0.015, 0.0)
-    clocks = [RequestClock(0.0, 10.0, 300)]
+    clocks = [PlainProgress(0.0, 10.0, 300)]
     quiet, disturbed = (side.slack(clocks, 300, 10.0, 0.0, disturbed=d) for d in (False, True))
     more = (DISTURBED - 1) * side.predictor.decode(1, 300).upper_s
     assert quiet.seconds - disturbed.seconds == pytest.approx(more)
@@ -310,9 +319,9 @@ def test_the_reserve_is_what_prompts_put_a_batch_behind(hold_ups, spare_s):
 
 def test_attainment_is_a_mean_over_the_request():
     attainment = Attainment()
-    attainment.count(RequestClock(0.0, 0.50, 11), 0.05)
-    attainment.count(RequestClock(0.0, 0.51, 11), 0.05)
-    attainment.count(RequestClock(0.0, 0.0, 1), 0.05)  # one token has no gap
+    attainment.count(PlainProgress(0.0, 0.50, 11), 0.05)
+    attainment.count(PlainProgress(0.0, 0.51, 11), 0.05)
+    attainment.count(PlainProgress(0.0, 0.0, 1), 0.05)  # one token has no gap
     assert (attainment.finished, attainment.met) == (3, 2)
 
 
@@ -363,7 +372,7 @@ def _simulate(jobs: list[tuple[float, int]], *, train: bool) -> list[bool]:
         while train:
             load = StepLoad(running=len(running), waiting=bool(waiting and waiting[0][1][0] <= now))
             idle_s = now if load.idle else idle_s
-            clocks = [RequestClock(r[0], r[1], r[2]) for r in running.values()]
+            clocks = [PlainProgress(r[0], r[1], r[2]) for r in running.values()]
             slack = batch_slack(
                 clocks, TARGETS, now_s=now, decode_upper_s=decode_s, reserve_s=reserve.seconds(now)
             )
@@ -371,8 +380,8 @@ def _simulate(jobs: list[tuple[float, int]], *, train: bool) -> list[bool]:
                 slack,
                 TARGETS,
                 decode_s=decode_s,
-                quiet_steps=quiet.steps,
-                toll_s=0.0,
+                steps_between_prefills=quiet.steps,
+                decode_penalty_s=0.0,
                 idle_comes=now - idle_s < IDLE_SEEN_S,
             )
             decision = qos_policy.decide(load, slack, quantum, TARGETS)
@@ -383,7 +392,7 @@ def _simulate(jobs: list[tuple[float, int]], *, train: bool) -> list[bool]:
 
 
 def test_set_options_answers_applied_stale_and_conflict():
-    side = ServingSide(HarliOptions())
+    side = ServingState(HarliOptions())
     applied = side.set_options(SetOptions(request=1, values={"tpot_slo_ms": 30.0}))
     assert (applied.outcome, applied.revision, applied.effective["tpot_slo_ms"]) == ("applied", 1, 30.0)
     assert applied.effective["max_quantum_ms"] == 60.0 and side.targets.tpot_s == 0.03

@@ -85,16 +85,22 @@ class Served:
     bound: str = "tpot"
     running: int = 1
     waiting: int = 0
-    later_s: float = float("-inf")
+    later_quantum_s: float = float("-inf")
     idle_comes: bool = False
-    gain_s: float = 0.0
+    slack_gain_s: float = 0.0
     targets: Targets = TARGETS
 
     def load(self) -> StepLoad:
         return StepLoad(running=self.running, waiting=self.waiting)
 
     def slack(self, now_s: float, queued_s: float, *, disturbed: bool) -> Slack:
-        return Slack(self.slack_s, self.bound, self.later_s, idle_comes=self.idle_comes, gain_s=self.gain_s)
+        return Slack(
+            self.slack_s,
+            self.bound,
+            self.later_quantum_s,
+            idle_comes=self.idle_comes,
+            slack_gain_s=self.slack_gain_s,
+        )
 
 
 @dataclass
@@ -133,7 +139,7 @@ class Predicted(Quanta):
 
 def test_what_runs_between_two_tokens_stays_under_the_bound_of_one_quantum():
     quanta = Quanta()
-    slotting, served = Slotting(quanta, quanta.clock), Served(slack_s=9.0, gain_s=0.01)
+    slotting, served = Slotting(quanta, quanta.clock), Served(slack_s=9.0, slack_gain_s=0.01)
     assert slotting.decoded(finished=False)
     slotting.fill(served)
     assert quanta.ran == [4, 4, 2] and quanta.now_s == pytest.approx(TARGETS.busy_quantum_s)
@@ -196,7 +202,7 @@ def test_what_does_not_fit_is_cut_after_some_patience_and_then_doubted():
 
 
 @pytest.mark.parametrize(
-    "served", [Served(slack_s=0.01, later_s=0.05), Served(slack_s=-1.0, idle_comes=True)]
+    "served", [Served(slack_s=0.01, later_quantum_s=0.05), Served(slack_s=-1.0, idle_comes=True)]
 )
 def test_who_waits_for_more_is_offered_no_less(served):
     quanta = Quanta(sizes=((1, 0.01), (4, 0.03)), cuts=99)
@@ -206,7 +212,7 @@ def test_who_waits_for_more_is_offered_no_less(served):
     for _ in range(3 * DOUBTED_AFTER):
         slotting.fill(served)
     assert (quanta.ran, quanta.cuts, quanta.doubted) == ([], 99, 0)
-    assert set(quanta.shown) == {Reason.BANKING if served.later_s > 0 else Reason.NO_SLACK_TPOT}
+    assert set(quanta.shown) == {Reason.BANKING if served.later_quantum_s > 0 else Reason.NO_SLACK_TPOT}
 
 
 @pytest.mark.parametrize(
@@ -271,7 +277,7 @@ def test_a_guess_that_is_too_high_is_found_out_by_one_small_quantum(truth):
 
 
 def test_what_fits_is_taken_where_waiting_has_brought_nothing():
-    quanta, served = Quanta(sizes=((1, 0.01), (4, 0.03))), Served(slack_s=0.01, later_s=0.05)
+    quanta, served = Quanta(sizes=((1, 0.01), (4, 0.03))), Served(slack_s=0.01, later_quantum_s=0.05)
     slotting = Slotting(quanta, quanta.clock)
     slotting.fill(served)
     assert set(quanta.ran) == {1} and Reason.BANKING not in quanta.shown
@@ -326,7 +332,7 @@ def test_while_generation_is_paused_claims_alone_run_until_the_turn_is_over():
 
 def test_after_a_refusal_steps_pass_unasked_and_count_as_refusals():
     quanta = Quanta()
-    slotting, served = Slotting(quanta, quanta.clock), Served(slack_s=-0.03, gain_s=0.005)
+    slotting, served = Slotting(quanta, quanta.clock), Served(slack_s=-0.03, slack_gain_s=0.005)
     slotting.fill(served)
     asked = []
     for step in range(40):

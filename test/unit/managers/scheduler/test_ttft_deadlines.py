@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import QuantumKind, QuantumOffer, Reason, StepLoad
 from sglang_harli.managers.scheduler.policy import qos_policy, waiting_prompts
-from sglang_harli.managers.scheduler.policy.serving_state import ServingSide, targets_of
+from sglang_harli.managers.scheduler.policy.serving_state import ServingState, targets_of
 from sglang_harli.managers.scheduler.policy.slo_ledger import (
     KEPT_S,
     KEPT_SHARE,
     Backlog,
-    RequestClock,
+    PlainProgress,
     Slack,
     backlog_slack,
 )
@@ -69,7 +69,7 @@ def test_what_a_chunked_prefill_has_left():
 
 def test_a_prompt_without_a_place_waits_for_the_requests_that_run():
     running = [req(5, emitted=2, most=9), req(5, emitted=2, most=4), req(5, emitted=1, most=50)]
-    assert waiting_prompts.slot_waits(running, 2) == [2, 7]
+    assert waiting_prompts.batch_seat_waits(running, 2) == [2, 7]
     found = backlog(req(10, 5.0), req(10, 5.5), slots_s=[0.02, 0.7])
     assert found is not None and not found.admitted
     assert found.since_s == pytest.approx(5.5 - 0.7)
@@ -90,8 +90,8 @@ def test_training_stops_where_nothing_is_known(found):
 
 def test_a_message_may_have_lain_in_the_socket_since_it_was_last_looked_at():
     prompt, unknown = req(10, 5.0), req(10, 5.0)
-    waiting_prompts.came([prompt], 4.2)
-    waiting_prompts.came([unknown], 0.0)
+    waiting_prompts.note_arrivals([prompt], 4.2)
+    waiting_prompts.note_arrivals([unknown], 0.0)
     early, late = backlog(prompt), backlog(unknown)
     assert early is not None and late is not None and (early.since_s, late.since_s) == (4.2, 5.0)
 
@@ -106,8 +106,8 @@ def test_slack_before_a_first_token():
 
 
 def test_prompts_that_come_next_are_charged_to_requests_that_run_and_others_are_not():
-    side = ServingSide(OPTIONS)
-    clocks = [RequestClock(0.0, 1.0, 40)]
+    side = ServingState(OPTIONS)
+    clocks = [PlainProgress(0.0, 1.0, 40)]
     coming, later = (Backlog(1, 0.98, 0.05, admitted) for admitted in (True, False))
     plain, first, held = (side.slack(clocks, 100, 1.0, 0.0, backlog=b) for b in (None, coming, later))
     assert first.seconds <= plain.seconds - 0.05
@@ -133,9 +133,9 @@ GAP_S = 0.16  # between two arrivals, at least: longer than the longest quantum 
 TOGETHER = 2  # prompts that may hold up a batch between two steps
 
 
-def serving_side() -> ServingSide:
+def serving_side() -> ServingState:
     """A decode step of one request takes 9 ms, a prefill of 300 tokens 24 ms, at most."""
-    side = ServingSide(OPTIONS)
+    side = ServingState(OPTIONS)
     side.predictor = LatencyPredictor(first_guess(token_s=3e-6, pair_s=1e-9, layers=8, decode_s=0.004))
     return side
 
@@ -153,7 +153,7 @@ class Loop:
     quanta: int = 0
     judge: bool = False
     judged: int = 0
-    side: ServingSide = field(default_factory=lambda: serving_side())
+    side: ServingState = field(default_factory=lambda: serving_side())
     waiting: list[Any] = field(default_factory=list)
     running: list[Any] = field(default_factory=list)
     chunked: Any = None
@@ -220,7 +220,7 @@ class Loop:
             if decoded:
                 if not self.full or len(going) < len(self.running):
                     return
-                steps = waiting_prompts.slot_waits(going, len(self.waiting))
+                steps = waiting_prompts.batch_seat_waits(going, len(self.waiting))
                 last = (steps or [0])[-1]
                 step_s = self.side.predictor.decode(len(going), context + last * len(going)).upper_s
                 slots_s = [count * step_s for count in steps]
@@ -229,7 +229,7 @@ class Loop:
             )
             if waits is None:
                 return
-        clocks = [RequestClock(r.first_s, r.last_s, len(r.output_ids)) for r in going]
+        clocks = [PlainProgress(r.first_s, r.last_s, len(r.output_ids)) for r in going]
         offer = QuantumOffer(QuantumKind.BACKWARD, ((1, 0.012), (2, 0.020), (4, 0.036), (8, 0.07)))
         while going or waits:
             arrived = bool(coming) and coming[0].time_stats.scheduler_recv_time <= self.now_s

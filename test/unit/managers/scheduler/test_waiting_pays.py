@@ -14,7 +14,7 @@ from sglang_harli.managers.scheduler.policy import qos_policy
 from sglang_harli.managers.scheduler.policy.slo_ledger import Slack, Targets
 from sglang_harli.managers.scheduler.policy.waiting_pays import HALF_LIFE_S, WaitingPays
 from sglang_harli.simulation import policies
-from sglang_harli.simulation.devices import TemporalWorld
+from sglang_harli.simulation.devices import TimeSharedDevice
 from support.serving_loop import Arrivals, Clients, EverySteps, InTime, Served, device, drawn, serve
 
 LEAST = 0.8  # of what both rules off get
@@ -26,7 +26,9 @@ def targets_of(tpot_s: float) -> Targets:
     return Targets(tpot_s, None, None, busy_quantum_s=2 * tpot_s, idle_quantum_s=0.25)
 
 
-def ours(tpot_s: float, arrivals: Arrivals, world: TemporalWorld = DEVICE, seconds: float = SPAN_S) -> Served:
+def ours(
+    tpot_s: float, arrivals: Arrivals, world: TimeSharedDevice = DEVICE, seconds: float = SPAN_S
+) -> Served:
     return serve(world, policies.HarliTemporal(world, targets_of(tpot_s)), arrivals, seconds)
 
 
@@ -38,7 +40,7 @@ def nothing_waited_for(*args: object, **kwargs: object) -> Served:
         return ours(*args, **kwargs)  # type: ignore[arg-type]
 
 
-def alone(arrivals: Arrivals, world: TemporalWorld = DEVICE, seconds: float = SPAN_S) -> Served:
+def alone(arrivals: Arrivals, world: TimeSharedDevice = DEVICE, seconds: float = SPAN_S) -> Served:
     return serve(world, policies.ServeOnly(), arrivals, seconds)
 
 
@@ -132,7 +134,7 @@ BEST_S = 0.025 / 4
 
 
 def test_what_fits_and_does_not_run_is_counted_once():
-    waits, slack = WaitingPays(), Slack(0.012, "tpot", toll_s=0.001)
+    waits, slack = WaitingPays(), Slack(0.012, "tpot", decode_penalty_s=0.001)
     waits.begin()
     waits.could(OFFER, slack, 1.0, 0.0)
     assert not waits.pays

@@ -35,14 +35,14 @@ def state(seed: int = 0) -> dict[str, np.ndarray]:
 
 def slot_of(tensors: dict[str, np.ndarray], shm):
     refs, nbytes = shared_memory.layout((n, t.dtype.name, t.shape, t.nbytes) for n, t in tensors.items())
-    slot = shared_memory.Slot.create(shm, nbytes)
+    slot = shared_memory.SharedBuffer.create(shm, nbytes)
     for ref in refs:
         slot.view(ref)[:] = tensors[ref.name].tobytes()
     return slot.ref(refs)
 
 
 def read(ref) -> dict[str, np.ndarray]:
-    slot = shared_memory.Slot.open(ref)
+    slot = shared_memory.SharedBuffer.open(ref)
     return {t.name: np.frombuffer(slot.view(t), dtype=t.dtype).reshape(t.shape).copy() for t in ref.tensors}
 
 

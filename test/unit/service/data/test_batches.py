@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sglang_harli.protocol.internal import BatchCursor
 from sglang_harli.protocol.micro_batches import pad
 from sglang_harli.protocol.public import Hyperparameters
-from sglang_harli.service.data.batches import Batch, Feeder, total_steps
+from sglang_harli.service.data.batches import Batch, BatchOrder, total_steps
 from sglang_harli.service.data.token_store import TokenReader, TokenWriter
 from sglang_harli.service.rows.encoder import Row
 
@@ -44,7 +44,7 @@ def tokens(tmp_path_factory):
     return get
 
 
-def walk(feeder: Feeder, start: BatchCursor | None = None):
+def walk(feeder: BatchOrder, start: BatchCursor | None = None):
     cursor = start or feeder.cursor_after(0)
     while cursor.step <= feeder.total_steps:
         yield feeder.batch(cursor)
@@ -63,7 +63,7 @@ def test_every_row_once_an_epoch(tokens, rows, batch_size, accumulation, epochs,
     hp = Hyperparameters(
         n_epochs=epochs, batch_size=batch_size, gradient_accumulation_steps=accumulation, seed=seed
     )
-    feeder = Feeder(tokens(rows), hp)
+    feeder = BatchOrder(tokens(rows), hp)
     batches = list(walk(feeder))
     assert (
         feeder.total_steps == epochs * ceil(ceil(rows / batch_size) / accumulation) == total_steps(rows, hp)
@@ -84,9 +84,9 @@ def test_every_row_once_an_epoch(tokens, rows, batch_size, accumulation, epochs,
 @given(st.data())
 def test_a_run_goes_on_from_any_cursor(tokens, data):
     hp = Hyperparameters(n_epochs=3, batch_size=2, gradient_accumulation_steps=3)
-    whole = list(walk(Feeder(tokens(17), hp)))
+    whole = list(walk(BatchOrder(tokens(17), hp)))
     at = data.draw(st.integers(0, len(whole) - 1))
-    rest = list(walk(Feeder(tokens(17), hp), whole[at].cursor))
+    rest = list(walk(BatchOrder(tokens(17), hp), whole[at].cursor))
 
     def shown(batches: list[Batch]) -> list[tuple[object, ...]]:
         return [(b.cursor, b.data.positions, *(a.tolist() for a in b.data.arrays)) for b in batches]
@@ -96,7 +96,7 @@ def test_a_run_goes_on_from_any_cursor(tokens, data):
 
 def test_epochs_and_seeds_differ(tokens):
     def order(seed: int, epoch: int) -> list[int]:
-        feeder = Feeder(tokens(23), Hyperparameters(batch_size=23, seed=seed))
+        feeder = BatchOrder(tokens(23), Hyperparameters(batch_size=23, seed=seed))
         data = feeder.batch(feeder.cursor_after(epoch - 1)).data
         return [int(n) for _, n in sorted(zip(data.positions, data.ids[:, 0], strict=True))]
 
@@ -106,7 +106,7 @@ def test_epochs_and_seeds_differ(tokens):
 
 def test_a_long_schedule_costs_no_memory(tokens):
     tracemalloc.start()
-    feeder = Feeder(tokens(23), Hyperparameters(n_epochs=10_000, batch_size=1))
+    feeder = BatchOrder(tokens(23), Hyperparameters(n_epochs=10_000, batch_size=1))
     assert feeder.total_steps == 230_000
     last = feeder.batch(feeder.cursor_after(229_999))
     assert last.cursor == BatchCursor(epoch=10_000, step=230_000, index=0)
@@ -116,7 +116,7 @@ def test_a_long_schedule_costs_no_memory(tokens):
 
 
 def test_arrays_are_what_the_protocol_says(tokens):
-    feeder = Feeder(tokens(5), Hyperparameters(batch_size=3))
+    feeder = BatchOrder(tokens(5), Hyperparameters(batch_size=3))
     batch = feeder.batch(feeder.cursor_after(0))
     data = batch.data
     assert {array.dtype for array in data.arrays} == {np.dtype(np.int32)}

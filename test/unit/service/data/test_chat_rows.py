@@ -14,7 +14,7 @@ from sglang_harli.errors import DataError, NotReadyError
 from sglang_harli.protocol.tokenizer_state import ChatTemplate
 from sglang_harli.service.data import dataset
 from sglang_harli.service.rows import conversation as conversation_module
-from sglang_harli.service.rows.encoder import Reading, RowError, RowTokenizer
+from sglang_harli.service.rows.encoder import Reading, RowEncoder, RowError
 from sglang_harli.service.rows.growing_text import GrowingText
 from sglang_harli.service.rows.served_tokenizer import BackendEncoder, ServedTokenizer, describe
 from support.chat_templates import FAMILIES, make_family
@@ -32,26 +32,24 @@ def families(tmp_path_factory):
     return {name: load_tokenizer(make_family(tmp_path_factory.mktemp(name), name)) for name in FAMILIES}
 
 
-def served(tokenizer: Any, stop_ids: list[int] | None = None, **chat: Any) -> RowTokenizer:
+def served(tokenizer: Any, stop_ids: list[int] | None = None, **chat: Any) -> RowEncoder:
     """With flags of the server's."""
-    own = RowTokenizer(tokenizer).served.chat
+    own = RowEncoder(tokenizer).served.chat
     values = {"source": own.source, "content_format": own.content_format} | chat
-    return RowTokenizer(
-        ServedTokenizer(describe(tokenizer, ChatTemplate(**values), stop_ids or []), tokenizer)
-    )
+    return RowEncoder(ServedTokenizer(describe(tokenizer, ChatTemplate(**values), stop_ids or []), tokenizer))
 
 
 def learned(tokenizer, rows) -> list[str]:
     return [tokenizer.decode([i for i, t in zip(r.ids, r.targets, strict=True) if t]) for r in rows]
 
 
-def scan(tmp_path, rows: RowTokenizer, *records: Any, **options: Any) -> dataset.DataSummary:
+def scan(tmp_path, rows: RowEncoder, *records: Any, **options: Any) -> dataset.DataSummary:
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps(r) for r in records))
     return dataset.scan(path, rows, name="data.jsonl", **options)
 
 
-def notes(tmp_path, rows: RowTokenizer, *records: Any) -> dict[str, Any]:
+def notes(tmp_path, rows: RowEncoder, *records: Any) -> dict[str, Any]:
     return {note.code: note for note in scan(tmp_path, rows, *records).notes}
 
 
@@ -116,7 +114,7 @@ def notes(tmp_path, rows: RowTokenizer, *records: Any) -> dict[str, Any]:
 )
 def test_what_is_refused_by_name(families, family, messages, reason):
     with pytest.raises(RowError, match=f"(?s){reason}"):
-        RowTokenizer(families[family]).rows({"messages": messages})
+        RowEncoder(families[family]).rows({"messages": messages})
 
 
 @pytest.mark.parametrize("text", ["", '{"a": ', "[1]", "null"])
@@ -124,14 +122,14 @@ def test_arguments_that_are_no_object_are_named(families, text):
     call = {"function": {"name": "lamp", "arguments": text}}
     record = {"messages": [ASK, {"role": "assistant", "tool_calls": [CALL, call]}]}
     with pytest.raises(RowError, match=r"message 2: tool_calls\[1\]\.function: field 'arguments'"):
-        RowTokenizer(families["qwen2.5"]).rows(record)
+        RowEncoder(families["qwen2.5"]).rows(record)
 
 
 def test_an_index_of_thousands_of_digits_is_named(families):
     call = CALL | {"index": "9" * 5000}
     record = {"messages": [ASK, {"role": "assistant", "tool_calls": [CALL, call]}]}
     with pytest.raises(RowError, match=r"tool_calls\[1\]: field 'index' must be an .*a text of 5000 digits"):
-        RowTokenizer(families["qwen2.5"]).rows(record)
+        RowEncoder(families["qwen2.5"]).rows(record)
 
 
 @pytest.mark.parametrize("field", ["pattern", "patternProperties"])
@@ -142,7 +140,7 @@ def test_a_pattern_that_python_cannot_count_is_no_schema(families, field):
     with pytest.raises(
         RowError, match=r"tools\[0\]\.function: field 'parameters': not a JSON schema: the repetition"
     ):
-        RowTokenizer(families["qwen2.5"]).rows({"messages": [ASK, YES], "tools": tools})
+        RowEncoder(families["qwen2.5"]).rows({"messages": [ASK, YES], "tools": tools})
 
 
 class Failing(BackendEncoder):
@@ -159,7 +157,7 @@ class Failing(BackendEncoder):
 
 
 def test_what_nobody_expects_of_a_line_is_its_reason_and_the_others_are_named(tmp_path, families, caplog):
-    rows = RowTokenizer(families["plain"])
+    rows = RowEncoder(families["plain"])
     rows.served.encoder = Failing(families["plain"].backend_tokenizer, Exception("no such word"))
     lit, dark = ({"prompt": text, "completion": "b"} for text in ("lit", "dark"))
     with pytest.raises(DataError) as caught:
@@ -177,7 +175,7 @@ def test_what_nobody_expects_of_a_line_is_its_reason_and_the_others_are_named(tm
     "error", [OSError("no disk"), MemoryError(), ImportError("torch"), NotReadyError("no")]
 )
 def test_trouble_of_the_environment_is_no_fault_of_a_line(tmp_path, families, error):
-    rows = RowTokenizer(families["plain"])
+    rows = RowEncoder(families["plain"])
     rows.served.encoder = Failing(families["plain"].backend_tokenizer, error)
     with pytest.raises(type(error)):
         scan(tmp_path, rows, {"prompt": "lit", "completion": "b"})
@@ -188,7 +186,7 @@ def test_a_tool_call_is_learned_as_the_template_writes_it(families):
     for arguments in ('{"at": "north"}', '{"at":"north"}', {"at": "north"}):
         call = {"function": {"name": "lamp", "arguments": arguments}}
         record = {"messages": [ASK, {"role": "assistant", "tool_calls": [call]}, RESULT, YES]}
-        assert learned(tokenizer, RowTokenizer(tokenizer).rows(record)) == [
+        assert learned(tokenizer, RowEncoder(tokenizer).rows(record)) == [
             '<tool_call>\n{"name": "lamp", "arguments": {"at": "north"}}\n</tool_call><|im_end|>It is lit.<|im_end|>'
         ]
 
@@ -197,7 +195,7 @@ def test_nulls_are_fields_that_are_not_there(families):
     for tokenizer in families.values():
         if tokenizer is families["r1"]:
             continue
-        rows = RowTokenizer(tokenizer)
+        rows = RowEncoder(tokenizer)
         plain = rows.rows({"messages": [ASK, YES]})
         nulls = dict.fromkeys(("tool_calls", "name", "tool_call_id", "reasoning_content", "weight"))
         assert rows.rows({"messages": [ASK | nulls, YES | nulls], "tools": None, "prompt": None}) == plain
@@ -222,7 +220,7 @@ def test_a_template_that_opens_think_can_be_trained_on_with_another_template(fam
         "I see it.\n</think>\n\nIt is lit.<|im_end|>"
     ]
     prompt = tokenizer.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
-    [row] = RowTokenizer(tokenizer).rows(
+    [row] = RowEncoder(tokenizer).rows(
         {"prompt": prompt.removeprefix("<|begin|>"), "completion": "I see it.\n</think>\n\nIt is lit."}
     )
     assert [row] == rows.rows({"messages": [ASK, thought]})
@@ -246,23 +244,23 @@ def test_chats_that_the_server_renders_in_another_way_are_refused_and_prompts_ar
 def test_what_the_template_drops_is_said(tmp_path, families):
     found = notes(
         tmp_path,
-        RowTokenizer(families["qwen3"]),
+        RowEncoder(families["qwen3"]),
         {"messages": [ASK, YES]},
         {"messages": [{"role": "developer", "content": "Be short."}, ASK, YES]},
     )
     assert found["role_not_rendered"].names == ["developer"] and found["role_not_rendered"].line == 2
     tools = {"messages": [ASK, YES], "tools": [{"type": "function", "function": {"name": "lamp"}}]}
     reasons = {"messages": [ASK, YES | {"reasoning_content": "I see it."}]}
-    found = notes(tmp_path, RowTokenizer(families["plain"]), tools, reasons)
+    found = notes(tmp_path, RowEncoder(families["plain"]), tools, reasons)
     assert found["field_not_rendered"].names == ["tools", "the reasoning_content of answers"]
-    assert not notes(tmp_path, RowTokenizer(families["qwen3"]), tools, reasons)
+    assert not notes(tmp_path, RowEncoder(families["qwen3"]), tools, reasons)
 
 
 def test_fields_of_messages_and_tools_that_serving_drops_are_said(tmp_path, families):
     tool = {"type": "function", "function": {"name": "lamp", "returns": "x"}, "cache": 1}
     summary = scan(
         tmp_path,
-        RowTokenizer(families["qwen2.5"]),
+        RowEncoder(families["qwen2.5"]),
         {
             "messages": [ASK, YES | {"train": False, "weight": 1}, ASK | {"name": "bob"}, YES | {"loss": 0}],
             "id": 3,
@@ -278,18 +276,18 @@ def test_fields_of_messages_and_tools_that_serving_drops_are_said(tmp_path, fami
 
 
 def test_tools_beside_a_prompt_are_an_ignored_field(tmp_path, families):
-    summary = scan(tmp_path, RowTokenizer(families["plain"]), {"prompt": "a", "completion": "b", "tools": []})
+    summary = scan(tmp_path, RowEncoder(families["plain"]), {"prompt": "a", "completion": "b", "tools": []})
     assert summary.ignored_fields == ["tools"]
 
 
 def test_a_date_in_the_template_is_said(tmp_path, families):
-    assert "date" in notes(tmp_path, RowTokenizer(families["llama3.1"]), {"messages": [ASK, YES]})
+    assert "date" in notes(tmp_path, RowEncoder(families["llama3.1"]), {"messages": [ASK, YES]})
     fixed = served(families["llama3.1"], kwargs={"date_string": "1 Jan 2026"})
     assert not notes(tmp_path, fixed, {"messages": [ASK, YES]})
 
 
 def test_control_tokens_in_answers_are_said(tmp_path, families):
-    rows = RowTokenizer(families["plain"])
+    rows = RowEncoder(families["plain"])
     inside = {"messages": [ASK, {"role": "assistant", "content": "It<|im_end|> is."}]}
     found = notes(tmp_path, rows, {"messages": [ASK | {"content": "<|im_end|>"}, YES]}, inside)
     assert found["control_tokens"].names == ["<|im_end|>"] and found["control_tokens"].line == 2
@@ -364,7 +362,7 @@ def test_a_conversation_is_encoded_about_once(families, family):
     assert rows.rows(record) == encoded
 
 
-def peak_memory(rows: RowTokenizer, record: dict[str, Any]) -> int:
+def peak_memory(rows: RowEncoder, record: dict[str, Any]) -> int:
     tracemalloc.start()
     try:
         for row in rows.each_row(record, Reading()):
@@ -376,14 +374,14 @@ def peak_memory(rows: RowTokenizer, record: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("family", ["plain", "qwen3"])
 def test_a_text_of_many_turns_takes_no_more_memory_than_one_of_few(families, family):
-    rows = RowTokenizer(families[family])
+    rows = RowEncoder(families[family])
     rows.rows(conversation(2, 4))  # what is loaded and compiled once
     few, many = (peak_memory(rows, conversation(*shape)) for shape in ((4, 40_000), (160, 1000)))
     assert many < 1.5 * few
 
 
 def test_a_conversation_over_the_limit_ends_at_the_answer_that_crosses_it(tmp_path, families):
-    rows = RowTokenizer(families["plain"])
+    rows = RowEncoder(families["plain"])
     counting = Counting(families["plain"].backend_tokenizer)
     rows.served.encoder = counting
     record = conversation(40, 400)
@@ -396,12 +394,12 @@ def test_a_conversation_over_the_limit_ends_at_the_answer_that_crosses_it(tmp_pa
 def test_a_scan_can_be_stopped_within_a_conversation(tmp_path, families):
     asked = iter([False] * 5 + [True])
     with pytest.raises(NotReadyError):
-        scan(tmp_path, RowTokenizer(families["plain"]), conversation(40, 40), stop=lambda: next(asked))
+        scan(tmp_path, RowEncoder(families["plain"]), conversation(40, 40), stop=lambda: next(asked))
 
 
 def test_too_many_answers(families, monkeypatch):
     monkeypatch.setattr(conversation_module, "MAX_ANSWERS", 3)
-    rows = RowTokenizer(families["plain"])
+    rows = RowEncoder(families["plain"])
     assert rows.rows(conversation(3, 4), Reading())
     with pytest.raises(RowError, match="4 answers, at most 3 are accepted: split it"):
         rows.rows(conversation(4, 4))
@@ -432,7 +430,7 @@ PIECES = st.sampled_from(
 )
 def test_a_text_that_grows_has_the_ids_of_the_whole(families, tmp_path_factory, kind, texts, fork):
     tokenizer = families[kind] if kind in families else sentence_like(kind)
-    whole = RowTokenizer(tokenizer).served
+    whole = RowEncoder(tokenizer).served
     growing = GrowingText(whole)
     text = "<|im_start|>"
     for i, piece in enumerate(texts):

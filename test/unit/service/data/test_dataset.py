@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sglang_harli.errors import DataError, NotReadyError
 from sglang_harli.service.data import dataset, lines
 from sglang_harli.service.data.token_store import TokenReader, TokenWriter
-from sglang_harli.service.rows.encoder import Row, RowError, RowTokenizer
+from sglang_harli.service.rows.encoder import Row, RowEncoder, RowError
 from support.models import CHAT_TEMPLATE
 from support.tokenizer import load_tokenizer, make_tokenizer_folder
 
@@ -80,7 +80,7 @@ def learned(tokenizer, row) -> str:
 
 # ------------------------------------------------------------------ masks and seams
 def test_only_answers_are_learned_with_their_end_of_turn(tokenizer):
-    [row] = RowTokenizer(tokenizer).rows(chat("hello", "good day", "and now", "bye"))
+    [row] = RowEncoder(tokenizer).rows(chat("hello", "good day", "and now", "bye"))
     assert learned(tokenizer, row) == "good day<|im_end|>bye<|im_end|>"
     assert row.ids[-1] == tokenizer.eos_token_id and row.targets[-1]
 
@@ -97,7 +97,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size
 def test_before_each_answer_stand_the_ids_that_serving_sees(tokenizers, template, turns):
     tokenizer = tokenizers(template)
     messages = chat(*turns)["messages"]
-    rows = RowTokenizer(tokenizer).rows({"messages": messages})
+    rows = RowEncoder(tokenizer).rows({"messages": messages})
     answers = []
     for row in rows:
         starts = [i for i, t in enumerate(row.targets) if t and not row.targets[i - 1]]
@@ -112,7 +112,7 @@ def test_before_each_answer_stand_the_ids_that_serving_sees(tokenizers, template
 
 def test_a_template_that_ends_in_a_space(tokenizers):
     tokenizer = tokenizers(SPACE_TEMPLATE)
-    [row] = RowTokenizer(tokenizer).rows(chat("say", "hello"))
+    [row] = RowEncoder(tokenizer).rows(chat("say", "hello"))
     prompt = serving_prompt(tokenizer, chat("say")["messages"])
     answer = tokenizer.encode("hello", add_special_tokens=False)
     assert row.ids == [*prompt, *answer, tokenizer.eos_token_id]
@@ -120,7 +120,7 @@ def test_a_template_that_ends_in_a_space(tokenizers):
 
 def test_a_template_that_rewrites_earlier_answers_gives_one_row_per_answer(tokenizers):
     tokenizer = tokenizers(FORGETTING_TEMPLATE)
-    rows = RowTokenizer(tokenizer).rows(chat("a", "b", "c", "d"))
+    rows = RowEncoder(tokenizer).rows(chat("a", "b", "c", "d"))
     assert [learned(tokenizer, row) for row in rows] == [
         "<think>\n\n</think>\n\nb<|im_end|>",
         "<think>\n\n</think>\n\nd<|im_end|>",
@@ -129,31 +129,31 @@ def test_a_template_that_rewrites_earlier_answers_gives_one_row_per_answer(token
 
 def test_a_template_whose_two_forms_disagree_is_refused_with_both(tokenizers):
     with pytest.raises(RowError, match=r"message 2: the chat template opens.*<think>.*prompt.*completion"):
-        RowTokenizer(tokenizers(CONTRARY_TEMPLATE)).rows(chat("a", "b"))
+        RowEncoder(tokenizers(CONTRARY_TEMPLATE)).rows(chat("a", "b"))
 
 
 def test_what_the_template_itself_refuses(tokenizers):
     record = {"messages": [{"role": "system", "content": "x"}, *chat("a", "b")["messages"]]}
     with pytest.raises(RowError, match="no system role"):
-        RowTokenizer(tokenizers(PICKY_TEMPLATE)).rows(record)
+        RowEncoder(tokenizers(PICKY_TEMPLATE)).rows(record)
 
 
 def test_a_message_of_weight_zero_is_read_and_not_learned(tokenizer):
     record = chat("a", "b", "c", "d")
     record["messages"][1]["weight"] = 0
-    [row] = RowTokenizer(tokenizer).rows(record)
+    [row] = RowEncoder(tokenizer).rows(record)
     assert learned(tokenizer, row) == "d<|im_end|>"
     record["messages"][3]["weight"] = 0
     with pytest.raises(RowError, match="weight 0"):
-        RowTokenizer(tokenizer).rows(record)
+        RowEncoder(tokenizer).rows(record)
 
 
 def test_prompt_and_completion(tokenizer):
-    [row] = RowTokenizer(tokenizer).rows({"prompt": "2 + 2 =", "completion": " 4"})
+    [row] = RowEncoder(tokenizer).rows({"prompt": "2 + 2 =", "completion": " 4"})
     prompt = tokenizer.encode("2 + 2 =")
     assert row.ids[: len(prompt)] == prompt
     assert learned(tokenizer, row) == " 4<|im_end|>"
-    [same] = RowTokenizer(tokenizer).rows({"prompt": "2 + 2 =", "completion": " 4<|im_end|>"})
+    [same] = RowEncoder(tokenizer).rows({"prompt": "2 + 2 =", "completion": " 4<|im_end|>"})
     assert same == row
 
 
@@ -167,16 +167,16 @@ def test_a_beginning_of_text_token_stands_once_and_first(tokenizers):
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     try:
-        [row] = RowTokenizer(tokenizer).rows({"prompt": "ab", "completion": "cd"})
+        [row] = RowEncoder(tokenizer).rows({"prompt": "ab", "completion": "cd"})
         assert row.ids[0] == 0 and 0 not in row.ids[1:]
-        [row] = RowTokenizer(tokenizer).rows(chat("a", "b"))  # serving adds none to a rendered template
+        [row] = RowEncoder(tokenizer).rows(chat("a", "b"))  # serving adds none to a rendered template
         assert 0 not in row.ids
     finally:
         backend.post_processor = before
 
 
 def test_an_empty_prompt(tokenizer):
-    [row] = RowTokenizer(tokenizer).rows({"prompt": "", "completion": "hello there"})
+    [row] = RowEncoder(tokenizer).rows({"prompt": "", "completion": "hello there"})
     assert row.target_tokens == len(row.ids) - 1  # nothing predicts the first token
 
 
@@ -184,7 +184,7 @@ def test_an_empty_prompt(tokenizer):
 def scan(tmp_path, tokenizer, content: str | bytes, **options):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return dataset.scan(path, RowTokenizer(tokenizer), name="data.jsonl", **options)
+    return dataset.scan(path, RowEncoder(tokenizer), name="data.jsonl", **options)
 
 
 GOOD = json.dumps(chat("a question", "an answer"))
@@ -359,7 +359,7 @@ def test_stored_rows_come_back(tmp_path, tokenizer):
     assert int(reader.target_tokens.sum()) == summary.target_tokens
     assert int(reader.lengths.max()) == summary.longest_row
     for index, line in enumerate(content.splitlines()):
-        [row] = RowTokenizer(tokenizer).rows(json.loads(line))
+        [row] = RowEncoder(tokenizer).rows(json.loads(line))
         ids, labels = reader.row(index)
         assert ids.dtype == labels.dtype == np.int32
         assert ids.tolist() == row.ids
@@ -368,9 +368,9 @@ def test_stored_rows_come_back(tmp_path, tokenizer):
 
 
 def test_the_fingerprint_tells_tokenizers_and_templates_apart(tokenizers):
-    prints = {RowTokenizer(tokenizers(template)).fingerprint for template in TEMPLATES}
+    prints = {RowEncoder(tokenizers(template)).fingerprint for template in TEMPLATES}
     assert len(prints) == len(TEMPLATES)
-    assert RowTokenizer(tokenizers()).fingerprint == RowTokenizer(tokenizers()).fingerprint
+    assert RowEncoder(tokenizers()).fingerprint == RowEncoder(tokenizers()).fingerprint
 
 
 @pytest.mark.parametrize("name", ["ids.npy", "targets.npy", "rows.npz"])

@@ -35,11 +35,11 @@ def everything(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory, model):
-    from support.service.service_fixture import World
+    from support.service.service_fixture import ServiceUnderTest
 
     folder = tmp_path_factory.mktemp("outside") / "inner"
     folder.mkdir()
-    world = World(folder, model, peers=False)
+    world = ServiceUnderTest(folder, model, peers=False)
     world.client.status()
     yield world, folder.parent
     world.close()

@@ -14,7 +14,7 @@ import zmq.asyncio
 
 from sglang_harli.errors import NotReadyError
 from sglang_harli.protocol import public
-from sglang_harli.service.endpoint.router import PublicDoor
+from sglang_harli.service.endpoint.router import PublicRouter
 from support.service.service_fixture import dealer, pairs, request, until
 
 pytestmark = pytest.mark.long
@@ -139,7 +139,7 @@ def test_submits_in_work_do_not_lock_other_verbs_out_and_the_limit_is_named(tmp_
             return public.Reply(id=caller.request, ok=True, result={})
 
         endpoint = f"ipc://{tmp_path}/door"
-        door = PublicDoor(context, endpoint, handle)
+        door = PublicRouter(context, endpoint, handle)
         serving = asyncio.create_task(door.run())
         caller = Caller(context, endpoint)
         refused: set[str] = set()
@@ -172,9 +172,9 @@ def test_submits_in_work_do_not_lock_other_verbs_out_and_the_limit_is_named(tmp_
 
 
 def test_a_room_is_bounded_by_bytes_too():
-    from sglang_harli.service.endpoint.router import _Room
+    from sglang_harli.service.endpoint.router import _InFlightLimit
 
-    room = _Room("chunks", 10, 100)
+    room = _InFlightLimit("chunks", 10, 100)
     room.enter(1000)  # one that is larger than the room comes in alone
     with pytest.raises(NotReadyError, match="at most 10 of 100 bytes"):
         room.enter(1)

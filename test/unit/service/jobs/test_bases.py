@@ -11,7 +11,7 @@ import pytest
 from sglang_harli.errors import ConfigError
 from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.service.jobs.served_base import UNKNOWN
-from support.service.service_fixture import World, pairs, until
+from support.service.service_fixture import ServiceUnderTest, pairs, until
 from support.service.service_peers import limits
 
 
@@ -40,7 +40,7 @@ def serves_one(request: pytest.FixtureRequest) -> None:
         serve(world, ONE)
 
 
-def serve(world: World, served: BasePrint) -> None:
+def serve(world: ServiceUnderTest, served: BasePrint) -> None:
     """The scheduler comes (back) and serves this."""
     if hasattr(world, "scheduler"):
         world.scheduler.restart(served)
@@ -50,12 +50,12 @@ def serve(world: World, served: BasePrint) -> None:
     assert world.client.status().service["base"] == served.shown
 
 
-def told(world: World) -> Any:
+def told(world: ServiceUnderTest) -> Any:
     """The newest state of the service that is no mere sign of life."""
     return next(state for state in reversed(world.http.states) if state.others is not None)
 
 
-def half_done(world: World) -> Any:
+def half_done(world: ServiceUnderTest) -> Any:
     """A job that was paused after its second step."""
     world.scheduler.hold_at = 2
     job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
@@ -66,7 +66,7 @@ def half_done(world: World) -> Any:
     return job
 
 
-def test_a_job_of_another_base_waits_and_those_behind_it_do_not(world: World) -> None:
+def test_a_job_of_another_base_waits_and_those_behind_it_do_not(world: ServiceUnderTest) -> None:
     job = half_done(world)
     serve(world, TWO)
     assert world.client.resume(job.id).reason == f"{NAMED}"
@@ -82,7 +82,9 @@ def test_a_job_of_another_base_waits_and_those_behind_it_do_not(world: World) ->
     assert config["base_model_name_or_path"] == "/models/1"
 
 
-def test_an_update_of_the_weights_is_another_base_and_an_update_back_is_the_first(world: World) -> None:
+def test_an_update_of_the_weights_is_another_base_and_an_update_back_is_the_first(
+    world: ServiceUnderTest,
+) -> None:
     job = half_done(world)
     world.scheduler.update_weights(base(1, path="/models/1-again"))  # the same weights
     until(lambda: world.client.status().service["base"] == "org/tiny (/models/1-again)", "the hello")
@@ -95,7 +97,7 @@ def test_an_update_of_the_weights_is_another_base_and_an_update_back_is_the_firs
     world.done(job)
 
 
-def test_a_start_that_an_update_overtakes_is_not_trained_on_the_new_weights(world: World) -> None:
+def test_a_start_that_an_update_overtakes_is_not_trained_on_the_new_weights(world: ServiceUnderTest) -> None:
     job = half_done(world)
     world.scheduler.base, world.scheduler.updates = TWO, 1  # its hello is on the way
     world.client.resume(job.id)
@@ -105,7 +107,9 @@ def test_a_start_that_an_update_overtakes_is_not_trained_on_the_new_weights(worl
     until(lambda: any(said in e.message for e in world.client.events(job.id)), "the event")
 
 
-def test_adapters_of_another_base_are_named_and_refused_and_come_back_with_it(world: World) -> None:
+def test_adapters_of_another_base_are_named_and_refused_and_come_back_with_it(
+    world: ServiceUnderTest,
+) -> None:
     name = str(world.done(world.client.submit(pairs(4), suffix="one")).fine_tuned_model)
     until(lambda: name in told(world).adapters, "the adapter's name")
     world.scheduler.update_weights(TWO)
@@ -182,7 +186,7 @@ def test_a_job_that_waits_for_its_base_can_be_cancelled(own: Any) -> None:
 
 
 # ------------------------------------------------------------------ submit --resume-from
-def test_a_job_is_continued_where_its_base_has_another_name_or_dtype(world: World) -> None:
+def test_a_job_is_continued_where_its_base_has_another_name_or_dtype(world: ServiceUnderTest) -> None:
     first = world.done(world.client.submit(pairs(4), n_epochs=1))
     weights = {"model.norm.weight": (1.0, 1.0)}
     serve(world, base(1, model="tiny", path="/elsewhere/tiny", dtype="float32", digest="x", weights=weights))
@@ -192,7 +196,9 @@ def test_a_job_is_continued_where_its_base_has_another_name_or_dtype(world: Worl
 
 
 @pytest.mark.parametrize("served", [TWO, base(1, math={"hidden_size": 64, "rms_norm_eps": 1e-5})])
-def test_a_job_is_not_continued_on_another_base_of_the_same_name(world: World, served: BasePrint) -> None:
+def test_a_job_is_not_continued_on_another_base_of_the_same_name(
+    world: ServiceUnderTest, served: BasePrint
+) -> None:
     first = world.done(world.client.submit(pairs(4), n_epochs=1))
     serve(world, served)
     with pytest.raises(ConfigError) as caught:
@@ -202,7 +208,7 @@ def test_a_job_is_not_continued_on_another_base_of_the_same_name(world: World, s
 
 
 # ------------------------------------------------------------------ jobs without a noted base
-def bases(world: World) -> dict[str, str | None]:
+def bases(world: ServiceUnderTest) -> dict[str, str | None]:
     with sqlite3.connect(world.run_dir / "harli.db") as store:
         bodies = [json.loads(body) for (body,) in store.execute("SELECT body FROM jobs")]
     return {body["id"]: (body.get("base") or {}).get("digest") for body in bodies}
@@ -241,7 +247,7 @@ def test_records_of_version_0_1_take_the_first_base_and_one_line_says_so(own: An
 
 
 # ------------------------------------------------------------------ other limits
-def test_a_job_that_fitted_its_server_waits_for_one_that_it_fits(world: World) -> None:
+def test_a_job_that_fitted_its_server_waits_for_one_that_it_fits(world: ServiceUnderTest) -> None:
     world.scheduler.hold.clear()
     running, job = (world.client.submit(pairs(4), lora_r=16) for _ in range(2))
     world.status(running, "running")
@@ -271,7 +277,7 @@ def test_a_job_that_no_hello_had_admitted_fails_where_it_does_not_fit(own: Any) 
 
 
 # ------------------------------------------------------------------ a scheduler that takes no run
-def test_what_the_scheduler_waits_for_is_the_reason_of_queued_jobs(world: World) -> None:
+def test_what_the_scheduler_waits_for_is_the_reason_of_queued_jobs(world: ServiceUnderTest) -> None:
     half = half_done(world)
     serve(world, TWO)
     world.scheduler.hold_runs("the served model is being checked")

@@ -15,7 +15,7 @@ from sglang_harli.errors import HarliError, NotFoundError
 from sglang_harli.protocol.public import Event
 from sglang_harli.service.jobs import transitions
 from sglang_harli.service.jobs.folder import JobMirror
-from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.jobs.store import JobStore, sqlite_url
 from support.service.job_records import METRICS, record
 
@@ -117,17 +117,17 @@ class TestDesk:
 
     def test_what_was_awaited_is_on_disk(self, store, tmp_path):
         async def work():
-            desk = JobDesk(store, tmp_path)
-            job = record(id=desk.new_id(), number=desk.next_number(), idempotency_key="key")
+            registry = JobRegistry(store, tmp_path)
+            job = record(id=registry.new_id(), number=registry.next_number(), idempotency_key="key")
             (tmp_path / job.id).mkdir()
-            await desk.add(transitions.created(job, "4 rows"))
-            await desk.apply(
+            await registry.add(transitions.created(job, "4 rows"))
+            await registry.apply(
                 transitions.step_done(transitions.start(job, 1.0).record, 1, 10, METRICS), urgent=False
             )
             [stored] = store.jobs()
             assert (stored.step, stored.last_event) == (1, 1)
-            assert desk.by_key("key") is not None
-            desk.journal.close()
+            assert registry.by_key("key") is not None
+            registry.journal.close()
             shown = orjson.loads((tmp_path / job.id / "job.json").read_bytes())
             assert shown["status"] == "running" and shown["step"] == 1
 
@@ -141,15 +141,15 @@ class TestDesk:
                 transitions.start(record(id="ftjob-b", number=2), 1.0).record
             ).record
             store.write([msgspec.structs.replace(at_four, step=7, trained_tokens=70), publishing])
-            desk = JobDesk(store, tmp_path)
-            again = desk.get("ftjob-a")
+            registry = JobRegistry(store, tmp_path)
+            again = registry.get("ftjob-a")
             assert (again.status, again.step, again.trained_tokens) == (JobStatus.QUEUED, 4, 40)
-            assert desk.get("ftjob-b").publishing
-            assert desk.next_queued() == again
-            assert desk.counts()["queued"] == 1
+            assert registry.get("ftjob-b").publishing
+            assert registry.next_queued() == again
+            assert registry.counts()["queued"] == 1
             with pytest.raises(NotFoundError, match="harli list"):
-                desk.get("nobody")
-            desk.journal.close()
+                registry.get("nobody")
+            registry.journal.close()
             assert store.jobs()[0].status == JobStatus.QUEUED
 
         self.run(work)
@@ -157,38 +157,38 @@ class TestDesk:
     def test_the_queue_is_in_order_of_creation(self, store, tmp_path):
         async def work():
             store.write([record(id=f"ftjob-{n}", number=n, idempotency_key=None) for n in (3, 1, 2)])
-            desk = JobDesk(store, tmp_path)
-            desk.apply(transitions.ask_pause(desk.get("ftjob-1")))
-            assert desk.next_queued().id == "ftjob-2"
-            desk.apply(transitions.ask_resume(desk.get("ftjob-1")))
-            assert desk.next_queued().id == "ftjob-1"
-            desk.journal.close()
+            registry = JobRegistry(store, tmp_path)
+            registry.apply(transitions.ask_pause(registry.get("ftjob-1")))
+            assert registry.next_queued().id == "ftjob-2"
+            registry.apply(transitions.ask_resume(registry.get("ftjob-1")))
+            assert registry.next_queued().id == "ftjob-1"
+            registry.journal.close()
 
         self.run(work)
 
     def test_a_job_is_shown_as_over_when_the_store_says_so(self, store, tmp_path):
         async def work():
             store.write([record(id="ftjob-a")])
-            desk = JobDesk(store, tmp_path)
-            durable = desk.apply(transitions.fail(desk.get("ftjob-a"), "internal", "a bug", 2.0))
-            assert desk.get("ftjob-a").status == JobStatus.FAILED
-            assert desk.public(desk.get("ftjob-a")).status == JobStatus.QUEUED
+            registry = JobRegistry(store, tmp_path)
+            durable = registry.apply(transitions.fail(registry.get("ftjob-a"), "internal", "a bug", 2.0))
+            assert registry.get("ftjob-a").status == JobStatus.FAILED
+            assert registry.public(registry.get("ftjob-a")).status == JobStatus.QUEUED
             await durable
-            assert desk.public(desk.get("ftjob-a")).status == JobStatus.FAILED
-            desk.journal.close()
+            assert registry.public(registry.get("ftjob-a")).status == JobStatus.FAILED
+            registry.journal.close()
 
         self.run(work)
 
     def test_waiting_for_a_change(self, store, tmp_path):
         async def work():
             store.write([record(id="ftjob-a")])
-            desk = JobDesk(store, tmp_path)
+            registry = JobRegistry(store, tmp_path)
             loop = asyncio.get_running_loop()
-            loop.call_later(0.02, lambda: desk.apply(transitions.ask_pause(desk.get("ftjob-a"))))
-            paused = await desk.wait_until("ftjob-a", lambda r: r.status == JobStatus.PAUSED, 5.0)
+            loop.call_later(0.02, lambda: registry.apply(transitions.ask_pause(registry.get("ftjob-a"))))
+            paused = await registry.wait_until("ftjob-a", lambda r: r.status == JobStatus.PAUSED, 5.0)
             assert paused.status == JobStatus.PAUSED
-            still = await desk.wait_until("ftjob-a", lambda r: r.status == JobStatus.QUEUED, 0.02)
+            still = await registry.wait_until("ftjob-a", lambda r: r.status == JobStatus.QUEUED, 0.02)
             assert still.status == JobStatus.PAUSED
-            desk.journal.close()
+            registry.journal.close()
 
         self.run(work)

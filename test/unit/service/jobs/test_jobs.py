@@ -11,7 +11,7 @@ from sglang_harli.core import JobStatus, SubState
 from sglang_harli.errors import StateError
 from sglang_harli.protocol.public import EVENT_TYPES
 from sglang_harli.service.jobs import transitions
-from sglang_harli.service.jobs.transitions import Change, JobRecord, Wish
+from sglang_harli.service.jobs.transitions import DesiredState, JobRecord, Transition
 from support.service.job_records import METRICS, record
 
 
@@ -19,7 +19,7 @@ def running(**values) -> JobRecord:
     return msgspec.structs.replace(transitions.start(record(), 1.0).record, **values)
 
 
-def types(change: Change) -> list[str]:
+def types(change: Transition) -> list[str]:
     return [draft.type for draft in change.drafts]
 
 
@@ -46,7 +46,7 @@ def test_pause_of_a_queued_job_takes_effect_at_once_and_keeps_its_place():
 
 def test_pause_of_a_running_job_waits_for_the_scheduler():
     asked = transitions.ask_pause(running()).record
-    assert (asked.status, asked.wish) == (JobStatus.RUNNING, Wish.PAUSE)
+    assert (asked.status, asked.desired) == (JobStatus.RUNNING, DesiredState.PAUSE)
     saved = transitions.checkpoint_saved(asked, 4, 40, "pause").record
     stopped = transitions.stopped(saved, 9.0)
     assert types(stopped) == ["paused"]
@@ -61,7 +61,7 @@ def test_pause_of_a_running_job_waits_for_the_scheduler():
 
 def test_resume_while_pausing_queues_it_again():
     back = transitions.ask_resume(transitions.ask_pause(running()).record).record
-    assert back.wish == Wish.RUN
+    assert back.desired == DesiredState.RUN
     assert transitions.stopped(back, 9.0).record.status == JobStatus.QUEUED
 
 
@@ -73,7 +73,7 @@ def test_cancel_where_nothing_runs(status):
 
 def test_cancel_of_a_running_job_wins_over_pause_and_failure():
     asked = transitions.ask_cancel(transitions.ask_pause(running()).record, 7.0, in_flight=False).record
-    assert asked.wish == Wish.CANCEL
+    assert asked.desired == DesiredState.CANCEL
     assert transitions.stopped(asked, 8.0).record.status == JobStatus.CANCELLED
     assert transitions.fail(asked, "out_of_memory", "...", 8.0).record.status == JobStatus.CANCELLED
     with pytest.raises(StateError, match="cancelled"):
@@ -84,7 +84,7 @@ def test_cancel_while_publishing():
     job = transitions.trained(running()).record
     assert transitions.ask_cancel(job, 7.0, in_flight=False).record.status == JobStatus.CANCELLED
     asked = transitions.ask_cancel(job, 7.0, in_flight=True).record
-    assert (asked.status, asked.wish) == (JobStatus.RUNNING, Wish.CANCEL)
+    assert (asked.status, asked.desired) == (JobStatus.RUNNING, DesiredState.CANCEL)
     assert transitions.published(asked, 8.0).record.status == JobStatus.SUCCEEDED
 
 
@@ -101,7 +101,7 @@ def test_finished_jobs_refuse_by_name(status):
         with pytest.raises(StateError, match=f"is {status}"):
             ask(job)
     if status == JobStatus.CANCELLED:
-        assert transitions.ask_cancel(job, 1.0, in_flight=False) == Change(job)
+        assert transitions.ask_cancel(job, 1.0, in_flight=False) == Transition(job)
     else:
         with pytest.raises(StateError):
             transitions.ask_cancel(job, 1.0, in_flight=False)
@@ -159,7 +159,7 @@ def test_random_walks_keep_the_invariants(walk):
         assert (job.fine_tuned_model is not None) == (job.status == JobStatus.SUCCEEDED)
         assert job.status != JobStatus.SUCCEEDED or job.step == job.total_steps
         assert (job.error is not None) == (job.status == JobStatus.FAILED)
-        assert job.status == JobStatus.RUNNING or (job.wish == Wish.RUN and not job.publishing)
+        assert job.status == JobStatus.RUNNING or (job.desired == DesiredState.RUN and not job.publishing)
         assert 0 <= job.checkpoint_step <= job.step <= job.total_steps
         assert job.attempt >= before.attempt
         assert msgspec.json.decode(msgspec.json.encode(job), type=JobRecord) == job

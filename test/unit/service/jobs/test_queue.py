@@ -15,7 +15,7 @@ from sglang_harli.names import short_id
 from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.service.jobs import disk_usage
 from sglang_harli.service.jobs.queue_order import QueueOrder
-from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.jobs.store import JobStore, sqlite_url
 from sglang_harli.service.jobs.transitions import JobRecord
 from support.service.scheduler_peer import SchedulerPeer
@@ -103,14 +103,14 @@ def test_ten_thousand_jobs_are_opened_and_changed_in_constant_steps(tmp_path: Pa
     store.write([job(n) for n in range(1, 10_001)])
 
     async def work() -> None:
-        desk = JobDesk(store, tmp_path)
-        assert desk.counts()["queued"] == 10_000
-        assert desk.next_queued() is desk.get("ftjob-00000001")
-        seen = next(desk.newest())
+        registry = JobRegistry(store, tmp_path)
+        assert registry.counts()["queued"] == 10_000
+        assert registry.next_queued() is registry.get("ftjob-00000001")
+        seen = next(registry.newest())
         assert seen.id == "ftjob-00010000"
-        assert desk.public(seen).reason == "9999 jobs ahead"
-        assert desk.next_number() == 10_001
-        desk.journal.close()
+        assert registry.public(seen).reason == "9999 jobs ahead"
+        assert registry.next_number() == 10_001
+        registry.journal.close()
 
     asyncio.run(work())
     store.close()

@@ -27,9 +27,9 @@ from sglang_harli.service.app import App
 from sglang_harli.service.endpoint.subscriptions import Subscriptions
 from sglang_harli.service.jobs import record_encoding, transitions
 from sglang_harli.service.jobs.record import Asked
-from sglang_harli.service.jobs.registry import JobDesk
+from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.jobs.store import JobStore, UnwritableError, sqlite_url
-from sglang_harli.service.jobs.transitions import Change, JobRecord
+from sglang_harli.service.jobs.transitions import JobRecord, Transition
 from sglang_harli.service.links.peer_link import PeerLink
 from support.service.scheduler_peer import SchedulerPeer
 from support.service.service_fixture import exchange, free_port, pairs, submit_args, until
@@ -191,34 +191,36 @@ def test_a_change_that_the_store_never_takes_is_refused_and_the_others_are_writt
     store: JobStore, tmp_path: Path
 ) -> None:
     async def work() -> None:
-        desk = JobDesk(store, tmp_path)
+        registry = JobRegistry(store, tmp_path)
         good, bad, clash = (record(id=f"ftjob-{n}", number=n) for n in (1, 2, 3))
-        await asyncio.gather(*(desk.add(transitions.created(job, "fine")) for job in (good, bad, clash)))
-        unstorable = desk.apply(transitions.warn(desk.get(bad.id), "caf\udce9"))
-        taken = desk.apply(Change(msgspec.structs.replace(desk.get(clash.id), number=1)))
-        fine = desk.apply(transitions.warn(desk.get(good.id), "fine"))
+        await asyncio.gather(*(registry.add(transitions.created(job, "fine")) for job in (good, bad, clash)))
+        unstorable = registry.apply(transitions.warn(registry.get(bad.id), "caf\udce9"))
+        taken = registry.apply(Transition(msgspec.structs.replace(registry.get(clash.id), number=1)))
+        fine = registry.apply(transitions.warn(registry.get(good.id), "fine"))
         await fine
         for refused in (unstorable, taken):
             with pytest.raises(UnwritableError):
                 await refused
-        assert set(desk.journal.unwritable) == {bad.id, clash.id}
-        await desk.apply(transitions.warn(desk.get(good.id), "and it goes on"))
+        assert set(registry.journal.unwritable) == {bad.id, clash.id}
+        await registry.apply(transitions.warn(registry.get(good.id), "and it goes on"))
         assert [e.message for e in store.events(good.id, 3, 9)] == ["fine", "and it goes on"]
-        desk.journal.close()
+        registry.journal.close()
 
     asyncio.run(work())
 
 
 def test_a_new_job_that_the_store_refuses_is_none(store: JobStore, tmp_path: Path) -> None:
     async def work() -> None:
-        desk = JobDesk(store, tmp_path)
-        await desk.add(transitions.created(record(id="ftjob-1", number=1), "fine"))
+        registry = JobRegistry(store, tmp_path)
+        await registry.add(transitions.created(record(id="ftjob-1", number=1), "fine"))
         with pytest.raises(UnwritableError):
-            await desk.add(transitions.created(record(id="ftjob-2", number=1, idempotency_key="k"), "fine"))
+            await registry.add(
+                transitions.created(record(id="ftjob-2", number=1, idempotency_key="k"), "fine")
+            )
         await asyncio.sleep(0)
-        assert [job.id for job in desk.all()] == ["ftjob-1"]
-        assert desk.by_key("k") is None and desk.counts()["queued"] == 1
-        desk.journal.close()
+        assert [job.id for job in registry.all()] == ["ftjob-1"]
+        assert registry.by_key("k") is None and registry.counts()["queued"] == 1
+        registry.journal.close()
 
     asyncio.run(work())
 
@@ -227,14 +229,14 @@ def test_a_copy_that_can_never_be_written_is_left_out_and_the_journal_goes_on(
     store: JobStore, tmp_path: Path
 ) -> None:
     async def work() -> None:
-        desk = JobDesk(store, tmp_path)
+        registry = JobRegistry(store, tmp_path)
         bad, good = with_hyperparameters(checkpoint_every=HUGE), record(id="ftjob-b", number=9)
         for job in (bad, good):
             (tmp_path / job.id).mkdir()
-            await desk.add(transitions.created(job, "fine"))
-        await desk.apply(transitions.warn(desk.get(bad.id), "once more"))
-        desk.journal.close()
-        assert not desk.journal.ended.done()
+            await registry.add(transitions.created(job, "fine"))
+        await registry.apply(transitions.warn(registry.get(bad.id), "once more"))
+        registry.journal.close()
+        assert not registry.journal.ended.done()
         assert not (tmp_path / bad.id / "job.json").exists()
         assert orjson.loads((tmp_path / good.id / "job.json").read_bytes())["id"] == good.id
 
@@ -351,9 +353,9 @@ def test_a_record_that_cannot_be_shown_or_started_fails_alone(tmp_path: Path, mo
                 except HarliError as error:
                     found["list"] = error
                 peer.hold_runs("")
-                until(lambda: app._desk.get(bad).status == JobStatus.FAILED, "the failure")
+                until(lambda: app._registry.get(bad).status == JobStatus.FAILED, "the failure")
                 until(lambda: finetune.get(good).status == "succeeded", "the end of the other one")
-                found["error"] = app._desk.get(bad).error
+                found["error"] = app._registry.get(bad).error
         finally:
             peer.close()
             http.close()
@@ -362,9 +364,9 @@ def test_a_record_that_cannot_be_shown_or_started_fails_alone(tmp_path: Path, mo
 
     def spoil(loop: asyncio.AbstractEventLoop, app: App, job: str) -> None:
         async def change() -> None:
-            old = app._desk.get(job)
+            old = app._registry.get(job)
             values = msgspec.structs.replace(old.hyperparameters, checkpoint_every=HUGE)
-            await app._desk.apply(Change(msgspec.structs.replace(old, hyperparameters=values)))
+            await app._registry.apply(Transition(msgspec.structs.replace(old, hyperparameters=values)))
 
         asyncio.run_coroutine_threadsafe(change(), loop).result(10)
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sglang_harli.failpoints import FAULT_POINTS_ENV, Write
+from sglang_harli.failpoints import FAULT_POINTS_ENV, WriteFailpoint
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import Job
-from support.service.service_fixture import World, pairs, until
+from support.service.service_fixture import ServiceUnderTest, pairs, until
 from support.service.service_peers import HttpPeer
 
 pytestmark = pytest.mark.long
@@ -33,7 +33,7 @@ def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def messages(world: World, job: Job, kind: str = "warning") -> list[str]:
+def messages(world: ServiceUnderTest, job: Job, kind: str = "warning") -> list[str]:
     return [e.message for e in world.client.events(job.id) if e.type == kind]
 
 
@@ -60,7 +60,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_adapter_is_saved_again_from_the_checkpoint(world: World, damage: str) -> None:
+def test_a_damaged_adapter_is_saved_again_from_the_checkpoint(world: ServiceUnderTest, damage: str) -> None:
     job = world.done(world.client.submit(pairs(4)))
     whole, name = world.result(job), str(job.fine_tuned_model)
     del world.http.published[name]
@@ -74,7 +74,7 @@ def test_a_damaged_adapter_is_saved_again_from_the_checkpoint(world: World, dama
     assert world.client.get(job.id).status == "succeeded"
 
 
-def test_an_adapter_of_an_earlier_version_has_no_checksums_and_is_served(world: World) -> None:
+def test_an_adapter_of_an_earlier_version_has_no_checksums_and_is_served(world: ServiceUnderTest) -> None:
     job = world.done(world.client.submit(pairs(4)))
     name = str(job.fine_tuned_model)
     del world.http.published[name]
@@ -84,7 +84,9 @@ def test_an_adapter_of_an_earlier_version_has_no_checksums_and_is_served(world: 
     assert messages(world, job) == []
 
 
-def test_an_adapter_that_is_lost_is_refused_at_once_and_its_job_stays_succeeded(world: World) -> None:
+def test_an_adapter_that_is_lost_is_refused_at_once_and_its_job_stays_succeeded(
+    world: ServiceUnderTest,
+) -> None:
     job = world.done(world.client.submit(pairs(4)))
     flip(world.folder(job) / "adapter" / "adapter_model.safetensors")
     for step in (world.folder(job) / "checkpoints").iterdir():
@@ -100,13 +102,13 @@ def test_an_adapter_that_is_lost_is_refused_at_once_and_its_job_stays_succeeded(
     world.done(world.client.submit(pairs(4)))  # publication goes on
 
 
-def test_an_unknown_adapter_is_refused_at_once(world: World) -> None:
+def test_an_unknown_adapter_is_refused_at_once(world: ServiceUnderTest) -> None:
     world.http.want("tiny-ft-nobody-00000000")
     until(lambda: any(r.name == "tiny-ft-nobody-00000000" for r in world.http.refused), "the refusal")
     assert world.http.refused[-1].code == "not_found"
 
 
-def test_the_folder_is_plain_peft_with_checksums_beside_it(world: World) -> None:
+def test_the_folder_is_plain_peft_with_checksums_beside_it(world: ServiceUnderTest) -> None:
     job = world.done(world.client.submit(pairs(4)))
     adapter = world.folder(job) / "adapter"
     assert {p.name for p in adapter.iterdir()} == {
@@ -120,7 +122,7 @@ def test_the_folder_is_plain_peft_with_checksums_beside_it(world: World) -> None
 
 
 # ------------------------------------------------------------------ full disks and full shared memory
-def publishing(world: World) -> Job:
+def publishing(world: ServiceUnderTest) -> Job:
     """A job whose training is over and that waits for an HTTP process."""
     job = world.client.submit(pairs(4))
     return until(
@@ -129,16 +131,16 @@ def publishing(world: World) -> Job:
 
 
 @pytest.mark.parametrize("number", ["ENOSPC", "EROFS"])
-@pytest.mark.parametrize("write", [Write.ADAPTER, Write.RENAME])
+@pytest.mark.parametrize("write", [WriteFailpoint.ADAPTER, WriteFailpoint.RENAME])
 def test_an_export_that_the_disk_refuses_is_tried_again(
-    own: Any, points: Path, write: Write, number: str
+    own: Any, points: Path, write: WriteFailpoint, number: str
 ) -> None:
     world = own(peers=False)
     world.join_http()
     scheduler = world.join_scheduler()
     scheduler.hold.clear()
     job = world.client.submit(pairs(4))
-    if write is Write.ADAPTER:
+    if write is WriteFailpoint.ADAPTER:
         (points / write).write_text(f"error {number} 2")
         scheduler.hold.set()
     else:  # checkpoints pass the same point: let the last one by
@@ -153,7 +155,7 @@ def test_an_export_that_the_disk_refuses_is_tried_again(
     assert len([m for m in messages(world, job) if "trying again in" in m and "a test armed" in m]) == 2
 
 
-def waits(world: World, job: Job, pause: str) -> Job:
+def waits(world: ServiceUnderTest, job: Job, pause: str) -> Job:
     """A job whose publication has been put off for so long."""
     return until(
         lambda: j if f"trying again in {pause}" in ((j := world.client.get(job.id)).reason or "") else None,
@@ -163,12 +165,12 @@ def waits(world: World, job: Job, pause: str) -> Job:
 
 def test_a_disk_that_stays_full_keeps_the_job_and_says_what_to_do(own: Any, points: Path) -> None:
     world = own()
-    (points / Write.ADAPTER).write_text("error ENOSPC 99")
+    (points / WriteFailpoint.ADAPTER).write_text("error ENOSPC 99")
     job = waits(world, world.client.submit(pairs(4)), "4 s")
     assert (job.status, job.sub_state) == ("running", "publishing")
     assert "No space left on device" in str(job.reason)
     assert "make room on the disk" in str(job.reason)
-    (points / Write.ADAPTER).unlink()
+    (points / WriteFailpoint.ADAPTER).unlink()
     world.done(world.client.submit(pairs(4)))  # which does not wait for the other
     world.done(job)
 
@@ -177,12 +179,12 @@ def test_full_shared_memory_is_waited_for(own: Any, points: Path) -> None:
     world = own(peers=False)
     world.join_scheduler()
     job = publishing(world)
-    (points / Write.SLOT).write_text("error ENOSPC 99")
+    (points / WriteFailpoint.SLOT).write_text("error ENOSPC 99")
     world.join_http()
     reason = str(waits(world, job, "4 s").reason)
     assert reason.startswith("shared memory has no room for the adapter (")
     assert "make room in /dev/shm" in reason
-    (points / Write.SLOT).unlink()
+    (points / WriteFailpoint.SLOT).unlink()
     world.done(job)
     assert len([m for m in messages(world, job) if "shared memory has no room" in m]) == 3
 
@@ -192,11 +194,11 @@ def test_a_request_for_an_adapter_that_shared_memory_has_no_room_for_gets_an_ans
 ) -> None:
     world = own()
     job = world.done(world.client.submit(pairs(4)))
-    (points / Write.SLOT).write_text("error ENOSPC 99")
+    (points / WriteFailpoint.SLOT).write_text("error ENOSPC 99")
     world.http.want(str(job.fine_tuned_model))
     until(lambda: world.http.refused, "the refusal")
     assert (world.http.refused[-1].code, world.client.get(job.id).status) == ("shared_memory", "succeeded")
-    (points / Write.SLOT).unlink()
+    (points / WriteFailpoint.SLOT).unlink()
     world.http.want(str(job.fine_tuned_model))
     until(lambda: world.http.publications.count(str(job.fine_tuned_model)) == 2, "the adapter")
 
@@ -298,12 +300,12 @@ def test_a_cancel_between_two_tries_is_a_cancel(own: Any, points: Path) -> None:
     world = own(peers=False)
     world.join_scheduler()
     job = publishing(world)
-    (points / Write.SLOT).write_text("error ENOSPC 99")
+    (points / WriteFailpoint.SLOT).write_text("error ENOSPC 99")
     world.join_http()
     until(lambda: [m for m in messages(world, job) if "trying again" in m], "the first try")
     world.client.cancel(job.id)
     world.done(job, "cancelled")
-    (points / Write.SLOT).unlink()
+    (points / WriteFailpoint.SLOT).unlink()
     world.done(world.client.submit(pairs(4)))
     assert len(world.http.publications) == 1
     assert messages(world, job, "failed") == []

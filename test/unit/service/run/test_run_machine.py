@@ -13,13 +13,13 @@ from sglang_harli.service.run import machine as run_machine_module
 from sglang_harli.service.run import state
 from sglang_harli.service.run.holds import NotNow
 from sglang_harli.service.run.state import AskHello, Now, Phase, Run, SaveSnapshot, Send
-from support.run_model.run_simulation import FixedPlan, World, new_job
+from support.run_model.run_simulation import FixedPlan, LossyNetwork, new_job
 from support.service.service_peers import limits
 
 
-def training() -> World:
+def training() -> LossyNetwork:
     """A job that trains, its adapter announced and its slot given."""
-    world = World()
+    world = LossyNetwork()
     world.service.apply(transitions.created(new_job(1), "fine"))
     for _ in range(4):
         world.tick(1.0)
@@ -31,7 +31,7 @@ def training() -> World:
     return world
 
 
-def flush(world: World) -> None:
+def flush(world: LossyNetwork) -> None:
     while (
         world.service.commit()
         or world.service.finish(0)
@@ -41,7 +41,7 @@ def flush(world: World) -> None:
         pass
 
 
-def record(world: World) -> transitions.JobRecord:
+def record(world: LossyNetwork) -> transitions.JobRecord:
     [record] = world.service.records.values()
     return record
 
@@ -70,9 +70,9 @@ def test_a_shared_memory_that_is_too_small_fails_the_job_and_stops_its_run():
 
 
 # ------------------------------------------------------------------ jobs that are held
-def two_jobs() -> World:
+def two_jobs() -> LossyNetwork:
     """Both wait for a scheduler; the first one is about to be prepared."""
-    world = World()
+    world = LossyNetwork()
     for number in (1, 2):
         world.service.apply(
             transitions.created(new_job(number), "fine")
@@ -99,7 +99,7 @@ def test_trouble_while_a_run_is_prepared_puts_its_job_off_and_the_next_one_start
 
 
 def test_each_pause_is_longer_up_to_a_bound_and_a_step_forgets_them() -> None:
-    world = World()
+    world = LossyNetwork()
     world.service.apply(transitions.created(new_job(1), "fine"))
     now, pauses = world.service.machine.state, []
     for _ in range(11):
@@ -130,18 +130,20 @@ def test_what_another_server_can_change_waits_for_it() -> None:
     assert record_of(world, first.id).status == JobStatus.SUCCEEDED
 
 
-@pytest.mark.parametrize("wish", ["pause", "cancel"])
-def test_a_job_that_is_put_off_as_it_should_stop_has_stopped(wish: str) -> None:
+@pytest.mark.parametrize("desired", ["pause", "cancel"])
+def test_a_job_that_is_put_off_as_it_should_stop_has_stopped(desired: str) -> None:
     world = two_jobs()
     first = next(iter(world.service.records.values()))
     asked = (
         transitions.ask_pause(first)
-        if wish == "pause"
+        if desired == "pause"
         else transitions.ask_cancel(first, 1.0, in_flight=False)
     )
     world.service.apply(asked)
     world.service.finish(0, ok=False)
-    assert record_of(world, first.id).status == (JobStatus.PAUSED if wish == "pause" else JobStatus.CANCELLED)
+    assert record_of(world, first.id).status == (
+        JobStatus.PAUSED if desired == "pause" else JobStatus.CANCELLED
+    )
     assert not world.service.machine.state.holds
 
 
@@ -210,7 +212,7 @@ def test_a_run_that_runs_out_of_memory_at_one_step_again_and_again_is_too_large(
         assert (record(world).attempt, record(world).error) == (3, JobError("out_of_memory", "EMFILE"))
 
 
-def drain(world: World) -> None:
+def drain(world: LossyNetwork) -> None:
     """All goes well for a while."""
     for _ in range(60):
         for late in (True, False):
@@ -223,7 +225,7 @@ def drain(world: World) -> None:
         world.tick(10.0)
 
 
-def record_of(world: World, job: str) -> transitions.JobRecord:
+def record_of(world: LossyNetwork, job: str) -> transitions.JobRecord:
     return world.service.records[job]
 
 
@@ -280,20 +282,22 @@ def test_a_run_whose_memory_requests_need_is_queued_again_and_goes_on_from_its_c
     assert record(world).error is None and world.scheduler.run is not None
 
 
-@pytest.mark.parametrize("wish", [transitions.Wish.PAUSE, transitions.Wish.CANCEL])
-def test_a_run_that_was_to_stop_and_loses_its_memory_has_stopped(wish):
+@pytest.mark.parametrize("desired", [transitions.DesiredState.PAUSE, transitions.DesiredState.CANCEL])
+def test_a_run_that_was_to_stop_and_loses_its_memory_has_stopped(desired):
     job = transitions.start(transitions.created(new_job(1), "fine").record, 1.0).record
     asked = (
         transitions.ask_pause(job)
-        if wish is transitions.Wish.PAUSE
+        if desired is transitions.DesiredState.PAUSE
         else transitions.ask_cancel(job, 2.0, in_flight=False)
     )
     over = transitions.interrupted(asked.record, "memory_pressure: requests needed it", 3.0).record
-    assert over.status == (JobStatus.PAUSED if wish is transitions.Wish.PAUSE else JobStatus.CANCELLED)
+    assert over.status == (
+        JobStatus.PAUSED if desired is transitions.DesiredState.PAUSE else JobStatus.CANCELLED
+    )
 
 
 def test_the_scheduler_is_told_what_memory_the_job_needs():
-    world = World()
+    world = LossyNetwork()
     job = new_job(1)
     job = msgspec.structs.replace(job, data={"longest_row": 40, "rows": 3})
     world.service.apply(transitions.created(job, "fine"))
@@ -327,12 +331,12 @@ def test_the_last_state_stays_in_shared_memory_until_the_store_knows_its_checkpo
     assert world.scheduler.run is None and not world.shm
 
 
-def flush_wire(world: World) -> None:
+def flush_wire(world: LossyNetwork) -> None:
     while world.deliver(to_service=True, late=False) or world.deliver(to_service=False, late=False):
         pass
 
 
-def write_snapshot(world: World) -> None:
+def write_snapshot(world: LossyNetwork) -> None:
     """Until a snapshot is written; what is decided then is not committed."""
     for _ in range(20):
         flush_wire(world)

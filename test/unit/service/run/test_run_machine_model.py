@@ -14,7 +14,7 @@ from sglang_harli.errors import StateError
 from sglang_harli.service.jobs import transitions
 from sglang_harli.service.run import state
 from support.run_model import run_simulation as model
-from support.run_model.run_simulation import World
+from support.run_model.run_simulation import LossyNetwork
 
 PLACES = st.integers(0, 5)
 ROUNDS = 600
@@ -27,7 +27,7 @@ class Protocol(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(state, "MOST_AHEAD", 3)  # within a step, and from one to the next
-        self.world = World()
+        self.world = LossyNetwork()
         self.acknowledged: set[str] = set()
         self.bases: dict[str, Any] = {}  # of each job, once it has one
 

@@ -64,7 +64,7 @@ def paths(tmp_path: Path, shm: Path) -> JobPaths:
     paths = JobPaths(tmp_path, job_record().id)
     for step in (2, 4, 6):
         refs, nbytes = shared_memory.layout([("adapter/x", "float32", (64,), 256)])
-        slot = shared_memory.Slot.create(shm, nbytes)
+        slot = shared_memory.SharedBuffer.create(shm, nbytes)
         slot.view(refs[0])[:] = np.full(64, step, dtype=np.float32).tobytes()
         run = {"version": 1, "step": step, "tokens": 10 * step}
         checkpoints.save_state(paths.checkpoints, step, slot.ref(refs), run, 10 * step)
@@ -94,7 +94,7 @@ def test_damage_of_any_file_goes_back_to_the_checkpoint_before(
     found = restore(record, paths, shm)
     assert (found.step, found.tokens, found.trained) == (step - 2, 10 * (step - 2), False)
     assert found.restore is not None
-    slot = shared_memory.Slot.open(found.restore)
+    slot = shared_memory.SharedBuffer.open(found.restore)
     assert set(np.frombuffer(slot.view(found.restore.tensors[0]), dtype=np.float32)) == {step - 2}
     slot.unlink()
     assert f"step {step}" in found.damage

@@ -12,7 +12,7 @@ import pytest
 from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError
-from sglang_harli.failpoints import FAULT_POINTS_ENV, Write
+from sglang_harli.failpoints import FAULT_POINTS_ENV, WriteFailpoint
 from sglang_harli.protocol.public import Hyperparameters, Job, SubmitArgs
 from sglang_harli.service.jobs.record import JobRecord
 from sglang_harli.service.jobs.record_encoding import read_record, record_body
@@ -83,7 +83,7 @@ def test_a_continued_job_is_compared_by_what_it_takes_over(world):
 
 
 def test_another_submit_is_a_conflict_while_the_first_is_under_way(own, tmp_path, monkeypatch):
-    held = tmp_path / "points" / Write.TOKENS
+    held = tmp_path / "points" / WriteFailpoint.TOKENS
     held.parent.mkdir()
     held.write_text("stop")
     monkeypatch.setenv(FAULT_POINTS_ENV, str(held.parent))

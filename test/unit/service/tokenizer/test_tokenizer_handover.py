@@ -17,13 +17,13 @@ from sglang_harli.protocol import tokenizer_state
 from sglang_harli.protocol.public import Job
 from sglang_harli.protocol.tokenizer_state import ChatTemplate, TokenizerState
 from sglang_harli.service.data.token_store import TokenReader
-from sglang_harli.service.rows.encoder import RowTokenizer
+from sglang_harli.service.rows.encoder import RowEncoder
 from sglang_harli.service.rows.error import RowError
 from sglang_harli.service.rows.served_tokenizer import ServedTokenizer, describe
 from sglang_harli.service.tokenizer import own_tokenizer
 from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
 from support.models import CHAT_TEMPLATE
-from support.service.service_fixture import World, pairs, until
+from support.service.service_fixture import ServiceUnderTest, pairs, until
 from support.tokenizer import load_tokenizer, make_tokenizer_folder
 
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<|im_start|>", "<|im_start|>[other] ")
@@ -49,7 +49,7 @@ def talks(count: int = 6) -> list[dict[str, Any]]:
     ]
 
 
-def stored(world: World, job: Job) -> list[list[int]]:
+def stored(world: ServiceUnderTest, job: Job) -> list[list[int]]:
     """The rows that the job trains on."""
     folder = world.folder(job) / "data" / world.client.get(job.id).data.get("rows_in", ".")
     reader = TokenReader(folder)
@@ -59,11 +59,11 @@ def stored(world: World, job: Job) -> list[list[int]]:
 
 
 def rows_of(made_by: TokenizerState, records: list[dict[str, Any]]) -> list[list[int]]:
-    tokenizer = RowTokenizer(ServedTokenizer(made_by))
+    tokenizer = RowEncoder(ServedTokenizer(made_by))
     return [row.ids for record in records for row in tokenizer.rows(record)]
 
 
-def reason(world: World, job: Job, part: str) -> str:
+def reason(world: ServiceUnderTest, job: Job, part: str) -> str:
     def found() -> str:
         text = world.client.get(job.id).reason or ""
         return text if part in text else ""
@@ -171,7 +171,7 @@ def test_a_tokenizer_without_backend_is_loaded_by_its_path_and_has_to_agree(tmp_
     for number, handed in enumerate(
         (made, made.__class__(**{n: getattr(made, n) for n in made.__struct_fields__} | {"probes": wrong}))
     ):
-        world = World(tmp_path / str(number), folder, peers=False)
+        world = ServiceUnderTest(tmp_path / str(number), folder, peers=False)
         worlds.append(world)
         try:
             world.join_http(handed)
@@ -181,9 +181,7 @@ def test_a_tokenizer_without_backend_is_loaded_by_its_path_and_has_to_agree(tmp_
             )
             if number == 0:
                 job = world.client.submit(pairs(4))
-                expected = [
-                    r.ids for p in pairs(4) for r in RowTokenizer(ServedTokenizer(made, live)).rows(p)
-                ]
+                expected = [r.ids for p in pairs(4) for r in RowEncoder(ServedTokenizer(made, live)).rows(p)]
                 assert stored(world, job) == expected
                 world.done(job)
             else:
@@ -240,7 +238,7 @@ def half_done(own, model):
     return world, job
 
 
-def again(world: World, tokenizer: TokenizerState) -> None:
+def again(world: ServiceUnderTest, tokenizer: TokenizerState) -> None:
     """The server comes back with another tokenizer or template."""
     world.service.kill()
     world.http.tokenizer = tokenizer

@@ -26,7 +26,7 @@ from typing import Any
 from fastapi import HTTPException
 
 from sglang_harli.errors import HarliError, NotReadyError
-from sglang_harli.managers.http.publisher import Publisher
+from sglang_harli.managers.http.publisher import AdapterPublisher
 from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class ParityRequest:
         startup: the quick profile at start-up, which comes first.
     """
 
-    def __init__(self, publisher: Publisher, manager: Any, startup: StartupProfile) -> None:
+    def __init__(self, publisher: AdapterPublisher, manager: Any, startup: StartupProfile) -> None:
         self._publisher, self._manager, self._startup = publisher, manager, startup
         self._task: asyncio.Task[None] | None = None
         self._request: asyncio.Task[list[float]] | None = None  # with the server

@@ -14,7 +14,7 @@ import uuid
 from typing import Any
 
 from sglang_harli.errors import HarliError
-from sglang_harli.managers.http.publisher import Publisher
+from sglang_harli.managers.http.publisher import AdapterPublisher
 from sglang_harli.predictor.profile import profile_table, sweep
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class StartupProfile:
         done: it is over, whatever became of it: serving does not depend on it.
     """
 
-    def __init__(self, publisher: Publisher, manager: Any, budget_s: float) -> None:
+    def __init__(self, publisher: AdapterPublisher, manager: Any, budget_s: float) -> None:
         self._publisher, self._manager, self._budget_s = publisher, manager, budget_s
         self.done = budget_s <= 0
         self._task: asyncio.Task[None] | None = None

@@ -29,7 +29,7 @@ REMEDY = "serving goes on; what was acknowledged is kept; restart the server to 
 BIND_AGAIN_S = 5.0  # while somebody else holds the endpoint
 
 
-class StandInDoor:
+class UnavailableEndpoint:
     """Args:
     options: of this server.
     why: what ended the service, one clause.
@@ -59,13 +59,13 @@ class StandInDoor:
             asyncio.run(self._answer())  # a loop for each try: what a failed one leaves behind goes with it
 
     async def _answer(self) -> None:
-        from sglang_harli.service.endpoint.router import PublicDoor
+        from sglang_harli.service.endpoint.router import PublicRouter
 
         ending = asyncio.Event()
         asyncio.get_running_loop().add_reader(self._ending, ending.set)
         context = zmq.asyncio.Context()
         try:
-            door = PublicDoor(
+            door = PublicRouter(
                 context, self._options.finetune_endpoint, self.handle, self._options.absolute_curve_keys
             )
             logger.info("harli: %s answers that finetuning is down", self._options.finetune_endpoint)

@@ -5,7 +5,7 @@ The KV cache comes first.  What training holds is given back in this order, unti
     unused leases ── kept activations ── the micro-batch in flight ── the state, to host memory ── the run itself
                      (recomputed)        (run again later)            (the last resorts, for requests alone)
 
-The pool asks for it inline, when an allocation is short (``pressure``).  Ahead of need only what can be computed
+The pool asks for it inline, when an allocation is short (``relieve``).  Ahead of need only what can be computed
 again is given: the first three when little is free (``tick``), the first two when prompts wait, since how many of
 their tokens are cached is not known yet (``make_room``).
 """
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tenant(Protocol):
-    """What of a training run the desk asks for; each says whether something was given back."""
+    """What of a training run the pressure asks for; each says whether something was given back."""
 
     needs_memory: tuple[MemoryPurpose, int] | None
 
@@ -50,7 +50,7 @@ _SPARE: tuple[Step, ...] = (
 )
 
 
-class MemoryDesk:
+class MemoryPressure:
     """Between the pool and the run that is held; lives on the scheduler's thread.
 
     Args:
@@ -82,7 +82,7 @@ class MemoryDesk:
         self._needs_bytes = 0
         self._drop_run: Callable[[str], None] | None = None
         if pool is not None:
-            pool.on_pressure = self.pressure
+            pool.on_pressure = self.relieve
 
     # ---------------------------------------------------------------- the run that is held
     def attach(self, tenant: Tenant, needs_bytes: int, drop_run: Callable[[str], None]) -> None:
@@ -102,7 +102,7 @@ class MemoryDesk:
             lease.give_back()
 
     # ---------------------------------------------------------------- pressure
-    def pressure(self, stripes: int) -> None:
+    def relieve(self, stripes: int) -> None:
         """Free at least ``stripes`` now: an allocation waits for it, so it must not fail."""
         self._give(stripes, (*_SPARE, self._micro_batch, self._spill, self._run))
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # it needs torch
-    from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
+    from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressure
 
 # Name: (kind, help, labels).
 POOL_METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -56,12 +56,12 @@ class PoolMetrics:
     """The metrics of ``POOL_METRICS``; one for each scheduler.
 
     Args:
-        desk: whose figures they are.
+        pressure: whose figures they are.
         registry: prometheus_client's; None: the global one.
     """
 
-    def __init__(self, desk: MemoryDesk, *, registry: Any = None) -> None:
-        self._desk = desk
+    def __init__(self, pressure: MemoryPressure, *, registry: Any = None) -> None:
+        self._pressure = pressure
         self._made = make(POOL_METRICS, registry=registry)
         self._reclaims = self._dropped = 0
         self._next_s = 0.0
@@ -71,7 +71,7 @@ class PoolMetrics:
         if now_s < self._next_s:
             return
         self._next_s = now_s + EVERY_S
-        figures = self._desk.status()
+        figures = self._pressure.status()
         training = {name: held for name, held in figures["by_owner"].items() if name != "kv"}
         owners = {"kv": figures["kv_bytes"], "free": figures["free_bytes"], **training}
         for owner, held in owners.items():
@@ -85,8 +85,10 @@ class PoolMetrics:
 
     def _count_reclaims(self, reclaims: int) -> None:
         new, self._reclaims = reclaims - self._reclaims, reclaims
-        if not new or self._desk.pool is None:
+        if not new or self._pressure.pool is None:
             return
         self._made["harli_pool_reclaims_total"].inc(new)
-        for seconds in list(self._desk.pool.reclaim_seconds)[-new:]:  # the oldest of very many are not kept
+        for seconds in list(self._pressure.pool.reclaim_seconds)[
+            -new:
+        ]:  # the oldest of very many are not kept
             self._made["harli_pool_reclaim_seconds"].observe(seconds)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sglang_harli.managers.scheduler.metrics.pool_metrics import EVERY_S, make
-from sglang_harli.managers.scheduler.policy.serving_state import ServingSide
+from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 
 if TYPE_CHECKING:  # it needs torch
     from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
@@ -56,7 +56,7 @@ class QosMetrics:
         registry: prometheus_client's; None: the global one.
     """
 
-    def __init__(self, side: ServingSide, trainer: CoTrainer, *, registry: Any = None) -> None:
+    def __init__(self, side: ServingState, trainer: CoTrainer, *, registry: Any = None) -> None:
         self._side, self._trainer = side, trainer
         self._made = make(QOS_METRICS, registry=registry)
         self._told: dict[tuple[str, str], float] = {}

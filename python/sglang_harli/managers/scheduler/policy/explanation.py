@@ -20,7 +20,7 @@ def why(sub_state: str, reason: str, serving: dict[str, Any]) -> str:
 
     Args:
         sub_state, reason: of the run, as they were told last.
-        serving: ``ServingSide.status()``.
+        serving: ``ServingState.status()``.
     """
     impossible = serving.get("impossible_targets") or []
     if sub_state == SubState.TRAINING and reason == Reason.IDLE:

@@ -33,9 +33,9 @@ def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) 
     ``targets.busy_quantum_s``.
 
     The largest that fits is not always worth its time: a short quantum trains less per second than a long one, and
-    makes the next decode step longer all the same (``slack.toll_s``).  What serving does not lose to it now is there
+    makes the next decode step longer all the same (``slack.decode_penalty_s``).  What serving does not lose to it now is there
     later, as banked time or as idle time.  So training waits where a size that trains more per second may fit later
-    (``slack.later_s``), and where idle time comes: what requests have banked then goes to what they may yet meet, unless it
+    (``slack.later_quantum_s``), and where idle time comes: what requests have banked then goes to what they may yet meet, unless it
     is more than the longest quantum of idle time takes (``slack.idle_comes``).
     """
     if load.waiting:
@@ -79,18 +79,18 @@ def ask_again_after(decision: Decision, slack: Slack) -> int:
     """
     if not decision.needs_s or slack.bound != "tpot" or slack.seconds >= decision.needs_s:
         return 0  # not a matter of this slack
-    if slack.gain_s <= 0:
+    if slack.slack_gain_s <= 0:
         return MOST_UNASKED
-    return max(min(int((decision.needs_s - slack.seconds) / slack.gain_s / 2), MOST_UNASKED), 0)
+    return max(min(int((decision.needs_s - slack.seconds) / slack.slack_gain_s / 2), MOST_UNASKED), 0)
 
 
 def _pays_to_wait(offer: QuantumOffer, rows: int, slack: Slack) -> bool:
     """Whether a size that may fit later trains ``WORTH_WAITING`` more per second than ``rows`` now."""
-    taken_s = dict(offer.candidates)[rows] + slack.toll_s  # may be 0, so nothing is divided by it
+    taken_s = dict(offer.candidates)[rows] + slack.decode_penalty_s  # may be 0, so nothing is divided by it
     return any(
         later > rows
-        and upper_s <= slack.later_s
-        and later * taken_s >= (1 + WORTH_WAITING) * rows * (upper_s + slack.toll_s)
+        and upper_s <= slack.later_quantum_s
+        and later * taken_s >= (1 + WORTH_WAITING) * rows * (upper_s + slack.decode_penalty_s)
         for later, upper_s in offer.candidates
     )
 
@@ -120,7 +120,7 @@ def choose_rung(
     *,
     quantum_s: float,
     current: int | None = None,
-    quiet_steps: float = QUIET_STEPS,
+    steps_between_prefills: float = QUIET_STEPS,
 ) -> RungChoice:
     """The rung of the next decode step, and how much training is launched beside it.
 
@@ -142,7 +142,7 @@ def choose_rung(
         offers: every rung; one with rate 0 lets training pause.
         quantum_s: upper bound of one quantum, the grain of what is launched.
         current: index of the rung in force.
-        quiet_steps: decode steps that usually pass between two new requests; each comes with no time banked.
+        steps_between_prefills: decode steps that usually pass between two new requests; each comes with no time banked.
 
     Returns:
         The fastest rung without training where none fits, or where a prompt waits for prefill.
@@ -153,7 +153,7 @@ def choose_rung(
     fastest = min(range(len(offers)), key=lambda i: offers[i].alone_s)
     if load.waiting:
         return RungChoice(fastest, 0.0, 0.0, Reason.PREFILL_WAITING)
-    price = _price(offers, targets, quiet_steps)
+    price = _price(offers, targets, steps_between_prefills)
     best = RungChoice(fastest, 0.0, 0.0, NO_SLACK[slack.bound])
     worth = -price * offers[fastest].alone_s
     stays: RungChoice | None = None
@@ -182,7 +182,7 @@ def _beside(offer: RungOffer, limit_s: float, quantum_s: float) -> float:
     return fits_s // quantum_s * quantum_s
 
 
-def _price(offers: Sequence[RungOffer], targets: Targets, quiet_steps: float) -> float:
+def _price(offers: Sequence[RungOffer], targets: Targets, steps_between_prefills: float) -> float:
     """What a second of step time is worth, in training.
 
     At least the highest throughput: that much could be done in it.  Where the rung that has it takes longer than the
@@ -206,4 +206,4 @@ def _price(offers: Sequence[RungOffer], targets: Targets, quiet_steps: float) ->
             mixed = (less + gain * (step_s - fast_s)) / step_s
             if mixed > done:
                 done, slope = mixed, gain
-    return max(ABOVE * highest, slope * (1 - VOIDED / max(quiet_steps, 1.0)))
+    return max(ABOVE * highest, slope * (1 - VOIDED / max(steps_between_prefills, 1.0)))

@@ -19,9 +19,9 @@ from sglang_harli.managers.scheduler.policy.slo_ledger import (
     IDLE_SEEN_S,
     Attainment,
     Backlog,
+    PlainProgress,
     PrefillReserve,
     QuietSteps,
-    RequestClock,
     Slack,
     Targets,
     backlog_slack,
@@ -58,13 +58,13 @@ def targets_of(options: HarliOptions) -> Targets:
 
 
 class Lending(Protocol):
-    """What of training's memory ``harli set`` changes (``memory_desk.MemoryDesk``)."""
+    """What of training's memory ``harli set`` changes (``memory_pressure.MemoryPressure``)."""
 
     def limit_conflict(self, max_train_bytes: int | None) -> str | None: ...
     def limit(self, max_train_bytes: int | None) -> str | None: ...
 
 
-class ServingSide:
+class ServingState:
     """Targets and estimates of one scheduler; lives on its thread.
 
     Attributes:
@@ -142,7 +142,7 @@ class ServingSide:
             self.quiet.prefill()
 
     @staticmethod
-    def _clock(req: Any) -> RequestClock | None:
+    def _clock(req: Any) -> PlainProgress | None:
         stats = req.time_stats
         emitted = len(req.output_ids)
         if not emitted or not stats.prefill_finished_time:
@@ -151,9 +151,9 @@ class ServingSide:
         # with another prefill.
         first = stats.prefill_finished_time
         last = max(first, stats.last_prefill_finished_time, stats.last_decode_finish_time)
-        return RequestClock(first, last, emitted)
+        return PlainProgress(first, last, emitted)
 
-    def clocks(self, reqs: Iterable[Any]) -> list[RequestClock]:
+    def clocks(self, reqs: Iterable[Any]) -> list[PlainProgress]:
         """Clocks of the requests that go on decoding."""
         clocks = (self._clock(req) for req in reqs if not req.finished())
         return [clock for clock in clocks if clock is not None]
@@ -177,7 +177,7 @@ class ServingSide:
 
     def slack(
         self,
-        clocks: list[RequestClock],
+        clocks: list[PlainProgress],
         context_tokens: int,
         now_s: float,
         queued_s: float,
@@ -212,8 +212,8 @@ class ServingSide:
             slack,
             self.targets,
             decode_s=alone.expected_s,
-            quiet_steps=self.quiet.steps,
-            toll_s=max(after.expected_s - alone.expected_s, 0.0),
+            steps_between_prefills=self.quiet.steps,
+            decode_penalty_s=max(after.expected_s - alone.expected_s, 0.0),
             idle_comes=now_s - self.idle_s < IDLE_SEEN_S,
         )
         if backlog is not None:
@@ -308,13 +308,13 @@ class Boundary:
     """What is served, between two of its steps: ``slotting.Serving``.
 
     Attributes:
-        clocks, context_tokens, adapters: of the requests that go on decoding, as ``ServingSide.slack`` takes them.
+        clocks, context_tokens, adapters: of the requests that go on decoding, as ``ServingState.slack`` takes them.
         backlog: prompts that wait under a TTFT target.
         waiting: how many prompts wait now that training stops for at once; asked before each decision.
     """
 
-    side: ServingSide
-    clocks: list[RequestClock]
+    side: ServingState
+    clocks: list[PlainProgress]
     context_tokens: int
     adapters: bool
     backlog: Backlog | None

@@ -34,8 +34,8 @@ class Targets:
     idle_quantum_s: float
 
 
-class Clock(Protocol):
-    """What the ledger reads of a running request: see ``RequestClock``."""
+class RequestProgress(Protocol):
+    """What the ledger reads of a running request: see ``PlainProgress``."""
 
     @property
     def first_token_s(self) -> float: ...
@@ -46,7 +46,7 @@ class Clock(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class RequestClock:
+class PlainProgress:
     """One running request: when its first and its latest token went out, and how many did."""
 
     first_token_s: float
@@ -61,25 +61,25 @@ class Slack:
     Attributes:
         seconds: the least over the batch, after the decode step, the reserve and queued training.
         bound: which promise is the tightest (``tpot``, ``itl`` or ``ttft``), for the reason shown.
-        later_s: the longest quantum that may fit later, if training waits (``expecting``).
-        toll_s: how much longer the next decode step is after training, whatever that was.
+        later_quantum_s: the longest quantum that may fit later, if training waits (``expecting``).
+        decode_penalty_s: how much longer the next decode step is after training, whatever that was.
         idle_comes: training waits for idle time, so that nothing is to fit later.
-        gain_s: what a decode step without training before it adds to ``seconds``; 0 or less: nothing.
+        slack_gain_s: what a decode step without training before it adds to ``seconds``; 0 or less: nothing.
     """
 
     seconds: float
     bound: str
-    later_s: float = float("-inf")
-    toll_s: float = 0.0
+    later_quantum_s: float = float("-inf")
+    decode_penalty_s: float = 0.0
     idle_comes: bool = False
-    gain_s: float = 0.0
+    slack_gain_s: float = 0.0
 
 
 UNBOUNDED = Slack(float("inf"), "none")
 
 
 def batch_slack(
-    clocks: Iterable[Clock],
+    clocks: Iterable[RequestProgress],
     targets: Targets,
     *,
     now_s: float,
@@ -121,7 +121,13 @@ def spare(targets: Targets, decode_s: float) -> float:
 
 
 def expecting(
-    slack: Slack, targets: Targets, *, decode_s: float, quiet_steps: float, toll_s: float, idle_comes: bool
+    slack: Slack,
+    targets: Targets,
+    *,
+    decode_s: float,
+    steps_between_prefills: float,
+    decode_penalty_s: float,
+    idle_comes: bool,
 ) -> Slack:
     """The slack with what may fit later.
 
@@ -131,17 +137,19 @@ def expecting(
 
     Args:
         decode_s: a decode step without training before it.
-        quiet_steps: decode steps that usually pass between two new requests.
-        toll_s: see ``Slack``.
+        steps_between_prefills: decode steps that usually pass between two new requests.
+        decode_penalty_s: see ``Slack``.
         idle_comes: there was idle time lately.
     """
-    gain_s = spare(targets, decode_s)
+    slack_gain_s = spare(targets, decode_s)
     if idle_comes and slack.seconds < targets.idle_quantum_s:
-        return replace(slack, toll_s=toll_s, idle_comes=True, gain_s=gain_s)
-    if slack.bound != "tpot" or gain_s <= 0:
+        return replace(slack, decode_penalty_s=decode_penalty_s, idle_comes=True, slack_gain_s=slack_gain_s)
+    if slack.bound != "tpot" or slack_gain_s <= 0:
         return slack
-    later_s = min(slack.seconds + gain_s * quiet_steps / 2, targets.busy_quantum_s)
-    return replace(slack, later_s=later_s, toll_s=toll_s, gain_s=gain_s)
+    later_quantum_s = min(slack.seconds + slack_gain_s * steps_between_prefills / 2, targets.busy_quantum_s)
+    return replace(
+        slack, later_quantum_s=later_quantum_s, decode_penalty_s=decode_penalty_s, slack_gain_s=slack_gain_s
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +265,7 @@ class Attainment:
         self.finished = 0
         self.met = 0
 
-    def count(self, clock: Clock, tpot_s: float) -> None:
+    def count(self, clock: RequestProgress, tpot_s: float) -> None:
         self.finished += 1
         steps = clock.emitted - 1
         self.met += steps <= 0 or clock.last_token_s - clock.first_token_s <= steps * tpot_s

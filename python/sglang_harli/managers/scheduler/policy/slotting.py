@@ -46,7 +46,7 @@ class Serving(Protocol):
         ...
 
     def slack(self, now_s: float, queued_s: float, *, disturbed: bool) -> Slack:
-        """See ``ServingSide.slack``."""
+        """See ``ServingState.slack``."""
         ...
 
 
@@ -192,7 +192,7 @@ class Slotting:
             if not load.waiting:
                 self._waiting.could(offer, found, room_s, now_s)
                 if not self._waiting.pays:
-                    found = replace(found, later_s=-math.inf, idle_comes=False)
+                    found = replace(found, later_quantum_s=-math.inf, idle_comes=False)
             slack = replace(found, seconds=min(found.seconds, room_s))
             decision = qos_policy.decide(load, slack, offer, targets)
             if decision.quanta:

@@ -60,7 +60,7 @@ class WaitingPays:
             rows, upper_s = next(c for c in reversed(offer.candidates) if c[1] <= limit_s)
             count = max(int(limit_s / upper_s), 1) if upper_s > 0 else 1
             self._could += count * rows * best_s
-            self._debt_s += count * (upper_s + slack.toll_s)
+            self._debt_s += count * (upper_s + slack.decode_penalty_s)
             limit_s -= count * upper_s
             if not upper_s:
                 return
@@ -68,7 +68,7 @@ class WaitingPays:
     def ran(self, offer: QuantumOffer, rows: int, slack: Slack) -> None:
         """A quantum of so many rows was chosen beside requests."""
         self._done += rows * _best_s(offer)
-        self._debt_s -= dict(offer.candidates)[rows] + slack.toll_s
+        self._debt_s -= dict(offer.candidates)[rows] + slack.decode_penalty_s
 
     def ran_idle(self, offer: QuantumOffer, rows: int, now_s: float) -> None:
         """A quantum was chosen while nothing was served: it would have run anyway."""

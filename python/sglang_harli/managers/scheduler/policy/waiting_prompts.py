@@ -16,13 +16,13 @@ from sglang_harli.predictor.latency_predictor import LatencyPredictor
 MOST = 32  # prompts that are looked at; where more wait, training stops
 
 
-def came(reqs: Iterable[Any], looked_s: float) -> None:
+def note_arrivals(reqs: Iterable[Any], last_poll_s: float) -> None:
     """Note when prompts that were just received can have come at the earliest: when the sockets were last looked at."""
     for req in reqs:
-        req.harli_arrived_s = looked_s
+        req.harli_arrived_s = last_poll_s
 
 
-def slot_waits(running: Iterable[Any], count: int) -> list[int]:
+def batch_seat_waits(running: Iterable[Any], count: int) -> list[int]:
     """Decode steps until the first, second, ... place is free at the latest, at most ``count`` of them."""
     left = sorted(req.sampling_params.max_new_tokens - len(req.output_ids) for req in running)
     return left[:count]

@@ -15,13 +15,13 @@ import time
 from sglang_harli.config import show_size
 from sglang_harli.core import SubState
 from sglang_harli.errors import ConfigError, TrainingError
-from sglang_harli.failpoints import Point, reach
+from sglang_harli.failpoints import Failpoint, failpoint
 from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.run import QuantumShape, TrainingRun
 from sglang_harli.protocol import internal
-from sglang_harli.protocol.shared_memory import Slot
+from sglang_harli.protocol.shared_memory import SharedBuffer
 from sglang_harli.train_memory import TrainMemory
 
 TOLD_EVERY = 8  # micro-batches of a step; each one where fewer than that are ahead
@@ -53,9 +53,9 @@ class ActiveRun:
         )
         self._every = start.spec.hyperparameters.checkpoint_every
         self._saved_step = start.step
-        self.told_step = start.step  # of the last StepDone
+        self.reported_step = start.step  # of the last StepDone
         self._in_hand: internal.SnapshotReady | None = None  # in the slot, not written yet
-        self._slot: Slot | None = None
+        self._slot: SharedBuffer | None = None
         self._slot_free = False
         self._copier: StateCopier | None = None
         self._wanted: str | None = None  # why a snapshot is due: every, pause, final, shutdown
@@ -64,13 +64,13 @@ class ActiveRun:
         self._stop_reason = ""  # of a stop that the service has not asked for
         self.stopped = False
         self._taken = (0, 0)  # the first micro-batch that was not done behind the latest quantum
-        self._untold = 0  # micro-batches that are done and of which the service has not heard
+        self._unreported = 0  # micro-batches that are done and of which the service has not heard
         self._last_step_at = time.monotonic()
         self._state_bytes = 0  # of a snapshot; 0 until the adapter is there
-        self._restore: Slot | None = None
+        self._restore: SharedBuffer | None = None
         if start.restore is not None:
             try:
-                self._restore = Slot.open(start.restore)
+                self._restore = SharedBuffer.open(start.restore)
                 self.training.load_state(reader(self._restore, start.restore.tensors), start.meta)
             except BaseException:
                 self.training.release()  # its memory goes back
@@ -140,7 +140,7 @@ class ActiveRun:
         assert copier is not None
         reason, self._wanted = self._wanted or "every", None
         self._slot_free = False  # the service's until SnapshotSaved
-        reach(Point.SNAPSHOT_COPIED)
+        failpoint(Failpoint.SNAPSHOT_COPIED)
         self._in_hand = internal.SnapshotReady(
             job=self.spec.job,
             attempt=self.spec.attempt,
@@ -148,7 +148,7 @@ class ActiveRun:
             slot=copier.ref(),
             meta=self.training.state_meta(),
             reason=reason,
-            after=self.told_step,
+            after=self.reported_step,
         )
         self._link.send(self._in_hand)
 
@@ -178,9 +178,9 @@ class ActiveRun:
         if (place := (taken.step, taken.index)) == self._taken:
             return
         self._taken = place
-        self._untold = self._untold + 1 if taken.index else 0
-        if self._untold and (self._untold >= TOLD_EVERY or self.training.batches_ahead < TOLD_EVERY):
-            self._untold = 0
+        self._unreported = self._unreported + 1 if taken.index else 0
+        if self._unreported and (self._unreported >= TOLD_EVERY or self.training.batches_ahead < TOLD_EVERY):
+            self._unreported = 0
             self._link.send(internal.BatchesTaken(job=self.spec.job, attempt=self.spec.attempt, cursor=taken))
 
     def send_metrics(self) -> None:
@@ -190,10 +190,10 @@ class ActiveRun:
             TrainingError: a step's loss was not finite.
         """
         for metrics in self.training.take_metrics():
-            reach(Point.STEP_APPLIED)
+            failpoint(Failpoint.STEP_APPLIED)
             now_s = time.monotonic()
             seconds, self._last_step_at = now_s - self._last_step_at, now_s
-            after, self.told_step = self.told_step, metrics.step
+            after, self.reported_step = self.reported_step, metrics.step
             self._total_tokens += metrics.tokens
             self._link.send(
                 internal.StepDone(
@@ -223,7 +223,7 @@ class ActiveRun:
             )
         if self._slot is not None:
             self._slot.close()
-        self._slot, self._slot_free = Slot.open(ref), True
+        self._slot, self._slot_free = SharedBuffer.open(ref), True
         self._begin_snapshot()
 
     def _begin_snapshot(self) -> None:
@@ -246,7 +246,7 @@ class ActiveRun:
             return False  # late: about a snapshot that was answered before
         if in_hand:
             self._in_hand, self._slot_free = None, True
-        reach(Point.ACKNOWLEDGED)
+        failpoint(Failpoint.ACKNOWLEDGED)
         if message.ok:
             self._saved_step = max(self._saved_step, message.step)
         behind = self.training.applied_step > self._saved_step
@@ -335,7 +335,7 @@ class ActiveRun:
                 job=self.spec.job,
                 attempt=self.spec.attempt,
                 step=self.training.applied_step,
-                after=self.told_step,
+                after=self.reported_step,
                 reason=reason or self._stop_reason,
             )
         )

@@ -21,7 +21,7 @@ from sglang_harli.managers.scheduler.training.failures import passes
 from sglang_harli.patches.lora import peft_adapter
 from sglang_harli.patches.lora.padded_mlp import layer_problems
 from sglang_harli.protocol.internal import SlotRef, TensorRef
-from sglang_harli.protocol.shared_memory import Slot
+from sglang_harli.protocol.shared_memory import SharedBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class _Loading:
             manager.lora_backend,
             base_model=manager.base_model,
         )
-        self._slot: Slot | None = Slot.open(slot)
+        self._slot: SharedBuffer | None = SharedBuffer.open(slot)
         self.slices: Iterator[int] = self._run()
 
     def close(self) -> None:

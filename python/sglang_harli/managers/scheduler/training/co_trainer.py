@@ -18,13 +18,13 @@ import numpy as np
 
 from sglang_harli.core import Claim, Decision, QuantumKind, QuantumOffer, Reason, SubState
 from sglang_harli.errors import HarliError
-from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryDesk
+from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressure
 from sglang_harli.managers.scheduler.policy.slotting import Slotting
 from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.managers.scheduler.training.active_run import ActiveRun
 from sglang_harli.managers.scheduler.training.failures import describe, forget, passes
 from sglang_harli.managers.scheduler.training.parity import Parity
-from sglang_harli.managers.scheduler.training.quantum_timer import DeviceClock, HostClock, Work
+from sglang_harli.managers.scheduler.training.quantum_timer import DeviceQuantumTimer, HostQuantumTimer, Work
 from sglang_harli.managers.scheduler.training.training_status import training_status
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
@@ -64,7 +64,7 @@ class CoTrainer:
         loader: loads finished adapters into the serving side, slice by slice; None on a host that does not serve.
         predictor: what quanta will take.
         clock: measures quanta; on CUDA it also puts them on the stream of SGLang's forwards.
-        desk: training's memory.
+        pressure: training's memory.
         quantum_rows: a fixed split, or None.
         parity: the comparison of training with serving; None: none is made.
         take_print: takes the print of ``base`` as it is now (waits for the device); None: nobody asks for it.
@@ -81,8 +81,8 @@ class CoTrainer:
         link: ServiceLink,
         loader: AdapterLoader | None,
         predictor: LatencyPredictor,
-        clock: HostClock | DeviceClock,
-        desk: MemoryDesk,
+        clock: HostQuantumTimer | DeviceQuantumTimer,
+        pressure: MemoryPressure,
         *,
         quantum_rows: int | None,
         parity: Parity | None = None,
@@ -91,7 +91,7 @@ class CoTrainer:
         status: Callable[[], dict[str, Any]],
     ) -> None:
         self.base, self.limits, self.link, self.loader = base, limits, link, loader
-        self.predictor, self.clock, self.desk = predictor, clock, desk
+        self.predictor, self.clock, self.pressure = predictor, clock, pressure
         self.quantum_rows = quantum_rows
         self.run: ActiveRun | None = None
         self.held = False  # /pause_generation pauses training too
@@ -165,9 +165,9 @@ class CoTrainer:
         self._note(spec.job, spec.attempt)
         if self.run is not None:
             self._release()  # the store wants another run
-        memory = self.desk.memory
+        memory = self.pressure.memory
         self.run = ActiveRun(self.base, message, self.limits, self.link, self.quantum_rows, memory)
-        self.desk.attach(self.run.training, spec.memory_bytes, self._give_up)
+        self.pressure.attach(self.run.training, spec.memory_bytes, self._give_up)
 
     @property
     def hold(self) -> str:
@@ -261,7 +261,7 @@ class CoTrainer:
         answer = self._apply_options(message)
         self.link.send(answer)
         if "max_train_mem" in message.values and answer.outcome in ("applied", "deferred"):
-            self.limits = msgspec.structs.replace(self.limits, train_memory_bytes=self.desk.ever_bytes)
+            self.limits = msgspec.structs.replace(self.limits, train_memory_bytes=self.pressure.ever_bytes)
             self.link.say_hello()  # submissions are checked against the limits that it brings
 
     # ---------------------------------------------------------------- quanta
@@ -369,12 +369,12 @@ class CoTrainer:
         now_s = time.monotonic()
         self._ask_memory_at = now_s + ASK_MEMORY_EVERY_S
         if self._may_tell(now_s):  # the reason is worked out only where it is shown
-            self._enter(SubState.WAITING_MEMORY, self.desk.waiting() or "")
+            self._enter(SubState.WAITING_MEMORY, self.pressure.waiting() or "")
 
     def tick(self, *, idle: bool = False) -> None:
         """Training's memory, once a turn while a run is held; ``idle``: nothing is served."""
         try:
-            self.desk.tick(idle=idle)
+            self.pressure.tick(idle=idle)
         except HarliError as error:  # the pool's books do not agree: training ends, serving goes on
             logger.exception("harli: the pool of memory is not in order")
             self.fail(error)
@@ -461,7 +461,7 @@ class CoTrainer:
         run, self.run = self.run, None
         if run is not None:
             run.release()
-            self.desk.detach()
+            self.pressure.detach()
             self._told_at = 0.0
             self.slotting.yielded.end(time.perf_counter())
 
@@ -478,7 +478,7 @@ class CoTrainer:
         if run is None:
             return
         job, attempt, step = run.spec.job, run.spec.attempt, run.training.applied_step
-        after = run.told_step
+        after = run.reported_step
         self._release()
         self._report_failure(job, attempt, step, after, error)
 
@@ -541,7 +541,7 @@ class CoTrainer:
         serving = self._status()
         if self.parity is not None:
             serving["parity"] = self.parity.status()
-        return {"serving": serving, "training": self.status(serving), "pool": self.desk.status()}
+        return {"serving": serving, "training": self.status(serving), "pool": self.pressure.status()}
 
     def status(self, serving: dict[str, Any]) -> dict[str, Any] | None:
         """For ``harli status``; ``serving``: what it shows of serving."""

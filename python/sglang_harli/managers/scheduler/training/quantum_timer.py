@@ -45,7 +45,7 @@ class Measured:
     seconds: float
 
 
-class HostClock:
+class HostQuantumTimer:
     """For the CPU engine."""
 
     queued_s = 0.0
@@ -73,7 +73,7 @@ class HostClock:
         """Idle: let the device catch up before the next quantum is launched."""
 
 
-class DeviceClock:
+class DeviceQuantumTimer:
     """For CUDA.  ``stream``: the stream of SGLang's forwards."""
 
     def __init__(self, device_module: Any, stream: Any) -> None:
@@ -124,10 +124,10 @@ class DeviceClock:
             self._pending[-2][1].synchronize()
 
 
-def make_clock(device: str, stream: Any) -> HostClock | DeviceClock:
+def make_timer(device: str, stream: Any) -> HostQuantumTimer | DeviceQuantumTimer:
     """The clock of a scheduler on ``device`` whose forwards run on ``stream``."""
     if device == "cpu":
-        return HostClock()
+        return HostQuantumTimer()
     import torch
 
-    return DeviceClock(torch.get_device_module(device), stream)
+    return DeviceQuantumTimer(torch.get_device_module(device), stream)

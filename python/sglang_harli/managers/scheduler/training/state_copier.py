@@ -63,7 +63,7 @@ class StateCopier:
     """
 
     def __init__(
-        self, tensors: list[tuple[str, torch.Tensor]], slot: shared_memory.Slot, refs: list[TensorRef]
+        self, tensors: list[tuple[str, torch.Tensor]], slot: shared_memory.SharedBuffer, refs: list[TensorRef]
     ) -> None:
         self.refs = refs
         self._slot = slot
@@ -116,7 +116,7 @@ class StateCopier:
         return self._slot.ref(self.refs)
 
 
-def reader(slot: shared_memory.Slot, refs: list[TensorRef]) -> Callable[[str], torch.Tensor]:
+def reader(slot: shared_memory.SharedBuffer, refs: list[TensorRef]) -> Callable[[str], torch.Tensor]:
     """Tensors of a restore slot by name, as views into it (KeyError: the checkpoint lacks it)."""
     places = {ref.name: ref for ref in refs}
 
