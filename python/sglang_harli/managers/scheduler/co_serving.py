@@ -1,0 +1,197 @@
+"""What is done beside SGLang's scheduler at each of its steps: measure, learn, take messages, fill the slack.
+
+Leans on these names of SGLang 0.5.16's Scheduler: device, forward_stream, server_args.enable_metrics, idle_sleeper,
+weight_updater.offload_tags, _engine_paused, max_running_requests, max_req_len, max_total_num_tokens; and on those of
+``serving_view``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from sglang_harli.core import StepLoad
+from sglang_harli.managers.scheduler.metrics.parity_metrics import ParityMetrics
+from sglang_harli.managers.scheduler.metrics.pool_metrics import PoolMetrics
+from sglang_harli.managers.scheduler.metrics.predictor_metrics import PredictorMetrics
+from sglang_harli.managers.scheduler.metrics.qos_metrics import QosMetrics
+from sglang_harli.managers.scheduler.policy import waiting_prompts
+from sglang_harli.managers.scheduler.policy.serving_state import ServingState
+from sglang_harli.managers.scheduler.serving_view import ServingView
+from sglang_harli.managers.scheduler.step_timer import BatchLoad, load_of, make_timer
+from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
+
+logger = logging.getLogger(__name__)
+
+IDLE_TURN_S = 0.02  # then the loop looks at its other sockets, the finetune service's among them
+SAMPLED = 8  # one batch in so many is measured while there is nothing to train
+HOUSEKEEPING_S = 1.0  # how often SGLang's idle checks (leaks, metrics) run while training fills the time
+
+
+class CoServing:
+    """One scheduler's training, at its hooks; lives on its thread.
+
+    Args:
+        scheduler: SGLang's, built.
+        side: targets and estimates.
+        trainer: what trains.
+    """
+
+    def __init__(self, scheduler: Any, side: ServingState, trainer: CoTrainer) -> None:
+        self.side, self.trainer = side, trainer
+        self._scheduler, self._view = scheduler, ServingView(scheduler, side)
+        self._timer = make_timer(str(scheduler.device), getattr(scheduler, "forward_stream", None))
+        self._measured: list[tuple[BatchLoad, float]] = []  # that nothing was learnt from yet
+        self._unmeasured = 0  # batches since the latest one that was measured
+        self._quanta = 0  # that had run before the latest batch
+        self._last_poll_s = 0.0  # of the sockets, with a TTFT target and something to train
+        self._housekeeping_at = 0.0
+        self._logged = ""  # what a hook raised last, outside of a quantum
+        self._metrics: tuple[Any, ...] = ()
+        if scheduler.server_args.enable_metrics:
+            self._metrics = (
+                PoolMetrics(trainer.pressure),
+                PredictorMetrics(side.predictor),
+                QosMetrics(side, trainer),
+                ParityMetrics(trainer.parity),
+            )
+        socket = trainer.link.socket
+        if socket is not None and scheduler.idle_sleeper is not None:
+            scheduler.idle_sleeper.poller.register(socket, zmq.POLLIN)
+
+    def guarded(self, hook: Callable[..., None], *args: Any) -> None:
+        """Call a hook between two of SGLang's steps: where it raises, the run in progress fails and serving goes on.
+
+        Where there is no run to end, the same may be raised with every batch, and is logged once.
+        """
+        try:
+            hook(*args)
+        except Exception as error:  # boundary: a decision fails the run; the scheduler's loop goes on
+            if self.trainer.training or repr(error) != self._logged:
+                self._logged = repr(error)
+                logger.exception("harli: a training hook raised; the run was failed, serving continues")
+            self.trainer.fail(error)
+
+    # ---------------------------------------------------------------- messages
+    def take_messages(self, known: int) -> None:
+        """What the finetune service has sent, once a loop turn.
+
+        Args:
+            known: length of the waiting queue before the prompts that have just come.
+        """
+        trainer, view = self.trainer, self._view
+        if trainer.busy and self.side.targets.ttft_s is not None:
+            waiting_prompts.note_arrivals(view.prompts_from(known), self._last_poll_s)
+            self._last_poll_s = time.perf_counter()
+        else:
+            self._last_poll_s = 0.0
+        trainer.poll(serving=not view.idle)
+        if self._scheduler._engine_paused and trainer.busy:
+            trainer.slotting.run_claimed(time.perf_counter() + IDLE_TURN_S)
+        if trainer.run is not None and view.prompts and trainer.pressure.lends:
+            trainer.pressure.make_room(view.prefill_slots())
+        for metrics in self._metrics:
+            metrics.update(time.monotonic())
+
+    def memory_changed(self) -> None:
+        """SGLang has released memory, or has it again."""
+        self.trainer.memory_released(bool(self._scheduler.weight_updater.offload_tags))
+
+    # ---------------------------------------------------------------- a batch
+    def begin(self, batch: Any) -> BatchLoad | None:
+        """Before a batch: its load; None: it is not measured."""
+        if not self.trainer.busy:  # a sample, so that the next job is not met unprepared
+            self._unmeasured = (self._unmeasured + 1) % SAMPLED
+            if self._unmeasured:
+                return None
+        quanta = self.trainer.quanta
+        load = load_of(batch, after_training=quanta != self._quanta)
+        self._quanta = quanta
+        self._timer.begin()
+        return load
+
+    def end(self, load: BatchLoad) -> None:
+        """Behind a batch that is measured."""
+        self._timer.end(load)
+
+    def processed(self, batch: Any, result: Any) -> None:
+        """The batch's tokens are out."""
+        self.guarded(self._after_batch, batch, result)
+        self._timer.turn()
+
+    def _after_batch(self, batch: Any, result: Any) -> None:
+        trainer, side = self.trainer, self.side
+        self._measured += self._timer.take()
+        decoded = batch.forward_mode.is_decode()
+        if not trainer.busy:
+            self._learn(side.learn)
+            return
+        finished = side.count_finished(batch.reqs) if decoded else 0
+        if not decoded:
+            trainer.slotting.prefilled()
+        elif not trainer.slotting.decoded(finished=finished > 0):
+            return
+        now_s = time.perf_counter()
+        self._learn(lambda load, seconds: side.step(load, seconds, now_s))
+        trainer.tick()
+        if getattr(result, "delay_sample_func", None) is not None:
+            return
+        if decoded or self._view.between_prefills():
+            trainer.slotting.fill(self._view.behind(batch, decoded=decoded))
+
+    def _learn(self, learn: Callable[[BatchLoad, float], None]) -> None:
+        measured, self._measured = self._measured, []
+        for load, seconds in measured:
+            learn(load, seconds)
+
+    # ---------------------------------------------------------------- while nothing is served
+    def idle(self) -> bool:
+        """A turn without a batch: quanta back to back, looking for arrivals between them.
+
+        Returns:
+            Whether SGLang's own part of such a turn is due.
+        """
+        self._timer.drop()
+        if not self.trainer.busy:
+            return True
+        begin_s, quanta = time.perf_counter(), self.trainer.quanta
+        housekeeping = begin_s - self._housekeeping_at > HOUSEKEEPING_S
+        self.guarded(self._fill_idle, begin_s, housekeeping)
+        if self.trainer.quanta != quanta and not housekeeping:
+            return False
+        self._housekeeping_at = begin_s
+        return True
+
+    def _fill_idle(self, begin_s: float, housekeeping: bool) -> None:
+        """``begin_s``: when the turn began; ``housekeeping``: training's memory has its turn too."""
+        trainer = self.trainer
+        trainer.tick(idle=housekeeping)
+
+        def load() -> StepLoad:
+            return StepLoad(waiting=self._view.waiting())
+
+        if trainer.slotting.fill_idle(load, self.side.targets, begin_s + IDLE_TURN_S):
+            self.side.idle_s = time.perf_counter()
+
+    @property
+    def may_sleep(self) -> bool:
+        """With --sleep-on-idle: not while there is something to train."""
+        return not self.trainer.busy or self.trainer.offer() is None
+
+    # ---------------------------------------------------------------- harli profile
+    def profile(self) -> dict[str, Any]:
+        """The loads that were measured, and how large they can be."""
+        scheduler, limits = self._scheduler, self.trainer.limits
+        found = {
+            "requests": scheduler.max_running_requests,
+            "row_tokens": min(limits.max_seq_length, scheduler.max_req_len),
+            "slots": scheduler.max_total_num_tokens,
+            "vocab": limits.vocab_size,
+            "sampled": SAMPLED,
+        }
+        profiled = self.side.predictor.profiled
+        return {"limits": found, "profiled": profiled, **(self.side.profile() or {})}

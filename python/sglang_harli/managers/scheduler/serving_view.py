@@ -1,0 +1,111 @@
+"""What SGLang's scheduler serves now, read by attribute on its thread: nothing is copied, nothing waits for a device.
+
+Leans on these names of SGLang 0.5.16's Scheduler: get_num_allocatable_reqs; running_batch, waiting_queue,
+max_prefill_tokens, chunked_prefill_size, chunked_req, ipc_channels.recv_from_tokenizer, enable_overlap.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from sglang_harli.managers.scheduler.policy import waiting_prompts
+from sglang_harli.managers.scheduler.policy.serving_state import Boundary, ServingState
+from sglang_harli.managers.scheduler.policy.slo_ledger import Backlog
+from sglang_harli.managers.scheduler.service_link import has_arrived
+from sglang_harli.managers.scheduler.step_timer import with_adapters
+
+LOOK_AHEAD = 32  # prompts that wait, when it is estimated what the next prefill takes
+
+
+class ServingView:
+    """The requests of one scheduler.
+
+    Args:
+        scheduler: SGLang's.
+        side: targets and estimates.
+    """
+
+    def __init__(self, scheduler: Any, side: ServingState) -> None:
+        self._scheduler, self._side = scheduler, side
+
+    @property
+    def idle(self) -> bool:
+        return not self._scheduler.waiting_queue and self._scheduler.running_batch.is_empty()
+
+    @property
+    def prompts(self) -> int:
+        """Length of the waiting queue."""
+        return len(self._scheduler.waiting_queue)
+
+    def prompts_from(self, first: int) -> Any:
+        """The waiting requests from this place in the queue on."""
+        return islice(self._scheduler.waiting_queue, first, None)
+
+    def arrived(self) -> int:
+        """1 where a message of the tokenizer process waits to be read."""
+        return int(has_arrived(self._scheduler.ipc_channels.recv_from_tokenizer))
+
+    def waiting(self) -> int:
+        """Prompts that wait, one in chunks and one that has just come included."""
+        scheduler = self._scheduler
+        return self.arrived() + len(scheduler.waiting_queue) + (scheduler.chunked_req is not None)
+
+    def between_prefills(self) -> bool:
+        """Whether there may be time under the TTFT target before the next prefill."""
+        scheduler = self._scheduler
+        if self._side.targets.ttft_s is None:
+            return False
+        waiting = bool(scheduler.waiting_queue) and not scheduler.running_batch.batch_is_full
+        return waiting or scheduler.chunked_req is not None
+
+    def prefill_slots(self) -> int:
+        """KV slots that the next prefill may take: at most, for what of the prompts is cached is not known yet."""
+        scheduler, tokens = self._scheduler, 0
+        full = scheduler.running_batch.batch_is_full
+        for req in () if full else islice(scheduler.waiting_queue, LOOK_AHEAD):
+            tokens += len(req.origin_input_ids) + len(req.output_ids) - len(req.prefix_indices)
+            if tokens >= scheduler.max_prefill_tokens:
+                return scheduler.max_prefill_tokens
+        return tokens
+
+    def behind(self, batch: Any, *, decoded: bool) -> Boundary:
+        """The boundary behind a batch, where the next step of serving is to begin."""
+        reqs = batch.reqs
+        if not decoded:  # with overlap the running batch holds the prefilled requests already
+            reqs = list(dict.fromkeys([*self._scheduler.running_batch.reqs, *reqs]))
+        context = self._side.context_tokens(reqs)
+        backlog = self._backlog(reqs, context, decoded=decoded)
+        waiting = self.waiting if backlog is None else self.arrived
+        return Boundary(self._side, self._side.clocks(reqs), context, with_adapters(reqs), backlog, waiting)
+
+    def _backlog(self, reqs: list[Any], context: int, *, decoded: bool) -> Backlog | None:
+        """The prompts that wait, where their deadlines are known and leave training a chance; else None.
+
+        A prompt that was left waiting when a decode step was chosen had no place: it starts no sooner than the first
+        request ends.  Where something else keeps it (memory, an adapter's turn), or a place is free now, training stops.
+        """
+        scheduler, side, waiting = self._scheduler, self._side, self._scheduler.waiting_queue
+        if side.targets.ttft_s is None or not (waiting or scheduler.chunked_req is not None):
+            return None
+        seats_s: list[float] | None = None
+        if decoded:
+            full = scheduler.running_batch.batch_is_full and scheduler.chunked_req is None
+            if not full or scheduler.get_num_allocatable_reqs(len(reqs)) > 0 or any(r.finished() for r in reqs):
+                return None
+            steps = waiting_prompts.batch_seat_waits(reqs, min(len(waiting), waiting_prompts.MOST))
+            longest = steps[-1] if steps else 0
+            step_s = side.predictor.decode(
+                len(reqs), context + longest * len(reqs), adapters=with_adapters(reqs), after_training=True
+            ).upper_s
+            seats_s = [count * step_s for count in steps]
+        elif waiting and scheduler.running_batch.batch_is_full:
+            return None  # a chunked prefill goes on, and the prompts behind it have no place
+        return waiting_prompts.backlog_of(
+            side.predictor,
+            waiting,
+            scheduler.chunked_req,
+            chunk_tokens=scheduler.chunked_prefill_size or scheduler.max_prefill_tokens,
+            in_flight=scheduler.enable_overlap,
+            slots_s=seats_s,
+        )
