@@ -42,7 +42,12 @@ class IdleSlots:
 
     def __init__(self, geometry: PoolGeometry) -> None:
         self.size = geometry.slots - geometry.page_size
-        self._free = set(geometry.lendable)
+        self._lendable = set(geometry.lendable)
+        self._free = set(self._lendable)
+
+    @property
+    def lent_stripes(self) -> set[int]:
+        return self._lendable - self._free
 
     def available_size(self) -> int:
         return self.size  # lent slots count as available

@@ -206,6 +206,10 @@ class Slots:
     def free_stripes(self) -> list[int]:
         return sorted(self.free, reverse=True)
 
+    @property
+    def lent_stripes(self) -> set[int]:
+        return set(self.geometry.lendable) - self.free
+
     def withdraw(self, stripes: Sequence[int]) -> None:
         self.free -= set(stripes)
 

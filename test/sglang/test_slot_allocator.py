@@ -176,7 +176,7 @@ class Machine(RuleBasedStateMachine):
         assert len(free) + len(self.pages_held()) + len(lent) == self.size // self.page
         assert set(free) | self.pages_held() | lent == set(range(1, self.size // self.page + 1))
         assert self.slots.lent_stripes == set(self.pool.ledger.lent())
-        self.pool.ledger.check()
+        self.pool.check()
 
 
 class PagedMachine(Machine):

@@ -44,11 +44,11 @@ class Slots:
         self.pool, self.geometry = pool, pool.geometry
         self.size = self.geometry.slots - self.geometry.page_size
         self.free = set(range(self.geometry.page_size, self.geometry.slots))
-        self.lent: set[int] = set()
+        self.lent_stripes: set[int] = set()
         pool.slots = self
 
     def available_size(self) -> int:
-        return len(self.free) + len(self.lent) * self.geometry.stripe_slots
+        return len(self.free) + len(self.lent_stripes) * self.geometry.stripe_slots
 
     def free_stripes(self) -> list[int]:
         return [
@@ -58,13 +58,13 @@ class Slots:
     def withdraw(self, stripes: Sequence[int]) -> None:
         for stripe in stripes:
             slots = set(self.geometry.slots_of(stripe))
-            assert slots <= self.free and stripe not in self.lent
+            assert slots <= self.free and stripe not in self.lent_stripes
             self.free -= slots
-            self.lent.add(stripe)
+            self.lent_stripes.add(stripe)
 
     def restore(self, stripes: Sequence[int]) -> None:
         for stripe in stripes:
-            self.lent.remove(stripe)
+            self.lent_stripes.remove(stripe)
             assert self.free.isdisjoint(self.geometry.slots_of(stripe))
             self.free.update(self.geometry.slots_of(stripe))
 

@@ -20,7 +20,18 @@ from sglang_harli.core import Claim, Decision, QuantumKind, QuantumOffer, Reason
 from sglang_harli.managers.scheduler.policy.slo_ledger import Slack, Targets
 from sglang_harli.managers.scheduler.policy.slotting import Slotting
 
-QUESTIONS = ("queued_s", "saving", "barred", "offer", "claimed", "run_quantum", "settle", "cut", "relax", "yields")
+QUESTIONS = (
+    "queued_s",
+    "saving",
+    "barred",
+    "offer",
+    "claimed",
+    "run_quantum",
+    "settle",
+    "cut",
+    "relax",
+    "yields",
+)
 PROPERTIES = ("queued_s", "saving", "barred")
 _KINDS: dict[str, Any] = {
     "StepLoad": StepLoad,
@@ -138,7 +149,11 @@ def replay(calls: list[list[Any]]) -> dict[str, int]:
             handed = (serving,) if method == "fill" else (serving.load, *values)
         else:
             handed = values
-        found = slotting.decoded(finished=values[0]) if method == "decoded" else getattr(slotting, method)(*handed)
+        found = (
+            slotting.decoded(finished=values[0])
+            if method == "decoded"
+            else getattr(slotting, method)(*handed)
+        )
         if plain(found) != result:
             raise Differs(f"call {script.at}: {method} gives {found}, the record has {result}")
     for kind, name, given, _ in calls:

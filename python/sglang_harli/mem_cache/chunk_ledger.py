@@ -1,4 +1,4 @@
-"""Who owns each stripe: the KV cache or one lease.  Pure; the single truth about the pool (design section 6)."""
+"""Who owns each stripe: the KV cache or one lease.  Pure; what the pool's other parts are compared with (design section 6)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ class ChunkLedger:
     def __init__(self, geometry: PoolGeometry) -> None:
         self.geometry = geometry
         self.moves_to_train = self.moves_to_kv = 0
-        self._owner = [KV] * geometry.stripes
         self._leases: dict[str, tuple[int, ...]] = {}
         self._quota: int | None = None  # under which the last lease was granted
 
@@ -43,7 +42,7 @@ class ChunkLedger:
 
     def owner(self, stripe: int) -> str:
         """``"kv"`` or the lease's name."""
-        return self._owner[stripe]
+        return next((name for name, stripes in self._leases.items() if stripe in stripes), KV)
 
     def lent(self) -> list[int]:
         """All lent stripes, ascending."""
@@ -63,8 +62,6 @@ class ChunkLedger:
         fault = self._fault(lease, stripes, quota)
         if fault is not None:
             raise LedgerError(f"lease {lease!r} of stripes {list(stripes)}: {fault}")
-        for stripe in stripes:
-            self._owner[stripe] = lease
         self._leases[lease] = tuple(stripes)
         self._quota = quota
         self.moves_to_train += len(stripes)
@@ -82,8 +79,8 @@ class ChunkLedger:
         for stripe in stripes:
             if stripe not in self.geometry.lendable:
                 return f"stripe {stripe} is not lendable ({self.geometry.lendable} are)"
-            if self._owner[stripe] != KV:
-                return f"stripe {stripe} belongs to {self._owner[stripe]!r}"
+            if (owner := self.owner(stripe)) != KV:
+                return f"stripe {stripe} belongs to {owner!r}"
         if quota is not None and self.train_stripes + len(stripes) > quota:
             return f"{self.train_stripes} stripes are lent already and the quota is {quota}"
         return None
@@ -100,8 +97,6 @@ class ChunkLedger:
         stripes = self._leases.pop(lease, None)
         if stripes is None:
             raise LedgerError(f"there is no lease {lease!r} to give back (there are {sorted(self._leases)})")
-        for stripe in stripes:
-            self._owner[stripe] = KV
         self.moves_to_kv += len(stripes)
         return stripes
 
@@ -111,28 +106,22 @@ class ChunkLedger:
         lent = {name: len(stripes) * stripe_bytes for name, stripes in self._leases.items()}
         return {KV: self.geometry.total_bytes - sum(lent.values()), **lent}
 
+    def stripes_of(self, lease: str) -> tuple[int, ...]:
+        """What the lease of this name holds; nothing where there is none."""
+        return self._leases.get(lease, ())
+
     def check(self) -> None:
-        """Compare the two books, owners by stripe and stripes by lease.
+        """Compare the leases with the rules and with what was counted.
 
         Raises:
             LedgerError: an invariant is broken; the message says which.
         """
-        by_lease = {stripe: name for name, stripes in self._leases.items() for stripe in stripes}
-        if len(by_lease) != sum(len(stripes) for stripes in self._leases.values()):
+        lent = self.lent()
+        if len(set(lent)) != len(lent):
             raise LedgerError(f"a stripe is in two leases: {self._leases}")
-        for stripe, owner in enumerate(self._owner):
-            if owner != by_lease.get(stripe, KV):
-                raise LedgerError(
-                    f"stripe {stripe} is {owner!r}'s, but {by_lease.get(stripe, KV)!r} lists it"
-                )
-            if owner != KV and stripe not in self.geometry.lendable:
-                raise LedgerError(f"stripe {stripe} can never be lent, but is {owner!r}'s")
-        if len(by_lease) != self.train_stripes:
-            raise LedgerError(f"{len(by_lease)} stripes are lent, but {self.train_stripes} moves are open")
+        if stray := [stripe for stripe in lent if stripe not in self.geometry.lendable]:
+            raise LedgerError(f"stripes {stray} can never be lent, and are: {self._leases}")
+        if len(lent) != self.train_stripes:
+            raise LedgerError(f"{len(lent)} stripes are lent, but {self.train_stripes} moves are open")
         if self._quota is not None and self.train_stripes > self._quota:
             raise LedgerError(f"{self.train_stripes} stripes are lent above the quota of {self._quota}")
-        geometry = self.geometry
-        tail = geometry.total_bytes - geometry.stripes * geometry.stripe_bytes
-        counted = sum(owner == KV for owner in self._owner) * geometry.stripe_bytes + tail
-        if self.bytes_by_owner()[KV] != counted:
-            raise LedgerError(f"the KV cache has {counted} bytes, but the books say {self.bytes_by_owner()}")

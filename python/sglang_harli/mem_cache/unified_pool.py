@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.mem_cache.backing.interface import Backing
-from sglang_harli.mem_cache.chunk_ledger import ChunkLedger
+from sglang_harli.mem_cache.chunk_ledger import ChunkLedger, LedgerError
 from sglang_harli.mem_cache.geometry import PoolGeometry
 from sglang_harli.mem_cache.lease import PoolLease
 from sglang_harli.mem_cache.quota import UNUSED_S, Quota
@@ -34,6 +34,7 @@ class SlotSource(Protocol):
     """The slot allocator, as the pool sees it."""
 
     size: int  # slots, without the padded page
+    lent_stripes: set[int]  # withdrawn, and not restored yet
 
     def available_size(self) -> int:
         """Slots that requests may have, lent ones included."""
@@ -263,10 +264,10 @@ class UnifiedPool:
 
         Args:
             used_slots: of requests and cached prefixes.
-            idle: nothing is served: the ledger is checked too.
+            idle: nothing is served: the books are compared too (``check``).
 
         Raises:
-            LedgerError: the ledger is not clean.
+            LedgerError: they do not agree.
         """
         now_s = self._clock()
         self.quota.observe(now_s=now_s, used_slots=used_slots)
@@ -275,7 +276,31 @@ class UnifiedPool:
             if 2 * free < marks.low + marks.high:
                 self._evict(now_s, marks.high - free)
         if idle:
-            self.ledger.check()
+            self.check()
+
+    def check(self) -> None:
+        """Compare which stripes are lent in the ledger, in the leases, in the slot allocator and in the backing.
+
+        Raises:
+            LedgerError: two of them differ; names both and the stripes.
+        """
+        self.ledger.check()
+        for name, lease in self.leases.items():
+            held = self.ledger.stripes_of(name)
+            if lease.name != name or lease.revoked or lease.stripes != held:
+                raise LedgerError(f"lease {name!r} is of stripes {lease.stripes}, in the ledger of {held}")
+        books = {
+            "the leases": {stripe for lease in self.leases.values() for stripe in lease.stripes},
+            "the backing": set(self.backing.lent),
+        }
+        if self.slots is not None:
+            books["the slot allocator"] = set(self.slots.lent_stripes)
+        lent = set(self.ledger.lent())
+        for name, stripes in books.items():
+            if stripes != lent:
+                raise LedgerError(
+                    f"the ledger and {name} differ on whether stripes {sorted(stripes ^ lent)} are lent"
+                )
 
     # ------------------------------------------------------------------ for people and metrics
     def bytes_by_purpose(self) -> dict[str, int]:

@@ -61,7 +61,7 @@ def test_what_is_obtained_can_be_carved_in_order_and_apart(backing, sizes, busy)
     lease = obtain(pool, *sizes)
     if lease is None:
         assert backing == "static" or sum(map(aligned, sizes)) > (9 - len(busy)) * GEOMETRY.stripe_bytes
-        assert not slots.lent and not pool.leases
+        assert not slots.lent_stripes and not pool.leases
         return
     assert not busy & set(lease.stripes)
     for _ in range(2):
@@ -72,8 +72,8 @@ def test_what_is_obtained_can_be_carved_in_order_and_apart(backing, sizes, busy)
         assert all((t == number).all() for number, t in enumerate(tensors))
         lease.reset()
     lease.give_back()
-    pool.ledger.check()
-    assert not pool.leases and not slots.lent
+    pool.check()
+    assert not pool.leases and not slots.lent_stripes
 
 
 @pytest.mark.parametrize("backing", BACKINGS)
@@ -132,7 +132,7 @@ def test_after_it_was_given_back_nothing_can_be_carved():
     assert lease is not None and not lease.revoked
     lease.give_back()
     lease.give_back()
-    assert lease.revoked and not slots.lent
+    assert lease.revoked and not slots.lent_stripes
     with pytest.raises(MemoryError, match="given back"):
         lease.carve((1,), torch.float32)
 

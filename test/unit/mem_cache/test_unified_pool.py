@@ -107,10 +107,10 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def books_agree(self) -> None:
         pool, slots, geometry = self.pool, self.slots, self.geometry
-        pool.ledger.check()
-        assert set(pool.ledger.lent()) == slots.lent
+        pool.check()
+        assert set(pool.ledger.lent()) == slots.lent_stripes
         held = [s for _, taken in self.requests for s in taken]
-        lent = [s for stripe in slots.lent for s in geometry.slots_of(stripe)]
+        lent = [s for stripe in slots.lent_stripes for s in geometry.slots_of(stripe)]
         assert sorted([*held, *lent, *slots.free]) == list(range(1, geometry.slots))
         assert pool.used_slots == len(held) and pool.lent_slots == len(lent)
         status = pool.status()
@@ -210,10 +210,10 @@ def test_a_backing_that_cannot_take_back_leaves_the_lease_held():
     assert lease is not None
     with pytest.raises(OSError, match="refused"):
         lease.give_back()
-    assert not lease.revoked and lease.extents and slots.lent and pool.leases
+    assert not lease.revoked and lease.extents and slots.lent_stripes and pool.leases
     backing.stuck = False
     lease.give_back()
-    assert lease.revoked and not slots.lent and not pool.leases
+    assert lease.revoked and not slots.lent_stripes and not pool.leases
 
 
 def test_the_cap_binds_and_may_be_lowered_while_more_is_lent():
@@ -349,8 +349,8 @@ def test_a_backing_without_room_gives_no_lease_and_loses_nothing(caplog):
     with caplog.at_level(logging.WARNING):
         assert lease_of(pool, BATCH, 2) is None
     assert "no place in a row" in caplog.text
-    pool.ledger.check()
-    assert not slots.lent and not pool.leases and len(slots.free) == slots.size
+    pool.check()
+    assert not slots.lent_stripes and not pool.leases and len(slots.free) == slots.size
 
 
 def test_a_pool_without_slots_yet_lends_nothing_and_says_so():

@@ -131,7 +131,7 @@ def test_a_fixed_split_ends_at_the_same_bits(backing: str, dtype: torch.dtype) -
         assert serving.pool.reclaims and serving.pressure.dropped_micro_batches
         run.release()
         assert not serving.pool.train_stripes
-        serving.pool.ledger.check()
+        serving.pool.check()
     assert spills
 
 
@@ -154,5 +154,5 @@ def test_any_split_with_kept_activations_equals_the_oracle(backing: str) -> None
         assert held[MemoryPurpose.STATE] > 0
         run.release()
         assert not serving.pool.train_stripes
-        serving.pool.ledger.check()
+        serving.pool.check()
     assert {QuantumKind.BACKWARD, QuantumKind.BACKWARD_KEPT} <= kinds

@@ -91,7 +91,11 @@ class ServingView:
         seats_s: list[float] | None = None
         if decoded:
             full = scheduler.running_batch.batch_is_full and scheduler.chunked_req is None
-            if not full or scheduler.get_num_allocatable_reqs(len(reqs)) > 0 or any(r.finished() for r in reqs):
+            if (
+                not full
+                or scheduler.get_num_allocatable_reqs(len(reqs)) > 0
+                or any(r.finished() for r in reqs)
+            ):
                 return None
             steps = waiting_prompts.batch_seat_waits(reqs, min(len(waiting), waiting_prompts.MOST))
             longest = steps[-1] if steps else 0

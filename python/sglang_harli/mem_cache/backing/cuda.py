@@ -127,6 +127,10 @@ class CudaBacking:
         self._teardown.append(partial(self._driver.free_address, address, nbytes))
         return address
 
+    @property
+    def lent(self) -> set[int]:
+        return {stripe for stripes in self._lent.values() for stripe in stripes}
+
     def kv_bytes(self, buffer: int) -> Tensor:
         return self._kv[buffer]
 
@@ -191,7 +195,7 @@ class CudaBacking:
 
     def _check(self, stripes: Sequence[int]) -> None:
         self._check_whole()
-        away = {stripe for lent in self._lent.values() for stripe in lent}
+        away = self.lent
         wrong = [s for s in stripes if s not in self.geometry.lendable or s in away]
         if wrong or not stripes or len(set(stripes)) != len(stripes):
             lendable = self.geometry.lendable

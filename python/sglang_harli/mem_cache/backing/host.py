@@ -55,6 +55,11 @@ class HostBacking:
         self._kv.populate()
         self._window = _Region(max(WINDOW_SHARE * lendable * geometry.stripe_bytes, mmap.PAGESIZE))
         self._places = IntervalAllocator(WINDOW_SHARE * lendable)  # of the window, in stripes
+        self._lent: dict[int, tuple[int, ...]] = {}  # place in the window -> stripes
+
+    @property
+    def lent(self) -> set[int]:
+        return {stripe for stripes in self._lent.values() for stripe in stripes}
 
     def kv_bytes(self, buffer: int) -> Tensor:
         """Buffer's bytes, uint8 ``[buffer_bytes]``; zero until they are written."""
@@ -81,12 +86,14 @@ class HostBacking:
                 self._kv.discard(start, length)
         if self.debug:
             extent.fill_(POISON)
+        self._lent[place] = tuple(stripes)
         return [extent]
 
     def take_back(self, stripes: Sequence[int], extents: Sequence[Tensor]) -> None:
         """Both sides fall out of memory: the KV rows fault in as zeros, even where something strayed into them."""
         (extent,) = extents
         start = int(extent.storage_offset())
+        del self._lent[start // self.geometry.stripe_bytes]
         self._window.discard(start, extent.numel())
         self._places.release(start // self.geometry.stripe_bytes, len(stripes))
         for kv_start, length in self._kv_ranges(stripes):

@@ -1,8 +1,8 @@
 """What holds the pool's physical memory: one protocol, several ways (design section 6).
 
-host_backing    anonymous mmap; memory that is lent falls out of the KV region by madvise
-cuda_backing    CUDA virtual memory: physical handles are mapped here or there
-static_backing  nothing is remapped: training gets the very bytes of the KV rows, as separate extents
+host      anonymous mmap; memory that is lent falls out of the KV region by madvise
+cuda      CUDA virtual memory: physical handles are mapped here or there
+static    nothing is remapped: training gets the very bytes of the KV rows, as separate extents
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ class Backing(Protocol):
     name: str  # host, cuda, static
     contiguous: bool  # what is lent is one extent; else there are several (static)
     geometry: PoolGeometry
+
+    @property
+    def lent(self) -> set[int]:
+        """Stripes whose memory training has."""
+        ...
 
     def kv_bytes(self, buffer: int) -> Tensor:
         """Buffer's bytes, uint8 ``[buffer_bytes]``.  Address and length never change; zero at first."""

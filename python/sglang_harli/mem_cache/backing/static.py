@@ -36,10 +36,15 @@ class StaticBacking:
         self.geometry, self.debug = geometry, debug
         self.device = torch.device(device)
         self.stream: Any = None
+        self._lent: set[int] = set()
         self._buffers = [
             torch.zeros(geometry.buffer_bytes, dtype=torch.uint8, device=self.device)
             for _ in range(geometry.buffers)
         ]
+
+    @property
+    def lent(self) -> set[int]:
+        return set(self._lent)
 
     def kv_bytes(self, buffer: int) -> Tensor:
         """Buffer's bytes, uint8 ``[buffer_bytes]``."""
@@ -48,6 +53,7 @@ class StaticBacking:
     def lend(self, stripes: Sequence[int]) -> list[Tensor]:
         """One extent for each run of adjacent stripes and buffer."""
         chunk = self.geometry.chunk_bytes
+        self._lent |= set(stripes)
         extents = [
             flat.narrow(0, run.start * chunk, len(run) * chunk)
             for run in runs_of(stripes)
@@ -62,6 +68,7 @@ class StaticBacking:
     def take_back(self, stripes: Sequence[int], extents: Sequence[Tensor]) -> None:
         """The extents are the KV rows: they are filled with zeros, behind training's last work on them and before
         any later forward."""
+        self._lent -= set(stripes)
         with self._in_line():
             for extent in extents:
                 extent.zero_()

@@ -74,7 +74,7 @@ class World:
 
     def close(self) -> None:
         assert not self.pool.leases and not self.pool.train_stripes
-        self.pool.ledger.check()
+        self.pool.check()
         self.host.link.close()
         self.peer.socket.close()
         self.pool.backing.close()

@@ -90,5 +90,7 @@ def test_a_prompt_that_waits_for_a_seat_has_a_deadline_and_others_stop_training(
         options: dict[str, Any] = {"full": True, **changed}
         stopped = view(waiting=[req(30)], running=running, **options).behind(batch, decoded=True)
         assert stopped.backlog is None and stopped.load().waiting == 1
-    between = view(waiting=[req(30)], running=[]).behind(SimpleNamespace(reqs=[req(8, emitted=1)]), decoded=False)
+    between = view(waiting=[req(30)], running=[]).behind(
+        SimpleNamespace(reqs=[req(8, emitted=1)]), decoded=False
+    )
     assert between.backlog is not None and between.backlog.admitted

@@ -298,6 +298,7 @@ class Slots:
     """A slot allocator with nothing to serve."""
 
     def __init__(self, geometry: PoolGeometry) -> None:
+        self.geometry = geometry
         self.size = geometry.slots - geometry.page_size
         self.free = set(geometry.lendable)
 
@@ -306,6 +307,10 @@ class Slots:
 
     def free_stripes(self) -> list[int]:
         return sorted(self.free, reverse=True)
+
+    @property
+    def lent_stripes(self) -> set[int]:
+        return set(self.geometry.lendable) - self.free
 
     def withdraw(self, stripes: Sequence[int]) -> None:
         self.free -= set(stripes)
@@ -329,6 +334,6 @@ def test_the_pool_leases_it_and_serves_on_when_the_driver_refuses(driver: Driver
     assert pool.reclaim(1) == backing.geometry.stripe_slots
     driver.advance(FORWARD)
     assert all(is_all(backing.kv_bytes(b), 0) for b in range(BUFFERS))
-    pool.ledger.check()
+    pool.check()
     backing.close()
     driver.assert_clean()
