@@ -36,7 +36,7 @@ class SubState(enum.StrEnum):
 
 
 class MemoryPurpose(enum.StrEnum):
-    """What training holds memory for; under pressure the first named goes first (design section 6)."""
+    """What training holds memory for; under pressure the first named goes first (docs/internals/memory.md)."""
 
     text: str  # in a sentence
 
@@ -100,7 +100,7 @@ class Claim(enum.Enum):
 
 
 class QuantumKind(enum.StrEnum):
-    """The kinds of training work that the scheduler slots in (design section 5)."""
+    """The kinds of training work that the scheduler slots in (docs/internals/training-step.md)."""
 
     EMBED = "embed"
     FORWARD = "forward"

@@ -1,4 +1,4 @@
-"""Who owns each stripe: the KV cache or one lease.  Pure; what the pool's other parts are compared with (design section 6)."""
+"""Who owns each stripe: the KV cache or one lease.  Pure; what the pool's other parts are compared with (docs/internals/memory.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the pool is cut: slots, chunks and stripes.  Pure arithmetic (design section 6).
+"""How the pool is cut: slots, chunks and stripes.  Pure arithmetic (docs/internals/memory.md).
 
     buffer 0 (K of layer 0)   | chunk | chunk | chunk | ... | tail |
     buffer 1 (V of layer 0)   | chunk | chunk | chunk | ... | tail |

@@ -1,4 +1,4 @@
-"""How much of the pool training may hold, and when it may grow.  Pure: time is an argument (design section 6).
+"""How much of the pool training may hold, and when it may grow.  Pure: time is an argument (docs/internals/memory.md).
 
 Four things keep memory from going to and fro:
 

@@ -1,4 +1,4 @@
-"""One pool of memory for the KV cache and for training (design section 6).
+"""One pool of memory for the KV cache and for training (docs/internals/memory.md).
 
 What is lent to training still counts as available in SGLang's accounts, because a lease is revocable at any
 allocation: ``reclaim`` is called by the slot allocator, inline, when it runs short of pages.  Used from the

@@ -1,4 +1,4 @@
-"""One micro-batch as a sequence of quanta (design section 5).
+"""One micro-batch as a sequence of quanta (docs/internals/training-step.md).
 
     embed, forward(0..L-1), head (chunks of target tokens), backward(L-1..0)
 

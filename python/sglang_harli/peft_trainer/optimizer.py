@@ -1,4 +1,4 @@
-"""AdamW with clipping by the global norm, in slices of a few layers (design section 5).
+"""AdamW with clipping by the global norm, in slices of a few layers (docs/internals/training-step.md).
 
 A step is a list of slices: first the gradients' norms, then the updates.  Slices allocate next to
 nothing, so that a step once begun can always be finished; the arithmetic is torch.optim.AdamW's.

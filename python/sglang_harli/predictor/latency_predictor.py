@@ -1,4 +1,4 @@
-"""What serving's steps and training's quanta will take: the two stages behind one set of calls (design section 7).
+"""What serving's steps and training's quanta will take: the two stages behind one set of calls (docs/internals/predictor.md).
 
     solo    T1 = c + beta * batch + kappa * context tokens, per SM share; prefill in tokens and pairs of them
     co-run  T2 = T1 * (1 + rho * SMs of training), per kind of quantum; in turns: a sum, and a factor on the step that

@@ -1,9 +1,9 @@
-"""Messages between the finetune service, the scheduler and the HTTP process (design section 2).
+"""Messages between the finetune service, the scheduler and the HTTP process (docs/internals/run-protocol.md).
 
 Frame 0 is a msgpack header (one of the structs below, tagged by its name); arrays follow as raw
 frames (int32, C order).  Every message carries the sender's sequence number.  A run is named by
 (job, attempt): messages of an older attempt are dropped by the receiver.  Any message may be lost
-or come twice; the table in docs/architecture.md ("Service and scheduler") says what then happens.
+or come twice; the table in docs/internals/run-protocol.md ("Service and scheduler") says what then happens.
 """
 
 from __future__ import annotations

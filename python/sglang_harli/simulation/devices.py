@@ -168,7 +168,7 @@ class SpatialDevice:
 class TimeSharedDevice:
     """A device that decodes and trains by turns, such as a CPU.
 
-    The defaults have the shape of two CPU cores and a model of 25M parameters (docs/architecture.md, section 5):
+    The defaults have the shape of two CPU cores and a model of 25M parameters (docs/internals/training-step.md):
     recomputation and backward of one layer for 256 tokens take 17 ms, for 4 times 256 take 56 ms.
 
     Attributes:

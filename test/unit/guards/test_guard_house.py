@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from support.project_files import PACKAGE, ROOT, project_files, relative
+from support.project_files import PACKAGE, ROOT, code_files, project_files, relative
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CLASSES = ("unit", "sglang", "e2e", "gpu")
 PAGES = sorted([ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")])
-PAGES += sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "patches").glob("*.md"))
+PAGES += sorted((ROOT / "docs").rglob("*.md")) + sorted((ROOT / "patches").glob("*.md"))
 PAGES += [p for p in (ROOT / "benchmark" / "README.md",) if p.exists()]
 
 
@@ -57,6 +57,44 @@ def test_reading_list_names_files_that_exist():
     assert len(files) >= 5
     missing = [f for f in files if not (ROOT / f).exists()]
     assert not missing
+
+
+def named_paths(page: Path) -> set[str]:
+    """Files and folders in backticks: from the root or, where a page speaks of the package, from there; of a command its
+    arguments."""
+    text = page.read_text(encoding="utf-8")
+    words = {word for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()}
+    return {
+        word for word in words if re.fullmatch(r"[\w.]+(?:/[\w.-]+)+/?", word) and not word.startswith("/")
+    }
+
+
+def test_where_to_change_has_ten_tasks_and_names_what_is_there():
+    page = ROOT / "docs" / "where-to-change.md"
+    tasks = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    assert len(tasks) == 10
+    assert all("\n1. `" in task and "\nTest: `pytest " in task for task in tasks)
+    gone = sorted(path for path in named_paths(page) if not (ROOT / path).exists())
+    assert not gone, f"docs/where-to-change.md names what is not there: {gone}"
+
+
+def test_the_architecture_names_what_is_there():
+    page = ROOT / "docs" / "architecture.md"
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 150
+    paths = named_paths(page)
+    gone = sorted(path for path in paths if not (ROOT / path).exists() and not (PACKAGE / path).exists())
+    assert len(paths) > 25 and not gone, f"docs/architecture.md names what is not there: {gone}"
+
+
+def test_pages_that_the_code_names_are_there():
+    code = {p: p.read_text(encoding="utf-8") for p in code_files()}
+    gone = [
+        f"{relative(path)}: {page}"
+        for path, text in code.items()
+        for page in re.findall(r"\bdocs/[\w/-]+\.md", text)
+        if not (ROOT / page).exists()
+    ]
+    assert not gone, f"pages that are not there: {gone}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)

@@ -1,4 +1,4 @@
-"""The layer-wise step against the oracle: a plain transformers + peft loop (design section 5)."""
+"""The layer-wise step against the oracle: a plain transformers + peft loop (docs/internals/training-step.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGLang's scheduler with training quanta slotted in: overrides alone (design sections 5 and 8).
+"""SGLang's scheduler with training quanta slotted in: overrides alone (docs/internals/policy.md).
 
 Leans on these names of SGLang 0.5.16 (sglang/srt/managers/scheduler.py): Scheduler.__init__,
 init_request_dispatcher, get_init_info, process_input_requests, run_batch, process_batch_result, on_idle,

@@ -1,4 +1,4 @@
-"""The scheduler's end of the ipc pair to the finetune service (design section 2).
+"""The scheduler's end of the ipc pair to the finetune service (docs/internals/run-protocol.md).
 
 Nothing here blocks: ``poll`` takes what has come, ``send`` queues.  What the service must not miss stays
 in a bounded ring until it is acknowledged, and is sent again when a restarted service says Welcome, or

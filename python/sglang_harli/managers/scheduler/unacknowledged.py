@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from sglang_harli.protocol import internal
 
-# Flow control bounds the ring (docs/architecture.md): beyond this it would have failed.
+# Flow control bounds the ring (docs/internals/run-protocol.md): beyond this it would have failed.
 RING = 4096
 AGAIN_AFTER_S = 3.0  # nothing was acknowledged for so long: what is kept is said again
 AGAIN_AT_ONCE = 16

@@ -1,4 +1,4 @@
-"""The pool's memory on CUDA: chunks are physical handles that are mapped here or there (design section 6).
+"""The pool's memory on CUDA: chunks are physical handles that are mapped here or there (docs/internals/memory.md).
 
     KV buffer   | chunk 0 | chunk 1 | scratch | scratch | chunk 4 | tail |      one address range per buffer
     window      | ... 2 of K0 | 2 of V0 | ... 3 of K0 | 3 of V0 | ...    |      one address range for training

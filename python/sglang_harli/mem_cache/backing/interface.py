@@ -1,4 +1,4 @@
-"""What holds the pool's physical memory: one protocol, several ways (design section 6).
+"""What holds the pool's physical memory: one protocol, several ways (docs/internals/memory.md).
 
 host      anonymous mmap; memory that is lent falls out of the KV region by madvise
 cuda      CUDA virtual memory: physical handles are mapped here or there

@@ -1,4 +1,4 @@
-"""The served weights as a transformers module, without a copy (design section 4).
+"""The served weights as a transformers module, without a copy (docs/internals/training-step.md).
 
 A skeleton is built on the meta device from the config that SGLang serves with; each of its parameters is then a
 view into the tensor that SGLang holds: q, k and v are row ranges of ``qkv_proj``, gate and up of

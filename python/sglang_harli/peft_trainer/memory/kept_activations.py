@@ -1,4 +1,4 @@
-"""Activations that are kept from forward to backward, so that nothing is computed twice (design section 6).
+"""Activations that are kept from forward to backward, so that nothing is computed twice (docs/internals/memory.md).
 
 Where memory can be had for a layer and a range of rows, the trace of the forward quantum stays.  What it holds is
 copied into a lease of training's memory and the allocator's own memory is freed, so that the pool knows every

@@ -1,4 +1,4 @@
-"""Training's memory in the scheduler: where it comes from, and what goes when the KV cache needs it (design section 6).
+"""Training's memory in the scheduler: where it comes from, and what goes when the KV cache needs it (docs/internals/memory.md).
 
 The KV cache comes first.  What training holds is given back in this order, until it is enough:
 

@@ -1,4 +1,4 @@
-"""Whether the next training quantum may run now, how large, and on which SMs (design section 8).  Pure.
+"""Whether the next training quantum may run now, how large, and on which SMs (docs/internals/policy.md).  Pure.
 
 ``decide`` is asked before every quantum (temporal slotting), ``choose_rung`` before every decode step (spatial
 sharing).  Each returns a reason with its answer: the reason goes to ``harli status``, to the job's sub-state and

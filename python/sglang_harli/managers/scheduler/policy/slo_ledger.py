@@ -1,4 +1,4 @@
-"""Deadlines and slack of the running batch (design section 8).  Pure: plain numbers, no torch, no SGLang.
+"""Deadlines and slack of the running batch (docs/internals/policy.md).  Pure: plain numbers, no torch, no SGLang.
 
 A request's token number ``n`` (counted from 0) is due at ``first_token + n * TPOT target``: TPOT is a
 mean over the request, so a request that is ahead of its target has banked time that training may spend.

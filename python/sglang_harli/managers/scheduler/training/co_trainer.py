@@ -1,4 +1,4 @@
-"""Runs quanta, owns the run in progress, and answers the finetune service (design sections 2 and 5).
+"""Runs quanta, owns the run in progress, and answers the finetune service (docs/internals/run-protocol.md).
 
 Everything here happens on the scheduler's thread, between its own steps: nothing blocks, touches a disk,
 a tokenizer or JSON.  An error inside a quantum or a control message fails that run, gives its memory

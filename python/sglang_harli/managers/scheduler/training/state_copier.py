@@ -1,4 +1,4 @@
-"""Copies of a run's state into shared memory, cut into copy quanta (design section 2); and views back.
+"""Copies of a run's state into shared memory, cut into copy quanta (docs/internals/run-protocol.md); and views back.
 
 On a CPU a slice is one bounded copy.  On CUDA a slice goes through a small pinned buffer: the device
 copies into it behind the training stream's work, and a later quantum moves the bytes on when the event
