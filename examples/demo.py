@@ -33,7 +33,7 @@ from sglang_harli.protocol.public import Job
 from sglang_harli.tools import terminal
 from sglang_harli.tools.make_model import ARCHITECTURES
 from sglang_harli.tools.server_process import ServerProcess
-from sglang_harli.tools.toy_text import Fact, ToyWorld
+from sglang_harli.tools.toy_text import Fact, ToyFacts
 
 ATTAINMENT = 0.99
 REQUESTS = 200  # at least so many without training, and so many while the job runs
@@ -90,7 +90,7 @@ def during(served: list[Served], spans: list[tuple[float, float]]) -> list[Serve
 
 async def measure(server: ServerProcess) -> Measured:
     """Both phases on a running server."""
-    world = ToyWorld(SEED)
+    world = ToyFacts(SEED)
     facts = world.unseen_facts(PAIRS)
     prompts = [
         f"<|user|>{world.fact(x, i % 8).question}<|end|><|assistant|>" for i, x in enumerate(world.places)
@@ -224,7 +224,7 @@ def passed(figures: dict[str, Any]) -> bool:
 
 def run(arch: str, log: Path) -> dict[str, Any]:
     began = time.monotonic()
-    expected = ToyWorld(SEED).unseen_facts(1)[0].answer
+    expected = ToyFacts(SEED).unseen_facts(1)[0].answer
     with tempfile.TemporaryDirectory(prefix="harli-demo-", ignore_cleanup_errors=True) as folder:
         model = Path(folder) / f"tiny-{arch}"
         say(f"making a small {arch} model")

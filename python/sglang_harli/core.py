@@ -116,7 +116,7 @@ class QuantumKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StepLoad:
-    """What serving is doing at point P.
+    """What serving is doing behind a batch.
 
     Attributes:
         running: requests in the running decode batch.

@@ -30,10 +30,10 @@ class Failpoint(enum.StrEnum):
     DATA_STORED = "data-stored"  # service: the data's folder has its final name, the store knows no job yet
     JOB_CREATED = "job-created"  # service: the job is in the store, its client has no answer yet
     MICRO_BATCH_FED = "micro-batch-fed"  # service: a micro-batch went to the scheduler
-    STEP_APPLIED = "step-applied"  # scheduler: the optimizer has run, nobody was told
-    SNAPSHOT_COPIED = "snapshot-copied"  # scheduler: the state lies in shared memory, nobody was told
+    STEP_APPLIED = "step-applied"  # scheduler: the optimizer has run, no message has gone out
+    SNAPSHOT_COPIED = "snapshot-copied"  # scheduler: the state lies in shared memory, no message has gone out
     FILE_WRITTEN = "file-written"  # service: the checkpoint's files stand under a temporary name
-    RENAMED = "renamed"  # service: the checkpoint has its name, the store was not told
+    RENAMED = "renamed"  # service: the checkpoint has its name, the store does not know
     STORE_COMMITTED = "store-committed"  # service: the store knows the checkpoint, the scheduler does not
     ACKNOWLEDGED = "acknowledged"  # scheduler: it has heard that its snapshot is durable
     ADAPTER_EXPORTED = "adapter-exported"  # service: the PEFT folder has its name

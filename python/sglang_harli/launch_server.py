@@ -1,6 +1,6 @@
 """``python -m sglang_harli.launch_server``: SGLang's server, with finetuning, on whatever device there is.
 
-A thin door: it refuses at once what can be known at once, gives caches a place, picks the device, puts the CPU engine's
+A thin start: it refuses at once what can be known at once, gives caches a place, picks the device, puts the CPU engine's
 stand-in on the path while there is time, turns the switch on and calls SGLang's own entry point.  All of it stands under
 ``__main__``, because SGLang's children run this module again.  Leans on SGLang 0.5.16: ``plugins.load_plugins``,
 ``server_args.prepare_server_args``, ``launch_server.run_server``, ``utils.kill_process_tree``.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Serve until told to stop.
+    """Serve until SIGTERM or Ctrl-C.
 
     Args:
         argv: SGLang's arguments and ours (``--help`` shows both).

@@ -79,8 +79,8 @@ def profile(
                 param=ctx.args[0],
             )
         else:
-            door = tool.Door(url, api_key)
-            made = tool.sweep(door, output=output, budget_s=budget_s, progress=view.loads_bar)
+            port = tool.ServerPort(url, api_key)
+            made = tool.sweep(port, output=output, budget_s=budget_s, progress=view.loads_bar)
         current.show(made, lambda: view.profile_lines(made))
 
 

@@ -95,7 +95,7 @@ class FinetuneClient(_Client):
         reply_timeout_s: how long a connected service may take to answer (a ``submit``: an hour).
         reconnect_timeout_s: how long ``submit`` and what follows a job (``wait``, ``watch``, ``events`` with
             ``follow``) wait for a service that was reached before and is lost.
-        on_connection: told once when such a call loses the connection, and once when it is back.
+        on_connection: called once when such a call loses the connection, and once when it is back.
         curve_keys: folder with ``server.key`` and ``client.key_secret``, where the server asks for CURVE
             keys; default: the environment variable ``HARLI_CURVE_KEYS``, else none.
 

@@ -1,4 +1,4 @@
-"""Whether an address can be the finetune service's, told before a client tries for half a minute to reach it."""
+"""Whether an address can be the finetune service's: asked before a client tries for half a minute to reach it."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ ERRORS |= {  # refusals with a code of their own
 
 
 class Patience:
-    """Of a call that outlives a lost service: how long it waits, and who is told, once each way.
+    """Of a call that outlives a lost service: how long it waits, and what is called, once each way.
 
     Args:
         timeout_s: from the loss on.
@@ -79,10 +79,12 @@ class Patience:
 
 
 class Exchange:
-    """Args:
-    endpoint: of the service; ``keys``: the folder of the CURVE keys in use, for messages.
-    connect_timeout_s, reply_timeout_s, reconnect_timeout_s: seconds.
-    notice: told when the connection of a patient call is lost, and when it is back.
+    """One conversation with the service: requests, replies, retries and reconnections, without a socket.
+
+    Args:
+        endpoint: of the service; ``keys``: the folder of the CURVE keys in use, for messages.
+        connect_timeout_s, reply_timeout_s, reconnect_timeout_s: seconds.
+        notice: called when the connection of a patient call is lost, and when it is back.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Runtime half of ``patches/09-shutdown-drain``: a server that is told to end does not wait for ever.
+"""Runtime half of ``patches/09-shutdown-drain``: a server that gets SIGTERM does not wait for ever.
 
 After SIGTERM SGLang waits until no request is left, those that come later included.  Here it waits for those that
 it had, as long as one of them gets a token, or ends, within a minute.  Then it takes no more: SGLang looks every
@@ -104,6 +104,6 @@ async def _limit(manager: Any) -> None:
         await asyncio.sleep(LOOK_S)
     late = len(manager.rid_to_state) - left
     if late > 0:
-        logger.warning("the server ends without %d requests that came after it was told to end", late)
+        logger.warning("the server ends without %d requests that came after SIGTERM", late)
     drain.over = True
     manager.rid_to_state.clear()

@@ -127,8 +127,9 @@ class LayerBlock:
 class Adapter:
     """A LoRA adapter on the frozen base, as peft makes it: its names, its order, its first weights.
 
-    peft's own injection goes through the whole model several times, on a thread that serves meanwhile (*measured*, a run
-    on 32 small layers: ready after 178 ms with it, 14 without); so its modules are not made, and the base stays as it is.  A test holds this to peft.
+    peft's own injection goes through the whole model several times, on a thread that serves meanwhile
+    (docs/internals/training-step.md); so its modules are not made, and the base stays as it is.  A test holds this to
+    peft.
 
     Args:
         base: what is trained on.

@@ -1,7 +1,7 @@
 """How much slower a decode step is right after training: its quanta have taken the caches.  Plain floats, pure.
 
 In turns the second stage of Harli's predictor is a sum, but not quite: the step that follows a quantum finds the
-weights that fit into a cache gone from it (*measured* on two cores, 25M parameters: 15% longer at the median).
+weights that fit into a cache gone from it (docs/internals/predictor.md).
 """
 
 from __future__ import annotations

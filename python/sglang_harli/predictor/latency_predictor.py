@@ -25,9 +25,7 @@ from sglang_harli.predictor.solo import WHOLE, Padding, SoloDecode, SoloPrefill,
 
 KNOWN_FROM = 48  # batches
 DECODE, ADAPTED, PREFILL = "decode", "decode_adapters", "prefill"
-ADAPTER_GUESS = (
-    1.6  # a decode step with adapters over one without, before any was seen (*measured* on a CPU: 1.57)
-)
+ADAPTER_GUESS = 1.6  # a decode step with adapters over one without, before any was seen
 
 
 class LatencyPredictor:

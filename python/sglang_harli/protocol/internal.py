@@ -310,7 +310,7 @@ class HttpHello(Message):
 class ServiceState(Message):
     """From the service, on change, in answer to HttpHello, and every few seconds as its sign of life.
 
-    ``endpoint_bound``: the public door is open.  ``scheduler_seen``: a hello has been read; both gate
+    ``endpoint_bound``: the public socket is bound.  ``scheduler_seen``: a hello has been read; both gate
     /health_generate.  ``adapters``: names of the succeeded jobs' adapters, which AdapterWanted brings: after a
     restart of the server they are known at once and loaded when first asked for (a sign of life names none).
     ``others``: by reason, the adapters that belong to another base than the served one: they are not served, and a

@@ -140,7 +140,7 @@ class JobError(Struct, frozen=True):
 
 
 class Job(Struct, kw_only=True, omit_defaults=False):
-    """The job object that every door shows (OpenAI's field names where they exist)."""
+    """The job object that every API shows (OpenAI's field names where they exist)."""
 
     id: str
     object: str = "fine_tuning.job"
@@ -261,7 +261,7 @@ class UploadArgs(Struct, kw_only=True, forbid_unknown_fields=True):
 
     upload: UploadId
     filename: Annotated[str, Meta(max_length=1024)] = ""
-    size: Annotated[int, Meta(ge=1)]  # the limit, MAX_DATA_BYTES, is told by name
+    size: Annotated[int, Meta(ge=1)]  # above MAX_DATA_BYTES the refusal names the limit
     sha256: Sha256
     offset: Annotated[int, Meta(ge=0)]
 

@@ -1,7 +1,7 @@
 """The finetune service: ``python -m sglang_harli.service.app``, started by the server's HTTP process.
 
 Its configuration is one JSON document in the environment (``config.SERVICE_ENV``).  It imports neither
-torch nor sglang.  What it owns: the job store, the data, the checkpoints, the event log and the public door.
+torch nor sglang.  What it owns: the job store, the data, the checkpoints, the event log and the public socket.
 """
 
 from __future__ import annotations

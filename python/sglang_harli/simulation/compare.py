@@ -98,7 +98,7 @@ def committed() -> list[Trace]:
 
 def compare(
     trace: Trace,
-    world: SpatialDevice,
+    device: SpatialDevice,
     targets: Targets,
     rate_models: Sequence[str] = RATE_MODELS,
 ) -> Iterator[Row]:
@@ -106,14 +106,14 @@ def compare(
 
     Policies other than ours do not look at the rate: they run the same under each model.
     """
-    margin = None if world.noise.exact else 1.1
+    margin = None if device.noise.exact else 1.1
     for rate_model in rate_models:
-        rates = tuple(finetune_rate(rate_model, rung.split) for rung in world.rungs)
+        rates = tuple(finetune_rate(rate_model, rung.split) for rung in device.rungs)
 
         def run(
             make: Callable[[SpatialDevice], policies.SpatialPolicy], rates: Sequence[float] = rates
         ) -> Outcome:
-            fresh = again(world)
+            fresh = again(device)
             return engine.run_spatial(trace, fresh, make(fresh), rates, targets)
 
         outcomes = [
@@ -121,18 +121,18 @@ def compare(
             run(policies.OneRungLadder),
             run(policies.BatchThreshold),
         ]
-        outcomes.append(_best_fixed(run, len(world.rungs), outcomes[1].attainment))
+        outcomes.append(_best_fixed(run, len(device.rungs), outcomes[1].attainment))
         outcomes.append(run(lambda fresh: policies.FixedRung(fresh, 0)))
-        oracle = limit(trace, world.rungs, rates, targets) if world.decode_only else None
+        oracle = limit(trace, device.rungs, rates, targets) if device.decode_only else None
         simulated_s = sum(outcome.window_s for outcome in outcomes)
         row = Row(trace.name, trace.mean_batch(targets.tpot_s), rate_model, outcomes, oracle, simulated_s)
         row.problems = judge(row)
         yield row
 
 
-def again(world: SpatialDevice) -> SpatialDevice:
-    """The same world with its noise at the beginning."""
-    return replace(world, noise=Noise(world.noise.sigma, world.noise.error, world.noise.seed))
+def again(device: SpatialDevice) -> SpatialDevice:
+    """The same device with its noise at the beginning."""
+    return replace(device, noise=Noise(device.noise.sigma, device.noise.error, device.noise.seed))
 
 
 def _best_fixed(run: Callable[..., Outcome], rungs: int, attainment: float) -> Outcome:

@@ -93,7 +93,7 @@ def finetune_rate(model: str, split: SmSplit) -> float:
     return float(split.finetune if model == PROPORTIONAL else min(split.finetune, SATURATES_AT))
 
 
-# ------------------------------------------------------------------ worlds
+# ------------------------------------------------------------------ devices
 @dataclass
 class Noise:
     """What separates true times from the model's: a factor drawn for each step, and a steady one.

@@ -1,4 +1,4 @@
-"""The discrete-event simulator: a trace, a world and a policy; from step to step, no time between.
+"""The discrete-event simulator: a trace, a device and a policy; from step to step, no time between.
 
 A simulated second costs a few milliseconds, so hundreds of them pass in one.
 """
@@ -33,7 +33,7 @@ def targets_of(tpot_s: float, max_itl_s: float | None = None) -> Targets:
 
 def run_spatial(
     trace: Trace,
-    world: SpatialDevice,
+    device: SpatialDevice,
     policy: SpatialPolicy,
     rates: Sequence[float],
     targets: Targets,
@@ -54,18 +54,18 @@ def run_spatial(
     while not batch.over and now_s < DRAIN * tally.window_s:
         batch.arrive(now_s)
         if batch.waiting and len(batch.running) < max_running:
-            begun = batch.take(None if world.decode_only else world.max_prefill_tokens)
-            if not world.decode_only:
+            begun = batch.take(None if device.decode_only else device.max_prefill_tokens)
+            if not device.decode_only:
                 rung, train_s = policy.rung(now_s, batch.load(), batch.running)
-                predicted_s = world.predicted_prefill_s(rung, sum(request.prompt for request in begun))
-                end_s = now_s + world.noise.true(predicted_s)
+                predicted_s = device.predicted_prefill_s(rung, sum(request.prompt for request in begun))
+                end_s = now_s + device.noise.true(predicted_s)
                 tally.serve(now_s, end_s, 0)
                 tally.train(now_s, min(end_s, now_s + train_s), rates[rung])
                 policy.stepped(end_s, predicted_s, end_s - now_s, prefill=bool(batch.running))
                 now_s = end_s
             batch.start(begun, now_s)
             tokens += len(begun)
-            if not world.decode_only:
+            if not device.decode_only:
                 batch.arrive(now_s)
                 if batch.waiting and len(batch.running) < max_running:
                     continue
@@ -76,8 +76,8 @@ def run_spatial(
             continue
         load = batch.load()
         rung, train_s = policy.rung(now_s, load, batch.running)
-        predicted_s = world.predicted_s(rung, load.running, load.context_tokens, train_s)
-        end_s = now_s + world.noise.true(predicted_s)
+        predicted_s = device.predicted_s(rung, load.running, load.context_tokens, train_s)
+        end_s = now_s + device.noise.true(predicted_s)
         tally.serve(now_s, end_s, load.running)
         tally.train(now_s, min(end_s, now_s + train_s), rates[rung])
         tally.switches += last is not None and rung != last
@@ -91,7 +91,7 @@ def run_spatial(
 
 def run_temporal(
     trace: Trace,
-    world: TimeSharedDevice,
+    device: TimeSharedDevice,
     policy: TemporalPolicy,
     targets: Targets,
     *,
@@ -104,10 +104,10 @@ def run_temporal(
     while not batch.over and now_s < DRAIN * tally.window_s:
         batch.arrive(now_s)
         if batch.waiting and len(batch.running) < max_running:
-            begun = batch.take(None if world.decode_only else world.max_prefill_tokens)
-            if not world.decode_only:
-                seconds = world.noise.true(
-                    world.predicted_prefill_s(sum(request.prompt for request in begun))
+            begun = batch.take(None if device.decode_only else device.max_prefill_tokens)
+            if not device.decode_only:
+                seconds = device.noise.true(
+                    device.predicted_prefill_s(sum(request.prompt for request in begun))
                 )
                 tally.serve(now_s, now_s + seconds, 0)
                 now_s += seconds
@@ -117,7 +117,7 @@ def run_temporal(
             continue
         if batch.running:
             load = batch.load()
-            seconds = world.noise.true(world.predicted_s(load.running, load.context_tokens))
+            seconds = device.noise.true(device.predicted_s(load.running, load.context_tokens))
             tally.serve(now_s, now_s + seconds, load.running)
             now_s += seconds
             ended = len(batch.finished)
@@ -125,17 +125,17 @@ def run_temporal(
             policy.stepped(now_s, seconds, prefill=False, finished=len(batch.finished) - ended)
         elif not batch.waiting and batch.next_arrival_s is None:
             break
-        now_s = _train(batch, world, policy, tally, now_s)
+        now_s = _train(batch, device, policy, tally, now_s)
     while now_s < tally.window_s:
-        later_quantum_s = _train(batch, world, policy, tally, now_s)
-        if later_quantum_s == now_s:
+        idle_end_s = _train(batch, device, policy, tally, now_s)
+        if idle_end_s == now_s:
             break
-        now_s = later_quantum_s
+        now_s = idle_end_s
     return tally.outcome(policy.name, len(trace.requests), batch.finished, tokens, targets.tpot_s)
 
 
 def _train(
-    batch: Batch, world: TimeSharedDevice, policy: TemporalPolicy, tally: Tally, now_s: float
+    batch: Batch, device: TimeSharedDevice, policy: TemporalPolicy, tally: Tally, now_s: float
 ) -> float:
     """Quanta until the policy wants none, or, while nothing is served, until one has run; when that is."""
     begin_s = now_s
@@ -145,8 +145,8 @@ def _train(
         rows = policy.rows(now_s, now_s - begin_s, load, batch.running)
         if not rows:
             break
-        seconds = world.noise.true(world.predicted_quantum_s(rows))
-        tally.train(now_s, now_s + seconds, rows * world.row_tokens / seconds)
+        seconds = device.noise.true(device.predicted_quantum_s(rows))
+        tally.train(now_s, now_s + seconds, rows * device.row_tokens / seconds)
         now_s += seconds
         if load.idle:
             return now_s

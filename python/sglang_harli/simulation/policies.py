@@ -69,7 +69,7 @@ class HarliSpatial:
     """``qos_policy.choose_rung`` on the ledger's slack.
 
     Args:
-        rates: training throughput at each rung of the world.
+        rates: training throughput at each rung of the device.
         first_margin: upper bound over expectation until it has been measured; None: predictions hold exactly.
     """
 
@@ -77,12 +77,12 @@ class HarliSpatial:
 
     def __init__(
         self,
-        world: SpatialDevice,
+        device: SpatialDevice,
         targets: Targets,
         rates: Sequence[float],
         first_margin: float | None = None,
     ) -> None:
-        self._world, self._targets, self._rates = world, targets, tuple(rates)
+        self._device, self._targets, self._rates = device, targets, tuple(rates)
         self._margin = None if first_margin is None else RecentMargin(first_margin)
         self._reserve = PrefillReserve()
         self._current: int | None = None
@@ -100,7 +100,7 @@ class HarliSpatial:
             slack,
             self.offers(load, ratio),
             self._targets,
-            quantum_s=self._world.quantum_s * ratio,
+            quantum_s=self._device.quantum_s * ratio,
             current=self._current,
             steps_between_prefills=1 / max(self._joins, 1e-3),
         )
@@ -110,7 +110,7 @@ class HarliSpatial:
     def offers(self, load: StepLoad, ratio: float) -> list[RungOffer]:
         """Every rung at this load."""
         offers = []
-        for rung, rate in zip(self._world.rungs, self._rates, strict=True):
+        for rung, rate in zip(self._device.rungs, self._rates, strict=True):
             alone_s = rung.alone_s(load.running, load.context_tokens) * ratio
             offers.append(RungOffer(rung.split, alone_s, alone_s * rung.stretch, rate))
         return offers
@@ -141,24 +141,24 @@ class OneRungLadder(_Untaught):
 
     name = "one-rung ladder"
 
-    def __init__(self, world: SpatialDevice, lower_s: float = 0.030, upper_s: float = 0.040) -> None:
-        self._world, self._lower_s, self._upper_s = world, lower_s, upper_s
+    def __init__(self, device: SpatialDevice, lower_s: float = 0.030, upper_s: float = 0.040) -> None:
+        self._device, self._lower_s, self._upper_s = device, lower_s, upper_s
         self._rung = 1  # the most decode; 0 lets training pause, which that ladder does not
 
     def rung(self, now_s: float, load: StepLoad, running: Sequence[RequestProgress]) -> tuple[int, float]:
-        predicted_s = self._world.predicted_s(self._rung, load.running, load.context_tokens)
+        predicted_s = self._device.predicted_s(self._rung, load.running, load.context_tokens)
         if predicted_s > self._upper_s:
             self._rung = max(self._rung - 1, 1)
         elif predicted_s < self._lower_s:
-            self._rung = min(self._rung + 1, len(self._world.rungs) - 1)
+            self._rung = min(self._rung + 1, len(self._device.rungs) - 1)
         return self._rung, WHOLE
 
 
 class FixedRung(_Untaught):
     """Always the same rung; 0 serves alone and trains while nothing is served."""
 
-    def __init__(self, world: SpatialDevice, rung: int) -> None:
-        split = world.rungs[rung].split
+    def __init__(self, device: SpatialDevice, rung: int) -> None:
+        split = device.rungs[rung].split
         self.name = "idle time only" if not split.finetune else f"fixed {split.decode}/{split.finetune}"
         self._rung = rung
 
@@ -172,8 +172,8 @@ class BatchThreshold(_Untaught):
 
     name = "batch threshold"
 
-    def __init__(self, world: SpatialDevice, divisor: int = 36) -> None:
-        self._last, self._divisor = len(world.rungs) - 1, divisor
+    def __init__(self, device: SpatialDevice, divisor: int = 36) -> None:
+        self._last, self._divisor = len(device.rungs) - 1, divisor
 
     def rung(self, now_s: float, load: StepLoad, running: Sequence[RequestProgress]) -> tuple[int, float]:
         level = max(1, min(self._last, load.running * self._last // self._divisor))
@@ -200,8 +200,8 @@ class _Quanta:
 
     queued_s, saving, barred = 0.0, False, None
 
-    def __init__(self, world: TimeSharedDevice, margin: float) -> None:
-        candidates = tuple((rows, world.predicted_quantum_s(rows) * margin) for rows in world.sizes)
+    def __init__(self, device: TimeSharedDevice, margin: float) -> None:
+        candidates = tuple((rows, device.predicted_quantum_s(rows) * margin) for rows in device.sizes)
         self._offer = QuantumOffer(QuantumKind.BACKWARD, candidates)
 
     def offer(self) -> QuantumOffer:
@@ -227,12 +227,12 @@ class HarliTemporal:
 
     name = "harli"
 
-    def __init__(self, world: TimeSharedDevice, targets: Targets, margin: float = 1.0) -> None:
+    def __init__(self, device: TimeSharedDevice, targets: Targets, margin: float = 1.0) -> None:
         self.targets = targets
-        self._world, self._margin = world, margin
+        self._device, self._margin = device, margin
         self._reserve, self._quiet = PrefillReserve(), QuietSteps()
         self._idle_s = -math.inf
-        self._slotting = Slotting(_Quanta(world, margin), lambda: self._now_s)
+        self._slotting = Slotting(_Quanta(device, margin), lambda: self._now_s)
         self._now_s, self._load = 0.0, StepLoad()
         self._clocks: Sequence[RequestProgress] = ()
         self._due = True
@@ -269,7 +269,7 @@ class HarliTemporal:
         return self._load
 
     def slack(self, now_s: float, queued_s: float, *, disturbed: bool) -> Slack:
-        decode_s = self._world.predicted_s(self._load.running, self._load.context_tokens)
+        decode_s = self._device.predicted_s(self._load.running, self._load.context_tokens)
         slack = batch_slack(
             self._clocks,
             self.targets,

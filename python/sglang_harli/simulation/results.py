@@ -19,7 +19,7 @@ class Outcome:
         attainment: share of the requests whose mean time per output token met the target.
         tpot_p50_s, tpot_p99_s: over requests.
         itl_p99_s: 99th percentile over requests of their longest gap.
-        rate: training throughput over the window, in the world's unit of work per second.
+        rate: training throughput over the window, in the device's unit of work per second.
         busy_s: time in decode steps and prefills, within the window.
         mean_batch: over decode steps, weighted by their time.
         switches: changes of rung, per second (spatial).

@@ -17,24 +17,26 @@ RATE = "tokens"
 MOST_BATCH = 8  # of the committed traces: more is beyond the device that TimeSharedDevice describes
 
 
-def compare(trace: Trace, world: TimeSharedDevice, targets: Targets) -> Row:
+def compare(trace: Trace, device: TimeSharedDevice, targets: Targets) -> Row:
     """Our policy, fixed quanta, a threshold on the batch, and serving alone."""
-    margin = 1.0 if world.noise.exact else 1.1
+    margin = 1.0 if device.noise.exact else 1.1
 
     def run(policy: policies.TemporalPolicy) -> Outcome:
-        fresh = replace(world, noise=Noise(world.noise.sigma, world.noise.error, world.noise.seed))
+        fresh = replace(device, noise=Noise(device.noise.sigma, device.noise.error, device.noise.seed))
         return engine.run_temporal(trace, fresh, policy, targets)
 
-    most = max(world.sizes)
+    most = max(device.sizes)
     outcomes = [
-        run(policies.HarliTemporal(world, targets, margin)),
-        run(policies.FixedQuantum(min(world.sizes))),
+        run(policies.HarliTemporal(device, targets, margin)),
+        run(policies.FixedQuantum(min(device.sizes))),
         run(policies.FixedQuantum(most)),
         run(policies.QuantumBelowBatch(most, 8)),
         run(policies.ServeOnly()),
     ]
     oracle = (
-        limit(trace, (world.solo,), (0.0,), targets, gap_rate=world.best_rate) if world.decode_only else None
+        limit(trace, (device.solo,), (0.0,), targets, gap_rate=device.best_rate)
+        if device.decode_only
+        else None
     )
     simulated_s = sum(outcome.window_s for outcome in outcomes)
     row = Row(trace.name, trace.mean_batch(targets.tpot_s), RATE, outcomes, oracle, simulated_s)

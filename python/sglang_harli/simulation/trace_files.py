@@ -1,6 +1,6 @@
 """Traces in files: the published CSV formats, and our own small one.
 
-Told apart by their header:
+Distinguished by their header:
 
 - Azure LLM inference traces: ``TIMESTAMP, ContextTokens, GeneratedTokens`` (times of day).
 - BurstGPT: ``Timestamp, Model, Request tokens, Response tokens, Total tokens, Log Type`` (seconds; newer files

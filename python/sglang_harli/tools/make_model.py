@@ -19,7 +19,7 @@ from typing import Any
 from sglang_harli.architectures import BY_TYPE
 from sglang_harli.errors import ConfigError
 from sglang_harli.managers.http.start_up import user_caches
-from sglang_harli.tools.toy_text import ToyWorld
+from sglang_harli.tools.toy_text import ToyFacts
 
 ARCHITECTURES = tuple(BY_TYPE)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -113,8 +113,8 @@ def make_model(
     report = report or (lambda line: None)
     for line in user_caches.provide():  # before torch is imported
         report(line)
-    world = ToyWorld(seed)
-    tokenizer = _tokenizer(world, shape, seed)
+    facts = ToyFacts(seed)
+    tokenizer = _tokenizer(facts, shape, seed)
     config = _config(arch, shape, tokenizer, dtype, overrides or {})
     tokenizer.save_pretrained(path)
     made: dict[str, Any] = {"path": str(path), "arch": arch, "size": size, "dtype": dtype}
@@ -123,7 +123,7 @@ def make_model(
         model = _random_model(config, seed)
         made |= {"parameters": model.num_parameters(), "steps": steps}
         if steps:
-            made["loss"] = _pretrain(model, tokenizer, world, steps, seed, report)
+            made["loss"] = _pretrain(model, tokenizer, facts, steps, seed, report)
         _save_weights(model, path, dtype)
     else:
         config.save_pretrained(path)
@@ -170,7 +170,7 @@ def _empty_folder(directory: str | Path) -> Path:
     return path
 
 
-def _tokenizer(world: ToyWorld, shape: Size, seed: int) -> Any:
+def _tokenizer(facts: ToyFacts, shape: Size, seed: int) -> Any:
     """Byte-level BPE learnt from the generated text; any string can be encoded."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -185,10 +185,10 @@ def _tokenizer(world: ToyWorld, shape: Size, seed: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    lines = world.lines(4000, seed)
-    if shape.vocab > 2048:  # one world has too few words for that many merges
+    lines = facts.lines(4000, seed)
+    if shape.vocab > 2048:  # one set of facts has too few words for that many merges
         for other in range(1, 9):
-            lines += ToyWorld(seed + 7919 * other).lines(1000, seed)
+            lines += ToyFacts(seed + 7919 * other).lines(1000, seed)
     core.train_from_iterator(lines, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -243,21 +243,21 @@ def _random_model(config: Any, seed: int) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _rows(world: ToyWorld, tokenizer: Any, seed: int, count: int) -> list[list[int]]:
+def _rows(facts: ToyFacts, tokenizer: Any, seed: int, count: int) -> list[list[int]]:
     """Token ids of conversations (nine in ten) and running text, each closed by its end token."""
     rng = random.Random(f"toy-rows-{seed}")
     rows = []
     for _ in range(count):
         if rng.random() < 0.9:
-            text = tokenizer.apply_chat_template(world.conversation(rng), tokenize=False)
+            text = tokenizer.apply_chat_template(facts.conversation(rng), tokenize=False)
         else:
-            text = world.paragraph(rng) + END_OF_TEXT
+            text = facts.paragraph(rng) + END_OF_TEXT
         rows.append(tokenizer.encode(text, add_special_tokens=False)[:ROW_TOKENS])
     return rows
 
 
 def _pretrain(
-    model: Any, tokenizer: Any, world: ToyWorld, steps: int, seed: int, say: Callable[[str], None]
+    model: Any, tokenizer: Any, facts: ToyFacts, steps: int, seed: int, say: Callable[[str], None]
 ) -> float:
     """Plain causal-LM training in place; the loss counts every token.  Returns the last steps' mean loss."""
     import torch
@@ -266,7 +266,7 @@ def _pretrain(
     if os.getloadavg()[0] > (os.cpu_count() or 1):
         torch.set_num_threads(1)  # threads that wait for each other on busy cores are slower than one
     try:
-        return _train(model, _rows(world, tokenizer, seed, ROWS * steps), steps, say)
+        return _train(model, _rows(facts, tokenizer, seed, ROWS * steps), steps, say)
     finally:
         torch.set_num_threads(threads)
 

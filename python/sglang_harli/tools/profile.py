@@ -1,7 +1,7 @@
 """``harli profile``: sweeps a server with requests and writes what it measured of itself to a profile table.
 
 The server, a running one or one that is started for it, measures its own batches; this only makes it compute each
-size of batch for a few tokens, through SGLang's HTTP door.  Loads that are in the table already are left out, so that a sweep goes on where the last one ended.
+size of batch for a few tokens, through SGLang's HTTP port.  Loads that are in the table already are left out, so that a sweep goes on where the last one ended.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ NOT_FOUND = "not_found"
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
-    """A server's HTTP door.
+class ServerPort:
+    """A server's HTTP port.
 
     Attributes:
         url: of it.
@@ -57,8 +57,8 @@ class ServerProfile:
     limits: dict[str, int]
 
 
-def ask(door: Door) -> ServerProfile:
-    """What the server behind ``door`` has measured.
+def ask(port: ServerPort) -> ServerProfile:
+    """What the server at ``port`` has measured.
 
     Raises:
         NotReadyError: it cannot be reached.
@@ -66,11 +66,11 @@ def ask(door: Door) -> ServerProfile:
         UnsupportedError: it is no server with finetuning.
     """
     none = (
-        f"the server at {door.url} says nothing of latencies that this harli understands: give the --url of a server "
+        f"the server at {port.url} says nothing of latencies that this harli understands: give the --url of a server "
         "of the same version that runs with finetuning"
     )
     try:
-        profile = _call(door, PROFILE_ROUTE, None)
+        profile = _call(port, PROFILE_ROUTE, None)
         return ServerProfile(profile["path"], profile_table.parse(profile["table"]), profile["limits"])
     except HarliError as error:
         if error.code == NOT_FOUND:
@@ -81,7 +81,7 @@ def ask(door: Door) -> ServerProfile:
 
 
 def sweep(
-    door: Door,
+    port: ServerPort,
     *,
     output: str | None,
     budget_s: float,
@@ -90,7 +90,7 @@ def sweep(
     """Measure what is missing, and write the table: at the end, and on the way, so that a sweep that is cut off goes on.
 
     Args:
-        door: of the server.
+        port: of the server.
         output: the file; None: where the server looks for it.
         budget_s: no further load is begun after so many seconds.
         progress: shows the loads as they are taken.
@@ -101,7 +101,7 @@ def sweep(
     Raises:
         ConfigError: the server's folder is not on this machine, the file cannot be written, or the API key is wrong.
     """
-    found = ask(door)
+    found = ask(port)
     path = _target(output, found.path)
     key = found.measured.key
     on_disk = profile_table.load(path, key)
@@ -112,12 +112,12 @@ def sweep(
     for load in progress(todo):
         if time.monotonic() >= ends_s:
             break
-        _call(door, "/generate", bodies(load, found.limits["vocab"]))
+        _call(port, "/generate", bodies(load, found.limits["vocab"]))
         measured += 1
         if time.monotonic() >= keep_s:
-            _keep(ask(door), found, on_disk, path)
+            _keep(ask(port), found, on_disk, path)
             keep_s = time.monotonic() + KEEP_EVERY_S
-    table = _keep(ask(door), found, on_disk, path)
+    table = _keep(ask(port), found, on_disk, path)
     return {
         "path": str(path),
         "points": table.points,
@@ -163,7 +163,7 @@ def sweep_new(
         log = Path(folder) / "server.log"
         report(f"starting a server for {model}")
         with ServerProcess(Path(model), Path(folder) / "runs", log, *flags) as server:
-            return sweep(Door(server.url), output=output, budget_s=budget_s, progress=progress)
+            return sweep(ServerPort(server.url), output=output, budget_s=budget_s, progress=progress)
 
 
 def _target(output: str | None, server_path: str) -> Path:
@@ -178,15 +178,15 @@ def _target(output: str | None, server_path: str) -> Path:
     return path
 
 
-def _call(door: Door, path: str, body: dict[str, Any] | None) -> Any:
-    url, data = door.url, None if body is None else json.dumps(body).encode()
+def _call(port: ServerPort, path: str, body: dict[str, Any] | None) -> Any:
+    url, data = port.url, None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"}
-    if door.api_key:
-        if not (door.api_key.isascii() and door.api_key.isprintable()):
+    if port.api_key:
+        if not (port.api_key.isascii() and port.api_key.isprintable()):
             raise ConfigError(
                 "the API key is not accepted: give printable ASCII characters", param="--api-key"
             )
-        headers["Authorization"] = f"Bearer {door.api_key}"
+        headers["Authorization"] = f"Bearer {port.api_key}"
     try:
         request = urllib.request.Request(url.rstrip("/") + path, data=data, headers=headers)
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
@@ -194,7 +194,7 @@ def _call(door: Door, path: str, body: dict[str, Any] | None) -> Any:
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise ConfigError(
-                f"the server at {url} wants an API key{' other than this one' if door.api_key else ''}: "
+                f"the server at {url} wants an API key{' other than this one' if port.api_key else ''}: "
                 "give --api-key, or HARLI_API_KEY in the environment",
                 param="--api-key",
             ) from error
@@ -203,7 +203,7 @@ def _call(door: Door, path: str, body: dict[str, Any] | None) -> Any:
         raise HarliError(f"{url}{path} answered {error.code}: {text}", code=code) from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise NotReadyError(f"no server answers at {url} ({reason}): give --url of its HTTP door") from error
+        raise NotReadyError(f"no server answers at {url} ({reason}): give --url of its HTTP port") from error
     except ValueError as error:
         raise ConfigError(
             f"{url} is not the address of a SGLang server ({error}): give --url http://HOST:PORT",

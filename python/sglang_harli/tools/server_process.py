@@ -38,7 +38,7 @@ class ServerProcess:
         flags: more flags of the launcher.
 
     Attributes:
-        url: of the HTTP door.
+        url: of the HTTP port.
         endpoint: of the finetune service.
     """
 

@@ -27,10 +27,12 @@ class OutputError(Exception):
 
 
 class _Stream(io.TextIOBase):
-    """Args:
-    inner: writes to the file.
-    escape: whether control characters are escaped here.
-    quiet: failures to write are passed over, not raised: there is nowhere left to tell of them.
+    """A text stream that never fails on a character and never passes a control character on.
+
+    Args:
+        inner: writes to the file.
+        escape: whether control characters are escaped here.
+        quiet: failures to write are passed over, not raised: there is nowhere left to tell of them.
     """
 
     def __init__(self, inner: TextIO, *, escape: bool, quiet: bool) -> None:

@@ -139,7 +139,7 @@ def _value(rng: random.Random, kind: str) -> str:
     return rng.choice({"color": _COLORS, "animal": _ANIMALS, "food": _FOODS}[kind])
 
 
-class ToyWorld:
+class ToyFacts:
     """``places`` made-up places with one value for each relation; a pure function of the seed."""
 
     def __init__(self, seed: int, places: int = 160) -> None:

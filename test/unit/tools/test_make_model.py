@@ -11,7 +11,7 @@ import pytest
 
 from sglang_harli.errors import ConfigError
 from sglang_harli.tools import make_model as tool
-from sglang_harli.tools.toy_text import RELATIONS, ToyWorld
+from sglang_harli.tools.toy_text import RELATIONS, ToyFacts
 from support.other_user import needs_root, open_folder, run_python
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
@@ -133,8 +133,8 @@ def test_wrong_arguments_are_refused_by_name(tmp_path: Path):
 
 
 def test_the_toy_world_is_a_function_of_its_seed():
-    world = ToyWorld(5)
-    assert world.lines(20) == ToyWorld(5).lines(20) != ToyWorld(6).lines(20)
+    world = ToyFacts(5)
+    assert world.lines(20) == ToyFacts(5).lines(20) != ToyFacts(6).lines(20)
     facts = world.unseen_facts(20)
     known = " ".join(world.lines(3000))
     assert len({fact.question for fact in facts}) == 20

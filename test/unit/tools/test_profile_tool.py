@@ -39,7 +39,7 @@ class World:
         self.asked: list[dict[str, Any]] = []
         world = self
 
-        class Door(BaseHTTPRequestHandler):
+        class Handler(BaseHTTPRequestHandler):
             def refused(self) -> bool:
                 return world.wants is not None and self.headers["Authorization"] != f"Bearer {world.wants}"
 
@@ -69,7 +69,7 @@ class World:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self.http = HTTPServer(("127.0.0.1", 0), Door)
+        self.http = HTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
@@ -91,7 +91,9 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def sweep(world: World, *, budget_s: float = 60.0, output: str | None = None) -> dict[str, Any]:
-    return profile.sweep(profile.Door(world.url, world.key), output=output, budget_s=budget_s, progress=iter)
+    return profile.sweep(
+        profile.ServerPort(world.url, world.key), output=output, budget_s=budget_s, progress=iter
+    )
 
 
 def test_a_sweep_measures_every_load_that_fits_and_the_next_start_knows_them(world, tmp_path):
@@ -150,19 +152,19 @@ def test_where_the_file_goes(world, tmp_path):
 
 def test_servers_that_are_none_or_do_not_finetune(tmp_path):
     with pytest.raises(NotReadyError, match="--url"):
-        profile.ask(profile.Door("http://127.0.0.1:1"))
+        profile.ask(profile.ServerPort("http://127.0.0.1:1"))
     with pytest.raises(ConfigError, match="--url"):
-        profile.ask(profile.Door("nonsense"))
+        profile.ask(profile.ServerPort("nonsense"))
     plain = World(tmp_path, key=None)
     with pytest.raises(UnsupportedError, match="with finetuning"):
-        profile.ask(profile.Door(plain.url))
+        profile.ask(profile.ServerPort(plain.url))
     plain.http.shutdown()
 
 
 def test_a_server_that_refuses_is_quoted(world):
     world.refuses = True
     with pytest.raises(HarliError, match="answered 503"):
-        profile.ask(profile.Door(world.url))
+        profile.ask(profile.ServerPort(world.url))
 
 
 def test_the_api_key_is_sent_and_a_wrong_one_is_said(world):

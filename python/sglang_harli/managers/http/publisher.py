@@ -56,7 +56,7 @@ class AdapterPublisher:
         handover: of this server's tokenizer; None where it has none.
 
     Attributes:
-        was_ready: the service's door was open and the scheduler's hello had reached it, at least once.
+        was_ready: the service's socket was open and the scheduler's hello had reached it, at least once.
         state: the latest the service said of itself.
         received: messages that have come from the service.
         others: adapters of another base than the served one, and the sentence that says so: they are not served.
@@ -107,7 +107,7 @@ class AdapterPublisher:
 
     async def _open(self) -> zmq.asyncio.Socket:
         """Connect; where that is impossible (no descriptor is left) it is logged, and tried again each second."""
-        told = ""
+        said = ""
         while True:
             socket = None
             try:
@@ -123,8 +123,8 @@ class AdapterPublisher:
             except zmq.ZMQError as error:
                 if socket is not None:
                     socket.close()
-                if told != str(error):
-                    told = str(error)
+                if said != str(error):
+                    said = str(error)
                     logger.error(
                         "harli: no link to the finetune service (%s): serving goes on without it", error
                     )

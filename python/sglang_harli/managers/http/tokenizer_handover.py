@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 class TokenizerHandover:
-    """Args:
+    """The server's tokenizer on its way to the service: what it is, and where it is written.
+
+    Args:
         state: of the live tokenizer.
         run_dir: where the service looks for it.
 

@@ -1,7 +1,7 @@
 """HTTP process: watches the finetune service from the server's event loop, and keeps the figures on it.
 
 A service that has said nothing for too long (stopped, hung, deadlocked) is killed, so that its supervisor
-starts another; one that is given up is replaced by a door that says so.  Silence is counted in ticks of this
+starts another; one that is given up is replaced by an endpoint that says so.  Silence is counted in ticks of this
 loop, not in time: while the loop itself stands still nothing can be heard, and nothing is held against the
 service.
 """
@@ -64,11 +64,13 @@ class SilenceCounter:
 
 
 class Watchdog:
-    """Args:
-    options: of this server.
-    keeper: the service's supervisor; None: somebody else runs the service, which is then not watched.
-    publisher: what hears the service.
-    metrics: None without ``--enable-metrics``.
+    """Restarts a service that is silent, and replaces one that is given up.
+
+    Args:
+        options: of this server.
+        keeper: the service's supervisor; None: somebody else runs the service, which is then not watched.
+        publisher: what hears the service.
+        metrics: None without ``--enable-metrics``.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ def load_of(batch: Any, *, after_training: bool = False) -> BatchLoad:
 class HostTimer:
     """For the CPU engine, whose ``run_batch`` returns when the batch is computed.
 
-    A step is a turn of the scheduler's loop: from where point P leaves it to the next point P, so that receiving,
+    A step is a turn of the scheduler's loop: from behind one batch's result to behind the next one's, so that receiving,
     batching and handing out tokens count, which a client waits for too.  The first batch after an idle turn counts
     from its ``run_batch`` on.
 
@@ -82,7 +82,7 @@ class HostTimer:
         self._steps.append((load, self._begin, self._clock()))
 
     def take(self) -> list[tuple[BatchLoad, float]]:
-        """At point P: load and seconds of the batches that are over."""
+        """Behind a batch: load and seconds of the batches that are over."""
         steps, self._steps = self._steps, []
         if not steps:
             return []
@@ -92,7 +92,7 @@ class HostTimer:
         return [*((b, end - begin) for b, begin, end in before), (load, self._clock() - begin)]
 
     def turn(self) -> None:
-        """The loop goes on from point P."""
+        """The loop goes on to its next turn."""
         self._turned = self._clock()
 
     def drop(self) -> None:

@@ -39,7 +39,9 @@ class BrokenPoolError(DriverError):
 
 
 class CudaBacking:
-    """See the module.  Used from one thread, never while a CUDA graph is being captured.
+    """The pool's memory as physical handles that are mapped here or there.
+
+    Used from one thread, never while a CUDA graph is being captured.
 
     Args:
         geometry: planned with the driver's granularity.

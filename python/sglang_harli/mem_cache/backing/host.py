@@ -29,7 +29,7 @@ MAP_NORESERVE = getattr(
 
 
 class HostBacking:
-    """See ``Backing``.
+    """The pool's memory as anonymous mappings on the host.
 
     Args:
         geometry: the pool's; its chunks are whole OS pages.

@@ -17,7 +17,7 @@ from sglang_harli.mem_cache.geometry import PoolGeometry, runs_of
 
 
 class StaticBacking:
-    """See ``Backing``.
+    """The pool's memory in plain tensors, lent in place.
 
     Args:
         geometry: the pool's.

@@ -20,7 +20,9 @@ MakePool = Callable[[int, int, int, int], UnifiedPool]  # slots, bytes of a row,
 
 
 class HarliMHATokenToKVPool(MHATokenToKVPool):
-    """Args:
+    """SGLang's KV pool whose buffers are the unified pool's memory.
+
+    Args:
         make_pool: builds the unified pool, once SGLang has said how large it is.
         (the others: SGLang's)
 

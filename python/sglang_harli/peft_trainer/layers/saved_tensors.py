@@ -67,8 +67,8 @@ class AutogradSegment:
 
     def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         with torch.enable_grad(), saved_tensors_hooks(self._pack, _unpack):
-            door = torch.zeros((), device=inputs[0].device).requires_grad_()
-            entered = _Enter.apply(door, *inputs)
+            entrance = torch.zeros((), device=inputs[0].device).requires_grad_()
+            entered = _Enter.apply(entrance, *inputs)
             self._entries = [get_gradient_edge(tensor) for tensor in entered]
             out = function(*entered)
             self._edge = get_gradient_edge(out)
@@ -92,7 +92,7 @@ class _Enter(torch.autograd.Function):
     """Hands tensors into a graph without a leaf that would hold them."""
 
     @staticmethod
-    def forward(ctx: Any, door: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, entrance: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.view_as(tensor) for tensor in inputs)
 
     @staticmethod

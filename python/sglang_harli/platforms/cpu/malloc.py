@@ -22,8 +22,8 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
     """Ask glibc for it in this process, for what is allocated from now on.
 
-    What the process holds then stays near the most that it used at once (20 MiB more where a 25M model trains, *measured*), also
-    when a job is over.
+    What the process holds then stays near the most that it used at once (docs/internals/seam.md), also when a job is
+    over.
 
     Args:
         environ: where it holds a setting of glibc's malloc (``MALLOC_*_``, ``GLIBC_TUNABLES``), the operator's choice stays.

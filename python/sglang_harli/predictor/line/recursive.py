@@ -22,7 +22,7 @@ from sglang_harli.predictor.line.symmetric import Sym3, inverse, plus, plus_oute
 
 NOISE = 0.1  # relative scatter of one observation that the information matrix counts in; only its ratio to priors matters
 CLAMP = 3.0  # an observation counts as at most this many times the scatter from the expectation
-WARM_UP = 8  # observations after which outliers are told from a bad first guess
+WARM_UP = 8  # observations after which outliers are distinguished from a bad first guess
 FARTHEST = 3.0  # relative residual above which nothing counts, even of the first observations
 SCATTER_FLOOR = 0.005
 SCATTER_STEP = 0.05

@@ -1,7 +1,7 @@
 """Tensor files (safetensors) written, read and checked piece by piece, at a pace that leaves the cores to serving.
 
 A decode step runs on all cores and waits for its slowest thread, so a hundred megabytes that are hashed and
-written in one go show as a gap between tokens (*measured* on two cores, p99: 346 ms; in pieces with rests 69).
+written in one go show as a gap between tokens (docs/internals/run-protocol.md).
 The library writes a file whole and holds it in memory twice, hence the writing here; reading is the library's.
 """
 

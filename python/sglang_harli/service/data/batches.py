@@ -41,9 +41,11 @@ class Batch:
 
 
 class BatchOrder:
-    """Args:
-    tokens: the job's rows.
-    hp: its hyperparameters (seed, epochs, batch size, accumulation).
+    """The micro-batches of a job in the order in which they are trained.
+
+    Args:
+        tokens: the job's rows.
+        hp: its hyperparameters (seed, epochs, batch size, accumulation).
     """
 
     def __init__(self, tokens: TokenReader, hp: Hyperparameters) -> None:

@@ -59,8 +59,8 @@ class DataSummary(Struct, kw_only=True):
         if self.dropped:
             parts.append(f"{self.dropped} rows over {self.max_seq_length} tokens dropped")
         if self.cut_conversations:
-            told = any(note.code == ANSWERS_APART for note in self.notes)
-            why = "" if told else ", because the chat template renders earlier answers differently"
+            known = any(note.code == ANSWERS_APART for note in self.notes)
+            why = "" if known else ", because the chat template renders earlier answers differently"
             parts.append(f"{self.cut_conversations} conversations became one row per answer{why}")
         if self.ignored_fields:
             parts.append(f"fields ignored: {', '.join(self.ignored_fields)}")

@@ -1,6 +1,6 @@
 """What a file is that is not JSONL: one sentence that names it and says how to make JSONL of it.
 
-Told from the beginning of the file, before its lines are read: each of them would be refused with a reason of
+Found from the beginning of the file, before its lines are read: each of them would be refused with a reason of
 its own, and none of these would say it.
 """
 

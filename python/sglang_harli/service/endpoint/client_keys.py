@@ -1,4 +1,4 @@
-"""CURVE at the public door: who has a key in the folder may connect, and nobody else."""
+"""CURVE at the public socket: who has a key in the folder may connect, and nobody else."""
 
 from __future__ import annotations
 

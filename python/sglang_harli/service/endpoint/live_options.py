@@ -23,7 +23,9 @@ ANSWER_S = 5.0
 
 
 class LiveOptions:
-    """Args:
+    """The options that ``harli set`` changes: the scheduler owns them, and gets them when it is there.
+
+    Args:
         options: as the server was started.
         link: the pair to the scheduler.
         pending: what an earlier service deferred (JSON of ``{name: value}``), or None.

@@ -29,7 +29,7 @@ UNREAD_S = 10.0  # how long an answer waits for a client that does not read
 
 @dataclass(slots=True)
 class _InFlightLimit:
-    """How many requests of a kind, and bytes of theirs, are in work at once; more are told to come again.
+    """How many requests of a kind, and bytes of theirs, are in work at once; more are refused, to be tried again.
 
     One for each kind, so that a thousand submits that wait for their check do not keep ``status`` waiting.
     """
@@ -57,7 +57,9 @@ class _InFlightLimit:
 
 
 class PublicRouter:
-    """Args:
+    """The public ZMQ ROUTER socket: checks each message, has it handled, and sends the reply.
+
+    Args:
         context: the process's.
         endpoint: tcp://127.0.0.1:PORT or ipc://PATH.
         handle: (caller, header, data frames) to the reply.

@@ -40,9 +40,11 @@ class Follower:
 
 
 class Subscriptions:
-    """Args:
-    store: where events are read (in ``readers``).
-    push: sends an event to (route, request id): True sent, False its queue is full, None it is gone.
+    """Followers of jobs' events, each with a lease that it renews.
+
+    Args:
+        store: where events are read (in ``readers``).
+        push: sends an event to (route, request id): True sent, False its queue is full, None it is gone.
 
     Attributes:
         trouble: why events cannot be read at the moment.

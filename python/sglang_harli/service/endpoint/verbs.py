@@ -1,4 +1,4 @@
-"""What each verb of the public wire does (docs/jobs.md).  Errors are HarliErrors; the door turns them into replies."""
+"""What each verb of the public wire does (docs/jobs.md).  Errors are HarliErrors; the router turns them into replies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,12 @@ class Caller:
 
 
 class Verbs:
-    """Args: the parts of this service that verbs speak to; ``about``: fixed facts for ``status``."""
+    """The verbs of the public wire, by name.
+
+    Args:
+        about: fixed facts for ``status``.
+        others: the parts of this service that verbs speak to.
+    """
 
     def __init__(
         self,

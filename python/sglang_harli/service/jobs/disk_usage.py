@@ -18,8 +18,10 @@ _PARTS = {"data": "data_bytes", "checkpoints": "checkpoint_bytes", "adapter": "a
 
 
 class DiskUsage:
-    """Args:
-    run_dir: the run directory.
+    """Bytes on disk of a run directory, counted now and then.
+
+    Args:
+        run_dir: the run directory.
     """
 
     def __init__(self, run_dir: Path) -> None:

@@ -98,17 +98,17 @@ class JobMirror:
         """
         paths = JobPaths(self._run_dir, job)
         last = self._written.pop(job, None)
-        told = measured = last or 0
+        shown = measured = last or 0
         if last is None:  # a crash may have left each file behind by as much as it likes
-            told, measured = _repair(paths.events, "id"), _repair(paths.metrics, "event")
-            last = min(told, measured)
+            shown, measured = _repair(paths.events, "id"), _repair(paths.metrics, "event")
+            last = min(shown, measured)
         while last < upto:
             batch = self._missing(job, last, 1000)
             if not batch:
                 break
             metrics = [e for e in batch if e.type == "step_metrics" and e.id > measured]
             _append(paths.metrics, [{"event": e.id, "time": e.created_at, **e.data} for e in metrics])
-            _append(paths.events, [msgspec.to_builtins(e) for e in batch if e.id > told])
+            _append(paths.events, [msgspec.to_builtins(e) for e in batch if e.id > shown])
             last = batch[-1].id
         self._written[job] = last
 

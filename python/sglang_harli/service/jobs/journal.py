@@ -27,10 +27,12 @@ COPY_AGAIN_S = 5.0  # after a readable copy could not be written
 
 
 class Journal:
-    """Args:
-    store, mirror: what is written, in this order.
-    public: the job object of a record (for job.json).
-    loop: where futures are resolved and ``on_commit`` (the ids of jobs written) is called.
+    """Writes changes of jobs in order, several in one transaction, and says when they are durable.
+
+    Args:
+        store, mirror: what is written, in this order.
+        public: the job object of a record (for job.json).
+        loop: where futures are resolved and ``on_commit`` (the ids of jobs written) is called.
     """
 
     def __init__(

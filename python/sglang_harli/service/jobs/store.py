@@ -98,7 +98,9 @@ class Unreadable:
 
 
 class JobStore:
-    """Args:
+    """The jobs and their events in a SQL database.
+
+    Args:
         url: SQLAlchemy URL.
 
     Attributes:

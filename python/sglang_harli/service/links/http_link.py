@@ -24,7 +24,9 @@ BEAT_S = 5.0
 
 
 class HttpLink:
-    """Args:
+    """The service's end of the ipc pair to the HTTP process.
+
+    Args:
         context, endpoint: see PeerLink.
         state: builds the ServiceState that is sent to the HTTP process.
         on_wanted: called with the name of an adapter that has to be published again.

@@ -20,7 +20,9 @@ _WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
 class PeerLink:
-    """Args:
+    """The service's end of an ipc pair: a bound DEALER socket, and whether a peer is connected to it.
+
+    Args:
         context: the process's.
         endpoint: what to bind (ipc).
         source: whose messages come, as ``internal.decode`` names it.

@@ -23,7 +23,9 @@ WELCOME_AFTER_S = 1.5
 
 
 class SchedulerLink:
-    """Args:
+    """The service's end of the ipc pair to the scheduler.
+
+    Args:
         context, endpoint: see PeerLink.
         on_hello: called with each hello that was welcomed.
         on_run_message: called with messages about a run; what of them is taken over durably goes to

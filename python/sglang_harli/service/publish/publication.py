@@ -44,7 +44,9 @@ class _PutOffError(HarliError):
 
 
 class PublicationQueue:
-    """Args:
+    """Trained adapters on their way to being served, one at a time.
+
+    Args:
         registry: the jobs.
         http: the pair to the HTTP process.
         disk: where blocking work runs.

@@ -16,8 +16,10 @@ MAX_ANSWERS = 2048  # learned in one conversation: each has a prompt of its own 
 
 
 class Conversation:
-    """Args:
-    served, record, reading: see RowEncoder.each_row; the record has messages.
+    """One chat row: its messages as serving renders them, and which tokens are learned.
+
+    Args:
+        served, record, reading: see RowEncoder.each_row; the record has messages.
 
     Raises:
         RowError: they are not accepted.
@@ -90,7 +92,7 @@ class Conversation:
         self._row.targets.extend([learned] * len(ids))
 
     def _without_separator(self, at: int, before: str, answer_text: str, answer: list[int]) -> list[int]:
-        """The answer's ids without what the template writes between turns, where that can be told."""
+        """The answer's ids without what the template writes between turns, where that is known."""
         content = chat_request.text_of(self._messages[at])
         end = answer_text.rfind(content) + len(content)
         if content and end >= len(content) and not answer_text[end:].strip():

@@ -22,8 +22,10 @@ FIELDS = ("messages", "tools", "prompt", "completion")
 
 
 class RowEncoder:
-    """Args:
-    tokenizer: a transformers tokenizer with its own chat template, or the served one.
+    """Makes token ids and a loss mask of a row.
+
+    Args:
+        tokenizer: a transformers tokenizer with its own chat template, or the served one.
     """
 
     def __init__(self, tokenizer: Any) -> None:

@@ -24,7 +24,9 @@ class _Known:
 
 
 class GrowingText:
-    """Args:
+    """The rendered text of a conversation, message by message, and its token ids.
+
+    Args:
         tokenizer: its chats are encoded.
 
     Attributes:

@@ -44,8 +44,10 @@ class Encoder(Protocol):
 
 
 class BackendEncoder:
-    """Args:
-    backend: a ``tokenizers.Tokenizer``.
+    """Encodes with a tokenizer of the tokenizers library.
+
+    Args:
+        backend: a ``tokenizers.Tokenizer``.
     """
 
     def __init__(self, backend: Any) -> None:
@@ -59,8 +61,10 @@ class BackendEncoder:
 
 
 class LoadedEncoder:
-    """Args:
-    tokenizer: one of transformers' without a backend.
+    """Encodes with a tokenizer of transformers that has no backend.
+
+    Args:
+        tokenizer: one of transformers' without a backend.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -74,7 +78,9 @@ class LoadedEncoder:
 
 
 class ServedTokenizer:
-    """Args:
+    """The server's tokenizer and chat template, rebuilt from its description.
+
+    Args:
         state: what the tokenizer and the template are.
         loaded: the transformers tokenizer that ``state`` describes; needed where that has no backend.
 

@@ -42,11 +42,13 @@ TICK_S = 1.0
 
 
 class RunDriver:
-    """Args:
-    registry, publication: the jobs, and where a trained one goes.
-    disk: where blocking work runs.
-    shm: folder of slots.
-    tokenizer: no job starts before it is known which one serves.
+    """Does what the run machine decides: prepares, feeds, stores, and speaks to the scheduler.
+
+    Args:
+        registry, publication: the jobs, and where a trained one goes.
+        disk: where blocking work runs.
+        shm: folder of slots.
+        tokenizer: no job starts before it is known which one serves.
     """
 
     def __init__(

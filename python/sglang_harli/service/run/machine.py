@@ -44,8 +44,10 @@ MAX_UNSTORED = (
 
 
 class RunMachine:
-    """Args:
-    book: the jobs' records; a change is in them as soon as its ``Apply`` is carried out.
+    """The run in progress as a function of messages, finished work and time.
+
+    Args:
+        book: the jobs' records; a change is in them as soon as its ``Apply`` is carried out.
     """
 
     def __init__(self, book: JobLookup) -> None:

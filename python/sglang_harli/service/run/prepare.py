@@ -119,7 +119,7 @@ def restore(record: JobRecord, paths: JobPaths, shm: Path) -> Preparation:
     if newest and newest not in found:
         damage.append(f"the checkpoint of step {newest} is missing")
     for step in reversed(found):
-        if step > newest or (step == 0 and not record.carried):  # written, but the store was never told
+        if step > newest or (step == 0 and not record.carried):  # written, but the store does not know
             continue
         try:
             whole = _restore_one(record, paths, shm, step)
@@ -151,8 +151,8 @@ def _restore_one(record: JobRecord, paths: JobPaths, shm: Path, step: int) -> Pr
         text = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(text) from error
     slot.close()  # the file stays
-    told = meta.get("tokens")  # meta.json, the other place, has no checksum of its own
-    return Preparation(None, step, told if isinstance(told, int) else tokens, ref, meta)
+    tokens_there = meta.get("tokens")  # meta.json, the other place, has no checksum of its own
+    return Preparation(None, step, tokens_there if isinstance(tokens_there, int) else tokens, ref, meta)
 
 
 def _put_aside(folder: Path, step: int) -> None:

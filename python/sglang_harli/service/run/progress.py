@@ -35,7 +35,7 @@ from sglang_harli.service.run.state import (
 
 logger = logging.getLogger(__name__)
 
-SUB_STATE_EVENT_S = 10.0  # a sub-state that changes faster is shown in the job, not told as events
+SUB_STATE_EVENT_S = 10.0  # a sub-state that changes faster is shown in the job, and is no event
 METRICS = (
     *("step", "epoch", "loss", "learning_rate", "grad_norm"),
     *("tokens", "target_tokens", "seconds", "attempt"),
@@ -190,7 +190,7 @@ def snapshot_written(
         return _given_up(state, record, message, found, acks, now) + _freed(state, writing)
     change, after = _checkpointed(state, record, message, now)
     after = [Saved(record.id), Send(saved(message, message.step, ok=True)), *acks, *after]
-    # A service that is killed before the commit is told of the snapshot again, and reads the slot again.
+    # A service that is killed before the commit hears of the snapshot again, and reads the slot again.
     return [Apply(change, then=(*after, *_freed(state, writing)))]
 
 
@@ -206,8 +206,8 @@ def _checkpointed(
     state: State, record: JobRecord, message: internal.SnapshotReady, now: Now
 ) -> tuple[Transition, list[Effect]]:
     """The transition, and what follows once it is durable."""
-    told = message.meta.get("tokens")
-    tokens = told if isinstance(told, int) else record.trained_tokens
+    counted = message.meta.get("tokens")
+    tokens = counted if isinstance(counted, int) else record.trained_tokens
     change = transitions.checkpoint_saved(record, message.step, tokens, message.reason)
     after: list[Effect] = []
     if message.step == record.total_steps and record.status == JobStatus.RUNNING:

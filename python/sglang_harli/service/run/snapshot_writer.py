@@ -23,9 +23,11 @@ TRIES_IN_PASSING = 3
 
 
 class SnapshotWriter:
-    """Args:
-    registry: the jobs.
-    disk: where blocking work runs.
+    """Makes a snapshot in shared memory a durable checkpoint.
+
+    Args:
+        registry: the jobs.
+        disk: where blocking work runs.
     """
 
     def __init__(self, registry: JobRegistry, disk: Executor) -> None:
@@ -39,7 +41,7 @@ class SnapshotWriter:
         """Write a snapshot; None where it is durable, else why it was given up.
 
         Args:
-            delayed: told why it is not written yet.
+            delayed: called with why it is not written yet.
         """
         tries = 0
         while True:
@@ -67,8 +69,8 @@ class SnapshotWriter:
 
     async def _save(self, message: internal.SnapshotReady) -> None:
         paths = JobPaths(self._registry.run_dir, message.job)
-        told = message.meta.get("tokens")
-        tokens = told if isinstance(told, int) else self._registry.get(message.job).trained_tokens
+        counted = message.meta.get("tokens")
+        tokens = counted if isinstance(counted, int) else self._registry.get(message.job).trained_tokens
         save = functools.partial(
             checkpoints.save_state,
             paths.checkpoints,

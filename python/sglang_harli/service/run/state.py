@@ -200,16 +200,18 @@ class Unwritten:
 # ------------------------------------------------------------------ what is known
 @dataclass
 class Run:
-    """Attributes:
-    adopting: it is a run that the scheduler already held.
-    applied: the last optimizer step that the scheduler is known to have applied.
-    taken: the first micro-batch, by step and index, that the scheduler is not known to be done with.
-    ahead: the micro-batches from there on, up to ``next_cursor``, with their bytes.
-    asked: the desired state that the scheduler was sent last.
-    start, stop: the last StartRun and StopRun, to be said again at ``sent_at_s`` + SAY_AGAIN_S.
-    heard_at_s: the last word of the scheduler about it.
-    slot: of its snapshots; the scheduler's, or ours between SnapshotReady and SnapshotSaved.
-    seen_behind: the cursor of the last pulse that was behind ours.
+    """What the service knows of the run in progress.
+
+    Attributes:
+        adopting: it is a run that the scheduler already held.
+        applied: the last optimizer step that the scheduler is known to have applied.
+        taken: the first micro-batch, by step and index, that the scheduler is not known to be done with.
+        ahead: the micro-batches from there on, up to ``next_cursor``, with their bytes.
+        asked: the desired state that the scheduler was sent last.
+        start, stop: the last StartRun and StopRun, to be said again at ``sent_at_s`` + SAY_AGAIN_S.
+        heard_at_s: the last word of the scheduler about it.
+        slot: of its snapshots; the scheduler's, or ours between SnapshotReady and SnapshotSaved.
+        seen_behind: the cursor of the last pulse that was behind ours.
     """
 
     job: str
@@ -301,16 +303,18 @@ class Writing:
 
 @dataclass
 class State:
-    """Attributes:
-    greeted: a hello has been read, and the scheduler has not said that it ends; ``hello_seq``: of the newest.
-    base, updates: what it serves, and after how many updates of the weights; ``base_unknown``: it does not know since
-        the last of them.
-    hold: why the scheduler takes no run now, "" where it does; ``asked_at_s``: when that was last asked.
-    holds, troubles: queued jobs that are passed over, and how often in a row each met trouble.
-    lacking: of jobs that ran out of memory: the step, and how often in a row.
-    writing: snapshots on their way to disk, by job, attempt and step.
-    given_up: the last snapshot that could not be written.
-    unstored: numbers of StepDones that are not durable yet.
+    """What the run machine knows between two inputs.
+
+    Attributes:
+        greeted: a hello has been read, and the scheduler has not said that it ends; ``hello_seq``: of the newest.
+        base, updates: what it serves, and after how many updates of the weights; ``base_unknown``: it does not know since
+            the last of them.
+        hold: why the scheduler takes no run now, "" where it does; ``asked_at_s``: when that was last asked.
+        holds, troubles: queued jobs that are passed over, and how often in a row each met trouble.
+        lacking: of jobs that ran out of memory: the step, and how often in a row.
+        writing: snapshots on their way to disk, by job, attempt and step.
+        given_up: the last snapshot that could not be written.
+        unstored: numbers of StepDones that are not durable yet.
     """
 
     book: JobLookup

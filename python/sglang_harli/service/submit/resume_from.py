@@ -156,7 +156,7 @@ def follow(record: JobRecord, origin: Origin, start: Start) -> JobRecord:
     return msgspec.structs.replace(record, **values)
 
 
-def told(change: Transition, start: Start) -> Transition:
+def with_origin(change: Transition, start: Start) -> Transition:
     """The events of a new job, and what could not be taken over."""
     if not start.damage:
         return change
@@ -219,7 +219,7 @@ def _newest_whole(origin: Origin) -> tuple[int, int, str]:
     """Step and tokens, and why newer ones are not taken."""
     record, damage = origin.record, []
     for step in reversed(checkpoints.steps(origin.paths.checkpoints)):
-        if step > record.checkpoint_step:  # written, but the store was never told
+        if step > record.checkpoint_step:  # written, but the store does not know
             continue
         try:
             meta = checkpoints.check_state(origin.paths.checkpoints, step)

@@ -51,10 +51,12 @@ SETTLERS = 8
 
 
 class Submission:
-    """Args:
-    registry, link, tokenizer, config: of this service.
-    worker: one thread; files are looked at one after the other.
-    uploads: files that were sent before the submit that names them.
+    """Takes a submit from its arguments to a durable job.
+
+    Args:
+        registry, link, tokenizer, config: of this service.
+        worker: one thread; files are looked at one after the other.
+        uploads: files that were sent before the submit that names them.
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class Submission:
         except RecordError as error:
             await loop.run_in_executor(self._settlers, _remove, JobPaths(self._registry.run_dir, job).folder)
             raise ConfigError(f"the job cannot be kept: {error}") from error
-        await self._registry.add(resume_from.told(transitions.created(record, summary.text()), start))
+        await self._registry.add(resume_from.with_origin(transitions.created(record, summary.text()), start))
         failpoint(Failpoint.JOB_CREATED)
         return record
 

@@ -1,6 +1,6 @@
 """Files on their way in: chunks are written as they come, hashed, and handed to the submit that names them.
 
-Memory holds the chunks that wait for the disk (the public door bounds them), never a file.  An upload lives
+Memory holds the chunks that wait for the disk (the public socket bounds them), never a file.  An upload lives
 in a folder of its own until a submit takes it; one that stands still, and whatever a crash left, is removed.
 """
 
@@ -57,8 +57,10 @@ class _Upload:
 
 
 class Uploads:
-    """Args:
-    run_dir: where they lie; leftovers of an earlier service are removed.
+    """Files that clients send in pieces, until a submit takes them.
+
+    Args:
+        run_dir: where they lie; leftovers of an earlier service are removed.
     """
 
     def __init__(self, run_dir: Path) -> None:

@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class ModelTokenizer:
-    """Args:
+    """The tokenizer that makes rows: the server's own once it is known, one loaded by its path before.
+
+    Args:
         flags: as the server has them.
         run_dir: where the server's own tokenizer is handed over.
 

@@ -227,7 +227,7 @@ class Supervisor:
 # ------------------------------------------------------------------ of this server
 _claimed: RunDirLock | None = None  # taken before SGLang was imported
 _running: tuple[Supervisor, RunDirLock] | None = None
-_graceful = False  # told to end, not crashed
+_graceful = False  # a signal ended it, it did not crash
 
 
 def service_environment(options: HarliOptions, server_args: Any) -> dict[str, str]:
@@ -318,7 +318,7 @@ def running() -> Supervisor | None:
 
 
 def graceful_end() -> None:
-    """The server was told to end: whatever kills its processes, the service is to finish first."""
+    """A signal ends the server: whatever kills its processes, the service is to finish first."""
     global _graceful
     _graceful = True
 

@@ -1,6 +1,6 @@
 """HTTP process: who answers at the finetune endpoint when the service is given up.
 
-Its place is taken by one thread with the service's own door (keys and limits included) and no service behind
+Its place is taken by one thread with the service's own socket (keys and limits included) and no service behind
 it: every verb is refused with the code ``finetune_down`` and what to do; ``status`` says what happened.
 """
 
@@ -30,10 +30,12 @@ BIND_AGAIN_S = 5.0  # while somebody else holds the endpoint
 
 
 class UnavailableEndpoint:
-    """Args:
-    options: of this server.
-    why: what ended the service, one clause.
-    jobs: how many jobs there were by status, as the service last said.
+    """The public socket of a server whose service was given up: every verb is refused with the reason.
+
+    Args:
+        options: of this server.
+        why: what ended the service, one clause.
+        jobs: how many jobs there were by status, as the service last said.
     """
 
     def __init__(self, options: HarliOptions, why: str, jobs: dict[str, int]) -> None:
@@ -65,15 +67,15 @@ class UnavailableEndpoint:
         asyncio.get_running_loop().add_reader(self._ending, ending.set)
         context = zmq.asyncio.Context()
         try:
-            door = PublicRouter(
+            router = PublicRouter(
                 context, self._options.finetune_endpoint, self.handle, self._options.absolute_curve_keys
             )
             logger.info("harli: %s answers that finetuning is down", self._options.finetune_endpoint)
-            answering = asyncio.ensure_future(door.run())
+            answering = asyncio.ensure_future(router.run())
             await ending.wait()
             answering.cancel()
             await asyncio.wait([answering])
-            door.close()
+            router.close()
         except HarliError as error:
             if self._said != error.message:
                 self._said = error.message

@@ -19,7 +19,7 @@ def why(sub_state: str, reason: str, serving: dict[str, Any]) -> str:
     """One sentence.
 
     Args:
-        sub_state, reason: of the run, as they were told last.
+        sub_state, reason: of the run, as they were sent last.
         serving: ``ServingState.status()``.
     """
     impossible = serving.get("impossible_targets") or []

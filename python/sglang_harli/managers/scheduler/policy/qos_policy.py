@@ -74,8 +74,7 @@ def ask_again_after(decision: Decision, slack: Slack) -> int:
     """Decode steps that may pass after a refusal before the answer can be another one, as long as no request ends.
 
     A decision takes a few percent of a decode step of a small model, whose weights have driven it out of the caches
-    (*measured* on two cores: 0.2 of 8 ms, several times what it takes in a loop), so none is made where its
-    answer is known beforehand.  Half of the steps that it should take, and ``MOST_UNASKED`` at most: the clock counts too.
+    (docs/internals/policy.md), so none is made where its answer is known beforehand.  Half of the steps that it should take, and ``MOST_UNASKED`` at most: the clock counts too.
     """
     if not decision.needs_s or slack.bound != "tpot" or slack.seconds >= decision.needs_s:
         return 0  # not a matter of this slack

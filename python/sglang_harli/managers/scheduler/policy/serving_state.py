@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 CHECK_EVERY = 64  # batches that were learnt from
 # While a checkpoint is written on a CPU, its writer takes turns with the threads of a decode step, which is as slow
-# as its slowest one (*measured* on two cores: now and then 2 to 3 times as long).  So more is kept for it.
+# as its slowest one (docs/internals/policy.md).  So more is kept for it.
 DISTURBED = 3.0
 
 

@@ -88,7 +88,7 @@ def batch_slack(
     queued_s: float = 0.0,
     prefill_s: float = 0.0,
 ) -> Slack:
-    """The slack of a running batch at point P.
+    """The slack of a running batch behind a step.
 
     Args:
         clocks: the running requests that are not finished.

@@ -200,8 +200,8 @@ class Slotting:
                 return self._chosen(offer, decision, now_s)
             if (probe := self._probe(decision, slack, offer, targets, now_s)) is not None:
                 return self._chosen(offer, probe, now_s)
-            told = not self._ran or decision.reason is Reason.TOO_LONG
-            if told and self._hold_back(offer, decision, slack, now_s):
+            shown = not self._ran or decision.reason is Reason.TOO_LONG
+            if shown and self._hold_back(offer, decision, slack, now_s):
                 continue
             self.yielded.hold(decision.reason, now_s)
             self._skip = 0 if self._ran else qos_policy.ask_again_after(decision, found)

@@ -1,4 +1,4 @@
-"""What is said of a run that has failed."""
+"""The error of a failed run in words, and whether it passes."""
 
 from __future__ import annotations
 

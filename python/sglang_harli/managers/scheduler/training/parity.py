@@ -67,7 +67,7 @@ class Parity:
         # As training computes, then in fp32 where that is another dtype.
         self._forwards: list[BareForward] = []
 
-    # ---- what is asked and told
+    # ---- questions and answers
     def wanted(self) -> dict[str, Any]:
         """For the HTTP process: whether it is to measure, and what it says back."""
         wanted = self.state in ("waiting", "failed") and not self._released()

@@ -15,7 +15,7 @@ def training_status(
     """Plain values.
 
     Args:
-        sub_state, reason: as they were told last.
+        sub_state, reason: as they were sent last.
         serving: what is shown of serving, which the explanation quotes.
         totals: what the trainer has counted (``CoTrainer.totals``).
     """
