@@ -49,7 +49,7 @@ demo: $(STAMP)
 define RUN_TESTS
 @export $(RUN_ENV)
 run() {
-	$(BIN)/python -m pytest -m "$(1)" "$$@" $(PYTEST_ARGS) || { code=$$?; [ $$code = $(if $(PYTEST_ARGS),5,0) ] || exit $$code; }
+	$(BIN)/python -m pytest -m "$(1)" --durations=10 --durations-min=1 "$$@" $(PYTEST_ARGS) || { code=$$?; [ $$code = $(if $(PYTEST_ARGS),5,0) ] || exit $$code; }
 }
 endef
 

@@ -45,7 +45,6 @@ from sglang_harli.core import StepLoad  # noqa: E402
 from sglang_harli.managers.http.publisher import AdapterPublisher  # noqa: E402
 from sglang_harli.managers.http.supervision import child_process  # noqa: E402
 from sglang_harli.managers.scheduler import control, trainer_setup  # noqa: E402
-from sglang_harli.managers.scheduler.policy.serving_state import ServingState  # noqa: E402
 from sglang_harli.patches import catalog  # noqa: E402
 from sglang_harli.plugin import TABLE  # noqa: E402
 from support import model_runner  # noqa: E402
@@ -109,15 +108,13 @@ def host(options: HarliOptions, model: str, registrations: str) -> None:
     )
     object.__setattr__(args, "harli_options", lambda: options)  # as HarliServerArgs answers it
     runner = model_runner.build_runner(args)
-    side = ServingState(options)
     scheduler = SimpleNamespace(
         server_args=args,
         tp_worker=SimpleNamespace(model_runner=runner),
         token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
         tree_cache=None,  # no prompts, no prefixes
     )
-    trainer, refusal = trainer_setup.build(scheduler, side)
-    assert trainer is not None, refusal
+    trainer, side = trainer_setup.build_trainer(scheduler, options)
     manager = Manager(args, registrations)
     endpoint = run_paths.http_endpoint(options.absolute_run_dir)
     threading.Thread(target=asyncio.run, args=(_publish(manager, endpoint),), daemon=True).start()

@@ -95,8 +95,7 @@ class Host:
             layout=memory_layout(self.base, 1 << 20),
             space_bytes=self.pressure.space_bytes,
         )
-        self.side = ServingState(HarliOptions(run_dir=run_dir))
-        self.side.memory = self.pressure
+        self.side = ServingState(HarliOptions(run_dir=run_dir), memory=self.pressure)
         self.link = ServiceLink(scheduler_endpoint(run_dir), self.hello)
         self.trainer = CoTrainer(
             self.base,

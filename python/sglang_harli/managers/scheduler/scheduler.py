@@ -12,10 +12,10 @@ from typing import Any
 
 from sglang.srt.managers.scheduler import Scheduler
 
+from sglang_harli.errors import UnsupportedError
 from sglang_harli.managers.scheduler import control
 from sglang_harli.managers.scheduler.co_serving import CoServing
-from sglang_harli.managers.scheduler.policy.serving_state import ServingState
-from sglang_harli.managers.scheduler.trainer_setup import build
+from sglang_harli.managers.scheduler.trainer_setup import build_trainer
 
 SHUTDOWN_S = 8.0  # SGLang kills the tree 15 s after it asked to shut down
 
@@ -29,10 +29,11 @@ class HarliScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         ours: Any = self.server_args  # HarliServerArgs: the seam's other half
-        side = ServingState(ours.harli_options())
-        trainer, self._harli_refusal = build(self, side)
-        if trainer is not None:
+        try:
+            trainer, side = build_trainer(self, ours.harli_options())
             self._harli = CoServing(self, side, trainer)
+        except UnsupportedError as error:
+            self._harli_refusal = error.message
 
     def get_init_info(self) -> dict[str, Any]:
         """SGLang's, with the hello that proves to the main process that this class is in place."""

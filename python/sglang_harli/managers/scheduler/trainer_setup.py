@@ -46,21 +46,25 @@ _PRIOR_FLOPS = {"cpu": 2e10, "cuda": 5e13}
 _PRIOR_SHARES = {"cpu": (0.1, 1e-4), "cuda": (0.01, 2e-5)}
 
 
-def build(scheduler: Any, side: ServingState) -> tuple[CoTrainer | None, str | None]:
-    """The trainer, or None and the one sentence that says why finetuning is not possible here.
+def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, ServingState]:
+    """What trains beside a scheduler, and what it knows of serving.
 
-    A refusal stops the server (it was asked for); ``--harli-finetune off`` serves without.
+    Raises:
+        UnsupportedError: finetuning is not possible here, in one sentence.  It stops the server (it was asked for);
+            ``--harli-finetune off`` serves without.
     """
     args = scheduler.server_args
     runner = scheduler.tp_worker.model_runner
     try:
         base = bind_base(runner.model, runner.model_config.hf_config)
     except UnsupportedError as error:
-        return None, f"{error.message}; serve without finetuning: --harli-finetune off"
+        raise UnsupportedError(f"{error.message}; serve without finetuning: --harli-finetune off") from error
     if base.device.type == "cpu":
         keep_freed_memory()
-    pressure = side.memory = training_memory(scheduler, base.device, side.options)
-    limits = served_limits(base, args, runner, side.options, pressure)
+    pressure = training_memory(scheduler, base.device, options)
+    limits = served_limits(base, args, runner, options, pressure)
+    key = profile_key(limits, args)
+    side = ServingState(options, _predictor(limits, runner, key, options), key, pressure)
     trainer: CoTrainer | None = None
 
     def hello() -> internal.Hello:
@@ -77,20 +81,16 @@ def build(scheduler: Any, side: ServingState) -> tuple[CoTrainer | None, str | N
             message.next_cursor = run.training.next_cursor
         return message
 
-    key = profile_key(limits, args)
-    side.predictor = _predictor(limits, runner, key, side.options)
-    side.profile_key = key
-    side.check_targets()
     trainer = CoTrainer(
         base,
         limits,
-        ServiceLink(scheduler_endpoint(side.options.absolute_run_dir), hello),
+        ServiceLink(scheduler_endpoint(options.absolute_run_dir), hello),
         AdapterLoader(runner.lora_manager),
         side.predictor,
         make_timer(base.device.type, getattr(scheduler, "forward_stream", None)),
         pressure,
-        quantum_rows=side.options.quantum_rows,
-        parity=_parity(scheduler, base, limits, side.options),
+        quantum_rows=options.quantum_rows,
+        parity=_parity(scheduler, base, limits, options),
         take_print=lambda: base_print.take(base, args.served_model_name, args.model_path),
         set_options=side.set_options,
         status=side.status,
@@ -105,7 +105,7 @@ def build(scheduler: Any, side: ServingState) -> tuple[CoTrainer | None, str | N
         show_size(limits.train_memory_bytes),
         " beside the KV pool" if pressure.pool is None else ", lent by the KV pool",
     )
-    return trainer, None
+    return trainer, side
 
 
 def training_memory(scheduler: Any, device: torch.device, options: HarliOptions) -> MemoryPressure:

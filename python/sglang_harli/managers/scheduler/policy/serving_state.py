@@ -67,23 +67,31 @@ class Lending(Protocol):
 class ServingState:
     """Targets and estimates of one scheduler; lives on its thread.
 
+    Args:
+        options: as the server was started.
+        predictor: of steps and quanta; None: one that knows nothing of the model.
+        profile_key: what its measured points are good for.
+        memory: training's.
+
     Attributes:
-        memory: training's, once there is a trainer.
-        predictor: of steps and quanta; the trainer's set-up puts one in place that knows the model.
-        profile_key: what its measured points are good for; None before that.
         decode_steps: while there was something to train.
         impossible: targets in force that serving alone cannot keep here, each with a sentence.
         last_slack: of the latest decision.
         idle_s: when training ran last while nothing was served.
     """
 
-    def __init__(self, options: HarliOptions) -> None:
-        self.options = options
-        self.memory: Lending | None = None
+    def __init__(
+        self,
+        options: HarliOptions,
+        predictor: LatencyPredictor | None = None,
+        profile_key: ProfileKey | None = None,
+        memory: Lending | None = None,
+    ) -> None:
+        self.options, self.memory = options, memory
         self.targets = targets_of(options)
         self.revision = 0
-        self.predictor = LatencyPredictor()
-        self.profile_key: ProfileKey | None = None
+        self.predictor = predictor or LatencyPredictor()
+        self.profile_key = profile_key
         self.reserve = PrefillReserve()
         self.quiet = QuietSteps()
         self.idle_s = float("-inf")
@@ -94,6 +102,8 @@ class ServingState:
         self._said: set[str] = set()
         self._learnt = 0
         self._last_decode = (1, 0)  # requests, tokens of context
+        if predictor is not None:
+            self.check_targets()
 
     # ---------------------------------------------------------------- measured
     def learn(self, load: BatchLoad, seconds: float) -> None:
