@@ -110,7 +110,7 @@ class Watchdog:
             if keeper is not None:
                 self._look(keeper)
             if self._metrics is not None:
-                self._metrics.update(keeper, self._publisher.state)
+                self._metrics.refresh(keeper, self._publisher.state)
             await asyncio.sleep(self._patience.tick_s)
 
     def _look(self, keeper: Supervisor) -> None:
