@@ -64,7 +64,7 @@ LIGHT = (
     "train_memory",
     "errors",
     "config",
-    "client.clients",
+    "client.blocking",
     "cli.main",
     "protocol.public",
     "protocol.internal",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sglang_harli.client import exchange
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking import FinetuneClient
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import ConfigError, NotReadyError
 from sglang_harli.managers.http.supervision.endpoint_check import check_endpoint_free
