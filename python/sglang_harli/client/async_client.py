@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -228,7 +228,7 @@ class AsyncFinetuneClient:
 
     async def _subscription(
         self, wire: Connection, job: str, after: int, patience: Patience
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         head = exchange.header("events", public.EventsArgs(job=job, after=after, follow=True))
         await self._exchange.connect(wire, patience)
         renewed = received = time.monotonic()

@@ -94,7 +94,7 @@ def test_a_tensor_larger_than_a_chunk_gets_a_run_of_stripes_in_a_static_pool():
     for stripe in range(1, 10, 2):
         scattered_slots.free.difference_update(GEOMETRY.slots_of(stripe))
     assert obtain(scattered, 2 * CHUNK) is None  # not now
-    assert not scattered.leases and not scattered_slots.lent
+    assert not scattered.leases and not scattered_slots.lent_stripes
 
 
 def test_could_ever_obtain_asks_for_the_empty_pool():

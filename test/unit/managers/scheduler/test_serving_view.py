@@ -13,8 +13,14 @@ from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.serving_view import LOOK_AHEAD, ServingView
 
 
+class Req(SimpleNamespace):
+    """Hashable, as SGLang's."""
+
+    __hash__ = object.__hash__
+
+
 def req(prompt: int = 10, *, emitted: int = 0, cached: int = 0, done: bool = False, most: int = 50) -> Any:
-    return SimpleNamespace(
+    return Req(
         origin_input_ids=[1] * prompt,
         output_ids=[1] * emitted,
         prefix_indices=[1] * cached,
