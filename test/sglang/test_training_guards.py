@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from sglang.srt.managers.communicator import FanOutCommunicator
-from unit.co_trainer_host import Host, Peer, spec, temporary_run_dir, until
 
 from sglang_harli.managers.http.publisher import AdapterPublisher
 from sglang_harli.managers.http.training_guards import end_training, refuse_while_training
 from sglang_harli.managers.scheduler import control
 from sglang_harli.protocol import internal
+from support.trainer.co_trainer_host import Host, Peer, spec, temporary_run_dir, until
 
 
 class Server:
