@@ -187,6 +187,13 @@ TABLE = (
         True,
         "an adapter that the operator unloads is not brought back at its next request",
     ),
+    Replacement(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_and_resolve_lora",
+        "sglang_harli.managers.http.publisher:refuse_another_base",
+        "around",
+        True,
+        "an adapter of another base is loaded until its unload has had its turn, and answers no more",
+    ),
 )
 
 

@@ -96,8 +96,9 @@ class Manager(TokenizerManager):
 
 @pytest.fixture(autouse=True)
 def hooks(sglang_patches: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("load_lora_adapter", "unload_lora_adapter"):
-        original, hook = getattr(TokenizerManager, name), getattr(publisher_module, name)
+    hooks = {name: name for name in ("load_lora_adapter", "unload_lora_adapter")}
+    for name, of in {**hooks, "_validate_and_resolve_lora": "refuse_another_base"}.items():
+        original, hook = getattr(TokenizerManager, name), getattr(publisher_module, of)
 
         async def around(self: Any, *args: Any, _original: Any = original, _hook: Any = hook) -> Any:
             return await _hook(_original, self, *args)
@@ -385,6 +386,21 @@ async def test_an_adapter_of_another_base_goes_when_its_requests_have_ended_and_
         await until(lambda: isinstance(manager.requests[-1], UnloadLoRAAdapterReqInput))
         with pytest.raises(ValueError, match="its base is another"):
             await manager._validate_and_resolve_lora(GenerateReqInput(text="x", lora_path=NAME))
+
+
+@run
+async def test_an_adapter_of_another_base_answers_no_more_while_its_unload_waits(folder: Path) -> None:
+    async with connected(folder) as service:
+        await service.publish(NAME)
+        async with service.manager.lora_update_lock:
+            await service.send(state(7, others={"its base is another": [NAME]}))
+            await until(lambda: NAME in service.publisher.others)
+            assert NAME in service.manager.lora_registry.get_all_adapters()
+            for path in (NAME, [None, NAME]):
+                with pytest.raises(ValueError, match="not served here: its base is another"):
+                    await service.manager._validate_and_resolve_lora(
+                        GenerateReqInput(text="x", lora_path=path)
+                    )
 
 
 # ------------------------------------------------------------------ unloading

@@ -466,3 +466,18 @@ async def unload_lora_adapter(
     if result.success and publisher is not None and looks_like_adapter(obj.lora_name):
         publisher.drop(obj.lora_name)
     return result
+
+
+async def refuse_another_base(original: Callable[..., Awaitable[None]], manager: Any, obj: Any) -> None:
+    """Around ``TokenizerManager._validate_and_resolve_lora``: no request gets an adapter on another base's weights,
+    also while it is still loaded.
+
+    Raises:
+        ValueError: with both bases; SGLang answers 400.
+    """
+    publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
+    names = obj.lora_path if isinstance(obj.lora_path, list) else [obj.lora_path]
+    for name in names if publisher is not None else ():
+        if isinstance(name, str) and name in publisher.others:
+            raise ValueError(f"LoRA adapter {name!r} is not served here: {publisher.others[name]}")
+    await original(manager, obj)
