@@ -233,10 +233,8 @@ class _Loop:
                     "on_connection is called in the client's own thread: it cannot call the client"
                 )
             future = asyncio.run_coroutine_threadsafe(call, loop)
-        except BaseException as error:
+        except BaseException:
             call.close()
-            if isinstance(error, RuntimeError) and not isinstance(error, StateError):
-                raise closed() from error  # the loop was closed in between
             raise
         self._calling.add(me)
         try:
