@@ -5,22 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sglang_harli.client.async_client import AsyncFinetuneClient as AsyncFinetuneClient
-    from sglang_harli.client.blocking import FinetuneClient as FinetuneClient
+    from sglang_harli.client.clients import AsyncFinetuneClient as AsyncFinetuneClient
+    from sglang_harli.client.clients import FinetuneClient as FinetuneClient
 
     __version__: str
 
 
 def __getattr__(name: str) -> Any:
     """The clients and the version, when asked for: importing the package imports nothing."""
-    if name == "FinetuneClient":
-        from sglang_harli.client.blocking import FinetuneClient
+    if name in ("FinetuneClient", "AsyncFinetuneClient"):
+        from sglang_harli.client import clients
 
-        return FinetuneClient
-    if name == "AsyncFinetuneClient":
-        from sglang_harli.client.async_client import AsyncFinetuneClient
-
-        return AsyncFinetuneClient
+        return getattr(clients, name)
     if name == "__version__":
         from importlib.metadata import version
 

@@ -1,17 +1,22 @@
-"""One exchange between a client and the finetune service: connecting, asking, asking again."""
+"""One exchange between a client and the finetune service: connecting, asking, asking again.
+
+Like ``calls``, which builds the verbs on it, it is written as generators of (operation, argument) pairs that
+``client`` carries out: ``open`` a fresh socket, with the keys or without; ``send`` frames; ``wait`` at most so many seconds,
+answered by ``connected``, ``lost``, ``refused`` with why, ``message`` with its first frame, or ``nothing``; ``sleep``
+seconds; ``call`` something that takes its time; ``emit`` something to the caller.
+"""
 
 from __future__ import annotations
 
 import random
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
 from sglang_harli import errors
-from sglang_harli.client.connection import Connection
 from sglang_harli.client.endpoints import check_endpoint
 from sglang_harli.errors import ConfigError, HarliError, NotFoundError, NotReadyError, ProtocolError
 from sglang_harli.protocol import accepted, public
@@ -23,6 +28,9 @@ REPLY_TIMEOUT_S = 60.0
 SLICE_S = 1.0
 BUSY_FIRST_S, BUSY_LONGEST_S = 0.1, 5.0  # between two tries
 UNCLEAR = 5  # handshakes in a row that end without a reason, before the key is said to be wrong
+
+T = TypeVar("T")
+Steps = Generator[tuple[str, Any], Any, T]
 
 ERRORS: dict[str, type[HarliError]] = {
     kind.code: kind
@@ -71,7 +79,7 @@ class Patience:
 
 
 class Exchange:
-    """Requests, replies, retries and reconnections; each call has a connection of its own.
+    """One conversation with the service: requests, replies, retries and reconnections, without a socket.
 
     Args:
         endpoint: of the service; ``keys``: the folder of the CURVE keys in use, for messages.
@@ -100,21 +108,21 @@ class Exchange:
     def patience(self, *, ask_again: bool = True) -> Patience:
         return Patience(self.reconnect_timeout_s, self._notice, ask_again=ask_again)
 
-    async def connect(self, wire: Connection, patience: Patience | None = None) -> None:
-        """Connect afresh.
+    def connect(self, patience: Patience | None = None) -> Steps[None]:
+        """A fresh connection.
 
         Raises:
             NotReadyError: nobody answers in time.
             ConfigError: the endpoint is no address, or the CURVE keys are missing or not the right ones.
         """
         check_endpoint(self.endpoint)
-        wire.open()
+        yield "open", True
         patience = patience if self._seen else None
         limit_s = self.connect_timeout_s if patience is None else max(0.0, patience.left_s)
         begun = time.monotonic()
         unclear = 0  # handshakes in a row that ended so
         while (left := limit_s - (time.monotonic() - begun)) > 0:
-            what, why = await wire.wait(min(left, SLICE_S))
+            what, why = yield "wait", min(left, SLICE_S)
             if what == "connected":
                 self._seen = True
                 return
@@ -124,7 +132,7 @@ class Exchange:
                     raise self._wrong_keys(why)
                 if self._keys is not None and unclear >= UNCLEAR:
                     # a service without keys that hangs up before its greeting is read looks the same
-                    raise self._wrong_keys("mechanism" if await self._open_to_all(wire) else why)
+                    raise self._wrong_keys("mechanism" if (yield from self._open_to_all()) else why)
             if patience is not None and time.monotonic() - begun > SLICE_S:
                 patience.lost()
         hangs_up = "; what listens there hangs up: it is something else, or asks for CURVE keys"
@@ -135,14 +143,14 @@ class Exchange:
             code="cannot_connect",
         )
 
-    async def _open_to_all(self, wire: Connection) -> bool:
+    def _open_to_all(self) -> Steps[bool]:
         """Whether the service takes a connection without keys; nothing is sent on it."""
-        wire.open(with_keys=False)
+        yield "open", False
         end = time.monotonic() + SLICE_S
         while (left := end - time.monotonic()) > 0:
-            what, _ = await wire.wait(left)
+            what, _ = yield "wait", left
             if what in ("connected", "refused"):
-                return what == "connected"
+                return bool(what == "connected")
         return False
 
     def _wrong_keys(self, why: str) -> ConfigError:
@@ -162,23 +170,22 @@ class Exchange:
         )
         return ConfigError(f"{where} {problem}", code="curve_keys", param="curve_keys")
 
-    async def request(
+    def request(
         self,
-        wire: Connection,
         verb: str,
         args: Any,
         kind: Any,
         data: Sequence[Any] = (),
         timeout_s: float | None = None,
         patience: Patience | None = None,
-    ) -> Any:
+    ) -> Steps[Any]:
         """Send, and send again where the connection was lost or the service is busy; the answer as ``kind``."""
         timeout_s = timeout_s or self.reply_timeout_s
         end = time.monotonic() + timeout_s
         pause_s = BUSY_FIRST_S
         while True:
             try:
-                return await self._ask(wire, verb, args, kind, data, timeout_s, patience)
+                return (yield from self._ask(verb, args, kind, data, timeout_s, patience))
             except NotReadyError as error:
                 again = error.code == BUSY and time.monotonic() + pause_s < end
                 if error.code == NotReadyError.code and patience is not None and patience.ask_again:
@@ -186,26 +193,25 @@ class Exchange:
                     again = patience.left_s > 0
                 if not again:
                     raise
-            await wire.sleep(pause_s * random.uniform(0.5, 1.5))
+            yield "sleep", pause_s * random.uniform(0.5, 1.5)
             pause_s = min(2 * pause_s, BUSY_LONGEST_S)
 
-    async def _ask(
+    def _ask(
         self,
-        wire: Connection,
         verb: str,
         args: Any,
         kind: Any,
         data: Sequence[Any],
         timeout_s: float,
         patience: Patience | None,
-    ) -> Any:
+    ) -> Steps[Any]:
         head = header(verb, args)
         frames = [public.encode(head), *data]
-        await self.connect(wire, patience)
-        wire.send(frames)
+        yield from self.connect(patience)
+        yield "send", frames
         end = time.monotonic() + timeout_s
         while (left := end - time.monotonic()) > 0:
-            what, payload = await wire.wait(min(left, SLICE_S))
+            what, payload = yield "wait", min(left, SLICE_S)
             if what == "message":
                 answer = reply(payload, head.id)
                 if answer is not None:
@@ -216,8 +222,8 @@ class Exchange:
             elif what == "lost":
                 if patience is not None:
                     patience.lost()
-                await self.connect(wire, patience)
-                wire.send(frames)
+                yield from self.connect(patience)
+                yield "send", frames
                 end = time.monotonic() + timeout_s
         raise NotReadyError(
             f"{self.endpoint} did not answer {verb!r} within {timeout_s:g} s: try again later"

@@ -8,9 +8,8 @@ import uuid
 from dataclasses import dataclass, field
 
 from sglang_harli.client import exchange
-from sglang_harli.client.connection import Connection
 from sglang_harli.client.data_source import DataSource
-from sglang_harli.client.exchange import BUSY_FIRST_S, BUSY_LONGEST_S, SLICE_S, Exchange, Patience
+from sglang_harli.client.exchange import BUSY_FIRST_S, BUSY_LONGEST_S, SLICE_S, Exchange, Patience, Steps
 from sglang_harli.errors import NotReadyError
 from sglang_harli.protocol import public
 from sglang_harli.protocol.public import BUSY
@@ -65,22 +64,20 @@ class _Sending:
         return code != BUSY
 
 
-async def upload(
-    link: Exchange, wire: Connection, source: DataSource, sha256: str, patience: Patience
-) -> str:
+def upload(link: Exchange, source: DataSource, sha256: str, patience: Patience) -> Steps[str]:
     """Bring all of ``source`` to the service; the id of the upload, to be named by ``submit``.
 
     Raises:
         NotReadyError: the service is away for too long, or stays busy.
     """
     sending = _Sending(source, sha256)
-    await link.connect(wire, patience)
+    yield from link.connect(patience)
     pause_s = BUSY_FIRST_S
     heard = time.monotonic()
     while sending.known < source.size:
         while len(sending.asked) < WINDOW and sending.sent < source.size:
-            wire.send(sending.chunk())
-        what, payload = await wire.wait(SLICE_S)
+            yield "send", sending.chunk()
+        what, payload = yield "wait", SLICE_S
         if what == "message":
             reply = public.decode(payload, public.Reply)
             if reply.id not in sending.asked:
@@ -91,13 +88,13 @@ async def upload(
             elif not sending.asked:
                 if time.monotonic() - heard > link.reconnect_timeout_s:
                     exchange.result(reply, public.UploadAnswer)
-                await wire.sleep(pause_s * random.uniform(0.5, 1.5))
+                yield "sleep", pause_s * random.uniform(0.5, 1.5)
                 pause_s = min(2 * pause_s, BUSY_LONGEST_S)
         elif what == "lost" or time.monotonic() - heard > link.reply_timeout_s:
             patience.lost()
             if patience.left_s <= 0:
                 raise NotReadyError(f"{link.endpoint} does not take the data: try again later")
-            await link.connect(wire, patience)
+            yield from link.connect(patience)
             sending.start_over()
             heard = time.monotonic()
     return sending.upload

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from sglang_harli import run_paths
-from sglang_harli.client.blocking import FinetuneClient
+from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 
 

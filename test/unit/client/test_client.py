@@ -399,25 +399,3 @@ def test_a_busy_service_is_asked_again(tmp_path: Path):
         with FinetuneClient(endpoint) as client:
             assert client.list() == []
         thread.join(20)
-
-
-def test_a_notice_cannot_call_the_client_whose_thread_it_is_in(model: str):
-    process = ServiceProcess(model)
-    raised: list[Exception] = []
-
-    def notice(_text: str) -> None:
-        try:
-            client.status()
-        except StateError as error:
-            raised.append(error)
-
-    try:
-        process.start()
-        with FinetuneClient(process.endpoint, reconnect_timeout_s=1.5, on_connection=notice) as client:
-            job = client.submit(ROWS)
-            process.kill()
-            with pytest.raises(NotReadyError, match="no finetune service answers"):
-                client.wait(job.id, poll_s=0.05)
-        assert len(raised) == 1 and "cannot call the client" in str(raised[0])
-    finally:
-        process.close()

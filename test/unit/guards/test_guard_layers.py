@@ -64,7 +64,7 @@ LIGHT = (
     "train_memory",
     "errors",
     "config",
-    "client.blocking",
+    "client.clients",
     "cli.main",
     "protocol.public",
     "protocol.internal",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shutil
@@ -11,12 +10,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sglang_harli.client import exchange
-from sglang_harli.client.blocking import FinetuneClient
+from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import ConfigError, NotReadyError
 from sglang_harli.managers.http.supervision.endpoint_check import check_endpoint_free
@@ -186,17 +184,15 @@ def test_a_service_that_hangs_up_first_is_asked_without_keys(without_keys, reaso
     """Whose greeting is read first is a race, and a connection that ends in it says no reason."""
     monkeypatch.setattr(exchange, "SLICE_S", 0.05)
     answers = iter([*[("refused", "unclear")] * exchange.UNCLEAR, *without_keys])
-    opened: list[bool] = []
-
-    class Scripted:
-        def open(self, *, with_keys: bool = True) -> None:
-            opened.append(with_keys)
-
-        async def wait(self, seconds: float) -> tuple[str, Any]:
-            return next(answers, ("nothing", None))
-
+    opened = []
+    steps = exchange.Exchange("tcp://127.0.0.1:1", keys="mine").connect()
     with pytest.raises(ConfigError, match=reason):
-        asyncio.run(exchange.Exchange("tcp://127.0.0.1:1", keys="mine").connect(Scripted()))  # type: ignore[arg-type]
+        operation, argument = next(steps)
+        while True:
+            if operation == "open":
+                opened.append(argument)
+                operation, argument = next(steps)
+            operation, argument = steps.send(next(answers, ("nothing", None)))
     assert opened == [True, False]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sglang_harli.client.blocking import FinetuneClient
+from sglang_harli.client.clients import FinetuneClient
 from sglang_harli.errors import ConfigError, DataError, HarliError
 from sglang_harli.protocol import public
 from sglang_harli.service.submit import uploads

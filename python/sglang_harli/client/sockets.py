@@ -1,9 +1,10 @@
-"""The socket of one call, in asyncio."""
+"""The client's socket: carries out what ``exchange`` and ``calls`` ask for, blocking or in asyncio."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,35 +23,17 @@ _REFUSED = (
 )
 
 
-class Connection:
-    """A DEALER socket and its monitor; used and ended in one event loop.
-
-    ``IMMEDIATE`` is set: nothing is queued for a peer that is not there.
-
-    Args:
-        context: of the socket.
-        endpoint: of the service.
-        keys: CURVE keys; None: there are none.
-    """
+class Wire:
+    """A DEALER socket and its monitor, of one call.  ``IMMEDIATE``: nothing is queued for a peer that is not there."""
 
     def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
         self._context, self._endpoint, self._keys = context, endpoint, keys
         self._socket: Any = None
         self._monitor: Any = None
         self._lost = False
-        self._ended = asyncio.Event()
-        self._news = asyncio.Event()
-        self._watched: tuple[asyncio.AbstractEventLoop, list[int]] | None = None
 
-    def open(self, *, with_keys: bool = True) -> None:
-        """A fresh socket, which begins to connect.
-
-        Raises:
-            ConfigError: the endpoint is no address.
-            StateError: the client was closed.
-        """
-        self._check()
-        self._close()
+    def open(self, with_keys: bool) -> None:
+        self.close()
         self._lost = False
         self._socket = self._context.socket(zmq.DEALER)
         for option, value in (
@@ -76,39 +59,13 @@ class Connection:
             ) from error
 
     def send(self, frames: Sequence[Any]) -> None:
-        """Hand a message over; where the peer has just gone, ``wait`` says so."""
-        self._check()
-        self._socket.getsockopt(zmq.EVENTS)  # libzmq takes note of what its other thread did, as in _read()
+        self._socket.getsockopt(zmq.EVENTS)  # libzmq takes note of what its other thread did, as in read()
         try:
             self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
         except zmq.Again:
-            self._lost = True
+            self._lost = True  # the peer has just gone
 
-    async def wait(self, seconds: float) -> tuple[str, Any]:
-        """What comes first within so many seconds: ``connected``, ``lost``, ``refused`` with why, ``message`` with its
-        first frame, or ``nothing``."""
-        self._check()
-        if not self._lost and not self._readable():
-            await self._wait_for_news(seconds)
-        return self._read()
-
-    async def sleep(self, seconds: float) -> None:
-        """At most so long: less where the client is closed."""
-        await _wait(self._ended, seconds)
-
-    def end(self) -> None:
-        """No more is done; a call under way notices at once."""
-        self._unwatch()
-        self._close()
-        self._ended.set()
-        self._news.set()
-
-    # ------------------------------------------------------------------ helpers
-    def _check(self) -> None:
-        if self._ended.is_set():
-            raise closed()
-
-    def _read(self) -> tuple[str, Any]:
+    def read(self) -> tuple[str, Any]:
         """What there is, without waiting; an answer comes before the news that the peer left after it."""
         event = None
         if not self._lost:
@@ -128,9 +85,82 @@ class Connection:
             return "lost", None
         return ("nothing" if event is None else "connected"), None
 
+    def close(self) -> None:
+        opened, self._socket = self._socket, None
+        monitor, self._monitor = self._monitor, None
+        if opened is not None:
+            opened.disable_monitor()
+            monitor.close(0)
+            opened.close()
+
+
+class SyncWire(Wire):
+    """Used by one thread; ended by that, or by any other."""
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
+        super().__init__(context, endpoint, keys)
+        self._ended = threading.Event()
+        # Held while the sockets are used.  Reentrant: the garbage collector may end a wire in the midst of anything.
+        self._using = threading.RLock()
+
+    def do(self, operation: str, argument: Any) -> Any:
+        if operation == "call":
+            return argument()
+        if operation == "sleep":
+            self._ended.wait(argument)
+            return None
+        with self._using:
+            if self._ended.is_set():
+                raise closed()
+            if operation == "open":
+                return self.open(argument)
+            if operation == "send":
+                return self.send(argument)
+            try:
+                if not self._lost:
+                    sockets = [(self._socket, zmq.POLLIN), (self._monitor, zmq.POLLIN)]
+                    zmq.zmq_poll(sockets, int(argument * 1000))
+                return self.read()
+            except zmq.ZMQError as error:
+                if self._ended.is_set():  # by a signal handler of this thread, within poll
+                    raise closed() from error
+                raise
+
+    def end(self) -> None:
+        """No more is done; a call under way notices within a second."""
+        self._ended.set()
+        with self._using:
+            self.close()
+
+
+class AsyncWire(Wire):
+    """Used and ended in one event loop."""
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
+        super().__init__(context, endpoint, keys)
+        self._ended = asyncio.Event()
+        self._news = asyncio.Event()
+        self._watched: tuple[asyncio.AbstractEventLoop, list[int]] | None = None
+
+    async def do(self, operation: str, argument: Any) -> Any:
+        if operation == "call":
+            return await asyncio.to_thread(argument)
+        if operation == "sleep":
+            await _wait(self._ended, argument)
+            return None
+        if self._ended.is_set():
+            raise closed()
+        if operation == "open":
+            return self.open(argument)
+        if operation == "send":
+            return self.send(argument)
+        if not self._lost and not self._readable():
+            await self._wait_for_news(argument)
+        return self.read()
+
     async def _wait_for_news(self, seconds: float) -> None:
-        """Until a socket has something.  Their descriptors signal changes only: nobody may wait where something is
-        there already, and they are watched no longer than somebody waits."""
+        """Until a socket has something.  Their descriptors tell of changes only: nobody may wait where something
+        is there already, and they are watched no longer than somebody waits."""
         self._news.clear()
         loop = asyncio.get_running_loop()
         self._watched = loop, [self._socket.FD, self._monitor.FD]
@@ -141,7 +171,8 @@ class Connection:
             while not self._readable() and (left := end - loop.time()) > 0:
                 self._news.clear()
                 await _wait(self._news, left)
-                self._check()
+                if self._ended.is_set():
+                    raise closed()
         finally:
             self._unwatch()
 
@@ -156,13 +187,12 @@ class Connection:
                 for descriptor in descriptors:
                     loop.remove_reader(descriptor)
 
-    def _close(self) -> None:
-        opened, self._socket = self._socket, None
-        monitor, self._monitor = self._monitor, None
-        if opened is not None:
-            opened.disable_monitor()
-            monitor.close(0)
-            opened.close()
+    def end(self) -> None:
+        """No more is done; a call under way notices at once."""
+        self._unwatch()
+        self.close()
+        self._ended.set()
+        self._news.set()
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
