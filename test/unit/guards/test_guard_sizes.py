@@ -57,4 +57,4 @@ def test_folders_are_taken_in_at_one_look():
     )
     large += [f"{relative(f)}: {n} modules {word}_*" for (f, word), n in words.items() if n >= SAME_PREFIX]
     if large:
-        warnings.warn(f"folders that are missing: {'; '.join(large)}", stacklevel=1)
+        warnings.warn(f"these want folders of their own: {'; '.join(large)}", stacklevel=1)
