@@ -476,8 +476,8 @@ async def refuse_another_base(original: Callable[..., Awaitable[None]], manager:
         ValueError: with both bases; SGLang answers 400.
     """
     publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
-    names = obj.lora_path if isinstance(obj.lora_path, list) else [obj.lora_path]
-    for name in names if publisher is not None else ():
-        if isinstance(name, str) and name in publisher.others:
-            raise ValueError(f"LoRA adapter {name!r} is not served here: {publisher.others[name]}")
+    others = {} if publisher is None else publisher.others
+    for name in obj.lora_path if isinstance(obj.lora_path, list) else [obj.lora_path]:
+        if isinstance(name, str) and name in others:
+            raise ValueError(f"LoRA adapter {name!r} is not served here: {others[name]}")
     await original(manager, obj)
