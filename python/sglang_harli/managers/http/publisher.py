@@ -475,9 +475,14 @@ async def refuse_another_base(original: Callable[..., Awaitable[None]], manager:
     Raises:
         ValueError: with both bases; SGLang answers 400.
     """
+    _check_base(manager, obj)
+    await original(manager, obj)
+    _check_base(manager, obj)  # the weights may have been updated while an adapter was brought back
+
+
+def _check_base(manager: Any, obj: Any) -> None:
     publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
     others = {} if publisher is None else publisher.others
     for name in obj.lora_path if isinstance(obj.lora_path, list) else [obj.lora_path]:
         if isinstance(name, str) and name in others:
             raise ValueError(f"LoRA adapter {name!r} is not served here: {others[name]}")
-    await original(manager, obj)
