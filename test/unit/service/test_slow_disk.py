@@ -87,7 +87,7 @@ def test_a_submit_behind_the_last_chunk_waits_until_it_is_written_and_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     content = b"x" * 1000
-    monkeypatch.setattr(uploads_module, "reach", lambda point: time.sleep(0.3))
+    monkeypatch.setattr(uploads_module, "failpoint", lambda point: time.sleep(0.3))
 
     async def send(args: UploadArgs) -> Path:
         uploads = Uploads(tmp_path)
