@@ -143,7 +143,7 @@ def traffic(url: str, vocab: int) -> Iterator[None]:
         raise RuntimeError(f"a client failed: {failures[0]!r}") from failures[0]
 
 
-def _rows() -> list[dict[str, str]]:
+def rows() -> list[dict[str, str]]:
     text = "a river, a stone bridge and a lamp in the garden by the harbour "
     return [{"prompt": f"{n}: ", "completion": text * 4} for n in range(ROWS)]
 
@@ -167,7 +167,7 @@ def measure(model: Path | None, size: str, steps: int, limit_s: float) -> dict[s
         with servers.ended(server):
             server.wait_ready()
             with FinetuneClient(server.endpoint) as client:
-                client.submit(_rows(), batch_size=4, n_epochs=1000, checkpoint_every=0)
+                client.submit(rows(), batch_size=4, n_epochs=1000, checkpoint_every=0)
             with traffic(server.url, vocab):
                 warm = watch(server, lambda seen: seen.steps >= WARM_UP, limit_s)
                 begin = warm[-1].steps
