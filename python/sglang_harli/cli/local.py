@@ -25,7 +25,7 @@ def make_model(
     seconds: Annotated[
         float | None,
         typer.Option(
-            help="About how long to pretrain on two cores; 0: random weights [default: by size, 12 for tiny]"
+            help="About how long to pretrain on two idle cores, loading not counted; 0: random weights [default: by size, 12 for tiny]"
         ),
     ] = None,
     config_only: Annotated[

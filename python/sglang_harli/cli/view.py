@@ -24,13 +24,18 @@ if TYPE_CHECKING:
     from sglang_harli.predictor.profile.sweep import Load
 
 PURPOSES = tuple(purpose.value for purpose in MemoryPurpose)
+FILE_COLUMNS = 4096
 LINE_EVERY_S = 5.0  # without a terminal, `watch` prints a line when the state changes and this often
 
 
 def console(*, to_stderr: bool = False) -> Console:
     """Where rich draws; texts that are not ours are escaped before they come here."""
     stream = sys.stderr if to_stderr else sys.stdout
-    return Console(file=terminal.unescaped(stream), highlight=False, markup=False, soft_wrap=True)
+    # In a file or a pipe no line is folded: what reads it takes one row for one job.
+    width = None if stream.isatty() else FILE_COLUMNS
+    return Console(
+        file=terminal.unescaped(stream), width=width, highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def show_jobs(jobs: Iterable[Job]) -> None:
@@ -77,7 +82,7 @@ def job_table(jobs: Iterable[Job]) -> Table:
         cells = (
             short_id(job.id),
             job.suffix or "-",
-            str(job.sub_state) if job.sub_state else str(job.status),
+            f"{job.status} ({job.sub_state})" if job.sub_state else str(job.status),
             f"{job.step}/{job.total_steps}",
             _number(job.loss, ".4f"),
             clock(job.created_at),

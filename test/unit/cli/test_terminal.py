@@ -223,6 +223,17 @@ def test_texts_of_a_server_are_no_markup_of_ours():
     assert r"[bold]a[/bold]\x1b[31m" in shown.getvalue()
 
 
+def test_a_list_in_a_pipe_has_a_line_for_each_job(monkeypatch: pytest.MonkeyPatch):
+    job = Job(id="ftjob-1", created_at=0, status=JobStatus.RUNNING, hyperparameters=Hyperparameters())
+    job = msgspec.structs.replace(job, sub_state="training", fine_tuned_model="a-long-name-" * 20)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout", shown := io.StringIO())
+    view.show_jobs([job, job])
+    head, *lines = shown.getvalue().splitlines()
+    assert head.split()[0] == "job" and len(lines) == 2
+    assert all("running (training)" in line and line.rstrip().endswith("a-long-name-" * 20) for line in lines)
+
+
 # ------------------------------------------------------------------ streams
 @pytest.mark.parametrize("more", [[], ["--json"]])
 @pytest.mark.parametrize(
