@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PURPOSES = tuple(purpose.value for purpose in MemoryPurpose)
 FILE_COLUMNS = 4096
+SHOWN_AS = {"requests_finished": "requests_finished (while a job was held)"}
 LINE_EVERY_S = 5.0  # without a terminal, `watch` prints a line when the state changes and this often
 
 
@@ -63,6 +64,11 @@ def span(seconds: float | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _rate(job: Job) -> float | None:
+    """Tokens a second; a job that is in the queue again does not train at the rate that it had."""
+    return job.tokens_per_s if job.status == "running" else None
 
 
 def state(job: Job) -> str:
@@ -196,7 +202,7 @@ def _nested(values: dict[str, Any], indent: str) -> Iterator[str]:
             shown = f"{value:.6g}" if isinstance(value, float) else value
             if name.endswith("_bytes") and isinstance(value, int):
                 name, shown = name.removesuffix("_bytes"), show_size(value)
-            yield f"{indent}{name}: {'-' if value in (None, '', {}, []) else shown}"
+            yield f"{indent}{SHOWN_AS.get(name, name)}: {'-' if value in (None, '', {}, []) else shown}"
 
 
 def progress_line(job: Job) -> str:
@@ -204,7 +210,7 @@ def progress_line(job: Job) -> str:
     return (
         f"[{clock(time.time())}] Finetune, #job: {short_id(job.id)}, status: {state(job)}, "  # stamp: of a line for people
         f"step: {job.step}/{job.total_steps}, loss: {_number(job.loss, '.4f')}, "
-        f"lr: {_number(job.learning_rate, '.3g')}, ft throughput (token/s): {_number(job.tokens_per_s, '.2f')}, "
+        f"lr: {_number(job.learning_rate, '.3g')}, ft throughput (token/s): {_number(_rate(job), '.2f')}, "
         f"eta: {span(job.eta_s)}"
     )
 
@@ -240,7 +246,9 @@ def _watch_bar(looks: Iterable[Job], screen: Console) -> Job:
     with Progress(*columns, console=screen, expand=True) as progress:
         task = None
         for job in looks:
-            numbers = f"loss {_number(job.loss, '.4f')}  {_number(job.tokens_per_s, '.0f')} tok/s  eta {span(job.eta_s)}"
+            numbers = (
+                f"loss {_number(job.loss, '.4f')}  {_number(_rate(job), '.0f')} tok/s  eta {span(job.eta_s)}"
+            )
             values = {"completed": job.step, "total": job.total_steps, "numbers": numbers}
             if task is None:
                 task = progress.add_task(escaped(state(job)), **values)
