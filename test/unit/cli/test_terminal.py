@@ -234,6 +234,13 @@ def test_a_list_in_a_pipe_has_a_line_for_each_job(monkeypatch: pytest.MonkeyPatc
     assert all("running (training)" in line and line.rstrip().endswith("a-long-name-" * 20) for line in lines)
 
 
+@pytest.mark.parametrize(("status", "shown"), [("running", "12.50"), ("queued", "-")])
+def test_a_job_that_waits_again_shows_no_rate(status: str, shown: str):
+    job = Job(id="ftjob-1", created_at=0, status=JobStatus(status), hyperparameters=Hyperparameters())
+    line = view.progress_line(msgspec.structs.replace(job, tokens_per_s=12.5))
+    assert f"ft throughput (token/s): {shown}, " in line
+
+
 # ------------------------------------------------------------------ streams
 @pytest.mark.parametrize("more", [[], ["--json"]])
 @pytest.mark.parametrize(
