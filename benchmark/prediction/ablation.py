@@ -6,7 +6,6 @@ Part of ``ablate_predictor.py``.  Every step is predicted before it is learnt, s
 from __future__ import annotations
 
 import contextlib
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -237,7 +236,7 @@ def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def _cell(judged: Judged | None) -> str:
-    if judged is None or math.isnan(judged.mape):
+    if judged is None:
         return "none"
     return f"{_percent(judged.mape)}, {_percent(judged.coverage)}, {judged.width:.2f}"
 

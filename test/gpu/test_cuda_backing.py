@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from sglang_harli.mem_cache.backing.cuda_driver import CudaDriver
 from sglang_harli.mem_cache.geometry import PoolGeometry
 from sglang_harli.mem_cache.train_arena import TrainArena
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
+from support.pool_parts import IdleSlots
 
 pytestmark = [
     pytest.mark.gpu,
@@ -192,35 +193,10 @@ def test_reclaim_latency(capsys: pytest.CaptureFixture[str]):
         print("\n" + "\n".join(lines))
 
 
-class Slots:
-    """Every stripe is free: nothing is served in this test."""
-
-    def __init__(self, geometry: PoolGeometry) -> None:
-        self.geometry = geometry
-        self.size = geometry.slots - geometry.page_size
-        self.free = set(geometry.lendable)
-
-    def available_size(self) -> int:
-        return self.size
-
-    def free_stripes(self) -> list[int]:
-        return sorted(self.free, reverse=True)
-
-    @property
-    def lent_stripes(self) -> set[int]:
-        return set(self.geometry.lendable) - self.free
-
-    def withdraw(self, stripes: Sequence[int]) -> None:
-        self.free -= set(stripes)
-
-    def restore(self, stripes: Sequence[int]) -> None:
-        self.free |= set(stripes)
-
-
 def test_the_pool_lends_and_reclaims_device_memory():
     world = World(stripes=16)
     pool = UnifiedPool(world.geometry, world.backing)
-    pool.slots = Slots(world.geometry)
+    pool.slots = IdleSlots(world.geometry)
     lease = TrainArena(pool).obtain(MemoryPurpose.MICRO_BATCH, [((1024, 1024), torch.float32)])
     assert lease is not None
     tensor = lease.carve((1024, 1024), torch.float32)

@@ -234,7 +234,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "reasoning that is a number": row(ASK, {**YES, "reasoning_content": 3}),
     "names": row({**SYSTEM, "name": "s"}, {**ASK, "name": "bob"}, {**YES, "name": "keeper"}),
     "a name that is a number": row({**SYSTEM, "name": 3}, ASK, YES),
-    "fields that nobody knows": row(ASK | {"thinking": "hm"}, YES | {"train": False, "loss": 1}),
+    "unknown fields": row(ASK | {"thinking": "hm"}, YES | {"train": False, "loss": 1}),
     "blanks around": row(
         {"role": "user", "content": " x \n"}, {"role": "assistant", "content": "  y\n\n"}, AGAIN, YES
     ),

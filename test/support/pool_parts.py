@@ -83,6 +83,31 @@ class Slots:
         self.free.update(slots)
 
 
+class IdleSlots:
+    """A slot allocator with nothing to serve: every stripe that is not lent is free."""
+
+    def __init__(self, geometry: PoolGeometry) -> None:
+        self.geometry = geometry
+        self.size = geometry.slots - geometry.page_size
+        self.free = set(geometry.lendable)
+
+    def available_size(self) -> int:
+        return self.size
+
+    def free_stripes(self) -> list[int]:
+        return sorted(self.free, reverse=True)
+
+    @property
+    def lent_stripes(self) -> set[int]:
+        return set(self.geometry.lendable) - self.free
+
+    def withdraw(self, stripes: Sequence[int]) -> None:
+        self.free -= set(stripes)
+
+    def restore(self, stripes: Sequence[int]) -> None:
+        self.free |= set(stripes)
+
+
 def give_back_in_order(pool: UnifiedPool) -> None:
     """Stands for the pressure ladder: leases go whole, in the order of their purposes, until it is enough."""
     order = list(MemoryPurpose)

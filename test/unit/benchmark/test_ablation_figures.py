@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from sglang_harli.core import QuantumKind
+from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from support.project_files import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -68,9 +70,16 @@ def test_each_phase_is_judged_behind_the_warm_up(found: dict[str, dict[str, Any]
     assert whole["decode"].coverage > 0.97
 
 
-def test_nothing_off_is_the_predictor_itself():
-    assert ablation.replay(_calls(), "nothing") == ablation.replay(_calls(), "nothing")
-    assert ablation.harms(*[ablation.replay(_calls(), "nothing")] * 2) == []
+def test_with_nothing_off_the_figures_are_the_predictors_own():
+    predictor, errors = LatencyPredictor(), []
+    calls = [call for call in _calls() if call[0] == "decode"]
+    for _, batch, context, us, _, after in calls:
+        expected_s = predictor.decode(batch, context, after_training=bool(after)).expected_s
+        errors.append(abs(expected_s - us / 1e6) / (us / 1e6))
+        predictor.observe_decode(batch, context, us / 1e6, after_training=bool(after))
+    whole = ablation.replay(calls, "nothing")
+    assert whole["decode"].mape == pytest.approx(statistics.fmean(errors[ablation.WARM_UP :]))
+    assert ablation.harms(whole, whole) == []
 
 
 @pytest.mark.parametrize("mechanism", ["forgetting", "run detection", "conformal margin"])

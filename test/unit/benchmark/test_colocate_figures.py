@@ -77,7 +77,7 @@ def test_a_cell_is_watched_by_what_the_pieces_of_work_take_around_it():
 
 
 class Scripted(noise.Pieces):
-    """Takes what it is told."""
+    """Pieces of work of given lengths."""
 
     def __init__(self, *counts_ms: float) -> None:
         self._counts_ms = list(counts_ms)

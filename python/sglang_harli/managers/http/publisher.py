@@ -88,7 +88,7 @@ class AdapterPublisher:
     # ---------------------------------------------------------------- life
     @property
     def listening(self) -> bool:
-        """Whether what the service says is heard at all."""
+        """Whether messages of the service are received."""
         return self._socket is not None and self._task is not None and not self._task.done()
 
     def start(self) -> None:
@@ -227,9 +227,8 @@ class AdapterPublisher:
         if others is None:
             return
         self.others = {name: text for text, names in others.items() for name in names}
-        self._remember(
-            list(self.others)
-        )  # so that a request for one comes to ``bring_back``, which says why not
+        # A request for one then comes to ``bring_back``, which says why not.
+        self._remember(list(self.others))
         loaded = self._manager.lora_registry.get_all_adapters()
         for name in [name for name in loaded if name in self.others]:
             logger.info("harli: adapter %s is unloaded: %s", name, self.others[name])
@@ -276,7 +275,7 @@ class AdapterPublisher:
             waiting.set_result(wrong)
 
     def go_down(self, why: str) -> None:
-        """There will be no service any more: nobody waits for one."""
+        """There will be no service any more: requests that wait for an adapter get an error."""
         self.down = why
         for name in list(self._waiting):
             self._settle(name, self._no_service())

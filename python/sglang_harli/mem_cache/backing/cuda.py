@@ -33,7 +33,7 @@ Undo = list[Callable[[], object]]
 
 
 class BrokenPoolError(DriverError):
-    """A call failed and could not be undone: nobody knows what is mapped where."""
+    """A call failed and could not be undone: it is not known what is mapped where."""
 
     code = "pool_broken"
 

@@ -136,7 +136,7 @@ class JobRegistry:
             self._queue.update(record)
 
     def without_base(self) -> list[JobRecord]:
-        """Jobs whose base nobody has noted."""
+        """Jobs whose base is not recorded."""
         return [record for record in self._records.values() if record.base is None]
 
     def other_base(self, record: JobRecord) -> str:

@@ -84,7 +84,7 @@ def start(record: JobRecord, now: float) -> Transition:
 
 
 def take_base(record: JobRecord, base: BasePrint) -> Transition:
-    """A job whose base nobody has noted takes the one that is served."""
+    """A job whose base is not recorded takes the one that is served."""
     return _change(record, base=base)
 
 

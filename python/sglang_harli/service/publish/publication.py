@@ -51,7 +51,7 @@ class PublicationQueue:
         http: the pair to the HTTP process.
         disk: where blocking work runs.
         shm: folder of slots.
-        model_path: of the served base, for the adapter_config.json of a job whose base nobody has noted.
+        model_path: of the served base, for the adapter_config.json of a job whose base is not recorded.
 
     Attributes:
         in_flight: the job whose publication the HTTP process has been asked for and has not answered.

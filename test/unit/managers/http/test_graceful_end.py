@@ -1,4 +1,4 @@
-"""A server that is told to end: training stops at once, and its state is saved while requests are still answered."""
+"""SIGTERM: training stops at once, and its state is saved while requests are still answered."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from support.cuda.cuda_pool import (
     make,
     rows,
 )
+from support.pool_parts import IdleSlots
 
 
 @pytest.fixture
@@ -294,35 +295,10 @@ def test_a_pool_that_cannot_be_built_leaves_nothing_behind(driver: DriverDouble,
     driver.assert_clean()
 
 
-class Slots:
-    """A slot allocator with nothing to serve."""
-
-    def __init__(self, geometry: PoolGeometry) -> None:
-        self.geometry = geometry
-        self.size = geometry.slots - geometry.page_size
-        self.free = set(geometry.lendable)
-
-    def available_size(self) -> int:
-        return self.size
-
-    def free_stripes(self) -> list[int]:
-        return sorted(self.free, reverse=True)
-
-    @property
-    def lent_stripes(self) -> set[int]:
-        return set(self.geometry.lendable) - self.free
-
-    def withdraw(self, stripes: Sequence[int]) -> None:
-        self.free -= set(stripes)
-
-    def restore(self, stripes: Sequence[int]) -> None:
-        self.free |= set(stripes)
-
-
 def test_the_pool_leases_it_and_serves_on_when_the_driver_refuses(driver: DriverDouble):
     backing = make(driver)
     pool = UnifiedPool(backing.geometry, backing)
-    slots = pool.slots = Slots(backing.geometry)
+    slots = pool.slots = IdleSlots(backing.geometry)
     driver.refuse["map"] = 2
     wanted, arena = [((16, 512), torch.float32)], TrainArena(pool)
     assert arena.obtain(MemoryPurpose.STATE, wanted) is None
