@@ -164,8 +164,7 @@ def measure(model: Path, pool_tokens: int, rows: Rows) -> dict[str, Any]:
     capacity = Capacity(model, rows)
     geometry = capacity.geometry(pool_tokens)
     backing = HostBacking(geometry)
-    pool = UnifiedPool(geometry, backing)
-    pool.slots = IdleSlots(geometry)
+    pool = UnifiedPool(geometry, backing, IdleSlots(geometry))
     found: dict[str, Any] = {
         "saved": {},
         "kept": {},

@@ -195,14 +195,13 @@ def test_reclaim_latency(capsys: pytest.CaptureFixture[str]):
 
 def test_the_pool_lends_and_reclaims_device_memory():
     world = World(stripes=16)
-    pool = UnifiedPool(world.geometry, world.backing)
-    pool.slots = IdleSlots(world.geometry)
+    pool = UnifiedPool(world.geometry, world.backing, IdleSlots(world.geometry))
     lease = TrainArena(pool).obtain(MemoryPurpose.MICRO_BATCH, [((1024, 1024), torch.float32)])
     assert lease is not None
     tensor = lease.carve((1024, 1024), torch.float32)
     tensor.fill_(1)
     assert float(tensor.sum()) == 1024 * 1024
-    pool.on_pressure = lambda _: lease.give_back()
+    pool.lend_to(lambda _: lease.give_back(), None)
     assert pool.reclaim(1) > 0
     assert pool.lent_slots == 0
     torch.cuda.synchronize()

@@ -65,8 +65,14 @@ def test_capacity_buffers_and_answers_are_sglangs(
     expected = greedy_tokens(sglang_runner(tiny_model()), prompts, 8)
     unify()
     runner = build_runner(server_args(tiny_model(), page_size=page_size, max_total_tokens=1024))
-    pool, slots = runner.token_to_kv_pool.harli_pool, runner.token_to_kv_pool_allocator
-    assert pool.backing.name == backing and pool.slots is slots and pool.geometry.stripes >= 32
+    slots = runner.token_to_kv_pool_allocator
+    pool = slots.pool
+    assert (
+        pool.backing is runner.token_to_kv_pool.harli_backing
+        and pool.backing.name == backing
+        and pool.slots is slots
+        and pool.geometry.stripes >= 32
+    )
     assert runner.max_total_num_tokens == slots.available_size() == 1024
     keys, values = runner.token_to_kv_pool.get_kv_buffer(1)
     assert keys.shape == values.shape == (1024 + page_size, 2, 16) and keys.dtype == torch.float32
@@ -80,7 +86,7 @@ def test_capacity_buffers_and_answers_are_sglangs(
     for extent in lease.extents:
         extent.fill_(0xFF)  # NaN: an answer that reads it shows
     assert greedy_tokens(runner, prompts, 8) == expected
-    pool.on_pressure = lambda stripes: lease.give_back()
+    pool.lend_to(lambda stripes: lease.give_back(), None)
     slots.clear()
     assert slots.alloc(1024) is not None and lease.revoked
     assert all(not pool.backing.kv_bytes(n)[-page_size * 256 :].any() for n in range(4)), "zeros come back"

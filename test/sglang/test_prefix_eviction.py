@@ -153,7 +153,7 @@ def test_training_grows_into_the_prefix_cache_down_to_what_is_kept(late):
     world.use(STRIPE - 1)
     entries = [world.cache(STRIPE) for _ in range(15)]  # 4 stripes are free
     keep = 6 * STRIPE
-    world.pool.evict = lambda stripes, _unused_since_s: world.evict(stripes, keep)
+    world.pool.lend_to(world.pool.relieve, lambda stripes, _unused_since_s: world.evict(stripes, keep))
     asked = 0
     while (lease := world.pool.lease(MemoryPurpose.MICRO_BATCH, "large", 12)) is None and asked < 10:
         asked += 1

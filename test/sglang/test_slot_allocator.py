@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -51,11 +52,13 @@ def make(page_size: int, size: int, stripe_slots: int = 8, fence: Any = None) ->
     from sglang_harli.mem_cache.kv.slot_allocator import HarliPagedAllocator, HarliTokenAllocator
 
     geometry = PoolGeometry(size + page_size, ROW_BYTES, 2, page_size, stripe_slots)
-    pool = UnifiedPool(geometry, HostBacking(geometry, debug=True), clock=Ticks())
+    make_pool = functools.partial(UnifiedPool, geometry, HostBacking(geometry, debug=True), clock=Ticks())
+    slots: Any
     if page_size == 1:
-        pool.slots = HarliTokenAllocator(size, DTYPE, "cpu", None, pool, fence)
+        slots = HarliTokenAllocator(size, DTYPE, "cpu", None, make_pool, fence)
     else:
-        pool.slots = HarliPagedAllocator(size, page_size, DTYPE, "cpu", None, pool, fence)
+        slots = HarliPagedAllocator(size, page_size, DTYPE, "cpu", None, make_pool, fence)
+    pool: UnifiedPool = slots.pool
 
     def give_back(stripes: int) -> None:
         for lease in list(pool.leases.values()):
@@ -63,8 +66,8 @@ def make(page_size: int, size: int, stripe_slots: int = 8, fence: Any = None) ->
                 stripes -= len(lease.stripes)
                 lease.give_back()
 
-    pool.on_pressure = give_back
-    return pool, pool.slots
+    pool.lend_to(give_back, None)
+    return pool, slots
 
 
 def lend(pool: UnifiedPool, stripes: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.errors import ConfigError
@@ -13,7 +13,7 @@ from sglang_harli.mem_cache.backing.interface import Backing
 from sglang_harli.mem_cache.geometry import PoolGeometry
 from sglang_harli.mem_cache.lease import PoolLease
 from sglang_harli.mem_cache.train_arena import TrainArena
-from sglang_harli.mem_cache.unified_pool import UnifiedPool
+from sglang_harli.mem_cache.unified_pool import SlotSource, UnifiedPool
 from sglang_harli.train_memory import Specs
 
 
@@ -40,12 +40,12 @@ class Clock:
 class Slots:
     """A slot allocator with its free slots in a set: lowest first, lent ones available, reclaimed when short."""
 
-    def __init__(self, pool: UnifiedPool) -> None:
-        self.pool, self.geometry = pool, pool.geometry
+    def __init__(self, make_pool: Callable[[SlotSource], UnifiedPool]) -> None:
+        self.pool = make_pool(self)
+        self.geometry = self.pool.geometry
         self.size = self.geometry.slots - self.geometry.page_size
         self.free = set(range(self.geometry.page_size, self.geometry.slots))
         self.lent_stripes: set[int] = set()
-        pool.slots = self
 
     def available_size(self) -> int:
         return len(self.free) + len(self.lent_stripes) * self.geometry.stripe_slots
@@ -120,7 +120,7 @@ def give_back_in_order(pool: UnifiedPool) -> None:
             freed += len(lease.stripes)
             lease.give_back()
 
-    pool.on_pressure = pressure
+    pool.lend_to(pressure, None)
 
 
 def small_pool(
@@ -128,10 +128,11 @@ def small_pool(
 ) -> tuple[UnifiedPool, Slots, Clock]:
     """A pool on the host with a ladder that gives everything."""
     geometry, clock = geometry or small_geometry(), Clock()
-    pool = UnifiedPool(geometry, backing or HostBacking(geometry, debug=debug), clock=clock)
-    POOLS.add(pool)
-    give_back_in_order(pool)
-    return pool, Slots(pool), clock
+    memory = backing or HostBacking(geometry, debug=debug)
+    slots = Slots(lambda slots: UnifiedPool(geometry, memory, slots, clock=clock))
+    POOLS.add(slots.pool)
+    give_back_in_order(slots.pool)
+    return slots.pool, slots, clock
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from array import array
@@ -35,13 +36,13 @@ class PrefixCacheUnderTest:
 
         self.page, self.size = page, (stripes * STRIPE - 1) * page
         geometry = PoolGeometry(self.size + page, 512, 2, page, STRIPE * page)
-        self.pool = UnifiedPool(geometry, HostBacking(geometry), clock=clock)
+        make_pool = functools.partial(UnifiedPool, geometry, HostBacking(geometry), clock=clock)
         self.slots: Any
         if page == 1:
-            self.slots = HarliTokenAllocator(self.size, torch.float32, "cpu", None, self.pool, fence)
+            self.slots = HarliTokenAllocator(self.size, torch.float32, "cpu", None, make_pool, fence)
         else:
-            self.slots = HarliPagedAllocator(self.size, page, torch.float32, "cpu", None, self.pool, fence)
-        self.pool.slots = self.slots
+            self.slots = HarliPagedAllocator(self.size, page, torch.float32, "cpu", None, make_pool, fence)
+        self.pool: UnifiedPool = self.slots.pool
         params = CacheInitParams(
             disable=False,
             req_to_token_pool=None,  # type: ignore[arg-type]

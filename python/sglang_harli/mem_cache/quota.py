@@ -47,16 +47,18 @@ class Quota:
     Args:
         geometry: the pool's.
         max_train_bytes: cap on what is lent; None: all that is lendable.
+        prefix_keep: share of the pool's slots, 0 to 1, that cached prefixes in use keep when training grows.
 
     Attributes:
         max_train_bytes: may be set at any time; what is lent above it stays until it is given back.
-        prefix_keep: share of the pool's slots, 0 to 1, that cached prefixes in use keep when training grows.
     """
 
-    def __init__(self, geometry: PoolGeometry, *, max_train_bytes: int | None) -> None:
+    def __init__(
+        self, geometry: PoolGeometry, *, max_train_bytes: int | None, prefix_keep: float = 0.5
+    ) -> None:
         self.geometry = geometry
         self.max_train_bytes = max_train_bytes
-        self.prefix_keep = 0.5
+        self.prefix_keep = prefix_keep
         self._least: deque[tuple[int, int]] = deque()  # (tenth of a second, least slots used in it)
         self._growth = 0.0  # slots in a second
         self._dip = 0.0  # slots

@@ -27,7 +27,12 @@ EVICT_AGAIN_S = 0.02  # after an eviction of prefixes that gave too little; doub
 EVICT_AGAIN_MOST_S = 1.28  # up to this: a look at the prefixes takes the scheduler milliseconds
 
 Chooser = Callable[[Sequence[int], int], Sequence[int] | None]
+Relieve = Callable[[int], None]
 Evict = Callable[[int, float | None], int]
+
+
+def _nothing(_stripes: int) -> None:
+    """What is given back before training may borrow."""
 
 
 class SlotSource(Protocol):
@@ -59,15 +64,13 @@ class UnifiedPool:
     Args:
         geometry: how it is cut.
         backing: what holds its memory.
+        slots: the slot allocator; it may still be under construction, nothing is asked of it yet.
         max_train_bytes: cap on what is lent; None: all that can be lent.
         prefix_keep: share of the pool that cached prefixes keep when training grows.
         clock: seconds, monotonic.
 
     Attributes:
-        slots: the slot allocator, once it is built.
-        on_pressure: ``free at least n stripes now``: makes training give back leases; it cannot refuse.
-        evict: ``n stripes wanted``: evicts cached prefixes above the kept share, and below it those that no request
-            has used since a moment of the clock, if one is given; how many stripes became free.
+        relieve, evict: see ``lend_to``.
         leases: those held, by name.
         reclaims: how often requests took memory back, in an allocation or just before it.
         reclaim_seconds: how long the last ones took.
@@ -77,17 +80,16 @@ class UnifiedPool:
         self,
         geometry: PoolGeometry,
         backing: Backing,
+        slots: SlotSource,
         *,
         max_train_bytes: int | None = None,
         prefix_keep: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.geometry, self.backing = geometry, backing
+        self.geometry, self.backing, self.slots = geometry, backing, slots
         self.ledger = ChunkLedger(geometry)
-        self.quota = Quota(geometry, max_train_bytes=max_train_bytes)
-        self.quota.prefix_keep = prefix_keep
-        self.slots: SlotSource | None = None
-        self.on_pressure: Callable[[int], None] | None = None
+        self.quota = Quota(geometry, max_train_bytes=max_train_bytes, prefix_keep=prefix_keep)
+        self.relieve: Relieve = _nothing
         self.evict: Evict | None = None
         self.leases: dict[str, PoolLease] = {}
         self.reclaims = 0
@@ -95,6 +97,17 @@ class UnifiedPool:
         self._clock = clock
         self._evict_again_s = 0.0  # not before
         self._evict_pause_s = EVICT_AGAIN_S
+
+    def lend_to(self, relieve: Relieve, evict: Evict | None) -> None:
+        """Training may ask for leases from now on.
+
+        Args:
+            relieve: ``free at least n stripes now``: makes training give back leases; it cannot refuse.
+            evict: ``n stripes wanted``: evicts cached prefixes above the kept share, and below it those that no request
+                has used since a moment of the clock, if one is given; how many stripes became free.  None: no prefix
+                is cached.
+        """
+        self.relieve, self.evict = relieve, evict
 
     # ------------------------------------------------------------------ figures
     @property
@@ -109,12 +122,12 @@ class UnifiedPool:
     @property
     def used_slots(self) -> int:
         """Slots of requests and cached prefixes."""
-        return 0 if self.slots is None else self.slots.size - self.slots.available_size()
+        return self.slots.size - self.slots.available_size()
 
     @property
     def free_slots(self) -> int:
         """Slots that can be had without a reclaim."""
-        return 0 if self.slots is None else max(self.slots.available_size() - self.lent_slots, 0)
+        return max(self.slots.available_size() - self.lent_slots, 0)
 
     # ------------------------------------------------------------------ training takes and gives
     def lease(
@@ -135,7 +148,7 @@ class UnifiedPool:
             None: not now.
         """
         allowed, free = self._takeable(stripes_needed, may_evict=purpose is not MemoryPurpose.KEPT)
-        if allowed < stripes_needed or self.slots is None:
+        if allowed < stripes_needed:
             return None
         stripes = tuple((choose(free, allowed) if choose else free[:stripes_needed]) or ())
         if not stripes:
@@ -155,7 +168,7 @@ class UnifiedPool:
     def _takeable(self, wanted: int, *, may_evict: bool) -> tuple[int, list[int]]:
         """How many stripes may be taken, and the free ones.  They are counted only where that can matter."""
         now_s, train = self._clock(), self.train_stripes
-        if self.slots is None or self.quota.cooling(now_s) or train + wanted > self.quota.max_stripes:
+        if self.quota.cooling(now_s) or train + wanted > self.quota.max_stripes:
             return 0, []
         may_evict = may_evict and self._can_evict(now_s)
         if not may_evict and self.free_slots // self.geometry.stripe_slots < wanted:
@@ -165,7 +178,7 @@ class UnifiedPool:
         if (
             allowed < wanted
             and may_evict
-            and self._evict(now_s, wanted + self.quota.watermarks.high - len(free), now_s - UNUSED_S)
+            and self._evict_prefixes(now_s, wanted + self.quota.watermarks.high - len(free), now_s - UNUSED_S)
         ):
             free = self.slots.free_stripes()
             allowed = self.quota.may_take(now_s=now_s, free_stripes=len(free), train_stripes=train)
@@ -174,7 +187,7 @@ class UnifiedPool:
     def _can_evict(self, now_s: float) -> bool:
         return self.evict is not None and now_s >= self._evict_again_s
 
-    def _evict(self, now_s: float, stripes: int, unused_since_s: float | None = None) -> int:
+    def _evict_prefixes(self, now_s: float, stripes: int, unused_since_s: float | None = None) -> int:
         """Ask for the eviction of cached prefixes; not again at once where that gave too little."""
         if self.evict is None or not self._can_evict(now_s):
             return 0
@@ -197,8 +210,7 @@ class UnifiedPool:
         lease.revoked, lease.extents = True, []
         stripes = self.ledger.give_back(lease.name)
         del self.leases[lease.name]
-        if self.slots is not None:
-            self.slots.restore(stripes)
+        self.slots.restore(stripes)
 
     # ------------------------------------------------------------------ the KV cache takes back
     def reclaim(self, slots: int) -> int:
@@ -209,7 +221,7 @@ class UnifiedPool:
             rules, which is logged as an error.
         """
         wanted = min(slots, self.lent_slots)
-        freed = self._take_back(wanted, self.on_pressure)
+        freed = self._take_back(wanted, self.relieve)
         if freed < wanted:
             logger.error(
                 "harli: the KV cache needs %d slots of training and got %d; still lent: %s",
@@ -219,7 +231,7 @@ class UnifiedPool:
             )
         return freed
 
-    def give_ahead(self, stripes: int, give: Callable[[int], None]) -> int:
+    def give_ahead(self, stripes: int, give: Relieve) -> int:
         """Requests will need this many stripes in a moment: as ``reclaim``, but training may refuse.
 
         Args:
@@ -230,9 +242,9 @@ class UnifiedPool:
         """
         return self._take_back(min(stripes, self.train_stripes) * self.geometry.stripe_slots, give)
 
-    def _take_back(self, slots: int, give: Callable[[int], None] | None) -> int:
+    def _take_back(self, slots: int, give: Relieve) -> int:
         """Have training give back, count and time it.  Returns: slots."""
-        if slots <= 0 or give is None:
+        if slots <= 0:
             return 0
         began, lent = time.perf_counter(), self.lent_slots
         give(-(-slots // self.geometry.stripe_slots))
@@ -274,7 +286,7 @@ class UnifiedPool:
         if self.train_stripes:
             marks, free = self.quota.watermarks, self.free_slots // self.geometry.stripe_slots
             if 2 * free < marks.low + marks.high:
-                self._evict(now_s, marks.high - free)
+                self._evict_prefixes(now_s, marks.high - free)
         if idle:
             self.check()
 
@@ -292,9 +304,8 @@ class UnifiedPool:
         books = {
             "the leases": {stripe for lease in self.leases.values() for stripe in lease.stripes},
             "the backing": set(self.backing.lent),
+            "the slot allocator": set(self.slots.lent_stripes),
         }
-        if self.slots is not None:
-            books["the slot allocator"] = set(self.slots.lent_stripes)
         lent = set(self.ledger.lent())
         for name, stripes in books.items():
             if stripes != lent:

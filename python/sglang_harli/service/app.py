@@ -35,6 +35,7 @@ from sglang_harli.service.links.scheduler_link import SchedulerLink
 from sglang_harli.service.pacing import lower_priority
 from sglang_harli.service.publish.publication import PublicationQueue
 from sglang_harli.service.run.driver import RunDriver
+from sglang_harli.service.run.why_none_starts import WhyNoneStarts
 from sglang_harli.service.submit.submission import Submission, remove_leftovers
 from sglang_harli.service.submit.uploads import Uploads
 from sglang_harli.service.tokenizer import hidden_torch
@@ -72,11 +73,17 @@ class App:
         self._disk = ThreadPoolExecutor(3, "disk", initializer=lower_priority, initargs=(19,))
         self._readers = ThreadPoolExecutor(1, "reader")
         self._store = JobStore(sqlite_url(run_dir / STORE_FILE))
-        self._registry = JobRegistry(self._store, run_dir, config.options.keep_checkpoints)
+        self._tokenizer = ModelTokenizer(config, run_dir)
+        self._scheduler = SchedulerLink(self._context, run_paths.scheduler_endpoint(str(run_dir)))
+        self._registry = JobRegistry(
+            self._store,
+            run_dir,
+            config.options.keep_checkpoints,
+            WhyNoneStarts(self._scheduler, self._tokenizer),
+        )
         remove_leftovers(
             run_dir, {record.id for record in self._registry.all()} | set(self._registry.unreadable)
         )
-        self._tokenizer = ModelTokenizer(config, run_dir)
         self._named_tokenizer = ""  # by the last hello of the HTTP process
         self._taking: asyncio.Future[bool] | None = None
         self._http = HttpLink(
@@ -87,11 +94,9 @@ class App:
             self._take_tokenizer,
         )
         self._publication = PublicationQueue(self._registry, self._http, self._disk, shm, config.model_path)
-        self._driver = RunDriver(self._registry, self._publication, self._disk, shm, self._tokenizer)
-        self._scheduler = SchedulerLink(
-            self._context, run_paths.scheduler_endpoint(str(run_dir)), self._hello, self._driver.on_message
+        self._driver = RunDriver(
+            self._registry, self._publication, self._disk, shm, self._tokenizer, self._scheduler
         )
-        self._driver.attach(self._scheduler)
         self._options = LiveOptions(
             config.options,
             self._scheduler,
@@ -119,7 +124,6 @@ class App:
             options=self._options,
             scheduler=self._scheduler,
             http=self._http,
-            tokenizer=self._tokenizer,
             subscriptions=self._subscriptions,
             readers=self._readers,
             about={
@@ -137,8 +141,8 @@ class App:
                 for work in (
                     self._driver.run(),
                     self._publication.run(),
-                    self._scheduler.peer.run(),
-                    self._http.peer.run(),
+                    self._scheduler.run(self._hello, self._driver.on_message),
+                    self._http.run(),
                     self._http.beat(),
                     self._subscriptions.run(),
                     self._door.run(),

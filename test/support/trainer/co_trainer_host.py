@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -96,27 +97,21 @@ class Host:
             space_bytes=self.pressure.space_bytes,
         )
         self.side = ServingState(HarliOptions(run_dir=run_dir), memory=self.pressure)
-        self.link = ServiceLink(scheduler_endpoint(run_dir), self.hello)
         self.trainer = CoTrainer(
             self.base,
             self.limits,
-            self.link,
+            functools.partial(ServiceLink, scheduler_endpoint(run_dir)),
             None,
             self.side.predictor,
             HostQuantumTimer(),
             self.pressure,
             quantum_rows=quantum_rows,
             take_print=lambda: base_print.take(self.base, "m", "m"),
+            make_hello=lambda: internal.Hello(pid=7, rank=0, limits=None),
             set_options=self.side.set_options,
             status=self.side.status,
         )
-
-    def hello(self) -> internal.Hello:
-        message = internal.Hello(pid=7, rank=0, limits=self.limits)
-        if hasattr(self, "trainer"):
-            trainer = self.trainer
-            message.hold, message.base, message.updates = trainer.hold, trainer.base_print, trainer.updates
-        return message
+        self.link = self.trainer.link
 
     def turn(self) -> bool:
         """One turn of an idle loop; whether a quantum ran."""

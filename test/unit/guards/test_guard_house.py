@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import tomllib
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.project_files import PACKAGE, ROOT, code_files, project_files, relative
+from support.project_files import PACKAGE, ROOT, code_files, parse, project_files, relative
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -188,3 +189,29 @@ def test_each_patch_has_its_page_its_diff_and_its_runtime_half():
     }
     without = sorted(name for name in pages if name.split("-", 1)[1] not in halves)
     assert not without, f"no runtime half under sglang_harli/patches/ for {without}"
+
+
+BUILDERS = (
+    "managers/scheduler/trainer_setup.py",
+    "managers/scheduler/profile_setup.py",
+    "managers/scheduler/memory/pool_setup.py",
+    "service/app.py",
+)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_builders_make_whole_objects(name: str):
+    """What an object needs goes through its constructor: a builder assigns no attribute of another object."""
+    targets: list[ast.expr] = []
+    for node in ast.walk(parse(PACKAGE / name)):
+        if isinstance(node, ast.Assign):
+            targets += node.targets
+        elif isinstance(node, ast.AnnAssign | ast.AugAssign):
+            targets.append(node.target)
+    flat = [part for target in targets for part in getattr(target, "elts", [target])]
+    others = [
+        f"{name}:{part.lineno}: {ast.unparse(part)}"
+        for part in flat
+        if isinstance(part, ast.Attribute) and ast.unparse(part.value) != "self"
+    ]
+    assert not others, f"pass these to constructors: {others}"

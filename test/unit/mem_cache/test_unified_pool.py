@@ -100,8 +100,8 @@ class PoolMachine(RuleBasedStateMachine):
     def give_ahead(self) -> None:
         stripes, train = self.pool.must_give(), self.pool.train_stripes
         assert 0 <= stripes <= train
-        if stripes and self.pool.on_pressure:
-            self.pool.on_pressure(stripes)
+        if stripes:
+            self.pool.relieve(stripes)
             assert self.pool.train_stripes <= train - stripes
 
     @invariant()
@@ -176,7 +176,7 @@ def test_after_a_reclaim_training_waits():
 def test_a_reclaim_that_training_refuses_is_logged_and_answered_honestly(caplog):
     pool, _, _ = small_pool()
     assert lease_of(pool, STATE, 3)
-    pool.on_pressure = None
+    pool.lend_to(lambda _stripes: None, None)
     with caplog.at_level(logging.ERROR):
         assert pool.reclaim(10) == 0
     assert "needs 10 slots" in caplog.text and "'state': 49152" in caplog.text
@@ -185,12 +185,12 @@ def test_a_reclaim_that_training_refuses_is_logged_and_answered_honestly(caplog)
 
 def test_what_prompts_need_in_a_moment_is_a_reclaim_that_may_be_refused(caplog):
     pool, _, clock = small_pool()
-    assert lease_of(pool, STATE, 3) and pool.on_pressure
+    assert lease_of(pool, STATE, 3)
     assert pool.give_ahead(2, lambda stripes: None) == 0
     assert not pool.quota.cooling(clock()) and pool.reclaims == 0 and not caplog.records
-    assert pool.give_ahead(5, pool.on_pressure) == 3 * STRIPE
+    assert pool.give_ahead(5, pool.relieve) == 3 * STRIPE
     assert pool.quota.cooling(clock()) and pool.reclaims == 1
-    assert pool.give_ahead(5, pool.on_pressure) == 0
+    assert pool.give_ahead(5, pool.relieve) == 0
 
 
 def test_a_backing_that_cannot_take_back_leaves_the_lease_held():
@@ -268,7 +268,8 @@ def cache_of(slots, stripes: list[int]):
 
 def test_cached_prefixes_go_for_state_and_batches_but_not_for_kept_activations():
     pool, slots, _ = small_pool()
-    pool.evict, asked = cache_of(slots, [3, 4, 5, 6, 7, 8, 9])
+    evict, asked = cache_of(slots, [3, 4, 5, 6, 7, 8, 9])
+    pool.lend_to(pool.relieve, evict)
     assert lease_of(pool, KEPT, 3) is None and not asked
     assert lease_of(pool, BATCH, 5) is not None
     assert asked == [3] and slots.free_stripes() == []
@@ -286,7 +287,7 @@ def test_unused_prefixes_are_not_kept_against_a_lease_but_against_a_watermark():
         told.append(unused_since_s)
         return evict(wanted, unused_since_s)
 
-    pool.evict = told_evict
+    pool.lend_to(pool.relieve, told_evict)
     assert lease_of(pool, BATCH, 1) is not None
     assert told == [clock.now_s - UNUSED_S]
     slots.alloc(2 * STRIPE)
@@ -296,7 +297,8 @@ def test_unused_prefixes_are_not_kept_against_a_lease_but_against_a_watermark():
 
 def test_an_eviction_that_gave_too_little_is_not_repeated_at_once():
     pool, slots, clock = small_pool()
-    pool.evict, asked = cache_of(slots, [9])
+    evict, asked = cache_of(slots, [9])
+    pool.lend_to(pool.relieve, evict)
     slots.free.difference_update(range(STRIPE * 8))
     assert lease_of(pool, BATCH, 3) is None
     assert lease_of(pool, BATCH, 3) is None and asked == [2]
@@ -306,13 +308,15 @@ def test_an_eviction_that_gave_too_little_is_not_repeated_at_once():
 
 def test_looks_at_prefixes_that_give_nothing_become_seldom():
     pool, slots, clock = small_pool()
-    pool.evict, asked = cache_of(slots, [])
+    evict, asked = cache_of(slots, [])
+    pool.lend_to(pool.relieve, evict)
     slots.free.clear()
     for _ in range(1000):
         clock.now_s += 0.01
         assert lease_of(pool, BATCH, 3) is None
     assert 8 <= len(asked) <= 16, "ten seconds, a thousand turns"
-    pool.evict, asked = cache_of(slots, [9])
+    evict, asked = cache_of(slots, [9])
+    pool.lend_to(pool.relieve, evict)
     clock.now_s += EVICT_AGAIN_MOST_S
     assert lease_of(pool, BATCH, 3) is None
     clock.now_s += 1.5 * EVICT_AGAIN_S
@@ -322,7 +326,8 @@ def test_looks_at_prefixes_that_give_nothing_become_seldom():
 def test_cached_prefixes_keep_the_high_watermark_free_while_training_holds_memory():
     pool, slots, clock = small_pool(small_geometry(18))
     taken = grow(pool, slots, clock, 2)
-    pool.evict, asked = cache_of(slots, list(range(4, 18)))
+    evict, asked = cache_of(slots, list(range(4, 18)))
+    pool.lend_to(pool.relieve, evict)
     pool.tick(pool.used_slots)
     assert not asked, "training holds nothing: the cache is SGLang's own affair"
     assert lease_of(pool, BATCH, 1) is not None  # evicts three: one to lend, four stay free
@@ -351,14 +356,6 @@ def test_a_backing_without_room_gives_no_lease_and_loses_nothing(caplog):
     assert "no place in a row" in caplog.text
     pool.check()
     assert not slots.lent_stripes and not pool.leases and len(slots.free) == slots.size
-
-
-def test_a_pool_without_slots_yet_lends_nothing_and_says_so():
-    pool, _, _ = small_pool()
-    pool.slots = None
-    assert lease_of(pool, STATE, 1) is None
-    status = pool.status()
-    assert status["kv_bytes"] == status["total_bytes"] and status["free_bytes"] == 0
 
 
 def test_status_in_bytes():
@@ -392,8 +389,8 @@ def test_an_oscillating_load_moves_a_lease_twice_at_most(amplitude):
             slots.release(taken)
             taken = []
         pool.tick(pool.used_slots)
-        if (stripes := pool.must_give()) and pool.on_pressure:
-            pool.on_pressure(stripes)
+        if stripes := pool.must_give():
+            pool.relieve(stripes)
         if not pool.leases:
             obtain(pool, BATCH, [((16 * pool.geometry.stripe_bytes,), torch.uint8)])
     assert pool.ledger.moves_to_train <= 2 * 16, "thirty waves"

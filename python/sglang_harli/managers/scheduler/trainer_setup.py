@@ -6,6 +6,7 @@ kv_cache_dtype, decode_cuda_graph_runner.capture_bs), ServerArgs (model_path, to
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from typing import Any
@@ -24,7 +25,7 @@ from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
 from sglang_harli.managers.scheduler.training.parity import Parity
 from sglang_harli.managers.scheduler.training.quantum_timer import make_timer
 from sglang_harli.mem_cache.kv.prefix_eviction import evict_stripes
-from sglang_harli.mem_cache.unified_pool import UnifiedPool
+from sglang_harli.mem_cache.kv.slot_allocator import StripedFreeList
 from sglang_harli.peft_trainer.base import base_print
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.base.frozen_base import bind as bind_base
@@ -65,26 +66,10 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
     limits = served_limits(base, args, runner, options, pressure)
     key = profile_key(limits, args)
     side = ServingState(options, _predictor(limits, runner, key, options), key, pressure)
-    trainer: CoTrainer | None = None
-
-    def hello() -> internal.Hello:
-        run = trainer.run if trainer is not None else None
-        current = limits if trainer is None else trainer.limits  # `harli set` may have changed them
-        message = internal.Hello(
-            pid=os.getpid(), rank=0, limits=current, options=side.effective(), revision=side.revision
-        )
-        if trainer is not None:
-            message.hold, message.base, message.updates = trainer.hold, trainer.base_print, trainer.updates
-        if run is not None:
-            message.job, message.attempt = run.spec.job, run.spec.attempt
-            message.step, message.taken = run.training.applied_step, run.training.taken
-            message.next_cursor = run.training.next_cursor
-        return message
-
     trainer = CoTrainer(
         base,
         limits,
-        ServiceLink(scheduler_endpoint(options.absolute_run_dir), hello),
+        functools.partial(ServiceLink, scheduler_endpoint(options.absolute_run_dir)),
         AdapterLoader(runner.lora_manager),
         side.predictor,
         make_timer(base.device.type, getattr(scheduler, "forward_stream", None)),
@@ -92,6 +77,9 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
         quantum_rows=options.quantum_rows,
         parity=_parity(scheduler, base, limits, options),
         take_print=lambda: base_print.take(base, args.served_model_name, args.model_path),
+        make_hello=lambda: internal.Hello(
+            pid=os.getpid(), rank=0, limits=None, options=side.effective(), revision=side.revision
+        ),
         set_options=side.set_options,
         status=side.status,
     )
@@ -113,18 +101,18 @@ def training_memory(scheduler: Any, device: torch.device, options: HarliOptions)
     cpu = device.type == "cpu"
     reserve = options.reserve_bytes(cpu)
     allocator, cache = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
-    pool: UnifiedPool | None = getattr(allocator.get_kvcache(), "harli_pool", None)
-    if pool is None:
+    if not isinstance(allocator, StripedFreeList):
         total = host_memory_bytes() if cpu else torch.cuda.get_device_properties(device).total_memory
         return MemoryPressure(
             None, device, fixed_bytes=options.train_bytes(total, cpu), reserve_bytes=reserve
         )
 
+    pool = allocator.pool
+
     def evict(stripes: int, unused_since_s: float | None) -> int:
         return evict_stripes(cache, allocator, stripes, pool.quota.kept_prefix_slots(), unused_since_s)
 
-    pool.evict = evict
-    return MemoryPressure(pool, device, reserve_bytes=reserve)
+    return MemoryPressure(pool, device, evict=evict, reserve_bytes=reserve)
 
 
 def served_limits(

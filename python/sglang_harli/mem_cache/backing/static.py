@@ -22,20 +22,25 @@ class StaticBacking:
     Args:
         geometry: the pool's.
         device: where the buffers lie.
-        debug: memory on its way to training is filled with NaN.
-
-    Attributes:
         stream: on CUDA the stream of forwards and quanta; what is written here stands in line on it.  None: the
             current stream.
+        debug: memory on its way to training is filled with NaN.
     """
 
     name = "static"
     contiguous = False
 
-    def __init__(self, geometry: PoolGeometry, device: torch.device | str, *, debug: bool = False) -> None:
+    def __init__(
+        self,
+        geometry: PoolGeometry,
+        device: torch.device | str,
+        *,
+        stream: Any = None,
+        debug: bool = False,
+    ) -> None:
         self.geometry, self.debug = geometry, debug
         self.device = torch.device(device)
-        self.stream: Any = None
+        self.stream = stream
         self._lent: set[int] = set()
         self._buffers = [
             torch.zeros(geometry.buffer_bytes, dtype=torch.uint8, device=self.device)

@@ -14,29 +14,29 @@ from typing import Any
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from torch import Tensor
 
-from sglang_harli.mem_cache.unified_pool import UnifiedPool
+from sglang_harli.mem_cache.backing.interface import Backing
 
-MakePool = Callable[[int, int, int, int], UnifiedPool]  # slots, bytes of a row, buffers, page size
+MakeBacking = Callable[[int, int, int, int], Backing]  # slots, bytes of a row, buffers, page size
 
 
 class HarliMHATokenToKVPool(MHATokenToKVPool):
     """SGLang's KV pool whose buffers are the unified pool's memory.
 
     Args:
-        make_pool: builds the unified pool, once SGLang has said how large it is.
+        make_backing: makes the unified pool's memory, once SGLang has said how large it is.
         (the others: SGLang's)
 
     Attributes:
-        harli_pool: the unified pool; buffer ``2 * layer`` holds the keys, the one after it the values.
+        harli_backing: the unified pool's memory; buffer ``2 * layer`` holds the keys, the one after it the values.
 
     Raises:
         ValueError: a layout whose rows the pool cannot hold (``managers.scheduler.memory.pool_setup`` asks for none).
     """
 
-    harli_pool: UnifiedPool
+    harli_backing: Backing
 
-    def __init__(self, *args: Any, make_pool: MakePool, **kwargs: Any) -> None:
-        self._make_pool = make_pool
+    def __init__(self, *args: Any, make_backing: MakeBacking, **kwargs: Any) -> None:
+        self._make_backing = make_backing
         super().__init__(*args, **kwargs)
 
     def _create_buffers_normal(self) -> None:
@@ -47,10 +47,10 @@ class HarliMHATokenToKVPool(MHATokenToKVPool):
                 "'nhd' with keys and values alike"
             )
         row_bytes = math.prod(shape[1:]) * self.store_dtype.itemsize
-        self.harli_pool = self._make_pool(shape[0], row_bytes, 2 * self.layer_num, self.page_size)
+        self.harli_backing = self._make_backing(shape[0], row_bytes, 2 * self.layer_num, self.page_size)
 
         def buffer(number: int) -> Tensor:
-            return self.harli_pool.backing.kv_bytes(number).view(self.store_dtype).view(shape)
+            return self.harli_backing.kv_bytes(number).view(self.store_dtype).view(shape)
 
         self.k_buffer = [buffer(2 * layer) for layer in range(self.layer_num)]
         self.v_buffer = [buffer(2 * layer + 1) for layer in range(self.layer_num)]

@@ -13,7 +13,7 @@ Leans on SGLang 0.5.16: ``mem_cache.allocator`` (``free_pages``, ``release_pages
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ from torch import Tensor
 
 from sglang_harli.mem_cache.geometry import runs_of
 from sglang_harli.mem_cache.kv.stripe_counts import Fence, StripeCounts, event_fence
-from sglang_harli.mem_cache.unified_pool import UnifiedPool
+from sglang_harli.mem_cache.unified_pool import SlotSource, UnifiedPool
 
+MakePool = Callable[[SlotSource], UnifiedPool]
 # What the restoring caller gets back: both lists and the stripes that were lent then.
 State = tuple[Tensor, Tensor, frozenset[int]]
 
@@ -44,11 +45,11 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
     release_pages: Tensor
     prefix_scan: Any = None  # of prefix_eviction: a look at the prefix cache whose figures are on their way
 
-    def _attach(self, pool: UnifiedPool, device: str | torch.device, fence: Fence | None) -> None:
+    def _prepare(self, make_pool: MakePool, device: str | torch.device, fence: Fence | None) -> None:
         """Before SGLang's constructor, which calls ``clear``."""
-        self.pool = pool
+        self.pool = make_pool(self)
         at = torch.device(device)
-        self.counts = StripeCounts(pool.geometry, at, fence or event_fence(at))
+        self.counts = StripeCounts(self.pool.geometry, at, fence or event_fence(at))
         self.lent_stripes: set[int] = set()
         self._offered = False  # the counts were used: next time newer frees are counted in
 
@@ -174,7 +175,7 @@ class HarliTokenAllocator(StripedFreeList, TokenToKVPoolAllocator):
 
     Args:
         size: slots, the padded one not counted.
-        pool: whose stripes the slots belong to.
+        make_pool: makes the unified pool whose stripes the slots belong to, given this allocator.
         fence: see ``slot_counts``; None: by the device.
         (the others: SGLang's)
     """
@@ -185,10 +186,10 @@ class HarliTokenAllocator(StripedFreeList, TokenToKVPoolAllocator):
         dtype: torch.dtype,
         device: str,
         kvcache: Any,
-        pool: UnifiedPool,
+        make_pool: MakePool,
         fence: Fence | None = None,
     ) -> None:
-        self._attach(pool, device, fence)
+        self._prepare(make_pool, device, fence)
         super().__init__(size, dtype, device, kvcache, need_sort=True)
 
     def alloc(self, need_size: int) -> Tensor | None:
@@ -210,10 +211,10 @@ class HarliPagedAllocator(StripedFreeList, PagedTokenToKVPoolAllocator):
         dtype: torch.dtype,
         device: str,
         kvcache: Any,
-        pool: UnifiedPool,
+        make_pool: MakePool,
         fence: Fence | None = None,
     ) -> None:
-        self._attach(pool, device, fence)
+        self._prepare(make_pool, device, fence)
         self._on_host = torch.device(device).type == "cpu"
         super().__init__(size, page_size, dtype, device, kvcache, need_sort=True)
 

@@ -26,7 +26,6 @@ from sglang_harli.service.links.http_link import HttpLink
 from sglang_harli.service.links.scheduler_link import SchedulerLink
 from sglang_harli.service.publish.publication import PublicationQueue
 from sglang_harli.service.submit.submission import Submission
-from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
 
 # Pausing a running job saves its state first.  The answer waits this long for it; after that it shows the
 # job as it is (still running, reason "pausing"), and the job becomes paused when the state is saved.
@@ -60,7 +59,6 @@ class Verbs:
         options: LiveOptions,
         scheduler: SchedulerLink,
         http: HttpLink,
-        tokenizer: ModelTokenizer,
         subscriptions: Subscriptions,
         readers: Executor,
         about: dict[str, Any],
@@ -71,13 +69,11 @@ class Verbs:
         self._options = options
         self._scheduler = scheduler
         self._http = http
-        self._tokenizer = tokenizer
         self._subscriptions = subscriptions
         self._readers = readers
         self._about = about
         self._started = time.monotonic()
         self._space = DiskUsage(registry.run_dir)
-        registry.blocker = self._blocker
         self._verbs: dict[str, Callable[[Caller, dict[str, Any]], Awaitable[Any]]] = {
             "list": self._list,
             "get": self._get,
@@ -189,20 +185,6 @@ class Verbs:
         asked = self._registry.apply(change) if change.record != record else None
         await self._registry.durable(asked)
         return self._registry.public(await self._registry.wait_until(job, taken, TAKE_S))
-
-    def _blocker(self, own: str) -> str | None:
-        """Why no queued job can start at the moment; ``own``: what keeps this one until another base or server comes,
-        which says more than what passes by itself."""
-        if self._scheduler.refusal is not None:
-            return f"this server cannot train: {self._scheduler.refusal}"
-        if self._registry.journal.trouble is not None:
-            return self._registry.journal.trouble
-        hello = self._scheduler.hello
-        if hello is None:
-            return "waiting for the scheduler"
-        if own or hello.hold:
-            return own or hello.hold
-        return None if self._tokenizer.known else "waiting for the server's tokenizer and chat template"
 
     # ---- the server
     async def _status(self, _caller: Caller, _raw: dict[str, Any]) -> public.StatusAnswer:

@@ -33,20 +33,29 @@ DURABLE_S = 30.0  # a command waits so long for a store that cannot be written
 class JobRegistry:
     """Loads the store, re-queues what a crash left running, and keeps the records.
 
+    Args:
+        why_none_starts: why no queued job can start at the moment, or None; given what the job itself waits for
+            (``QueueOrder.lasting``) and why the store cannot be written.
+
     Attributes:
         journal: the writer behind it.
         keep_checkpoints: how many ``state`` checkpoints of each job stay.
-        blocker: why no queued job can start at the moment, or None; given what the job itself waits for (``QueueOrder.lasting``).
         unreadable: jobs of the store whose records cannot be read, by id.
         listeners: called with a record after each change (on the loop, before it is durable).
         committed: called with the ids of jobs whose changes have become durable.
     """
 
-    def __init__(self, store: JobStore, run_dir: Path, keep_checkpoints: int = 2) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        run_dir: Path,
+        keep_checkpoints: int = 2,
+        why_none_starts: Callable[[str, str | None], str | None] = lambda _own, _trouble: None,
+    ) -> None:
         self.run_dir = run_dir
         self.store = store
         self.keep_checkpoints = keep_checkpoints
-        self.blocker: Callable[[str], str | None] = lambda own: None
+        self._why_none_starts = why_none_starts
         self._records: dict[str, JobRecord] = {}  # in the order of their numbers
         self._keys: dict[str, str] = {}
         self._short_ids: set[str] = set()
@@ -148,7 +157,8 @@ class JobRegistry:
         the store: a crash would take it back."""
         job = self._shown(self._before_end[record.id][0] if record.id in self._before_end else record)
         if record.status == JobStatus.QUEUED:
-            job.reason = self.blocker(self._queue.lasting(record.id)) or self._queue.reason(record.id)
+            waits = self._why_none_starts(self._queue.lasting(record.id), self.journal.trouble)
+            job.reason = waits or self._queue.reason(record.id)
         elif record.publishing:
             job.reason = self._served.other(record) or job.reason
         return job

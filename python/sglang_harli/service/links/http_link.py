@@ -44,7 +44,7 @@ class HttpLink:
         on_wanted: Callable[[str], None],
         on_tokenizer: Callable[[str], None],
     ) -> None:
-        self.peer = PeerLink(context, endpoint, "http", self._receive, self._greet)
+        self.peer = PeerLink(context, endpoint, "http")
         self._state = state
         self._on_wanted = on_wanted
         self._on_tokenizer = on_tokenizer
@@ -53,6 +53,10 @@ class HttpLink:
         self._requests = itertools.count(1)
         self.ready = asyncio.Event()
         self.pid: int | None = None
+
+    async def run(self) -> None:
+        """Receive until cancelled."""
+        await self.peer.run(self._receive, self._greet)
 
     def _greet(self) -> None:
         asyncio.get_running_loop().call_later(

@@ -26,22 +26,13 @@ class PeerLink:
         context: the process's.
         endpoint: what to bind (ipc).
         source: whose messages come, as ``internal.decode`` names it.
-        on_message: called with each message and its raw frames.
-        on_connect: called when a peer has connected.
 
     Attributes:
         connected: a peer is there.
         trouble: the last message that went wrong, and how; None: none has.
     """
 
-    def __init__(
-        self,
-        context: zmq.asyncio.Context,
-        endpoint: str,
-        source: str,
-        on_message: Callable[[Any, list[bytes]], None],
-        on_connect: Callable[[], None],
-    ) -> None:
+    def __init__(self, context: zmq.asyncio.Context, endpoint: str, source: str) -> None:
         self._socket: zmq.asyncio.Socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 500)
         # What is on its way is bounded by the protocol (few micro-batches ahead), not here.
@@ -50,8 +41,6 @@ class PeerLink:
         self._monitor = self._socket.get_monitor_socket(_WATCHED)
         self._socket.bind(endpoint)
         self._source = source
-        self._on_message = on_message
-        self._on_connect = on_connect
         self._seq = 0
         self.connected = False
         self.trouble: str | None = None
@@ -70,13 +59,20 @@ class PeerLink:
             raise error
         return False
 
-    async def run(self) -> None:
-        """Receive until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._watch())
-            group.create_task(self._receive())
+    async def run(
+        self, on_message: Callable[[Any, list[bytes]], None], on_connect: Callable[[], None]
+    ) -> None:
+        """Receive until cancelled.
 
-    async def _receive(self) -> None:
+        Args:
+            on_message: called with each message and its raw frames.
+            on_connect: called when a peer has connected.
+        """
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch(on_connect))
+            group.create_task(self._receive(on_message))
+
+    async def _receive(self, on_message: Callable[[Any, list[bytes]], None]) -> None:
         while True:
             header, *frames = await self._socket.recv_multipart()
             try:
@@ -85,7 +81,7 @@ class PeerLink:
                 logger.error("dropped a message from %s: %s", self._source, error)
                 continue
             try:
-                self._on_message(message, frames)
+                on_message(message, frames)
             except Exception as error:  # boundary: one message is left out; the peer says again what matters
                 self._note(f"{type(message).__name__} of {self._source}: {type(error).__name__}: {error}")
 
@@ -94,12 +90,12 @@ class PeerLink:
             logger.exception("a message went wrong: %s", text)
         self.trouble = text
 
-    async def _watch(self) -> None:
+    async def _watch(self, on_connect: Callable[[], None]) -> None:
         while True:
             event = parse_monitor_message(await self._monitor.recv_multipart())
             self.connected = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
             if self.connected:
-                self._on_connect()
+                on_connect()
 
     def close(self) -> None:
         self._socket.disable_monitor()

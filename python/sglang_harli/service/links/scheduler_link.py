@@ -27,24 +27,13 @@ class SchedulerLink:
 
     Args:
         context, endpoint: see PeerLink.
-        on_hello: called with each hello that was welcomed.
-        on_run_message: called with messages about a run; what of them is taken over durably goes to
-            ``acknowledge``.
 
     Attributes:
         hello: the scheduler's latest hello; None until one has been read.
     """
 
-    def __init__(
-        self,
-        context: zmq.asyncio.Context,
-        endpoint: str,
-        on_hello: Callable[[internal.Hello], None],
-        on_run_message: Callable[[Any], None],
-    ) -> None:
-        self.peer = PeerLink(context, endpoint, "scheduler", self._receive, self._greet)
-        self._on_hello = on_hello
-        self._on_run_message = on_run_message
+    def __init__(self, context: zmq.asyncio.Context, endpoint: str) -> None:
+        self.peer = PeerLink(context, endpoint, "scheduler")
         self._acks: list[int] = []
         self._requests = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
@@ -64,6 +53,30 @@ class SchedulerLink:
     def send(self, message: internal.Message, *frames: Any) -> bool:
         return self.peer.send(message, *frames)
 
+    async def run(
+        self, on_hello: Callable[[internal.Hello], None], on_run_message: Callable[[Any], None]
+    ) -> None:
+        """Receive until cancelled.
+
+        Args:
+            on_hello: called with each hello that was welcomed.
+            on_run_message: called with messages about a run; what of them is taken over durably goes to
+                ``acknowledge``.
+        """
+
+        def receive(message: Any, _frames: list[bytes]) -> None:
+            if isinstance(message, internal.Hello):
+                if self._welcome(message):
+                    on_hello(message)
+            elif isinstance(message, internal.StatusReport | internal.OptionsSet):
+                answer = self._answers.get(message.request)
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
+            else:
+                on_run_message(message)
+
+        await self.peer.run(receive, self._greet)
+
     # ---- coming in
     def _greet(self) -> None:
         asyncio.get_running_loop().call_later(WELCOME_AFTER_S, self._welcome_unread)
@@ -78,26 +91,17 @@ class SchedulerLink:
         """Have the scheduler say hello (again)."""
         self.send(internal.Welcome(pid=os.getpid(), answers=0))
 
-    def _receive(self, message: Any, _frames: list[bytes]) -> None:
-        if isinstance(message, internal.Hello):
-            self._take_hello(message)
-        elif isinstance(message, internal.StatusReport | internal.OptionsSet):
-            answer = self._answers.get(message.request)
-            if answer is not None and not answer.done():
-                answer.set_result(message)
-        else:
-            self._on_run_message(message)
-
-    def _take_hello(self, hello: internal.Hello) -> None:
+    def _welcome(self, hello: internal.Hello) -> bool:
+        """Answer a hello; whether it is the latest."""
         if self.hello is None or self.hello.pid != hello.pid:
             logger.info(
                 "hello of the scheduler, pid %d: %s", hello.pid, hello.refusal or "finetuning is possible"
             )
         self.send(internal.Welcome(pid=os.getpid(), answers=hello.seq))
         if self.hello is not None and hello.seq < self.hello.seq:  # of a scheduler before, or doubled
-            return
+            return False
         self.hello = hello
-        self._on_hello(hello)
+        return True
 
     def acknowledge(self, seq: int) -> None:
         """Tell the scheduler that a message is taken over; one Ack for all that became durable together."""

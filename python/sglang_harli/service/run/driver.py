@@ -58,13 +58,14 @@ class RunDriver:
         disk: Executor,
         shm: Path,
         tokenizer: ModelTokenizer,
+        link: SchedulerLink,
     ) -> None:
         self._registry = registry
         self._publication = publication
         self._disk = disk
         self._shm = shm
         self._tokenizer = tokenizer
-        self._link: SchedulerLink | None = None
+        self._link = link
         self._writer = SnapshotWriter(registry, disk)
         self._wake = asyncio.Event()
         # One thread that reads rows: they stay in order, and training never waits behind a checkpoint's files.
@@ -77,9 +78,6 @@ class RunDriver:
         self._machine = RunMachine(registry)
         self._feeder: BatchOrder | None = None  # of the run in progress
         registry.listeners.append(lambda _record: self._wake.set())
-
-    def attach(self, link: SchedulerLink) -> None:
-        self._link = link
 
     @property
     def active(self) -> bool:
@@ -142,15 +140,13 @@ class RunDriver:
                 self._say(message)
             case machine.Acknowledge(seq):
                 self._machine.acknowledged(seq)
-                if self._link is not None:
-                    self._link.acknowledge(seq)
+                self._link.acknowledge(seq)
             case machine.HoldJob(job, reason, lasting):
                 self._registry.hold(job, reason, lasting=lasting)
             case machine.ServeBase(base):
                 self._registry.serve(base)
             case machine.AskHello():
-                if self._link is not None:
-                    self._link.ask_hello()
+                self._link.ask_hello()
             case machine.Prepare():
                 self._spawn(self._prepare(effect))
             case machine.MakeSlot():
@@ -289,7 +285,7 @@ class RunDriver:
 
     # ------------------------------------------------------------ short hands
     def _send(self, message: internal.Message, *frames: Any) -> bool:
-        return self._link is not None and self._link.send(message, *frames)
+        return self._link.send(message, *frames)
 
     def _say(self, message: internal.Message) -> None:
         try:

@@ -297,8 +297,8 @@ def test_a_pool_that_cannot_be_built_leaves_nothing_behind(driver: DriverDouble,
 
 def test_the_pool_leases_it_and_serves_on_when_the_driver_refuses(driver: DriverDouble):
     backing = make(driver)
-    pool = UnifiedPool(backing.geometry, backing)
-    slots = pool.slots = IdleSlots(backing.geometry)
+    slots = IdleSlots(backing.geometry)
+    pool = UnifiedPool(backing.geometry, backing, slots)
     driver.refuse["map"] = 2
     wanted, arena = [((16, 512), torch.float32)], TrainArena(pool)
     assert arena.obtain(MemoryPurpose.STATE, wanted) is None
@@ -306,7 +306,7 @@ def test_the_pool_leases_it_and_serves_on_when_the_driver_refuses(driver: Driver
     lease = arena.obtain(MemoryPurpose.STATE, wanted)
     assert lease is not None
     lease.carve(*wanted[0]).fill_(1.0)
-    pool.on_pressure = lambda _: lease.give_back()
+    pool.lend_to(lambda _: lease.give_back(), None)
     assert pool.reclaim(1) == backing.geometry.stripe_slots
     driver.advance(FORWARD)
     assert all(is_all(backing.kv_bytes(b), 0) for b in range(BUFFERS))

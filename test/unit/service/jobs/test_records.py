@@ -311,8 +311,8 @@ def test_a_message_that_goes_wrong_is_left_out_and_told_once(
             got.append(message.name)
 
         endpoint = f"ipc://{tmp_path}/x.sock"
-        link = PeerLink(context, endpoint, "http", take, lambda: None)
-        running = asyncio.create_task(link.run())
+        link = PeerLink(context, endpoint, "http")
+        running = asyncio.create_task(link.run(take, lambda: None))
         peer = context.socket(zmq.DEALER)
         peer.connect(endpoint)
         for name in ("bad", "first", "bad", "second"):

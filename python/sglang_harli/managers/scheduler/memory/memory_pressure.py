@@ -26,7 +26,7 @@ from sglang_harli.peft_trainer.memory.heap import HeapMemory
 from sglang_harli.train_memory import TrainMemory
 
 if TYPE_CHECKING:
-    from sglang_harli.mem_cache.unified_pool import UnifiedPool
+    from sglang_harli.mem_cache.unified_pool import Evict, UnifiedPool
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class MemoryPressure:
     Args:
         pool: the unified pool; None: the KV pool is SGLang's own, and training has a fixed memory beside it.
         device: of training.
+        evict: of the pool: see ``UnifiedPool.lend_to``; None: no prefix is cached.
         fixed_bytes: that fixed memory.
         reserve_bytes: what was left outside the pool for training, for ``status``.
 
@@ -71,6 +72,7 @@ class MemoryPressure:
         pool: UnifiedPool | None,
         device: torch.device,
         *,
+        evict: Evict | None = None,
         fixed_bytes: int = 0,
         reserve_bytes: int = 0,
     ) -> None:
@@ -82,7 +84,7 @@ class MemoryPressure:
         self._needs_bytes = 0
         self._drop_run: Callable[[str], None] | None = None
         if pool is not None:
-            pool.on_pressure = self.relieve
+            pool.lend_to(self.relieve, evict)
 
     # ---------------------------------------------------------------- the run that is held
     def attach(self, tenant: Tenant, needs_bytes: int, drop_run: Callable[[str], None]) -> None:

@@ -33,7 +33,7 @@ from sglang_harli.mem_cache.backing.static import StaticBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
 from sglang_harli.mem_cache.kv.kv_pool import HarliMHATokenToKVPool
 from sglang_harli.mem_cache.kv.slot_allocator import HarliPagedAllocator, HarliTokenAllocator
-from sglang_harli.mem_cache.unified_pool import UnifiedPool
+from sglang_harli.mem_cache.unified_pool import SlotSource, UnifiedPool
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +120,8 @@ def build_kv_pool(original: Callable[..., Any], configurator: Any, *args: Any, *
             reason,
         )
         return original(configurator, *args, **kwargs)
-    make_pool = functools.partial(_make_pool, configurator, static)
-    kwargs["mha_pool_class"] = functools.partial(HarliMHATokenToKVPool, make_pool=make_pool)
+    make_backing = functools.partial(_make_backing, configurator, static)
+    kwargs["mha_pool_class"] = functools.partial(HarliMHATokenToKVPool, make_backing=make_backing)
     return original(configurator, *args, **kwargs)
 
 
@@ -144,11 +144,11 @@ def _plan(
     )
 
 
-def _make_pool(
+def _make_backing(
     configurator: Any, static: str | None, slots: int, row_bytes: int, buffers: int, page_size: int
-) -> UnifiedPool:
+) -> Backing:
     geometry = _plan(configurator, static, slots, row_bytes, buffers, page_size)
-    backing = _make_backing(configurator, static, geometry)
+    backing = _backing_of(configurator, static, geometry)
     options = configurator.server_args.harli_options()
     logger.info(
         "harli: one pool of %.2f GiB for the KV cache and for training, %d stripes of %d slots and %.1f MiB, on the "
@@ -161,12 +161,10 @@ def _make_pool(
         f" ({static})" if static else "",
         min(geometry.lendable_bytes, options.max_train_bytes or geometry.lendable_bytes) / 2**30,
     )
-    return UnifiedPool(
-        geometry, backing, max_train_bytes=options.max_train_bytes, prefix_keep=options.prefix_keep
-    )
+    return backing
 
 
-def _make_backing(configurator: Any, static: str | None, geometry: PoolGeometry) -> Backing:
+def _backing_of(configurator: Any, static: str | None, geometry: PoolGeometry) -> Backing:
     device = torch.device(configurator.device)
     debug = os.environ.get(POOL_DEBUG_ENV) == "1"
     if static is None and device.type == "cpu":
@@ -176,10 +174,9 @@ def _make_backing(configurator: Any, static: str | None, geometry: PoolGeometry)
     if static is None:
         streams = functools.partial(_streams, configurator, device)
         return CudaBacking(geometry, device, CudaDriver(configurator.gpu_id), streams, debug=debug)
-    backing = StaticBacking(geometry, device, debug=debug)
-    if device.type == "cuda" and not configurator.server_args.disable_overlap_schedule:
-        backing.stream = configurator.forward_stream
-    return backing
+    overlaps = device.type == "cuda" and not configurator.server_args.disable_overlap_schedule
+    stream = configurator.forward_stream if overlaps else None
+    return StaticBacking(geometry, device, stream=stream, debug=debug)
 
 
 def _why_static(device: str, gpu_id: int) -> str | None:
@@ -204,12 +201,14 @@ def build_allocator(original: Callable[..., Any], configurator: Any, *args: Any,
     kv_pool = kwargs.get("token_to_kv_pool")
     if not isinstance(kv_pool, HarliMHATokenToKVPool) or kwargs.get("token_to_kv_pool_allocator") is not None:
         return original(configurator, *args, **kwargs)
-    pool, size = kv_pool.harli_pool, kwargs["sizes"].max_total_num_tokens
+    backing, options = kv_pool.harli_backing, configurator.server_args.harli_options()
+    size, page_size = kwargs["sizes"].max_total_num_tokens, backing.geometry.page_size
     dtype, device = configurator.kv_cache_dtype, configurator.device
-    allocator: HarliTokenAllocator | HarliPagedAllocator
-    if pool.geometry.page_size == 1:
-        allocator = HarliTokenAllocator(size, dtype, device, kv_pool, pool)
-    else:
-        allocator = HarliPagedAllocator(size, pool.geometry.page_size, dtype, device, kv_pool, pool)
-    pool.slots = allocator
-    return allocator
+
+    def make_pool(slots: SlotSource) -> UnifiedPool:
+        limits = {"max_train_bytes": options.max_train_bytes, "prefix_keep": options.prefix_keep}
+        return UnifiedPool(backing.geometry, backing, slots, **limits)
+
+    if page_size == 1:
+        return HarliTokenAllocator(size, dtype, device, kv_pool, make_pool)
+    return HarliPagedAllocator(size, page_size, dtype, device, kv_pool, make_pool)

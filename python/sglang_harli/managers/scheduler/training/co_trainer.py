@@ -60,7 +60,7 @@ class CoTrainer:
     Args:
         base: the served weights as a transformers module.
         limits: sent with the hello; the memory budget is checked again when a run starts.
-        link: the ipc pair.
+        open_link: opens the ipc pair, which asks for hellos of the moment.
         loader: loads finished adapters into the serving side, slice by slice; None on a host that does not serve.
         predictor: what quanta will take.
         clock: measures quanta; on CUDA it also puts them on the stream of SGLang's forwards.
@@ -68,6 +68,7 @@ class CoTrainer:
         quantum_rows: a fixed split, or None.
         parity: the comparison of training with serving; None: none is made.
         take_print: takes the print of ``base`` as it is now (waits for the device); None: nobody asks for it.
+        make_hello: a hello of what is in force in the scheduler; the trainer adds what it knows.
         set_options, status: what the scheduler does for ``harli set`` and ``harli status``.
 
     Attributes:
@@ -78,7 +79,7 @@ class CoTrainer:
         self,
         base: FrozenBase,
         limits: internal.ServedLimits,
-        link: ServiceLink,
+        open_link: Callable[[Callable[[], internal.Hello]], ServiceLink],
         loader: AdapterLoader | None,
         predictor: LatencyPredictor,
         clock: HostQuantumTimer | DeviceQuantumTimer,
@@ -87,10 +88,12 @@ class CoTrainer:
         quantum_rows: int | None,
         parity: Parity | None = None,
         take_print: Callable[[], internal.BasePrint] | None = None,
+        make_hello: Callable[[], internal.Hello],
         set_options: Callable[[internal.SetOptions], internal.OptionsSet],
         status: Callable[[], dict[str, Any]],
     ) -> None:
-        self.base, self.limits, self.link, self.loader = base, limits, link, loader
+        self.base, self.limits, self.loader = base, limits, loader
+        self.link, self._make_hello = open_link(self.hello), make_hello
         self.predictor, self.clock, self.pressure = predictor, clock, pressure
         self.quantum_rows = quantum_rows
         self.run: ActiveRun | None = None
@@ -120,6 +123,17 @@ class CoTrainer:
         }
 
     # ---------------------------------------------------------------- the service's messages
+    def hello(self) -> internal.Hello:
+        """What the service is to know: limits, base, and the run in progress with how far it is."""
+        message = self._make_hello()
+        message.limits, message.hold = self.limits, self.hold
+        message.base, message.updates = self.base_print, self.updates
+        if (run := self.run) is not None:
+            message.job, message.attempt = run.spec.job, run.spec.attempt
+            message.step, message.taken = run.training.applied_step, run.training.taken
+            message.next_cursor = run.training.next_cursor
+        return message
+
     def poll(self, *, serving: bool = False) -> None:
         """Take what the service has sent; called once a loop turn.
 
