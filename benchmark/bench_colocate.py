@@ -54,7 +54,7 @@ from colocate.judge import (
     UNCOORDINATED,
     judge,
 )
-from colocate.modes import CUT_AFTER, Place, World
+from colocate.modes import CUT_AFTER, Place, Rig
 from colocate.plan import Cell, baseline_of, in_blocks, plan, plan_lacking, targets_of
 from common import report as bench_report
 
@@ -155,7 +155,7 @@ def _modes(options: argparse.Namespace) -> tuple[str, ...]:
 
 # ------------------------------------------------------------------ the run
 def repetition(
-    world: World,
+    rig: Rig,
     options: argparse.Namespace,
     results: dict[str, Any],
     number: int,
@@ -169,7 +169,7 @@ def repetition(
     def measure(cell: Cell) -> dict[str, Any]:
         if cell.mode in SEPARATE:
             cell = replace(cell, limit_s=CUT_AFTER * alone_s[cell.load, cell.requests])
-        found = world.measure(cell)
+        found = rig.measure(cell)
         if cell.mode == SERVE:
             alone_s[cell.load, cell.requests] = found["seconds"]
         results["cells"].append(found)
@@ -238,26 +238,26 @@ def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any
     before_s = results["seconds"]
     print(f"noise rule: {results['noise_rule']}", flush=True)
     watch = noise.Watch(noise.Pieces(), results["reference_ms"])
-    with World(place, watch) as world:
+    with Rig(place, watch) as rig:
         names = ["plain", *(["ours"] if options.modes & {TRAIN, HARLI, PAUSED, SLICES} else [])]
         names += ["sleepy"] if NICE in options.modes else []
         nices = [0] if options.modes & {PLAIN_LOOP, UNCOORDINATED} else []
-        world.start(names, [*nices, *([19] if NICE in options.modes else [])])
-        results["start_s"], results["limits"] = world.start_s, world.limits()
-        print(f"all up after {time.monotonic() - began:.0f} s: {world.start_s}", flush=True)
+        rig.start(names, [*nices, *([19] if NICE in options.modes else [])])
+        results["start_s"], results["limits"] = rig.start_s, rig.limits()
+        print(f"all up after {time.monotonic() - began:.0f} s: {rig.start_s}", flush=True)
         if options.begun is None:
-            calibrated(world, options, results)
+            calibrated(rig, options, results)
             results["reference_ms"] = watch.calibrated()
         print(f"pieces of work, ms: {results['reference_ms']}", flush=True)
         if HARLI in options.modes and results["baseline"]:
-            warm_up(world, results)
+            warm_up(rig, results)
         took_s, number = 0.0, results["repetitions_done"] + 1
         while cells := (plan if number <= options.repetitions else plan_lacking)(options, results, number):
             started = time.monotonic()
             if took_s and started + took_s > over_s:
                 print(f"no time for another repetition within {options.limit_minutes:g} minutes", flush=True)
                 break
-            repetition(world, options, results, number, over_s, cells)
+            repetition(rig, options, results, number, over_s, cells)
             results["repetitions_done"] = number
             results["seconds"] = round(before_s + time.monotonic() - began)
             save(results)
@@ -266,24 +266,24 @@ def run(options: argparse.Namespace, place: Place, save: Callable[[dict[str, Any
     return results
 
 
-def calibrated(world: World, options: argparse.Namespace, results: dict[str, Any]) -> None:
+def calibrated(rig: Rig, options: argparse.Namespace, results: dict[str, Any]) -> None:
     """Rates and targets of each load, and where the baselines are compared."""
     busy = [load for load in options.loads if load]
     count, rounds = (options.requests, 1) if options.quick else (max(options.requests // 2, 12), 4)
-    results["calibration"] = found = calibrate(world, busy, count, rounds)
+    results["calibration"] = found = calibrate(rig, busy, count, rounds)
     medians_ms = {load: row["tpot_ms"] for load, row in found["loads"].items()}
     results["targets"] = {load: targets_of(options, ms) for load, ms in medians_ms.items()}
     results["baseline"] = baseline_of(medians_ms, results["targets"])
     print(f"calibrated: {json.dumps(found)}", flush=True)
 
 
-def warm_up(world: World, results: dict[str, Any]) -> None:
+def warm_up(rig: Rig, results: dict[str, Any]) -> None:
     """Discarded: our server begins with cautious estimates, and they settle within some hundred steps."""
     at = results["baseline"]
     load = str(at["load"])
     rate = results["calibration"]["loads"][load]["rate"]
     target_ms = results["targets"][load][at["target"]]
-    world.measure(Cell(HARLI, "", at["load"], 0, requests=WARM_REQUESTS, rate=rate, target_ms=target_ms))
+    rig.measure(Cell(HARLI, "", at["load"], 0, requests=WARM_REQUESTS, rate=rate, target_ms=target_ms))
 
 
 def make_place(options: argparse.Namespace, folder: Path, cores: frozenset[int] | None) -> Place:

@@ -41,7 +41,7 @@ SPEEDS = (0.7, 1.6)
 BATCH, ROW_TOKENS = 32, 256
 
 # Milliseconds: base, per request, per token of context, and a share that no line has (batches in steps of 8).
-WORLDS = {
+MACHINES = {
     "cpu, 25M": (7.0, 0.9, 4e-4, 0.0),
     "gpu, 8B": (18.0, 0.05, 1.5e-4, 0.0),
     "stairs": (10.0, 0.5, 2e-4, 0.1),
@@ -71,9 +71,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------ error and coverage
-def wandering(world: tuple[float, ...], rng: random.Random, steps: int) -> list[tuple[int, int, float]]:
+def wandering(machine: tuple[float, ...], rng: random.Random, steps: int) -> list[tuple[int, int, float]]:
     """(batch, context tokens, seconds without scatter) of each step: requests come, grow and go."""
-    base, per_request, per_token, stairs = world
+    base, per_request, per_token, stairs = machine
     lengths: list[int] = [rng.randint(20, 500)]
     load = rng.uniform(1, 12)
     out = []
@@ -92,13 +92,13 @@ def wandering(world: tuple[float, ...], rng: random.Random, steps: int) -> list[
 
 
 def one_load(
-    world: tuple[float, ...], noise: Callable, speed: float, steps: int, seed: int
+    machine: tuple[float, ...], noise: Callable, speed: float, steps: int, seed: int
 ) -> dict[str, Any]:
     """Error and coverage before the change of speed and after it."""
     rng, predictor = random.Random(seed), LatencyPredictor()
     change = steps * 2 // 3
     errors, covered = [], []
-    for n, (batch, context, clean) in enumerate(wandering(world, rng, steps)):
+    for n, (batch, context, clean) in enumerate(wandering(machine, rng, steps)):
         seconds = clean * noise(rng) * (speed if n >= change else 1.0)
         estimate = predictor.decode(batch, context)
         errors.append(abs(estimate.expected_s - seconds) / seconds)
@@ -127,17 +127,17 @@ def back_after(covered: Sequence[bool]) -> int:
 def loads(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Each kind of load: means over seeds and changes; the slowest return."""
     out = {}
-    for world_name, world in WORLDS.items():
+    for machine_name, machine in MACHINES.items():
         for noise_name, noise in NOISES.items():
             runs = [
-                one_load(world, noise, speed, options.steps, seed)
+                one_load(machine, noise, speed, options.steps, seed)
                 for seed in range(options.seeds)
                 for speed in SPEEDS
             ]
             row = {name: statistics.fmean(run[name] for run in runs) for name in runs[0]}
             row["back_after"] = max(run["back_after"] for run in runs)
-            out[f"{world_name}; {noise_name}"] = row
-            print(f"{world_name}; {noise_name}: {row}", flush=True)
+            out[f"{machine_name}; {noise_name}"] = row
+            print(f"{machine_name}; {noise_name}: {row}", flush=True)
     return out
 
 

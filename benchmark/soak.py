@@ -59,12 +59,12 @@ class Soak:
 
     def __init__(self, model: Path, folder: Path, options: argparse.Namespace) -> None:
         self._options = options
-        self._port, self._door = free_port(), f"tcp://127.0.0.1:{free_port()}"
+        self._port, self._endpoint = free_port(), f"tcp://127.0.0.1:{free_port()}"
         self._model, self.run_dir = model, folder / "runs"
         self.logs: list[str] = []
         self.watch = Watch()
         self.server = self._start()
-        self.jobs = JobClients(self._door, clients=options.jobs, seed=options.seed)
+        self.jobs = JobClients(self._endpoint, clients=options.jobs, seed=options.seed)
         self.traffic = Traffic(
             self.server.url,
             PROMPTS,
@@ -83,7 +83,7 @@ class Soak:
             *("--max-total-tokens", "8192"),
             port=self._port,
             run_dir=self.run_dir,
-            endpoint=self._door,
+            endpoint=self._endpoint,
         )
 
     async def run(self) -> dict[str, Any]:

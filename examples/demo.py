@@ -90,10 +90,10 @@ def during(served: list[Served], spans: list[tuple[float, float]]) -> list[Serve
 
 async def measure(server: ServerProcess) -> Measured:
     """Both phases on a running server."""
-    world = ToyFacts(SEED)
-    facts = world.unseen_facts(PAIRS)
+    text = ToyFacts(SEED)
+    facts = text.unseen_facts(PAIRS)
     prompts = [
-        f"<|user|>{world.fact(x, i % 8).question}<|end|><|assistant|>" for i, x in enumerate(world.places)
+        f"<|user|>{text.fact(x, i % 8).question}<|end|><|assistant|>" for i, x in enumerate(text.places)
     ]
     warm_up = RequestStream(server.url, prompts, rate=RATE, max_new_tokens=NEW_TOKENS)
     async with warm_up.running():

@@ -8,7 +8,7 @@ from typing import Any
 
 from colocate.client import Load
 from colocate.judge import SERVE
-from colocate.modes import START_LIMIT_S, World
+from colocate.modes import START_LIMIT_S, Rig
 from colocate.plan import Cell
 from common import servers
 
@@ -29,17 +29,17 @@ def served(busy: float, rate: float) -> float:
     return -math.log(1 - min(max(busy, 0.001), 0.99)) / rate
 
 
-def calibrate(world: World, loads: list[int], requests: int, rounds: int) -> dict[str, Any]:
+def calibrate(rig: Rig, loads: list[int], requests: int, rounds: int) -> dict[str, Any]:
     """Rates at which serve-only is so many per cent busy, and its median TPOT there, in ``rounds`` corrections.
 
     Returns:
         ``service_s`` and ``tpot_ms`` of requests one by one; ``loads``: {per cent: {rate, tpot_ms, seconds, measured:
         (rate, busy) of each round}}; the TPOT is of all rounds, the seconds are those of the last.
     """
-    place, server = world.place, world.servers["plain"]
+    place, server = rig.place, rig.servers["plain"]
     alone = Load(ALONE, math.inf, 1, place.prompt_tokens, place.output_tokens, place.ratio, concurrency=1)
     with servers.running(server):
-        found = world.client.run(server.url, place.model, alone, START_LIMIT_S, lambda: None)
+        found = rig.client.run(server.url, place.model, alone, START_LIMIT_S, lambda: None)
     service_s = (found["ended_s"] - found["began_s"]) / ALONE
     answer: dict[str, Any] = {
         str(load): {"rate": offered(load / 100, service_s), "measured": []} for load in loads
@@ -50,7 +50,7 @@ def calibrate(world: World, loads: list[int], requests: int, rounds: int) -> dic
         for load in loads:
             name = str(load)
             rate = answer[name]["rate"]
-            cell = world.measure(Cell(SERVE, "", load, -number, requests=requests, rate=rate))
+            cell = rig.measure(Cell(SERVE, "", load, -number, requests=requests, rate=rate))
             answer[name]["measured"].append((round(rate, 4), round(cell["busy"], 4)))
             tpots_ms[name] += [t for t in cell["tpots_ms"] if t is not None]
             came = (

@@ -4,7 +4,7 @@
     targets   {load: {label: milliseconds per output token}}; labels are ``1.5x`` or ``20 ms``
     loads     per cent busy, 0 for no requests; ``baseline``: {"load", "target"} where the baselines are compared
     device    ``cpu`` or ``cuda``
-    cells     rows of ``colocate_modes.World.measure``:
+    cells     rows of ``colocate_modes.Rig.measure``:
         mode, setting, load, repetition, disturbed (None, or why it is left out)
         tpots_ms, ttfts_ms   of each request, in the same order in each mode; None: late whatever the target
         tokens               asked for by each request

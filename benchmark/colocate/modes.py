@@ -64,7 +64,7 @@ class Place:
     threads: int = 2
 
 
-class World:
+class Rig:
     """Everything that runs, held until a cell lets it go."""
 
     def __init__(self, place: Place, watch: Watch) -> None:
@@ -79,7 +79,7 @@ class World:
         self._last_event = 0
 
     # ---------------------------------------------------------------- up and down
-    def __enter__(self) -> World:
+    def __enter__(self) -> Rig:
         return self
 
     def __exit__(self, kind: object, *exc: object) -> None:

@@ -1,4 +1,4 @@
-"""The nouns that every room shares: frozen, small, standard library only."""
+"""The nouns that the whole package shares: frozen, small, standard library only."""
 
 from __future__ import annotations
 

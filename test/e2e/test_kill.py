@@ -22,7 +22,7 @@ from sglang_harli.protocol.public import Event
 from support.kills.kill_cases import Case, Outcome
 from support.kills.kill_judge import HYPERPARAMETERS, JOB_S, ROWS, Result, reference, run_case, weights
 from support.kills.kill_report import OUTCOMES
-from support.kills.kill_targets import VICTIMS, BareWorld, RealWorld, World, until
+from support.kills.kill_targets import VICTIMS, BareRig, RealRig, Rig, until
 from support.models import make_model
 
 pytestmark = pytest.mark.long
@@ -85,33 +85,33 @@ def _chosen(asked: str, sample: list[Case], every: list[Case]) -> list[Case]:
 
 
 class Place:
-    """A world that is made when it is needed, with the result of an uninterrupted run in it; a case that went
-    wrong leaves it, and the next one gets a new world."""
+    """A rig that is made when it is needed, with the result of an uninterrupted run in it; a case that went
+    wrong leaves it, and the next one gets a new rig."""
 
-    def __init__(self, make: Callable[[str], World], model: str) -> None:
+    def __init__(self, make: Callable[[str], Rig], model: str) -> None:
         self._make, self._model = make, model
-        self._world: World | None = None
+        self._rig: Rig | None = None
         self._expected: Result | None = None
 
-    def world(self) -> World:
-        if self._world is None:
-            self._world = self._make(self._model)
-            self._world.start()
-        return self._world
+    def rig(self) -> Rig:
+        if self._rig is None:
+            self._rig = self._make(self._model)
+            self._rig.start()
+        return self._rig
 
     def run(self, case: Case) -> Outcome:
-        world = self.world()
-        self._expected = self._expected or reference(world)
-        outcome = run_case(world, case, self._expected)
+        rig = self.rig()
+        self._expected = self._expected or reference(rig)
+        outcome = run_case(rig, case, self._expected)
         if outcome.problems:
-            print(world.log_tail(200))
+            print(rig.log_tail(200))
             self.close()
         return outcome
 
     def close(self) -> None:
-        if self._world is not None:
-            self._world.close()
-            self._world = None
+        if self._rig is not None:
+            self._rig.close()
+            self._rig = None
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +121,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def bare(model: str) -> Iterator[Place]:
-    place = Place(BareWorld, model)
+    place = Place(BareRig, model)
     yield place
     place.close()
 
 
 @pytest.fixture(scope="module")
 def server(model: str) -> Iterator[Place]:
-    place = Place(RealWorld, model)
+    place = Place(RealRig, model)
     yield place
     place.close()
 
@@ -152,18 +152,18 @@ def test_watch_sees_a_job_through_the_death_of_everything(
 ) -> None:
     if _asked(pytestconfig) not in ("", "all"):
         pytest.skip("--points names points of the bare host")
-    world = server.world()
+    rig = server.rig()
     settings: dict[str, Any] = HYPERPARAMETERS | {"n_epochs": 20, "checkpoint_every": 10}
-    world.faults.arm(Failpoint.STEP_APPLIED, 30)
-    with FinetuneClient(world.endpoint) as client:
+    rig.faults.arm(Failpoint.STEP_APPLIED, 30)
+    with FinetuneClient(rig.endpoint) as client:
         job = client.submit(ROWS, **settings)
-        world.faults.hit(Failpoint.STEP_APPLIED)  # it trains no further until everything is dead
+        rig.faults.hit(Failpoint.STEP_APPLIED)  # it trains no further until everything is dead
         until(lambda: _saved(list(client.events(job.id))), "a checkpoint", 30)
         output = tmp_path / "watch"
-        with _watching(world.endpoint, job.id, output) as watch:
+        with _watching(rig.endpoint, job.id, output) as watch:
             until(lambda: output.stat().st_size, "the first line of harli watch", 60)
-            world.kill("all")
-            world.start()
+            rig.kill("all")
+            rig.start()
             assert watch.wait(JOB_S) == 0, output.read_text()
         done = client.get(job.id)
         assert (done.status, done.attempt) == (JobStatus.SUCCEEDED, 2), done.error
@@ -173,7 +173,7 @@ def test_watch_sees_a_job_through_the_death_of_everything(
         saved = _saved(events[: resumed.id])[-1]
         assert resumed.message == f"attempt 2 starts from the checkpoint of step {saved}"
         straight = client.wait(client.submit(ROWS, **settings).id, JOB_S)
-        assert weights(world, job.id) == weights(world, straight.id)
+        assert weights(rig, job.id) == weights(rig, straight.id)
 
 
 def _saved(events: list[Event]) -> list[int]:

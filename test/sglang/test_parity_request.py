@@ -23,7 +23,7 @@ class Tokenizer:
         return 50
 
 
-class World:
+class Rig:
     """A scheduler that wants to be told, and SGLang's TokenizerManager, whose answers are made up."""
 
     def __init__(self) -> None:
@@ -87,39 +87,39 @@ class World:
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
+def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
     monkeypatch.setattr(parity_request, "LOOK_AGAIN_S", 0.05)
-    return World()
+    return Rig()
 
 
-def test_one_request_is_made_and_told(world: World) -> None:
-    world.run()
-    (request,) = world.requests
-    told = [body for body in world.asked if body]
+def test_one_request_is_made_and_told(rig: Rig) -> None:
+    rig.run()
+    (request,) = rig.requests
+    told = [body for body in rig.asked if body]
     assert told == [{"ids": request.input_ids, "served": [-1.5] * (TOKENS - 1), "version": 3}]
     assert len(request.input_ids) == TOKENS and all(3 <= token < 50 for token in request.input_ids)
     assert request.return_logprob and request.logprob_start_len == 0 and not request.log_metrics
     assert request.sampling_params == {"max_new_tokens": 0, "temperature": 0.0}
-    assert request.extra_key and len(world.asked) > 2  # it looks again now and then
+    assert request.extra_key and len(rig.asked) > 2  # it looks again now and then
 
 
-def test_it_waits_for_a_moment_without_requests(world: World) -> None:
-    world.manager.rid_to_state["theirs"] = object()
+def test_it_waits_for_a_moment_without_requests(rig: Rig) -> None:
+    rig.manager.rid_to_state["theirs"] = object()
 
     async def let_go(_: ParityRequest) -> None:
         await asyncio.sleep(0.4)
-        assert not world.requests
-        world.manager.rid_to_state.clear()
+        assert not rig.requests
+        rig.manager.rid_to_state.clear()
 
-    world.run(0.5, let_go)
-    assert len(world.requests) == 1
+    rig.run(0.5, let_go)
+    assert len(rig.requests) == 1
 
 
-def test_but_not_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_but_not_for_ever(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity_request, "REST_S", 0.2)
-    world.manager.rid_to_state["theirs"] = object()
-    world.run()
-    assert len(world.requests) == 1
+    rig.manager.rid_to_state["theirs"] = object()
+    rig.run()
+    assert len(rig.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -132,111 +132,111 @@ def test_but_not_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None
         ({"finish_reason": {"type": "abort"}}, "0 log-probabilities of 64 tokens"),
     ],
 )
-def test_what_goes_wrong_is_told_and_tried_again(world: World, answer: Any, said: str) -> None:
-    world.answer = answer
-    world.run()
-    failed = [body["failed"] for body in world.asked if body]
+def test_what_goes_wrong_is_told_and_tried_again(rig: Rig, answer: Any, said: str) -> None:
+    rig.answer = answer
+    rig.run()
+    failed = [body["failed"] for body in rig.asked if body]
     assert len(failed) > 1 and all(said in text for text in failed)
 
 
-def test_a_question_that_goes_wrong_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask, wrong = world.publisher.ask, [RuntimeError("no socket"), StateError("no answer", code="internal")]
+def test_a_question_that_goes_wrong_is_asked_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, wrong = rig.publisher.ask, [RuntimeError("no socket"), StateError("no answer", code="internal")]
 
     async def first_wrong(method: str, body: dict[str, Any]) -> dict[str, Any]:
         if wrong:
             raise wrong.pop()
         return await ask(method, body)
 
-    monkeypatch.setattr(world.publisher, "ask", first_wrong)
-    world.run()
-    assert not wrong and len([body for body in world.asked if "served" in body]) == 1
+    monkeypatch.setattr(rig.publisher, "ask", first_wrong)
+    rig.run()
+    assert not wrong and len([body for body in rig.asked if "served" in body]) == 1
 
 
 @pytest.mark.parametrize("takes_back", [True, False])
 def test_a_server_that_does_not_answer_gets_its_request_taken_back(
-    world: World, monkeypatch: pytest.MonkeyPatch, takes_back: bool
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, takes_back: bool
 ) -> None:
     monkeypatch.setattr(parity_request, "ANSWER_S", 0.1)
     monkeypatch.setattr(parity_request, "TAKE_BACK_S", 0.05)
-    world.answer, world.takes_back = "never", takes_back
-    world.run()
+    rig.answer, rig.takes_back = "never", takes_back
+    rig.run()
     assert any(
-        isinstance(request, str) and request.startswith("abort harli-parity-") for request in world.requests
+        isinstance(request, str) and request.startswith("abort harli-parity-") for request in rig.requests
     )
-    assert any("did not answer its prompt" in body.get("failed", "") for body in world.asked)
-    assert not world.manager.rid_to_state  # SGLang waits for them when it ends
+    assert any("did not answer its prompt" in body.get("failed", "") for body in rig.asked)
+    assert not rig.manager.rid_to_state  # SGLang waits for them when it ends
 
 
 def test_its_request_gives_way_to_what_wants_an_idle_server(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parity_request, "GIVE_WAY_S", 0.05)
-    world.answer = "never"
+    rig.answer = "never"
 
     async def flush(request: ParityRequest) -> None:
         await asyncio.sleep(0.2)
-        assert world.manager.rid_to_state
+        assert rig.manager.rid_to_state
         async with request.quiet():
-            assert not world.manager.rid_to_state
-            began = len(world.requests)
+            assert not rig.manager.rid_to_state
+            began = len(rig.requests)
             await asyncio.sleep(0.3)
-            assert len(world.requests) == began and not world.manager.rid_to_state
-        world.answer = None
+            assert len(rig.requests) == began and not rig.manager.rid_to_state
+        rig.answer = None
 
-    world.run(0.5, flush)
-    told = [body for body in world.asked if body]
+    rig.run(0.5, flush)
+    told = [body for body in rig.asked if body]
     assert len(told) == 1 and "served" in told[0]  # it was no failure
 
 
-def test_a_request_that_is_about_to_be_answered_is_waited_for(world: World) -> None:
-    world.takes_s = 0.15
+def test_a_request_that_is_about_to_be_answered_is_waited_for(rig: Rig) -> None:
+    rig.takes_s = 0.15
 
     async def flush(request: ParityRequest) -> None:
         await asyncio.sleep(0.05)
-        assert world.manager.rid_to_state
+        assert rig.manager.rid_to_state
         async with request.quiet():
-            assert not world.manager.rid_to_state
+            assert not rig.manager.rid_to_state
 
-    world.run(0.5, flush)
-    assert len(world.requests) == 1 and [body for body in world.asked if "served" in body]
+    rig.run(0.5, flush)
+    assert len(rig.requests) == 1 and [body for body in rig.asked if "served" in body]
 
 
-def test_a_release_while_it_waits_for_a_moment_has_it_ask_anew(world: World) -> None:
-    world.manager.rid_to_state["theirs"] = object()
+def test_a_release_while_it_waits_for_a_moment_has_it_ask_anew(rig: Rig) -> None:
+    rig.manager.rid_to_state["theirs"] = object()
 
     async def release(request: ParityRequest) -> None:
         await asyncio.sleep(0.2)
         async with request.quiet():
-            world.wanted = False
-        world.manager.rid_to_state.clear()
+            rig.wanted = False
+        rig.manager.rid_to_state.clear()
 
-    world.run(0.5, release)
-    assert not world.requests
+    rig.run(0.5, release)
+    assert not rig.requests
 
 
-def test_nothing_is_asked_while_generation_is_paused(world: World) -> None:
-    world.manager.is_pause = True
+def test_nothing_is_asked_while_generation_is_paused(rig: Rig) -> None:
+    rig.manager.is_pause = True
 
     async def resume(_: ParityRequest) -> None:
         await asyncio.sleep(0.3)
-        assert not world.requests and not world.asked
-        world.manager.is_pause = False
+        assert not rig.requests and not rig.asked
+        rig.manager.is_pause = False
 
-    world.run(0.5, resume)
-    assert len(world.requests) == 1
+    rig.run(0.5, resume)
+    assert len(rig.requests) == 1
 
 
 @pytest.mark.parametrize(("field", "value"), [("context_len", 20), ("max_req_input_len", 20)])
-def test_the_prompt_is_no_longer_than_the_server_takes(world: World, field: str, value: int) -> None:
-    setattr(world.manager, field, value)
-    world.run()
-    assert len(world.requests[0].input_ids) == 19
+def test_the_prompt_is_no_longer_than_the_server_takes(rig: Rig, field: str, value: int) -> None:
+    setattr(rig.manager, field, value)
+    rig.run()
+    assert len(rig.requests[0].input_ids) == 19
 
 
-def test_without_a_tokenizer_every_id_of_the_model_may_be_in_the_prompt(world: World) -> None:
-    world.manager.tokenizer = None
-    world.run()
-    assert max(world.requests[0].input_ids) >= 50 and len(world.requests[0].input_ids) == TOKENS
+def test_without_a_tokenizer_every_id_of_the_model_may_be_in_the_prompt(rig: Rig) -> None:
+    rig.manager.tokenizer = None
+    rig.run()
+    assert max(rig.requests[0].input_ids) >= 50 and len(rig.requests[0].input_ids) == TOKENS
 
 
 def test_the_prompt_is_always_the_same_and_has_no_special_tokens() -> None:

@@ -17,100 +17,100 @@ from support.prefix_fixture import SEEDS, STRIPE, PrefixCacheUnderTest
 
 @pytest.mark.parametrize("page", [1, 4])
 def test_the_least_valuable_entries_go_and_what_is_kept_stays(page):
-    world = PrefixCacheUnderTest(page=page)
-    entries = [world.cache(STRIPE) for _ in range(9)]  # all but the last 7 pages
-    assert world.slots.available_size() == 7 * page
+    rig = PrefixCacheUnderTest(page=page)
+    entries = [rig.cache(STRIPE) for _ in range(9)]  # all but the last 7 pages
+    assert rig.slots.available_size() == 7 * page
     hot = entries[0]
-    world.node(hot)  # asked for a moment ago
+    rig.node(hot)  # asked for a moment ago
     keep = 7 * STRIPE * page
-    freed = world.evict(5, keep)
-    world.check()
-    cached = world.tree.evictable_size() + world.tree.protected_size()
+    freed = rig.evict(5, keep)
+    rig.check()
+    cached = rig.tree.evictable_size() + rig.tree.protected_size()
     assert freed >= 1 and cached >= keep
-    assert world.cached(hot) == len(hot)
-    assert world.evict(5, cached) == 0, "nothing below what is kept"
-    assert len(world.slots.free_stripes()) == freed
+    assert rig.cached(hot) == len(hot)
+    assert rig.evict(5, cached) == 0, "nothing below what is kept"
+    assert len(rig.slots.free_stripes()) == freed
 
 
 def test_entries_that_came_since_the_last_count_can_go():
     """Nothing was freed since, so nothing makes the counts anew: they must follow what was taken."""
-    world = PrefixCacheUnderTest()
-    assert len(world.slots.free_stripes()) == 9
+    rig = PrefixCacheUnderTest()
+    assert len(rig.slots.free_stripes()) == 9
     for _ in range(9):
-        world.cache(STRIPE)
-    assert len(world.slots.release_pages) == 0
-    assert world.evict(3) == 3
-    assert len(world.slots.free_stripes()) == 3
-    world.check()
+        rig.cache(STRIPE)
+    assert len(rig.slots.release_pages) == 0
+    assert rig.evict(3) == 3
+    assert len(rig.slots.free_stripes()) == 3
+    rig.check()
 
 
 def test_a_stripe_that_costs_least_goes_first():
-    world = PrefixCacheUnderTest(stripes=6)
-    world.use(STRIPE - 1)  # stripe 0
-    long = world.cache(2 * STRIPE)  # stripes 1, 2
-    short = world.cache(STRIPE)  # stripe 3
-    world.use(STRIPE)  # stripe 4; 5 is free
-    assert world.evict(1) == 1
-    assert world.cached(short) == 0 and world.cached(long) == len(long)
-    assert world.slots.free_stripes() == [5, 3]
-    world.check()
+    rig = PrefixCacheUnderTest(stripes=6)
+    rig.use(STRIPE - 1)  # stripe 0
+    long = rig.cache(2 * STRIPE)  # stripes 1, 2
+    short = rig.cache(STRIPE)  # stripe 3
+    rig.use(STRIPE)  # stripe 4; 5 is free
+    assert rig.evict(1) == 1
+    assert rig.cached(short) == 0 and rig.cached(long) == len(long)
+    assert rig.slots.free_stripes() == [5, 3]
+    rig.check()
 
 
 def test_old_entries_go_before_new_ones_of_the_same_cost():
-    world = PrefixCacheUnderTest(stripes=24)
-    world.use(STRIPE - 1)
-    entries = [world.cache(STRIPE) for _ in range(20)]
+    rig = PrefixCacheUnderTest(stripes=24)
+    rig.use(STRIPE - 1)
+    entries = [rig.cache(STRIPE) for _ in range(20)]
     for entry in entries[:4]:
-        world.node(entry)  # asked for again
-    assert world.evict(4) == 4
-    gone = [number for number, entry in enumerate(entries) if world.cached(entry) == 0]
+        rig.node(entry)  # asked for again
+    assert rig.evict(4) == 4
+    gone = [number for number, entry in enumerate(entries) if rig.cached(entry) == 0]
     assert len(gone) == 4 and set(gone) <= set(range(4, 12)), (
         "of the oldest eight, the four in the highest stripes"
     )
     assert gone == [8, 9, 10, 11]
-    world.check()
+    rig.check()
 
 
 def test_children_go_with_their_parent_and_not_the_other_way():
-    world = PrefixCacheUnderTest(stripes=6)
-    world.use(STRIPE - 1)
-    root = world.cache(STRIPE)  # stripe 1
-    child = world.cache(STRIPE, after=root)  # took stripes 2 and 3, gave 2 back as duplicates
-    assert world.evict(1) == 1
-    assert world.cached(child) == len(root)  # the child alone was evicted
-    world.check()
-    child = world.cache(STRIPE, after=root)
-    assert world.evict(6) == 2  # everything that is cached
-    assert world.tree.evictable_size() == 0
-    world.check()
+    rig = PrefixCacheUnderTest(stripes=6)
+    rig.use(STRIPE - 1)
+    root = rig.cache(STRIPE)  # stripe 1
+    child = rig.cache(STRIPE, after=root)  # took stripes 2 and 3, gave 2 back as duplicates
+    assert rig.evict(1) == 1
+    assert rig.cached(child) == len(root)  # the child alone was evicted
+    rig.check()
+    child = rig.cache(STRIPE, after=root)
+    assert rig.evict(6) == 2  # everything that is cached
+    assert rig.tree.evictable_size() == 0
+    rig.check()
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "priority"])
 def test_what_is_in_use_keeps_its_whole_stripe(policy):
-    world = PrefixCacheUnderTest(stripes=4, policy=policy)
-    world.use(STRIPE - 1)
-    locked = world.cache(2)
-    world.tree.inc_lock_ref(world.node(locked))
-    beside = world.cache(STRIPE - 2)  # fills stripe 1
-    world.use(1)
-    other = world.cache(STRIPE - 1)  # fills stripe 2
-    assert world.evict(3) == 0
-    assert world.cached(beside) and world.cached(other), "no entry is evicted for nothing"
-    world.tree.dec_lock_ref(world.node(locked))
-    assert world.evict(3) == 1
-    assert not world.cached(beside) and not world.cached(locked) and world.cached(other)
-    world.check()
+    rig = PrefixCacheUnderTest(stripes=4, policy=policy)
+    rig.use(STRIPE - 1)
+    locked = rig.cache(2)
+    rig.tree.inc_lock_ref(rig.node(locked))
+    beside = rig.cache(STRIPE - 2)  # fills stripe 1
+    rig.use(1)
+    other = rig.cache(STRIPE - 1)  # fills stripe 2
+    assert rig.evict(3) == 0
+    assert rig.cached(beside) and rig.cached(other), "no entry is evicted for nothing"
+    rig.tree.dec_lock_ref(rig.node(locked))
+    assert rig.evict(3) == 1
+    assert not rig.cached(beside) and not rig.cached(locked) and rig.cached(other)
+    rig.check()
 
 
 def test_removed_entries_are_told_to_routers():
     from sglang.srt.disaggregation.kv_events import BlockRemoved
 
-    world = PrefixCacheUnderTest(stripes=4)
-    world.use(STRIPE - 1)
-    world.cache(STRIPE)
-    world.tree.take_events()
-    assert world.evict(1) == 1
-    (event,) = world.tree.take_events()
+    rig = PrefixCacheUnderTest(stripes=4)
+    rig.use(STRIPE - 1)
+    rig.cache(STRIPE)
+    rig.tree.take_events()
+    assert rig.evict(1) == 1
+    (event,) = rig.tree.take_events()
     assert isinstance(event, BlockRemoved) and len(event.block_hashes) == STRIPE
 
 
@@ -125,67 +125,67 @@ class Late:
         return lambda: self.generation > asked
 
 
-def late_world() -> tuple[PrefixCacheUnderTest, Late, list[list[int]]]:
+def late_rig() -> tuple[PrefixCacheUnderTest, Late, list[list[int]]]:
     late = Late()
-    world = PrefixCacheUnderTest(stripes=6, fence=late.fence)
-    world.use(STRIPE - 1)
-    entries = [world.cache(STRIPE) for _ in range(3)]
-    assert world.evict(1) == 0, "asked for, not here yet"
-    assert world.evict(1) == 0
+    rig = PrefixCacheUnderTest(stripes=6, fence=late.fence)
+    rig.use(STRIPE - 1)
+    entries = [rig.cache(STRIPE) for _ in range(3)]
+    assert rig.evict(1) == 0, "asked for, not here yet"
+    assert rig.evict(1) == 0
     late.generation += 1
-    return world, late, entries
+    return rig, late, entries
 
 
 def test_on_a_device_it_happens_one_call_later():
-    world, late, entries = late_world()
-    assert world.evict(1) == 1
-    assert [world.cached(entry) for entry in entries].count(0) == 1
-    assert world.slots.free_stripes() == []
+    rig, late, entries = late_rig()
+    assert rig.evict(1) == 1
+    assert [rig.cached(entry) for entry in entries].count(0) == 1
+    assert rig.slots.free_stripes() == []
     late.generation += 1
-    assert len(world.slots.free_stripes()) == 3
-    world.check()
+    assert len(rig.slots.free_stripes()) == 3
+    rig.check()
 
 
 @pytest.mark.parametrize("late", [None, Late()], ids=["host", "device"])
 def test_training_grows_into_the_prefix_cache_down_to_what_is_kept(late):
     now_s = itertools.count(step=1000.0)
-    world = PrefixCacheUnderTest(stripes=20, fence=late.fence if late else None, clock=lambda: next(now_s))
-    world.use(STRIPE - 1)
-    entries = [world.cache(STRIPE) for _ in range(15)]  # 4 stripes are free
+    rig = PrefixCacheUnderTest(stripes=20, fence=late.fence if late else None, clock=lambda: next(now_s))
+    rig.use(STRIPE - 1)
+    entries = [rig.cache(STRIPE) for _ in range(15)]  # 4 stripes are free
     keep = 6 * STRIPE
-    world.pool.lend_to(world.pool.relieve, lambda stripes, _unused_since_s: world.evict(stripes, keep))
+    rig.pool.lend_to(rig.pool.relieve, lambda stripes, _unused_since_s: rig.evict(stripes, keep))
     asked = 0
-    while (lease := world.pool.lease(MemoryPurpose.MICRO_BATCH, "large", 12)) is None and asked < 10:
+    while (lease := rig.pool.lease(MemoryPurpose.MICRO_BATCH, "large", 12)) is None and asked < 10:
         asked += 1
         if late:
             late.generation += 1
     assert lease is not None and asked == (0 if late is None else 2), (
         "one call for the entries, one for the slots"
     )
-    assert sum(world.cached(entry) > 0 for entry in entries) == 7
-    world.check()
-    assert world.pool.lease(MemoryPurpose.KEPT, "more", 2) is None, "kept activations are not worth a prefix"
+    assert sum(rig.cached(entry) > 0 for entry in entries) == 7
+    rig.check()
+    assert rig.pool.lease(MemoryPurpose.KEPT, "more", 2) is None, "kept activations are not worth a prefix"
     lease.give_back()
-    world.check()
+    rig.check()
 
 
 def test_an_entry_that_changed_meanwhile_is_left_alone():
-    world, _, (first, second, third) = late_world()
-    world.tree.inc_lock_ref(world.node(first))  # in use now
-    world.node(second[:3])  # split
-    world.cache(2, after=third)  # has a child now
-    assert world.evict(3) == 0
-    assert all(world.cached(entry) == len(entry) for entry in (first, second, third))
-    world.check()
+    rig, _, (first, second, third) = late_rig()
+    rig.tree.inc_lock_ref(rig.node(first))  # in use now
+    rig.node(second[:3])  # split
+    rig.cache(2, after=third)  # has a child now
+    assert rig.evict(3) == 0
+    assert all(rig.cached(entry) == len(entry) for entry in (first, second, third))
+    rig.check()
 
 
 def test_a_flush_meanwhile_ends_the_look():
-    world, _, _ = late_world()
-    world.tree.reset()
-    world.slots.clear()
-    world.held = 0
-    assert world.evict(3) == 0
-    world.check()
+    rig, _, _ = late_rig()
+    rig.tree.reset()
+    rig.slots.clear()
+    rig.held = 0
+    assert rig.evict(3) == 0
+    rig.check()
 
 
 def test_caches_without_a_plain_tree_have_nothing_to_evict():
@@ -195,30 +195,30 @@ def test_caches_without_a_plain_tree_have_nothing_to_evict():
 
     from sglang_harli.mem_cache.kv.prefix_eviction import evict_stripes
 
-    world = PrefixCacheUnderTest(stripes=4)
-    world.use(STRIPE - 1)
-    world.cache(STRIPE)
+    rig = PrefixCacheUnderTest(stripes=4)
+    rig.use(STRIPE - 1)
+    rig.cache(STRIPE)
     params = CacheInitParams(
         disable=True,
         req_to_token_pool=None,  # type: ignore[arg-type]
-        token_to_kv_pool_allocator=world.slots,
+        token_to_kv_pool_allocator=rig.slots,
         page_size=1,
     )
-    assert evict_stripes(ChunkCache(params), world.slots, 1, 0) == 0
+    assert evict_stripes(ChunkCache(params), rig.slots, 1, 0) == 0
 
-    class OtherTree(type(world.tree)):
+    class OtherTree(type(rig.tree)):
         pass
 
-    world.tree.__class__ = OtherTree
-    assert evict_stripes(world.tree, world.slots, 1, 0) == 0
-    world.tree.__class__ = OtherTree.__bases__[0]
-    assert evict_stripes(StreamingSession(world.tree), world.slots, 1, 0) == 1
+    rig.tree.__class__ = OtherTree
+    assert evict_stripes(rig.tree, rig.slots, 1, 0) == 0
+    rig.tree.__class__ = OtherTree.__bases__[0]
+    assert evict_stripes(StreamingSession(rig.tree), rig.slots, 1, 0) == 1
 
 
 @given(data=st.data(), page=st.sampled_from([1, 4]), keep=st.integers(0, 60), wanted=st.integers(1, 8))
 @settings(deadline=None, max_examples=80)
 def test_any_tree(data, page, keep, wanted):
-    world = PrefixCacheUnderTest(stripes=data.draw(st.integers(3, 12)), page=page)
+    rig = PrefixCacheUnderTest(stripes=data.draw(st.integers(3, 12)), page=page)
     prefixes: list[list[int]] = [[]]
     in_use: list[torch.Tensor] = []
     locked: list[list[int]] = []
@@ -227,85 +227,83 @@ def test_any_tree(data, page, keep, wanted):
         if kind == "cache":
             before = data.draw(st.sampled_from(prefixes))
             cut = data.draw(st.integers(0, len(before) // page)) * page
-            prefixes.append(world.cache(data.draw(st.integers(1, 6)), after=before[:cut]))
-        elif kind == "use" and (slots := world.use(data.draw(st.integers(1, 4)))) is not None:
+            prefixes.append(rig.cache(data.draw(st.integers(1, 6)), after=before[:cut]))
+        elif kind == "use" and (slots := rig.use(data.draw(st.integers(1, 4)))) is not None:
             in_use.append(slots)
         elif kind == "end" and in_use:
             slots = in_use.pop(data.draw(st.integers(0, len(in_use) - 1)))
-            world.held -= len(slots)
-            world.slots.free(slots)
+            rig.held -= len(slots)
+            rig.slots.free(slots)
         elif kind == "lock":
             locked.append(data.draw(st.sampled_from(prefixes)))
-            node = world.node(locked[-1])
-            world.tree.inc_lock_ref(node)
-            locked[-1] = locked[-1][: world.cached(locked[-1])]
+            node = rig.node(locked[-1])
+            rig.tree.inc_lock_ref(node)
+            locked[-1] = locked[-1][: rig.cached(locked[-1])]
         elif kind == "lend":
-            world.pool.lease(MemoryPurpose.STATE, f"lease-{next(SEEDS)}", data.draw(st.integers(1, 3)))
-    world.check()
-    tree = world.tree
+            rig.pool.lease(MemoryPurpose.STATE, f"lease-{next(SEEDS)}", data.draw(st.integers(1, 3)))
+    rig.check()
+    tree = rig.tree
     cached = tree.evictable_size() + tree.protected_size()
-    before = set(world.slots.free_stripes())
-    available = world.slots.available_size()
-    freed = world.evict(wanted, keep * page)
+    before = set(rig.slots.free_stripes())
+    available = rig.slots.available_size()
+    freed = rig.evict(wanted, keep * page)
     left = tree.evictable_size() + tree.protected_size()
     assert left == cached or left >= keep * page
-    assert world.slots.available_size() + left == available + cached, "evicted slots are free, nothing else"
-    assert len(set(world.slots.free_stripes()) - before) == freed
+    assert rig.slots.available_size() + left == available + cached, "evicted slots are free, nothing else"
+    assert len(set(rig.slots.free_stripes()) - before) == freed
     assert (left == cached) == (freed == 0), "no entry is evicted for nothing"
     for prefix in locked:
-        assert world.cached(prefix) == len(prefix), "what is locked stays"
-    world.check()
+        assert rig.cached(prefix) == len(prefix), "what is locked stays"
+    rig.check()
 
 
 @pytest.mark.parametrize("page", [1, 4])
 def test_of_one_long_entry_the_end_goes_and_its_beginning_still_matches(page):
-    world = PrefixCacheUnderTest(stripes=10, page=page)
-    tokens = world.cache(9 * STRIPE)
+    rig = PrefixCacheUnderTest(stripes=10, page=page)
+    tokens = rig.cache(9 * STRIPE)
     keep = 3 * STRIPE * page
-    freed = world.evict(8, keep=keep)
-    assert freed >= 5 and world.slots.free_stripes()
-    left = world.cached(tokens)
+    freed = rig.evict(8, keep=keep)
+    assert freed >= 5 and rig.slots.free_stripes()
+    left = rig.cached(tokens)
     assert keep <= left < len(tokens)
-    world.node(tokens)  # matches what is left, and finds the tree in order
-    world.check()
+    rig.node(tokens)  # matches what is left, and finds the tree in order
+    rig.check()
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "slru"])
 def test_the_share_is_kept_for_prefixes_in_use_only_where_memory_cannot_be_done_without(policy):
-    world = PrefixCacheUnderTest(policy=policy)
-    entries = [world.cache(STRIPE) for _ in range(9)]
+    rig = PrefixCacheUnderTest(policy=policy)
+    entries = [rig.cache(STRIPE) for _ in range(9)]
     for entry in entries[:5]:
-        world.age(entry, by_s=120.0)
-    locked = world.node(entries[0])
-    world.tree.inc_lock_ref(locked)
+        rig.age(entry, by_s=120.0)
+    locked = rig.node(entries[0])
+    rig.tree.inc_lock_ref(locked)
     locked.last_access_time -= 120.0
-    keep, minute_ago = world.size, time.monotonic() - 60.0
-    assert world.evict(9, keep) == 0, "the share is kept"
-    assert world.evict(9, keep, unused_since_s=minute_ago - 120.0) == 0, "none is unused for so long"
-    freed = world.evict(9, keep, unused_since_s=minute_ago)
-    world.check()
+    keep, minute_ago = rig.size, time.monotonic() - 60.0
+    assert rig.evict(9, keep) == 0, "the share is kept"
+    assert rig.evict(9, keep, unused_since_s=minute_ago - 120.0) == 0, "none is unused for so long"
+    freed = rig.evict(9, keep, unused_since_s=minute_ago)
+    rig.check()
     assert freed >= 2
-    assert all(world.cached(entry) == len(entry) for entry in (entries[0], *entries[5:])), (
-        "locked, and in use"
-    )
-    assert not any(world.cached(entry) for entry in entries[1:5])
-    assert world.evict(9, keep, unused_since_s=minute_ago) == 0
+    assert all(rig.cached(entry) == len(entry) for entry in (entries[0], *entries[5:])), "locked, and in use"
+    assert not any(rig.cached(entry) for entry in entries[1:5])
+    assert rig.evict(9, keep, unused_since_s=minute_ago) == 0
 
 
 def test_unused_entries_beyond_the_share_are_not_taken_with_the_used_ones_above_it():
-    world = PrefixCacheUnderTest()
-    entries = [world.cache(STRIPE) for _ in range(9)]
-    world.age(entries[0], by_s=120.0)
-    keep = world.tree.evictable_size() - 3 * STRIPE  # three may go as it is
-    assert world.evict(9, keep, unused_since_s=time.monotonic() - 60.0) >= 1
-    assert world.tree.evictable_size() >= keep
-    world.check()
+    rig = PrefixCacheUnderTest()
+    entries = [rig.cache(STRIPE) for _ in range(9)]
+    rig.age(entries[0], by_s=120.0)
+    keep = rig.tree.evictable_size() - 3 * STRIPE  # three may go as it is
+    assert rig.evict(9, keep, unused_since_s=time.monotonic() - 60.0) >= 1
+    assert rig.tree.evictable_size() >= keep
+    rig.check()
 
 
 def test_a_cut_entry_is_as_old_as_it_was():
-    world = PrefixCacheUnderTest(stripes=10)
-    old, new = world.cache(5 * STRIPE), world.cache(3 * STRIPE)
-    world.evict(1, keep=7 * STRIPE)
-    world.evict(8, keep=3 * STRIPE)
-    assert world.cached(new) == len(new) and world.cached(old) == 0
-    world.check()
+    rig = PrefixCacheUnderTest(stripes=10)
+    old, new = rig.cache(5 * STRIPE), rig.cache(3 * STRIPE)
+    rig.evict(1, keep=7 * STRIPE)
+    rig.evict(8, keep=3 * STRIPE)
+    assert rig.cached(new) == len(new) and rig.cached(old) == 0
+    rig.check()

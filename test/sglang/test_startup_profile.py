@@ -25,7 +25,7 @@ KEY = ProfileKey("m", "cpu", "bfloat16", "0.5.16", "")
 LIMITS = {"requests": 4, "row_tokens": 400, "slots": 4096, "vocab": 100, "sampled": 8}
 
 
-class World:
+class Rig:
     """A server that takes ``stall_s`` for a load."""
 
     def __init__(self, run_dir: Path, stall_s: float = 0.0) -> None:
@@ -73,42 +73,42 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
+def rig(tmp_path: Path) -> Rig:
     (tmp_path / "runs").mkdir()
-    return World(tmp_path / "runs")
+    return Rig(tmp_path / "runs")
 
 
-def test_without_a_budget_nothing_is_done(world):
-    world.run(0.0)
-    assert world.loads == 0 and not Path(world.side.options.profile_path).exists()
+def test_without_a_budget_nothing_is_done(rig):
+    rig.run(0.0)
+    assert rig.loads == 0 and not Path(rig.side.options.profile_path).exists()
 
 
-def test_a_server_without_a_profile_measures_one_and_knows_it_at_once(world):
-    world.run(60.0)
-    found = load(world.side.options.profile_path, KEY)
-    assert found.table is not None and world.loads == len(sweep.grid(LIMITS)) > 1
+def test_a_server_without_a_profile_measures_one_and_knows_it_at_once(rig):
+    rig.run(60.0)
+    found = load(rig.side.options.profile_path, KEY)
+    assert found.table is not None and rig.loads == len(sweep.grid(LIMITS)) > 1
     assert sweep.missing(sweep.grid(LIMITS), found.table) == []
-    assert world.side.predictor.known("decode")
+    assert rig.side.predictor.known("decode")
 
 
-def test_one_that_has_a_profile_measures_none(world):
-    world.run(60.0)
-    table = load(world.side.options.profile_path, KEY).table
+def test_one_that_has_a_profile_measures_none(rig):
+    rig.run(60.0)
+    table = load(rig.side.options.profile_path, KEY).table
     assert table is not None
-    again = World(Path(world.side.options.run_dir))
+    again = Rig(Path(rig.side.options.run_dir))
     again.side.predictor = LatencyPredictor(from_table(table, first_guess()))
     again.run(60.0)
     assert again.loads == 0
 
 
 def test_a_load_that_exceeds_the_budget_is_taken_back(tmp_path):
-    world = World(tmp_path, stall_s=3600.0)
-    world.run(0.05)
-    assert world.loads == 0 and len(world.aborted) == 1
-    assert not Path(world.side.options.profile_path).exists()
+    rig = Rig(tmp_path, stall_s=3600.0)
+    rig.run(0.05)
+    assert rig.loads == 0 and len(rig.aborted) == 1
+    assert not Path(rig.side.options.profile_path).exists()
 
 
-def test_what_goes_wrong_does_not_keep_the_server_from_serving(world):
-    world.refuses = True
-    world.run(60.0)
-    assert world.loads == 0
+def test_what_goes_wrong_does_not_keep_the_server_from_serving(rig):
+    rig.refuses = True
+    rig.run(60.0)
+    assert rig.loads == 0

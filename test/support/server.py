@@ -58,7 +58,7 @@ class Server:
     """A running server and everything that it started.
 
     Attributes:
-        url: of the HTTP door.
+        url: of the HTTP port.
         endpoint: of the finetune service (for a plain server: where it would be).
         run_dir: of its jobs.
         log_path: stdout and stderr of all its processes.

@@ -127,7 +127,7 @@ def device(decode_s: float, quantum_s: float, row_s: float, prefill_s: float = 0
     )
 
 
-def serve(world: TimeSharedDevice, policy: TemporalPolicy, arrivals: Arrivals, seconds: float) -> Served:
+def serve(rig: TimeSharedDevice, policy: TemporalPolicy, arrivals: Arrivals, seconds: float) -> Served:
     """Prompts first, then decode steps with quanta between them; predictions hold exactly."""
     now_s, step, ended = 0.0, 0, 0
     waiting: list[Request] = []
@@ -148,7 +148,7 @@ def serve(world: TimeSharedDevice, policy: TemporalPolicy, arrivals: Arrivals, s
             rows = policy.rows(now_s, now_s - begin_s, load, running)
             if not rows:
                 return
-            now_s += world.predicted_quantum_s(rows)
+            now_s += rig.predicted_quantum_s(rows)
             out.rows.append((now_s, rows))
             if load.idle:
                 return
@@ -156,14 +156,14 @@ def serve(world: TimeSharedDevice, policy: TemporalPolicy, arrivals: Arrivals, s
     while now_s < seconds:
         look()
         if waiting:
-            now_s += (prefill_s := world.predicted_prefill_s(PROMPT * len(waiting)))
+            now_s += (prefill_s := rig.predicted_prefill_s(PROMPT * len(waiting)))
             policy.stepped(now_s, prefill_s, prefill=bool(running))
             for one in waiting:
                 one.first_token_s, one.last_token_s, one.emitted = now_s, now_s, 1
             running += waiting
             waiting.clear()
         elif running:
-            now_s += (decode_s := world.predicted_s(len(running), sum(PROMPT + r.emitted for r in running)))
+            now_s += (decode_s := rig.predicted_s(len(running), sum(PROMPT + r.emitted for r in running)))
             step += 1
             for one in running:
                 one.last_token_s, one.emitted = now_s, one.emitted + 1

@@ -107,10 +107,10 @@ class App:
         self._submission = Submission(
             self._registry, self._scheduler, self._tokenizer, config, self._worker, self._uploads
         )
-        self._door = PublicRouter(
+        self._router = PublicRouter(
             self._context, config.options.finetune_endpoint, self.handle, config.options.absolute_curve_keys
         )
-        self._subscriptions = Subscriptions(self._store, self._readers, self._door.push)
+        self._subscriptions = Subscriptions(self._store, self._readers, self._router.push)
         self._registry.committed.append(self._subscriptions.committed)
         self._registry.committed.append(self._tell_new_adapters)
         self._told = 0
@@ -145,7 +145,7 @@ class App:
                     self._http.run(),
                     self._http.beat(),
                     self._subscriptions.run(),
-                    self._door.run(),
+                    self._router.run(),
                     self._uploads.run(),
                     self._warm_up(),
                     self._watch_journal(),
@@ -250,7 +250,7 @@ class App:
         self._registry.journal.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._store.close()
-        self._door.close()
+        self._router.close()
         self._scheduler.peer.close()
         self._http.peer.close()
         self._context.term()

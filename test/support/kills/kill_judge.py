@@ -21,7 +21,7 @@ from sglang_harli.protocol.public import Event, Job
 from sglang_harli.service.jobs.folder import INCOMING, JobPaths
 from sglang_harli.service.jobs.store import JobStore, sqlite_url
 from support.kills.kill_cases import Case, Outcome
-from support.kills.kill_targets import World, alive, until
+from support.kills.kill_targets import Rig, alive, until
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i * i}"}]}
@@ -53,35 +53,35 @@ class Result:
     losses: dict[int, float]  # by step
 
 
-def reference(world: World) -> Result:
+def reference(rig: Rig) -> Result:
     """The result of a run that nobody interrupts."""
-    with FinetuneClient(world.endpoint) as client:
+    with FinetuneClient(rig.endpoint) as client:
         job = client.wait(client.submit(ROWS, **HYPERPARAMETERS).id, JOB_S, poll_s=0.05)
         assert job.status is JobStatus.SUCCEEDED, job.error
         events = list(client.events(job.id))
     assert job.total_steps == STEPS
     metrics = [e.data for e in events if e.type == "step_metrics"]
-    return Result(weights(world, job.id), job.trained_tokens, {m["step"]: m["loss"] for m in metrics})
+    return Result(weights(rig, job.id), job.trained_tokens, {m["step"]: m["loss"] for m in metrics})
 
 
-def run_case(world: World, case: Case, expected: Result) -> Outcome:
+def run_case(rig: Rig, case: Case, expected: Result) -> Outcome:
     """Submit, kill at the point, start again, wait for the end, judge."""
-    outcome = Outcome(world.kind, case)
+    outcome = Outcome(rig.kind, case)
     began = time.monotonic()
-    before = {record.id for record in _records(world)}
+    before = {record.id for record in _records(rig)}
     key = uuid.uuid4().hex
     hyperparameters = HYPERPARAMETERS | ({"checkpoint_every": 0} if case.final else {})
-    world.faults.arm(case.point, case.reach)
+    rig.faults.arm(case.point, case.reach)
     with ThreadPoolExecutor(1) as pool:
-        submitted = pool.submit(_submit, world.endpoint, key, hyperparameters)
+        submitted = pool.submit(_submit, rig.endpoint, key, hyperparameters)
         try:
-            _kill_at(world, case, submitted)
-            job = _end_of(world, submitted)
+            _kill_at(rig, case, submitted)
+            job = _end_of(rig, submitted)
         except (TimeoutError, NotReadyError) as error:
             outcome.wrong("lost", str(error))
         else:
             outcome.attempts = job.attempt
-            _judge(world, job, key, before, expected, outcome)
+            _judge(rig, job, key, before, expected, outcome)
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -98,35 +98,35 @@ def _submit(endpoint: str, key: str, hyperparameters: dict[str, Any]) -> Job:
                     raise
 
 
-def _kill_at(world: World, case: Case, submitted: Future[Job]) -> None:
+def _kill_at(rig: Rig, case: Case, submitted: Future[Job]) -> None:
     try:
-        held = world.faults.hit(case.point)
+        held = rig.faults.hit(case.point)
     except TimeoutError:
         if submitted.done():
             submitted.result()  # a refusal says more
         raise
-    world.kill(case.victim)
+    rig.kill(case.victim)
     if alive(held):
-        world.faults.go(case.point)
-    world.start()
+        rig.faults.go(case.point)
+    rig.start()
 
 
-def _end_of(world: World, submitted: Future[Job]) -> Job:
+def _end_of(rig: Rig, submitted: Future[Job]) -> Job:
     """The job that is over, in the store too: what clients see comes an fsync earlier."""
     job = submitted.result(SUBMIT_S)
-    with FinetuneClient(world.endpoint) as client:
+    with FinetuneClient(rig.endpoint) as client:
         job = client.wait(job.id, JOB_S, poll_s=0.05)
     over = (job.id, job.status)
-    until(lambda: over in ((r.id, r.status) for r in _records(world)), f"{over} in the store", AGREE_S)
+    until(lambda: over in ((r.id, r.status) for r in _records(rig)), f"{over} in the store", AGREE_S)
     return job
 
 
 # ------------------------------------------------------------------ judgement
-def _judge(world: World, job: Job, key: str, before: set[str], expected: Result, outcome: Outcome) -> None:
+def _judge(rig: Rig, job: Job, key: str, before: set[str], expected: Result, outcome: Outcome) -> None:
     if job.status is not JobStatus.SUCCEEDED:
         outcome.wrong("lost", f"{job.id} ended as {job.status}: {job.error}")
         return
-    records = _records(world)
+    records = _records(rig)
     missing = before - {record.id for record in records}
     undone = [record.id for record in records if record.status is not JobStatus.SUCCEEDED]
     for lost in (*missing, *undone):
@@ -134,21 +134,21 @@ def _judge(world: World, job: Job, key: str, before: set[str], expected: Result,
     made = [record.id for record in records if record.id not in before]
     if made != [job.id] or [r.id for r in records if r.idempotency_key == key] != [job.id]:
         outcome.wrong("doubled", f"one submit made the jobs {made}")
-    events = _events(world, job.id)
+    events = _events(rig, job.id)
     _judge_events(events, outcome)
     assert job.fine_tuned_model is not None
-    lives = Counter(world.registrations(job.fine_tuned_model))
+    lives = Counter(rig.registrations(job.fine_tuned_model))
     if not lives or max(lives.values()) > 1:
         outcome.wrong("doubled", f"{job.fine_tuned_model} was registered so often in each life: {lives}")
-    if weights(world, job.id) != expected.weights:
+    if weights(rig, job.id) != expected.weights:
         outcome.wrong("differing", "adapter_model.safetensors is not that of an uninterrupted run")
     if job.trained_tokens != expected.trained_tokens:
         outcome.wrong("differing", f"{job.trained_tokens} tokens instead of {expected.trained_tokens}")
     for metrics in (e.data for e in events if e.type == "step_metrics"):
         if metrics["loss"] != expected.losses[metrics["step"]]:
             outcome.wrong("differing", f"the loss of step {metrics['step']}: {metrics['loss']}")
-    _settle(lambda: _disagreements(world, job), outcome)
-    _settle(lambda: _leftovers(world, job.id), outcome)
+    _settle(lambda: _disagreements(rig, job), outcome)
+    _settle(lambda: _leftovers(rig, job.id), outcome)
 
 
 def _judge_events(events: list[Event], outcome: Outcome) -> None:
@@ -176,10 +176,10 @@ def _settle(found: Callable[[], list[str]], outcome: Outcome) -> None:
             outcome.wrong("unclean", text)
 
 
-def _disagreements(world: World, job: Job) -> list[str]:
+def _disagreements(rig: Rig, job: Job) -> list[str]:
     """Between the store and its readable copies."""
-    paths = JobPaths(world.run_dir, job.id)
-    stored = json.loads(msgspec.json.encode(_events(world, job.id)))
+    paths = JobPaths(rig.run_dir, job.id)
+    stored = json.loads(msgspec.json.encode(_events(rig, job.id)))
     metrics = [
         {"event": e["id"], "time": e["created_at"], **e["data"]}
         for e in stored
@@ -199,33 +199,33 @@ def _lines(text: str) -> Iterator[Any]:
     return (json.loads(line) for line in text.splitlines())
 
 
-def _leftovers(world: World, job: str) -> list[str]:
-    paths = JobPaths(world.run_dir, job)
-    known = {record.id for record in _records(world)}
-    found = [str(p) for p in world.run_dir.glob(f"{INCOMING}*")]
-    found += [str(p) for p in world.run_dir.glob("ftjob-*") if p.name not in known]
+def _leftovers(rig: Rig, job: str) -> list[str]:
+    paths = JobPaths(rig.run_dir, job)
+    known = {record.id for record in _records(rig)}
+    found = [str(p) for p in rig.run_dir.glob(f"{INCOMING}*")]
+    found += [str(p) for p in rig.run_dir.glob("ftjob-*") if p.name not in known]
     found += [str(p) for p in paths.folder.rglob("*.tmp")]
-    found += [str(p) for p in run_paths.shm_dir(str(world.run_dir)).glob("*")]
-    return [f"left behind: {what}" for what in (*found, *world.strays())]
+    found += [str(p) for p in run_paths.shm_dir(str(rig.run_dir)).glob("*")]
+    return [f"left behind: {what}" for what in (*found, *rig.strays())]
 
 
-def _records(world: World) -> list[Any]:
-    return _read(world, lambda store: store.jobs())
+def _records(rig: Rig) -> list[Any]:
+    return _read(rig, lambda store: store.jobs())
 
 
-def _events(world: World, job: str) -> list[Event]:
-    return _read(world, lambda store: store.events(job, 0, 10_000))
+def _events(rig: Rig, job: str) -> list[Event]:
+    return _read(rig, lambda store: store.events(job, 0, 10_000))
 
 
-def _read(world: World, what: Callable[[JobStore], list[Any]]) -> list[Any]:
+def _read(rig: Rig, what: Callable[[JobStore], list[Any]]) -> list[Any]:
     """From the store itself, beside the service."""
-    store = JobStore(sqlite_url(world.run_dir / "harli.db"))
+    store = JobStore(sqlite_url(rig.run_dir / "harli.db"))
     try:
         return what(store)
     finally:
         store.close()
 
 
-def weights(world: World, job: str) -> bytes:
+def weights(rig: Rig, job: str) -> bytes:
     """The file of the trained adapter."""
-    return (JobPaths(world.run_dir, job).adapter / "adapter_model.safetensors").read_bytes()
+    return (JobPaths(rig.run_dir, job).adapter / "adapter_model.safetensors").read_bytes()

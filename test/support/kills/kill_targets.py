@@ -58,7 +58,7 @@ def gone(pid: int) -> None:
 
 
 class Faults:
-    """The folder of named points that the processes of one world look into."""
+    """The folder of named points that the processes of one rig look into."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -95,7 +95,7 @@ class Faults:
         return False
 
 
-class BareWorld:
+class BareRig:
     """The real finetune service, started here, and a bare host.
 
     The scheduler's and the HTTP process's parts are one process here; killing it leaves the service alone, which
@@ -223,7 +223,7 @@ class BareWorld:
         return [pid for pid, registered in lines if registered == name]
 
     def strays(self) -> list[str]:
-        """Processes of this world that should not be there."""
+        """Processes of this rig that should not be there."""
         own = {p.pid for p in (self._template, self._service) if p is not None} | {self._host}
         return [f"{p.pid} {' '.join(p.cmdline())[:80]}" for p in self.faults.processes() if p.pid not in own]
 
@@ -231,7 +231,7 @@ class BareWorld:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
-class RealWorld:
+class RealRig:
     """A server from our launcher; a killed scheduler takes the whole tree with it."""
 
     kind = "server"
@@ -305,4 +305,4 @@ class RealWorld:
         return self.server.log_tail(lines) if self._server is not None else self._logs[-1][-6000:]
 
 
-World = BareWorld | RealWorld
+Rig = BareRig | RealRig

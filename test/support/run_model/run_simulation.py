@@ -1,4 +1,4 @@
-"""A world of processes that may die and wires that lose, double and delay, around the real run machine.
+"""A rig of processes that may die and wires that lose, double and delay, around the real run machine.
 
 Real: ``RunMachine``, the transitions of ``jobs``, the scheduler's ring.  Modelled: the store (durable at commits
 only), the disk, shared memory, the wire, and a scheduler that keeps the protocol of ``managers.scheduler.training.active_run``.
@@ -114,10 +114,10 @@ class LossyNetwork:
 class Service:
     """The volatile half: records in memory, the machine, what is not committed, work under way."""
 
-    def __init__(self, world: LossyNetwork) -> None:
-        self.world = world
-        self.pid = world.new_name()
-        self.records = dict(world.store)
+    def __init__(self, rig: LossyNetwork) -> None:
+        self.rig = rig
+        self.pid = rig.new_name()
+        self.records = dict(rig.store)
         self.served = ServedBase()
         self.queue = QueueOrder(self.served.other)
         for record in self.records.values():
@@ -126,7 +126,7 @@ class Service:
         self.uncommitted: deque[tuple[transitions.Transition, tuple[Effect, ...]]] = deque()
         self.work: list[Any] = []
         self.publications = {r.id for r in self.records.values() if r.publishing}
-        self.stale = list(world.shm)
+        self.stale = list(rig.shm)
         self.hello: internal.Hello | None = None
         for record in list(self.records.values()):
             if record.status == JobStatus.RUNNING and not record.publishing:
@@ -168,10 +168,10 @@ class Service:
                 case machine.AskHello():
                     self.send(internal.Welcome(pid=self.pid, answers=0))
                 case machine.TakeBack(path):
-                    self.world.shm.pop(path, None)
+                    self.rig.shm.pop(path, None)
                 case machine.RemoveStale():
                     for path in self.stale:
-                        self.world.shm.pop(path, None)
+                        self.rig.shm.pop(path, None)
                 case machine.Publish(job):
                     self.publications.add(job)
                 case machine.Saved():
@@ -183,11 +183,11 @@ class Service:
 
     def send(self, message: Any) -> None:
         assert not (isinstance(message, internal.StartRun) and self.machine.state.hold), "runs are held"
-        self.world.to_scheduler.append(copy.deepcopy(message))
+        self.rig.to_scheduler.append(copy.deepcopy(message))
 
     def settle(self) -> None:
         """What the driver's loop does after each input: what is wanted next, then data."""
-        self.do(self.machine.advance(self.world.now))
+        self.do(self.machine.advance(self.rig.now))
         while (cursor := self.machine.next_batch()) is not None:
             run = self.machine.run
             assert run is not None
@@ -209,15 +209,15 @@ class Service:
         if isinstance(message, internal.Hello):
             self.send(internal.Welcome(pid=self.pid, answers=message.seq))
             self.hello = message
-            self.do(self.machine.hello(message, self.world.now))
+            self.do(self.machine.hello(message, self.rig.now))
         else:
-            self.do(self.machine.message(message, self.world.now))
+            self.do(self.machine.message(message, self.rig.now))
         self.settle()
 
     def tick(self) -> None:
         if self.hello is None:
             self.send(internal.Welcome(pid=self.pid, answers=0))
-        self.do(self.machine.tick(self.world.now))
+        self.do(self.machine.tick(self.rig.now))
         self.settle()
 
     # ---- the disk's and the store's answers
@@ -226,13 +226,13 @@ class Service:
             return False
         change, then = self.uncommitted.popleft()
         record = change.record
-        before = self.world.store.get(record.id)
+        before = self.rig.store.get(record.id)
         assert before is None or not before.status.final or before.status == record.status
-        assert not record.checkpoint_step or record.checkpoint_step in self.world.disk[record.id]
+        assert not record.checkpoint_step or record.checkpoint_step in self.rig.disk[record.id]
         for draft in change.drafts:
             step = draft.data.get("step") if draft.type == "step_metrics" else None
-            self.world.events[record.id, draft.type, draft.data.get("attempt") if step else None, step] += 1
-        self.world.store[record.id] = record
+            self.rig.events[record.id, draft.type, draft.data.get("attempt") if step else None, step] += 1
+        self.rig.store[record.id] = record
         self.do(then)
         self.settle()
         return True
@@ -243,7 +243,7 @@ class Service:
         if not self.work:
             return False
         effect = self.work.pop(index % len(self.work))
-        now = self.world.now
+        now = self.rig.now
         match effect:
             case machine.Prepare(job, attempt) | machine.MakeSlot(job, attempt) if not ok:
                 self.do(self.machine.put_off(job, attempt, NotNow("trouble", passing), now))
@@ -254,22 +254,22 @@ class Service:
                 ref = self._new_slot(None)
                 self.do(self.machine.slot_made(job, attempt, SlotRef(path=ref, nbytes=nbytes)))
             case machine.SaveSnapshot(message):
-                if ok := ok and message.slot.path in self.world.shm:
-                    assert self.world.shm[message.slot.path] == message.step, (
+                if ok := ok and message.slot.path in self.rig.shm:
+                    assert self.rig.shm[message.slot.path] == message.step, (
                         "a slot was written while it was read"
                     )
-                    self.world.disk.setdefault(message.job, {})[message.step] = True
+                    self.rig.disk.setdefault(message.job, {})[message.step] = True
                 self.do(self.machine.snapshot_written(message, None if ok else Unwritten("full", False), now))
         self.settle()
         return True
 
     def _new_slot(self, step: int | None) -> str:
-        path = f"slot-{self.world.new_name()}"
-        self.world.shm[path] = step
+        path = f"slot-{self.rig.new_name()}"
+        self.rig.shm[path] = step
         return path
 
     def _restore(self, record: JobRecord) -> Preparation:
-        steps = self.world.disk.setdefault(record.id, {})
+        steps = self.rig.disk.setdefault(record.id, {})
         damage = ""
         for step in sorted(steps, reverse=True):
             if step > record.checkpoint_step:
@@ -292,7 +292,7 @@ class Service:
         self.publications.remove(ready[0])
         record = self.records[ready[0]]
         if record.publishing:
-            self.apply(transitions.published(record, self.world.s))
+            self.apply(transitions.published(record, self.rig.s))
             self.settle()
         return True
 

@@ -56,9 +56,9 @@ class Held:
 class Scheduler:
     """The scheduler's half of the protocol, with counting in place of training."""
 
-    def __init__(self, world: LossyNetwork) -> None:
-        self.world = world
-        self.pid = world.new_name()
+    def __init__(self, rig: LossyNetwork) -> None:
+        self.rig = rig
+        self.pid = rig.new_name()
         self.seq = self.before = self.pid * 1_000_000
         self.ring = Unacknowledged()
         self.run: Held | None = None
@@ -66,16 +66,16 @@ class Scheduler:
         self.service_pid: int | None = None
         self.pulse_at = 0.0
         self.hold = ""  # why no run is to start
-        self.base, self.updates = world.base, 0
+        self.base, self.updates = rig.base, 0
 
     # ---- out
     def send(self, message: Any) -> None:
         self.seq += 1
         message.seq = self.seq
         if isinstance(message, KEPT):
-            self.ring.keep(message, self.world.s)
+            self.ring.keep(message, self.rig.s)
         if self.service_pid is not None:
-            self.world.to_service.append(copy.deepcopy(message))
+            self.rig.to_service.append(copy.deepcopy(message))
 
     def hello(self) -> None:
         run = self.run
@@ -92,7 +92,7 @@ class Scheduler:
         if run is not None:
             message.job, message.attempt, message.step = run.job, run.attempt, run.applied
             message.next_cursor, message.taken = self._cursor(run), self._taken(run)
-        self.world.to_service.append(message)
+        self.rig.to_service.append(message)
 
     def _cursor(self, run: Held) -> BatchCursor:
         return BatchCursor(epoch=1, step=run.cursor[0], index=run.cursor[1])  # its epoch may be out of date
@@ -105,11 +105,11 @@ class Scheduler:
         if self.service_pid is None:
             self.hello()
             return
-        for kept in self.ring.due(self.world.s):
-            self.world.to_service.append(copy.deepcopy(kept))
+        for kept in self.ring.due(self.rig.s):
+            self.rig.to_service.append(copy.deepcopy(kept))
         run = self.run
-        if run is not None and self.world.s - self.pulse_at >= 2:
-            self.pulse_at = self.world.s
+        if run is not None and self.rig.s - self.pulse_at >= 2:
+            self.pulse_at = self.rig.s
             if run.in_hand is not None and run.in_hand not in self.ring:
                 self.send(run.in_hand)
             self.send(
@@ -134,11 +134,11 @@ class Scheduler:
                 new, self.service_pid = message.pid != self.service_pid, message.pid
                 if new or not message.answers:
                     for kept in self.ring.all():
-                        self.world.to_service.append(copy.deepcopy(kept))
+                        self.rig.to_service.append(copy.deepcopy(kept))
                 if not message.answers:
                     self.hello()
             case internal.Ack():
-                self.ring.acknowledged(message.seqs, self.world.s)
+                self.ring.acknowledged(message.seqs, self.rig.s)
             case internal.StartRun():
                 self._start(message)
             case internal.StopRun() if run is None or (run.job, run.attempt) != (
@@ -157,16 +157,16 @@ class Scheduler:
         if self.hold or message.updates != self.updates:
             self.hello()
             return
-        base = self.world.store[spec.job].base
+        base = self.rig.store[spec.job].base
         assert base is not None and base.digest == self.base.digest, "a job is trained on another base"
         self.attempts[spec.job] = spec.attempt
         self.run = None
         path = message.restore.path if message.restore else None
-        assert path is None or self.world.shm.get(path) == message.step, (
+        assert path is None or self.rig.shm.get(path) == message.step, (
             "the restore slot is not what was saved"
         )
-        self.world.started[spec.job, spec.attempt] += 1
-        assert self.world.started[spec.job, spec.attempt] == 1, "one attempt trained twice"
+        self.rig.started[spec.job, spec.attempt] += 1
+        assert self.rig.started[spec.job, spec.attempt] == 1, "one attempt trained twice"
         self.run = Held(
             spec.job, spec.attempt, message.step, path, cursor=(message.step + 1, 0), saved=message.step
         )
@@ -201,7 +201,7 @@ class Scheduler:
         if in_hand:
             run.in_hand, run.slot_free = None, True
         if message.ok:
-            assert message.step in self.world.disk[run.job]
+            assert message.step in self.rig.disk[run.job]
             run.saved = max(run.saved, message.step)
         behind = run.applied > run.saved
         if behind and (run.save_first or run.finished):
@@ -227,7 +227,7 @@ class Scheduler:
     def update_weights(self, base: internal.BasePrint) -> None:
         """SGLang's update, which is refused while a job trains."""
         if self.run is None:
-            self.world.base = self.base = base
+            self.rig.base = self.base = base
             self.updates += 1
             self.hello()
 
@@ -279,7 +279,7 @@ class Scheduler:
         if run.applied == run.saved and reason != "final":
             return
         assert run.slot is not None
-        self.world.shm[run.slot] = run.applied
+        self.rig.shm[run.slot] = run.applied
         run.slot_free = False
         run.in_hand = internal.SnapshotReady(
             job=run.job,

@@ -141,13 +141,13 @@ class ServiceUnderTest:
 
 
 # ------------------------------------------------------------------ the raw wire
-def dealer(world: ServiceUnderTest, **options: int) -> tuple[zmq.Context, zmq.Socket]:
+def dealer(rig: ServiceUnderTest, **options: int) -> tuple[zmq.Context, zmq.Socket]:
     context = zmq.Context()
     client = context.socket(zmq.DEALER)
     client.setsockopt(zmq.LINGER, 0)
     for name, value in options.items():
         client.setsockopt(getattr(zmq, name), value)
-    client.connect(world.service.endpoint)
+    client.connect(rig.service.endpoint)
     return context, client
 
 
@@ -159,9 +159,9 @@ def submit_args(content: bytes) -> dict[str, Any]:
     return {"filename": "f", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def exchange(world: ServiceUnderTest, verb: str, args: Any, *frames: bytes) -> Any:
+def exchange(rig: ServiceUnderTest, verb: str, args: Any, *frames: bytes) -> Any:
     """One raw request; a refusal as ConfigError."""
-    context, client = dealer(world, RCVTIMEO=10_000)
+    context, client = dealer(rig, RCVTIMEO=10_000)
     client.send_multipart([request(verb, args), *frames])
     reply = public.decode(client.recv(), public.Reply)
     client.close()

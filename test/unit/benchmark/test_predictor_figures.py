@@ -64,8 +64,8 @@ def test_when_coverage_is_back():
 
 
 def test_a_load_is_predicted_step_by_step():
-    world = bench_predictor.WORLDS["cpu, 25M"]
-    row = bench_predictor.one_load(world, lambda rng: rng.gauss(1, 0.02), 1.6, 1500, seed=1)
+    rig = bench_predictor.MACHINES["cpu, 25M"]
+    row = bench_predictor.one_load(rig, lambda rng: rng.gauss(1, 0.02), 1.6, 1500, seed=1)
     assert row["mape"] < 0.05 and row["coverage"] > 0.95 and row["upper_ratio"] < 1.2
 
 

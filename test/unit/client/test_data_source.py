@@ -32,16 +32,16 @@ def odd_files(tmp_path: Path) -> dict[str, str]:
     os.mkfifo(tmp_path / "pipe")
     os.symlink("nowhere", tmp_path / "dangling")
     os.symlink("loop", tmp_path / "loop")
-    door = socket.socket(socket.AF_UNIX)
-    door.bind(str(tmp_path / "door"))
-    door.close()
+    bound = socket.socket(socket.AF_UNIX)
+    bound.bind(str(tmp_path / "endpoint"))
+    bound.close()
     reading, writing = os.pipe()
     os.close(writing)
     return {
         "folder": str(tmp_path),
         "pipe": str(tmp_path / "pipe"),
         "anonymous pipe": f"/dev/fd/{reading}",
-        "socket": str(tmp_path / "door"),
+        "socket": str(tmp_path / "endpoint"),
         "device": "/dev/null",
         "missing": str(tmp_path / "missing.jsonl"),
         "dangling": str(tmp_path / "dangling"),

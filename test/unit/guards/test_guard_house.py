@@ -183,9 +183,9 @@ def test_each_patch_has_its_page_its_diff_and_its_runtime_half():
     diffs = {p.stem for p in (ROOT / "patches").glob("[0-9]*.diff")}
     assert pages == diffs
     assert pages, "patches/ is empty"
-    rooms = PACKAGE / "patches"
+    folder = PACKAGE / "patches"
     halves = {
-        "-".join(p.relative_to(rooms).with_suffix("").parts).replace("_", "-") for p in rooms.rglob("*.py")
+        "-".join(p.relative_to(folder).with_suffix("").parts).replace("_", "-") for p in folder.rglob("*.py")
     }
     without = sorted(name for name in pages if name.split("-", 1)[1] not in halves)
     assert not without, f"no runtime half under sglang_harli/patches/ for {without}"

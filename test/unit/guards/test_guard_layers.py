@@ -15,17 +15,17 @@ from support.project_files import PACKAGE, module_name, package_files, parse, re
 
 GROUND = {"architectures", "core", "errors", "failpoints", "names", "run_paths", "train_memory"}
 BASE = GROUND | {"config", "protocol"}
-ROOMS = {"predictor", "mem_cache", "peft_trainer", "service"}
-INSIDE = BASE | ROOMS | {"managers", "server_args", "patches", "platforms"}
+APART = {"predictor", "mem_cache", "peft_trainer", "service"}
+INSIDE = BASE | APART | {"managers", "server_args", "patches", "platforms"}
 
-# Who may import whom: a room (top-level module or folder) and the other rooms that it may see.
+# Who may import whom: a top-level module or folder and the other folders that it may see.
 ALLOWED: dict[str, set[str]] = {
     "": {"client"},  # `from sglang_harli import FinetuneClient`, resolved when asked for
     **{ground: set() for ground in GROUND - {"train_memory"}},
     "train_memory": {"core"},
     "config": {"core", "errors", "run_paths"},
     "protocol": GROUND,
-    **dict.fromkeys(ROOMS, BASE),
+    **dict.fromkeys(APART, BASE),
     "platforms": {"errors"},
     "patches": BASE | {"platforms"},
     "server_args": BASE | {"platforms"},
@@ -54,7 +54,7 @@ SGLANG = (
     "platforms.cpu",
 )
 
-# Must import without torch, sglang or transformers: `harli --help` and the pure rooms.
+# Must import without torch, sglang or transformers: `harli --help` and the pure folders.
 LIGHT = (
     "architectures",
     "core",
@@ -110,26 +110,26 @@ def imports(path: Path, *, top_only: bool = False, typing_too: bool = False) -> 
     return visit(parse(path))
 
 
-def room(module: str) -> str:
+def part_of(module: str) -> str:
     return module.split(".")[0]
 
 
 def ours(path: Path, *, top_only: bool = False) -> Iterator[tuple[str, int]]:
-    """The rooms of our own package that a file imports, with the line."""
+    """The folders of our own package that a file imports, with the line."""
     for module, line in imports(path, top_only=top_only):
         if module.startswith("sglang_harli."):
-            yield room(module.removeprefix("sglang_harli.")), line
+            yield part_of(module.removeprefix("sglang_harli.")), line
 
 
-def test_every_room_has_a_place_in_the_layers():
-    rooms = {room(module_name(p)) for p in package_files()}
-    assert rooms <= set(ALLOWED), f"new rooms need a line in ALLOWED: {sorted(rooms - set(ALLOWED))}"
+def test_every_folder_has_a_place_in_the_layers():
+    found = {part_of(module_name(p)) for p in package_files()}
+    assert found <= set(ALLOWED), f"new folders need a line in ALLOWED: {sorted(found - set(ALLOWED))}"
 
 
 def test_imports_run_downwards_only():
     wrong = []
     for path in package_files():
-        mine = room(module_name(path))
+        mine = part_of(module_name(path))
         for other, line in ours(path):
             if other != mine and other in ALLOWED and other not in ALLOWED[mine]:
                 wrong.append(f"{relative(path)}:{line}: {mine or '__init__'} must not import {other}")
@@ -190,7 +190,7 @@ def test_sglang_is_imported_in_the_named_modules_only():
         for path in package_files()
         if not f"{module_name(path)}.".startswith(tuple(f"{place}." for place in SGLANG))
         for module, line in imports(path)
-        if room(module) == "sglang"
+        if part_of(module) == "sglang"
     ]
     assert not wrong, "import sglang outside the named modules:\n" + "\n".join(wrong)
 
@@ -200,7 +200,7 @@ def test_the_service_imports_neither_torch_nor_sglang():
         f"{relative(path)}:{line}: {module}"
         for path in sorted((PACKAGE / "service").rglob("*.py"))
         for module, line in imports(path)
-        if room(module) in ("torch", "sglang", "peft")
+        if part_of(module) in ("torch", "sglang", "peft")
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -8,7 +8,7 @@ import re
 import tokenize
 from pathlib import Path
 
-from support.project_files import PACKAGE, ROOT, package_files, parse, relative
+from support.project_files import PACKAGE, ROOT, code_files, package_files, parse, relative
 
 # Metaphors and turns that say less than the field's own word.
 BANNED = (
@@ -76,3 +76,15 @@ def test_no_figures_of_one_machine_in_the_code():
     ]
     assert not wrong, "figures stand in docs/ and benchmark/:\n" + "\n".join(wrong)
     assert PACKAGE.exists()
+
+
+def test_no_metaphors_in_names():
+    """``world_size`` is torch's own word."""
+    banned = {word for word in BANNED if " " not in word and word != "told"} | {"rooms"}
+    wrong = []
+    for path in code_files():
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
+            if token.type == tokenize.NAME and token.string != "world_size":
+                parts = {part.lower() for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", token.string)}
+                wrong += [f"{relative(path)}:{token.start[0]}: {token.string}"] if parts & banned else []
+    assert not wrong, "name it in the field's words:\n" + "\n".join(wrong)

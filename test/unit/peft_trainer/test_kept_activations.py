@@ -265,11 +265,11 @@ def test_a_fixed_split_and_a_switch_keep_nothing() -> None:
 
 def test_a_refusal_ends_keeping_for_one_micro_batch() -> None:
     """Each micro-batch asks again, and where memory is short only once."""
-    wishes: list[int] = []
+    asked: list[int] = []
 
     def grants(purpose: MemoryPurpose, nbytes: int) -> bool:
         if purpose == KEPT:
-            wishes.append(nbytes)
+            asked.append(nbytes)
         return purpose != KEPT
 
     rows = [([3] * 9, [3] * 9)] * 3
@@ -277,7 +277,7 @@ def test_a_refusal_ends_keeping_for_one_micro_batch() -> None:
     run = make_run(tiny_model(dtype=torch.float32), hyperparameters(), steps, memory=PoisonedMemory(grants))
     feed(run, steps)
     drive(run, everything)
-    assert run.finished and len(wishes) == len(steps) and len(set(wishes)) == 1
+    assert run.finished and len(asked) == len(steps) and len(set(asked)) == 1
     run.release()
 
 

@@ -20,13 +20,13 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, model):
     """One service for the tests that leave it as it was."""
-    world = ServiceUnderTest(tmp_path_factory.mktemp("shared"), model)
-    yield world
-    world.close()
+    rig = ServiceUnderTest(tmp_path_factory.mktemp("shared"), model)
+    yield rig
+    rig.close()
 
 
 @pytest.fixture
-def world(shared):
+def rig(shared):
     shared.scheduler.step_s = 0.0
     shared.scheduler.fail_at = shared.scheduler.hold_at = None
     shared.scheduler.hold.set()
@@ -44,8 +44,8 @@ def own(tmp_path, model):
     with ExitStack() as stack:
 
         def make(**options: Any) -> ServiceUnderTest:
-            world = ServiceUnderTest(tmp_path, model, **options)
-            stack.callback(world.close)
-            return world
+            rig = ServiceUnderTest(tmp_path, model, **options)
+            stack.callback(rig.close)
+            return rig
 
         yield make

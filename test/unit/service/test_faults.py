@@ -55,20 +55,20 @@ def points(tmp_path_factory) -> Iterator[Faults]:
 
 @pytest.fixture(scope="module")
 def shared(points, tmp_path_factory, model) -> Iterator[ServiceUnderTest]:
-    world = ServiceUnderTest(tmp_path_factory.mktemp("shared"), model)
-    yield world
-    world.close()
+    rig = ServiceUnderTest(tmp_path_factory.mktemp("shared"), model)
+    yield rig
+    rig.close()
 
 
 @pytest.fixture
 def faults(points) -> Iterator[Faults]:
-    """Asked for behind the world, so that nothing is armed when that is tidied up."""
+    """Asked for behind the rig, so that nothing is armed when that is tidied up."""
     yield points
     points.clear()
 
 
-def events_of(world: ServiceUnderTest, job, kind: str) -> list[str]:
-    return [e.message for e in world.client.events(job.id) if e.type == kind]
+def events_of(rig: ServiceUnderTest, job, kind: str) -> list[str]:
+    return [e.message for e in rig.client.events(job.id) if e.type == kind]
 
 
 class Background:
@@ -92,116 +92,114 @@ class Background:
 # ------------------------------------------------------------------ submit
 @pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
 @pytest.mark.parametrize("write", [WriteFailpoint.DATA, WriteFailpoint.TOKENS, WriteFailpoint.SETTLE])
-def test_data_that_cannot_be_stored_are_a_refusal_that_leaves_nothing(world, faults, write, kind):
-    before = sorted(p.name for p in world.run_dir.iterdir())
+def test_data_that_cannot_be_stored_are_a_refusal_that_leaves_nothing(rig, faults, write, kind):
+    before = sorted(p.name for p in rig.run_dir.iterdir())
     faults.arm(write, kind, 2)
     for _ in range(2):
         with pytest.raises(HarliError, match=r"the data cannot be stored in .*: make room") as caught:
-            world.client.submit(pairs(4))
-        assert caught.value.code == "storage" and str(world.run_dir) in caught.value.message
-    assert sorted(p.name for p in world.run_dir.iterdir()) == before
-    world.done(world.client.submit(pairs(4)))
+            rig.client.submit(pairs(4))
+        assert caught.value.code == "storage" and str(rig.run_dir) in caught.value.message
+    assert sorted(p.name for p in rig.run_dir.iterdir()) == before
+    rig.done(rig.client.submit(pairs(4)))
 
 
 # ------------------------------------------------------------------ the store
 @pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
 def test_a_store_that_cannot_be_written_holds_acknowledgements_back(own, faults, kind):
-    world = own(peers=False)  # nobody else writes
-    queued = world.client.submit(pairs(4))
+    rig = own(peers=False)  # nobody else writes
+    queued = rig.client.submit(pairs(4))
     faults.arm(WriteFailpoint.STORE, kind)
-    submit = Background(lambda: world.client.submit(pairs(5), idempotency_key=f"held {kind}"))
-    until(lambda: world.client.list(limit=1)[0].id != queued.id, "the job in memory")
-    change = Background(lambda: world.client.prioritize(queued.id, 4))
-    shown = until(
-        lambda: s if (s := world.client.status().service["store"]) != "ok" else None, "what is wrong"
-    )
+    submit = Background(lambda: rig.client.submit(pairs(5), idempotency_key=f"held {kind}"))
+    until(lambda: rig.client.list(limit=1)[0].id != queued.id, "the job in memory")
+    change = Background(lambda: rig.client.prioritize(queued.id, 4))
+    shown = until(lambda: s if (s := rig.client.status().service["store"]) != "ok" else None, "what is wrong")
     assert shown.startswith("the job store cannot be written:")
     with pytest.raises(NotReadyError, match="the job store cannot be written"):
-        world.client.submit(pairs(6))
-    assert list(world.client.events(queued.id))  # reading goes on
+        rig.client.submit(pairs(6))
+    assert list(rig.client.events(queued.id))  # reading goes on
     assert not submit.done and not change.done
     faults.clear()
     assert submit.result().status == "queued" and change.result().priority == 4
-    assert world.client.status().service["store"] == "ok"
+    assert rig.client.status().service["store"] == "ok"
 
 
 def test_a_job_that_was_not_acknowledged_is_made_once_by_the_retry(own, faults):
-    world = own(peers=False)
-    assert world.client.list() == []
+    rig = own(peers=False)
+    assert rig.client.list() == []
     faults.arm(WriteFailpoint.STORE)
-    submit = Background(lambda: world.client.submit(pairs(4), idempotency_key="cut off"))
-    until(lambda: world.client.status().service["store"] != "ok", "what is wrong")
+    submit = Background(lambda: rig.client.submit(pairs(4), idempotency_key="cut off"))
+    until(lambda: rig.client.status().service["store"] != "ok", "what is wrong")
     with FinetuneClient(
-        world.service.endpoint
+        rig.service.endpoint
     ) as other:  # its job is known, and not on the disk: no answer yet
         again = Background(lambda: other.submit(pairs(4), idempotency_key="cut off"))
         assert not submit.done and not again.done
-        world.service.kill()
+        rig.service.kill()
         faults.clear()
-        world.service.start()
+        rig.service.start()
         assert submit.result().id == again.result().id
-    assert len(world.client.list()) == 1
+    assert len(rig.client.list()) == 1
 
 
-def test_the_run_goes_on_while_the_store_is_away_for_a_moment(world, faults):
-    world.scheduler.step_s = 0.02
-    job = world.client.submit(pairs(), n_epochs=3, checkpoint_every=4)
-    world.at_step(job, 2)
+def test_the_run_goes_on_while_the_store_is_away_for_a_moment(rig, faults):
+    rig.scheduler.step_s = 0.02
+    job = rig.client.submit(pairs(), n_epochs=3, checkpoint_every=4)
+    rig.at_step(job, 2)
     faults.arm(WriteFailpoint.STORE, times=2)
-    done = world.done(job)
-    events = list(world.client.events(job.id))
+    done = rig.done(job)
+    events = list(rig.client.events(job.id))
     assert [e.id for e in events] == list(range(1, len(events) + 1))
     steps = [e.data["step"] for e in events if e.type == "step_metrics"]
     assert steps == list(range(1, done.total_steps + 1))
 
 
-def test_a_store_locked_by_another_process_is_waited_for(world):
-    world.scheduler.hold.clear()
-    job = world.client.submit(pairs(4))
-    other = sqlite3.connect(world.run_dir / "harli.db", isolation_level=None)
+def test_a_store_locked_by_another_process_is_waited_for(rig):
+    rig.scheduler.hold.clear()
+    job = rig.client.submit(pairs(4))
+    other = sqlite3.connect(rig.run_dir / "harli.db", isolation_level=None)
     other.execute("PRAGMA busy_timeout=5000")
     other.execute("BEGIN EXCLUSIVE")
     try:
-        change = Background(lambda: world.client.prioritize(job.id, 7))
+        change = Background(lambda: rig.client.prioritize(job.id, 7))
         waited = until(
-            lambda: s if (s := world.client.status().service["store"]) != "ok" else None, "what is wrong"
+            lambda: s if (s := rig.client.status().service["store"]) != "ok" else None, "what is wrong"
         )
         assert waited == "the job store cannot be written: database is locked"
-        assert world.client.get(job.id).id == job.id
+        assert rig.client.get(job.id).id == job.id
         assert not change.done
     finally:
         other.execute("ROLLBACK")
         other.close()
     assert change.result().priority == 7
-    with sqlite3.connect(world.run_dir / "harli.db") as reader:
+    with sqlite3.connect(rig.run_dir / "harli.db") as reader:
         [[body]] = reader.execute("SELECT body FROM jobs WHERE id = ?", (job.id,))
     assert json.loads(body)["priority"] == 7
 
 
 def test_a_store_that_another_process_keeps_is_a_clear_end_and_the_next_start_works(own):
-    world = own(peers=False)
-    world.service.kill()
-    other = sqlite3.connect(world.run_dir / "harli.db", isolation_level=None)
+    rig = own(peers=False)
+    rig.service.kill()
+    other = sqlite3.connect(rig.run_dir / "harli.db", isolation_level=None)
     other.execute("PRAGMA locking_mode=EXCLUSIVE")
     other.execute("BEGIN EXCLUSIVE")
     try:
-        world.service.start()
-        assert world.service.process.wait(60) == 1
-        assert "cannot be opened: " in world.service.log.read_text()
-        assert "database is locked" in world.service.log.read_text().splitlines()[-1]
+        rig.service.start()
+        assert rig.service.process.wait(60) == 1
+        assert "cannot be opened: " in rig.service.log.read_text()
+        assert "database is locked" in rig.service.log.read_text().splitlines()[-1]
     finally:
         other.close()
-    world.service.start()
-    assert world.client.status().service["store"] == "ok"
+    rig.service.start()
+    assert rig.client.status().service["store"] == "ok"
 
 
 # ------------------------------------------------------------------ readable copies
 @pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
-def test_copies_that_fell_behind_are_completed(world, faults, kind):
+def test_copies_that_fell_behind_are_completed(rig, faults, kind):
     faults.arm(WriteFailpoint.MIRROR, kind)
-    done = world.done(world.client.submit(pairs(4)))
-    folder = world.folder(done)
-    until(lambda: "cannot be written now" in world.service.log.read_text(), "the warning")
+    done = rig.done(rig.client.submit(pairs(4)))
+    folder = rig.folder(done)
+    until(lambda: "cannot be written now" in rig.service.log.read_text(), "the warning")
     faults.clear()
 
     def agrees() -> bool:
@@ -210,22 +208,22 @@ def test_copies_that_fell_behind_are_completed(world, faults, kind):
             shown = json.loads((folder / "job.json").read_text())
         except FileNotFoundError:
             return False
-        return told == [e.id for e in world.client.events(done.id)] and shown["status"] == "succeeded"
+        return told == [e.id for e in rig.client.events(done.id)] and shown["status"] == "succeeded"
 
     until(agrees, "the whole copies")
 
 
 def test_copies_are_completed_at_the_next_start(own):
-    world = own()
-    done = world.done(world.client.submit(pairs(4)))
-    folder = world.folder(done)
+    rig = own()
+    done = rig.done(rig.client.submit(pairs(4)))
+    folder = rig.folder(done)
     until(lambda: '"succeeded"' in (folder / "job.json").read_text(), "job.json")
     whole = (folder / "events.jsonl").read_bytes()
-    world.service.kill()
+    rig.service.kill()
     (folder / "events.jsonl").write_bytes(whole[:-40])
     (folder / "metrics.jsonl").write_text("not ours\n")
     (folder / "job.json").unlink()
-    world.service.start()
+    rig.service.start()
     until(lambda: (folder / "job.json").exists(), "job.json")  # the last of the copies
     assert (folder / "events.jsonl").read_bytes() == whole
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
@@ -234,201 +232,201 @@ def test_copies_are_completed_at_the_next_start(own):
 # ------------------------------------------------------------------ checkpoints, adapter, shared memory
 @pytest.mark.parametrize("kind", ["ENOSPC", "EROFS"])
 @pytest.mark.parametrize("write", [WriteFailpoint.STATE, WriteFailpoint.META, WriteFailpoint.RENAME])
-def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(world, faults, write, kind):
-    world.scheduler.hold_at = 0
-    job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=2)
-    until(lambda: world.scheduler.spec is not None and world.scheduler._slot_free, "the slot")
+def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(rig, faults, write, kind):
+    rig.scheduler.hold_at = 0
+    job = rig.client.submit(pairs(), n_epochs=1, checkpoint_every=2)
+    until(lambda: rig.scheduler.spec is not None and rig.scheduler._slot_free, "the slot")
     faults.arm(write, kind, 2)
-    world.scheduler.hold_at = 2  # in passing
-    until(lambda: events_of(world, job, "checkpoint_saved"), "the checkpoint")
-    warned = events_of(world, job, "warning")
+    rig.scheduler.hold_at = 2  # in passing
+    until(lambda: events_of(rig, job, "checkpoint_saved"), "the checkpoint")
+    warned = events_of(rig, job, "warning")
     assert len(warned) == 2 and all("checkpoint of step 2 cannot be written" in text for text in warned)
     faults.arm(write, kind, 1)
-    world.scheduler.hold_at = 3
-    world.at_step(job, 3)
-    paused = Background(lambda: world.client.pause(job.id))
-    world.status(job, "paused")
+    rig.scheduler.hold_at = 3
+    rig.at_step(job, 3)
+    paused = Background(lambda: rig.client.pause(job.id))
+    rig.status(job, "paused")
     paused.result()
-    assert world.client.get(job.id).step == 3
-    world.scheduler.hold_at = None
+    assert rig.client.get(job.id).step == 3
+    rig.scheduler.hold_at = None
     faults.arm(write, kind, 1)
-    world.client.resume(job.id)
-    world.done(job)  # the last one, or the adapter's folder
+    rig.client.resume(job.id)
+    rig.done(job)  # the last one, or the adapter's folder
 
 
-def test_a_disk_that_stays_full_keeps_the_last_state_until_there_is_room(world, faults):
+def test_a_disk_that_stays_full_keeps_the_last_state_until_there_is_room(rig, faults):
     faults.arm(WriteFailpoint.STATE)
-    job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
+    job = rig.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
     waits = until(
-        lambda: j if "trying again in 4 s" in ((j := world.client.get(job.id)).reason or "") else None, "why"
+        lambda: j if "trying again in 4 s" in ((j := rig.client.get(job.id)).reason or "") else None, "why"
     )
     assert (waits.status, waits.sub_state, waits.step) == ("running", "checkpointing", waits.total_steps)
     assert waits.reason.startswith(f"the checkpoint of step {waits.total_steps} cannot be written (")
-    assert [text[-4:] for text in events_of(world, job, "warning")] == [" 1 s", " 2 s", " 4 s"]
+    assert [text[-4:] for text in events_of(rig, job, "warning")] == [" 1 s", " 2 s", " 4 s"]
     faults.clear()
-    assert world.done(job).attempt == 1
+    assert rig.done(job).attempt == 1
 
 
-def test_a_job_cancelled_while_the_disk_is_full_does_not_keep_the_queue_waiting(world, faults):
+def test_a_job_cancelled_while_the_disk_is_full_does_not_keep_the_queue_waiting(rig, faults):
     faults.arm(WriteFailpoint.STATE)
-    job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
-    until(lambda: "trying again in 4 s" in (world.client.get(job.id).reason or ""), "a long pause")
-    world.client.cancel(job.id)
-    world.status(job, "cancelled")
+    job = rig.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
+    until(lambda: "trying again in 4 s" in (rig.client.get(job.id).reason or ""), "a long pause")
+    rig.client.cancel(job.id)
+    rig.status(job, "cancelled")
     faults.clear()  # a try after the pause would be written, and none is made
-    world.done(world.client.submit(pairs(4)))
-    assert events_of(world, job, "warning")[-1].endswith("given up")
+    rig.done(rig.client.submit(pairs(4)))
+    assert events_of(rig, job, "warning")[-1].endswith("given up")
 
 
-def test_a_last_state_whose_slot_is_gone_is_trained_again(world, faults):
+def test_a_last_state_whose_slot_is_gone_is_trained_again(rig, faults):
     faults.arm(WriteFailpoint.STATE)
-    job = world.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
-    until(lambda: events_of(world, job, "warning"), "the first try")
-    for slot in run_paths.shm_dir(str(world.run_dir)).glob("slot-*"):
+    job = rig.client.submit(pairs(), n_epochs=1, checkpoint_every=0)
+    until(lambda: events_of(rig, job, "warning"), "the first try")
+    for slot in run_paths.shm_dir(str(rig.run_dir)).glob("slot-*"):
         slot.unlink()
     faults.clear()
-    assert world.done(job).attempt == 2
-    assert any("given up" in text for text in events_of(world, job, "warning"))
+    assert rig.done(job).attempt == 2
+    assert any("given up" in text for text in events_of(rig, job, "warning"))
 
 
-def test_an_adapter_that_cannot_be_written_is_tried_again(world, faults):
+def test_an_adapter_that_cannot_be_written_is_tried_again(rig, faults):
     faults.arm(WriteFailpoint.ADAPTER, times=1)
-    world.done(world.client.submit(pairs(4)))
+    rig.done(rig.client.submit(pairs(4)))
     assert not faults.armed(WriteFailpoint.ADAPTER)
 
 
 @pytest.mark.parametrize("kind", ["ENOSPC", "EMFILE"])
-def test_shared_memory_that_is_full_is_waited_for(world, faults, kind):
+def test_shared_memory_that_is_full_is_waited_for(rig, faults, kind):
     faults.arm(WriteFailpoint.SLOT, kind)
-    jobs = [world.client.submit(pairs(4)) for _ in range(3)]
+    jobs = [rig.client.submit(pairs(4)) for _ in range(3)]
 
     def reasons() -> list[str]:
-        return [world.client.get(job.id).reason or "" for job in jobs]
+        return [rig.client.get(job.id).reason or "" for job in jobs]
 
     until(lambda: all("; tried again after" in reason for reason in reasons()), "the reasons")
     says = "shared memory has no room" if kind == "ENOSPC" else "shared memory cannot be used"
     assert all(reason.startswith(f"{says} for the 4096 bytes of a checkpoint") for reason in reasons())
-    assert {world.client.get(job.id).status for job in jobs} <= {"queued", "running"}
+    assert {rig.client.get(job.id).status for job in jobs} <= {"queued", "running"}
     faults.clear()
     for job in jobs:
-        world.done(job)
+        rig.done(job)
 
 
-def test_what_all_of_shared_memory_cannot_hold_is_an_error_of_the_job(world):
-    world.scheduler.state_bytes = 1 << 50  # more than any machine has
-    failed = world.done(world.client.submit(pairs(4)), "failed")
+def test_what_all_of_shared_memory_cannot_hold_is_an_error_of_the_job(rig):
+    rig.scheduler.state_bytes = 1 << 50  # more than any machine has
+    failed = rig.done(rig.client.submit(pairs(4)), "failed")
     assert failed.error.code == "shared_memory" and str(1 << 50) in failed.error.message
     assert "shared memory is too small" in failed.error.message
-    world.scheduler.state_bytes = 4096
-    world.done(world.client.submit(pairs(4)))
+    rig.scheduler.state_bytes = 4096
+    rig.done(rig.client.submit(pairs(4)))
 
 
 # ------------------------------------------------------------------ what a run needs and cannot have for a while
 @pytest.mark.parametrize("kind", ["EMFILE", "EIO"])
-def test_a_queue_of_jobs_outlasts_a_time_in_which_nothing_can_be_read(world, faults, kind):
+def test_a_queue_of_jobs_outlasts_a_time_in_which_nothing_can_be_read(rig, faults, kind):
     faults.arm(ReadFailpoint.DATA, kind)
-    jobs = [world.client.submit(pairs(4)) for _ in range(6)]
+    jobs = [rig.client.submit(pairs(4)) for _ in range(6)]
 
     def waits(job) -> bool:
-        found = world.client.get(job.id)
+        found = rig.client.get(job.id)
         return found.status == "queued" and "; tried again after" in str(found.reason)
 
     for job in jobs:
         until(lambda job=job: waits(job), "why it waits")
-    assert {job.status for job in world.client.list(limit=6)} <= {"queued", "running"}
+    assert {job.status for job in rig.client.list(limit=6)} <= {"queued", "running"}
     faults.clear()
     for job in jobs:
-        world.done(job)
+        rig.done(job)
 
 
 def test_a_time_without_file_descriptors_ends_nothing(own):
-    world = own()
-    world.scheduler.hold.clear()
-    jobs = [world.client.submit(pairs(4)) for _ in range(2)]
-    until(lambda: world.scheduler.spec is not None and world.scheduler._slot_free, "the slot")
-    pid = world.service.process.pid
+    rig = own()
+    rig.scheduler.hold.clear()
+    jobs = [rig.client.submit(pairs(4)) for _ in range(2)]
+    until(lambda: rig.scheduler.spec is not None and rig.scheduler._slot_free, "the slot")
+    pid = rig.service.process.pid
     soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))  # nothing can be opened any more
-    world.scheduler.hold.set()
-    log = world.service.log
+    rig.scheduler.hold.set()
+    log = rig.service.log
     # A slot, the store, a checkpoint: in whatever order they want a descriptor.
     until(lambda: log.read_text().count("Too many open files") >= 2, "the warnings")
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
     for job in jobs:
-        world.done(job)
-    assert world.service.alive and world.service.process.pid == pid
+        rig.done(job)
+    assert rig.service.alive and rig.service.process.pid == pid
 
 
-def test_rows_that_cannot_be_read_for_a_while_put_the_job_off_and_no_step_is_lost(world, faults):
-    world.scheduler.hold_at = 3
-    job = world.client.submit(pairs(), n_epochs=4, checkpoint_every=0)
-    world.at_step(job, 3)
+def test_rows_that_cannot_be_read_for_a_while_put_the_job_off_and_no_step_is_lost(rig, faults):
+    rig.scheduler.hold_at = 3
+    job = rig.client.submit(pairs(), n_epochs=4, checkpoint_every=0)
+    rig.at_step(job, 3)
     faults.arm(ReadFailpoint.ROWS, "EIO", 2)
-    world.scheduler.hold_at = None
-    done = world.done(job)
+    rig.scheduler.hold_at = None
+    done = rig.done(job)
     assert done.attempt == 3
-    steps = [e.data["step"] for e in world.client.events(job.id) if e.type == "step_metrics"]
+    steps = [e.data["step"] for e in rig.client.events(job.id) if e.type == "step_metrics"]
     assert steps == list(range(1, done.total_steps + 1))
-    assert len([e for e in world.client.events(job.id) if "data cannot be read now" in e.message]) == 2
+    assert len([e for e in rig.client.events(job.id) if "data cannot be read now" in e.message]) == 2
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_waited_for(own, tmp_path, model):
     folder = shutil.copytree(model, tmp_path / "model")
-    world = ServiceUnderTest(tmp_path / "world", folder, peers=False)
+    rig = ServiceUnderTest(tmp_path / "rig", folder, peers=False)
     try:
-        jobs = [world.client.submit(pairs(4)) for _ in range(2)]
-        world.service.kill()
+        jobs = [rig.client.submit(pairs(4)) for _ in range(2)]
+        rig.service.kill()
         folder.rename(tmp_path / "away")
-        world.service.start()
-        world.join_scheduler()
-        world.join_http()
+        rig.service.start()
+        rig.join_scheduler()
+        rig.join_http()
         for job in jobs:
             reason = until(
-                lambda job=job: r if "tried again" in (r := world.client.get(job.id).reason or "") else "",
+                lambda job=job: r if "tried again" in (r := rig.client.get(job.id).reason or "") else "",
                 "why",
             )
             assert reason.startswith(f"the tokenizer of {folder} cannot be loaded")
         (tmp_path / "away").rename(folder)
         for job in jobs:
-            world.done(job)
+            rig.done(job)
     finally:
-        world.close()
+        rig.close()
 
 
 # ------------------------------------------------------------------ the kernel itself
 def test_a_limit_of_the_kernel_on_file_sizes(own):
-    world = own()
-    kept = world.done(world.client.submit(pairs(4)))
-    pid = world.service.process.pid
+    rig = own()
+    kept = rig.done(rig.client.submit(pairs(4)))
+    pid = rig.service.process.pid
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
     with pytest.raises(HarliError) as caught:
-        world.client.submit(pairs(400))
+        rig.client.submit(pairs(400))
     assert caught.value.code in ("storage", "not_ready")
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    world.done(world.client.submit(pairs(4)))
-    assert world.client.get(kept.id).status == "succeeded"
-    assert world.service.alive and world.service.process.pid == pid
+    rig.done(rig.client.submit(pairs(4)))
+    assert rig.client.get(kept.id).status == "succeeded"
+    assert rig.service.alive and rig.service.process.pid == pid
 
 
 # ------------------------------------------------------------------ data that vanish
 @pytest.mark.parametrize("name", ["ids.npy", "targets.npy", "rows.npz"])
-def test_a_data_file_that_vanished_before_the_run(world, name):
-    world.scheduler.hold.clear()
-    first, second = world.client.submit(pairs(4)), world.client.submit(pairs(4))
-    world.status(first, "running")
-    (world.folder(second) / "data" / name).unlink()
-    world.scheduler.hold.set()
-    failed = world.done(second, "failed")
+def test_a_data_file_that_vanished_before_the_run(rig, name):
+    rig.scheduler.hold.clear()
+    first, second = rig.client.submit(pairs(4)), rig.client.submit(pairs(4))
+    rig.status(first, "running")
+    (rig.folder(second) / "data" / name).unlink()
+    rig.scheduler.hold.set()
+    failed = rig.done(second, "failed")
     assert failed.error.code == "bad_data_files" and name in failed.error.message
-    world.done(first)
+    rig.done(first)
 
 
-def test_a_data_file_cut_off_during_the_run(world):
-    world.scheduler.hold_at = 0
-    job = world.client.submit(pairs(), n_epochs=4)
-    until(lambda: world.scheduler.spec is not None and world.scheduler.spec.job == job.id, "the run")
-    os.truncate(world.folder(job) / "data" / "ids.npy", 200)
-    world.scheduler.hold_at = None
-    failed = world.done(job, "failed")
+def test_a_data_file_cut_off_during_the_run(rig):
+    rig.scheduler.hold_at = 0
+    job = rig.client.submit(pairs(), n_epochs=4)
+    until(lambda: rig.scheduler.spec is not None and rig.scheduler.spec.job == job.id, "the run")
+    os.truncate(rig.folder(job) / "data" / "ids.npy", 200)
+    rig.scheduler.hold_at = None
+    failed = rig.done(job, "failed")
     assert failed.error.code == "bad_data_files" and "ids.npy" in failed.error.message
-    world.done(world.client.submit(pairs(4)))
+    rig.done(rig.client.submit(pairs(4)))

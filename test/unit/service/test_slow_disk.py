@@ -34,8 +34,8 @@ def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def held(points: Path, own) -> Iterator[ServiceUnderTest]:
     """A service whose reads of training data hang until ``go``."""
-    world = own()
-    yield world
+    rig = own()
+    yield rig
     (points / f"{ReadFailpoint.ROWS}.go").touch()
 
 

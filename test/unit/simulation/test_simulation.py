@@ -76,11 +76,11 @@ class RandomOnTime(policies._Untaught):
 @given(trace=short_traces(), model=st.sampled_from(RATE_MODELS))
 @settings(max_examples=40, deadline=None)
 def test_every_request_is_on_time_beside_training_when_predictions_hold(trace, model):
-    world = SpatialDevice()
+    rig = SpatialDevice()
     ours = engine.run_spatial(
-        trace, world, policies.HarliSpatial(world, TARGETS, rates(model)), rates(model), TARGETS
+        trace, rig, policies.HarliSpatial(rig, TARGETS, rates(model)), rates(model), TARGETS
     )
-    alone = engine.run_spatial(trace, world, policies.FixedRung(world, 0), rates(model), TARGETS)
+    alone = engine.run_spatial(trace, rig, policies.FixedRung(rig, 0), rates(model), TARGETS)
     assert alone.attainment == 1.0
     assert ours.attainment == 1.0
     assert ours.rate >= alone.rate
@@ -89,9 +89,9 @@ def test_every_request_is_on_time_beside_training_when_predictions_hold(trace, m
 @given(trace=short_traces(20), quiet=st.integers(1, 8))
 @settings(max_examples=40, deadline=None)
 def test_quanta_between_steps_turn_nobody_late(trace, quiet):
-    world = TimeSharedDevice(decode_only=True, sizes=tuple(range(1, quiet + 1)))
-    ours = engine.run_temporal(trace, world, policies.HarliTemporal(world, TARGETS), TARGETS)
-    alone = engine.run_temporal(trace, world, policies.ServeOnly(), TARGETS)
+    rig = TimeSharedDevice(decode_only=True, sizes=tuple(range(1, quiet + 1)))
+    ours = engine.run_temporal(trace, rig, policies.HarliTemporal(rig, TARGETS), TARGETS)
+    alone = engine.run_temporal(trace, rig, policies.ServeOnly(), TARGETS)
     assert alone.attainment == 1.0
     assert ours.attainment == 1.0
 
@@ -103,14 +103,14 @@ def test_banking_for_larger_quanta_trains_more_and_keeps_the_target(gap_s, tpot_
     for _ in range(150):
         at_s += rng.expovariate(1 / gap_s)
         requests.append(TraceRequest(at_s, 100, rng.randint(20, 40)))
-    trace, world, targets = (
+    trace, rig, targets = (
         Trace("short answers", tuple(requests)),
         TimeSharedDevice(),
         engine.targets_of(tpot_s),
     )
 
     def run() -> Outcome:
-        return engine.run_temporal(trace, world, policies.HarliTemporal(world, targets), targets)
+        return engine.run_temporal(trace, rig, policies.HarliTemporal(rig, targets), targets)
 
     monkeypatch.setattr(policies, "IDLE_SEEN_S", 0.0)
     banking = run()
@@ -128,16 +128,16 @@ def test_prompts_that_come_in_a_row_turn_nobody_late(tpot_s):
         at_s += rng.expovariate(5.0)
         requests.append(TraceRequest(at_s, 100, rng.randint(20, 40)))
     trace, targets = Trace("short answers", tuple(requests)), engine.targets_of(tpot_s)
-    world = TimeSharedDevice(
+    rig = TimeSharedDevice(
         solo=Rung(SmSplit(1, 0), 6.5e-3, 0.6e-3, 0.5e-6, 1.0),
         prefill_s=10e-3,
         prefill_token_s=150e-6,
         quantum_s=3e-3,
     )
-    alone = engine.run_temporal(trace, world, policies.ServeOnly(), targets)
-    ours = engine.run_temporal(trace, world, policies.HarliTemporal(world, targets), targets)
+    alone = engine.run_temporal(trace, rig, policies.ServeOnly(), targets)
+    ours = engine.run_temporal(trace, rig, policies.HarliTemporal(rig, targets), targets)
     assert alone.attainment == ours.attainment == 1.0
-    assert ours.rate > (1 - alone.busy_s / alone.window_s) * world.best_rate
+    assert ours.rate > (1 - alone.busy_s / alone.window_s) * rig.best_rate
 
 
 TO_THE_END = 1000.0  # windows: with few places for requests a trace takes more than a run usually waits for
@@ -161,17 +161,17 @@ def conserved(outcome: Outcome, trace: Trace) -> None:
 @example(trace=OVERLOAD, which=3, decode_only=False, max_running=1, sigma=0.05)
 @settings(max_examples=60, deadline=None)
 def test_requests_and_tokens_are_conserved(trace, which, decode_only, max_running, sigma):
-    world = SpatialDevice(decode_only=decode_only, noise=Noise(sigma), max_prefill_tokens=1000)
+    rig = SpatialDevice(decode_only=decode_only, noise=Noise(sigma), max_prefill_tokens=1000)
     margin = 1.1 if sigma else None
     policy = (
-        policies.HarliSpatial(world, TARGETS, rates(), margin),
-        policies.OneRungLadder(world),
-        policies.FixedRung(world, len(RUNGS) - 1),
-        policies.BatchThreshold(world),
-        policies.FixedRung(world, 0),
+        policies.HarliSpatial(rig, TARGETS, rates(), margin),
+        policies.OneRungLadder(rig),
+        policies.FixedRung(rig, len(RUNGS) - 1),
+        policies.BatchThreshold(rig),
+        policies.FixedRung(rig, 0),
     )[which]
     with patch.object(engine, "DRAIN", TO_THE_END):
-        outcome = engine.run_spatial(trace, world, policy, rates(), TARGETS, max_running=max_running)
+        outcome = engine.run_spatial(trace, rig, policy, rates(), TARGETS, max_running=max_running)
     conserved(outcome, trace)
 
 
@@ -182,17 +182,17 @@ def test_requests_and_tokens_are_conserved(trace, which, decode_only, max_runnin
 @example(trace=OVERLOAD, which=1, decode_only=False, max_running=1)
 @settings(max_examples=60, deadline=None)
 def test_temporal_runs_conserve_too(trace, which, decode_only, max_running):
-    world = TimeSharedDevice(decode_only=decode_only)
+    rig = TimeSharedDevice(decode_only=decode_only)
     policy = (
-        policies.HarliTemporal(world, TARGETS),
+        policies.HarliTemporal(rig, TARGETS),
         policies.FixedQuantum(2),
         policies.QuantumBelowBatch(4, 3),
         policies.ServeOnly(),
     )[which]
     with patch.object(engine, "DRAIN", TO_THE_END):
-        outcome = engine.run_temporal(trace, world, policy, TARGETS, max_running=max_running)
+        outcome = engine.run_temporal(trace, rig, policy, TARGETS, max_running=max_running)
     conserved(outcome, trace)
-    assert outcome.rate <= world.best_rate * (1 + 1e-9)
+    assert outcome.rate <= rig.best_rate * (1 + 1e-9)
     # Every policy waits while prompts wait: with too few places that may be all the time, and then only.
     always_waiting = max_running < len(trace.requests) and outcome.busy_s >= outcome.window_s - 1e-9
     assert outcome.rate > 0.0 or which == 3 or always_waiting
@@ -202,10 +202,10 @@ def test_temporal_runs_conserve_too(trace, which, decode_only, max_running):
 @given(trace=short_traces(), model=st.sampled_from(RATE_MODELS), seed=st.integers(0, 5))
 @settings(max_examples=25, deadline=None)
 def test_nobody_who_keeps_the_deadlines_beats_the_upper_limit(trace, model, seed):
-    world = SpatialDevice()
+    rig = SpatialDevice()
     most = upper_limit.limit(trace, RUNGS, rates(model), TARGETS, slot_s=0.5)
-    for policy in (policies.HarliSpatial(world, TARGETS, rates(model)), RandomOnTime(seed)):
-        outcome = engine.run_spatial(trace, world, policy, rates(model), TARGETS)
+    for policy in (policies.HarliSpatial(rig, TARGETS, rates(model)), RandomOnTime(seed)):
+        outcome = engine.run_spatial(trace, rig, policy, rates(model), TARGETS)
         assert outcome.rate <= most.rate * (1 + 1e-6), policy.name
 
 
@@ -222,10 +222,10 @@ def test_the_upper_limit_holds_under_load_and_for_turns(trace, seed):
             for request in trace.requests
         ),
     )
-    world = SpatialDevice()
+    rig = SpatialDevice()
     most = upper_limit.limit(heavy, RUNGS, rates(), TARGETS)
-    for policy in (policies.HarliSpatial(world, TARGETS, rates()), RandomOnTime(seed)):
-        assert engine.run_spatial(heavy, world, policy, rates(), TARGETS).rate <= most.rate * (1 + 1e-6)
+    for policy in (policies.HarliSpatial(rig, TARGETS, rates()), RandomOnTime(seed)):
+        assert engine.run_spatial(heavy, rig, policy, rates(), TARGETS).rate <= most.rate * (1 + 1e-6)
     turns = TimeSharedDevice(decode_only=True)
     most = upper_limit.limit(heavy, (turns.solo,), (0.0,), TARGETS, gap_rate=turns.best_rate)
     ours = engine.run_temporal(heavy, turns, policies.HarliTemporal(turns, TARGETS), TARGETS)
@@ -239,10 +239,10 @@ def test_the_limit_says_when_not_even_serving_alone_keeps_the_target():
 
 def test_a_run_is_repeated_exactly():
     trace = compare.committed()[1]
-    world = SpatialDevice(noise=Noise(0.05, 0.02, seed=3))
+    rig = SpatialDevice(noise=Noise(0.05, 0.02, seed=3))
 
     def once() -> Outcome:
-        fresh = compare.again(world)
+        fresh = compare.again(rig)
         return engine.run_spatial(
             trace, fresh, policies.HarliSpatial(fresh, TARGETS, rates(), 1.1), rates(), TARGETS
         )
@@ -252,9 +252,9 @@ def test_a_run_is_repeated_exactly():
 
 def test_under_noise_the_margin_keeps_requests_on_time():
     trace = next(trace for trace in compare.committed() if trace.name == "conv-32")
-    world = SpatialDevice(noise=Noise(0.05, 0.10, seed=3))
-    policy = policies.HarliSpatial(world, TARGETS, rates(), 1.1)
-    ours = engine.run_spatial(trace, world, policy, rates(), TARGETS)
+    rig = SpatialDevice(noise=Noise(0.05, 0.10, seed=3))
+    policy = policies.HarliSpatial(rig, TARGETS, rates(), 1.1)
+    ours = engine.run_spatial(trace, rig, policy, rates(), TARGETS)
     assert ours.attainment >= 0.99
 
 
@@ -272,8 +272,8 @@ def test_the_published_card():
 
 
 def test_a_step_with_a_part_of_training_lies_between():
-    world = SpatialDevice()
-    alone, half, whole = (world.predicted_s(5, 40, 50_000, train_s) for train_s in (0.0, 0.015, 1.0))
+    rig = SpatialDevice()
+    alone, half, whole = (rig.predicted_s(5, 40, 50_000, train_s) for train_s in (0.0, 0.015, 1.0))
     assert alone == RUNGS[5].alone_s(40, 50_000) < half < whole == pytest.approx(RUNGS[5].step_s(40, 50_000))
 
 

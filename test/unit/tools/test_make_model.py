@@ -132,11 +132,11 @@ def test_wrong_arguments_are_refused_by_name(tmp_path: Path):
     assert not (tmp_path / "m").exists()
 
 
-def test_the_toy_world_is_a_function_of_its_seed():
-    world = ToyFacts(5)
-    assert world.lines(20) == ToyFacts(5).lines(20) != ToyFacts(6).lines(20)
-    facts = world.unseen_facts(20)
-    known = " ".join(world.lines(3000))
+def test_the_toy_text_is_a_function_of_its_seed():
+    rig = ToyFacts(5)
+    assert rig.lines(20) == ToyFacts(5).lines(20) != ToyFacts(6).lines(20)
+    facts = rig.unseen_facts(20)
+    known = " ".join(rig.lines(3000))
     assert len({fact.question for fact in facts}) == 20
-    assert not any(f" {place} " in known for place in world.unseen_places)
-    assert facts == [world.fact(x, i % len(RELATIONS)) for i, x in enumerate(world.unseen_places[:20])]
+    assert not any(f" {place} " in known for place in rig.unseen_places)
+    assert facts == [rig.fact(x, i % len(RELATIONS)) for i, x in enumerate(rig.unseen_places[:20])]

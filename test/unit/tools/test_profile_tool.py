@@ -27,7 +27,7 @@ KEY = ProfileKey("m", "cpu", "bfloat16", "0.5.16", "")
 LIMITS = {"requests": 8, "row_tokens": 1200, "slots": 4096, "vocab": 100, "sampled": 8}
 
 
-class World:
+class Rig:
     """A server whose decode step takes 5 ms, 1 ms a request and 1 us a token of context."""
 
     def __init__(self, run_dir: Path, *, key: ProfileKey | None = KEY) -> None:
@@ -37,26 +37,26 @@ class World:
         self.wants: str | None = None  # the server's API key
         self.key: str | None = None  # the tool's
         self.asked: list[dict[str, Any]] = []
-        world = self
+        rig = self
 
         class Handler(BaseHTTPRequestHandler):
             def refused(self) -> bool:
-                return world.wants is not None and self.headers["Authorization"] != f"Bearer {world.wants}"
+                return rig.wants is not None and self.headers["Authorization"] != f"Bearer {rig.wants}"
 
             def do_GET(self) -> None:
                 if self.refused():
                     return self._answer({"error": "Unauthorized"}, 401)
-                if world.refuses:
+                if rig.refuses:
                     return self._answer("loading", 503)
-                if world.side.profile_key is None or self.path != PROFILE_ROUTE:
+                if rig.side.profile_key is None or self.path != PROFILE_ROUTE:
                     return self._answer({"detail": "Not Found"}, 404)
-                self._answer({"limits": LIMITS, **(world.side.profile() or {})})
+                self._answer({"limits": LIMITS, **(rig.side.profile() or {})})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if self.refused():
                     return self._answer({"error": "Unauthorized"}, 401)
-                world.generate(body)
+                rig.generate(body)
                 self._answer([])
 
             def _answer(self, value: Any, code: int = 200) -> None:
@@ -83,23 +83,23 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def rig(tmp_path: Path) -> Iterator[Rig]:
     (tmp_path / "runs").mkdir()
-    made = World(tmp_path / "runs")
+    made = Rig(tmp_path / "runs")
     yield made
     made.http.shutdown()
 
 
-def sweep(world: World, *, budget_s: float = 60.0, output: str | None = None) -> dict[str, Any]:
+def sweep(rig: Rig, *, budget_s: float = 60.0, output: str | None = None) -> dict[str, Any]:
     return profile.sweep(
-        profile.ServerPort(world.url, world.key), output=output, budget_s=budget_s, progress=iter
+        profile.ServerPort(rig.url, rig.key), output=output, budget_s=budget_s, progress=iter
     )
 
 
-def test_a_sweep_measures_every_load_that_fits_and_the_next_start_knows_them(world, tmp_path):
-    made = sweep(world)
-    assert made["missing"] == 0 and made["measured"] == len(world.asked) == len(sweeping.grid(LIMITS))
-    found = load(world.side.options.profile_path, KEY)
+def test_a_sweep_measures_every_load_that_fits_and_the_next_start_knows_them(rig, tmp_path):
+    made = sweep(rig)
+    assert made["missing"] == 0 and made["measured"] == len(rig.asked) == len(sweeping.grid(LIMITS))
+    found = load(rig.side.options.profile_path, KEY)
     assert found.table is not None and found.table.points == made["points"]
     predictor = LatencyPredictor(from_table(found.table, first_guess()))
     for batch, context in ((1, 300), (6, 3000)):
@@ -117,37 +117,37 @@ def test_loads_stay_within_the_servers_limits():
     assert all(0 <= token < 100 for prompt in prompts for token in prompt)
 
 
-def test_a_sweep_that_ended_early_goes_on_where_it_ended(world):
-    first = sweep(world, budget_s=0.0)
+def test_a_sweep_that_ended_early_goes_on_where_it_ended(rig):
+    first = sweep(rig, budget_s=0.0)
     assert first["measured"] == 0 and first["missing"] == len(sweeping.grid(LIMITS))
-    world.generate(sweeping.bodies(sweeping.grid(LIMITS)[0], 100))
-    world.asked.clear()
-    second = sweep(world)
-    assert second["measured"] == len(world.asked) == len(sweeping.grid(LIMITS)) - 1
-    again = World(Path(world.side.options.run_dir))  # a new server: what it measured is gone, the file is not
+    rig.generate(sweeping.bodies(sweeping.grid(LIMITS)[0], 100))
+    rig.asked.clear()
+    second = sweep(rig)
+    assert second["measured"] == len(rig.asked) == len(sweeping.grid(LIMITS)) - 1
+    again = Rig(Path(rig.side.options.run_dir))  # a new server: what it measured is gone, the file is not
     third = sweep(again)
     again.http.shutdown()
     assert third["measured"] == 0 and third["points"] == second["points"]
 
 
-def test_a_foreign_file_is_replaced(world):
-    sweep(world)
+def test_a_foreign_file_is_replaced(rig):
+    sweep(rig)
     other = ProfileKey("another model", "cpu", "bfloat16", "0.5.16", "")
-    world.side.profile_key = other
-    made = sweep(world)
+    rig.side.profile_key = other
+    made = sweep(rig)
     assert "another model" in made["was"]
-    assert load(world.side.options.profile_path, other).table is not None
+    assert load(rig.side.options.profile_path, other).table is not None
 
 
-def test_where_the_file_goes(world, tmp_path):
-    made = sweep(world, output=str(tmp_path / "elsewhere" / "p.json"))
-    assert Path(made["path"]).is_file() and not Path(world.side.options.profile_path).exists()
-    Path(world.side.options.run_dir).rmdir()
+def test_where_the_file_goes(rig, tmp_path):
+    made = sweep(rig, output=str(tmp_path / "elsewhere" / "p.json"))
+    assert Path(made["path"]).is_file() and not Path(rig.side.options.profile_path).exists()
+    Path(rig.side.options.run_dir).rmdir()
     with pytest.raises(ConfigError, match="--output"):
-        sweep(world)
+        sweep(rig)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--output"):
-        sweep(world, output=str(tmp_path / "file" / "p.json"))
+        sweep(rig, output=str(tmp_path / "file" / "p.json"))
 
 
 def test_servers_that_are_none_or_do_not_finetune(tmp_path):
@@ -155,28 +155,28 @@ def test_servers_that_are_none_or_do_not_finetune(tmp_path):
         profile.ask(profile.ServerPort("http://127.0.0.1:1"))
     with pytest.raises(ConfigError, match="--url"):
         profile.ask(profile.ServerPort("nonsense"))
-    plain = World(tmp_path, key=None)
+    plain = Rig(tmp_path, key=None)
     with pytest.raises(UnsupportedError, match="with finetuning"):
         profile.ask(profile.ServerPort(plain.url))
     plain.http.shutdown()
 
 
-def test_a_server_that_refuses_is_quoted(world):
-    world.refuses = True
+def test_a_server_that_refuses_is_quoted(rig):
+    rig.refuses = True
     with pytest.raises(HarliError, match="answered 503"):
-        profile.ask(profile.ServerPort(world.url))
+        profile.ask(profile.ServerPort(rig.url))
 
 
-def test_the_api_key_is_sent_and_a_wrong_one_is_said(world):
-    world.wants = "secret"
+def test_the_api_key_is_sent_and_a_wrong_one_is_said(rig):
+    rig.wants = "secret"
     with pytest.raises(ConfigError, match="wants an API key: give --api-key, or HARLI_API_KEY"):
-        sweep(world)
-    world.key = "another"
+        sweep(rig)
+    rig.key = "another"
     with pytest.raises(ConfigError, match="other than this one"):
-        sweep(world)
-    assert not world.asked
-    world.key = "secret"
-    assert sweep(world)["missing"] == 0
+        sweep(rig)
+    assert not rig.asked
+    rig.key = "secret"
+    assert sweep(rig)["missing"] == 0
 
 
 def test_points_are_bounded_and_few_times_are_no_point():

@@ -56,7 +56,7 @@ class KeptActivations:
         self._refused = False
 
     def begin(self, saved: Iterable[Tensor]) -> None:
-        """A micro-batch begins, whose layer inputs are ``saved``.  Rooms that the last one did not need go."""
+        """A micro-batch begins, whose layer inputs are ``saved``.  Leases that the last one did not need are given back."""
         self._end_ranges()
         self._references = {_storage(tensor) for tensor in saved}
         self._refused = False

@@ -78,7 +78,7 @@ class PublicRouter:
     ) -> None:
         self._handle = handle
         submits = _InFlightLimit("submits", 2048, 64 << 20)
-        self._rooms = {
+        self._limits = {
             "submit": submits,
             "check": submits,
             "upload": _InFlightLimit("chunks", 256, 64 << 20),
@@ -127,23 +127,23 @@ class PublicRouter:
             return
         head, *data = rest
         request, verb = peek(head)
-        room = self._rooms.get(verb, self._rest)
+        limit = self._limits.get(verb, self._rest)
         size = len(head) + sum(map(len, data))
         try:
-            room.enter(size)
+            limit.enter(size)
         except NotReadyError as error:
             body = public.ErrorBody(code=error.code, message=error.message)
             self.send(route, public.Reply(id=request, ok=False, error=body))
             return
-        group.create_task(self._one(Caller(route, request), head, data, room, size))
+        group.create_task(self._one(Caller(route, request), head, data, limit, size))
 
     async def _one(
-        self, caller: Caller, head: bytes, data: list[bytes], room: _InFlightLimit, size: int
+        self, caller: Caller, head: bytes, data: list[bytes], limit: _InFlightLimit, size: int
     ) -> None:
         try:
             answer = _encoded(await self._handle(caller, head, data))
         finally:
-            room.leave(size)
+            limit.leave(size)
         data.clear()
         if self._send(caller.route, answer) is False:
             await self._send_late(caller.route, answer)

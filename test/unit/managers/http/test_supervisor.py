@@ -108,8 +108,8 @@ def test_endpoint_in_use_is_refused_and_free_ones_pass(tmp_path: Path) -> None:
         with pytest.raises(StateError, match=f"{endpoint}: .*in use; give another"):
             check_endpoint_free(endpoint, grace_s=0.2)
     check_endpoint_free(endpoint)
-    check_endpoint_free(f"ipc://{tmp_path}/door")
-    assert not (tmp_path / "door").exists()
+    check_endpoint_free(f"ipc://{tmp_path}/endpoint")
+    assert not (tmp_path / "endpoint").exists()
     for name in ("localhost", socket.gethostname(), "lo", "*", "[::1]"):  # what the service can bind passes
         check_endpoint_free(f"tcp://{name}:{endpoint.rsplit(':', 1)[1]}")
 
@@ -123,7 +123,7 @@ def test_an_address_of_another_host_is_refused_at_once(endpoint: str) -> None:
 
 
 def test_a_socket_that_somebody_listens_at_is_in_use_and_one_left_behind_is_not(tmp_path: Path) -> None:
-    path = tmp_path / "door"
+    path = tmp_path / "endpoint"
     with socket.socket(socket.AF_UNIX) as taken:
         taken.bind(str(path))
         taken.listen()
@@ -140,7 +140,7 @@ def test_a_file_in_the_place_of_a_socket_is_not_overwritten(tmp_path: Path) -> N
         check_endpoint_free(f"ipc://{path}", grace_s=60.0)
     assert path.read_text() == "precious"
     with pytest.raises(StateError, match="its folder does not exist"):
-        check_endpoint_free(f"ipc://{tmp_path}/missing/door", grace_s=60.0)
+        check_endpoint_free(f"ipc://{tmp_path}/missing/endpoint", grace_s=60.0)
 
 
 # ------------------------------------------------------------------ restarts
@@ -243,7 +243,7 @@ TOKENIZER_FLAGS = {
 
 
 def server_args(run_dir: Path, **options: object) -> SimpleNamespace:
-    values = {"run_dir": str(run_dir), "finetune_endpoint": f"ipc://{run_dir}/door", **options}
+    values = {"run_dir": str(run_dir), "finetune_endpoint": f"ipc://{run_dir}/endpoint", **options}
     return SimpleNamespace(
         harli_options=lambda: HarliOptions(**values),
         model_path="/models/small",

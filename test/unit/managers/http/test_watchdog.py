@@ -163,7 +163,7 @@ def test_a_service_is_not_judged_by_a_watch_that_hears_nothing(tmp_path: Path) -
 
 
 # ------------------------------------------------------------------ degraded
-def test_a_service_that_is_given_up_is_replaced_by_a_door_that_says_so(tmp_path: Path) -> None:
+def test_a_service_that_is_given_up_is_replaced_by_an_endpoint_that_says_so(tmp_path: Path) -> None:
     chosen = options(tmp_path)
     keeper = Supervisor("harli_no_such_module", {}, policy=RestartPolicy(first_s=0.01, limit=2))
 
@@ -207,7 +207,7 @@ def test_the_stand_in_waits_for_an_endpoint_that_somebody_holds_and_keeps_its_ke
     context = zmq.Context()
     holder = context.socket(zmq.ROUTER)
     holder.bind(chosen.finetune_endpoint)
-    door = UnavailableEndpoint(chosen, "it ended", {"queued": 3})
+    unavailable = UnavailableEndpoint(chosen, "it ended", {"queued": 3})
 
     async def status(keys: Path | None) -> public.StatusAnswer:
         async with AsyncFinetuneClient(
@@ -224,11 +224,11 @@ def test_the_stand_in_waits_for_an_endpoint_that_somebody_holds_and_keeps_its_ke
             with pytest.raises(HarliError, match="keys"):
                 await status(None)
 
-    door.start()
+    unavailable.start()
     try:
         asyncio.run(scenario())
     finally:
-        door.stop()
+        unavailable.stop()
 
 
 # ------------------------------------------------------------------ metrics

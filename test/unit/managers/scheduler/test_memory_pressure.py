@@ -24,7 +24,7 @@ KEPT, MICRO, STATE = (purpose.value for purpose in (*MemoryPurpose,))
 assert (KEPT, MICRO, STATE) == ("kept", "micro_batch", "state")
 
 
-class World:
+class Rig:
     """A trainer on a real pool on the host, the peer that feeds it, and a slot allocator that takes memory back."""
 
     def __init__(self, run_dir: str, *, stripes: int = 24, quantum_rows: int | None = 1) -> None:
@@ -87,35 +87,35 @@ def run_dir(tmp_path: Path) -> Iterator[str]:
 
 # ------------------------------------------------------------------ the ladder
 def test_the_cheapest_goes_first_and_no_more_than_is_needed(run_dir):
-    world = World(run_dir, quantum_rows=None)
-    world.start()
-    world.until(lambda: len(world.held()) == 3)
-    held = world.held()
-    taken = world.take(1)
-    assert 0 < held[KEPT] - world.held().get(KEPT, 0) <= held[KEPT]
-    assert world.held()[MICRO] == held[MICRO] and world.held()[STATE] == held[STATE]
-    if KEPT in world.held():
-        taken += world.take(world.held()[KEPT])
-    reclaims = world.pool.reclaims
-    assert world.held() == {MICRO: held[MICRO], STATE: held[STATE]}
-    taken += world.take(1)
-    assert world.held() == {STATE: held[STATE]}
-    assert (world.pressure.dropped_micro_batches, world.pressure.spills) == (1, 0)
-    taken += world.take(1)
-    assert world.held() == {} and world.pressure.spills == 1
-    assert world.host.trainer.run is not None and world.host.trainer.run.training.spilled
-    assert world.pool.reclaims == reclaims + 2
-    world.slots.release(taken)
-    world.until(lambda: len(world.peer.of(internal.StepDone)) == 4)
-    assert not world.peer.of(internal.RunFailed) and world.pressure.dropped_runs == 0
-    world.finish()
-    world.close()
+    rig = Rig(run_dir, quantum_rows=None)
+    rig.start()
+    rig.until(lambda: len(rig.held()) == 3)
+    held = rig.held()
+    taken = rig.take(1)
+    assert 0 < held[KEPT] - rig.held().get(KEPT, 0) <= held[KEPT]
+    assert rig.held()[MICRO] == held[MICRO] and rig.held()[STATE] == held[STATE]
+    if KEPT in rig.held():
+        taken += rig.take(rig.held()[KEPT])
+    reclaims = rig.pool.reclaims
+    assert rig.held() == {MICRO: held[MICRO], STATE: held[STATE]}
+    taken += rig.take(1)
+    assert rig.held() == {STATE: held[STATE]}
+    assert (rig.pressure.dropped_micro_batches, rig.pressure.spills) == (1, 0)
+    taken += rig.take(1)
+    assert rig.held() == {} and rig.pressure.spills == 1
+    assert rig.host.trainer.run is not None and rig.host.trainer.run.training.spilled
+    assert rig.pool.reclaims == reclaims + 2
+    rig.slots.release(taken)
+    rig.until(lambda: len(rig.peer.of(internal.StepDone)) == 4)
+    assert not rig.peer.of(internal.RunFailed) and rig.pressure.dropped_runs == 0
+    rig.finish()
+    rig.close()
 
 
 def final_state(run_dir: str, *, shaken: int | None) -> dict[str, bytes]:
     """The state after four steps; where ``shaken``, requests come and go at random between the quanta."""
-    world = World(run_dir)
-    world.start(gradient_accumulation_steps=1)
+    rig = Rig(run_dir)
+    rig.start(gradient_accumulation_steps=1)
     rng = np.random.default_rng(shaken)
     turns = 0
 
@@ -123,17 +123,17 @@ def final_state(run_dir: str, *, shaken: int | None) -> dict[str, bytes]:
         nonlocal turns
         turns += 1
         if shaken is not None and turns % 3 == 0:
-            free = world.slots.available_size()
-            taken = world.slots.alloc(int(rng.integers(1, free + 1))) or []
-            world.slots.release(taken)
-            world.later(float(rng.choice([0.0, 2.0, 120.0])))
-        return len(world.peer.of(internal.StepDone)) == 4
+            free = rig.slots.available_size()
+            taken = rig.slots.alloc(int(rng.integers(1, free + 1))) or []
+            rig.slots.release(taken)
+            rig.later(float(rng.choice([0.0, 2.0, 120.0])))
+        return len(rig.peer.of(internal.StepDone)) == 4
 
-    world.until(trained)
-    assert (world.pressure.dropped_micro_batches > 0) is (shaken is not None)
-    assert (world.pressure.spills > 0) is (shaken is not None)
-    state = world.finish()
-    world.close()
+    rig.until(trained)
+    assert (rig.pressure.dropped_micro_batches > 0) is (shaken is not None)
+    assert (rig.pressure.spills > 0) is (shaken is not None)
+    state = rig.finish()
+    rig.close()
     return state
 
 
@@ -146,96 +146,96 @@ def test_whatever_is_taken_back_the_weights_are_the_same_to_the_bit(tmp_path):
 
 
 def test_without_host_memory_the_run_goes_back_to_its_checkpoint(run_dir, monkeypatch):
-    world = World(run_dir)
-    world.start()
-    world.until(lambda: STATE in world.held() and world.peer.of(internal.StepDone))
+    rig = Rig(run_dir)
+    rig.start()
+    rig.until(lambda: STATE in rig.held() and rig.peer.of(internal.StepDone))
 
     def full(*_args: object) -> torch.Tensor:
         raise MemoryError("no host memory")
 
     monkeypatch.setattr(adapter_state, "_host_like", full)
-    taken = world.take(world.pool.train_stripes)
-    assert world.host.trainer.run is None and world.pressure.dropped_runs == 1
-    world.until(lambda: world.peer.of(internal.RunStopped))
-    stopped = world.peer.of(internal.RunStopped)[-1]
+    taken = rig.take(rig.pool.train_stripes)
+    assert rig.host.trainer.run is None and rig.pressure.dropped_runs == 1
+    rig.until(lambda: rig.peer.of(internal.RunStopped))
+    stopped = rig.peer.of(internal.RunStopped)[-1]
     assert stopped.reason.startswith("memory_pressure: ") and stopped.attempt == 1
-    assert not world.peer.of(internal.RunFailed)
-    world.slots.release(taken)
-    world.start(attempt=2)  # the service's answer
-    world.until(lambda: len([m for m in world.peer.of(internal.StepDone) if m.attempt == 2]) == 4)
-    world.finish()
-    world.close()
+    assert not rig.peer.of(internal.RunFailed)
+    rig.slots.release(taken)
+    rig.start(attempt=2)  # the service's answer
+    rig.until(lambda: len([m for m in rig.peer.of(internal.StepDone) if m.attempt == 2]) == 4)
+    rig.finish()
+    rig.close()
 
 
 def test_prompts_that_wait_take_only_what_can_be_computed_again_at_once(run_dir):
-    world = World(run_dir, quantum_rows=None)
-    world.start()
-    world.until(lambda: len(world.held()) == 3)
-    world.pressure.make_room(world.pool.free_slots)
-    assert len(world.held()) == 3  # there is room
-    world.pressure.make_room(world.slots.available_size())
-    assert set(world.held()) == {MICRO, STATE}
-    world.peer.send(internal.StopRun(job="job-1", attempt=1, snapshot=False))
-    world.until(lambda: world.host.trainer.run is None)
-    world.close()
+    rig = Rig(run_dir, quantum_rows=None)
+    rig.start()
+    rig.until(lambda: len(rig.held()) == 3)
+    rig.pressure.make_room(rig.pool.free_slots)
+    assert len(rig.held()) == 3  # there is room
+    rig.pressure.make_room(rig.slots.available_size())
+    assert set(rig.held()) == {MICRO, STATE}
+    rig.peer.send(internal.StopRun(job="job-1", attempt=1, snapshot=False))
+    rig.until(lambda: rig.host.trainer.run is None)
+    rig.close()
 
 
 def test_little_free_memory_is_made_more_before_it_is_needed(run_dir):
-    world = World(run_dir)
-    world.start()
-    world.until(lambda: MICRO in world.held() and STATE in world.held())
-    micro = world.held()[MICRO]
-    taken = world.slots.alloc(len(world.slots.free) - STRIPE)  # it grew by almost all within a second
-    world.host.trainer.tick()
-    assert MICRO not in world.held() and STATE in world.held()
-    assert world.pressure.dropped_micro_batches == 1 and world.pressure.spills == 0
-    assert len(world.slots.free) >= STRIPE * micro
-    world.slots.release(taken or [])
-    world.until(lambda: len(world.peer.of(internal.StepDone)) == 4)
-    world.finish()
-    world.close()
+    rig = Rig(run_dir)
+    rig.start()
+    rig.until(lambda: MICRO in rig.held() and STATE in rig.held())
+    micro = rig.held()[MICRO]
+    taken = rig.slots.alloc(len(rig.slots.free) - STRIPE)  # it grew by almost all within a second
+    rig.host.trainer.tick()
+    assert MICRO not in rig.held() and STATE in rig.held()
+    assert rig.pressure.dropped_micro_batches == 1 and rig.pressure.spills == 0
+    assert len(rig.slots.free) >= STRIPE * micro
+    rig.slots.release(taken or [])
+    rig.until(lambda: len(rig.peer.of(internal.StepDone)) == 4)
+    rig.finish()
+    rig.close()
 
 
 # ------------------------------------------------------------------ waiting
 def test_a_run_without_memory_waits_with_a_reason_and_begins_when_there_is_some(run_dir):
-    world = World(run_dir)
-    taken = world.slots.alloc(world.slots.available_size())
-    world.start()
-    told = lambda: [p for p in world.peer.of(internal.Progress) if p.sub_state == SubState.WAITING_MEMORY]  # noqa: E731
-    world.until(told)
+    rig = Rig(run_dir)
+    taken = rig.slots.alloc(rig.slots.available_size())
+    rig.start()
+    told = lambda: [p for p in rig.peer.of(internal.Progress) if p.sub_state == SubState.WAITING_MEMORY]  # noqa: E731
+    rig.until(told)
     reason = told()[-1].reason
     assert "for the adapter and its optimizer is not available now: of" in reason and "training 0 B" in reason
     assert "prefixes may keep" not in reason
-    assert world.host.trainer.run is not None and not world.peer.of(internal.RunStarted)
-    assert world.pool.train_stripes == 0
-    world.slots.release(taken or [])
-    world.until(lambda: len(world.peer.of(internal.StepDone)) == 4)
-    world.finish()
-    world.close()
+    assert rig.host.trainer.run is not None and not rig.peer.of(internal.RunStarted)
+    assert rig.pool.train_stripes == 0
+    rig.slots.release(taken or [])
+    rig.until(lambda: len(rig.peer.of(internal.StepDone)) == 4)
+    rig.finish()
+    rig.close()
 
 
 def test_a_run_that_waits_for_memory_can_be_cancelled(run_dir):
-    world = World(run_dir)
-    world.start()
-    world.until(lambda: world.peer.of(internal.StepDone))
-    run = world.host.trainer.run
+    rig = Rig(run_dir)
+    rig.start()
+    rig.until(lambda: rig.peer.of(internal.StepDone))
+    run = rig.host.trainer.run
     assert run is not None
     while run.training.state_consistent:  # into the middle of a step that is being applied
-        world.host.turn()
-    taken = world.take(world.pool.train_stripes)
+        rig.host.turn()
+    taken = rig.take(rig.pool.train_stripes)
     assert run.training.spilled and not run.training.state_consistent
-    world.until(lambda: run.lacks_memory)
-    world.peer.send(internal.StopRun(job="job-1", attempt=1, snapshot=False))
-    world.until(lambda: world.peer.of(internal.RunStopped))
-    assert world.host.trainer.run is None and taken
-    world.close()
+    rig.until(lambda: run.lacks_memory)
+    rig.peer.send(internal.StopRun(job="job-1", attempt=1, snapshot=False))
+    rig.until(lambda: rig.peer.of(internal.RunStopped))
+    assert rig.host.trainer.run is None and taken
+    rig.close()
 
 
 def test_a_run_that_can_never_have_its_memory_fails_at_its_start(run_dir):
-    world = World(run_dir)
-    needs = world.host.limits.train_memory_bytes + 1
+    rig = Rig(run_dir)
+    needs = rig.host.limits.train_memory_bytes + 1
     wanted = spec()
-    world.peer.send(
+    rig.peer.send(
         internal.StartRun(
             spec=internal.RunSpec(
                 job=wanted.job,
@@ -246,21 +246,21 @@ def test_a_run_that_can_never_have_its_memory_fails_at_its_start(run_dir):
             )
         )
     )
-    world.until(lambda: world.peer.of(internal.RunFailed))
-    failed = world.peer.of(internal.RunFailed)[-1]
+    rig.until(lambda: rig.peer.of(internal.RunFailed))
+    failed = rig.peer.of(internal.RunFailed)[-1]
     assert failed.code == "memory_budget" and "harli set max-train-mem" in failed.message
-    world.start(attempt=2)  # the base is as it was
-    world.until(lambda: len(world.peer.of(internal.StepDone)) == 4)
-    world.finish()
-    world.close()
+    rig.start(attempt=2)  # the base is as it was
+    rig.until(lambda: len(rig.peer.of(internal.StepDone)) == 4)
+    rig.finish()
+    rig.close()
 
 
 # ------------------------------------------------------------------ the cap
 def test_the_cap_is_set_while_a_job_trains(run_dir):
-    world = World(run_dir, quantum_rows=None)
-    unit, lendable = world.pool.geometry.stripe_bytes, world.pool.geometry.lendable_bytes
+    rig = Rig(run_dir, quantum_rows=None)
+    unit, lendable = rig.pool.geometry.stripe_bytes, rig.pool.geometry.lendable_bytes
     wanted = spec(steps=40)
-    needs = world.host.limits.job_memory_bytes(wanted.hyperparameters, 9, 4)
+    needs = rig.host.limits.job_memory_bytes(wanted.hyperparameters, 9, 4)
     run_spec = internal.RunSpec(
         job="job-1",
         attempt=1,
@@ -268,101 +268,101 @@ def test_the_cap_is_set_while_a_job_trains(run_dir):
         total_steps=40,
         memory_bytes=needs,
     )
-    world.peer.send(internal.StartRun(spec=run_spec))
+    rig.peer.send(internal.StartRun(spec=run_spec))
     for step in range(1, 41):
-        world.peer.send(*batch(step))
-    world.until(lambda: len(world.held()) == 3)
+        rig.peer.send(*batch(step))
+    rig.until(lambda: len(rig.held()) == 3)
 
     def ask(value: str | None, revision: int | None = None) -> internal.OptionsSet:
-        known = len(world.peer.of(internal.OptionsSet))
+        known = len(rig.peer.of(internal.OptionsSet))
         message = internal.SetOptions(request=known, values={"max_train_mem": value}, if_revision=revision)
-        world.peer.send(message)
-        world.until(lambda: len(world.peer.of(internal.OptionsSet)) > known)
-        return world.peer.of(internal.OptionsSet)[-1]
+        rig.peer.send(message)
+        rig.until(lambda: len(rig.peer.of(internal.OptionsSet)) > known)
+        return rig.peer.of(internal.OptionsSet)[-1]
 
     assert lendable < 2**20  # an option has at least that
     above = ask("1MiB")
     assert above.outcome == "conflict" and f"{lendable} bytes" in above.text and above.revision == 0
-    pressure = world.pressure
+    pressure = rig.pressure
     below = pressure.limit_conflict(needs - 1)
     assert below is not None and f"{needs} bytes" in below
     assert "whole stripes" in (pressure.limit_conflict(unit - 1) or "")
     assert pressure.limit_conflict(needs) is None and pressure.limit_conflict(lendable) is None
-    world.until(lambda: len(world.held()) == 3)
+    rig.until(lambda: len(rig.held()) == 3)
     assert "gives back what is above" in (pressure.limit(needs) or "")
-    world.until(lambda: world.pool.train_stripes * unit <= needs)
+    rig.until(lambda: rig.pool.train_stripes * unit <= needs)
     assert pressure.limit(needs) is None
     assert ask(None, revision=7).outcome == "stale"
-    hellos = len(world.peer.of(internal.Hello))
+    hellos = len(rig.peer.of(internal.Hello))
     assert ask(None).outcome == "applied"
-    world.until(lambda: len(world.peer.of(internal.Hello)) > hellos)
-    limits = world.host.trainer.limits
+    rig.until(lambda: len(rig.peer.of(internal.Hello)) > hellos)
+    limits = rig.host.trainer.limits
     assert limits.train_memory_bytes == pressure.ever_bytes == lendable
-    world.peer.send(internal.StopRun(job="job-1", attempt=1, snapshot=False))
-    world.until(lambda: world.host.trainer.run is None)
-    world.close()
+    rig.peer.send(internal.StopRun(job="job-1", attempt=1, snapshot=False))
+    rig.until(lambda: rig.host.trainer.run is None)
+    rig.close()
 
 
 # ------------------------------------------------------------------ kept activations and the policy
 def test_a_kept_range_that_is_too_long_for_now_is_recomputed_in_pieces(run_dir):
-    world = World(run_dir, quantum_rows=None)
-    world.start()
-    trainer = world.host.trainer
+    rig = Rig(run_dir, quantum_rows=None)
+    rig.start()
+    trainer = rig.host.trainer
     offer = None
     while offer is None or offer.kind is not QuantumKind.BACKWARD_KEPT:
-        world.host.turn()
-        world.peer.pump()
+        rig.host.turn()
+        rig.peer.pump()
         offer = trainer.offer()
     assert offer.fixed and len(offer.candidates) == 1
     assert trainer.cut(offer.kind)
     again = trainer.offer()
     assert again is not None and again.kind is QuantumKind.BACKWARD and not again.fixed
     assert again.candidates[0][0] == 1
-    trainer.run_quantum(again, qos_policy.decide(StepLoad(), UNBOUNDED, again, world.host.side.targets))
-    world.until(lambda: len(world.peer.of(internal.StepDone)) == 4)
-    world.finish()
-    world.close()
+    trainer.run_quantum(again, qos_policy.decide(StepLoad(), UNBOUNDED, again, rig.host.side.targets))
+    rig.until(lambda: len(rig.peer.of(internal.StepDone)) == 4)
+    rig.finish()
+    rig.close()
 
 
 # ------------------------------------------------------------------ figures
 def test_status_sums_whatever_happens(run_dir):
-    world = World(run_dir, quantum_rows=None)
-    world.start()
+    rig = Rig(run_dir, quantum_rows=None)
+    rig.start()
     taken: list[int] = []
     rng = np.random.default_rng(0)
 
     def look() -> bool:
-        pool = world.pressure.status()
+        pool = rig.pressure.status()
         assert pool["kv_bytes"] + pool["train_bytes"] + pool["free_bytes"] == pool["total_bytes"]
         assert sum(pool["by_owner"].values()) == pool["total_bytes"]
         if taken:
-            world.slots.release(taken)
+            rig.slots.release(taken)
             taken.clear()
         else:
-            taken.extend(world.slots.alloc(int(rng.integers(1, 300))) or [])
-        return len(world.peer.of(internal.StepDone)) == 4
+            taken.extend(rig.slots.alloc(int(rng.integers(1, 300))) or [])
+        return len(rig.peer.of(internal.StepDone)) == 4
 
-    world.until(look)
-    world.peer.send(internal.StatusRequest(request=3))
-    world.until(lambda: world.peer.of(internal.StatusReport))
-    report = world.peer.of(internal.StatusReport)[-1]
+    rig.until(look)
+    rig.peer.send(internal.StatusRequest(request=3))
+    rig.until(lambda: rig.peer.of(internal.StatusReport))
+    report = rig.peer.of(internal.StatusReport)[-1]
     assert report.pool["backing"] == "host" and report.pool["dropped_runs"] == 0
     assert report.training["spilled"] is False
-    world.slots.release(taken)
-    world.finish()
-    world.close()
+    rig.slots.release(taken)
+    rig.finish()
+    rig.close()
 
 
 def test_what_can_never_be_placed_fails_its_run_at_once(run_dir):
-    world = World(run_dir)
-    world.pool.quota.max_train_bytes = world.pool.geometry.stripe_bytes  # the state alone is larger
-    world.start()
-    world.until(lambda: world.peer.of(internal.RunFailed))
-    failed = world.peer.of(internal.RunFailed)[-1]
+    rig = Rig(run_dir)
+    rig.pool.quota.max_train_bytes = rig.pool.geometry.stripe_bytes  # the state alone is larger
+    rig.start()
+    rig.until(lambda: rig.peer.of(internal.RunFailed))
+    failed = rig.peer.of(internal.RunFailed)[-1]
     assert failed.code == "memory_budget" and "can never be had" in failed.message
-    assert world.host.trainer.run is None
-    world.pool.quota.max_train_bytes = None
-    world.start(attempt=2)
-    world.until(lambda: len([m for m in world.peer.of(internal.StepDone) if m.attempt == 2]) == 4)
-    world.finish()
-    world.close()
+    assert rig.host.trainer.run is None
+    rig.pool.quota.max_train_bytes = None
+    rig.start(attempt=2)
+    rig.until(lambda: len([m for m in rig.peer.of(internal.StepDone) if m.attempt == 2]) == 4)
+    rig.finish()
+    rig.close()

@@ -27,9 +27,9 @@ def targets_of(tpot_s: float) -> Targets:
 
 
 def ours(
-    tpot_s: float, arrivals: Arrivals, world: TimeSharedDevice = DEVICE, seconds: float = SPAN_S
+    tpot_s: float, arrivals: Arrivals, rig: TimeSharedDevice = DEVICE, seconds: float = SPAN_S
 ) -> Served:
-    return serve(world, policies.HarliTemporal(world, targets_of(tpot_s)), arrivals, seconds)
+    return serve(rig, policies.HarliTemporal(rig, targets_of(tpot_s)), arrivals, seconds)
 
 
 def nothing_waited_for(*args: object, **kwargs: object) -> Served:
@@ -40,8 +40,8 @@ def nothing_waited_for(*args: object, **kwargs: object) -> Served:
         return ours(*args, **kwargs)  # type: ignore[arg-type]
 
 
-def alone(arrivals: Arrivals, world: TimeSharedDevice = DEVICE, seconds: float = SPAN_S) -> Served:
-    return serve(world, policies.ServeOnly(), arrivals, seconds)
+def alone(arrivals: Arrivals, rig: TimeSharedDevice = DEVICE, seconds: float = SPAN_S) -> Served:
+    return serve(rig, policies.ServeOnly(), arrivals, seconds)
 
 
 def late(served: Served, tpot_s: float) -> set[float]:
@@ -68,11 +68,11 @@ def test_requests_at_even_intervals_do_not_starve_training(steps):
     prefill_s=st.sampled_from((0.0, 0.004, 0.01)),
 )
 def test_at_whatever_intervals(steps, tpot_s, prefill_s):
-    world = device(0.010, 0.005, 0.005, prefill_s)
-    waits, takes = (run(tpot_s, EverySteps(steps, 30), world) for run in (ours, nothing_waited_for))
+    rig = device(0.010, 0.005, 0.005, prefill_s)
+    waits, takes = (run(tpot_s, EverySteps(steps, 30), rig) for run in (ours, nothing_waited_for))
     few = 4 * steps  # so little that a span's end decides
     assert waits.trained() >= LEAST * takes.trained() - few
-    assert not late(waits, tpot_s) or late(alone(EverySteps(steps, 30), world), tpot_s)
+    assert not late(waits, tpot_s) or late(alone(EverySteps(steps, 30), rig), tpot_s)
 
 
 def poisson(gap_s: float, seed: int, least_s: float = 0.0) -> InTime:
@@ -124,9 +124,9 @@ def test_training_gets_its_share_of_any_load(make: Callable[[int], Arrivals], tp
 )
 def test_nobody_who_was_on_time_is_late(seed, gap_s, tpot_s):
     """Prompts that do not come together, as far as the reserve has seen them."""
-    world = device(0.010, 0.005, 0.005, prefill_s=0.01)
+    rig = device(0.010, 0.005, 0.005, prefill_s=0.01)
     make = lambda: poisson(gap_s, seed, least_s=0.1)  # noqa: E731
-    assert late(ours(tpot_s, make(), world), tpot_s) <= late(alone(make(), world), tpot_s)
+    assert late(ours(tpot_s, make(), rig), tpot_s) <= late(alone(make(), rig), tpot_s)
 
 
 OFFER = QuantumOffer(QuantumKind.BACKWARD, ((1, 0.010), (2, 0.015), (4, 0.025)))

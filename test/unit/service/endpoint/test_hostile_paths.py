@@ -39,19 +39,19 @@ def hostile(tmp_path_factory, model):
 
     folder = tmp_path_factory.mktemp("outside") / "inner"
     folder.mkdir()
-    world = ServiceUnderTest(folder, model, peers=False)
-    world.client.status()
-    yield world, folder.parent
-    world.close()
+    rig = ServiceUnderTest(folder, model, peers=False)
+    rig.client.status()
+    yield rig, folder.parent
+    rig.close()
 
 
-def submit(world, **changes) -> dict:
+def submit(rig, **changes) -> dict:
     args = {"filename": "f", "size": len(DATA), "sha256": hashlib.sha256(DATA).hexdigest()}
-    return exchange(world, "submit", args | changes, DATA)
+    return exchange(rig, "submit", args | changes, DATA)
 
 
-def outside(world, folder: Path) -> set[str]:
-    inside = str(world.run_dir)
+def outside(rig, folder: Path) -> set[str]:
+    inside = str(rig.run_dir)
     return {path for path in everything(folder) if not path.startswith(inside)} | {
         str(path) for path in Path("/tmp").glob("escaped*")
     }
@@ -59,13 +59,13 @@ def outside(world, folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_from_the_wire_are_no_paths(hostile, name):
-    world, folder = hostile
-    before = outside(world, folder)
-    job = submit(world, filename=name, idempotency_key=name[:128])  # shown to people, and nothing else
+    rig, folder = hostile
+    before = outside(rig, folder)
+    job = submit(rig, filename=name, idempotency_key=name[:128])  # shown to people, and nothing else
     assert job["data"]["file"] == name
-    assert submit(world, filename=name, idempotency_key=name[:128])["id"] == job["id"]
+    assert submit(rig, filename=name, idempotency_key=name[:128])["id"] == job["id"]
     with pytest.raises(ConfigError, match="suffix"):
-        submit(world, suffix=name)
+        submit(rig, suffix=name)
     upload = {"upload": name, "size": 3, "sha256": "0" * 64, "offset": 0}
     for verb, args in (
         ("upload", upload),
@@ -81,19 +81,19 @@ def test_names_from_the_wire_are_no_paths(hostile, name):
         ("list", {"after": name}),
     ):
         with pytest.raises(HarliError):
-            exchange(world, verb, args, *([b"abc"] if verb == "upload" else []))
-    assert outside(world, folder) == before
-    found = {path.name for path in world.run_dir.iterdir()}
-    jobs = {job.id for job in world.client.list(limit=1000)}
+            exchange(rig, verb, args, *([b"abc"] if verb == "upload" else []))
+    assert outside(rig, folder) == before
+    found = {path.name for path in rig.run_dir.iterdir()}
+    jobs = {job.id for job in rig.client.list(limit=1000)}
     assert {name for name in found if name.startswith(("ftjob", ".upload", ".incoming"))} == jobs
-    assert not any("escaped" in path for path in everything(world.run_dir))
-    assert world.service.alive
+    assert not any("escaped" in path for path in everything(rig.run_dir))
+    assert rig.service.alive
 
 
 def test_files_of_a_job_have_fixed_names(hostile):
-    world, _ = hostile
-    job = submit(world, filename="../../evil.jsonl", suffix="a.b-c_d")
-    folder = world.run_dir / job["id"]
+    rig, _ = hostile
+    job = submit(rig, filename="../../evil.jsonl", suffix="a.b-c_d")
+    folder = rig.run_dir / job["id"]
     until(lambda: (folder / "events.jsonl").exists(), "the readable copies")
     assert {path.name for path in folder.iterdir()} <= {
         "data",

@@ -1,4 +1,4 @@
-"""The public door of the real finetune service: followers, and messages that mean harm."""
+"""The public endpoint of the real finetune service: followers, and messages that mean harm."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from support.service.service_fixture import dealer, pairs, request, submit_args,
 
 
 # ------------------------------------------------------------------ followers
-def test_following_ends_with_the_job(world):
-    world.scheduler.step_s = 0.02
-    job = world.client.submit(pairs())
-    events = list(world.client.events(job.id, follow=True))
+def test_following_ends_with_the_job(rig):
+    rig.scheduler.step_s = 0.02
+    job = rig.client.submit(pairs())
+    events = list(rig.client.events(job.id, follow=True))
     assert [e.id for e in events] == list(range(1, len(events) + 1))
     assert events[-1].type == "succeeded"
 
 
-def test_a_follower_that_does_not_read_hinders_nobody(world):
-    context, idle = dealer(world, RCVHWM=1, RCVBUF=1024)
-    world.scheduler.hold.clear()
-    job = world.client.submit(pairs(), n_epochs=100, checkpoint_every=0)
+def test_a_follower_that_does_not_read_hinders_nobody(rig):
+    context, idle = dealer(rig, RCVHWM=1, RCVBUF=1024)
+    rig.scheduler.hold.clear()
+    job = rig.client.submit(pairs(), n_epochs=100, checkpoint_every=0)
     for number in range(30):
         idle.send(request("events", {"job": job.id, "follow": True}, f"r{number}"))
-    until(lambda: world.client.status().service["followers"] >= 30, "the followers")
-    world.scheduler.hold.set()
-    world.done(job)
+    until(lambda: rig.client.status().service["followers"] >= 30, "the followers")
+    rig.scheduler.hold.set()
+    rig.done(job)
     idle.close()
     context.term()
-    until(lambda: world.client.status().service["followers"] == 0, "forgetting the follower")
+    until(lambda: rig.client.status().service["followers"] == 0, "forgetting the follower")
 
 
-def test_renewing_and_ending_a_subscription(world):
-    world.scheduler.hold.clear()
-    job = world.client.submit(pairs(4))
-    context, client = dealer(world, RCVTIMEO=10_000)
+def test_renewing_and_ending_a_subscription(rig):
+    rig.scheduler.hold.clear()
+    job = rig.client.submit(pairs(4))
+    context, client = dealer(rig, RCVTIMEO=10_000)
     for _ in range(3):
         client.send(request("events", {"job": job.id, "follow": True}, "same"))
     answers = 0
     while answers < 3:  # requests are answered side by side: only what is answered is done
         answers += public.decode(client.recv(), public.Reply).event is None
-    assert world.client.status().service["followers"] == 1
+    assert rig.client.status().service["followers"] == 1
     client.send(request("unsubscribe", {"id": "same"}, "end"))
-    until(lambda: world.client.status().service["followers"] == 0, "no follower")
+    until(lambda: rig.client.status().service["followers"] == 0, "no follower")
     client.close()
     context.term()
 
@@ -91,12 +91,12 @@ MESSAGES = st.builds(
 )
 
 
-def test_fuzz(world):
-    context, client = dealer(world)
+def test_fuzz(rig):
+    context, client = dealer(rig)
     poller = zmq.Poller()
     poller.register(client, zmq.POLLIN)
-    pid = world.client.status().service["pid"]
-    jobs = len(world.client.list())
+    pid = rig.client.status().service["pid"]
+    jobs = len(rig.client.list())
 
     @settings(deadline=None, max_examples=300)
     @given(st.lists(MESSAGES, max_size=4))
@@ -113,8 +113,8 @@ def test_fuzz(world):
         assert reply.ok or (reply.error is not None and reply.error.code != "internal"), reply.error
     client.close()
     context.term()
-    assert world.client.status().service["pid"] == pid
-    assert len(world.client.list()) == jobs
+    assert rig.client.status().service["pid"] == pid
+    assert len(rig.client.list()) == jobs
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ def test_fuzz(world):
         ),
     ],
 )
-def test_malformed_requests_get_an_error(world, header, frames, code):
-    context, client = dealer(world, RCVTIMEO=10_000)
+def test_malformed_requests_get_an_error(rig, header, frames, code):
+    context, client = dealer(rig, RCVTIMEO=10_000)
     client.send_multipart([header, *frames])
     reply = public.decode(client.recv(), public.Reply)
     assert not reply.ok and reply.error is not None and reply.error.code == code, reply.error
@@ -155,20 +155,20 @@ def test_malformed_requests_get_an_error(world, header, frames, code):
     context.term()
 
 
-def test_oversized_frames_raw_bytes_and_request_sockets(world):
-    context, client = dealer(world)
+def test_oversized_frames_raw_bytes_and_request_sockets(rig):
+    context, client = dealer(rig)
     client.send_multipart([request("submit", submit_args(b"")), b"x" * (public.MAX_FRAME_BYTES * 2)])
-    host, port = world.service.endpoint.removeprefix("tcp://").split(":")
+    host, port = rig.service.endpoint.removeprefix("tcp://").split(":")
     for content in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 300, os.urandom(4096), b""):
         with socket.create_connection((host, int(port))) as raw:
             raw.sendall(content)
     plain = context.socket(zmq.REQ)
     plain.setsockopt(zmq.RCVTIMEO, 10_000)
     plain.setsockopt(zmq.LINGER, 0)
-    plain.connect(world.service.endpoint)
+    plain.connect(rig.service.endpoint)
     plain.send(request("list", {}))
     assert public.decode(plain.recv(), public.Reply).ok
     for each in (client, plain):
         each.close()
     context.term()
-    assert world.service.alive
+    assert rig.service.alive

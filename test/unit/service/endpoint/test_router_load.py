@@ -1,4 +1,4 @@
-"""Hundreds of clients and thousands of jobs at the public door of the real service."""
+"""Hundreds of clients and thousands of jobs at the public endpoint of the real service."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Caller:
 
 
 def test_hundreds_of_clients_submit_at_once(own):
-    world = own(peers=False)
-    world.client.submit(pairs(1))  # the service is up
+    rig = own(peers=False)
+    rig.client.submit(pairs(1))  # the service is up
     acknowledged: list[str] = []
     turns: list[float] = []
     done = asyncio.Event()
@@ -73,7 +73,7 @@ def test_hundreds_of_clients_submit_at_once(own):
     async def run() -> None:
         context = zmq.asyncio.Context()
         context.max_sockets = 2000
-        callers = [Caller(context, world.service.endpoint) for _ in range(CLIENTS + 1)]
+        callers = [Caller(context, rig.service.endpoint) for _ in range(CLIENTS + 1)]
         looking = asyncio.create_task(look_around(callers[-1]))
         await asyncio.gather(*(submit_some(caller, number) for number, caller in enumerate(callers[:-1])))
         done.set()
@@ -89,45 +89,45 @@ def test_hundreds_of_clients_submit_at_once(own):
         f"{len(acknowledged)} jobs in {seconds:.1f} s, {len(turns)} other answers, the slowest {max(turns):.2f} s"
     )
     assert len(turns) > 2 and max(turns) < TURN_S
-    jobs = world.client.list(limit=10_000)
+    jobs = rig.client.list(limit=10_000)
     assert len(acknowledged) == len(set(acknowledged)) == CLIENTS * EACH
     assert {job.id for job in jobs} >= set(acknowledged) and len(jobs) == CLIENTS * EACH + 1
     # Newest first is the order in which they were acknowledged, across a restart too.
-    world.restart()
-    again = world.client.list(limit=10_000)
+    rig.restart()
+    again = rig.client.list(limit=10_000)
     assert [job.id for job in again] == [job.id for job in jobs]
     times = [job.created_at for job in jobs]
     assert times == sorted(times, reverse=True)
     begun = time.monotonic()
-    world.client.list(limit=1000)
-    world.client.status()
+    rig.client.list(limit=1000)
+    rig.client.status()
     assert time.monotonic() - begun < TURN_S
 
 
 def test_followers_that_do_not_read_or_are_gone_slow_nobody(own):
-    world = own()
-    world.scheduler.hold.clear()
-    job = world.client.submit(pairs(), n_epochs=200, checkpoint_every=0)
-    idle = [dealer(world, RCVHWM=1, RCVBUF=1024) for _ in range(20)]
+    rig = own()
+    rig.scheduler.hold.clear()
+    job = rig.client.submit(pairs(), n_epochs=200, checkpoint_every=0)
+    idle = [dealer(rig, RCVHWM=1, RCVBUF=1024) for _ in range(20)]
     for number, (_, socket) in enumerate(idle):
         for turn in range(5):
             socket.send(request("events", {"job": job.id, "follow": True}, f"{number}-{turn}"))
-    until(lambda: world.client.status().service["followers"] == 100, "the followers")
+    until(lambda: rig.client.status().service["followers"] == 100, "the followers")
     for context, socket in idle[:10]:  # these vanish, the others do not read
         socket.close()
         context.term()
-    world.scheduler.hold.set()
-    events = list(world.client.events(job.id, follow=True))
+    rig.scheduler.hold.set()
+    events = list(rig.client.events(job.id, follow=True))
     assert events[-1].type == "succeeded"
     assert [event.id for event in events] == list(range(1, len(events) + 1))
-    until(lambda: world.client.status().service["followers"] <= 50, "forgetting those that are gone")
+    until(lambda: rig.client.status().service["followers"] <= 50, "forgetting those that are gone")
     for context, socket in idle[10:]:
         socket.close()
         context.term()
 
 
 def test_submits_in_work_do_not_lock_other_verbs_out_and_the_limit_is_named(tmp_path):
-    """The door alone: what is in work never ends until the test says so."""
+    """The router alone: what is in work never ends until the test says so."""
 
     async def run() -> None:
         context = zmq.asyncio.Context()
@@ -138,9 +138,9 @@ def test_submits_in_work_do_not_lock_other_verbs_out_and_the_limit_is_named(tmp_
                 await let_go.wait()
             return public.Reply(id=caller.request, ok=True, result={})
 
-        endpoint = f"ipc://{tmp_path}/door"
-        door = PublicRouter(context, endpoint, handle)
-        serving = asyncio.create_task(door.run())
+        endpoint = f"ipc://{tmp_path}/endpoint"
+        router = PublicRouter(context, endpoint, handle)
+        serving = asyncio.create_task(router.run())
         caller = Caller(context, endpoint)
         refused: set[str] = set()
         for number in range(2100):
@@ -165,7 +165,7 @@ def test_submits_in_work_do_not_lock_other_verbs_out_and_the_limit_is_named(tmp_
         assert answered == {str(number) for number in range(2048)}
         serving.cancel()
         caller.socket.close()
-        door.close()
+        router.close()
         context.term()
 
     asyncio.run(run())

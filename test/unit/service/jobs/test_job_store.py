@@ -111,7 +111,7 @@ class TestMirror:
         assert [e["event"] for e in self.lines(folder / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-class TestDesk:
+class TestWaits:
     def run(self, work):
         return asyncio.run(work())
 

@@ -117,58 +117,58 @@ def test_ten_thousand_jobs_are_opened_and_changed_in_constant_steps(tmp_path: Pa
 
 
 # ------------------------------------------------------------------ against the real service
-def test_higher_priority_first_and_a_changed_one_moves(world):
-    world.scheduler.hold.clear()
-    running = world.client.submit(pairs(4), n_epochs=1)
-    world.status(running, "running")
-    low = world.client.submit(pairs(4), n_epochs=1, priority=-5)
-    plain = world.client.submit(pairs(4), n_epochs=1)
-    high = world.client.submit(pairs(4), n_epochs=1, priority=5)
-    late = world.client.submit(pairs(4), n_epochs=1)
+def test_higher_priority_first_and_a_changed_one_moves(rig):
+    rig.scheduler.hold.clear()
+    running = rig.client.submit(pairs(4), n_epochs=1)
+    rig.status(running, "running")
+    low = rig.client.submit(pairs(4), n_epochs=1, priority=-5)
+    plain = rig.client.submit(pairs(4), n_epochs=1)
+    high = rig.client.submit(pairs(4), n_epochs=1, priority=5)
+    late = rig.client.submit(pairs(4), n_epochs=1)
     assert (low.priority, high.priority) == (-5, 5)
     name = short_id(running.id)
-    reasons = [world.client.get(j.id).reason for j in (high, plain, late, low)]
+    reasons = [rig.client.get(j.id).reason for j in (high, plain, late, low)]
     assert reasons[0] == f"next; job {name} is running"
     assert reasons[1:] == [f"{n} job{'s' if n > 1 else ''} ahead; job {name} is running" for n in (1, 2, 3)]
-    assert world.client.prioritize(low.id, 9).priority == 9
-    assert world.client.prioritize(low.id, 9).priority == 9
-    assert [e.message for e in world.client.events(low.id) if e.type == "prioritized"] == [
+    assert rig.client.prioritize(low.id, 9).priority == 9
+    assert rig.client.prioritize(low.id, 9).priority == 9
+    assert [e.message for e in rig.client.events(low.id) if e.type == "prioritized"] == [
         "priority 9 (was -5)"
     ]
-    world.client.pause(plain.id)
-    world.client.resume(plain.id)  # back at its old place
-    world.scheduler.hold.set()
-    ended = [world.done(j) for j in (running, low, high, plain, late)]
+    rig.client.pause(plain.id)
+    rig.client.resume(plain.id)  # back at its old place
+    rig.scheduler.hold.set()
+    ended = [rig.done(j) for j in (running, low, high, plain, late)]
     times = [j.started_at for j in ended]
     assert times == sorted(times)
     with pytest.raises(StateError, match="only a job that is not over has a priority"):
-        world.client.prioritize(low.id, 1)
+        rig.client.prioritize(low.id, 1)
 
 
-def test_priorities_out_of_bounds_are_refused(world):
+def test_priorities_out_of_bounds_are_refused(rig):
     with pytest.raises(ConfigError, match="-100 to 100"):
-        world.client.submit(pairs(4), priority=101)
+        rig.client.submit(pairs(4), priority=101)
     with pytest.raises(ConfigError, match="priority"):
-        exchange(world, "prioritize", {"job": "ftjob-x", "priority": 101})
+        exchange(rig, "prioritize", {"job": "ftjob-x", "priority": 101})
 
 
 def test_why_a_job_waits_before_the_scheduler_is_there_and_where_it_cannot_train(own):
-    world = own(peers=False)
-    job = world.client.submit(pairs(4))
-    assert world.client.get(job.id).reason == "waiting for the scheduler"
-    peer = SchedulerPeer(world.run_dir)
+    rig = own(peers=False)
+    job = rig.client.submit(pairs(4))
+    assert rig.client.get(job.id).reason == "waiting for the scheduler"
+    peer = SchedulerPeer(rig.run_dir)
     peer.limits, peer.refusal = None, "AWQ weights cannot be bound"
     peer.start()
-    world._stack.callback(peer.close)
-    until(lambda: "AWQ" in world.client.get(job.id).reason, "the refusal")
-    assert world.client.get(job.id).reason == "this server cannot train: AWQ weights cannot be bound"
+    rig._stack.callback(peer.close)
+    until(lambda: "AWQ" in rig.client.get(job.id).reason, "the refusal")
+    assert rig.client.get(job.id).reason == "this server cannot train: AWQ weights cannot be bound"
 
 
-def test_a_submit_without_data_or_origin_is_refused(world):
+def test_a_submit_without_data_or_origin_is_refused(rig):
     with pytest.raises(ConfigError, match="nothing to train on"):
-        world.client.submit()
+        rig.client.submit()
     with pytest.raises((ConfigError, ProtocolError), match="resume_from alone"):
-        exchange(world, "submit", {})
+        exchange(rig, "submit", {})
 
 
 def test_space_is_counted_by_kind_and_shared_files_once(tmp_path: Path):
@@ -190,9 +190,9 @@ def test_space_is_counted_by_kind_and_shared_files_once(tmp_path: Path):
     assert disk_usage.count(tmp_path / "nowhere")["total_bytes"] == 0
 
 
-def test_status_shows_the_space(world):
-    world.done(world.client.submit(pairs(4)))
+def test_status_shows_the_space(rig):
+    rig.done(rig.client.submit(pairs(4)))
     shown = until(
-        lambda: s if "total_bytes" in (s := world.client.status().service["space"]) else None, "a count"
+        lambda: s if "total_bytes" in (s := rig.client.status().service["space"]) else None, "a count"
     )
     assert shown["store_bytes"] > 0 and shown["free_bytes"] > 0

@@ -67,12 +67,12 @@ def with_hyperparameters(**values: Any) -> JobRecord:
         *(("learning_rate", "nan"), ("seed", str(2**64)), ("max_seq_length", str(HUGE))),
     ],
 )
-def test_what_cannot_be_kept_is_refused_by_name(world: Any, name: str, value: Any) -> None:
-    before = sorted(path.name for path in world.run_dir.iterdir())
+def test_what_cannot_be_kept_is_refused_by_name(rig: Any, name: str, value: Any) -> None:
+    before = sorted(path.name for path in rig.run_dir.iterdir())
     with pytest.raises(ConfigError, match=name):
-        exchange(world, "submit", submit_args(LINE) | {"hyperparameters": {name: value}}, LINE)
-    assert sorted(path.name for path in world.run_dir.iterdir()) == before
-    assert world.client.status().service["unreadable_jobs"] == {}
+        exchange(rig, "submit", submit_args(LINE) | {"hyperparameters": {name: value}}, LINE)
+    assert sorted(path.name for path in rig.run_dir.iterdir()) == before
+    assert rig.client.status().service["unreadable_jobs"] == {}
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ BAD_BODIES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 def test_records_that_cannot_be_read_are_left_aside_and_named(own: Any) -> None:
-    world = own(peers=False)
-    kept = world.client.submit(pairs(4))
+    rig = own(peers=False)
+    kept = rig.client.submit(pairs(4))
     bad = {
-        name: world.client.submit(pairs(4), idempotency_key=f"key of {name}").id
+        name: rig.client.submit(pairs(4), idempotency_key=f"key of {name}").id
         for name in (*BAD_BODIES, "last")
     }
-    world.service.kill()
-    with sqlite3.connect(world.run_dir / "harli.db") as store:
+    rig.service.kill()
+    with sqlite3.connect(rig.run_dir / "harli.db") as store:
         for name, job in bad.items():
             [(body,)] = store.execute("SELECT body FROM jobs WHERE id = ?", (job,))
             spoiled = BAD_BODIES.get(name, lambda body: "null")(json.loads(body))
@@ -135,33 +135,33 @@ def test_records_that_cannot_be_read_are_left_aside_and_named(own: Any) -> None:
                 store.execute("UPDATE jobs SET body = CAST(? AS TEXT) WHERE id = ?", (spoiled, job))
             else:
                 store.execute("UPDATE jobs SET body = ? WHERE id = ?", (spoiled, job))
-    for folder in world.run_dir.glob("ftjob-*"):
+    for folder in rig.run_dir.glob("ftjob-*"):
         (folder / "job.json").unlink()
-    world.service.start()
-    assert [job.id for job in world.client.list()] == [kept.id]
-    assert set(world.client.status().service["unreadable_jobs"]) == set(bad.values())
+    rig.service.start()
+    assert [job.id for job in rig.client.list()] == [kept.id]
+    assert set(rig.client.status().service["unreadable_jobs"]) == set(bad.values())
     for name, job in bad.items():
-        assert (world.run_dir / job / "data" / "ids.npy").exists()
+        assert (rig.run_dir / job / "data" / "ids.npy").exists()
         with pytest.raises(HarliError, match=f"the record of job {job} in the job store cannot be read"):
-            world.client.get(job)
+            rig.client.get(job)
         with pytest.raises(HarliError, match=job):
-            world.client.submit(pairs(4), idempotency_key=f"key of {name}")
-    world.join_scheduler()
-    world.join_http()
-    for job in (kept, world.client.submit(pairs(4))):  # with a number of its own
-        world.done(job)
+            rig.client.submit(pairs(4), idempotency_key=f"key of {name}")
+    rig.join_scheduler()
+    rig.join_http()
+    for job in (kept, rig.client.submit(pairs(4))):  # with a number of its own
+        rig.done(job)
 
 
 def test_an_event_that_cannot_be_read_says_so_in_its_place(own: Any) -> None:
-    world = own(peers=False)
-    job = world.client.submit(pairs(4))
-    world.service.kill()
-    folder = world.folder(job)
-    with sqlite3.connect(world.run_dir / "harli.db") as store:
+    rig = own(peers=False)
+    job = rig.client.submit(pairs(4))
+    rig.service.kill()
+    folder = rig.folder(job)
+    with sqlite3.connect(rig.run_dir / "harli.db") as store:
         store.execute("UPDATE events SET body = '{' WHERE id = 2")
     (folder / "events.jsonl").unlink()
-    world.service.start()
-    events = list(world.client.events(job.id))
+    rig.service.start()
+    events = list(rig.client.events(job.id))
     assert [event.id for event in events] == list(range(1, len(events) + 1))
     assert "cannot be read" in events[1].message
     until(lambda: (folder / "events.jsonl").exists(), "the copy")
@@ -169,14 +169,14 @@ def test_an_event_that_cannot_be_read_says_so_in_its_place(own: Any) -> None:
 
 
 def test_deferred_options_that_cannot_be_read_are_left_aside(own: Any) -> None:
-    world = own(peers=False)
-    world.client.set(tpot_slo_ms=70.0)
-    world.service.kill()
-    with sqlite3.connect(world.run_dir / "harli.db") as store:
+    rig = own(peers=False)
+    rig.client.set(tpot_slo_ms=70.0)
+    rig.service.kill()
+    with sqlite3.connect(rig.run_dir / "harli.db") as store:
         assert store.execute("UPDATE settings SET value = '{' WHERE key = 'pending_options'").rowcount == 1
-    world.service.start()
-    assert world.client.status().service["store"] == "ok"
-    assert "deferred options in the job store cannot be read" in world.service.log.read_text()
+    rig.service.start()
+    assert rig.client.status().service["store"] == "ok"
+    assert "deferred options in the job store cannot be read" in rig.service.log.read_text()
 
 
 # ------------------------------------------------------------------ the journal

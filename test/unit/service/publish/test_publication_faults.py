@@ -33,8 +33,8 @@ def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def messages(world: ServiceUnderTest, job: Job, kind: str = "warning") -> list[str]:
-    return [e.message for e in world.client.events(job.id) if e.type == kind]
+def messages(rig: ServiceUnderTest, job: Job, kind: str = "warning") -> list[str]:
+    return [e.message for e in rig.client.events(job.id) if e.type == kind]
 
 
 # ------------------------------------------------------------------ damaged folders
@@ -60,57 +60,57 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_adapter_is_saved_again_from_the_checkpoint(world: ServiceUnderTest, damage: str) -> None:
-    job = world.done(world.client.submit(pairs(4)))
-    whole, name = world.result(job), str(job.fine_tuned_model)
-    del world.http.published[name]
-    DAMAGES[damage](world.folder(job) / "adapter")
-    world.http.want(name)
-    until(lambda: name in world.http.published, "the adapter")
-    assert np.array_equal(world.result(job), whole)
-    warnings = [m for m in messages(world, job) if "saved again from the run's last checkpoint" in m]
+def test_a_damaged_adapter_is_saved_again_from_the_checkpoint(rig: ServiceUnderTest, damage: str) -> None:
+    job = rig.done(rig.client.submit(pairs(4)))
+    whole, name = rig.result(job), str(job.fine_tuned_model)
+    del rig.http.published[name]
+    DAMAGES[damage](rig.folder(job) / "adapter")
+    rig.http.want(name)
+    until(lambda: name in rig.http.published, "the adapter")
+    assert np.array_equal(rig.result(job), whole)
+    warnings = [m for m in messages(rig, job) if "saved again from the run's last checkpoint" in m]
     assert len(warnings) == (0 if damage == "folder gone" else 1)
-    assert len(messages(world, job, "adapter_saved")) == 2
-    assert world.client.get(job.id).status == "succeeded"
+    assert len(messages(rig, job, "adapter_saved")) == 2
+    assert rig.client.get(job.id).status == "succeeded"
 
 
-def test_an_adapter_of_an_earlier_version_has_no_checksums_and_is_served(world: ServiceUnderTest) -> None:
-    job = world.done(world.client.submit(pairs(4)))
+def test_an_adapter_of_an_earlier_version_has_no_checksums_and_is_served(rig: ServiceUnderTest) -> None:
+    job = rig.done(rig.client.submit(pairs(4)))
     name = str(job.fine_tuned_model)
-    del world.http.published[name]
-    (world.folder(job) / "adapter" / "harli.json").unlink()
-    world.http.want(name)
-    until(lambda: name in world.http.published, "the adapter")
-    assert messages(world, job) == []
+    del rig.http.published[name]
+    (rig.folder(job) / "adapter" / "harli.json").unlink()
+    rig.http.want(name)
+    until(lambda: name in rig.http.published, "the adapter")
+    assert messages(rig, job) == []
 
 
 def test_an_adapter_that_is_lost_is_refused_at_once_and_its_job_stays_succeeded(
-    world: ServiceUnderTest,
+    rig: ServiceUnderTest,
 ) -> None:
-    job = world.done(world.client.submit(pairs(4)))
-    flip(world.folder(job) / "adapter" / "adapter_model.safetensors")
-    for step in (world.folder(job) / "checkpoints").iterdir():
+    job = rig.done(rig.client.submit(pairs(4)))
+    flip(rig.folder(job) / "adapter" / "adapter_model.safetensors")
+    for step in (rig.folder(job) / "checkpoints").iterdir():
         truncate(step / "state.safetensors")
-    before = len(world.http.refused)
+    before = len(rig.http.refused)
     for asked in (1, 2):
-        world.http.want(str(job.fine_tuned_model))
-        until(lambda asked=asked: len(world.http.refused) == before + asked, "the refusal")
-    refused = world.http.refused[-1]
+        rig.http.want(str(job.fine_tuned_model))
+        until(lambda asked=asked: len(rig.http.refused) == before + asked, "the refusal")
+    refused = rig.http.refused[-1]
     assert (refused.name, refused.code) == (job.fine_tuned_model, "adapter_failed")
     assert "state.safetensors" in refused.text
-    assert world.client.get(job.id).status == "succeeded"
-    world.done(world.client.submit(pairs(4)))  # publication goes on
+    assert rig.client.get(job.id).status == "succeeded"
+    rig.done(rig.client.submit(pairs(4)))  # publication goes on
 
 
-def test_an_unknown_adapter_is_refused_at_once(world: ServiceUnderTest) -> None:
-    world.http.want("tiny-ft-nobody-00000000")
-    until(lambda: any(r.name == "tiny-ft-nobody-00000000" for r in world.http.refused), "the refusal")
-    assert world.http.refused[-1].code == "not_found"
+def test_an_unknown_adapter_is_refused_at_once(rig: ServiceUnderTest) -> None:
+    rig.http.want("tiny-ft-nobody-00000000")
+    until(lambda: any(r.name == "tiny-ft-nobody-00000000" for r in rig.http.refused), "the refusal")
+    assert rig.http.refused[-1].code == "not_found"
 
 
-def test_the_folder_is_plain_peft_with_checksums_beside_it(world: ServiceUnderTest) -> None:
-    job = world.done(world.client.submit(pairs(4)))
-    adapter = world.folder(job) / "adapter"
+def test_the_folder_is_plain_peft_with_checksums_beside_it(rig: ServiceUnderTest) -> None:
+    job = rig.done(rig.client.submit(pairs(4)))
+    adapter = rig.folder(job) / "adapter"
     assert {p.name for p in adapter.iterdir()} == {
         "adapter_model.safetensors",
         "adapter_config.json",
@@ -122,12 +122,10 @@ def test_the_folder_is_plain_peft_with_checksums_beside_it(world: ServiceUnderTe
 
 
 # ------------------------------------------------------------------ full disks and full shared memory
-def publishing(world: ServiceUnderTest) -> Job:
+def publishing(rig: ServiceUnderTest) -> Job:
     """A job whose training is over and that waits for an HTTP process."""
-    job = world.client.submit(pairs(4))
-    return until(
-        lambda: (j := world.client.get(job.id)).sub_state == "publishing" and j, "the end of training"
-    )
+    job = rig.client.submit(pairs(4))
+    return until(lambda: (j := rig.client.get(job.id)).sub_state == "publishing" and j, "the end of training")
 
 
 @pytest.mark.parametrize("number", ["ENOSPC", "EROFS"])
@@ -135,11 +133,11 @@ def publishing(world: ServiceUnderTest) -> Job:
 def test_an_export_that_the_disk_refuses_is_tried_again(
     own: Any, points: Path, write: WriteFailpoint, number: str
 ) -> None:
-    world = own(peers=False)
-    world.join_http()
-    scheduler = world.join_scheduler()
+    rig = own(peers=False)
+    rig.join_http()
+    scheduler = rig.join_scheduler()
     scheduler.hold.clear()
-    job = world.client.submit(pairs(4))
+    job = rig.client.submit(pairs(4))
     if write is WriteFailpoint.ADAPTER:
         (points / write).write_text(f"error {number} 2")
         scheduler.hold.set()
@@ -147,94 +145,94 @@ def test_an_export_that_the_disk_refuses_is_tried_again(
         (points / "adapter-exported").write_text("stop")
         scheduler.hold.set()
         until((points / "adapter-exported.hit").exists, "the first export")
-        world.service.kill()
-        shutil.rmtree(world.folder(job) / "adapter")
+        rig.service.kill()
+        shutil.rmtree(rig.folder(job) / "adapter")
         (points / write).write_text(f"error {number} 2")
-        world.service.start()
-    world.done(job)
-    assert len([m for m in messages(world, job) if "trying again in" in m and "a test armed" in m]) == 2
+        rig.service.start()
+    rig.done(job)
+    assert len([m for m in messages(rig, job) if "trying again in" in m and "a test armed" in m]) == 2
 
 
-def waits(world: ServiceUnderTest, job: Job, pause: str) -> Job:
+def waits(rig: ServiceUnderTest, job: Job, pause: str) -> Job:
     """A job whose publication has been put off for so long."""
     return until(
-        lambda: j if f"trying again in {pause}" in ((j := world.client.get(job.id)).reason or "") else None,
+        lambda: j if f"trying again in {pause}" in ((j := rig.client.get(job.id)).reason or "") else None,
         "why it waits",
     )
 
 
 def test_a_disk_that_stays_full_keeps_the_job_and_says_what_to_do(own: Any, points: Path) -> None:
-    world = own()
+    rig = own()
     (points / WriteFailpoint.ADAPTER).write_text("error ENOSPC 99")
-    job = waits(world, world.client.submit(pairs(4)), "4 s")
+    job = waits(rig, rig.client.submit(pairs(4)), "4 s")
     assert (job.status, job.sub_state) == ("running", "publishing")
     assert "No space left on device" in str(job.reason)
     assert "make room on the disk" in str(job.reason)
     (points / WriteFailpoint.ADAPTER).unlink()
-    world.done(world.client.submit(pairs(4)))  # which does not wait for the other
-    world.done(job)
+    rig.done(rig.client.submit(pairs(4)))  # which does not wait for the other
+    rig.done(job)
 
 
 def test_full_shared_memory_is_waited_for(own: Any, points: Path) -> None:
-    world = own(peers=False)
-    world.join_scheduler()
-    job = publishing(world)
+    rig = own(peers=False)
+    rig.join_scheduler()
+    job = publishing(rig)
     (points / WriteFailpoint.SLOT).write_text("error ENOSPC 99")
-    world.join_http()
-    reason = str(waits(world, job, "4 s").reason)
+    rig.join_http()
+    reason = str(waits(rig, job, "4 s").reason)
     assert reason.startswith("shared memory has no room for the adapter (")
     assert "make room in /dev/shm" in reason
     (points / WriteFailpoint.SLOT).unlink()
-    world.done(job)
-    assert len([m for m in messages(world, job) if "shared memory has no room" in m]) == 3
+    rig.done(job)
+    assert len([m for m in messages(rig, job) if "shared memory has no room" in m]) == 3
 
 
 def test_a_request_for_an_adapter_that_shared_memory_has_no_room_for_gets_an_answer(
     own: Any, points: Path
 ) -> None:
-    world = own()
-    job = world.done(world.client.submit(pairs(4)))
+    rig = own()
+    job = rig.done(rig.client.submit(pairs(4)))
     (points / WriteFailpoint.SLOT).write_text("error ENOSPC 99")
-    world.http.want(str(job.fine_tuned_model))
-    until(lambda: world.http.refused, "the refusal")
-    assert (world.http.refused[-1].code, world.client.get(job.id).status) == ("shared_memory", "succeeded")
+    rig.http.want(str(job.fine_tuned_model))
+    until(lambda: rig.http.refused, "the refusal")
+    assert (rig.http.refused[-1].code, rig.client.get(job.id).status) == ("shared_memory", "succeeded")
     (points / WriteFailpoint.SLOT).unlink()
-    world.http.want(str(job.fine_tuned_model))
-    until(lambda: world.http.publications.count(str(job.fine_tuned_model)) == 2, "the adapter")
+    rig.http.want(str(job.fine_tuned_model))
+    until(lambda: rig.http.publications.count(str(job.fine_tuned_model)) == 2, "the adapter")
 
 
 def test_a_refusal_that_may_pass_is_no_end_of_the_job(own: Any) -> None:
-    world = own(peers=False)
-    world.join_scheduler()
-    peer = world.http = HttpPeer(world.run_dir)
+    rig = own(peers=False)
+    rig.join_scheduler()
+    peer = rig.http = HttpPeer(rig.run_dir)
     peer.refuse, peer.passing = 4, True
     peer.start()
-    world._stack.callback(peer.close)
-    job = world.done(world.client.submit(pairs(4)))
-    assert len([m for m in messages(world, job) if "no room for it; trying again" in m]) == 4
+    rig._stack.callback(peer.close)
+    job = rig.done(rig.client.submit(pairs(4)))
+    assert len([m for m in messages(rig, job) if "no room for it; trying again" in m]) == 4
 
 
 def test_what_nobody_thought_of_ends_neither_the_service_nor_other_publications(own: Any) -> None:
-    world = own(peers=False)
-    world.join_scheduler()
-    job = publishing(world)
-    other = world.client.submit(pairs(4))
-    world.service.kill()
-    [step] = (world.folder(job) / "checkpoints").glob("step-*")
+    rig = own(peers=False)
+    rig.join_scheduler()
+    job = publishing(rig)
+    other = rig.client.submit(pairs(4))
+    rig.service.kill()
+    [step] = (rig.folder(job) / "checkpoints").glob("step-*")
     state = step / "state.safetensors"
     tensors = {name: tensor.astype(np.int8) for name, tensor in load_file(state).items()}
     save_file(tensors, state)  # whole, with the right checksum, and of another kind than is ever written
     meta = json.loads((step / "meta.json").read_text())
     meta["sha256"]["state.safetensors"] = hashlib.sha256(state.read_bytes()).hexdigest()
     (step / "meta.json").write_text(json.dumps(meta))
-    shutil.rmtree(world.folder(job) / "adapter", ignore_errors=True)
-    world.service.start()
-    world.join_http()
-    assert str(waits(world, job, "2 s").reason).startswith("the adapter cannot be published (")
-    world.done(other)
-    assert world.service.alive
-    world.client.cancel(job.id)
-    world.done(job, "cancelled")
+    shutil.rmtree(rig.folder(job) / "adapter", ignore_errors=True)
+    rig.service.start()
+    rig.join_http()
+    assert str(waits(rig, job, "2 s").reason).startswith("the adapter cannot be published (")
+    rig.done(other)
+    assert rig.service.alive
+    rig.client.cancel(job.id)
+    rig.done(job, "cancelled")
 
 
 # ------------------------------------------------------------------ answers
@@ -252,14 +250,14 @@ class Echo(HttpPeer):
 
 
 def test_late_and_doubled_answers_count_for_nothing(own: Any) -> None:
-    world = own(peers=False)
-    world.join_scheduler()
-    peer = Echo(world.run_dir).start()
+    rig = own(peers=False)
+    rig.join_scheduler()
+    peer = Echo(rig.run_dir).start()
     with contextlib.closing(peer):
         for _ in range(3):
-            job = world.done(world.client.submit(pairs(4)))
-            assert messages(world, job) == []
-            assert len(messages(world, job, "succeeded")) == 1
+            job = rig.done(rig.client.submit(pairs(4)))
+            assert messages(rig, job) == []
+            assert len(messages(rig, job, "succeeded")) == 1
 
 
 class Slow(HttpPeer):
@@ -279,16 +277,16 @@ class Slow(HttpPeer):
 def test_a_cancel_while_the_question_is_open_leaves_it_to_the_answer(
     own: Any, refusals: int, status: str
 ) -> None:
-    world = own(peers=False)
-    world.join_scheduler()
-    peer = world.http = Slow(world.run_dir).start()
+    rig = own(peers=False)
+    rig.join_scheduler()
+    peer = rig.http = Slow(rig.run_dir).start()
     peer.refuse = refusals
     try:
-        job = world.client.submit(pairs(4))
+        job = rig.client.submit(pairs(4))
         until(lambda: peer.publications, "the question")
-        assert world.client.cancel(job.id).status == "running"
+        assert rig.client.cancel(job.id).status == "running"
         peer.answers.set()
-        done = world.done(job, status)
+        done = rig.done(job, status)
         assert len(peer.publications) == 1
         assert (done.fine_tuned_model is not None) == (status == "succeeded")
     finally:
@@ -297,15 +295,15 @@ def test_a_cancel_while_the_question_is_open_leaves_it_to_the_answer(
 
 
 def test_a_cancel_between_two_tries_is_a_cancel(own: Any, points: Path) -> None:
-    world = own(peers=False)
-    world.join_scheduler()
-    job = publishing(world)
+    rig = own(peers=False)
+    rig.join_scheduler()
+    job = publishing(rig)
     (points / WriteFailpoint.SLOT).write_text("error ENOSPC 99")
-    world.join_http()
-    until(lambda: [m for m in messages(world, job) if "trying again" in m], "the first try")
-    world.client.cancel(job.id)
-    world.done(job, "cancelled")
+    rig.join_http()
+    until(lambda: [m for m in messages(rig, job) if "trying again" in m], "the first try")
+    rig.client.cancel(job.id)
+    rig.done(job, "cancelled")
     (points / WriteFailpoint.SLOT).unlink()
-    world.done(world.client.submit(pairs(4)))
-    assert len(world.http.publications) == 1
-    assert messages(world, job, "failed") == []
+    rig.done(rig.client.submit(pairs(4)))
+    assert len(rig.http.publications) == 1
+    assert messages(rig, job, "failed") == []

@@ -1,4 +1,4 @@
-"""The protocol between service and scheduler under every loss, doubling, delay and death (see the world)."""
+"""The protocol between service and scheduler under every loss, doubling, delay and death (see the rig)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Protocol(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(state, "MOST_AHEAD", 3)  # within a step, and from one to the next
-        self.world = LossyNetwork()
+        self.rig = LossyNetwork()
         self.acknowledged: set[str] = set()
         self.bases: dict[str, Any] = {}  # of each job, once it has one
 
@@ -35,21 +35,21 @@ class Protocol(RuleBasedStateMachine):
     @precondition(lambda self: len(self.acknowledged) < 3)
     @rule()
     def submit(self) -> None:
-        record = model.new_job(len(self.acknowledged) + 1, self.world.service.machine.state.base)
-        self.world.service.apply(transitions.created(record, "fine"))
-        while self.world.service.uncommitted:  # the answer waits for it
-            self.world.service.commit()
+        record = model.new_job(len(self.acknowledged) + 1, self.rig.service.machine.state.base)
+        self.rig.service.apply(transitions.created(record, "fine"))
+        while self.rig.service.uncommitted:  # the answer waits for it
+            self.rig.service.commit()
         self.acknowledged.add(record.id)
 
     @rule(which=PLACES, what=st.sampled_from(["pause", "resume", "cancel"]))
     def ask(self, which: int, what: str) -> None:
-        service = self.world.service
+        service = self.rig.service
         if not service.records:
             return
         record = list(service.records.values())[which % len(service.records)]
         try:
             if what == "cancel":
-                change = transitions.ask_cancel(record, self.world.s, in_flight=False)
+                change = transitions.ask_cancel(record, self.rig.s, in_flight=False)
             else:
                 change = transitions.ask_pause(record) if what == "pause" else transitions.ask_resume(record)
         except StateError:
@@ -67,10 +67,10 @@ class Protocol(RuleBasedStateMachine):
     @rule(to_service=st.booleans(), late=st.booleans(), count=st.integers(1, 8))
     def deliver(self, to_service: bool, late: bool, count: int) -> None:
         for _ in range(count):
-            self.world.deliver(to_service=to_service, late=late)
+            self.rig.deliver(to_service=to_service, late=late)
 
     def _wire(self, to_service: bool) -> Any:
-        return self.world.to_service if to_service else self.world.to_scheduler
+        return self.rig.to_service if to_service else self.rig.to_scheduler
 
     @rule(to_service=st.booleans(), place=PLACES)
     def lose(self, to_service: bool, place: int) -> None:
@@ -88,73 +88,73 @@ class Protocol(RuleBasedStateMachine):
     # ---- deaths and damage
     @rule()
     def kill_service(self) -> None:
-        self.world.kill_service()
+        self.rig.kill_service()
 
     @rule()
     def kill_scheduler(self) -> None:
-        self.world.kill_scheduler()
+        self.rig.kill_scheduler()
 
     @rule(base=st.sampled_from(model.BASES))
     def start_on_another_base(self, base: Any) -> None:
-        self.world.kill_scheduler(base)
+        self.rig.kill_scheduler(base)
 
     @rule(base=st.sampled_from(model.BASES))
     def update_weights(self, base: Any) -> None:
-        self.world.scheduler.update_weights(base)
+        self.rig.scheduler.update_weights(base)
 
     @rule()
     def kill_both(self) -> None:
-        self.world.kill_service()
-        self.world.kill_scheduler()
+        self.rig.kill_service()
+        self.rig.kill_scheduler()
 
     @rule()
     def give_up(self) -> None:
-        self.world.scheduler.give_up()
+        self.rig.scheduler.give_up()
 
     @rule()
     def trouble_in_the_scheduler(self) -> None:
-        self.world.scheduler.fail(passing=True)
+        self.rig.scheduler.fail(passing=True)
 
     @rule(reason=st.sampled_from(["the served model is being checked", ""]))
     def hold_runs(self, reason: str) -> None:
-        self.world.scheduler.hold_runs(reason)
+        self.rig.scheduler.hold_runs(reason)
 
     @rule(which=PLACES)
     def damage(self, which: int) -> None:
         """The newest checkpoint of a job that is not over becomes unreadable."""
-        found = [job for job, steps in self.world.disk.items() if steps]
+        found = [job for job, steps in self.rig.disk.items() if steps]
         if not found:
             return
         job = found[which % len(found)]
-        if not self.world.store[job].publishing and not self.world.store[job].status.final:
-            self.world.disk[job][max(self.world.disk[job])] = False
+        if not self.rig.store[job].publishing and not self.rig.store[job].status.final:
+            self.rig.disk[job][max(self.rig.disk[job])] = False
 
     # ---- progress
     @rule(seconds=st.sampled_from([0.5, 1.0, 2.5, 6.0, 12.0]))
     def pass_time(self, seconds: float) -> None:
-        self.world.tick(seconds)
+        self.rig.tick(seconds)
 
     @rule(count=st.integers(1, 6))
     def train(self, count: int) -> None:
         for _ in range(count):
-            self.world.scheduler.work()
+            self.rig.scheduler.work()
 
     @rule(count=st.integers(1, 4))
     def commit(self, count: int) -> None:
         for _ in range(count):
-            self.world.service.commit()
+            self.rig.service.commit()
 
     @rule(index=PLACES, passing=st.booleans())
     def trouble(self, index: int, passing: bool) -> None:
-        self.world.service.finish(index, ok=False, passing=passing)
+        self.rig.service.finish(index, ok=False, passing=passing)
 
     @rule(index=PLACES, ok=st.sampled_from([True, True, True, False]), passing=st.booleans())
     def finish_work(self, index: int, ok: bool, passing: bool) -> None:
-        self.world.service.finish(index, ok=ok, passing=passing)
+        self.rig.service.finish(index, ok=ok, passing=passing)
 
     @rule()
     def publish(self) -> None:
-        self.world.service.publish()
+        self.rig.service.publish()
 
     @rule(rounds=st.integers(1, 12))
     def go_well(self, rounds: int) -> None:
@@ -163,37 +163,37 @@ class Protocol(RuleBasedStateMachine):
             self._round()
 
     def _round(self) -> None:
-        world = self.world
+        rig = self.rig
         for late in (True, False):
-            while world.deliver(to_service=True, late=late) or world.deliver(to_service=False, late=late):
+            while rig.deliver(to_service=True, late=late) or rig.deliver(to_service=False, late=late):
                 pass
-        while world.service.commit() or world.service.finish(0) or world.service.publish():
+        while rig.service.commit() or rig.service.finish(0) or rig.service.publish():
             pass
         for _ in range(3):
-            world.scheduler.work()
-        world.tick(1.0)
+            rig.scheduler.work()
+        rig.tick(1.0)
 
     # ---- what must always hold
     @invariant()
     def nothing_acknowledged_is_lost(self) -> None:
-        assert self.acknowledged <= set(self.world.store)
-        assert self.acknowledged <= set(self.world.service.records)
+        assert self.acknowledged <= set(self.rig.store)
+        assert self.acknowledged <= set(self.rig.service.records)
 
     @invariant()
     def nothing_is_counted_twice(self) -> None:
-        for (job, kind, attempt, step), count in self.world.events.items():
+        for (job, kind, attempt, step), count in self.rig.events.items():
             if kind in ("step_metrics", "succeeded", "adapter_published", "failed", "cancelled"):
                 assert count == 1, (job, kind, attempt, step, count)
 
     @invariant()
     def checkpoints_of_the_store_are_on_disk(self) -> None:
-        for record in self.world.store.values():
-            assert not record.checkpoint_step or record.checkpoint_step in self.world.disk[record.id]
+        for record in self.rig.store.values():
+            assert not record.checkpoint_step or record.checkpoint_step in self.rig.disk[record.id]
             assert 0 <= record.checkpoint_step <= record.step <= record.total_steps
 
     @invariant()
     def no_job_waits_for_one_that_is_held(self) -> None:
-        service = self.world.service
+        service = self.rig.service
         queued = {r.id for r in service.records.values() if r.status == JobStatus.QUEUED}
         others = {job for job in queued if service.served.other(service.records[job])}
         held = others | set(service.machine.state.holds)
@@ -209,21 +209,21 @@ class Protocol(RuleBasedStateMachine):
 
     @invariant()
     def a_job_keeps_its_base(self) -> None:
-        for record in self.world.store.values():
+        for record in self.rig.store.values():
             if record.base is not None:
                 assert self.bases.setdefault(record.id, record.base) == record.base
 
     def teardown(self) -> None:
         self._settle()
-        assert self.world.scheduler.run is None, "a run stands still, although nothing is lost any more"
+        assert self.rig.scheduler.run is None, "a run stands still, although nothing is lost any more"
         for base in model.BASES:  # what only another server can change is changed
-            self.world.kill_scheduler(base)
+            self.rig.kill_scheduler(base)
             self._settle()
-        for record in self.world.store.values():
+        for record in self.rig.store.values():
             self._judge(record)
-        assert self.world.scheduler.run is None and len(self.world.scheduler.ring) == 0
-        assert not self.world.service.machine.active
-        assert not self.world.shm, "something is left in shared memory"
+        assert self.rig.scheduler.run is None and len(self.rig.scheduler.ring) == 0
+        assert not self.rig.service.machine.active
+        assert not self.rig.shm, "something is left in shared memory"
 
     def _settle(self) -> None:
         quiet = 0
@@ -236,25 +236,25 @@ class Protocol(RuleBasedStateMachine):
     def _judge(self, record: Any) -> None:
         assert record.status in (JobStatus.SUCCEEDED, JobStatus.CANCELLED, JobStatus.PAUSED), (
             record,
-            self.world.service.machine.state,
-            self.world.scheduler.run,
+            self.rig.service.machine.state,
+            self.rig.scheduler.run,
         )
         if record.status == JobStatus.SUCCEEDED:
             assert record.step == record.checkpoint_step == record.total_steps
-            assert record.total_steps in self.world.disk[record.id]
-            told = {e[3] for e in self.world.events if e[:2] == (record.id, "step_metrics")}
+            assert record.total_steps in self.rig.disk[record.id]
+            told = {e[3] for e in self.rig.events if e[:2] == (record.id, "step_metrics")}
             assert told == set(range(1, record.total_steps + 1)), "metrics of a step were lost"
 
     def _settled(self) -> bool:
-        service = self.world.service
+        service = self.rig.service
         open_jobs = (JobStatus.QUEUED, JobStatus.RUNNING)
         left = [r for r in service.records.values() if r.status in open_jobs]
         return (
             all(service.served.other(record) for record in left)
             and not service.uncommitted
-            and self.world.scheduler.run is None
-            and not len(self.world.scheduler.ring)
-            and not self.world.service.machine.active
+            and self.rig.scheduler.run is None
+            and not len(self.rig.scheduler.ring)
+            and not self.rig.service.machine.active
         )
 
 

@@ -34,10 +34,10 @@ def changed(**values: object) -> dict[str, object]:
         changed(learning_rate=Hyperparameters().learning_rate, max_seq_length=None),  # defaults, named
     ],
 )
-def test_the_same_again_is_the_same_job(world, again, request):
+def test_the_same_again_is_the_same_job(rig, again, request):
     key = request.node.name
-    first = world.client.submit(pairs(4), idempotency_key=key, **FIRST)
-    assert world.client.submit(pairs(4), idempotency_key=key, **again).id == first.id
+    first = rig.client.submit(pairs(4), idempotency_key=key, **FIRST)
+    assert rig.client.submit(pairs(4), idempotency_key=key, **again).id == first.id
 
 
 @pytest.mark.parametrize(
@@ -52,34 +52,34 @@ def test_the_same_again_is_the_same_job(world, again, request):
         (changed(priority=3, n_epochs=1), "priority=3 instead of 2, n_epochs=1 instead of 4"),
     ],
 )
-def test_another_value_is_a_conflict_that_names_it(world, again, differs, request):
+def test_another_value_is_a_conflict_that_names_it(rig, again, differs, request):
     key = request.node.name
-    first = world.client.submit(pairs(4), idempotency_key=key, **FIRST)
+    first = rig.client.submit(pairs(4), idempotency_key=key, **FIRST)
     with pytest.raises(ConfigError, match=f"belongs to job {first.id}; .*{differs}: give each") as caught:
-        world.client.submit(pairs(4), idempotency_key=key, **again)
+        rig.client.submit(pairs(4), idempotency_key=key, **again)
     assert caught.value.code == "idempotency_conflict"
     with pytest.raises(ConfigError, match="has other data: give each"):
-        world.client.submit(pairs(5), idempotency_key=key, **FIRST)
-    assert world.client.submit(pairs(4), idempotency_key=key, **FIRST).id == first.id
+        rig.client.submit(pairs(5), idempotency_key=key, **FIRST)
+    assert rig.client.submit(pairs(4), idempotency_key=key, **FIRST).id == first.id
 
 
-def test_a_priority_that_was_changed_later_is_no_difference(world):
-    first = world.client.submit(pairs(4), idempotency_key="later", priority=1)
-    world.client.prioritize(first.id, 7)
-    assert world.client.submit(pairs(4), idempotency_key="later", priority=1).priority == 7
+def test_a_priority_that_was_changed_later_is_no_difference(rig):
+    first = rig.client.submit(pairs(4), idempotency_key="later", priority=1)
+    rig.client.prioritize(first.id, 7)
+    assert rig.client.submit(pairs(4), idempotency_key="later", priority=1).priority == 7
 
 
-def test_a_continued_job_is_compared_by_what_it_takes_over(world):
-    old = world.done(world.client.submit(pairs(4), n_epochs=2, learning_rate=1e-3))
-    first = world.client.submit(resume_from=old.id, n_epochs=3, idempotency_key="on")
-    again = world.client.submit(resume_from=old.id, n_epochs=3, learning_rate=1e-3, idempotency_key="on")
+def test_a_continued_job_is_compared_by_what_it_takes_over(rig):
+    old = rig.done(rig.client.submit(pairs(4), n_epochs=2, learning_rate=1e-3))
+    first = rig.client.submit(resume_from=old.id, n_epochs=3, idempotency_key="on")
+    again = rig.client.submit(resume_from=old.id, n_epochs=3, learning_rate=1e-3, idempotency_key="on")
     assert again.id == first.id
     with pytest.raises(ConfigError, match="has n_epochs=4 instead of 3: give each"):
-        world.client.submit(resume_from=old.id, n_epochs=4, idempotency_key="on")
+        rig.client.submit(resume_from=old.id, n_epochs=4, idempotency_key="on")
     with pytest.raises(ConfigError, match=r"learning_rate=0\.002 instead of 0\.001"):
-        world.client.submit(resume_from=old.id, n_epochs=3, learning_rate=2e-3, idempotency_key="on")
+        rig.client.submit(resume_from=old.id, n_epochs=3, learning_rate=2e-3, idempotency_key="on")
     with pytest.raises(ConfigError, match="has other data"):  # the same data, but as a new course
-        world.client.submit(pairs(4), resume_from=old.id, n_epochs=3, idempotency_key="on")
+        rig.client.submit(pairs(4), resume_from=old.id, n_epochs=3, idempotency_key="on")
 
 
 def test_another_submit_is_a_conflict_while_the_first_is_under_way(own, tmp_path, monkeypatch):
@@ -87,10 +87,10 @@ def test_another_submit_is_a_conflict_while_the_first_is_under_way(own, tmp_path
     held.parent.mkdir()
     held.write_text("stop")
     monkeypatch.setenv(FAULT_POINTS_ENV, str(held.parent))
-    world = own()
+    rig = own()
 
     def submit(**values: object) -> Job:
-        with FinetuneClient(world.service.endpoint) as client:
+        with FinetuneClient(rig.service.endpoint) as client:
             return client.submit(pairs(4), idempotency_key="way", **values)
 
     with ThreadPoolExecutor(2) as pool:
@@ -131,32 +131,32 @@ def as_text(value: Any) -> str:
 
 def test_every_hyperparameter_is_the_same_again_after_a_restart(own):
     assert set(NAMED) == set(Hyperparameters.__struct_fields__)
-    world = own(peers=False)
-    first = world.client.submit(pairs(4), idempotency_key="named", **NAMED)
-    default = world.client.submit(pairs(4), idempotency_key="all", target_modules="all")
-    world.restart()
+    rig = own(peers=False)
+    first = rig.client.submit(pairs(4), idempotency_key="named", **NAMED)
+    default = rig.client.submit(pairs(4), idempotency_key="all", target_modules="all")
+    rig.restart()
     texts = {name: as_text(value) for name, value in NAMED.items()}
     for again in (NAMED, texts):
-        assert world.client.submit(pairs(4), idempotency_key="named", **again).id == first.id
+        assert rig.client.submit(pairs(4), idempotency_key="named", **again).id == first.id
     for again in ({"target_modules": "all"}, {"target_modules": Hyperparameters().target_modules}, {}):
-        assert world.client.submit(pairs(4), idempotency_key="all", **again).id == default.id
+        assert rig.client.submit(pairs(4), idempotency_key="all", **again).id == default.id
     with pytest.raises(ConfigError, match="target_modules=q_proj instead of q_proj,v_proj: give each"):
-        world.client.submit(pairs(4), idempotency_key="named", **NAMED | {"target_modules": "q_proj"})
+        rig.client.submit(pairs(4), idempotency_key="named", **NAMED | {"target_modules": "q_proj"})
 
 
 def test_a_continued_job_is_the_same_again_where_the_old_one_cannot_be_read(own):
-    world = own()
-    old = world.done(world.client.submit(pairs(4), n_epochs=2, learning_rate=1e-3))
-    first = world.client.submit(resume_from=old.id, n_epochs=3, idempotency_key="on")
-    world.service.kill()
-    with sqlite3.connect(world.run_dir / "harli.db") as store:
+    rig = own()
+    old = rig.done(rig.client.submit(pairs(4), n_epochs=2, learning_rate=1e-3))
+    first = rig.client.submit(resume_from=old.id, n_epochs=3, idempotency_key="on")
+    rig.service.kill()
+    with sqlite3.connect(rig.run_dir / "harli.db") as store:
         store.execute("UPDATE jobs SET body = '{' WHERE id = ?", (old.id,))
-    world.service.start()
+    rig.service.start()
     for again in ({"n_epochs": 3}, {"n_epochs": 3, "learning_rate": 1e-3}, {}):
-        same = world.client.submit(resume_from=old.id, idempotency_key="on", **again)
+        same = rig.client.submit(resume_from=old.id, idempotency_key="on", **again)
         assert same.id == first.id
     with pytest.raises(ConfigError, match=r"learning_rate=0\.002 instead of 0\.001"):
-        world.client.submit(resume_from=old.id, n_epochs=3, learning_rate=2e-3, idempotency_key="on")
+        rig.client.submit(resume_from=old.id, n_epochs=3, learning_rate=2e-3, idempotency_key="on")
 
 
 # ------------------------------------------------------------------ records

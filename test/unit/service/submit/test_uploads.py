@@ -50,11 +50,11 @@ def left_behind(run_dir: Path) -> list[str]:
 
 # ------------------------------------------------------------------ size
 def test_a_large_file_goes_through_in_bounded_memory(own, tmp_path):
-    world = own(peers=False)
+    rig = own(peers=False)
     path = write_large(tmp_path / "large.jsonl", LARGE_MIB)
-    world.client.status()
-    world.client.submit(pairs(2))  # tokenizer and all are loaded
-    service, me = psutil.Process(world.service.process.pid), psutil.Process()
+    rig.client.status()
+    rig.client.submit(pairs(2))  # tokenizer and all are loaded
+    service, me = psutil.Process(rig.service.process.pid), psutil.Process()
     before, mine = service.memory_info().rss, me.memory_info().rss
     most = [before, mine]
     done = threading.Event()
@@ -67,7 +67,7 @@ def test_a_large_file_goes_through_in_bounded_memory(own, tmp_path):
     thread = threading.Thread(target=look)
     thread.start()
     try:
-        job = world.client.submit(path)
+        job = rig.client.submit(path)
     finally:
         done.set()
         thread.join()
@@ -75,46 +75,46 @@ def test_a_large_file_goes_through_in_bounded_memory(own, tmp_path):
     assert job.data["rows"] == 4 * LARGE_MIB
     assert (most[0] - before) < 64 * MIB, f"the service grew by {(most[0] - before) / MIB:.0f} MiB"
     assert (most[1] - mine) < 64 * MIB, f"the client grew by {(most[1] - mine) / MIB:.0f} MiB"
-    assert left_behind(world.run_dir) == []
+    assert left_behind(rig.run_dir) == []
 
 
-def test_rows_spool_to_a_file(world):
+def test_rows_spool_to_a_file(rig):
     rows = ({"prompt": "a", "completion": "b", "note": "x" * MIB} for _ in range(20))
-    assert world.client.submit(rows).data["rows"] == 20
+    assert rig.client.submit(rows).data["rows"] == 20
 
 
 # ------------------------------------------------------------------ lost connections
 def test_an_upload_survives_a_killed_service(own, tmp_path):
-    world = own(peers=False)
+    rig = own(peers=False)
     path = write_large(tmp_path / "large.jsonl", 48)
     told: list[str] = []
     found: list[public.Job] = []
 
     def submit() -> None:
-        with FinetuneClient(world.service.endpoint, on_connection=told.append) as client:
+        with FinetuneClient(rig.service.endpoint, on_connection=told.append) as client:
             found.append(client.submit(path, idempotency_key="once"))
 
-    world.client.status()
+    rig.client.status()
     thread = threading.Thread(target=submit)
     thread.start()
     for _ in range(2):
-        until(lambda: left_behind(world.run_dir), "the upload's folder")
-        world.restart()
+        until(lambda: left_behind(rig.run_dir), "the upload's folder")
+        rig.restart()
     thread.join(60)
     assert found and found[0].data["rows"] == 192
     assert told[:2] == ["connection lost, trying again", "connected again"]
-    assert [job.id for job in world.client.list()] == [found[0].id]
-    assert left_behind(world.run_dir) == []
+    assert [job.id for job in rig.client.list()] == [found[0].id]
+    assert left_behind(rig.run_dir) == []
 
 
 # ------------------------------------------------------------------ the raw verb
-def test_chunks_twice_late_and_out_of_order(world):
+def test_chunks_twice_late_and_out_of_order(rig):
     content = b"".join(json.dumps(pair).encode() + b"\n" for pair in pairs(200))
     third = len(content) // 3
     cuts = [content[:third], content[third : 2 * third], content[2 * third :]]
 
     def send(part: int, offset: int) -> int:
-        return exchange(world, "upload", upload_args(1, content, offset), cuts[part])["offset"]
+        return exchange(rig, "upload", upload_args(1, content, offset), cuts[part])["offset"]
 
     with pytest.raises(ConfigError, match="offset 0") as caught:
         send(1, third)
@@ -126,16 +126,16 @@ def test_chunks_twice_late_and_out_of_order(world):
     submit = {"filename": "f", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     submit |= {"upload": f"{1:032x}", "idempotency_key": "raw"}
     with pytest.raises(ConfigError, match=r"holds .* of .* bytes"):
-        exchange(world, "submit", submit)
+        exchange(rig, "submit", submit)
     assert send(2, 2 * third) == len(content)
     with pytest.raises(ConfigError, match="give one of the two"):
-        exchange(world, "submit", submit, b"more")
-    job = exchange(world, "submit", submit)["id"]
-    assert exchange(world, "submit", submit)["id"] == job  # the same key; the upload is gone
+        exchange(rig, "submit", submit, b"more")
+    job = exchange(rig, "submit", submit)["id"]
+    assert exchange(rig, "submit", submit)["id"] == job  # the same key; the upload is gone
     with pytest.raises(ConfigError, match="no upload") as caught:
-        exchange(world, "submit", submit | {"idempotency_key": "another"})
+        exchange(rig, "submit", submit | {"idempotency_key": "another"})
     assert caught.value.code == "upload_unknown"
-    assert left_behind(world.run_dir) == []
+    assert left_behind(rig.run_dir) == []
 
 
 @pytest.mark.parametrize(
@@ -151,70 +151,70 @@ def test_chunks_twice_late_and_out_of_order(world):
         ({"size": 0}, "bad_request", "size"),
     ],
 )
-def test_refusals_name_the_limit(world, changes, code, text):
+def test_refusals_name_the_limit(rig, changes, code, text):
     with pytest.raises(ConfigError, match=text) as caught:
-        exchange(world, "upload", upload_args(2, b"abc", **changes), b"abc")
+        exchange(rig, "upload", upload_args(2, b"abc", **changes), b"abc")
     assert caught.value.code == code
-    until(lambda: left_behind(world.run_dir) == [], "an empty folder")
+    until(lambda: left_behind(rig.run_dir) == [], "an empty folder")
 
 
-def test_a_chunk_is_one_frame(world):
+def test_a_chunk_is_one_frame(rig):
     for frames in ([], [b""], [b"a", b"b"]):
         with pytest.raises(ConfigError, match="one frame"):
-            exchange(world, "upload", upload_args(3, b"ab"), *frames)
+            exchange(rig, "upload", upload_args(3, b"ab"), *frames)
 
 
-def test_files_that_are_too_large_for_their_place_are_refused(world, tmp_path):
-    free = shutil.disk_usage(world.run_dir).free
+def test_files_that_are_too_large_for_their_place_are_refused(rig, tmp_path):
+    free = shutil.disk_usage(rig.run_dir).free
     if free < public.MAX_DATA_BYTES:
         with pytest.raises(ConfigError, match="are free") as caught:
-            exchange(world, "upload", upload_args(4, b"abc", size=free + MIB), b"abc")
+            exchange(rig, "upload", upload_args(4, b"abc", size=free + MIB), b"abc")
         assert caught.value.code == "storage"
     path = tmp_path / "huge.jsonl"
     with path.open("wb") as file:
         file.truncate(public.MAX_DATA_BYTES + 1)
     with pytest.raises(DataError, match=str(public.MAX_DATA_BYTES)):
-        world.client.submit(path)
+        rig.client.submit(path)
     frames = [b"x" * CHUNK] * 17
     args = {"filename": "f", "size": 17 * CHUNK, "sha256": hashlib.sha256(b"".join(frames)).hexdigest()}
     with pytest.raises(ConfigError, match="by `upload` first") as caught:
-        exchange(world, "submit", args, *frames)
+        exchange(rig, "submit", args, *frames)
     assert caught.value.code == "too_large"
 
 
 def test_uploads_at_once_are_bounded_and_clients_wait_their_turn(own):
-    world = own(peers=False)
-    world.client.status()
+    rig = own(peers=False)
+    rig.client.status()
     content = b"x" * (CHUNK + 1)
     for number in range(uploads.MAX_UPLOADS):
-        exchange(world, "upload", upload_args(number, content), content[:CHUNK])
+        exchange(rig, "upload", upload_args(number, content), content[:CHUNK])
     with pytest.raises(ConfigError, match=f"at most {uploads.MAX_UPLOADS}") as caught:
-        exchange(world, "upload", upload_args(99, content), content[:CHUNK])
+        exchange(rig, "upload", upload_args(99, content), content[:CHUNK])
     assert caught.value.code == public.BUSY
     row = b'{"prompt": "a", "completion": "b"}' + b" " * 2 * MIB + b"\n"
     jobs: list[public.Job] = []
-    thread = threading.Thread(target=lambda: jobs.append(world.client.submit(row)))
+    thread = threading.Thread(target=lambda: jobs.append(rig.client.submit(row)))
     thread.start()
     assert not jobs
     with pytest.raises(ConfigError, match="sha256"):  # the end of one that was begun
-        exchange(world, "upload", upload_args(0, content, CHUNK, sha256="0" * 64), content[CHUNK:])
-    exchange(world, "upload", upload_args(0, content, CHUNK), content[CHUNK:])
+        exchange(rig, "upload", upload_args(0, content, CHUNK, sha256="0" * 64), content[CHUNK:])
+    exchange(rig, "upload", upload_args(0, content, CHUNK), content[CHUNK:])
     args = {"filename": "f", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     with pytest.raises(ConfigError, match=r"not JSON|longer"):
-        exchange(world, "submit", args | {"upload": f"{0:032x}"})
+        exchange(rig, "submit", args | {"upload": f"{0:032x}"})
     thread.join(30)
     assert jobs and jobs[0].data["rows"] == 1
 
 
 def test_what_a_crash_left_is_removed_at_start(own):
-    world = own(peers=False)
-    world.client.status()
+    rig = own(peers=False)
+    rig.client.status()
     content = b"x" * (CHUNK + 1)
-    exchange(world, "upload", upload_args(5, content), content[:CHUNK])
-    assert left_behind(world.run_dir) == [f".upload-{5:032x}"]
-    world.restart()
-    world.client.status()
-    assert left_behind(world.run_dir) == []
+    exchange(rig, "upload", upload_args(5, content), content[:CHUNK])
+    assert left_behind(rig.run_dir) == [f".upload-{5:032x}"]
+    rig.restart()
+    rig.client.status()
+    assert left_behind(rig.run_dir) == []
 
 
 def test_what_stands_still_is_removed(tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ def test_what_stands_still_is_removed(tmp_path, monkeypatch):
     asyncio.run(run())
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_named(world, tmp_path):
+def test_a_file_that_shrinks_while_it_is_read_is_named(rig, tmp_path):
     from sglang_harli.client.data_source import DataSource
 
     path = write_large(tmp_path / "shrinks.jsonl", 2)

@@ -49,9 +49,9 @@ def talks(count: int = 6) -> list[dict[str, Any]]:
     ]
 
 
-def stored(world: ServiceUnderTest, job: Job) -> list[list[int]]:
+def stored(rig: ServiceUnderTest, job: Job) -> list[list[int]]:
     """The rows that the job trains on."""
-    folder = world.folder(job) / "data" / world.client.get(job.id).data.get("rows_in", ".")
+    folder = rig.folder(job) / "data" / rig.client.get(job.id).data.get("rows_in", ".")
     reader = TokenReader(folder)
     found = [reader.row(i)[0].tolist() for i in range(len(reader))]
     reader.close()
@@ -63,9 +63,9 @@ def rows_of(made_by: TokenizerState, records: list[dict[str, Any]]) -> list[list
     return [row.ids for record in records for row in tokenizer.rows(record)]
 
 
-def reason(world: ServiceUnderTest, job: Job, part: str) -> str:
+def reason(rig: ServiceUnderTest, job: Job, part: str) -> str:
     def found() -> str:
-        text = world.client.get(job.id).reason or ""
+        text = rig.client.get(job.id).reason or ""
         return text if part in text else ""
 
     return until(found, f"a reason with {part!r}")
@@ -73,47 +73,47 @@ def reason(world: ServiceUnderTest, job: Job, part: str) -> str:
 
 # ------------------------------------------------------------------ while the server is up
 def test_rows_are_made_with_what_was_handed_over(own, model):
-    world = own(peers=False)
-    world.join_http(state(model))
-    world.join_scheduler()
-    until(lambda: world.http.states and not world.http.states[-1].tokenizer_lost, "the hello")
-    until(lambda: "server's own tokenizer" in world.service.log.read_text(), "the tokenizer")
-    job = world.client.submit(pairs(4))
-    assert stored(world, job) == rows_of(state(model), pairs(4))
+    rig = own(peers=False)
+    rig.join_http(state(model))
+    rig.join_scheduler()
+    until(lambda: rig.http.states and not rig.http.states[-1].tokenizer_lost, "the hello")
+    until(lambda: "server's own tokenizer" in rig.service.log.read_text(), "the tokenizer")
+    job = rig.client.submit(pairs(4))
+    assert stored(rig, job) == rows_of(state(model), pairs(4))
     assert job.data["tokenizer"] == state(model).fingerprint
-    world.done(job)
+    rig.done(job)
 
 
 def test_no_job_starts_before_it_is_known_which_tokenizer_serves(own):
-    world = own(peers=False)
-    world.http = object()  # none says hello
-    world.join_scheduler()
-    job = world.client.submit(pairs(4))
-    assert "waiting for the server's tokenizer" in reason(world, job, "tokenizer")
-    world.join_http()
-    world.done(job)
+    rig = own(peers=False)
+    rig.http = object()  # none says hello
+    rig.join_scheduler()
+    job = rig.client.submit(pairs(4))
+    assert "waiting for the server's tokenizer" in reason(rig, job, "tokenizer")
+    rig.join_http()
+    rig.done(job)
 
 
 def test_a_tokenizer_that_was_lost_is_written_and_said_again(own, model):
-    world = own(peers=False)
-    peer = world.join_http(state(model))
-    world.join_scheduler()
-    world.done(world.client.submit(pairs(4)))
+    rig = own(peers=False)
+    peer = rig.join_http(state(model))
+    rig.join_scheduler()
+    rig.done(rig.client.submit(pairs(4)))
     assert peer.writes == 1
     for damage in ("gone", "torn", "another"):
-        path = world.run_dir / tokenizer_state.FILE
+        path = rig.run_dir / tokenizer_state.FILE
         if damage == "gone":
             path.unlink()
         elif damage == "torn":
             path.write_bytes(path.read_bytes()[:-20])
         else:
-            tokenizer_state.write(world.run_dir, tokenizer_state.encode(state(model, CHAT_TEMPLATE)))
+            tokenizer_state.write(rig.run_dir, tokenizer_state.encode(state(model, CHAT_TEMPLATE)))
         writes = peer.writes
-        world.restart()
-        job = world.client.submit(pairs(4))
-        world.done(job)
+        rig.restart()
+        job = rig.client.submit(pairs(4))
+        rig.done(job)
         assert peer.writes > writes
-        assert world.client.get(job.id).data["tokenizer"] == state(model).fingerprint
+        assert rig.client.get(job.id).data["tokenizer"] == state(model).fingerprint
 
 
 def test_only_a_change_is_told_while_it_cannot_be_read(tmp_path, model, caplog):
@@ -147,13 +147,13 @@ def test_whatever_a_library_raises_no_job_waits_without_a_word(tmp_path, model, 
 
 
 def test_chats_that_the_server_renders_by_a_template_of_its_own_are_refused(own, model):
-    world = own(peers=False)
-    world.join_http(state(model, None, refusal="the server renders chats by SGLang's own template 'x'"))
-    world.join_scheduler()
-    until(lambda: "server's own tokenizer" in world.service.log.read_text(), "the tokenizer")
+    rig = own(peers=False)
+    rig.join_http(state(model, None, refusal="the server renders chats by SGLang's own template 'x'"))
+    rig.join_scheduler()
+    until(lambda: "server's own tokenizer" in rig.service.log.read_text(), "the tokenizer")
     with pytest.raises(DataError, match="SGLang's own template 'x'"):
-        world.client.submit(pairs(4))
-    world.done(world.client.submit([{"prompt": "a b", "completion": " c"}] * 4))
+        rig.client.submit(pairs(4))
+    rig.done(rig.client.submit([{"prompt": "a b", "completion": " c"}] * 4))
 
 
 def test_a_tokenizer_without_backend_is_loaded_by_its_path_and_has_to_agree(tmp_path):
@@ -167,145 +167,143 @@ def test_a_tokenizer_without_backend_is_loaded_by_its_path_and_has_to_agree(tmp_
     made = describe(live, ChatTemplate(source=OTHER_TEMPLATE), [1])
     assert made.backend is None and made.refusal is None
     wrong = [p.__class__(text=p.text, ids=[*p.ids[:-1], 7], plain=p.plain) for p in made.probes]
-    worlds = []
+    rigs = []
     for number, handed in enumerate(
         (made, made.__class__(**{n: getattr(made, n) for n in made.__struct_fields__} | {"probes": wrong}))
     ):
-        world = ServiceUnderTest(tmp_path / str(number), folder, peers=False)
-        worlds.append(world)
+        rig = ServiceUnderTest(tmp_path / str(number), folder, peers=False)
+        rigs.append(rig)
         try:
-            world.join_http(handed)
-            world.join_scheduler(vocab_size=500)
-            until(
-                lambda world=world: "server's own tokenizer" in world.service.log.read_text(), "the tokenizer"
-            )
+            rig.join_http(handed)
+            rig.join_scheduler(vocab_size=500)
+            until(lambda rig=rig: "server's own tokenizer" in rig.service.log.read_text(), "the tokenizer")
             if number == 0:
-                job = world.client.submit(pairs(4))
+                job = rig.client.submit(pairs(4))
                 expected = [r.ids for p in pairs(4) for r in RowEncoder(ServedTokenizer(made, live)).rows(p)]
-                assert stored(world, job) == expected
-                world.done(job)
+                assert stored(rig, job) == expected
+                rig.done(job)
             else:
                 with pytest.raises(DataError, match="gets other ids than in serving"):
-                    world.client.submit(pairs(4))
+                    rig.client.submit(pairs(4))
         finally:
-            world.close()
+            rig.close()
 
 
 # ------------------------------------------------------------------ jobs of before
 def test_a_job_that_came_early_is_made_again_with_what_the_server_has(own, model):
-    world = own(peers=False)
-    early = world.client.submit(talks(), n_epochs=2)
-    own_rows = stored(world, early)
+    rig = own(peers=False)
+    early = rig.client.submit(talks(), n_epochs=2)
+    own_rows = stored(rig, early)
     assert len(own_rows) == 6
     live = state(model, CUTTING_TEMPLATE)
-    world.join_http(live)
-    world.join_scheduler()
-    job = world.done(early)
-    assert stored(world, job) == rows_of(live, talks()) != own_rows
+    rig.join_http(live)
+    rig.join_scheduler()
+    job = rig.done(early)
+    assert stored(rig, job) == rows_of(live, talks()) != own_rows
     assert (job.data["rows"], job.total_steps, job.step) == (12, 6, 6)
-    validated = [e for e in world.client.events(job.id) if e.type == "data_validated"]
+    validated = [e for e in rig.client.events(job.id) if e.type == "data_validated"]
     assert "made again" in validated[-1].message and validated[-1].data["rows"] == 12
-    late = world.done(world.client.submit(talks(), n_epochs=2))
-    assert np.array_equal(world.result(job), world.result(late))
+    late = rig.done(rig.client.submit(talks(), n_epochs=2))
+    assert np.array_equal(rig.result(job), rig.result(late))
 
 
 def test_a_limit_that_comes_later_than_the_data(own):
-    world = own(peers=False)
+    rig = own(peers=False)
     rows = [*pairs(4), {"prompt": "word " * 30, "completion": "x " * 30}]
-    cut, dropped, kept = (world.client.submit(rows, on_overflow=v) for v in ("truncate", "drop", "error"))
+    cut, dropped, kept = (rig.client.submit(rows, on_overflow=v) for v in ("truncate", "drop", "error"))
     assert cut.data["longest_row"] > 128
-    world.join_http()
-    world.join_scheduler()
-    cut, dropped = world.done(cut), world.done(dropped)
+    rig.join_http()
+    rig.join_scheduler()
+    cut, dropped = rig.done(cut), rig.done(dropped)
     assert (cut.data["rows"], cut.data["truncated"], cut.data["longest_row"]) == (5, 1, 128)
     assert (dropped.data["rows"], dropped.data["dropped"]) == (4, 1)
-    assert "line 5: " in reason(world, kept, "the limit is 128")
-    world.done(world.client.submit(pairs(4)))  # it does not wait for the one that is held
+    assert "line 5: " in reason(rig, kept, "the limit is 128")
+    rig.done(rig.client.submit(pairs(4)))  # it does not wait for the one that is held
 
 
 @pytest.fixture
 def half_done(own, model):
     """A job that has trained three steps under a template of its own and is paused."""
-    world = own(peers=False)
-    world.join_http(state(model))
-    scheduler = world.join_scheduler()
+    rig = own(peers=False)
+    rig.join_http(state(model))
+    scheduler = rig.join_scheduler()
     scheduler.step_s = 0.2
-    job = world.client.submit(talks(), n_epochs=6, batch_size=4)
-    world.at_step(job, 3)
-    world.client.pause(job.id)
-    world.status(job, "paused")
+    job = rig.client.submit(talks(), n_epochs=6, batch_size=4)
+    rig.at_step(job, 3)
+    rig.client.pause(job.id)
+    rig.status(job, "paused")
     scheduler.step_s = 0.0
-    return world, job
+    return rig, job
 
 
-def again(world: ServiceUnderTest, tokenizer: TokenizerState) -> None:
+def again(rig: ServiceUnderTest, tokenizer: TokenizerState) -> None:
     """The server comes back with another tokenizer or template."""
-    world.service.kill()
-    world.http.tokenizer = tokenizer
-    world.http.hand_over()
-    world.http.service_pid = None
-    world.service.start()
-    until(lambda: world.http.states[-1].pid == world.service.process.pid, "the new service")
+    rig.service.kill()
+    rig.http.tokenizer = tokenizer
+    rig.http.hand_over()
+    rig.http.service_pid = None
+    rig.service.start()
+    until(lambda: rig.http.states[-1].pid == rig.service.process.pid, "the new service")
 
 
 def test_a_job_that_has_trained_goes_on_where_the_rows_are_as_many(half_done, model):
-    world, job = half_done
-    again(world, state(model, CHAT_TEMPLATE))
-    world.client.resume(job.id)
-    done = world.done(job)
+    rig, job = half_done
+    again(rig, state(model, CHAT_TEMPLATE))
+    rig.client.resume(job.id)
+    done = rig.done(job)
     assert done.total_steps == job.total_steps
-    assert stored(world, done) == rows_of(state(model, CHAT_TEMPLATE), talks())
+    assert stored(rig, done) == rows_of(state(model, CHAT_TEMPLATE), talks())
 
 
 def test_a_job_that_has_trained_waits_where_they_are_not_and_holds_up_nobody(half_done, model):
-    world, job = half_done
-    again(world, state(model, CUTTING_TEMPLATE))
-    world.client.resume(job.id)
-    text = reason(world, job, "it has trained ")
+    rig, job = half_done
+    again(rig, state(model, CUTTING_TEMPLATE))
+    rig.client.resume(job.id)
+    text = reason(rig, job, "it has trained ")
     assert "12 rows in" in text and "--chat-template" in text and "submit the data again" in text
-    world.done(world.client.submit(pairs(4)))
-    assert world.client.get(job.id).status == "queued"
-    again(world, state(model))
-    done = world.done(job)
-    assert stored(world, done) == rows_of(state(model), talks())
+    rig.done(rig.client.submit(pairs(4)))
+    assert rig.client.get(job.id).status == "queued"
+    again(rig, state(model))
+    done = rig.done(job)
+    assert stored(rig, done) == rows_of(state(model), talks())
 
 
 def test_jobs_that_another_template_refuses_wait_for_theirs(own, model):
-    world = own(peers=False)
+    rig = own(peers=False)
     system = [{"messages": [{"role": "system", "content": "Be kind."}, *p["messages"]]} for p in pairs(4)]
-    job = world.client.submit(system)
-    world.join_http(state(model, NO_SYSTEM))
-    world.join_scheduler()
-    assert "no system role" in reason(world, job, "its data is not accepted")
-    world.done(world.client.submit(pairs(4)))  # those behind it run
-    assert world.client.get(job.id).status == "queued"
-    again(world, state(model))
-    world.done(job)
+    job = rig.client.submit(system)
+    rig.join_http(state(model, NO_SYSTEM))
+    rig.join_scheduler()
+    assert "no system role" in reason(rig, job, "its data is not accepted")
+    rig.done(rig.client.submit(pairs(4)))  # those behind it run
+    assert rig.client.get(job.id).status == "queued"
+    again(rig, state(model))
+    rig.done(job)
 
 
 def test_rows_that_were_made_again_are_carried_on(own, model):
     """A job that goes on without data takes over the rows it had last."""
-    world = own(peers=False)
-    job = world.client.submit(talks())
+    rig = own(peers=False)
+    job = rig.client.submit(talks())
     live = state(model, CUTTING_TEMPLATE)
-    world.join_http(live)
-    world.join_scheduler()
-    world.done(job)
-    more = world.done(world.client.submit(resume_from=job.id, n_epochs=5))
-    assert stored(world, more) == rows_of(live, talks())
+    rig.join_http(live)
+    rig.join_scheduler()
+    rig.done(job)
+    more = rig.done(rig.client.submit(resume_from=job.id, n_epochs=5))
+    assert stored(rig, more) == rows_of(live, talks())
     assert more.data["rows"] == 12 and "rows_in" not in more.data
 
 
 def test_data_that_is_gone_is_no_end_of_the_job(own, model):
-    world = own(peers=False)
-    job = world.client.submit(pairs(4))
-    os.rename(world.folder(job) / "data" / "train.jsonl", world.folder(job) / "away")
-    world.join_http(state(model))
-    world.join_scheduler()
-    reason(world, job, "its data is gone")
-    os.rename(world.folder(job) / "away", world.folder(job) / "data" / "train.jsonl")
-    again(world, state(model))
-    world.done(job)
+    rig = own(peers=False)
+    job = rig.client.submit(pairs(4))
+    os.rename(rig.folder(job) / "data" / "train.jsonl", rig.folder(job) / "away")
+    rig.join_http(state(model))
+    rig.join_scheduler()
+    reason(rig, job, "its data is gone")
+    os.rename(rig.folder(job) / "away", rig.folder(job) / "data" / "train.jsonl")
+    again(rig, state(model))
+    rig.done(job)
 
 
 # ------------------------------------------------------------------ the file

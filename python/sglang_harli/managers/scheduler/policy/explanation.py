@@ -26,19 +26,19 @@ def why(sub_state: str, reason: str, serving: dict[str, Any]) -> str:
     if sub_state == SubState.TRAINING and reason == Reason.IDLE:
         return "Training runs in large quanta: nothing is served."
     if sub_state == SubState.TRAINING and reason == Reason.PROBE:
-        return f"Training yields for the most part, and tries its smallest quantum now and then: {_room(serving)}."
+        return f"Training yields for the most part, and tries its smallest quantum now and then: {_slack_left(serving)}."
     if impossible and sub_state in (SubState.TRAINING, SubState.YIELDING):
         return f"Training yields until nothing is served: {'; '.join(impossible)}, so {CONSEQUENCE}."
     if sub_state == SubState.TRAINING:
-        return f"Training runs between decode steps: {_room(serving)}."
+        return f"Training runs between decode steps: {_slack_left(serving)}."
     if sub_state != SubState.YIELDING:
         return f"Training does not run ({sub_state.replace('_', ' ')}){': ' + reason if reason else ''}."
     if reason in qos_policy.NO_SLACK.values():
-        return f"Training yields: {reason}; {_room(serving)}."
+        return f"Training yields: {reason}; {_slack_left(serving)}."
     return f"Training yields: {reason}."
 
 
-def _room(serving: dict[str, Any]) -> str:
+def _slack_left(serving: dict[str, Any]) -> str:
     slack_ms, bound = serving.get("slack_ms"), serving.get("slack_bound")
     step = (
         f"the next decode step takes {serving['decode_ms']:.3g} ms, at most {serving['decode_upper_ms']:.3g}"
