@@ -2,13 +2,15 @@
 
     python benchmark/ablate_predictor.py [--record] [--recordings FOLDER] [--steps 4000]
 
-Replays recorded steps of a server under load (``prediction/recordings/``) through the predictor with each mechanism switched
-off, and prints error, coverage and width of the bounds.  A mechanism is listed as neutral where nothing gets worse in
-any recording.  Needs neither server nor model, and takes seconds.
+Replays recorded steps of a server under load (``prediction/recordings/``) through the predictor
+with each mechanism switched off, and prints error, coverage and width of the bounds.  A mechanism
+is listed as neutral where nothing gets worse in any recording.  Needs neither server nor model, and
+takes seconds.
 
-``--record`` makes the recordings anew, of a real server on the CPU engine (a 25M-parameter model) with a job in training:
-*quiet* (mixed clients), *neighbour* (the same, and another process takes half a core in every other half minute) and
-*bursts* (a dozen requests at once, then none for a while).  About 3 minutes each; nothing else should run.
+``--record`` makes the recordings anew, of a real server on the CPU engine (a 25M-parameter model)
+with a job in training: *quiet* (mixed clients), *neighbour* (the same, and another process takes
+half a core in every other half minute) and *bursts* (a dozen requests at once, then none for a
+while).  About 3 minutes each; nothing else should run.
 
 Exits with 1 when a recording is missing or too short to say anything.
 """

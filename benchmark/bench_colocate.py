@@ -1,19 +1,23 @@
-"""How much does a server train in the time that its latency target leaves over, and does it keep the target?
+"""How much does a server train in the time that its latency target leaves over, and does it keep
+the target?
 
     python benchmark/bench_colocate.py [--quick] [--json FILE]
     python benchmark/bench_colocate.py --device cuda --model-size 8b [--quick]
 
-Side by side in one run, on the same requests from SGLang's own bench_serving: serve-only (plain SGLang), train-only (ours without
-requests, and a plain transformers + peft loop), serving and that loop as separate processes (uncoordinated; at nice 19 with
---sleep-on-idle; with a duty cycle), fixed time slices, and harli.  Loads are per cent of the time that serve-only is busy,
-calibrated first; targets are multiples of its median TPOT there, set by ``harli set`` while the server runs.  Our server with its
-job paused is a control: what of a difference is training's.
+Side by side in one run, on the same requests from SGLang's own bench_serving: serve-only (plain
+SGLang), train-only (ours without requests, and a plain transformers + peft loop), serving and that
+loop as separate processes (uncoordinated; at nice 19 with --sleep-on-idle; with a duty cycle),
+fixed time slices, and harli.  Loads are per cent of the time that serve-only is busy, calibrated
+first; targets are multiples of its median TPOT there, set by ``harli set`` while the server runs.
+Our server with its job paused is a control: what of a difference is training's.
 
-Everything is started once; only what is measured runs, the rest is held by SIGSTOP.  A repetition measures every cell once, in an
-order drawn anew; ratios are taken within a repetition.  The rule by which a disturbed cell is left out is in
-``colocate/noise.py``, what must hold in ``colocate/judge.py``.  Where too few requests are left, harli and serve-only are measured in
-further repetitions; ``--resume`` goes on with a run that was ended, on its targets and rates.  Exits with 1 exactly when a row fails:
-when the whole 95% interval of its ratio is on the wrong side.
+Everything is started once; only what is measured runs, the rest is held by SIGSTOP.  A repetition
+measures every cell once, in an order drawn anew; ratios are taken within a repetition.  The rule by
+which a disturbed cell is left out is in ``colocate/noise.py``, what must hold in
+``colocate/judge.py``.  Where too few requests are left, harli and serve-only are measured in
+further repetitions; ``--resume`` goes on with a run that was ended, on its targets and rates.
+Exits with 1 exactly when a row fails: when the whole 95% interval of its ratio is on the wrong
+side.
 """
 
 from __future__ import annotations
@@ -131,7 +135,8 @@ def _defaults(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         parser.error(str(error))
     if any(load and not 1 <= load <= 95 for load in options.loads):
         parser.error("--loads: give idle, and per cent from 1 to 95")
-    # many short repetitions: what is compared is measured within minutes, and the machine's speed changes in those
+    # many short repetitions: what is compared is measured within minutes, and the machine's speed
+    # changes in those
     options.repetitions = options.repetitions or ((1 if cuda else 3) if quick else 3 if cuda else 10)
     options.requests = options.requests or (
         (16 if cuda else 20) if quick else math.ceil(REQUESTS / options.repetitions)
@@ -186,7 +191,8 @@ def resumed(options: argparse.Namespace) -> dict[str, Any] | None:
     """The results to go on with; None: from the beginning.
 
     Raises:
-        ValueError: the file is no such thing, or was measured under other options or on another machine.
+        ValueError: the file is no such thing, or was measured under other options or on another
+            machine.
     """
     if options.resume is None:
         return None
@@ -206,7 +212,8 @@ def resumed(options: argparse.Namespace) -> dict[str, Any] | None:
             raise ValueError(
                 f"--resume {options.resume}: {name} there: {found[name]!r}; asked for: {value!r}"
             )
-    # targets and rates are of the processor that they were calibrated on: on another one they say nothing
+    # targets and rates are of the processor that they were calibrated on: on another one they say
+    # nothing
     here = bench_report.meta_info()
     for name in MACHINE:
         if found[name] != here[name]:
@@ -278,7 +285,8 @@ def calibrated(rig: Rig, options: argparse.Namespace, results: dict[str, Any]) -
 
 
 def warm_up(rig: Rig, results: dict[str, Any]) -> None:
-    """Discarded: our server begins with cautious estimates, and they settle within some hundred steps."""
+    """Discarded: our server begins with cautious estimates, and they settle within some hundred
+    steps."""
     at = results["baseline"]
     load = str(at["load"])
     rate = results["calibration"]["loads"][load]["rate"]

@@ -2,12 +2,13 @@
 
     python benchmark/bench_compiled.py [--repeats 40] [--threads 2]
 
-One layer's backward quantum (recomputed and differentiated, as the scheduler runs it) of the 25M model, of 32 to 256
-tokens: as it is, and compiled by torch.compile as one graph for exactly that shape, by turns.  The compiled one
-must give the same numbers (bf16 rounds elsewhere) without a break of the graph, or this ends with an error.
+One layer's backward quantum (recomputed and differentiated, as the scheduler runs it) of the 25M
+model, of 32 to 256 tokens: as it is, and compiled by torch.compile as one graph for exactly that
+shape, by turns.  The compiled one must give the same numbers (bf16 rounds elsewhere) without a
+break of the graph, or this ends with an error.
 
-A compiler's graph ends where something is written into a slice, so products get their own memory there and are
-copied; that is part of what is compared.
+A compiler's graph ends where something is written into a slice, so products get their own memory
+there and are copied; that is part of what is compared.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def copied(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 @contextmanager
 def compilable() -> Iterator[None]:
-    """The layer's code as one graph: no writes into slices by ``out``, and the mask is a constant."""
+    """The layer's code as one graph: no writes into slices by ``out``, and the mask is a
+    constant."""
     later = attention._later
     mask = later(torch.float32)
     products = {name: getattr(torch, name) for name in ("mm", "mul", "addmm")}

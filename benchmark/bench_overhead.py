@@ -2,12 +2,13 @@
 
     python benchmark/bench_overhead.py [--launches 3] [--blocks 16] [--batch 8] [--tokens 48]
 
-A 25M-parameter model.  Three servers run at once: plain SGLang (no plugin, no LoRA), ours with its LoRA
-serving and finetune service, and a second plain one as the control.  Short blocks of the same fixed batch
-alternate between them; the two that are not measured are held by SIGSTOP, because an idle SGLang
-scheduler spins on a core.  Two identical servers differ by up to 2% from launch to launch, so everything is
-launched anew several times and the 95% interval (Student's t, on logarithms) is taken over launches.
-Exits with 1 when the interval's lower end is above 1.02 and above the upper end of the control's.
+A 25M-parameter model.  Three servers run at once: plain SGLang (no plugin, no LoRA), ours with its
+LoRA serving and finetune service, and a second plain one as the control.  Short blocks of the same
+fixed batch alternate between them; the two that are not measured are held by SIGSTOP, because an
+idle SGLang scheduler spins on a core.  Two identical servers differ by up to 2% from launch to
+launch, so everything is launched anew several times and the 95% interval (Student's t, on
+logarithms) is taken over launches. Exits with 1 when the interval's lower end is above 1.02 and
+above the upper end of the control's.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def one_launch(
 
 
 def log_ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """The median over rounds of the logarithm of one side's time by the other's in the same round."""
+    """The median over rounds of the logarithm of one side's time by the other's in the same
+    round."""
     return statistics.median(math.log(a / b) for a, b in zip(over, under, strict=True))
 
 

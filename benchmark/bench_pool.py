@@ -2,16 +2,18 @@
 
     python benchmark/bench_pool.py [--quick] [--seed 1]
 
-Four servers of a 25M model (with --quick a smaller one) with the same memory for KV cache and training together serve the same request trace
-(``pool/trace.py``, from the seed) in turn, those that are not measured held by SIGSTOP: plain SGLang with all of
-it as KV cache and no training; two static splits, whose KV cache is 50 and 80% of it, the rest a fixed reserve for
-training; and the unified pool.  All but the first train meanwhile, with the same job.  After the trace, with nothing
-in training, one request as long as the server accepts shows how many tokens the cache holds.  The largest
-micro-batches are found by trying (``pool/capacity.py``).
+Four servers of a 25M model (with --quick a smaller one) with the same memory for KV cache and
+training together serve the same request trace (``pool/trace.py``, from the seed) in turn, those
+that are not measured held by SIGSTOP: plain SGLang with all of it as KV cache and no training; two
+static splits, whose KV cache is 50 and 80% of it, the rest a fixed reserve for training; and the
+unified pool.  All but the first train meanwhile, with the same job.  After the trace, with nothing
+in training, one request as long as the server accepts shows how many tokens the cache holds.  The
+largest micro-batches are found by trying (``pool/capacity.py``).
 
-Exits with 1 when a statement that must hold does not (``pool/judge.py`` lists them): the unified pool caches as
-many tokens as SGLang alone and trains the micro-batch that the whole budget allows, no split does either, no request
-is retracted or rejected that SGLang alone serves, and memory is taken back in less than a decode step at the median.
+Exits with 1 when a statement that must hold does not (``pool/judge.py`` lists them): the unified
+pool caches as many tokens as SGLang alone and trains the micro-batch that the whole budget allows,
+no split does either, no request is retracted or rejected that SGLang alone serves, and memory is
+taken back in less than a decode step at the median.
 """
 
 from __future__ import annotations
@@ -49,8 +51,9 @@ LOOK_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """``model``: of ``make_model``; ``pool_tokens``: slots of the KV cache where it has all the memory; ``row_tokens``: of the job's rows and of
-    the largest micro-batch's; ``batch``: rows of the job's micro-batches, that the smallest split can hold."""
+    """``model``: of ``make_model``; ``pool_tokens``: slots of the KV cache where it has all the
+    memory; ``row_tokens``: of the job's rows and of the largest micro-batch's; ``batch``: rows of
+    the job's micro-batches, that the smallest split can hold."""
 
     model: str
     dtype: str
@@ -192,7 +195,8 @@ def serve(mode: str, server: Server, waves: list[trace.Wave], sizes: Sizes) -> d
 
 
 def longest(server: Server) -> dict[str, int]:
-    """The longest request that the server takes, and what a second one finds of it in the prefix cache."""
+    """The longest request that the server takes, and what a second one finds of it in the prefix
+    cache."""
     slots = int(servers.get(server, "/server_info")["max_total_num_tokens"])
     prompt = tuple(10 + n % 997 for n in range(slots - PROBE_TOKENS - 2))
     first, again = Seen("longest"), Seen("again")

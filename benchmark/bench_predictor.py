@@ -2,16 +2,18 @@
 
     python benchmark/bench_predictor.py [--steps 6000] [--seeds 5] [--calls 20000] [--server]
 
-Without ``--server`` neither a server nor a model.  *Cost*: microseconds of one estimate, of the prices of all sizes of a quantum, of one
-observation, and of one whole decision of the scheduler (prices, slack of a batch of 32, policy), p50 and p99.
-*Error and coverage*: on generated loads whose batch and contexts wander, each step predicted before it is learnt
-(so every one is held out), with several kinds of scatter; at two thirds the speed of the machine changes.
-Exits with 1 when a decision takes 50 us or more (p99), an error is 10% or more, or an upper bound covers less
-than 98% of the steps, before the change or from 200 steps after it.
+Without ``--server`` neither a server nor a model.  *Cost*: microseconds of one estimate, of the
+prices of all sizes of a quantum, of one observation, and of one whole decision of the scheduler
+(prices, slack of a batch of 32, policy), p50 and p99. *Error and coverage*: on generated loads
+whose batch and contexts wander, each step predicted before it is learnt (so every one is held out),
+with several kinds of scatter; at two thirds the speed of the machine changes. Exits with 1 when a
+decision takes 50 us or more (p99), an error is 10% or more, or an upper bound covers less than 98%
+of the steps, before the change or from 200 steps after it.
 
-With ``--server`` nothing of that, but the predictions of a real one on the CPU engine (a 25M-parameter model): decode steps of
-mixed loads while a job trains; then another process takes half a core, and gives it back.  Exits with 1 when the error is
-10% or more, a bound covers less than 98% of the steps, or coverage is not back within 200 steps of a change.
+With ``--server`` nothing of that, but the predictions of a real one on the CPU engine (a
+25M-parameter model): decode steps of mixed loads while a job trains; then another process takes
+half a core, and gives it back.  Exits with 1 when the error is 10% or more, a bound covers less
+than 98% of the steps, or coverage is not back within 200 steps of a change.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ WARM_UP = 300  # steps that are shown and not judged: the predictor starts from 
 SPEEDS = (0.7, 1.6)
 BATCH, ROW_TOKENS = 32, 256
 
-# Milliseconds: base, per request, per token of context, and a share that no line has (batches in steps of 8).
+# Milliseconds: base, per request, per token of context, and a share that no line has (batches in
+# steps of 8).
 MACHINES = {
     "cpu, 25M": (7.0, 0.9, 4e-4, 0.0),
     "gpu, 8B": (18.0, 0.05, 1.5e-4, 0.0),
@@ -116,7 +119,8 @@ def one_load(
 
 
 def back_after(covered: Sequence[bool]) -> int:
-    """Steps after a change until the next 200 are covered as promised; their number when they never are."""
+    """Steps after a change until the next 200 are covered as promised; their number when they never
+    are."""
     window = min(BACK_WITHIN, len(covered))
     for start in range(len(covered) - window + 1):
         if sum(covered[start : start + window]) >= COVERAGE * window:

@@ -1,11 +1,12 @@
-"""Does our server start as fast as plain SGLang with the same limits, and how much memory does it take?
+"""Does our server start as fast as plain SGLang with the same limits, and how much memory does it
+take?
 
     python benchmark/bench_start.py [--model DIR] [--launches 3]
 
-Launches alternate (plain, ours, plain, ours, ...) after one discarded launch of each; times are medians,
-from the command to the first 200 of /health_generate.  Memory is the proportional set size (PSS) of all
-processes of the server, the finetune service included.  Exits with 1 above 1.2 times plain SGLang's time,
-or at 5 GB and more.
+Launches alternate (plain, ours, plain, ours, ...) after one discarded launch of each; times are
+medians, from the command to the first 200 of /health_generate.  Memory is the proportional set size
+(PSS) of all processes of the server, the finetune service included.  Exits with 1 above 1.2 times
+plain SGLang's time, or at 5 GB and more.
 """
 
 from __future__ import annotations

@@ -2,15 +2,16 @@
 
     python benchmark/bench_step.py [--steps 12] [--rows 4] [--length 256] [--threads 2]
 
-The 25M model (512 wide, 8 layers, random weights) with LoRA rank 16 on all linears, one optimizer step
-of ``rows * length`` tokens, every token but a row's first a target.  Sides alternate step by step, so
-that all see the same machine.  Prints one JSON object:
+The 25M model (512 wide, 8 layers, random weights) with LoRA rank 16 on all linears, one optimizer
+step of ``rows * length`` tokens, every token but a row's first a target.  Sides alternate step by
+step, so that all see the same machine.  Prints one JSON object:
 
-- the whole step: median tokens/s of each side, the plain loop's and ours, by all rows at once, by half of them and
-  row by row, ours also with activations kept instead of recomputed; the ratio to the plain loop by all rows, and to
-  the plain loop's best;
-- one layer: median ms of forward and backward of 32, 64, 128 and 256 tokens in transformers' layer with peft's
-  modules under autograd, and of the same recomputed and differentiated by ours, which is a backward quantum.
+- the whole step: median tokens/s of each side, the plain loop's and ours, by all rows at once, by
+  half of them and row by row, ours also with activations kept instead of recomputed; the ratio to
+  the plain loop by all rows, and to the plain loop's best;
+- one layer: median ms of forward and backward of 32, 64, 128 and 256 tokens in transformers' layer
+  with peft's modules under autograd, and of the same recomputed and differentiated by ours, which
+  is a backward quantum.
 
 It does not show what serving beside it costs, nor what a latency target leaves over.
 """
@@ -88,7 +89,8 @@ def layer_wise_side(
     *,
     kept: bool = False,
 ) -> Callable[[], None]:
-    """One call: a step in quanta of at most ``rows`` rows; times of quanta go to ``quanta`` by kind, ms.
+    """One call: a step in quanta of at most ``rows`` rows; times of quanta go to ``quanta`` by
+    kind, ms.
 
     ``kept``: with the activations of every layer kept for its backward pass.
     """
@@ -118,7 +120,8 @@ def layer_wise_side(
 
 
 def layer_times(model: torch.nn.Module, hp: Hyperparameters, repeats: int) -> dict[str, dict[str, float]]:
-    """Median ms of one layer's backward quantum, by tokens, of each side; the layers take turns, as in a step."""
+    """Median ms of one layer's backward quantum, by tokens, of each side; the layers take turns, as
+    in a step."""
     peft_model: Any = get_peft_model(copy.deepcopy(model), lora_config(hp))  # type: ignore[arg-type]
     plain = peft_model.base_model.model.model
     spec = RunSpec(job="bench", attempt=1, hyperparameters=hp, total_steps=1)

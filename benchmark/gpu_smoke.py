@@ -1,12 +1,14 @@
-"""First light on a GPU: does co-serving hold there, on Llama shapes of 1B and 8B with random weights?
+"""First light on a GPU: does co-serving hold there, on Llama shapes of 1B and 8B with random
+weights?
 
     python benchmark/gpu_smoke.py [--sizes 1b,8b] [--seconds 60] [--results DIR]
 
-For each size one server (``--load-format dummy``, Triton attention, temporal mode, a TPOT target of 30 ms):
-serving alone, training alone, both together; greedy output with and without training, one request at a
-time (on a GPU the batch's composition changes the rounding); at last a short job that runs to its end and
-whose adapter answers.  Exits with 1 where an output differs, a request fails, nothing is trained under load
-or the adapter does not answer.  ``--cpu`` is a dry run of this script on a tiny model.
+For each size one server (``--load-format dummy``, Triton attention, temporal mode, a TPOT target of
+30 ms): serving alone, training alone, both together; greedy output with and without training, one
+request at a time (on a GPU the batch's composition changes the rounding); at last a short job that
+runs to its end and whose adapter answers.  Exits with 1 where an output differs, a request fails,
+nothing is trained under load or the adapter does not answer.  ``--cpu`` is a dry run of this script
+on a tiny model.
 """
 
 from __future__ import annotations

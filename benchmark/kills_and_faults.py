@@ -1,10 +1,11 @@
-"""Is anything lost, doubled or different when a process is killed at a named point, or a write is refused?
+"""Is anything lost, doubled or different when a process is killed at a named point, or a write is
+refused?
 
     python benchmark/kills_and_faults.py [--skip-faults | --skip-kills]
 
-Runs ``pytest test/e2e/test_kill.py --points all`` (every named point with every victim on a bare host, six of them
-on a real server) and the tests of faults, and writes what they tried.  Exits with 1 when one fails, or when the
-kills take more than 15 minutes.
+Runs ``pytest test/e2e/test_kill.py --points all`` (every named point with every victim on a bare
+host, six of them on a real server) and the tests of faults, and writes what they tried.  Exits with
+1 when one fails, or when the kills take more than 15 minutes.
 """
 
 from __future__ import annotations

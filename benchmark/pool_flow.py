@@ -2,12 +2,13 @@
 
     python benchmark/pool_flow.py [--waves 3] [--seed 1]
 
-One server of a 25M model whose KV pool is small enough to matter.  A job trains and holds most of the pool; then long
-prompts arrive at once that together need nearly all of it, and after a rest as many again.  The pool of
-``harli status --json`` is looked at several times a second; the picture shows its bytes by owner over time.
+One server of a 25M model whose KV pool is small enough to matter.  A job trains and holds most of
+the pool; then long prompts arrive at once that together need nearly all of it, and after a rest as
+many again.  The pool of ``harli status --json`` is looked at several times a second; the picture
+shows its bytes by owner over time.
 
-Exits with 1 when a request failed, when the bytes did not always sum, when memory did not flow to the KV cache in every
-wave or not back to training after it, or when the job stood still or failed.
+Exits with 1 when a request failed, when the bytes did not always sum, when memory did not flow to
+the KV cache in every wave or not back to training after it, or when the job stood still or failed.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ class Looker:
                         self.samples.append(Sample.of(self.now_s, pool, step))
 
     def until_training_holds(self, nbytes: int, limit_s: float) -> None:
-        """Wait until training holds this much, or for ``limit_s``: the verdict says what came of it."""
+        """Wait until training holds this much, or for ``limit_s``: the verdict says what came of
+        it."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             if self.samples and self.samples[-1].train >= nbytes:

@@ -1,17 +1,20 @@
-"""Does anything get lost, doubled, different or larger while a server is used, trained on and killed?
+"""Does anything get lost, doubled, different or larger while a server is used, trained on and
+killed?
 
     python benchmark/soak.py --minutes 30 [--seed 1] [--streams 3] [--jobs 3]
 
-Two parts.  *Checkpoints*: a 25M model with a LoRA rank whose state is 100 MB trains under streaming requests and
-saves it again and again; the gaps between tokens during a save are compared with the target.  *Soak*: clients
-stream from the base and from finished adapters while ``/health`` answers; finetune jobs come, are cancelled,
-paused and resumed; the service and everything are killed at random from the seed, the service is held still;
-the server is started again with the same command.  At the end every job is judged: lost, doubled, run twice, and
-whether its weights are those of an uninterrupted run (the split is fixed by --harli-quantum-rows), bit for bit.
+Two parts.  *Checkpoints*: a 25M model with a LoRA rank whose state is 100 MB trains under streaming
+requests and saves it again and again; the gaps between tokens during a save are compared with the
+target.  *Soak*: clients stream from the base and from finished adapters while ``/health`` answers;
+finetune jobs come, are cancelled, paused and resumed; the service and everything are killed at
+random from the seed, the service is held still; the server is started again with the same command.
+At the end every job is judged: lost, doubled, run twice, and whether its weights are those of an
+uninterrupted run (the split is fixed by --harli-quantum-rows), bit for bit.
 
-Exits with 1 when a request failed that was not in flight as the server was killed, when a job was lost, doubled,
-different or failed, when memory grew by 5% or files by 16 (judged in runs of 10 minutes and more), when a killed
-service was away for more than 10 s, or when the p99 gap during a checkpoint was above its target.
+Exits with 1 when a request failed that was not in flight as the server was killed, when a job was
+lost, doubled, different or failed, when memory grew by 5% or files by 16 (judged in runs of 10
+minutes and more), when a killed service was away for more than 10 s, or when the p99 gap during a
+checkpoint was above its target.
 """
 
 from __future__ import annotations
@@ -79,7 +82,8 @@ class Soak:
         return servers.start_server(
             self._model,
             *("--harli-quantum-rows", "1", "--max-loaded-loras", "8"),
-            # A small KV cache (64 MiB): one that fills with cached prefixes for an hour would look like a leak.
+            # A small KV cache (64 MiB): one that fills with cached prefixes for an hour would look
+            # like a leak.
             *("--max-total-tokens", "8192"),
             port=self._port,
             run_dir=self.run_dir,

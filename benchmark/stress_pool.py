@@ -1,17 +1,21 @@
-"""Is anything ever read after it was given away, lost or changed while memory moves between the KV cache and training?
+"""Is anything ever read after it was given away, lost or changed while memory moves between the KV
+cache and training?
 
     python benchmark/stress_pool.py --minutes 10 [--seed 1]
 
-A tiny fp32 model with a pool so small that a few requests or one job fill it.  Memory is poisoned with NaN on its way
-to training (HARLI_POOL_DEBUG) and SGLang's strict memory checks run on every busy turn.  Requests come in spells, with
-shared beginnings, some as long as the whole pool, some aborted or abandoned; finetune jobs come, are cancelled, paused
-and resumed; the cap on what training may hold is changed; the prefix cache is flushed.  Two parts, on a server each:
-*fixed* with a fixed split of training, where every finished job must have the weights and losses of an undisturbed one,
-bit for bit; and *free*, where the split follows the load and activations are kept when there is memory, so that losses
-are compared within 0.1%.  Both end with the pool's ledger clean and every answer as on the quiet server.
+A tiny fp32 model with a pool so small that a few requests or one job fill it.  Memory is poisoned
+with NaN on its way to training (HARLI_POOL_DEBUG) and SGLang's strict memory checks run on every
+busy turn.  Requests come in spells, with shared beginnings, some as long as the whole pool, some
+aborted or abandoned; finetune jobs come, are cancelled, paused and resumed; the cap on what
+training may hold is changed; the prefix cache is flushed.  Two parts, on a server each: *fixed*
+with a fixed split of training, where every finished job must have the weights and losses of an
+undisturbed one, bit for bit; and *free*, where the split follows the load and activations are kept
+when there is memory, so that losses are compared within 0.1%.  Both end with the pool's ledger
+clean and every answer as on the quiet server.
 
-Exits with 1 when an answer differs, a request fails that was not cut by its client, a job is lost, doubled, different
-or failed, the parts of the pool do not give its total, or memory is not back at the end.
+Exits with 1 when an answer differs, a request fails that was not cut by its client, a job is lost,
+doubled, different or failed, the parts of the pool do not give its total, or memory is not back at
+the end.
 """
 
 from __future__ import annotations
@@ -181,7 +185,8 @@ class Part:
                 await asyncio.sleep(0.5)
 
     async def _meddle(self, session: aiohttp.ClientSession) -> None:
-        """Change the cap, and flush the prefix cache where the server is idle enough to allow it."""
+        """Change the cap, and flush the prefix cache where the server is idle enough to allow
+        it."""
         rng = random.Random(f"meddle {self._options.seed}")
         async with self.jobs.connect() as client:
             for turn in range(1_000_000):
@@ -197,7 +202,8 @@ class Part:
             return answer.status == 200
 
     async def _until_returned(self, session: aiohttp.ClientSession) -> dict[str, Any]:
-        """The pool's status once nothing trains and the prefix cache is empty, or after a minute."""
+        """The pool's status once nothing trains and the prefix cache is empty, or after a
+        minute."""
         deadline = time.monotonic() + 60
         async with self.jobs.connect() as client:
             while True:
@@ -245,8 +251,8 @@ def same_losses(found: dict[int, float], wanted: dict[int, float], tolerance: fl
 
 
 def returned(pool: dict[str, Any]) -> bool:
-    """Whether training holds nothing, by the total and by every owner, and requests and cached prefixes hold
-    nothing but SGLang's padded page."""
+    """Whether training holds nothing, by the total and by every owner, and requests and cached
+    prefixes hold nothing but SGLang's padded page."""
     held = {owner: size for owner, size in (pool.get("by_owner") or {}).items() if owner != "kv"}
     if not pool or pool["train_bytes"] or any(held.values()):
         return False

@@ -1,9 +1,9 @@
 """``make demo``: serve a small model under load, teach it something meanwhile, and ask it.
 
-Makes a model, starts a server, streams requests at it without and with a finetune job, and shows what
-the job learned and what it cost.  The last line of output is one JSON object.  The exit status is 0 only
-if the answer was learned, every request succeeded, and the share of requests that met the latency target
-was at least ``ATTAINMENT`` of what serving alone reached.
+Makes a model, starts a server, streams requests at it without and with a finetune job, and shows
+what the job learned and what it cost.  The last line of output is one JSON object.  The exit status
+is 0 only if the answer was learned, every request succeeded, and the share of requests that met the
+latency target was at least ``ATTAINMENT`` of what serving alone reached.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ REQUEST_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One request.  Times are of ``time.monotonic``, in seconds; ``error`` is None where it succeeded.
+    """One request.  Times are of ``time.monotonic``, in seconds; ``error`` is None where it
+    succeeded.
 
     Attributes:
         first, last: arrival of the first and of the last token (equal to ``start`` on an error).
@@ -36,14 +37,16 @@ class Served:
 
 
 class RequestStream:
-    """Sends a request every ``1/rate`` seconds, or when one of ``at_once`` is done; ``served`` grows.
+    """Sends a request every ``1/rate`` seconds, or when one of ``at_once`` is done; ``served``
+    grows.
 
     Args:
         url: of the server.
         prompts: taken in turn.
         rate: requests per second.
         at_once: most requests under way; keeps a slow device from drowning.
-        max_new_tokens: of every request; the end of a turn does not end it, so that each has a TPOT.
+        max_new_tokens: of every request; the end of a turn does not end it, so that each has a
+            TPOT.
     """
 
     def __init__(

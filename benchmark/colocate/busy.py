@@ -1,9 +1,10 @@
 """A plugin of the serve-only baseline: how long plain SGLang's scheduler had something to compute.
 
-Each turn of the scheduler's loop ends in ``process_batch_result`` or in ``on_idle``; the time since the end of the turn
-before goes to the busy ones where a batch was processed.  Plain SGLang does not say this anywhere.  Two clock readings a
-turn, and at most 20 short lines a second in the file that ``BENCH_BUSY_FILE`` names: ``monotonic seconds, busy seconds``.
-Nothing but the standard library is imported before the hooks are registered.
+Each turn of the scheduler's loop ends in ``process_batch_result`` or in ``on_idle``; the time since
+the end of the turn before goes to the busy ones where a batch was processed.  Plain SGLang does not
+say this anywhere.  Two clock readings a turn, and at most 20 short lines a second in the file that
+``BENCH_BUSY_FILE`` names: ``monotonic seconds, busy seconds``. Nothing but the standard library is
+imported before the hooks are registered.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def read(path: Path) -> list[tuple[float, float]]:
 
 
 def at(points: Sequence[tuple[float, float]], when: float) -> float:
-    """The value at ``when`` of a line through points in the order of their time, flat beyond both ends."""
+    """The value at ``when`` of a line through points in the order of their time, flat beyond both
+    ends."""
     before = points[0]
     for point in points:
         if point[0] >= when:

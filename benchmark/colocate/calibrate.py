@@ -1,4 +1,5 @@
-"""How fast is serving alone here: request rates for the loads asked for, and the TPOT that targets are multiples of."""
+"""How fast is serving alone here: request rates for the loads asked for, and the TPOT that targets
+are multiples of."""
 
 from __future__ import annotations
 
@@ -16,25 +17,30 @@ ALONE = 6  # requests, one after the other
 
 
 def offered(busy: float, service_s: float) -> float:
-    """Requests per second that keep a server busy for this share of the time, each taking ``service_s`` of it.
+    """Requests per second that keep a server busy for this share of the time, each taking
+    ``service_s`` of it.
 
-    Requests that come at random and are served at once, however many there are, leave ``exp(-rate * service_s)`` of the
-    time to nobody.  The seconds grow with the batch: so they are measured at the load itself (``served``).
+    Requests that come at random and are served at once, however many there are, leave
+    ``exp(-rate * service_s)`` of the time to nobody.  The seconds grow with the batch: so they are
+    measured at the load itself (``served``).
     """
     return -math.log(1 - busy) / service_s
 
 
 def served(busy: float, rate: float) -> float:
-    """The inverse: seconds that each request takes where ``rate`` per second keep the server ``busy``."""
+    """The inverse: seconds that each request takes where ``rate`` per second keep the server
+    ``busy``."""
     return -math.log(1 - min(max(busy, 0.001), 0.99)) / rate
 
 
 def calibrate(rig: Rig, loads: list[int], requests: int, rounds: int) -> dict[str, Any]:
-    """Rates at which serve-only is so many per cent busy, and its median TPOT there, in ``rounds`` corrections.
+    """Rates at which serve-only is so many per cent busy, and its median TPOT there, in ``rounds``
+    corrections.
 
     Returns:
-        ``service_s`` and ``tpot_ms`` of requests one by one; ``loads``: {per cent: {rate, tpot_ms, seconds, measured:
-        (rate, busy) of each round}}; the TPOT is of all rounds, the seconds are those of the last.
+        ``service_s`` and ``tpot_ms`` of requests one by one; ``loads``: {per cent: {rate, tpot_ms,
+        seconds, measured: (rate, busy) of each round}}; the TPOT is of all rounds, the seconds are
+        those of the last.
     """
     place, server = rig.place, rig.servers["plain"]
     alone = Load(ALONE, math.inf, 1, place.prompt_tokens, place.output_tokens, place.ratio, concurrency=1)

@@ -1,10 +1,11 @@
 """SGLang's own bench_serving as the load client: one process that runs it again and again.
 
-A fresh ``python -m sglang.bench_serving`` imports for ten seconds, on the cores that are measured.  So its ``cli_main`` is called in
-a process that stays, with a command line per run; what it sends and how it times is bench_serving's.  Two things are recorded
-beside it: when the first request was sent, and how many tokens each was to get.  It times a token when its text comes, and a random
-model may say nothing but special tokens, or bytes that are no text yet: so special tokens are not left out, and a token without
-text counts as seen when it comes.
+A fresh ``python -m sglang.bench_serving`` imports for ten seconds, on the cores that are measured.
+So its ``cli_main`` is called in a process that stays, with a command line per run; what it sends
+and how it times is bench_serving's.  Two things are recorded beside it: when the first request was
+sent, and how many tokens each was to get.  It times a token when its text comes, and a random model
+may say nothing but special tokens, or bytes that are no text yet: so special tokens are not left
+out, and a token without text counts as seen when it comes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ LATE = None  # in place of a time: the request failed or did not end in time
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Open loop: ``requests`` with Poisson arrivals at ``rate`` per second, all of it from ``seed``.
+    """Open loop: ``requests`` with Poisson arrivals at ``rate`` per second, all of it from
+    ``seed``.
 
     ``concurrency``: at most so many at once (closed loop with an infinite rate).
     """
@@ -155,7 +157,8 @@ class Client:
         """Send the load; what each request saw (see ``seen``).
 
         Args:
-            limit_s: seconds after which the rest is aborted and counts as late; ``on_limit`` is called before.
+            limit_s: seconds after which the rest is aborted and counts as late; ``on_limit`` is
+                called before.
 
         Raises:
             RuntimeError: bench_serving failed.
@@ -238,11 +241,13 @@ def pinned() -> Iterator[frozenset[int] | None]:
 
 
 def seen(details: dict[str, Any], asked: list[int]) -> dict[str, Any]:
-    """Times of each request in the order of the load, from bench_serving's ``--output-details`` (pure).
+    """Times of each request in the order of the load, from bench_serving's ``--output-details``
+    (pure).
 
     Returns:
-        ``tpots_ms`` and ``ttfts_ms`` (``LATE`` where it failed or got fewer tokens than ``asked``), ``gaps_ms`` (all gaps
-        between tokens, in one list), ``tokens`` (asked), ``late``: how many were.
+        ``tpots_ms`` and ``ttfts_ms`` (``LATE`` where it failed or got fewer tokens than ``asked``),
+        ``gaps_ms`` (all gaps between tokens, in one list), ``tokens`` (asked), ``late``: how many
+        were.
     """
     tpots: list[float | None] = []
     ttfts: list[float | None] = []

@@ -13,10 +13,11 @@
         prediction           of decode steps, as ``harli status`` shows it
         limits_ms            {"idle", "busy"}: bounds of a quantum in force
 
-A ratio is taken within a repetition, between cells of the same load and the same requests.  Intervals are 95%: Student's t over
-repetitions (of logarithms), for shares of requests a bootstrap over repetitions and the requests of each, in pairs.  A row fails
-exactly when its whole interval is on the wrong side of its bound; it holds when the whole interval is on the right side;
-otherwise it is open.
+A ratio is taken within a repetition, between cells of the same load and the same requests.
+Intervals are 95%: Student's t over repetitions (of logarithms), for shares of requests a bootstrap
+over repetitions and the requests of each, in pairs.  A row fails exactly when its whole interval is
+on the wrong side of its bound; it holds when the whole interval is on the right side; otherwise it
+is open.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class Row:
 
 # ------------------------------------------------------------------ statistics
 def interval(values: Sequence[float], *, logs: bool = True) -> Interval | None:
-    """Mean (of logarithms: geometric) and interval over repetitions; None without values, unbounded from one."""
+    """Mean (of logarithms: geometric) and interval over repetitions; None without values, unbounded
+    from one."""
     if not values:
         return None
     logs = logs and min(values) > 0
@@ -113,8 +115,8 @@ def on_time(cell: dict[str, Any], target_ms: float) -> list[int]:
 def shares(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Interval | None:
     """Ratio of the share on time in the first to that in the second, over pairs of repetitions.
 
-    Drawn with replacement: repetitions, since all requests of a cell share the machine's speed in that minute, and
-    requests within each, the same ones on both sides.
+    Drawn with replacement: repetitions, since all requests of a cell share the machine's speed in
+    that minute, and requests within each, the same ones on both sides.
     """
     pairs = [pair for pair in pairs if pair[0] and len(pair[0]) == len(pair[1])]
     over, under = sum(sum(p[0]) for p in pairs), sum(sum(p[1]) for p in pairs)
@@ -168,7 +170,8 @@ def ratios(
 def harvests(cells: Cells, load: int | str, setting: str) -> dict[int, float]:
     """Of our server beside requests: finetune tokens/s over train-only's, by repetition.
 
-    Train-only's rate is that of right before and after the cell: a machine's speed changes within minutes.
+    Train-only's rate is that of right before and after the cell: a machine's speed changes within
+    minutes.
     """
     ours = of(cells, HARLI, load, setting)
     return {n: c["tokens_per_s"] / c["train_only_tokens_per_s"] for n, c in sorted(ours.items())}
@@ -204,7 +207,8 @@ def best_rows(cells: Cells) -> str | None:
 
 # ------------------------------------------------------------------ what must hold
 def judge(results: dict[str, Any]) -> list[Row]:
-    """Every row that these cells can say something about; one that fails makes the benchmark fail."""
+    """Every row that these cells can say something about; one that fails makes the benchmark
+    fail."""
     return [
         *_attainment(results),
         *_harvest(results),
@@ -243,7 +247,8 @@ def _harvest(results: dict[str, Any]) -> Iterator[Row]:
 
 
 def with_few(cells: Cells, load: int | str, label: str) -> dict[int, dict[str, Any]]:
-    """Our cells with the requests that the baselines have: few requests may come faster or slower than the rate says."""
+    """Our cells with the requests that the baselines have: few requests may come faster or slower
+    than the rate says."""
     return of(cells, HARLI, load, label + APART + FEW) or of(cells, HARLI, load, label)
 
 
@@ -280,12 +285,14 @@ def _separate(results: dict[str, Any]) -> Iterator[Row]:
 
 
 def burst_excess(ours: dict[str, Any], alone: dict[str, Any], target_ms: float) -> tuple[float, float]:
-    """How much of what a burst may cost was used, 1 being all: (first tokens, last tokens), from when they were sent.
+    """How much of what a burst may cost was used, 1 being all: (first tokens, last tokens), from
+    when they were sent.
 
-    The k-th first token may come one quantum of idle time later than serve-only's k-th; of those that one prefill gives out
-    together the last one counts, since who comes during a quantum is computed with whom it holds up.  A request's last token may come as
-    long after its first as its target says, and one quantum; where that is later, one quantum of idle time after
-    serve-only's.  (Not TPOT by TPOT: whom the first prefill takes, and then waits for the others', is chance.)
+    The k-th first token may come one quantum of idle time later than serve-only's k-th; of those
+    that one prefill gives out together the last one counts, since who comes during a quantum is
+    computed with whom it holds up.  A request's last token may come as long after its first as its
+    target says, and one quantum; where that is later, one quantum of idle time after serve-only's.
+    (Not TPOT by TPOT: whom the first prefill takes, and then waits for the others', is chance.)
     """
     idle_ms, busy_ms = ours["limits_ms"]["idle"], ours["limits_ms"]["busy"]
     firsts = [sorted(math.inf if t is None else t for t in cell["ttfts_ms"]) for cell in (ours, alone)]

@@ -1,13 +1,14 @@
 """How each mode of the co-location benchmark is started, run for one cell, and ended.
 
-Everything is started once and held by SIGSTOP; a cell lets its own server (and trainer) go.  Servers:
+Everything is started once and held by SIGSTOP; a cell lets its own server (and trainer) go.
+Servers:
 
 plain    plain SGLang with our launcher's limits, no plugin but the one that adds up busy turns (``colocate/busy.py``)
 sleepy   plain SGLang with --sleep-on-idle and no plugin at all: what a trainer at lowest priority runs beside
 ours     our launcher; one job trains all the time but in cells of the mode "paused job", targets are set while it runs
 
-Fixed time slices are our server with a target that never binds and ``max-quantum-ms`` as the slice: after each decode
-step training gets that long, whatever the requests can spare.
+Fixed time slices are our server with a target that never binds and ``max-quantum-ms`` as the slice:
+after each decode step training gets that long, whatever the requests can spare.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ SHIFT_STEPS = 400  # the predictor's figures are of its latest 200 steps, and 20
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What is served: ``model`` folder, ``device``, the traffic's lengths, flags of every server, threads."""
+    """What is served: ``model`` folder, ``device``, the traffic's lengths, flags of every server,
+    threads."""
 
     model: Path
     folder: Path
@@ -89,7 +91,8 @@ class Rig:
         self._stack.close()
 
     def start(self, names: list[str], nices: list[int]) -> None:
-        """Start servers, plain loops and the load client; all are held at the end, our job in training."""
+        """Start servers, plain loops and the load client; all are held at the end, our job in
+        training."""
         for name in names:
             self.servers[name] = server = self._start(name)
             self._stack.enter_context(servers.ended(server))
@@ -172,7 +175,8 @@ class Rig:
             )
 
     def limits(self) -> dict[str, Any]:
-        """What limits the servers have, by name; those that differ between two of them hold each one's."""
+        """What limits the servers have, by name; those that differ between two of them hold each
+        one's."""
         found: dict[str, dict[str, Any]] = {}
         for name, server in self.servers.items():
             with servers.running(server):
@@ -307,7 +311,8 @@ class Rig:
         }
 
     def _idle(self, cell: Cell, server: Server) -> dict[str, Any]:
-        """Nothing is served: default limits and train-only's in turns, since a machine's speed changes in seconds."""
+        """Nothing is served: default limits and train-only's in turns, since a machine's speed
+        changes in seconds."""
         turns: dict[str, list[tuple[float, float]]] = {HARLI: [], TRAIN: []}
         with servers.running(server), self._harli() as client:
             for mode in IDLE_TURNS:
@@ -360,7 +365,8 @@ class Rig:
     def _steps(
         self, client: FinetuneClient, offset_s: float, ended_s: float, total: float
     ) -> list[tuple[float, float]]:
-        """(monotonic seconds, tokens so far) at the end of each step, up to the first after ``ended_s``."""
+        """(monotonic seconds, tokens so far) at the end of each step, up to the first after
+        ``ended_s``."""
         points: list[tuple[float, float]] = []
         deadline = time.monotonic() + LAST_STEP_S
         while True:
@@ -372,7 +378,8 @@ class Rig:
             time.sleep(0.05)
 
     def _shift(self, cell: Cell, server: Server, client: FinetuneClient) -> dict[str, Any]:
-        """Load all the time; another process takes half of a core, and the predictor is judged from 200 steps later on."""
+        """Load all the time; another process takes half of a core, and the predictor is judged from
+        200 steps later on."""
 
         def decode_steps() -> dict[str, Any]:
             deadline = time.monotonic() + shown.JOB_LIMIT_S

@@ -1,16 +1,20 @@
-"""Was a measurement disturbed?  The rule is stated before anything is measured, and no result enters it.
+"""Was a measurement disturbed?  The rule is stated before anything is measured, and no result
+enters it.
 
-A cell is disturbed when one of these holds: the hypervisor took more than 2% of the processors' time away during it;
-processes that are not the benchmark's used more than 5% (said only where /proc/stat counts the very cores that we may use);
-or a fixed piece of work took more than 1.25 times its reference right before or right after it, with everything of the
-benchmark held.  The reference is what it took in the middle while the rates were calibrated, before and after each measurement
-there: the machine as it usually is.  (The fastest at the beginning would be a fast minute's: a run had 48 disturbed cells in its
-first repetition, on a machine that is 1.3 times faster now and then, *seen*.)  A disturbed cell is measured again once at the end
-of its repetition; what is disturbed then too is shown but enters no verdict and no median.
+A cell is disturbed when one of these holds: the hypervisor took more than 2% of the processors'
+time away during it; processes that are not the benchmark's used more than 5% (said only where
+/proc/stat counts the very cores that we may use); or a fixed piece of work took more than 1.25
+times its reference right before or right after it, with everything of the benchmark held.  The
+reference is what it took in the middle while the rates were calibrated, before and after each
+measurement there: the machine as it usually is.  (The fastest at the beginning would be a fast
+minute's: a run had 48 disturbed cells in its first repetition, on a machine that is 1.3 times
+faster now and then, *seen*.)  A disturbed cell is measured again once at the end of its repetition;
+what is disturbed then too is shown but enters no verdict and no median.
 
-There are two pieces of work: one thread that counts, and what a decode step does, threads that wait for each other while
-they read 64 MiB of weights.  The first alone does not see whatever the threads share: a cell in which serving and training
-ran at half their speed for 25 s, with nothing stolen, had passed (*seen*).
+There are two pieces of work: one thread that counts, and what a decode step does, threads that wait
+for each other while they read 64 MiB of weights.  The first alone does not see whatever the threads
+share: a cell in which serving and training ran at half their speed for 25 s, with nothing stolen,
+had passed (*seen*).
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ import psutil
 import torch
 
 STEAL, FOREIGN, SLOWER = 0.02, 0.05, 1.25
-# Whether /proc/stat counts the cores that we may use, and no others; asked before anything is pinned.
+# Whether /proc/stat counts the cores that we may use, and no others; asked before anything is
+# pinned.
 WHOLE = psutil.cpu_count() == len(os.sched_getaffinity(0))
 RULE = (
     f"disturbed: more than {STEAL:.0%} of the processors' time stolen, more than {FOREIGN:.0%} used by other processes, or "
@@ -100,7 +105,8 @@ def why(found: dict[str, float | None], reference: dict[str, float]) -> str | No
 
 
 class Watch:
-    """Around one cell: ``begin`` and ``end`` are called with everything held, ``end`` says what it saw.
+    """Around one cell: ``begin`` and ``end`` are called with everything held, ``end`` says what it
+    saw.
 
     Args:
         pieces: the work.
@@ -112,7 +118,8 @@ class Watch:
         self._seen: list[dict[str, float]] = []
 
     def calibrated(self) -> dict[str, float]:
-        """The reference from now on: of each piece, the median of what was seen so far (now, where nothing was)."""
+        """The reference from now on: of each piece, the median of what was seen so far (now, where
+        nothing was)."""
         if not self._seen:
             self._pieces_ms()
         self.reference = {

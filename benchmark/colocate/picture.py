@@ -21,7 +21,8 @@ COLOURS = {
 
 
 def points(results: dict[str, Any], load: int) -> list[tuple[str, str, float, float]]:
-    """(mode, setting, share within target in per cent, finetune tokens/s), medians over repetitions.
+    """(mode, setting, share within target in per cent, finetune tokens/s), medians over
+    repetitions.
 
     A mode without a target of its own is judged by the one that the baselines are compared at.
     """

@@ -48,7 +48,8 @@ class Cell:
         rate: requests per second.
         target_ms, slice_ms: set in our server.
         rows, threads, duty: of the plain loop.
-        seconds: of a cell without requests; of train-only right before and after one of ours beside requests.
+        seconds: of a cell without requests; of train-only right before and after one of ours beside
+            requests.
         limit_s: requests that have not ended by then are late.
     """
 
@@ -110,7 +111,8 @@ def plan(options: argparse.Namespace, results: dict[str, Any], repetition: int) 
 def plan_lacking(options: argparse.Namespace, results: dict[str, Any], repetition: int) -> list[Cell]:
     """Cells of serve-only and harli that are to be measured once more than was planned.
 
-    Those for which fewer requests than asked for in all repetitions are left, where disturbed cells are left out.
+    Those for which fewer requests than asked for in all repetitions are left, where disturbed cells
+    are left out.
     """
     asked = options.requests * options.repetitions
     lacking: set[tuple[int | str, str]] = set()
@@ -127,10 +129,11 @@ def plan_lacking(options: argparse.Namespace, results: dict[str, Any], repetitio
 
 
 def in_blocks(cells: list[Cell], rng: random.Random) -> list[Cell]:
-    """Load by load, in an order drawn anew, and so the cells of each: a machine's speed changes within minutes.
+    """Load by load, in an order drawn anew, and so the cells of each: a machine's speed changes
+    within minutes.
 
-    Separate processes end after three times serve-only's time, so they come behind the serve-only cell with the same
-    requests.
+    Separate processes end after three times serve-only's time, so they come behind the serve-only
+    cell with the same requests.
     """
     loads = list(dict.fromkeys(cell.load for cell in cells))
     rng.shuffle(loads)
@@ -146,7 +149,8 @@ def in_blocks(cells: list[Cell], rng: random.Random) -> list[Cell]:
 
 
 def _hopeless(results: dict[str, Any], cell: Cell) -> bool:
-    """Whether a setting of separate processes kept so little before that it need not be measured again."""
+    """Whether a setting of separate processes kept so little before that it need not be measured
+    again."""
     at = results["baseline"]
     if cell.mode not in SEPARATE:
         return False
@@ -195,7 +199,8 @@ def targets_of(options: argparse.Namespace, median_ms: float) -> dict[str, float
 
 
 def baseline_of(medians_ms: dict[str, float], targets: dict[str, dict[str, float]]) -> dict[str, Any] | None:
-    """Where baselines are compared: at 40% busy and twice the median TPOT, or what is nearest to them."""
+    """Where baselines are compared: at 40% busy and twice the median TPOT, or what is nearest to
+    them."""
     loads = [int(load) for load in targets]
     if not loads:
         return None

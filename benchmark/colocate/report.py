@@ -44,7 +44,8 @@ def groups(cells: Cells) -> list[tuple[int | str, str, str]]:
 
 
 def members(cells: Cells, load: int | str, mode: str, setting: str) -> tuple[Cells, int]:
-    """Cells of a group that count, or all of them where every one was disturbed; and how many were left out."""
+    """Cells of a group that count, or all of them where every one was disturbed; and how many were
+    left out."""
     found = [c for c in cells if (c["load"], c["mode"], c["setting"]) == (load, mode, setting)]
     clean = [c for c in found if c["disturbed"] is None]
     return clean or found, len(found) - len(clean)
@@ -59,7 +60,8 @@ def spread(values: Sequence[float], form: str = "{:.0f}") -> str:
 
 
 def times(cells: Cells, name: str) -> str:
-    """Mean / p50 / p90 / p99 of the requests of all repetitions; late ones are infinite, and out of the mean."""
+    """Mean / p50 / p90 / p99 of the requests of all repetitions; late ones are infinite, and out of
+    the mean."""
     values = sorted(LATE_MS if t is None else t for cell in cells for t in cell[name])
     ended = [v for v in values if v < LATE_MS]
     if not ended:
@@ -148,7 +150,8 @@ def _interval(found: Interval | None) -> str:
 
 
 def baselines(results: dict[str, Any]) -> str:
-    """Which settings of the baselines keep serve-only's share, and the best of those in each mode."""
+    """Which settings of the baselines keep serve-only's share, and the best of those in each
+    mode."""
     at, cells = results["baseline"], results["cells"]
     if at is None:
         return ""

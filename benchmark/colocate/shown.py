@@ -15,12 +15,14 @@ COUNTED = ("quanta", "busy_quanta", "train_s")
 
 
 def decode_steps(client: FinetuneClient) -> dict[str, Any] | None:
-    """The predictor's figures of decode steps; None while the scheduler does not answer, or has run none."""
+    """The predictor's figures of decode steps; None while the scheduler does not answer, or has run
+    none."""
     return ((client.status().serving or {}).get("prediction") or {}).get("decode")
 
 
 def quanta(client: FinetuneClient) -> dict[str, float]:
-    """Quanta since the server's start, those of them beside requests, and the seconds that all took; empty without an answer."""
+    """Quanta since the server's start, those of them beside requests, and the seconds that all
+    took; empty without an answer."""
     training = client.status().training or {}
     return {name: training[name] for name in COUNTED if name in training}
 

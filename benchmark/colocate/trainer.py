@@ -1,9 +1,11 @@
 """The training loop that anybody would write (transformers + peft), as a process of its own.
 
-It has its own copy of the weights, trains steps of four rows for ever, and prints the time and the tokens after each
-backward pass; ``Trainer`` is its handle: it is held by SIGSTOP except inside ``running``, at a duty cycle if asked for.
+It has its own copy of the weights, trains steps of four rows for ever, and prints the time and the
+tokens after each backward pass; ``Trainer`` is its handle: it is held by SIGSTOP except inside
+``running``, at a duty cycle if asked for.
 
-    cd benchmark && python -m colocate.trainer --model DIR [--device cpu] [--threads 2] [--nice 0] [--rows 4]
+    cd benchmark && python -m colocate.trainer --model DIR [--device cpu] [--threads 2] [--nice 0]
+    [--rows 4]
 """
 
 from __future__ import annotations
@@ -162,7 +164,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def running(self, duty: float = 1.0) -> Iterator[None]:
-        """Let it train for the length of a block; ``duty``: only for this share of each fifth of a second."""
+        """Let it train for the length of a block; ``duty``: only for this share of each fifth of a
+        second."""
         over = threading.Event()
 
         def beat() -> None:
@@ -183,7 +186,8 @@ class Trainer:
             self.hold()
 
     def finish_step(self, after_s: float, limit_s: float = 5.0) -> None:
-        """Let it go on until it has said something after ``after_s``, so that the total there can be interpolated."""
+        """Let it go on until it has said something after ``after_s``, so that the total there can
+        be interpolated."""
         deadline = time.monotonic() + limit_s
         self.resume()
         while self.points[-1][0] < after_s and time.monotonic() < deadline:

@@ -31,7 +31,8 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Closed loop: ``streams`` clients, each sending its next request when the last one has ended."""
+    """Closed loop: ``streams`` clients, each sending its next request when the last one has
+    ended."""
 
     streams: int
     prompt_tokens: int
@@ -103,7 +104,8 @@ def run(url: str, load: Load, seconds: float) -> dict[str, Any]:
 
 
 def summary(seen: list[Seen], wall_s: float) -> dict[str, Any]:
-    """Tokens per second and the percentiles; ``tpots_ms`` is kept so that any target can be judged."""
+    """Tokens per second and the percentiles; ``tpots_ms`` is kept so that any target can be
+    judged."""
     tpots = sorted(s.tpot_s * 1e3 for s in seen)
     ttfts = sorted(s.ttft_s * 1e3 for s in seen)
     return {

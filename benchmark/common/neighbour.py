@@ -7,8 +7,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-# Half of a core, in turns: two threads that wait for each other stop where a core is taken for good. SGLang's decode on two
-# cores then takes 4 s a token (*measured*), so that a predictor's next 400 steps would take half an hour.
+# Half of a core, in turns: two threads that wait for each other stop where a core is taken for
+# good. SGLang's decode on two cores then takes 4 s a token (*measured*), so that a predictor's next
+# 400 steps would take half an hour.
 PROGRAM = """
 import time
 while True:

@@ -1,4 +1,5 @@
-"""Results that can be argued with: one JSON and one page per run, with the command, versions and caveats."""
+"""Results that can be argued with: one JSON and one page per run, with the command, versions and
+caveats."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ def write(
     run_info = {
         "theme": theme,
         "finished_at": now.isoformat(timespec="seconds"),
-        # Without the interpreter's path and the folders: they name the machine's places, not the run.
+        # Without the interpreter's path and the folders: they name the machine's places, not the
+        # run.
         "command": shlex.join(["python", "benchmark/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "settings": settings,
     }

@@ -1,4 +1,5 @@
-"""Servers for benchmarks: ours and plain SGLang with the same limits; hold one still, talk to it, end it."""
+"""Servers for benchmarks: ours and plain SGLang with the same limits; hold one still, talk to it,
+end it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "test"))
 from sglang_harli.platforms.cpu import engine
 from support.server import Server, start_server
 
-# Arguments that decide what a server can hold and how it computes; None and False are SGLang's defaults.
+# Arguments that decide what a server can hold and how it computes; None and False are SGLang's
+# defaults.
 LIMITS = (
     *("device", "dtype", "attention_backend", "sampling_backend", "mem_fraction_static", "max_total_tokens"),
     *("max_running_requests", "chunked_prefill_size", "context_length", "page_size", "disable_radix_cache"),
@@ -24,8 +26,8 @@ LIMITS = (
 )
 LORA_LIMITS = ("enable_lora", "max_lora_rank", "lora_target_modules", "max_loras_per_batch", "lora_backend")
 
-# A plugin for plain SGLang: on a CPU it cannot start with LoRA flags unless pin_memory is kept out of its
-# LoRA layers.  The baseline gets that one patch and nothing else of ours.
+# A plugin for plain SGLang: on a CPU it cannot start with LoRA flags unless pin_memory is kept out
+# of its LoRA layers.  The baseline gets that one patch and nothing else of ours.
 BASELINE_PLUGIN = """
 def activate():
     from sglang.srt.plugins.hook_registry import HookRegistry
@@ -45,7 +47,8 @@ def plain(model: Path, flags: list[str]) -> Server:
 
 
 def plain_with_lora(model: Path, flags: list[str], folder: Path) -> Server:
-    """Plain SGLang with LoRA flags: no plugin but the patch without which they do not start on a CPU.
+    """Plain SGLang with LoRA flags: no plugin but the patch without which they do not start on a
+    CPU.
 
     Args:
         folder: takes the baseline's plugin.
@@ -65,7 +68,8 @@ def plain_with_lora(model: Path, flags: list[str], folder: Path) -> Server:
 
 @contextlib.contextmanager
 def ended(*servers: Server) -> Iterator[None]:
-    """End these servers at the end, at once: nothing of a benchmark's server is worth a graceful end."""
+    """End these servers at the end, at once: nothing of a benchmark's server is worth a graceful
+    end."""
     try:
         yield
     finally:

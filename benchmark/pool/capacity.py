@@ -64,7 +64,8 @@ class IdleSlots:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is trained: rows of ``saved_tokens`` or ``kept_tokens`` tokens, with these hyperparameters."""
+    """What is trained: rows of ``saved_tokens`` or ``kept_tokens`` tokens, with these
+    hyperparameters."""
 
     saved_tokens: int
     kept_tokens: int
@@ -95,7 +96,8 @@ class Capacity:
         )
 
     def largest(self, memory: TrainMemory, *, kept: bool) -> int:
-        """Rows of the largest micro-batch that one optimizer step can be taken with; 0: none fits."""
+        """Rows of the largest micro-batch that one optimizer step can be taken with; 0: none
+        fits."""
         low, high = 0, 1
         while self._fits(memory, high, kept):
             low, high = high, 2 * high
@@ -105,8 +107,9 @@ class Capacity:
         return low
 
     def _fits(self, memory: TrainMemory, rows: int, kept: bool) -> bool:
-        """Whether a step is applied (with ``kept``: every layer's activations kept).  Without ``kept`` the step
-        ends where its memory is held, as the size of the largest one is proven by ``prove``."""
+        """Whether a step is applied (with ``kept``: every layer's activations kept).  Without
+        ``kept`` the step ends where its memory is held, as the size of the largest one is proven by
+        ``prove``."""
         try:
             done = self._step(memory, rows, kept=kept, whole=kept)
         except ConfigError:  # the pool can never hold it

@@ -39,7 +39,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A wave of long prompts: from the first one sent to the last one answered, seconds since the first look."""
+    """A wave of long prompts: from the first one sent to the last one answered, seconds since the
+    first look."""
 
     began_s: float
     ended_s: float
@@ -51,7 +52,8 @@ class Flow:
 
     Attributes:
         before: that training held when the wave began.
-        least: that training held at least, from the wave's beginning until memory came back or the next wave.
+        least: that training held at least, from the wave's beginning until memory came back or the
+            next wave.
         peak_kv: that requests and cached prefixes held at most.
         room: what they could have had if training had kept what it held before.
         after: that training held at most before the next wave.
@@ -104,8 +106,8 @@ def judge(results: dict[str, Any]) -> list[str]:
     """What is wrong, one line each.
 
     Args:
-        results: ``samples`` and ``waves`` (as ``Sample`` and ``Span``), ``failed`` (name -> error of each request that
-            failed), ``job`` (its last status) and ``stripe_bytes``.
+        results: ``samples`` and ``waves`` (as ``Sample`` and ``Span``), ``failed`` (name -> error
+            of each request that failed), ``job`` (its last status) and ``stripe_bytes``.
     """
     samples, waves = results["samples"], results["waves"]
     problems = [f"request {name} failed: {error}" for name, error in results["failed"].items()]

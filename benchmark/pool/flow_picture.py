@@ -9,7 +9,8 @@ from pool.flow_judge import MIB, Sample, Span
 
 WIDTH, HEIGHT = 900, 380
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 44, 44
-# From the bottom up: what the KV cache holds, what is free, and what training holds, the first to go lowest.
+# From the bottom up: what the KV cache holds, what is free, and what training holds, the first to
+# go lowest.
 BANDS = (
     ("kv", "KV cache: requests, prefixes", "#2f6f8f"),
     ("free", "free", "#e9edf0"),

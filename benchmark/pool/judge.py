@@ -1,7 +1,8 @@
 """What the unified pool must show against a static split, and the table of it (pure).
 
 ``results``:
-    capacity  {"saved" or "kept": {"whole", "least", "unified", each split: rows of the largest micro-batch}}
+    capacity  {"saved" or "kept": {"whole", "least", "unified", each split: rows of the largest
+              micro-batch}}
     launches  one per launch: {mode: row}; a row is ``bench_pool_trace.summary`` with
               peak_tokens    most slots that requests held at once, the longest request that fits included
               cached_again   tokens of that request that a second one found in the prefix cache

@@ -1,4 +1,5 @@
-"""Requests for the pool's stress test: shared beginnings, ebb and flow, aborts, and every answer compared."""
+"""Requests for the pool's stress test: shared beginnings, ebb and flow, aborts, and every answer
+compared."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Question:
 
 
 def catalogue(seed: int, pool_tokens: int, vocab: int) -> list[Question]:
-    """Prompts for a pool of ``pool_tokens`` slots: most share one of three beginnings, some need most of it (pure)."""
+    """Prompts for a pool of ``pool_tokens`` slots: most share one of three beginnings, some need
+    most of it (pure)."""
     rng = random.Random(f"catalogue {seed}")
 
     def ids(count: int) -> tuple[int, ...]:
@@ -68,10 +70,12 @@ def fault(got: Sequence[int], expected: Sequence[int], wanted: int, ended: bool)
 
 
 class Askers(Traffic):
-    """``soak_traffic.Traffic`` that asks the catalogue's questions and compares every answer with its reference.
+    """``soak_traffic.Traffic`` that asks the catalogue's questions and compares every answer with
+    its reference.
 
     Args:
-        references: greedy answers of the questions, ``MOST_TOKENS`` tokens each, from a quiet server.
+        references: greedy answers of the questions, ``MOST_TOKENS`` tokens each, from a quiet
+            server.
         flowing: whether requests come now.
 
     Attributes:

@@ -1,8 +1,10 @@
-"""A request trace made from a seed, that a pool of a given size can just hold, and what each request saw.
+"""A request trace made from a seed, that a pool of a given size can just hold, and what each
+request saw.
 
-A trace is a list of waves.  All requests of a wave are sent at once and the next wave begins when they have ended and
-a rest is over.  A wave never needs more slots than ``FILL`` of the pool, prompts and outputs together: plain SGLang
-serves every request without a retraction, whatever the timing.  Standard library only.
+A trace is a list of waves.  All requests of a wave are sent at once and the next wave begins when
+they have ended and a rest is over.  A wave never needs more slots than ``FILL`` of the pool,
+prompts and outputs together: plain SGLang serves every request without a retraction, whatever the
+timing.  Standard library only.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ class Ask:
 class Wave:
     """Requests that are sent at once, and the idle seconds after them.
 
-    ``kind``: crowd (many of the same length), long (one that needs nearly the whole pool) or shared (many with one
-    of a few beginnings in common, the same ones in all waves of a trace).
+    ``kind``: crowd (many of the same length), long (one that needs nearly the whole pool) or shared
+    (many with one of a few beginnings in common, the same ones in all waves of a trace).
     """
 
     kind: str
@@ -58,7 +60,8 @@ class Wave:
 
 @dataclass(slots=True)
 class Seen:
-    """One request: ``error`` is None where all its tokens came; ``gaps_s``: seconds between two of them."""
+    """One request: ``error`` is None where all its tokens came; ``gaps_s``: seconds between two of
+    them."""
 
     name: str
     error: str | None = None
@@ -96,7 +99,8 @@ def trace(seed: int, pool_tokens: int, vocab: int, waves: int, rest_s: float) ->
 
 
 def drive(url: str, waves: Sequence[Wave], *, rests: bool = True) -> list[Seen]:
-    """Send the trace, with the rests between its waves or without; what each request saw, named ``wave.request``."""
+    """Send the trace, with the rests between its waves or without; what each request saw, named
+    ``wave.request``."""
     seen: list[Seen] = []
     for number, wave in enumerate(waves):
         found = [Seen(f"{number}.{n}") for n in range(len(wave.asks))]
@@ -174,5 +178,6 @@ def summary(seen: Sequence[Seen]) -> dict[str, Any]:
 
 
 def peak(log: str) -> int:
-    """Most slots that requests held at once, by SGLang's own lines of each prefill and decode step (pure)."""
+    """Most slots that requests held at once, by SGLang's own lines of each prefill and decode step
+    (pure)."""
     return max((int(found) for found in re.findall(r"#token: (\d+)", log)), default=0)

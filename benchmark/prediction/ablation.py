@@ -1,4 +1,5 @@
-"""Replays recorded steps through predictors that each lack one mechanism: error, coverage and width of the bound.
+"""Replays recorded steps through predictors that each lack one mechanism: error, coverage and width
+of the bound.
 
 Part of ``ablate_predictor.py``.  Every step is predicted before it is learnt, so all are held out.
 """
@@ -20,8 +21,8 @@ from sglang_harli.predictor.line import margin
 from sglang_harli.predictor.line.recursive import RecursiveLine
 
 WARM_UP = 300  # decode steps that are learnt and not judged: a predictor starts from a guess
-# Off, and still neutral: the error of no phase grows by more than this, its coverage falls by no more, and no bound
-# is wider by more (shares; of coverage a difference).
+# Off, and still neutral: the error of no phase grows by more than this, its coverage falls by no
+# more, and no bound is wider by more (shares; of coverage a difference).
 MORE_ERROR, LESS_COVERAGE, WIDER = 0.02, 0.002, 0.02
 PLAIN_RATIO = 1.3  # upper bound over expectation where no margin is learnt
 
@@ -133,8 +134,9 @@ def replay(calls: Sequence[Call], mechanism: str) -> dict[str, Any]:
     """The recorded calls through a predictor without the mechanism.
 
     Returns:
-        by phase that was judged (``decode``, ``prefill``, ``quantum``) a ``Judged``; ``doubted``: quanta that ran while their price
-        was doubted, ``too_high``: those of them that took less than the price said.
+        by phase that was judged (``decode``, ``prefill``, ``quantum``) a ``Judged``; ``doubted``:
+        quanta that ran while their price was doubted, ``too_high``: those of them that took less
+        than the price said.
     """
     with without(mechanism):
         return _replay(calls, LatencyPredictor())

@@ -1,6 +1,8 @@
-"""Records what a real server's predictor is taught, in the scheduler's process: a plugin of SGLang's.
+"""Records what a real server's predictor is taught, in the scheduler's process: a plugin of
+SGLang's.
 
-Part of ``ablate_predictor.py`` (``--record``).  A recording is a gzipped file of JSON lines, one call each, in order:
+Part of ``ablate_predictor.py`` (``--record``).  A recording is a gzipped file of JSON lines, one
+call each, in order:
 
     ["decode", batch, context tokens, microseconds, with adapters, after training]
     ["prefill", new tokens, pairs of tokens, microseconds]
@@ -64,7 +66,8 @@ def read(path: Path) -> list[list[Any]]:
 
 
 def activate() -> None:
-    """SGLang's call of a plugin, once in each of its processes; only the scheduler's has a predictor."""
+    """SGLang's call of a plugin, once in each of its processes; only the scheduler's has a
+    predictor."""
     from sglang_harli.predictor.latency_predictor import LatencyPredictor
 
     recording = _Recording(Path(os.environ[OUT_ENV]), int(os.environ[STEPS_ENV]))

@@ -1,4 +1,5 @@
-"""Makes recordings of a real server's steps: under mixed clients, beside another process, and in bursts.
+"""Makes recordings of a real server's steps: under mixed clients, beside another process, and in
+bursts.
 
 Part of ``ablate_predictor.py`` (``--record``).
 """
@@ -76,7 +77,8 @@ def _under(kind: str, url: str, vocab: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _every_other() -> Iterator[None]:
-    """Another process takes half a core for a while, and not for a while, in turns, until the block ends."""
+    """Another process takes half a core for a while, and not for a while, in turns, until the block
+    ends."""
     over = threading.Event()
 
     def turns() -> None:

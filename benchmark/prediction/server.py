@@ -1,7 +1,8 @@
-"""The latency predictor on a real server: mixed loads while a job trains, then while another process takes half a core.
+"""The latency predictor on a real server: mixed loads while a job trains, then while another
+process takes half a core.
 
-Part of ``bench_predictor.py`` (``--server``).  The server judges every decode step by a prediction that had not seen
-it, so all loads are held out; this reads its counts once a second.
+Part of ``bench_predictor.py`` (``--server``).  The server judges every decode step by a prediction
+that had not seen it, so all loads are held out; this reads its counts once a second.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from sglang_harli import FinetuneClient
 MAPE, COVERAGE, BACK_WITHIN = 0.10, 0.98, 200
 WARM_UP = 300  # decode steps that are not judged: the predictor starts from a guess
 LEAST = 400  # judged steps of a span
-# A look takes time of the cores that decode steps run on: ten of them a second made the error 16 to 19% on two cores, one
-# a second 8% (*measured*).
+# A look takes time of the cores that decode steps run on: ten of them a second made the error 16 to
+# 19% on two cores, one a second 8% (*measured*).
 POLL_S = 1.0
-# Streams, tokens of prompt and of output of clients that are there at the same time; the mixes take turns.
+# Streams, tokens of prompt and of output of clients that are there at the same time; the mixes take
+# turns.
 MIXES = (
     ((1, 64, 120),),
     ((4, 200, 80), (1, 600, 60)),
@@ -41,7 +43,8 @@ PHASES = ("decode", "decode_adapters")
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Decode steps of the server by now, how many were within their bound, and the sum of their relative errors."""
+    """Decode steps of the server by now, how many were within their bound, and the sum of their
+    relative errors."""
 
     at_s: float
     steps: int
@@ -80,7 +83,8 @@ def from_step(seen: Sequence[Seen], step: int) -> Seen:
 
 
 def back_after(seen: Sequence[Seen]) -> int:
-    """Steps after the first look until the next 200 are covered as promised; all of them where they never are."""
+    """Steps after the first look until the next 200 are covered as promised; all of them where they
+    never are."""
     for first in seen:
         last = from_step(seen, first.steps + BACK_WITHIN)
         if last.steps - first.steps >= BACK_WITHIN and span(first, last).coverage >= COVERAGE:

@@ -1,4 +1,5 @@
-"""Kills at random from a seed: the service, the service held still, and everything; and the server's return."""
+"""Kills at random from a seed: the service, the service held still, and everything; and the
+server's return."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ class Chaos:
         self.gate.release()
 
     async def _service(self, sign: signal.Signals) -> list[float]:
-        """Send a signal to the service; seconds until another one answers (none: there was nobody to hit)."""
+        """Send a signal to the service; seconds until another one answers (none: there was nobody
+        to hit)."""
         victim = self._find()
         if victim is None:
             return []  # a blow before has hit it, and its follower is on the way

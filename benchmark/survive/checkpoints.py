@@ -58,7 +58,8 @@ async def _measure(server: Any, client: AsyncFinetuneClient) -> dict[str, Any]:
 
 
 def windows(events: Sequence[Event]) -> list[tuple[float, float]]:
-    """(from, to) of each checkpoint: from the step that it holds to the message that it is durable (pure)."""
+    """(from, to) of each checkpoint: from the step that it holds to the message that it is durable
+    (pure)."""
     steps = {e.data["step"]: e.created_at for e in events if e.type == "step_metrics"}
     return [
         (steps[e.data["step"]], e.created_at)

@@ -157,7 +157,8 @@ async def judge(clients: JobClients, references: dict[str, str], run_dir: Path) 
     async with clients.connect() as client:
         jobs = {job.id: job for job in await client.list(limit=10_000)}
         found["lost"] += [job for job in acknowledged if job not in jobs]
-        # Each key was repeated until it was acknowledged: a job that no ticket names is a second one.
+        # Each key was repeated until it was acknowledged: a job that no ticket names is a second
+        # one.
         found["doubled"] += [job for job in jobs if job not in acknowledged]
         for job, ticket in acknowledged.items():
             if job not in jobs:

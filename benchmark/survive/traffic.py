@@ -17,7 +17,8 @@ HEALTH_EVERY_S = 0.5
 
 @dataclass(slots=True)
 class Seen:
-    """One request.  Times are of ``time.time``; ``gaps``: (when, seconds) of each gap between two tokens."""
+    """One request.  Times are of ``time.time``; ``gaps``: (when, seconds) of each gap between two
+    tokens."""
 
     began: float
     ended: float = 0.0

@@ -1,4 +1,5 @@
-"""Memory and open files of a server's processes over their lives, and whether either grows.  Standard library and psutil."""
+"""Memory and open files of a server's processes over their lives, and whether either grows.
+Standard library and psutil."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """``age_s`` since the process began; ``memory``: bytes that are its alone (USS); ``files``: descriptors."""
+    """``age_s`` since the process began; ``memory``: bytes that are its alone (USS); ``files``:
+    descriptors."""
 
     age_s: float
     memory: int
@@ -79,7 +81,8 @@ def _role(process: psutil.Process) -> str | None:
 
 # ------------------------------------------------------------------ verdicts (pure)
 def in_life(life: Life) -> dict[str, Any] | None:
-    """Growth from the third minute to the end of a life of at least five; None for a shorter one."""
+    """Growth from the third minute to the end of a life of at least five; None for a shorter
+    one."""
     if life.lived_s < JUDGED_S:
         return None
     before, after = life.at(SETTLED_S + WINDOW_S, WINDOW_S), life.at(life.lived_s, WINDOW_S)

@@ -1,7 +1,8 @@
 """Every option of harli, once: its name, unit, default, help and check.  Standard library only.
 
 ``server_args.HarliServerArgs`` turns these fields into SGLang flags (``--harli-…``); the finetune
-service gets them as one JSON document; ``harli set`` changes the ones named in ``LIVE`` at run time.
+service gets them as one JSON document; ``harli set`` changes the ones named in ``LIVE`` at run
+time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from sglang_harli import run_paths
 from sglang_harli.errors import ConfigError, shown
 
 FLAG_PREFIX = "--harli-"
-# The switch: set by the launcher or by HarliServerArgs when any --harli- option came; children inherit it.
+# The switch: set by the launcher or by HarliServerArgs when any --harli- option came; children
+# inherit it.
 SWITCH_ENV = "HARLI_ON"
 SWITCH_SERVE = "serve"  # its value with --harli-finetune off: only what serving needs is put in place
 ENDPOINT_ENV = "HARLI_ENDPOINT"  # the client's default endpoint
@@ -262,7 +264,8 @@ class HarliOptions:
         return TRAIN_RESERVE_CPU if cpu else TRAIN_RESERVE_CUDA
 
     def train_bytes(self, device_bytes: int, cpu: bool) -> int:
-        """Training's own budget where the KV pool cannot lend, on a device with ``device_bytes`` of memory."""
+        """Training's own budget where the KV pool cannot lend, on a device with ``device_bytes`` of
+        memory."""
         if self.max_train_mem is not None:
             return parse_size(self.max_train_mem)
         share = device_bytes // 10
@@ -293,7 +296,8 @@ class HarliOptions:
         return os.path.join(self.absolute_run_dir, "latency-profile.json")
 
 
-# Options that `harli set` changes while the server runs: those of latency, in milliseconds, and a size.
+# Options that `harli set` changes while the server runs: those of latency, in milliseconds, and a
+# size.
 LIVE_MS = ("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms")
 LIVE = (*LIVE_MS, "max_train_mem")
 LiveValue = float | str | None  # of one of them: milliseconds, a size, or none
@@ -356,7 +360,8 @@ class TokenizerFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceConfig(TokenizerFlags):
-    """What the supervisor tells the finetune service, as one JSON document (environment SERVICE_ENV)."""
+    """What the supervisor tells the finetune service, as one JSON document (environment
+    SERVICE_ENV)."""
 
     options: HarliOptions
     served_model_name: str

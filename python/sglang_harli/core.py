@@ -36,7 +36,8 @@ class SubState(enum.StrEnum):
 
 
 class MemoryPurpose(enum.StrEnum):
-    """What training holds memory for; under pressure the first named goes first (docs/internals/memory.md)."""
+    """What training holds memory for; under pressure the first named goes first
+    (docs/internals/memory.md)."""
 
     text: str  # in a sentence
 
@@ -57,8 +58,8 @@ class MemoryPurpose(enum.StrEnum):
 class Reason(enum.StrEnum):
     """Why training runs, or does not, at one decision of the scheduler's policy.
 
-    The value is the text shown in ``harli status`` and in the job's sub-state; ``label`` is the short name in metrics
-    (``other`` where there is none).
+    The value is the text shown in ``harli status`` and in the job's sub-state; ``label`` is the
+    short name in metrics (``other`` where there is none).
     """
 
     label: str
@@ -121,7 +122,8 @@ class StepLoad:
     Attributes:
         running: requests in the running decode batch.
         context_tokens: sum of their context lengths.
-        waiting: prompts that training stops for at once; a chunked prefill in progress counts as one.
+        waiting: prompts that training stops for at once; a chunked prefill in progress counts as
+            one.
         promised: prompts that wait under a deadline of their own, which the slack counts.
     """
 
@@ -149,11 +151,12 @@ class QuantumOffer:
 
     Attributes:
         kind: what the quantum does.
-        candidates: ``(rows, upper_s)`` in rising order of both; the first is the least that is worth
-            running.  Kinds that are not cut by rows offer one candidate.
+        candidates: ``(rows, upper_s)`` in rising order of both; the first is the least that is
+            worth running.  Kinds that are not cut by rows offer one candidate.
         fixed: the split is fixed (``--harli-quantum-rows``, or a kind that is not cut).
         claim: when it may run.
-        doubt: what the price of the first candidate may be multiplied with where that price alone holds training back.
+        doubt: what the price of the first candidate may be multiplied with where that price alone
+            holds training back.
     """
 
     kind: QuantumKind
@@ -170,7 +173,8 @@ class Decision:
     Attributes:
         quanta, rows: 0 or 1, of at most so many rows.
         reason: why.
-        needs_s: of a refusal: below this slack, in seconds, the answer stays what it is; 0: that is not known.
+        needs_s: of a refusal: below this slack, in seconds, the answer stays what it is; 0: that is
+            not known.
     """
 
     quanta: int
@@ -195,8 +199,8 @@ class RungOffer:
         split: the rung.
         alone_s: upper bound of the decode step on the rung's SMs with no training beside it (T1).
         beside_s: upper bound with training beside it throughout (T2).
-        rate: predicted training throughput while it runs, in any unit that all offers share; 0 where
-            training pauses.
+        rate: predicted training throughput while it runs, in any unit that all offers share; 0
+            where training pauses.
     """
 
     split: SmSplit
@@ -211,7 +215,8 @@ class RungChoice:
 
     Attributes:
         rung: index among the offers.
-        train_s: training to launch beside the step, seconds of it; the whole step where that is ``beside_s``.
+        train_s: training to launch beside the step, seconds of it; the whole step where that is
+            ``beside_s``.
         rate: predicted training throughput over the step.
     """
 

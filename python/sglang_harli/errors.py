@@ -74,7 +74,8 @@ class ConfigError(HarliError, ValueError):
 
 
 class UnsupportedError(HarliError, ValueError):
-    """The model, the SGLang version or a SGLang option is not supported together with finetuning."""
+    """The model, the SGLang version or a SGLang option is not supported together with
+    finetuning."""
 
     code = "unsupported"
 

@@ -1,8 +1,10 @@
-"""``python -m sglang_harli.launch_server``: SGLang's server, with finetuning, on whatever device there is.
+"""``python -m sglang_harli.launch_server``: SGLang's server, with finetuning, on whatever device
+there is.
 
-A thin start: it refuses at once what can be known at once, gives caches a place, picks the device, puts the CPU engine's
-stand-in on the path while there is time, turns the switch on and calls SGLang's own entry point.  All of it stands under
-``__main__``, because SGLang's children run this module again.  Leans on SGLang 0.5.16: ``plugins.load_plugins``,
+A thin start: it refuses at once what can be known at once, gives caches a place, picks the device,
+puts the CPU engine's stand-in on the path while there is time, turns the switch on and calls
+SGLang's own entry point.  All of it stands under ``__main__``, because SGLang's children run this
+module again.  Leans on SGLang 0.5.16: ``plugins.load_plugins``,
 ``server_args.prepare_server_args``, ``launch_server.run_server``, ``utils.kill_process_tree``.
 """
 
@@ -66,7 +68,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check_options(argv: Sequence[str]) -> HarliOptions:
-    """Refuse a wrong ``--harli-`` option, a name that cannot be served or a model's folder that is not there.
+    """Refuse a wrong ``--harli-`` option, a name that cannot be served or a model's folder that is
+    not there.
 
     At once: SGLang's parser is up after ten seconds, ours now.
 

@@ -26,7 +26,8 @@ def adapter_name(served_name: str, suffix: str | None, job_id: str) -> str:
 
 
 def colon_refusal(served_name: str, flag: str) -> str | None:
-    """Why a name cannot be served, one sentence; None: it can.  SGLang asserts the same, a minute later."""
+    """Why a name cannot be served, one sentence; None: it can.  SGLang asserts the same, a minute
+    later."""
     if ":" not in served_name or served_name.lower().startswith(("s3://", "gs://", "az://")):
         return None
     fix = served_name.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")

@@ -1,8 +1,9 @@
 """The seam: everything that is replaced in SGLang, in one table, and when.
 
-SGLang calls ``activate()`` (entry point ``sglang.srt.plugins``) before it parses arguments and again in each
-scheduler process.  It always puts our arguments in the place of SGLang's; the rest only when the switch is
-on.  Leans on SGLang 0.5.16: ``plugins.hook_registry`` and the targets of the table.
+SGLang calls ``activate()`` (entry point ``sglang.srt.plugins``) before it parses arguments and
+again in each scheduler process.  It always puts our arguments in the place of SGLang's; the rest
+only when the switch is on.  Leans on SGLang 0.5.16: ``plugins.hook_registry`` and the targets of
+the table.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ SERVER_ARGS = Replacement(
     "our options are flags like SGLang's own, and travel to each of its processes",
 )
 
-# Only with the switch on and --harli-finetune on.  The patches (sglang_harli.patches.catalog) come with the
-# switch alone: a server that enables LoRA, or runs on a CPU, needs them without finetuning too.
+# Only with the switch on and --harli-finetune on.  The patches (sglang_harli.patches.catalog) come
+# with the switch alone: a server that enables LoRA, or runs on a CPU, needs them without finetuning
+# too.
 TABLE = (
     Replacement(
         "sglang.srt.managers.scheduler.Scheduler",
@@ -213,7 +215,8 @@ def activate() -> None:
     if engine is not None:  # it holds the class as an attribute, which the registry does not rebind
         engine.Engine.server_args_class = HarliServerArgs
     if is_on() and multiprocessing.parent_process() is not None:
-        # A child of the process whose arguments turned the switch on; there, install() does the rest.
+        # A child of the process whose arguments turned the switch on; there, install() does the
+        # rest.
         _register_patches()
         if finetuning():
             _register([row for row in TABLE if not row.main])
@@ -244,7 +247,8 @@ def is_on() -> bool:
 
 
 def finetuning() -> bool:
-    """Whether the whole table is in force, not only what serving needs (``--harli-finetune off``)."""
+    """Whether the whole table is in force, not only what serving needs
+    (``--harli-finetune off``)."""
     return is_on() and os.environ[SWITCH_ENV] != SWITCH_SERVE
 
 

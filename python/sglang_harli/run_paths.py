@@ -1,4 +1,5 @@
-"""Where the sockets and the shared memory of a run directory lie: private folders, found by each process of a server."""
+"""Where the sockets and the shared memory of a run directory lie: private folders, found by each
+process of a server."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ def run_key(run_dir: str) -> str:
 def private_tmp() -> Path:
     """This user's folder among temporary files (mode 0700 where ``open_private`` makes it).
 
-    It lies in the first place where sockets' paths are short enough, that can be written and holds no such folder of
-    another user's.  Each process of a server finds the same one, since all of them have one environment.
+    It lies in the first place where sockets' paths are short enough, that can be written and holds
+    no such folder of another user's.  Each process of a server finds the same one, since all of
+    them have one environment.
     """
     places = [
         *(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP", "XDG_RUNTIME_DIR")),
@@ -109,7 +111,8 @@ def scheduler_endpoint(run_dir: str) -> str:
 
 
 def http_endpoint(run_dir: str) -> str:
-    """Where the service listens for the HTTP process (the service binds, the HTTP process connects)."""
+    """Where the service listens for the HTTP process (the service binds, the HTTP process
+    connects)."""
     return f"ipc://{ipc_dir(run_dir)}/http.sock"
 
 

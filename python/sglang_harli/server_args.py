@@ -4,8 +4,9 @@ Leans on SGLang 0.5.16: ``server_args.ServerArgs`` (``__post_init__``, ``overrid
 ``_handle_gpu_memory_settings``, ``get_model_config``), ``arg_groups.arg_utils`` (A, Arg) and
 ``utils.common`` (get_device, kill_itself_when_parent_died).
 
-The plugin puts ``HarliServerArgs`` in the place of ``ServerArgs`` in every process.  SGLang's registry then
-rebinds the name ``ServerArgs`` here too, so the base class is only ever reached through ``super()``.
+The plugin puts ``HarliServerArgs`` in the place of ``ServerArgs`` in every process.  SGLang's
+registry then rebinds the name ``ServerArgs`` here too, so the base class is only ever reached
+through ``super()``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "harli_"
 _SENDER = "_sender_pid"  # in a pickle: of the process that made it
-# Twice to four times a job's default rank; each of SGLang's adapter slots is allocated at this rank.
+# Twice to four times a job's default rank; each of SGLang's adapter slots is allocated at this
+# rank.
 MAX_LORA_RANK_CPU = 32
 MAX_LORA_RANK_DEVICE = 64
 LOADED_LORAS = (
@@ -41,7 +43,8 @@ LOADED_LORAS = (
 
 
 def _on_off(text: str) -> str:
-    """YAML reads a bare ``on`` or ``off`` as a boolean, which ``--config`` passes on as true or false."""
+    """YAML reads a bare ``on`` or ``off`` as a boolean, which ``--config`` passes on as true or
+    false."""
     return {"true": "on", "false": "off"}.get(text, text)
 
 
@@ -77,8 +80,8 @@ class Seam:
     """What the plugin contributes to the arguments (it stands above this module).
 
     Attributes:
-        refuse_flags: raises UnsupportedError for arguments that finetuning does not work with; called
-            before SGLang resolves them.
+        refuse_flags: raises UnsupportedError for arguments that finetuning does not work with;
+            called before SGLang resolves them.
         refuse_model: the same for the model, once it is known.
         check_lora_paths: the same for the adapters of --lora-paths, with finetuning on or off.
         install: puts the rest of the table in place, once the switch is on.
@@ -94,13 +97,14 @@ class Seam:
 class HarliServerArgs(_HarliFields, ServerArgs):
     """``ServerArgs`` with one field ``harli_x`` for each option ``x`` of ``HarliOptions``.
 
-    With no such option given, and the switch off, it is SGLang's own class in all it does.  Any option
-    turns the switch on (an environment variable, which children inherit); then the options are checked,
-    what finetuning does not support is refused, and defaults that it needs are filled in and logged.
+    With no such option given, and the switch off, it is SGLang's own class in all it does.  Any
+    option turns the switch on (an environment variable, which children inherit); then the options
+    are checked, what finetuning does not support is refused, and defaults that it needs are filled
+    in and logged.
 
     Raises:
-        SystemExit: with one sentence, for an option, argument or model that is not accepted (SGLang logs
-            and swallows any other exception of a plugin's).
+        SystemExit: with one sentence, for an option, argument or model that is not accepted (SGLang
+            logs and swallows any other exception of a plugin's).
     """
 
     seam: ClassVar[Seam | None] = None
@@ -126,8 +130,9 @@ class HarliServerArgs(_HarliFields, ServerArgs):
         return {**self.__dict__, _SENDER: os.getpid()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a process of SGLang's that is just being spawned: it has imported for seconds by now, and has not asked
-        yet to die with its parent.  If the server was killed meanwhile, it would stay for good.
+        """In a process of SGLang's that is just being spawned: it has imported for seconds by now,
+        and has not asked yet to die with its parent.  If the server was killed meanwhile, it would
+        stay for good.
 
         Raises:
             SystemExit: the parent is gone.
@@ -149,7 +154,8 @@ class HarliServerArgs(_HarliFields, ServerArgs):
 
     @property
     def harli_on(self) -> bool:
-        """Whether any option came, here or from the launcher: whether harli takes part in this server."""
+        """Whether any option came, here or from the launcher: whether harli takes part in this
+        server."""
         return self.harli_finetune is not None  # resolved for good by __post_init__
 
     def _given(self) -> dict[str, Any]:

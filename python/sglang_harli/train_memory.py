@@ -36,7 +36,8 @@ def carved_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
 class Lease(ABC):
     """Memory lent to training for one purpose, until it is given back.
 
-    It may be used again and again: for the tensors that it was asked for, or as many, none of them larger.
+    It may be used again and again: for the tensors that it was asked for, or as many, none of them
+    larger.
 
     Attributes:
         nbytes: what it takes of its owner's memory.
@@ -84,7 +85,8 @@ class Lease(ABC):
         self.reset()
         carved = []
         for (shape, dtype), size in zip(specs, self._sizes, strict=True):
-            # Whole, whatever is used of it: where extents are separate, a plan says which tensor lies where.
+            # Whole, whatever is used of it: where extents are separate, a plan says which tensor
+            # lies where.
             place = self._take(size)
             carved.append(place[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape)))
         return carved

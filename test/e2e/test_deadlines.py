@@ -1,4 +1,5 @@
-"""TTFT deadlines, explanation and metrics of a real server: more prompts than places, in chunks, beside a job.
+"""TTFT deadlines, explanation and metrics of a real server: more prompts than places, in chunks,
+beside a job.
 
 And what a decision that goes wrong costs: the job, not the serving.
 """
@@ -89,7 +90,8 @@ def burst(server: Server) -> None:
 
 @contextlib.contextmanager
 def never_idle(server: Server) -> Iterator[list[int]]:
-    """Long answers on both places, each place's next one sent before the other's has ended; how many tokens came, by answer."""
+    """Long answers on both places, each place's next one sent before the other's has ended; how
+    many tokens came, by answer."""
     over, lengths = threading.Event(), []
 
     def stream(first: int) -> None:

@@ -1,7 +1,9 @@
-"""Whatever is killed wherever, no acknowledged job is lost, run twice, published twice or trained differently.
+"""Whatever is killed wherever, no acknowledged job is lost, run twice, published twice or trained
+differently.
 
-``--points all`` goes through every named point and victim on a bare host and through six of them on a real
-server; ``--points step-applied,renamed`` through these points on the bare host; without it a sample runs.
+``--points all`` goes through every named point and victim on a bare host and through six of them on
+a real server; ``--points step-applied,renamed`` through these points on the bare host; without it a
+sample runs.
 """
 
 from __future__ import annotations
@@ -85,8 +87,8 @@ def _chosen(asked: str, sample: list[Case], every: list[Case]) -> list[Case]:
 
 
 class Place:
-    """A rig that is made when it is needed, with the result of an uninterrupted run in it; a case that went
-    wrong leaves it, and the next one gets a new rig."""
+    """A rig that is made when it is needed, with the result of an uninterrupted run in it; a case
+    that went wrong leaves it, and the next one gets a new rig."""
 
     def __init__(self, make: Callable[[str], Rig], model: str) -> None:
         self._make, self._model = make, model

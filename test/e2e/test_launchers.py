@@ -1,4 +1,5 @@
-"""What happens when the seam is missing.  (SGLang's own launcher serves in test_serving_features.py.)"""
+"""What happens when the seam is missing.  (SGLang's own launcher serves in
+test_serving_features.py.)"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""One real server: whatever a request says, the server lives, adapters can be unloaded and published, and SIGTERM
-ends it."""
+"""One real server: whatever a request says, the server lives, adapters can be unloaded and
+published, and SIGTERM ends it."""
 
 from __future__ import annotations
 

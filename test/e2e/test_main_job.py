@@ -1,4 +1,5 @@
-"""The main job on a real server: train while serving, publish, serve, restart (fp32, so that answers are exact)."""
+"""The main job on a real server: train while serving, publish, serve, restart (fp32, so that
+answers are exact)."""
 
 from __future__ import annotations
 
@@ -331,7 +332,8 @@ def final_weights(run_dir: Path, job: str) -> bytes:
 
 
 def ends_gracefully(server: Server, client: FinetuneClient, job: Job) -> None:
-    """SIGTERM with a job in training and a request under way: that is answered, and the state is saved meanwhile."""
+    """SIGTERM with a job in training and a request under way: that is answered, and the state is
+    saved meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(generate, server.url, PROMPTS[0], tokens=900)
         until(lambda: get(server.url, "/get_load")[1][0]["num_reqs"])

@@ -1,4 +1,5 @@
-"""One pool of memory on a real server: it moves to training and back, and serving never notices (fp32).
+"""One pool of memory on a real server: it moves to training and back, and serving never notices
+(fp32).
 
 Memory is poisoned on its way to training, and SGLang's own memory checks run on every busy turn.
 """
@@ -29,7 +30,8 @@ from support.server import Server, start_server
 
 SLOTS = 4096
 VOCAB = 509
-# 192 tokens a micro-batch: with its logits and the state 1.2 MB, more than half of the pool of 2 MiB.
+# 192 tokens a micro-batch: with its logits and the state 1.2 MB, more than half of the pool of 2
+# MiB.
 ROWS = [{"prompt": f"question {i}", "completion": " over and over again" * 40} for i in range(16)]
 SETTINGS = {"batch_size": 4, "max_seq_length": 48, "on_overflow": "truncate", "lora_r": 12}
 FLAGS = (

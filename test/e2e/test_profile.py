@@ -1,4 +1,5 @@
-"""Latency profiles on real servers: measured at start-up, and read by the server that `harli profile` starts."""
+"""Latency profiles on real servers: measured at start-up, and read by the server that
+`harli profile` starts."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""A run directory that version 0.1 (commit bf285ab) left behind opens: its jobs go on, its adapters answer.
+"""A run directory that version 0.1 (commit bf285ab) left behind opens: its jobs go on, its adapters
+answer.
 
-``test/fixtures/run_dir_0.1.tar.gz`` holds the run directory of a server that was killed (a job that had succeeded, one that
-was paused, one in training, one in the queue), the model it served (32 wide, so that it can be kept) and
-``expected.json``: what that version itself made of the same folder, loss by loss and answer by answer.
+``test/fixtures/run_dir_0.1.tar.gz`` holds the run directory of a server that was killed (a job that
+had succeeded, one that was paused, one in training, one in the queue), the model it served (32
+wide, so that it can be kept) and ``expected.json``: what that version itself made of the same
+folder, loss by loss and answer by answer.
 """
 
 from __future__ import annotations

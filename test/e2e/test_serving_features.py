@@ -1,9 +1,9 @@
-"""SGLang's features beside training: its own launcher, pages of 16 slots, overlap scheduling, chunked prefill,
-streaming, aborts, sleeping when idle.
+"""SGLang's features beside training: its own launcher, pages of 16 slots, overlap scheduling,
+chunked prefill, streaming, aborts, sleeping when idle.
 
-bf16, so requests are compared one at a time: the batch's composition alone may change the rounding.  SGLang's
-own memory checks run on every busy turn of the loop, and memory is poisoned on its way to training.  (On the CPU
-engine SGLang alone cannot serve pages: its allocator needs Triton.)
+bf16, so requests are compared one at a time: the batch's composition alone may change the rounding.
+SGLang's own memory checks run on every busy turn of the loop, and memory is poisoned on its way to
+training.  (On the CPU engine SGLang alone cannot serve pages: its allocator needs Triton.)
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def alone(server: Server) -> list[list[int]]:
 
 
 def answers(url: str) -> list[list[int]]:
-    """One request at a time: short and long prompts, and between them some that need nearly all slots."""
+    """One request at a time: short and long prompts, and between them some that need nearly all
+    slots."""
     return [
         *(generate(url, text) for text in [*PROMPTS, LONG]),
         *(fill(url, number) for number in range(2)),

@@ -1,4 +1,5 @@
-"""Supervision of a real server: the service killed or stopped beside traffic, and nothing outlives the launcher."""
+"""Supervision of a real server: the service killed or stopped beside traffic, and nothing outlives
+the launcher."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def launch(model: str, run_dir: Path) -> Iterator[Callable[[], Server]]:
-    """Starts a server on one and the same run directory; every process of it carries a mark of its own."""
+    """Starts a server on one and the same run directory; every process of it carries a mark of its
+    own."""
     started: list[Server] = []
 
     def start() -> Server:
@@ -125,7 +127,8 @@ def test_metrics_stand_beside_sglangs(server: Server, job: Job) -> None:
     assert "sglang:" in get(server.url, "/metrics")[1]
 
 
-# The stopped one first: a service that has just come back, and has not spoken yet, is waited for four times as long.
+# The stopped one first: a service that has just come back, and has not spoken yet, is waited for
+# four times as long.
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_lost_service_comes_back_beside_traffic_and_the_run_goes_on(
     server: Server, job: Job, how: signal.Signals, record_property: Callable[[str, object], None]
@@ -146,7 +149,8 @@ def test_a_lost_service_comes_back_beside_traffic_and_the_run_goes_on(
         before = client.get(job.id)
 
         def goes_on() -> Job | None:
-            """Steps that come before the new service has met the run again count already: it is still queued."""
+            """Steps that come before the new service has met the run again count already: it is
+            still queued."""
             now = client.get(job.id)
             return now if now.step > before.step + 3 and now.status == JobStatus.RUNNING else None
 
@@ -165,7 +169,8 @@ def test_nothing_outlives_a_launcher_that_is_killed(server: Server, job: Job) ->
 def test_nothing_outlives_a_launcher_that_is_killed_while_it_starts(launch: Callable[[], Server]) -> None:
     starting = launch()  # the lock and the sockets of the server before stand in nobody's way
     until(lambda: any("spawn_main" in " ".join(c) for c in commands(starting)), "the first child of SGLang")
-    # A child that is being spawned asks for its parent when it has imported SGLang: 12 s, a minute on a busy machine.
+    # A child that is being spawned asks for its parent when it has imported SGLang: 12 s, a minute
+    # on a busy machine.
     assert_all_end(starting, signal.SIGKILL, 240.0)
 
 

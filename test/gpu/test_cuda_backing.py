@@ -1,4 +1,5 @@
-"""The pool's memory on a real GPU: chunks move, graphs stay valid, nothing foreign is read; how long a move takes.
+"""The pool's memory on a real GPU: chunks move, graphs stay valid, nothing foreign is read; how
+long a move takes.
 
 pytest test/gpu/test_cuda_backing.py -s
 """

@@ -1,4 +1,5 @@
-"""Training on a CUDA device: the same losses as on a CPU, no waiting for the device, snapshots in full."""
+"""Training on a CUDA device: the same losses as on a CPU, no waiting for the device, snapshots in
+full."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Pieces of a real SGLang on its CPU engine, in this process.
 
-``sglang_runner(model_path, **server_args)`` gives a ``ModelRunner`` that has loaded the model and allocated
-its pools; ``greedy_tokens`` generates with it; ``tiny_model`` writes small random models to disk.
+``sglang_runner(model_path, **server_args)`` gives a ``ModelRunner`` that has loaded the model and
+allocated its pools; ``greedy_tokens`` generates with it; ``tiny_model`` writes small random models
+to disk.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from sglang_harli.platforms.cpu.engine import CPU_ENGINE_ENV, STAND_IN
 from support.model_runner import ALL_MODULES, build_runner
 from support.model_runner import server_args as make_server_args
 
-# SGLang decides at import which engine it is; the stand-in for sgl_kernel has to come first on the path.
+# SGLang decides at import which engine it is; the stand-in for sgl_kernel has to come first on the
+# path.
 os.environ[CPU_ENGINE_ENV] = "1"
 sys.path.insert(0, str(STAND_IN))
 
@@ -53,9 +55,11 @@ def sglang_patches() -> None:
 # ------------------------------------------------------------------ models
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """``tiny_model(arch="llama", dtype="float32", seed=0, **config)`` -> folder with a random model.
+    """``tiny_model(arch="llama", dtype="float32", seed=0, **config)`` -> folder with a random
+    model.
 
-    Defaults: hidden 64, 2 layers, 4 heads over 2 KV heads, intermediate 96, vocabulary 256; no tokenizer.
+    Defaults: hidden 64, 2 layers, 4 heads over 2 KV heads, intermediate 96, vocabulary 256; no
+    tokenizer.
     """
     made: dict[str, str] = {}
 
@@ -101,8 +105,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 def sglang_runner(sglang_patches: None) -> Iterator[Callable[..., Any]]:
     """``sglang_runner(model_path, **server_args)`` -> a real ``ModelRunner`` on the CPU engine.
 
-    ``enable_lora=True`` adds SGLang's LoRA serving (rank 16, all seven modules, 4 slots) unless told
-    otherwise; the dtype is the one that the model was saved in.  Equal arguments give the same runner: tests that load adapters use fresh ids and names.
+    ``enable_lora=True`` adds SGLang's LoRA serving (rank 16, all seven modules, 4 slots) unless
+    told otherwise; the dtype is the one that the model was saved in.  Equal arguments give the same
+    runner: tests that load adapters use fresh ids and names.
     """
     built: dict[str, Any] = {}
 
@@ -166,10 +171,11 @@ def _requests(
 
 @pytest.fixture(scope="session")
 def greedy_tokens() -> Callable[..., list[list[int]]]:
-    """``greedy_tokens(runner, prompts, max_new_tokens, lora_ids=None)`` -> new token ids of each prompt.
+    """``greedy_tokens(runner, prompts, max_new_tokens, lora_ids=None)`` -> new token ids of each
+    prompt.
 
-    The prompts (lists of ids) run as one batch, through prefill and decode of SGLang's own runner; end
-    tokens do not end a row.
+    The prompts (lists of ids) run as one batch, through prefill and decode of SGLang's own runner;
+    end tokens do not end a row.
     """
     return _greedy
 
@@ -191,7 +197,8 @@ def _logprobs(runner: Any, prompt: list[int]) -> list[float]:
 
 @pytest.fixture(scope="session")
 def served_logprobs() -> Callable[[Any, list[int]], list[float]]:
-    """``served_logprobs(runner, prompt)`` -> of each id but the first, by a prefill of SGLang's own runner."""
+    """``served_logprobs(runner, prompt)`` -> of each id but the first, by a prefill of SGLang's own
+    runner."""
     return _logprobs
 
 
@@ -208,7 +215,8 @@ class PeftAdapter:
 
 @pytest.fixture(scope="session")
 def peft_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PeftAdapter]:
-    """``peft_adapter(model_path, modules=ALL, rank=8, alpha=16, seed=1, use_rslora=False)``; B is not zero."""
+    """``peft_adapter(model_path, modules=ALL, rank=8, alpha=16, seed=1, use_rslora=False)``; B is
+    not zero."""
 
     def make(
         model_path: str,

@@ -100,8 +100,8 @@ def test_served_adapter_answers_as_under_peft_after_its_slot_was_reused(
 
 
 def test_a_slice_is_bounded_by_its_bytes(runner, loader, adapter, fill_slot, monkeypatch):
-    """Every byte is copied once, in slices of less than twice ``SLICE_BYTES``, and stacked once; tensors larger than a slice are
-    cut, small ones share one."""
+    """Every byte is copied once, in slices of less than twice ``SLICE_BYTES``, and stacked once;
+    tensors larger than a slice are cut, small ones share one."""
     assert min(t.nbytes for t in adapter.tensors.values()) < SLICE / 2
     assert max(t.nbytes for t in adapter.tensors.values()) > 2 * SLICE
     total = sum(t.nbytes for t in adapter.tensors.values())

@@ -1,4 +1,5 @@
-"""Calls of an operator that come at a wrong moment, or with content that cannot be read: the scheduler's own handlers."""
+"""Calls of an operator that come at a wrong moment, or with content that cannot be read: the
+scheduler's own handlers."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def scheduler(sglang_patches: None) -> Scheduler:
 
 @pytest.fixture
 def memory(scheduler: Scheduler) -> Callable[..., str]:
-    """``memory("release", tags)``: the refusal that the HTTP route answers with 400, "" where there is none."""
+    """``memory("release", tags)``: the refusal that the HTTP route answers with 400, "" where there
+    is none."""
     from sglang.srt.managers import io_struct
     from sglang.srt.managers.communicator import FanOutCommunicator
 

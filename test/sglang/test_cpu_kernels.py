@@ -1,4 +1,5 @@
-"""The stand-in for sgl_kernel: its ops give what their names say, through SGLang's own callers too."""
+"""The stand-in for sgl_kernel: its ops give what their names say, through SGLang's own callers
+too."""
 
 from __future__ import annotations
 

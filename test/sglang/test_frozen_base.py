@@ -1,4 +1,5 @@
-"""The frozen base on real SGLang models of the CPU engine: shared storage, padding, wrappers, refusals."""
+"""The frozen base on real SGLang models of the CPU engine: shared storage, padding, wrappers,
+refusals."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
 from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import Hyperparameters
 
-# arch, config: sizes that SGLang pads on a CPU (vocabulary to 64, intermediate to 32), grouped queries
+# arch, config: sizes that SGLang pads on a CPU (vocabulary to 64, intermediate to 32), grouped
+# queries
 MODELS = [
     ("llama", {"vocab_size": 500, "intermediate_size": 333}),
     ("llama", {"attention_bias": True, "mlp_bias": False, "num_key_value_heads": 1}),
@@ -37,7 +39,8 @@ def storages(tensors: Any) -> dict[int, int]:
 
 
 def assert_shared(base: FrozenBase, served: nn.Module) -> None:
-    """Every frozen parameter lies in a storage of the server's: not one byte of weights was copied."""
+    """Every frozen parameter lies in a storage of the server's: not one byte of weights was
+    copied."""
     ours = storages(base.model.parameters())
     theirs = storages(served.parameters())
     assert ours.keys() <= theirs.keys()
@@ -56,10 +59,11 @@ def assert_same_logits(base: FrozenBase, model_path: str, tolerance: float) -> N
 
 
 def assert_same_print(base: FrozenBase, model_path: str) -> None:
-    """Fused, padded and wrapped it has the print that transformers' own model has, in the same dtype and in others.
+    """Fused, padded and wrapped it has the print that transformers' own model has, in the same
+    dtype and in others.
 
-    The digest is that of the values: another one where they were rounded.  (float16 may hold those of bfloat16, or not:
-    it has the bits, and not the range.)
+    The digest is that of the values: another one where they were rounded.  (float16 may hold those
+    of bfloat16, or not: it has the bits, and not the range.)
     """
     served = base_print.take(base, "served", model_path)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -145,7 +149,8 @@ class TestRefusals:
 
     @pytest.fixture
     def served(self, path: str, sglang_runner: Callable[..., Any]) -> Any:
-        """A server's parameters by name, small enough to be bent: the fused layout, SGLang's other modules."""
+        """A server's parameters by name, small enough to be bent: the fused layout, SGLang's other
+        modules."""
         return _fused(AutoModelForCausalLM.from_pretrained(path), sglang_runner(path).model)
 
     def test_the_stand_in_itself_binds(self, served: Any, config: Any) -> None:

@@ -45,7 +45,8 @@ FOREIGN = "pirate"
 
 @pytest.fixture
 def manager() -> Any:
-    """Stands in for SGLang's TokenizerManager; ``asked`` collects the requests that would be served."""
+    """Stands in for SGLang's TokenizerManager; ``asked`` collects the requests that would be
+    served."""
     made = MagicMock()
     made.served_model_name = "base"
     made.model_path = "/models/base-ft-of-another-time"

@@ -1,4 +1,5 @@
-"""SGLang's model runner on the unified pool: the same capacity, buffers and answers, and what stays SGLang's."""
+"""SGLang's model runner on the unified pool: the same capacity, buffers and answers, and what stays
+SGLang's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""An adapter is in use exactly while a call or a request uses it: SGLang's TokenizerManager, driven by hand."""
+"""An adapter is in use exactly while a call or a request uses it: SGLang's TokenizerManager, driven
+by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Requests for adapters while the served base changes: asked before the adapter is looked up, and again behind it."""
+"""Requests for adapters while the served base changes: asked before the adapter is looked up, and
+again behind it."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from sglang_harli.managers.http.publisher import refuse_another_base
 
 
 def resolve(path: Any, *, before: dict[str, str], meanwhile: dict[str, str]) -> int:
-    """How often the adapter was looked up; ``meanwhile``: what is of another base by the end of that."""
+    """How often the adapter was looked up; ``meanwhile``: what is of another base by the end of
+    that."""
     manager = SimpleNamespace(harli_publisher=SimpleNamespace(others=dict(before)))
     looked_up = 0
 

@@ -1,4 +1,5 @@
-"""The prompt that serving and training are compared on: what it is, when it is sent, and what is done with the answer."""
+"""The prompt that serving and training are compared on: what it is, when it is sent, and what is
+done with the answer."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Tokenizer:
 
 
 class Rig:
-    """A scheduler that wants to be told, and SGLang's TokenizerManager, whose answers are made up."""
+    """A scheduler that wants to be told, and SGLang's TokenizerManager, whose answers are made
+    up."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []

@@ -1,4 +1,5 @@
-"""The seam: what turns it on, the defaults and refusals that come with it, and that every row takes."""
+"""The seam: what turns it on, the defaults and refusals that come with it, and that every row
+takes."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def switch_off() -> Iterator[None]:
 
 @pytest.fixture
 def make_args(tiny_model: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """``make_args(model_path=..., **values)`` -> HarliServerArgs, with the plugin's part recorded only."""
+    """``make_args(model_path=..., **values)`` -> HarliServerArgs, with the plugin's part recorded
+    only."""
     from sglang_harli.server_args import HarliServerArgs, Seam
 
     installed.clear()

@@ -1,4 +1,5 @@
-"""Whole stripes out of a real radix tree: what is locked, hot or kept stays, and SGLang's books agree."""
+"""Whole stripes out of a real radix tree: what is locked, hot or kept stays, and SGLang's books
+agree."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def test_the_least_valuable_entries_go_and_what_is_kept_stays(page):
 
 
 def test_entries_that_came_since_the_last_count_can_go():
-    """Nothing was freed since, so nothing makes the counts anew: they must follow what was taken."""
+    """Nothing was freed since, so nothing makes the counts anew: they must follow what was
+    taken."""
     rig = PrefixCacheUnderTest()
     assert len(rig.slots.free_stripes()) == 9
     for _ in range(9):

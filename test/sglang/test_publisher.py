@@ -1,5 +1,5 @@
-"""Publication: SGLang's own registry, communicators and lock with our patches, a real socket pair, and a scheduler
-of dicts."""
+"""Publication: SGLang's own registry, communicators and lock with our patches, a real socket pair,
+and a scheduler of dicts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NAME, OTHER, THIRD = "base-ft-first-00000001", "base-ft-second-00000002", "base-
 
 
 class Manager(TokenizerManager):
-    """SGLang's TokenizerManager, its LoRA and control parts only; ``requests`` is what reached the scheduler."""
+    """SGLang's TokenizerManager, its LoRA and control parts only; ``requests``: what it sends."""
 
     def __init__(self, **arguments: Any) -> None:
         values = {"enable_lora": True, "max_loaded_loras": None, "dp_size": 1, "lora_paths": None}

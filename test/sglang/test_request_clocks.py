@@ -1,4 +1,5 @@
-"""When a request's first and latest token went out, read from SGLang's own time stats, retracted or not."""
+"""When a request's first and latest token went out, read from SGLang's own time stats, retracted or
+not."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def clock_of(side: ServingState, req: Any) -> Any:
 
 
 def retract_and_prefill(req: Any) -> None:
-    """As SGLang does; nobody looks at the request meanwhile.  Its fourth token goes out 15 s after it came."""
+    """As SGLang does; nobody looks at the request meanwhile.  Its fourth token goes out 15 s after
+    it came."""
     stats = req.time_stats
     stats.set_wait_queue_entry_time(CAME_S + 11.0)
     stats.set_forward_entry_time(CAME_S + 14.0)

@@ -1,5 +1,5 @@
-"""Rows of data against SGLang's own rendering: the ids before each learned answer are the ids that serving computes,
-and what serving refuses is no row."""
+"""Rows of data against SGLang's own rendering: the ids before each learned answer are the ids that
+serving computes, and what serving refuses is no row."""
 
 from __future__ import annotations
 
@@ -243,7 +243,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "weights": row(ASK, YES | {"weight": 0}, AGAIN, YES | {"weight": 1}),
     "a greeting first": row(YES | {"weight": 0}, ASK, YES),
 }
-# What is refused here though serving would take it: there is no answer in it that serving could be asked for.
+# What is refused here though serving would take it: there is no answer in it that serving could be
+# asked for.
 OURS_ALONE = re.compile(
     r"the chat template renders nothing of|opens an answer with|'tools' is not accepted here"
 )

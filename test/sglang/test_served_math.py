@@ -1,4 +1,5 @@
-"""What training computes without an adapter, against SGLang's own forward, module and table, config by config."""
+"""What training computes without an adapter, against SGLang's own forward, module and table, config
+by config."""
 
 from __future__ import annotations
 

@@ -67,7 +67,8 @@ def test_the_mask_of_a_grammar_is_applied_on_a_cpu(sglang_patches):
 
 
 def session_and_ask() -> tuple[Any, Any]:
-    """SGLang's session, and a call that has it make a request of which the scheduler says at once that it ended."""
+    """SGLang's session, and a call that has it make a request of which the scheduler says at once
+    that it ended."""
     import msgspec
     from sglang.srt.managers.io_struct import SessionParams, TokenizedGenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams

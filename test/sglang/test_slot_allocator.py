@@ -1,4 +1,5 @@
-"""Both slot allocators over a real pool: SGLang's capacity to the slot, whatever training borrows meanwhile."""
+"""Both slot allocators over a real pool: SGLang's capacity to the slot, whatever training borrows
+meanwhile."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def lend(pool: UnifiedPool, stripes: int) -> Any:
 class Machine(RuleBasedStateMachine):
     """Allocations, frees, leases, flushes and roll-backs in any order.
 
-    ``held`` are the requests: their slots in the order of their tokens.  Each slot in use has a stamp in its row.
+    ``held`` are the requests: their slots in the order of their tokens.  Each slot in use has a
+    stamp in its row.
     """
 
     page = 1

@@ -1,4 +1,5 @@
-"""The quick profile at start-up.  SGLang's TokenizerManager is stood in for; what it computes the real serving side learns."""
+"""The quick profile at start-up.  SGLang's TokenizerManager is stood in for; what it computes the
+real serving side learns."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What the HTTP process hands over is the live tokenizer and template, whatever flags and repairs made them; a service
-without SGLang makes the same rows of it, and loads the same by itself with the same flags."""
+"""What the HTTP process hands over is the live tokenizer and template, whatever flags and repairs
+made them; a service without SGLang makes the same rows of it, and loads the same by itself with the
+same flags."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def folder_of(tmp_path: Path, family: str, **settings: Any) -> Path:
 
 
 def llama_class(tmp_path: Path, **settings: Any) -> Path:
-    """A byte-level tokenizer.json whose config names the class that transformers 5 rebuilds as SentencePiece's."""
+    """A byte-level tokenizer.json whose config names the class that transformers 5 rebuilds as
+    SentencePiece's."""
     folder = make_family(tmp_path / "rebuilt", "plain", tokenizer_class="LlamaTokenizerFast", **settings)
     return folder
 
@@ -47,7 +49,8 @@ def flags_of(folder: Path, **server_args: Any) -> TokenizerFlags:
 
 
 def check(folder: Path, **server_args: Any) -> tuple[Serving, RowEncoder]:
-    """The rows of the handed-over state have the prompts that serving computes; loaded by its path it is the same."""
+    """The rows of the handed-over state have the prompts that serving computes; loaded by its path
+    it is the same."""
     serving = Serving(folder, **server_args)
     handover = hand_over(serving.manager, serving.templates, folder)
     assert handover is not None

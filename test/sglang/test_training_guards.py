@@ -1,4 +1,5 @@
-"""SGLang's release of memory and the end of the server, beside training: the HTTP process's calls, the real scheduler's trainer."""
+"""SGLang's release of memory and the end of the server, beside training: the HTTP process's calls,
+the real scheduler's trainer."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""A small process in place of a server's two: the real trainer, link, adapter loader and publisher around
-SGLang's model runner, without HTTP, tokenizer, prefill and decode.
+"""A small process in place of a server's two: the real trainer, link, adapter loader and publisher
+around SGLang's model runner, without HTTP, tokenizer, prefill and decode.
 
-``python -m support.bare_host`` is a template: it imports everything, then forks one host for each line on its
-stdin (a JSON object: ``options`` of HarliOptions, ``model``, ``log``, ``registrations``) and answers with the
-host's pid.  So a host starts in about a second, and each is a process of its own that can be killed.
-The template ends with its stdin, the hosts end with the template.
+``python -m support.bare_host`` is a template: it imports everything, then forks one host for each
+line on its stdin (a JSON object: ``options`` of HarliOptions, ``model``, ``log``,
+``registrations``) and answers with the host's pid.  So a host starts in about a second, and each is
+a process of its own that can be killed. The template ends with its stdin, the hosts end with the
+template.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ WAIT_MS = 5  # for a message, when there is nothing to train
 
 
 class LoggedRegistry(LoRARegistry):
-    """SGLang's registry, which also notes down each registration: ``pid name``, durable, one a line."""
+    """SGLang's registry, which also notes down each registration: ``pid name``, durable, one a
+    line."""
 
     def __init__(self, path: str) -> None:
         super().__init__(None)
@@ -72,8 +74,8 @@ class LoggedRegistry(LoRARegistry):
 
 
 class Manager(TokenizerManager):
-    """SGLang's TokenizerManager, its LoRA and control parts only; its requests go to ``requests``, from which
-    the loop of the trainer's thread answers them."""
+    """SGLang's TokenizerManager, its LoRA and control parts only; its requests go to ``requests``,
+    from which the loop of the trainer's thread answers them."""
 
     def __init__(self, args: Any, registrations: str) -> None:
         self.server_args = args

@@ -1,4 +1,5 @@
-"""Small tokenizers whose chat templates do what those of known model families do, each in its own way."""
+"""Small tokenizers whose chat templates do what those of known model families do, each in its own
+way."""
 
 from __future__ import annotations
 
@@ -47,8 +48,8 @@ QWEN25 = r"""
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
 """
 
-# The same without a default system message; reasoning stays in the turns after the last question alone, a
-# keyword turns it off, and roles that it does not know vanish.
+# The same without a default system message; reasoning stays in the turns after the last question
+# alone, a keyword turns it off, and roles that it does not know vanish.
 QWEN3 = r"""
 {%- if tools %}
     {{- '<|im_start|>system\n' }}
@@ -99,7 +100,8 @@ QWEN3 = r"""
 {%- endif %}
 """
 
-# A beginning-of-text token and the date, contents trimmed, one tool call a message, no content beside it.
+# A beginning-of-text token and the date, contents trimmed, one tool call a message, no content
+# beside it.
 LLAMA31 = r"""
 {{- bos_token }}
 {%- if not date_string is defined %}
@@ -138,7 +140,8 @@ LLAMA31 = r"""
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}
 """
 
-# Turns have to alternate; tools come without their wrapper or not at all; contents may be lists of parts.
+# Turns have to alternate; tools come without their wrapper or not at all; contents may be lists of
+# parts.
 MISTRAL = r"""
 {{- bos_token }}
 {%- if messages[0]["role"] == "system" %}{%- set system_message = messages[0]["content"] %}
@@ -191,7 +194,8 @@ PLAIN = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# Opens the reasoning in each prompt and leaves it out of earlier answers, which then begin in another way.
+# Opens the reasoning in each prompt and leaves it out of earlier answers, which then begin in
+# another way.
 R1 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}"
     "{% elif m['role'] == 'assistant' %}<|im_end|>{{ m['content'].split('</think>')[-1] }}{{ eos_token }}{% endif %}"

@@ -1,4 +1,5 @@
-"""``harli`` run many times at the price of one start: a process that has imported it forks for each command.
+"""``harli`` run many times at the price of one start: a process that has imported it forks for each
+command.
 
 What a command writes goes to files, and a command may get any bytes as arguments, any encoding, and
 streams that are closed, full or without a reader.
@@ -50,7 +51,8 @@ class CliProcess:
     def run(
         self, *args: str | bytes, encoding: str = "utf-8", out: str = "file", err: str = "file", **env: str
     ) -> Done:
-        """``out``, ``err``: file, closed, full (a disk without room) or pipe (its reader has gone)."""
+        """``out``, ``err``: file, closed, full (a disk without room) or pipe (its reader has
+        gone)."""
         wanted = [os.fsencode(arg).hex() for arg in args]
         order = {"args": wanted, "encoding": encoding, "out": out, "err": err, "env": env}
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -1,4 +1,5 @@
-"""Results of a co-location benchmark in which everything holds, by a little, and ways to break them."""
+"""Results of a co-location benchmark in which everything holds, by a little, and ways to break
+them."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ POLL_S = 0.05
 
 
 def new_mark() -> dict[str, str]:
-    """For ``start_server(env=...)``: a variable that every process of that server carries, and no other."""
+    """For ``start_server(env=...)``: a variable that every process of that server carries, and no
+    other."""
     return {MARK: uuid.uuid4().hex}
 
 

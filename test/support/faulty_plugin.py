@@ -1,5 +1,6 @@
-"""An SGLang plugin for a server under test: while a file exists every decision about a training quantum fails; while
-another does, those of an idle server take long, and while a third does, an update of the weights does not reach training."""
+"""An SGLang plugin for a server under test: while a file exists every decision about a training
+quantum fails; while another does, those of an idle server take long, and while a third does, an
+update of the weights does not reach training."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def activate() -> None:
 
 
 def _with_another_norm(updated: Any, path: Path) -> Any:
-    """After an update of the weights training has a last norm that is not served, while ``path`` exists."""
+    """After an update of the weights training has a last norm that is not served, while ``path``
+    exists."""
 
     def weights_updated(trainer: Any) -> None:
         from torch import nn
@@ -51,7 +53,8 @@ def _with_another_norm(updated: Any, path: Path) -> Any:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What a server's environment needs for it; ``folder`` takes the plugin, and the files ``fault`` and ``slow`` in it are the switches."""
+    """What a server's environment needs for it; ``folder`` takes the plugin, and the files
+    ``fault`` and ``slow`` in it are the switches."""
     metadata = folder / "harli_test_faulty-0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: harli-test-faulty\nVersion: 0\n")

@@ -1,4 +1,5 @@
-"""SGLang's ``ModelRunner`` on its CPU engine: the model and its LoRA serving, without a server around them.
+"""SGLang's ``ModelRunner`` on its CPU engine: the model and its LoRA serving, without a server
+around them.
 
 The caller has set the CPU engine's environment before the first import of sglang
 (``platforms.cpu.engine``) and has applied our patches.
@@ -15,7 +16,8 @@ def server_args(model_path: str, **options: Any) -> Any:
     """SGLang's arguments for a small model; the dtype is the one that the model was saved in.
 
     Args:
-        options: fields of ServerArgs; ``enable_lora`` adds LoRA serving (rank 16, all seven modules, 4 slots).
+        options: fields of ServerArgs; ``enable_lora`` adds LoRA serving (rank 16, all seven
+            modules, 4 slots).
     """
     from sglang.srt.server_args import ServerArgs
     from transformers import AutoConfig

@@ -1,4 +1,5 @@
-"""Tiny random models with a tokenizer and a chat template, made in a folder: what real servers are tried on."""
+"""Tiny random models with a tokenizer and a chat template, made in a folder: what real servers are
+tried on."""
 
 from __future__ import annotations
 
@@ -32,8 +33,9 @@ def make_model(
         arch: llama, mistral, qwen2 (biases, tied embeddings) or qwen3 (q and k norms).
         dtype: float32, bfloat16 or float16.
         seed: of the weights and of the text that the tokenizer is trained on.
-        config: fields of the transformers config; the defaults are 64 wide, 2 layers, 4 heads over 2 KV heads,
-            an intermediate size of 333 and a vocabulary of 509, both of which SGLang pads on a CPU.
+        config: fields of the transformers config; the defaults are 64 wide, 2 layers, 4 heads over
+            2 KV heads, an intermediate size of 333 and a vocabulary of 509, both of which SGLang
+            pads on a CPU.
     """
     import torch
     import transformers

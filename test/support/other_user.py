@@ -29,7 +29,8 @@ def open_folder() -> Iterator[Path]:
 
 
 def run_python(script: str, timeout_s: float = 300.0, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run ``script`` as ``UID``, with the path and these variables alone; skips where he cannot read Python's files."""
+    """Run ``script`` as ``UID``, with the path and these variables alone; skips where he cannot
+    read Python's files."""
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
 
     def run(text: str) -> subprocess.CompletedProcess[str]:

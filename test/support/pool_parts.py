@@ -38,7 +38,8 @@ class Clock:
 
 
 class Slots:
-    """A slot allocator with its free slots in a set: lowest first, lent ones available, reclaimed when short."""
+    """A slot allocator with its free slots in a set: lowest first, lent ones available, reclaimed
+    when short."""
 
     def __init__(self, make_pool: Callable[[SlotSource], UnifiedPool]) -> None:
         self.pool = make_pool(self)
@@ -109,7 +110,8 @@ class IdleSlots:
 
 
 def give_back_in_order(pool: UnifiedPool) -> None:
-    """Stands for the pressure ladder: leases go whole, in the order of their purposes, until it is enough."""
+    """Stands for the pressure ladder: leases go whole, in the order of their purposes, until it is
+    enough."""
     order = list(MemoryPurpose)
 
     def pressure(stripes: int) -> None:

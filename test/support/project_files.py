@@ -63,7 +63,8 @@ def relative(path: Path) -> str:
 
 
 def module_name(path: Path) -> str:
-    """``python/sglang_harli/service/app.py`` as ``service.app``; the package's own ``__init__`` as ``""``."""
+    """``python/sglang_harli/service/app.py`` as ``service.app``; the package's own ``__init__`` as
+    ``""``."""
     parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
     if parts[-1] == "__init__":
         parts.pop()

@@ -1,4 +1,5 @@
-"""Real servers for tests and benchmarks: started on free loopback ports, polled until ready, stopped whole.
+"""Real servers for tests and benchmarks: started on free loopback ports, polled until ready,
+stopped whole.
 
 with start_server(model_path, "--harli-tpot-slo-ms", "25") as server:
     requests.post(f"{server.url}/generate", json=...)
@@ -134,7 +135,8 @@ class Server:
 
     # ---- its processes
     def family(self) -> list[psutil.Process]:
-        """The live processes: the server's and those that it started, the ones seen earlier included."""
+        """The live processes: the server's and those that it started, the ones seen earlier
+        included."""
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(self.pid)
             for process in (root, *root.children(recursive=True)):
@@ -142,7 +144,8 @@ class Server:
         return [process for process in self._family.values() if _alive(process)]
 
     def find(self, text: str) -> psutil.Process:
-        """The one process whose command line (or title) holds ``text``, such as ``sglang::scheduler``.
+        """The one process whose command line (or title) holds ``text``, such as
+        ``sglang::scheduler``.
 
         Raises:
             LookupError: none or several.
@@ -186,8 +189,8 @@ class Server:
         self._clear_shared_memory()
 
     def _clear_shared_memory(self) -> None:
-        """SGLang ends by SIGKILL, and the slots left behind are cleared at the run directory's next start: which a
-        temporary one never sees."""
+        """SGLang ends by SIGKILL, and the slots left behind are cleared at the run directory's next
+        start: which a temporary one never sees."""
         shutil.rmtree(shm_dir(str(self.run_dir)), ignore_errors=True)
 
     def _reap(self, timeout: float, how: str) -> None:
@@ -227,13 +230,14 @@ def start_server(
     endpoint: str | None = None,
     device: str | None = "cpu",
 ) -> Server:
-    """Start a server; it is not ready yet when this returns (``wait_ready``, or use it in ``with``).
+    """Start a server; it is not ready yet when this returns (``wait_ready``, or use it in
+    ``with``).
 
     Args:
         args: more flags, as on a command line; they come before the defaults chosen here.
-        launcher: ``harli``: our launcher; ``sglang``: ``python -m sglang.launch_server`` with the plugin and, on
-            the CPU engine, the stand-in on PYTHONPATH; ``plain``: the same with no plugin at all, and on the CPU
-            engine the launcher's defaults as explicit flags.
+        launcher: ``harli``: our launcher; ``sglang``: ``python -m sglang.launch_server`` with the
+            plugin and, on the CPU engine, the stand-in on PYTHONPATH; ``plain``: the same with no
+            plugin at all, and on the CPU engine the launcher's defaults as explicit flags.
         env: variables on top of this process's own.
         run_dir, endpoint: of the finetune service (default: in a temporary folder; a free port).
         device: ``cpu`` for the same engine on every machine; None lets the launcher choose.

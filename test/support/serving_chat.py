@@ -1,5 +1,5 @@
-"""SGLang's own way from a chat request to prompt ids, without a server: its request model, its validation, its template
-manager, its tokenizer and ``OpenAIServingChat``."""
+"""SGLang's own way from a chat request to prompt ids, without a server: its request model, its
+validation, its template manager, its tokenizer and ``OpenAIServingChat``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Serving:
     server_args: fields of ServerArgs, such as chat_template.
 
     Attributes:
-        manager: what stands for SGLang's TokenizerManager: its tokenizer, arguments and model config.
+        manager: what stands for SGLang's TokenizerManager: its tokenizer, arguments and model
+            config.
         templates: SGLang's TemplateManager.
     """
 

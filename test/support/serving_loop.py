@@ -1,5 +1,5 @@
-"""A server in time that is simulated, for tests of a policy on arrivals of any kind: in steps, in time, or by what has
-finished (clients that ask again)."""
+"""A server in time that is simulated, for tests of a policy on arrivals of any kind: in steps, in
+time, or by what has finished (clients that ask again)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Arrivals(Protocol):
     """Who comes when."""
 
     def come(self, now_s: float, step: int, finished: int) -> list[Request]:
-        """Those that have come since the call before; ``finished``: requests that ended meanwhile."""
+        """Those that have come since the call before; ``finished``: requests that ended
+        meanwhile."""
         ...
 
     @property

@@ -1,9 +1,10 @@
-"""A record of what the loop between two steps of serving asked and was told, and what it decided; and its replay.
+"""A record of what the loop between two steps of serving asked and was told, and what it decided;
+and its replay.
 
-A record is a list of calls in order: ``["in", method, arguments, result]`` for a call of the loop by the scheduler, and
-``["out", name, arguments, result]`` for each question that the loop asks meanwhile (the clock, what is offered, the
-slack, ...).  A replay answers the questions from the record: the loop has to ask the same ones in the same order, and
-to decide the same.
+A record is a list of calls in order: ``["in", method, arguments, result]`` for a call of the loop
+by the scheduler, and ``["out", name, arguments, result]`` for each question that the loop asks
+meanwhile (the clock, what is offered, the slack, ...).  A replay answers the questions from the
+record: the loop has to ask the same ones in the same order, and to decide the same.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ _ENUMS: dict[str, Any] = {"Reason": Reason, "Claim": Claim, "QuantumKind": Quant
 
 # ------------------------------------------------------------------ values as JSON
 def plain(value: Any) -> Any:
-    """As JSON: a dataclass as ``{"=": its name, ...}``, an enum by its name, an infinity as a word."""
+    """As JSON: a dataclass as ``{"=": its name, ...}``, an enum by its name, an infinity as a
+    word."""
     name = type(value).__name__
     if name in _KINDS:
         return {"=": name, **{f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}}

@@ -1,8 +1,11 @@
-"""Records the loop between two steps of serving in a real server under load, for ``slotting_record.replay``.
+"""Records the loop between two steps of serving in a real server under load, for
+``slotting_record.replay``.
 
-    cd test && python -m support.slotting_recorder OUT.jsonl.gz [--calls N] [--flags "--harli-tpot-slo-ms 6"]
+    cd test && python -m support.slotting_recorder OUT.jsonl.gz [--calls N] [--flags
+    "--harli-tpot-slo-ms 6"]
 
-A server of a small model, streams of requests with pauses between them, and a job; ends when N calls are recorded.
+A server of a small model, streams of requests with pauses between them, and a job; ends when N
+calls are recorded.
 """
 
 from __future__ import annotations

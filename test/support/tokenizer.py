@@ -12,7 +12,8 @@ MAX_LENGTH = 256
 
 
 def make_tokenizer_folder(folder: Path, template: str = CHAT_TEMPLATE, **settings: Any) -> Path:
-    """tokenizer.json, tokenizer_config.json and a config.json that limits rows to MAX_LENGTH tokens."""
+    """tokenizer.json, tokenizer_config.json and a config.json that limits rows to MAX_LENGTH
+    tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, vocab_size=400)
     path = folder / "tokenizer_config.json"

@@ -1,7 +1,9 @@
-"""SGLang's real TokenizerManager without a server: its requests end in a scheduler that a test drives by hand.
+"""SGLang's real TokenizerManager without a server: its requests end in a scheduler that a test
+drives by hand.
 
-``Sides(model).drive(scenario)`` runs a coroutine with one; ``waiting`` are the requests that the scheduler has, and
-``token``, ``finish`` and ``drop`` are what it says of them.  LoRA updates are answered at once from ``adapters``, by SGLang's rules.
+``Sides(model).drive(scenario)`` runs a coroutine with one; ``waiting`` are the requests that the
+scheduler has, and ``token``, ``finish`` and ``drop`` are what it says of them.  LoRA updates are
+answered at once from ``adapters``, by SGLang's rules.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Sides:
         self._made: dict[str, Side] = {}
 
     def drive(self, scenario: Callable[[Side], Coroutine[Any, Any, None]], **options: Any) -> None:
-        """Run a scenario on a side that has the adapters one and two; afterwards nothing is in use or known."""
+        """Run a scenario on a side that has the adapters one and two; afterwards nothing is in use
+        or known."""
         self._runner.run(self._run(scenario, options))
 
     async def _run(

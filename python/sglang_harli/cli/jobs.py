@@ -30,7 +30,8 @@ app = typer.Typer()
 
 
 class _SubmitCommand(TyperCommand):
-    """Adds the hyperparameters, which are read from the protocol only when the help is asked for."""
+    """Adds the hyperparameters, which are read from the protocol only when the help is asked
+    for."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from sglang_harli.cli import hyperparameter_help
@@ -119,7 +120,8 @@ def show(ctx: typer.Context, job: JobName, endpoint: Endpoint = None, as_json: A
 def watch(
     ctx: typer.Context, job: LatestJob = None, endpoint: Endpoint = None, as_json: AsJson = False
 ) -> None:
-    """Follow a job until it is over; the exit code tells how it ended (0, 1 failed, 7 cancelled)."""
+    """Follow a job until it is over; the exit code tells how it ended (0, 1 failed, 7
+    cancelled)."""
     with session(ctx, endpoint, as_json) as current, current.client() as client:
         found = next(iter([client.find(job)] if job else client.list(limit=1)), None)
         if found is None:
@@ -180,6 +182,7 @@ def prioritize(
     endpoint: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
-    """Change a job's priority: higher ones leave the queue first; a running job is not preempted."""
+    """Change a job's priority: higher ones leave the queue first; a running job is not
+    preempted."""
     with session(ctx, endpoint, as_json) as current, current.client() as client:
         _show_job(current, client.prioritize(client.find(job).id, priority))

@@ -105,7 +105,8 @@ def check_data(
     as_json: AsJson = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Validate training data, and show what would be learned: by the running server, or by --model without one."""
+    """Validate training data, and show what would be learned: by the running server, or by --model
+    without one."""
     serving = {
         "tokenizer_path": tokenizer_path,
         "revision": revision,

@@ -216,7 +216,8 @@ def progress_line(job: Job) -> str:
 
 
 def watch(looks: Iterable[Job]) -> Job:
-    """Show a job's looks, the last of which is when it is over, and how it ended; returns its last form."""
+    """Show a job's looks, the last of which is when it is over, and how it ended; returns its last
+    form."""
     screen = console()
     last = _watch_bar(looks, screen) if screen.is_terminal else _watch_lines(looks)
     if last.error is not None:

@@ -1,7 +1,8 @@
 """What a client says to the finetune service and what it expects back, without input or output.
 
-Each call is a generator of (operation, argument) pairs, carried out by ``client``, blocking or not (see
-``exchange``); ``emit`` hands an event or a job to the caller.  The generator returns the call's result.
+Each call is a generator of (operation, argument) pairs, carried out by ``client``, blocking or not
+(see ``exchange``); ``emit`` hands an event or a job to the caller.  The generator returns the
+call's result.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@
         job = client.wait(job.id)
         print(job.status, job.fine_tuned_model)
 
-Each call has a socket of its own, so that one client may serve several threads or tasks.  What a call
-says is written once, in ``client.calls``; the clients here only carry it out, blocking or in asyncio.
+Each call has a socket of its own, so that one client may serve several threads or tasks.  What a
+call says is written once, in ``client.calls``; the clients here only carry it out, blocking or in
+asyncio.
 """
 
 from __future__ import annotations
@@ -56,13 +57,15 @@ class _Client:
         self._context: zmq.Context[Any] = zmq.Context()
         self._wires: set[Any] = set()  # of the calls under way, iterators that are kept included
         self._closed = False
-        # Also for a client that is forgotten.  It holds context and sockets: left to the garbage collector with the
-        # client, the context may be asked to end first, and would wait for its sockets for ever.
+        # Also for a client that is forgotten.  It holds context and sockets: left to the garbage
+        # collector with the client, the context may be asked to end first, and would wait for its
+        # sockets for ever.
         self._end = weakref.finalize(self, _end, self._context, self._wires)
         self._end.atexit = False
 
     def close(self) -> None:
-        """Release the sockets; the client cannot be used afterwards, and calls under way end with StateError."""
+        """Release the sockets; the client cannot be used afterwards, and calls under way end with
+        StateError."""
         self._closed = True
         self._end()
 
@@ -93,11 +96,11 @@ class FinetuneClient(_Client):
             ``HARLI_ENDPOINT``, else ``tcp://127.0.0.1:30100``.
         connect_timeout_s: how long a call tries to connect, and to reconnect after a loss.
         reply_timeout_s: how long a connected service may take to answer (a ``submit``: an hour).
-        reconnect_timeout_s: how long ``submit`` and what follows a job (``wait``, ``watch``, ``events`` with
-            ``follow``) wait for a service that was reached before and is lost.
+        reconnect_timeout_s: how long ``submit`` and what follows a job (``wait``, ``watch``,
+            ``events`` with ``follow``) wait for a service that was reached before and is lost.
         on_connection: called once when such a call loses the connection, and once when it is back.
-        curve_keys: folder with ``server.key`` and ``client.key_secret``, where the server asks for CURVE
-            keys; default: the environment variable ``HARLI_CURVE_KEYS``, else none.
+        curve_keys: folder with ``server.key`` and ``client.key_secret``, where the server asks for
+            CURVE keys; default: the environment variable ``HARLI_CURVE_KEYS``, else none.
 
     Every method raises NotReadyError where the service cannot be reached in time, and whatever the
     service refuses with as its own type (ConfigError, DataError with one row per bad line in
@@ -124,15 +127,16 @@ class FinetuneClient(_Client):
         """Create a job from training data; the job is durable when this returns.
 
         Args:
-            data: path of a JSONL file, its bytes, or an iterable of rows (``{"messages": [...]}`` or
-                ``{"prompt": ..., "completion": ...}``).
+            data: path of a JSONL file, its bytes, or an iterable of rows (``{"messages": [...]}``
+                or ``{"prompt": ..., "completion": ...}``).
             suffix: goes into the adapter's name.
             filename: how the job calls the data; default: the path's name.
             idempotency_key: a repeated submit with the same key returns the same job (default: a
                 new key; retries within one call share it).
             priority: -100 to 100; higher ones leave the queue first.
-            resume_from: id of a job that is over and whose checkpoint this one begins with.  Without
-                ``data`` its training goes on; with ``data`` its adapter learns from other data.
+            resume_from: id of a job that is over and whose checkpoint this one begins with.
+                Without ``data`` its training goes on; with ``data`` its adapter learns from other
+                data.
             hyperparameters: see ``protocol.public.Hyperparameters``.
 
         Raises:
@@ -152,7 +156,8 @@ class FinetuneClient(_Client):
         )
 
     def check(self, data: Data, *, filename: str | None = None, **hyperparameters: Any) -> dict[str, Any]:
-        """What would become of training data, by the server's own tokenizer and chat template; no job is made.
+        """What would become of training data, by the server's own tokenizer and chat template; no
+        job is made.
 
         Args:
             data, filename: see ``submit``.
@@ -181,7 +186,8 @@ class FinetuneClient(_Client):
         return self._run(self._calls.find(name))
 
     def events(self, job: str, after: int = 0, *, follow: bool = False) -> Iterator[Event]:
-        """Events with an id above ``after``; with ``follow`` also those to come, until the job is over."""
+        """Events with an id above ``after``; with ``follow`` also those to come, until the job is
+        over."""
         return self._emitted(self._calls.events(job, after, follow))
 
     def pause(self, job: str) -> Job:
@@ -197,7 +203,8 @@ class FinetuneClient(_Client):
         return self._run(self._calls.job("cancel", job))
 
     def prioritize(self, job: str, priority: int) -> Job:
-        """Change the priority (-100 to 100) of a job that is not over; a running one is not preempted."""
+        """Change the priority (-100 to 100) of a job that is not over; a running one is not
+        preempted."""
         return self._run(self._calls.prioritize(job, priority))
 
     def status(self) -> StatusAnswer:
@@ -205,8 +212,8 @@ class FinetuneClient(_Client):
         return self._run(self._calls.status())
 
     def set(self, *, if_revision: int | None = None, **values: float | str | None) -> SetAnswer:
-        """Change latency targets and caps, in milliseconds, or ``max_train_mem``, a size: for example
-        ``tpot_slo_ms=40, max_train_mem="2GiB"``; None clears one.
+        """Change latency targets and caps, in milliseconds, or ``max_train_mem``, a size: for
+        example ``tpot_slo_ms=40, max_train_mem="2GiB"``; None clears one.
 
         Raises:
             ConfigError: unknown name or a value out of bounds.
@@ -254,7 +261,8 @@ class FinetuneClient(_Client):
 
 
 class AsyncFinetuneClient(_Client):
-    """``FinetuneClient`` for asyncio: the same methods and errors, awaited; ``events`` is an async iterator."""
+    """``FinetuneClient`` for asyncio: the same methods and errors, awaited; ``events`` is an async
+    iterator."""
 
     async def __aenter__(self) -> AsyncFinetuneClient:
         return self

@@ -1,4 +1,5 @@
-"""Whether an address can be the finetune service's: asked before a client tries for half a minute to reach it."""
+"""Whether an address can be the finetune service's: asked before a client tries for half a minute
+to reach it."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _TCP = re.compile(
 
 
 def check_endpoint(endpoint: str) -> None:
-    """Raise ConfigError where no service can be reached at such an address; names the form that is meant."""
+    """Raise ConfigError where no service can be reached at such an address; names the form that is
+    meant."""
     problem = _problem(endpoint)
     if problem is not None:
         raise ConfigError(f"endpoint {shown(endpoint)} is not accepted: give {problem}", param="endpoint")

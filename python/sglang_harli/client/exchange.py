@@ -1,9 +1,10 @@
 """One exchange between a client and the finetune service: connecting, asking, asking again.
 
-Like ``calls``, which builds the verbs on it, it is written as generators of (operation, argument) pairs that
-``client`` carries out: ``open`` a fresh socket, with the keys or without; ``send`` frames; ``wait`` at most so many seconds,
-answered by ``connected``, ``lost``, ``refused`` with why, ``message`` with its first frame, or ``nothing``; ``sleep``
-seconds; ``call`` something that takes its time; ``emit`` something to the caller.
+Like ``calls``, which builds the verbs on it, it is written as generators of (operation, argument)
+pairs that ``client`` carries out: ``open`` a fresh socket, with the keys or without; ``send``
+frames; ``wait`` at most so many seconds, answered by ``connected``, ``lost``, ``refused`` with why,
+``message`` with its first frame, or ``nothing``; ``sleep`` seconds; ``call`` something that takes
+its time; ``emit`` something to the caller.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class Patience:
 
 
 class Exchange:
-    """One conversation with the service: requests, replies, retries and reconnections, without a socket.
+    """One conversation with the service: requests, replies, retries and reconnections, without a
+    socket.
 
     Args:
         endpoint: of the service; ``keys``: the folder of the CURVE keys in use, for messages.
@@ -113,7 +115,8 @@ class Exchange:
 
         Raises:
             NotReadyError: nobody answers in time.
-            ConfigError: the endpoint is no address, or the CURVE keys are missing or not the right ones.
+            ConfigError: the endpoint is no address, or the CURVE keys are missing or not the right
+                ones.
         """
         check_endpoint(self.endpoint)
         yield "open", True
@@ -131,7 +134,8 @@ class Exchange:
                 if why != "unclear":
                     raise self._wrong_keys(why)
                 if self._keys is not None and unclear >= UNCLEAR:
-                    # a service without keys that hangs up before its greeting is read looks the same
+                    # a service without keys that hangs up before its greeting is read looks the
+                    # same
                     raise self._wrong_keys("mechanism" if (yield from self._open_to_all()) else why)
             if patience is not None and time.monotonic() - begun > SLICE_S:
                 patience.lost()
@@ -179,7 +183,8 @@ class Exchange:
         timeout_s: float | None = None,
         patience: Patience | None = None,
     ) -> Steps[Any]:
-        """Send, and send again where the connection was lost or the service is busy; the answer as ``kind``."""
+        """Send, and send again where the connection was lost or the service is busy; the answer as
+        ``kind``."""
         timeout_s = timeout_s or self.reply_timeout_s
         end = time.monotonic() + timeout_s
         pause_s = BUSY_FIRST_S

@@ -1,4 +1,5 @@
-"""The client's socket: carries out what ``exchange`` and ``calls`` ask for, blocking or in asyncio."""
+"""The client's socket: carries out what ``exchange`` and ``calls`` ask for, blocking or in
+asyncio."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ _REFUSED = (
 
 
 class Wire:
-    """A DEALER socket and its monitor, of one call.  ``IMMEDIATE``: nothing is queued for a peer that is not there."""
+    """A DEALER socket and its monitor, of one call.  ``IMMEDIATE``: nothing is queued for a peer
+    that is not there."""
 
     def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
         self._context, self._endpoint, self._keys = context, endpoint, keys
@@ -66,7 +68,8 @@ class Wire:
             self._lost = True  # the peer has just gone
 
     def read(self) -> tuple[str, Any]:
-        """What there is, without waiting; an answer comes before the news that the peer left after it."""
+        """What there is, without waiting; an answer comes before the news that the peer left after
+        it."""
         event = None
         if not self._lost:
             with contextlib.suppress(zmq.Again):
@@ -100,7 +103,8 @@ class SyncWire(Wire):
     def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
         super().__init__(context, endpoint, keys)
         self._ended = threading.Event()
-        # Held while the sockets are used.  Reentrant: the garbage collector may end a wire in the midst of anything.
+        # Held while the sockets are used.  Reentrant: the garbage collector may end a wire in the
+        # midst of anything.
         self._using = threading.RLock()
 
     def do(self, operation: str, argument: Any) -> Any:
@@ -159,8 +163,8 @@ class AsyncWire(Wire):
         return self.read()
 
     async def _wait_for_news(self, seconds: float) -> None:
-        """Until a socket has something.  Their descriptors tell of changes only: nobody may wait where something
-        is there already, and they are watched no longer than somebody waits."""
+        """Until a socket has something.  Their descriptors tell of changes only: nobody may wait
+        where something is there already, and they are watched no longer than somebody waits."""
         self._news.clear()
         loop = asyncio.get_running_loop()
         self._watched = loop, [self._socket.FD, self._monitor.FD]
@@ -206,7 +210,8 @@ def closed() -> StateError:
 
 
 def _why(event: int, value: int) -> str:
-    """``key``: it is not known there; ``mechanism``: one side uses CURVE, the other does not; ``unclear``."""
+    """``key``: it is not known there; ``mechanism``: one side uses CURVE, the other does not;
+    ``unclear``."""
     if event == zmq.Event.HANDSHAKE_FAILED_AUTH:
         return "key"
     mismatch = (

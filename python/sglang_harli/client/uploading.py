@@ -1,4 +1,5 @@
-"""A large file on its way to the service: chunk by chunk, a few in flight, across lost connections."""
+"""A large file on its way to the service: chunk by chunk, a few in flight, across lost
+connections."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ WINDOW = 4  # chunks in flight
 
 @dataclass
 class _Sending:
-    """``known``: bytes that the service has, as it last said; ``sent``: bytes that were sent; ``asked``: ids of
-    the chunks without an answer.  What comes out of order is not kept there, so after a gap the way goes on from
-    ``known``, once nothing is in flight."""
+    """``known``: bytes that the service has, as it last said; ``sent``: bytes that were sent;
+    ``asked``: ids of the chunks without an answer.  What comes out of order is not kept there, so
+    after a gap the way goes on from ``known``, once nothing is in flight."""
 
     source: DataSource
     sha256: str

@@ -1,4 +1,5 @@
-"""Who owns each stripe: the KV cache or one lease.  Pure; what the pool's other parts are compared with (docs/internals/memory.md)."""
+"""Who owns each stripe: the KV cache or one lease.  Pure; what the pool's other parts are compared
+with (docs/internals/memory.md)."""
 
 from __future__ import annotations
 
@@ -101,7 +102,8 @@ class ChunkLedger:
         return stripes
 
     def bytes_by_owner(self) -> dict[str, int]:
-        """Bytes of ``"kv"`` (stripe 0 and the tail included) and of each lease; they sum to the budget."""
+        """Bytes of ``"kv"`` (stripe 0 and the tail included) and of each lease; they sum to the
+        budget."""
         stripe_bytes = self.geometry.stripe_bytes
         lent = {name: len(stripes) * stripe_bytes for name, stripes in self._leases.items()}
         return {KV: self.geometry.total_bytes - sum(lent.values()), **lent}

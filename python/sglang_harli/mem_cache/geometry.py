@@ -5,9 +5,9 @@
       ...
                                stripe0 stripe1 stripe2
 
-A stripe is an aligned range of token slots, backed by one chunk in each buffer.  It is the unit in which
-memory moves.  Stripe 0 holds slot 0, where SGLang writes padded tokens, and the tail does not fill a stripe:
-both stay with the KV cache for ever, so that its capacity is exactly SGLang's.
+A stripe is an aligned range of token slots, backed by one chunk in each buffer.  It is the unit in
+which memory moves.  Stripe 0 holds slot 0, where SGLang writes padded tokens, and the tail does not
+fill a stripe: both stay with the KV cache for ever, so that its capacity is exactly SGLang's.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class PoolGeometry:
     def plan(
         cls, *, slots: int, row_bytes: int, buffers: int, page_size: int, granularity: int
     ) -> PoolGeometry:
-        """The largest chunk of at most ``LARGEST_CHUNK`` (or one granule) that leaves ``LEAST_STRIPES`` stripes;
-        where none does, the smallest chunk that the granularity allows.
+        """The largest chunk of at most ``LARGEST_CHUNK`` (or one granule) that leaves
+        ``LEAST_STRIPES`` stripes; where none does, the smallest chunk that the granularity allows.
 
         Args:
             granularity: bytes in which the backing can move memory: the OS page, or 2 MiB on CUDA.

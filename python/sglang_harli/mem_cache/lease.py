@@ -13,7 +13,8 @@ Spot = tuple[int, int]  # (extent, byte in it)
 
 
 def place(extents: Sequence[int], sizes: Sequence[int]) -> list[Spot] | None:
-    """A spot for each tensor: in order where there is one extent, else first fit, the largest first.
+    """A spot for each tensor: in order where there is one extent, else first fit, the largest
+    first.
 
     Args:
         extents: bytes of each extent.
@@ -71,7 +72,8 @@ class PoolLease(Lease):
         self._used = [0] * len(extents)
 
     def plan(self, specs: Specs) -> bool:
-        """Place these tensors, to be carved next and in this order, from an empty lease (``reset`` comes with it).
+        """Place these tensors, to be carved next and in this order, from an empty lease (``reset``
+        comes with it).
 
         Returns:
             Whether they fit; where not, nothing has changed.
@@ -91,8 +93,8 @@ class PoolLease(Lease):
         return self.extents[extent].narrow(0, start, nbytes)
 
     def _spot(self, size: int) -> Spot:
-        """Where the next tensor goes: as planned while the sizes are those of the plan, else into the extent that
-        it fills best."""
+        """Where the next tensor goes: as planned while the sizes are those of the plan, else into
+        the extent that it fills best."""
         if 0 <= self._carved < len(self._sizes) and self._sizes[self._carved] == size:
             extent, start = self._spots[self._carved]
             self._carved += 1

@@ -1,13 +1,14 @@
-"""How much of the pool training may hold, and when it may grow.  Pure: time is an argument (docs/internals/memory.md).
+"""How much of the pool training may hold, and when it may grow.  Pure: time is an argument
+(docs/internals/memory.md).
 
 Four things keep memory from going to and fro:
 
-- watermarks: training grows only while ``high`` stripes stay free, and gives back ahead of need only below ``low``;
-  both follow the largest growth of the KV cache over a second, which fades;
-- the dip: by how much the KV cache uses less than it lately did.  A load that comes in waves gets its memory back
-  at the next one, so training leaves it alone until it has faded;
-- a cool-down after each time that the KV cache took memory back: one second, doubled up to thirty when it happens
-  again soon, forgotten after a quiet minute;
+- watermarks: training grows only while ``high`` stripes stay free, and gives back ahead of need
+  only below ``low``; both follow the largest growth of the KV cache over a second, which fades;
+- the dip: by how much the KV cache uses less than it lately did.  A load that comes in waves gets
+  its memory back at the next one, so training leaves it alone until it has faded;
+- a cool-down after each time that the KV cache took memory back: one second, doubled up to thirty
+  when it happens again soon, forgotten after a quiet minute;
 - a cap, settable at run time.
 """
 
@@ -47,7 +48,8 @@ class Quota:
     Args:
         geometry: the pool's.
         max_train_bytes: cap on what is lent; None: all that is lendable.
-        prefix_keep: share of the pool's slots, 0 to 1, that cached prefixes in use keep when training grows.
+        prefix_keep: share of the pool's slots, 0 to 1, that cached prefixes in use keep when
+            training grows.
 
     Attributes:
         max_train_bytes: may be set at any time; what is lent above it stays until it is given back.
@@ -101,8 +103,8 @@ class Quota:
 
     @property
     def watermarks(self) -> Watermarks:
-        """As of the last observation.  Both are 0 when the KV cache has not grown lately, so that training alone
-        may have all that can be lent."""
+        """As of the last observation.  Both are 0 when the KV cache has not grown lately, so that
+        training alone may have all that can be lent."""
         low = min(self._stripes(self._growth), len(self.geometry.lendable) // _LARGEST_LOW)
         return Watermarks(low, 2 * low)
 
@@ -126,8 +128,8 @@ class Quota:
         return max(min(room, self.max_stripes - train_stripes), 0)
 
     def must_give(self, *, free_stripes: int, train_stripes: int) -> int:
-        """Stripes that training should give back ahead of need: none above ``low``, else up to ``high``, so that
-        the next small growth does not ask again.
+        """Stripes that training should give back ahead of need: none above ``low``, else up to
+        ``high``, so that the next small growth does not ask again.
 
         Args:
             free_stripes: free slots of the KV cache, in stripes (they need not be wholly free).
@@ -139,8 +141,8 @@ class Quota:
         return min(marks.high - free_stripes, train_stripes)
 
     def reclaimed(self, now_s: float) -> None:
-        """The KV cache took memory back: training waits before it grows again.  What comes during a cool-down
-        belongs to the same event: it begins the cool-down anew but does not double it."""
+        """The KV cache took memory back: training waits before it grows again.  What comes during a
+        cool-down belongs to the same event: it begins the cool-down anew but does not double it."""
         if not self.cooling(now_s):
             soon = now_s - self._reclaimed_s < QUIET_S
             self._cool_down_s = min(self._cool_down_s * 2, LONGEST_COOL_DOWN_S) if soon else COOL_DOWN_S

@@ -1,8 +1,8 @@
 """One pool of memory for the KV cache and for training (docs/internals/memory.md).
 
-What is lent to training still counts as available in SGLang's accounts, because a lease is revocable at any
-allocation: ``reclaim`` is called by the slot allocator, inline, when it runs short of pages.  Used from the
-scheduler's thread alone.
+What is lent to training still counts as available in SGLang's accounts, because a lease is
+revocable at any allocation: ``reclaim`` is called by the slot allocator, inline, when it runs short
+of pages.  Used from the scheduler's thread alone.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ class SlotSource(Protocol):
         ...
 
     def free_stripes(self) -> list[int]:
-        """Lendable stripes known to be wholly free, highest first.  Exact; never synchronises with the device."""
+        """Lendable stripes known to be wholly free, highest first.  Exact; never synchronises with
+        the device."""
         ...
 
     def withdraw(self, stripes: Sequence[int]) -> None:
-        """Take the pages of these stripes, just named free, out of the free list.  Never synchronises."""
+        """Take the pages of these stripes, just named free, out of the free list.  Never
+        synchronises."""
         ...
 
     def restore(self, stripes: Sequence[int]) -> None:
@@ -102,10 +104,11 @@ class UnifiedPool:
         """Training may ask for leases from now on.
 
         Args:
-            relieve: ``free at least n stripes now``: makes training give back leases; it cannot refuse.
-            evict: ``n stripes wanted``: evicts cached prefixes above the kept share, and below it those that no request
-                has used since a moment of the clock, if one is given; how many stripes became free.  None: no prefix
-                is cached.
+            relieve: ``free at least n stripes now``: makes training give back leases; it cannot
+                refuse.
+            evict: ``n stripes wanted``: evicts cached prefixes above the kept share, and below it
+                those that no request has used since a moment of the clock, if one is given; how
+                many stripes became free.  None: no prefix is cached.
         """
         self.relieve, self.evict = relieve, evict
 
@@ -135,14 +138,15 @@ class UnifiedPool:
     ) -> PoolLease | None:
         """Lend stripes to training, if the quota allows it now.
 
-        Cached prefixes above the kept share, and those that no request has used for ``UNUSED_S``, are evicted for it
-        where needed; not for kept activations, which save work but are not needed.
+        Cached prefixes above the kept share, and those that no request has used for ``UNUSED_S``,
+        are evicted for it where needed; not for kept activations, which save work but are not
+        needed.
 
         Args:
             name: not in use in the ledger.
             stripes_needed: at least this many are taken.
-            choose: which of the free stripes (highest first) to take, at most as many as its second argument; None
-                when none do.  Default: the first ``stripes_needed``.
+            choose: which of the free stripes (highest first) to take, at most as many as its second
+                argument; None when none do.  Default: the first ``stripes_needed``.
 
         Returns:
             None: not now.
@@ -166,7 +170,8 @@ class UnifiedPool:
         return lease
 
     def _takeable(self, wanted: int, *, may_evict: bool) -> tuple[int, list[int]]:
-        """How many stripes may be taken, and the free ones.  They are counted only where that can matter."""
+        """How many stripes may be taken, and the free ones.  They are counted only where that can
+        matter."""
         now_s, train = self._clock(), self.train_stripes
         if self.quota.cooling(now_s) or train + wanted > self.quota.max_stripes:
             return 0, []
@@ -203,7 +208,8 @@ class UnifiedPool:
         return freed
 
     def release(self, lease: PoolLease) -> None:
-        """End a lease: its memory goes back to the KV cache, its slots to the allocator.  May be repeated."""
+        """End a lease: its memory goes back to the KV cache, its slots to the allocator.  May be
+        repeated."""
         if lease.revoked:
             return
         self.backing.take_back(lease.stripes, lease.extents)  # what it raises leaves the lease as it was
@@ -217,8 +223,8 @@ class UnifiedPool:
         """Free at least this many lent slots now: the allocator needs them before it answers.
 
         Returns:
-            Slots that were given back: fewer only when no more were lent, or when training kept them against the
-            rules, which is logged as an error.
+            Slots that were given back: fewer only when no more were lent, or when training kept
+            them against the rules, which is logged as an error.
         """
         wanted = min(slots, self.lent_slots)
         freed = self._take_back(wanted, self.relieve)
@@ -232,7 +238,8 @@ class UnifiedPool:
         return freed
 
     def give_ahead(self, stripes: int, give: Relieve) -> int:
-        """Requests will need this many stripes in a moment: as ``reclaim``, but training may refuse.
+        """Requests will need this many stripes in a moment: as ``reclaim``, but training may
+        refuse.
 
         Args:
             give: gives back at least so many stripes, if it can without the last resorts.
@@ -256,8 +263,8 @@ class UnifiedPool:
         return freed
 
     def must_give(self) -> int:
-        """Stripes that training should give back now, ahead of need; asking starts the cool-down when there are
-        some."""
+        """Stripes that training should give back now, ahead of need; asking starts the cool-down
+        when there are some."""
         train = self.train_stripes
         if train == 0:
             return 0
@@ -270,9 +277,10 @@ class UnifiedPool:
     def tick(self, used_slots: int, *, idle: bool = False) -> None:
         """Once per scheduler turn while a run is held.
 
-        While training holds memory, cached prefixes above the kept share are evicted when free slots get few: so
-        new prompts do not take training's memory for prefixes that nobody may ask for.  It begins half-way between
-        the watermarks, to fall on few turns, and refills to the high one.
+        While training holds memory, cached prefixes above the kept share are evicted when free
+        slots get few: so new prompts do not take training's memory for prefixes that nobody may ask
+        for.  It begins half-way between the watermarks, to fall on few turns, and refills to the
+        high one.
 
         Args:
             used_slots: of requests and cached prefixes.
@@ -291,7 +299,8 @@ class UnifiedPool:
             self.check()
 
     def check(self) -> None:
-        """Compare which stripes are lent in the ledger, in the leases, in the slot allocator and in the backing.
+        """Compare which stripes are lent in the ledger, in the leases, in the slot allocator and in
+        the backing.
 
         Raises:
             LedgerError: two of them differ; names both and the stripes.
@@ -322,8 +331,9 @@ class UnifiedPool:
         return held
 
     def status(self) -> dict[str, Any]:
-        """The pool in figures.  ``kv_bytes`` (requests, cached prefixes, the padded page), ``train_bytes`` and
-        ``free_bytes`` sum to ``total_bytes``; so does ``by_owner``, where ``kv`` has the free ones too."""
+        """The pool in figures.  ``kv_bytes`` (requests, cached prefixes, the padded page),
+        ``train_bytes`` and ``free_bytes`` sum to ``total_bytes``; so does ``by_owner``, where
+        ``kv`` has the free ones too."""
         geometry, marks = self.geometry, self.quota.watermarks
         total, train = geometry.total_bytes, self.train_stripes * geometry.stripe_bytes
         free = self.free_slots * geometry.row_bytes * geometry.buffers

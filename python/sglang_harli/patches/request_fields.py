@@ -1,14 +1,16 @@
-"""Runtime half of ``patches/06-request-fields``: a field that no scheduler can take is an error of its request.
+"""Runtime half of ``patches/06-request-fields``: a field that no scheduler can take is an error of
+its request.
 
-SGLang takes many fields of a request once or as a list, one entry a prompt, and sends them on as they are: one
-prompt with a list of one ends the server, and so does a token beyond the vocabulary.  Here a list has as many
-entries as there are prompts, a single prompt takes the one entry, and numbers have types and bounds that the
-scheduler computes with, before anything of the request is sent.
+SGLang takes many fields of a request once or as a list, one entry a prompt, and sends them on as
+they are: one prompt with a list of one ends the server, and so does a token beyond the vocabulary.
+Here a list has as many entries as there are prompts, a single prompt takes the one entry, and
+numbers have types and bounds that the scheduler computes with, before anything of the request is
+sent.
 
-Leans on: ``srt.managers.io_struct`` (``GenerateReqInput._determine_batch_size`` and ``_normalize_rid``,
-``EmbeddingReqInput.normalize_batch_and_arguments``, ``PositionalEmbeds``, ``SessionParams``),
-``srt.managers.tokenizer_manager.TokenizerManager`` (``_validate_one_request``, ``score_request``) and
-``srt.sampling.sampling_params.SamplingParams`` (its fields, and ``verify``).
+Leans on: ``srt.managers.io_struct`` (``GenerateReqInput._determine_batch_size`` and
+``_normalize_rid``, ``EmbeddingReqInput.normalize_batch_and_arguments``, ``PositionalEmbeds``,
+``SessionParams``), ``srt.managers.tokenizer_manager.TokenizerManager`` (``_validate_one_request``,
+``score_request``) and ``srt.sampling.sampling_params.SamplingParams`` (its fields, and ``verify``).
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ def _after_batch_size(result: None, request: Any) -> None:
 
 
 def _check_own_fields(request: Any) -> None:
-    """What SGLang fills in itself, in the classes that its HTTP routes fill from a client's body; and text that is none."""
+    """What SGLang fills in itself, in the classes that its HTTP routes fill from a client's body;
+    and text that is none."""
     from sglang.srt.managers.io_struct import PositionalEmbeds
 
     for field in ("text", "lora_path", "rid"):
@@ -139,7 +142,8 @@ def _before_embedding(request: Any) -> None:
 
 
 def match_lists(request: Any, prompts: int, *, single: bool) -> None:
-    """Check the lists of a request against its number of prompts; of a single prompt each becomes its entry.
+    """Check the lists of a request against its number of prompts; of a single prompt each becomes
+    its entry.
 
     Raises:
         ValueError: naming the field and both lengths, or an adapter without a name.
@@ -276,5 +280,6 @@ def _typed(value: Any, kind: Any) -> Any:
 
 # ------------------------------------------------------------------ ids
 def _normalize_rid(original: Callable[..., None], request: Any, num: int) -> None:
-    """One id a prompt: SGLang also makes one for each of n answers, which get others and are never heard of."""
+    """One id a prompt: SGLang also makes one for each of n answers, which get others and are never
+    heard of."""
     original(request, request.batch_size)

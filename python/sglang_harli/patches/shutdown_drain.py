@@ -1,11 +1,12 @@
 """Runtime half of ``patches/09-shutdown-drain``: a server that gets SIGTERM does not wait for ever.
 
-After SIGTERM SGLang waits until no request is left, those that come later included.  Here it waits for those that
-it had, as long as one of them gets a token, or ends, within a minute.  Then it takes no more: SGLang looks every
-five seconds whether one is there.
+After SIGTERM SGLang waits until no request is left, those that come later included.  Here it waits
+for those that it had, as long as one of them gets a token, or ends, within a minute.  Then it takes
+no more: SGLang looks every five seconds whether one is there.
 
-Leans on: ``srt.managers.tokenizer_manager.TokenizerManager`` (``sigterm_watchdog``, ``_init_req_state``,
-``_handle_batch_output``, ``_handle_abort_req``; ``gracefully_exit``, ``rid_to_state``).
+Leans on: ``srt.managers.tokenizer_manager.TokenizerManager`` (``sigterm_watchdog``,
+``_init_req_state``, ``_handle_batch_output``, ``_handle_abort_req``; ``gracefully_exit``,
+``rid_to_state``).
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""The adapter in training: the matrices of peft's LoRA over flat storage, one block per decoder layer.
+"""The adapter in training: the matrices of peft's LoRA over flat storage, one block per decoder
+layer.
 
-Each layer's A and B matrices lie one behind the other in flat tensors: the fp32 weights (``master``),
-the copy in the base's dtype that is computed with, gradients and Adam's two moments.  A slice of the
-optimizer, a copy and an accumulation are then one or two calls a layer, whatever the rank or targets.
+Each layer's A and B matrices lie one behind the other in flat tensors: the fp32 weights
+(``master``), the copy in the base's dtype that is computed with, gradients and Adam's two moments.
+A slice of the optimizer, a copy and an accumulation are then one or two calls a layer, whatever the
+rank or targets.
 
-The tensors are objects that stay; where their data lies is decided later and may change (``LayerBlock.lie_in``,
-see ``state_memory``).
+The tensors are objects that stay; where their data lies is decided later and may change
+(``LayerBlock.lie_in``, see ``state_memory``).
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _STATE_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Matrix:
-    """One A or B: ``key`` as PEFT's ``save_pretrained`` writes it, and its place in the layer's block."""
+    """One A or B: ``key`` as PEFT's ``save_pretrained`` writes it, and its place in the layer's
+    block."""
 
     key: str
     shape: tuple[int, int]
@@ -45,11 +48,12 @@ class Matrix:
 
 
 class LayerBlock:
-    """One decoder layer's share of the adapter.  Without memory until ``lie_in``: shapes and dtypes only.
+    """One decoder layer's share of the adapter.  Without memory until ``lie_in``: shapes and dtypes
+    only.
 
     Attributes:
-        matrices: A, B, A, B ... in the order in which peft injects them.  Within the block the matrices lie by input
-            group: its A's one behind the other, then its B's.
+        matrices: A, B, A, B ... in the order in which peft injects them.  Within the block the
+            matrices lie by input group: its A's one behind the other, then its B's.
         master: fp32 weights (fp64 for an fp64 base), the ones that are trained and saved.
         compute: the same in the base's dtype; ``master`` itself where the dtypes agree.
         groups: the layer's linears by input, on views of ``compute``.
@@ -127,9 +131,9 @@ class LayerBlock:
 class Adapter:
     """A LoRA adapter on the frozen base, as peft makes it: its names, its order, its first weights.
 
-    peft's own injection goes through the whole model several times, on a thread that serves meanwhile
-    (docs/internals/training-step.md); so its modules are not made, and the base stays as it is.  A test holds this to
-    peft.
+    peft's own injection goes through the whole model several times, on a thread that serves
+    meanwhile (docs/internals/training-step.md); so its modules are not made, and the base stays as
+    it is.  A test holds this to peft.
 
     Args:
         base: what is trained on.
@@ -205,10 +209,12 @@ class Adapter:
         )
 
     def fill(self, layer: int, source: Callable[[str], Tensor] | None) -> None:
-        """One layer's weights and moments: drawn (the layers in order), or copied from a saved state.
+        """One layer's weights and moments: drawn (the layers in order), or copied from a saved
+        state.
 
         Args:
-            source: gives a tensor of the saved state by its name in ``LayerBlock.state``; None: draw.
+            source: gives a tensor of the saved state by its name in ``LayerBlock.state``; None:
+                draw.
 
         Raises:
             TrainingError: ``bad_checkpoint``: another shape than this job's.

@@ -1,7 +1,8 @@
-"""The log-probabilities of one row by the frozen base alone, a quantum at a time: what training computes without an
-adapter, and the same in fp32, whose difference is what rounding does to it.
+"""The log-probabilities of one row by the frozen base alone, a quantum at a time: what training
+computes without an adapter, and the same in fp32, whose difference is what rounding does to it.
 
-In fp32 no second copy of the model is made: a slice of a weight is widened, multiplied by and let go.
+In fp32 no second copy of the model is made: a slice of a weight is widened, multiplied by and let
+go.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class BareForward:
         self.quanta += 1
 
     def logprobs(self) -> list[float] | None:
-        """Of each token but the first, given those before it; None while the device computes.  Never waits."""
+        """Of each token but the first, given those before it; None while the device computes.
+        Never waits."""
         if not self.finished or (self._copied is not None and not self._copied.query()):
             return None
         assert self._found is not None

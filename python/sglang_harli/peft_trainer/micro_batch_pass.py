@@ -3,14 +3,14 @@
     embed, forward(0..L-1), head (chunks of target tokens), backward(L-1..0)
 
 Forward keeps only each layer's input, for all rows; backward runs one layer again with gradients.
-Where memory is plentiful, forward keeps a layer's activations too (``kept``), and nothing is run again.
-A quantum is one layer and a range of rows that is chosen when it is run, so a micro-batch begun in
-large pieces may go on in small ones.  Rows are sorted by falling length and a range is padded to its
-own longest row.
+Where memory is plentiful, forward keeps a layer's activations too (``kept``), and nothing is run
+again. A quantum is one layer and a range of rows that is chosen when it is run, so a micro-batch
+begun in large pieces may go on in small ones.  Rows are sorted by falling length and a range is
+padded to its own longest row.
 
-Padding stands to the right of every row, where causal attention cannot see it; its gradients are zero,
-so it adds nothing but time.  But it must be finite (0 * NaN is NaN), and memory comes with undefined contents:
-what a range leaves out of its rows is zeroed when the range is written.
+Padding stands to the right of every row, where causal attention cannot see it; its gradients are
+zero, so it adds nothing but time.  But it must be finite (0 * NaN is NaN), and memory comes with
+undefined contents: what a range leaves out of its rows is zeroed when the range is written.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ HEAD_BLOCK = 16  # target tokens: the unit in which the head is cut
 
 @contextlib.contextmanager
 def training_mode() -> Iterator[None]:
-    """Out of SGLang's inference mode, and what autograd differentiates on this very thread (its thread-local
-    contexts, such as memory pools, would not hold on autograd's)."""
+    """Out of SGLang's inference mode, and what autograd differentiates on this very thread (its
+    thread-local contexts, such as memory pools, would not hold on autograd's)."""
     with torch.inference_mode(False), torch.no_grad(), torch.autograd.set_multithreading_enabled(False):
         yield
 
@@ -79,8 +79,8 @@ class MicroBatchPass:
         step: optimizer step, key of dropout masks.
         divisor: target tokens of the whole optimizer step.
         scale: loss scale, a device scalar, or None.
-        overwrite: the gradients go straight into the step's (its first micro-batch), which they replace;
-            otherwise into the blocks' ``partial``.
+        overwrite: the gradients go straight into the step's (its first micro-batch), which they
+            replace; otherwise into the blocks' ``partial``.
 
     Attributes:
         loss: summed cross-entropy / divisor of what the head has done; a device scalar.
@@ -118,7 +118,8 @@ class MicroBatchPass:
 
     @property
     def left(self) -> int:
-        """Rows that the next quantum may take (kept ones: must), or target tokens left in the head."""
+        """Rows that the next quantum may take (kept ones: must), or target tokens left in the
+        head."""
         if self._stage == QuantumKind.BACKWARD and (kept := self._next_kept()):
             return kept[1] if kept[0] == self.done else kept[0] - self.done
         return self._unfinished
@@ -156,8 +157,8 @@ class MicroBatchPass:
         return None if self.pieces.kept is None else self.pieces.kept.next(self.layer)
 
     def cut(self) -> bool:
-        """Recompute what the next quantum would have taken from kept activations, else take the next row of the layer
-        in blocks of tokens; False: it is, or it cannot be."""
+        """Recompute what the next quantum would have taken from kept activations, else take the
+        next row of the layer in blocks of tokens; False: it is, or it cannot be."""
         if self.kind == QuantumKind.BACKWARD_KEPT and self.pieces.kept is not None:
             self.pieces.kept.drop_next(self.layer)
             return True
@@ -193,7 +194,8 @@ class MicroBatchPass:
         return count * width, width
 
     def run(self, count: int) -> tuple[int, int]:
-        """One quantum of ``count`` rows (head: target tokens; a row that is cut: blocks), at most ``left``.
+        """One quantum of ``count`` rows (head: target tokens; a row that is cut: blocks), at most
+        ``left``.
 
         Returns:
             (tokens, padding included, padded width of each row); (target tokens, 1) for the head.
@@ -302,8 +304,8 @@ class MicroBatchPass:
     def _head(self, count: int) -> None:
         """Loss of ``count`` target tokens and the gradient at their hidden states.
 
-        The softmax is turned into the gradient in place: one ``[count, vocab]`` tensor in the exact dtype and,
-        in 16 bits, one copy of it.
+        The softmax is turned into the gradient in place: one ``[count, vocab]`` tensor in the exact
+        dtype and, in 16 bits, one copy of it.
         """
         places = self._places[self.done : self.done + count].long()
         targets = self._targets[self.done : self.done + count, None].long()
@@ -328,7 +330,8 @@ class MicroBatchPass:
         self._advance(count)
 
     def _backward(self, part: tuple[slice, slice], *, kept: bool) -> None:
-        """One layer for a range of rows, kept or recomputed; its input's gradient replaces its output's."""
+        """One layer for a range of rows, kept or recomputed; its input's gradient replaces its
+        output's."""
         grad, program = self._at.grad[part], self.pieces.layers[self.layer]
         if kept:
             assert self.pieces.kept is not None
@@ -340,7 +343,8 @@ class MicroBatchPass:
         self._collect(found, grad, first=part[0].start == 0)
 
     def _collect(self, found: tuple[Tensor, Tensor | None], grad: Tensor, *, first: bool) -> None:
-        """What ``LayerProgram.gradients`` gave; ``grad``: of the output, replaced.  ``first`` of the layer's pieces."""
+        """What ``LayerProgram.gradients`` gave; ``grad``: of the output, replaced.  ``first`` of
+        the layer's pieces."""
         leaves, below = found
         if below is not None:
             grad.copy_(below)

@@ -1,4 +1,5 @@
-"""AdamW with clipping by the global norm, in slices of a few layers (docs/internals/training-step.md).
+"""AdamW with clipping by the global norm, in slices of a few layers
+(docs/internals/training-step.md).
 
 A step is a list of slices: first the gradients' norms, then the updates.  Slices allocate next to
 nothing, so that a step once begun can always be finished; the arithmetic is torch.optim.AdamW's.
@@ -17,7 +18,8 @@ from sglang_harli.peft_trainer.adapter import LayerBlock
 from sglang_harli.protocol.public import Hyperparameters
 
 _SLICE_ELEMENTS = 2_000_000  # about 10 ms of memory traffic on two CPU cores
-# fp16 only: loss scaling as torch.amp.GradScaler does it, but starting low: a job may have few steps.
+# fp16 only: loss scaling as torch.amp.GradScaler does it, but starting low: a job may have few
+# steps.
 _FIRST_SCALE = 1024.0
 _GROWTH_INTERVAL = 2000
 SMALLEST_SCALE = 2.0**-10  # below it the gradients themselves are at fault, not the scale
@@ -31,7 +33,8 @@ def layer_slices(blocks: list[LayerBlock]) -> list[range]:
 
 @dataclass(frozen=True)
 class StepStats:
-    """Device scalars of a finished step: float64 ``[loss, grad norm, skipped, loss scale, Adam steps, growth]``."""
+    """Device scalars of a finished step: float64
+    ``[loss, grad norm, skipped, loss scale, Adam steps, growth]``."""
 
     values: Tensor
 
@@ -94,7 +97,8 @@ class SlicedAdamW:
         self._update(self.slices[index], rate)
 
     def _decide(self, loss: Tensor) -> None:
-        """Factor on all gradients (clipping as torch.nn.utils.clip_grad_norm_, loss scale undone)."""
+        """Factor on all gradients (clipping as torch.nn.utils.clip_grad_norm_, loss scale
+        undone)."""
         torch.linalg.vector_norm(self._norms, out=self._norm)
         self._norm.div_(self.scale)
         if self.max_norm > 0:
@@ -118,7 +122,8 @@ class SlicedAdamW:
             self.blocks[layer].refresh_compute()
 
     def finish(self, loss: Tensor) -> StepStats:
-        """After the last slice: the step's numbers, still on the device, and the next loss scale."""
+        """After the last slice: the step's numbers, still on the device, and the next loss
+        scale."""
         adam_steps = self._adam.state[self.blocks[0].master]["step"]
         if self.scaled:
             torch._amp_update_scale_(self.scale, self._growth, self._skip, 2.0, 0.5, _GROWTH_INTERVAL)

@@ -18,7 +18,8 @@ class Rows:
         positions: of each row within its optimizer step.
         width: the longest.
         ids: int32 ``[rows, width]``, 0 on padding.
-        target_places: int32, flat places (row * width + column) whose hidden state predicts a target.
+        target_places: int32, flat places (row * width + column) whose hidden state predicts a
+            target.
         targets: int32, the token ids to predict there.
         tokens: of all rows, padding not counted.
     """

@@ -35,7 +35,8 @@ def choose_device(
     """The device for a server with these arguments; call it before importing sglang.
 
     Args:
-        argv: the server's arguments, in which ``--device`` (also inside ``--config FILE``) is respected.
+        argv: the server's arguments, in which ``--device`` (also inside ``--config FILE``) is
+            respected.
         environ: the environment; ``SGLANG_USE_CPU_ENGINE=1`` is respected.
         cuda_device: names the CUDA device, None where there is none (default: asks torch).
 

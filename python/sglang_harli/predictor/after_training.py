@@ -1,7 +1,8 @@
-"""How much slower a decode step is right after training: its quanta have taken the caches.  Plain floats, pure.
+"""How much slower a decode step is right after training: its quanta have taken the caches.  Plain
+floats, pure.
 
-In turns the second stage of Harli's predictor is a sum, but not quite: the step that follows a quantum finds the
-weights that fit into a cache gone from it (docs/internals/predictor.md).
+In turns the second stage of Harli's predictor is a sum, but not quite: the step that follows a
+quantum finds the weights that fit into a cache gone from it (docs/internals/predictor.md).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ MOST = 2.0
 class AfterTraining:
     """The factor of a decode step before which training ran.
 
-    Steps without it follow their own level, so that what makes all steps slower is not taken for this.
+    Steps without it follow their own level, so that what makes all steps slower is not taken for
+    this.
 
     Attributes:
         factor: from 1.

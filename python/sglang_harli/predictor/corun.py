@@ -1,8 +1,9 @@
 """Stage 2: what a decode step takes while training runs beside it on other SMs.
 
-``T2 = T1 * (1 + rho_{s,phase} * f)`` with ``f`` the SMs that training has, as published, and one ``rho`` for each kind of
-quantum: forward and backward press the memory bus differently.  Where training takes turns with decode instead
-(temporal slotting) the co-run is a sum: the step, and the quanta between two steps.
+``T2 = T1 * (1 + rho_{s,phase} * f)`` with ``f`` the SMs that training has, as published, and one
+``rho`` for each kind of quantum: forward and backward press the memory bus differently.  Where
+training takes turns with decode instead (temporal slotting) the co-run is a sum: the step, and the
+quanta between two steps.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ CLAMP = 0.5  # one step moves the fit by at most that much of T1
 
 
 class Slowdown:
-    """``rho`` of one SM share and one kind of quantum, followed by least squares with forgetting."""
+    """``rho`` of one SM share and one kind of quantum, followed by least squares with
+    forgetting."""
 
     def __init__(self, rho: float = PRIOR_RHO, *, sms: int = 32) -> None:
         self.margin = Margin()

@@ -1,7 +1,8 @@
-"""How much longer than its line says the first quantum of a shape takes: memory is allocated, code paths are chosen.
+"""How much longer than its line says the first quantum of a shape takes: memory is allocated, code
+paths are chosen.
 
-Such a run is left out of the line, which it would mislead, but not out of the promise: it has a bound of its own, and is
-counted.  Plain floats, pure.
+Such a run is left out of the line, which it would mislead, but not out of the promise: it has a
+bound of its own, and is counted.  Plain floats, pure.
 """
 
 from __future__ import annotations

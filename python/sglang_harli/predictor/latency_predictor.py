@@ -1,12 +1,15 @@
-"""What serving's steps and training's quanta will take: the two stages behind one set of calls (docs/internals/predictor.md).
+"""What serving's steps and training's quanta will take: the two stages behind one set of calls
+(docs/internals/predictor.md).
 
-    solo    T1 = c + beta * batch + kappa * context tokens, per SM share; prefill in tokens and pairs of them
-    co-run  T2 = T1 * (1 + rho * SMs of training), per kind of quantum; in turns: a sum, and a factor on the step that
-            comes after training
+    solo    T1 = c + beta * batch + kappa * context tokens, per SM share; prefill in tokens and
+            pairs of them
+    co-run  T2 = T1 * (1 + rho * SMs of training), per kind of quantum; in turns: a sum, and a
+            factor on the step that comes after training
     quanta  a line per kind
 
-Every estimate is an expectation and an upper bound that 99 of 100 steps are to keep.  Lines start from a profile table
-or a cautious guess, follow what is measured, and say how good they were.  One thread's, plain floats, no disk.
+Every estimate is an expectation and an upper bound that 99 of 100 steps are to keep.  Lines start
+from a profile table or a cautious guess, follow what is measured, and say how good they were.  One
+thread's, plain floats, no disk.
 """
 
 from __future__ import annotations
@@ -59,7 +62,8 @@ class LatencyPredictor:
         adapters: bool = False,
         after_training: bool = False,
     ) -> LatencyEstimate:
-        """A decode step of ``batch`` requests with so many tokens of context together, on ``share`` SMs.
+        """A decode step of ``batch`` requests with so many tokens of context together, on ``share``
+        SMs.
 
         Args:
             adapters: a request of the batch uses a LoRA adapter, whose kernels then run.
@@ -70,7 +74,8 @@ class LatencyPredictor:
         return times(found, ADAPTER_GUESS) if adapters and self._adapted is None else found
 
     def prefill(self, tokens: int, pairs: int | None = None) -> LatencyEstimate:
-        """A prefill of ``tokens`` new tokens; ``pairs``: of a new token and one that it attends to."""
+        """A prefill of ``tokens`` new tokens; ``pairs``: of a new token and one that it attends
+        to."""
         return self._prefill.estimate(tokens, pairs)
 
     def corun(
@@ -94,17 +99,20 @@ class LatencyPredictor:
     ) -> tuple[tuple[int, float], ...]:
         """``(rows, upper bound in seconds)``, both rising, as a QuantumOffer's candidates.
 
-        The largest size is always among them.  A size that costs more than a larger one is left out: one that has not run
-        yet may, and would only hide that the larger one fits.
+        The largest size is always among them.  A size that costs more than a larger one is left
+        out: one that has not run yet may, and would only hide that the larger one fits.
 
         Args:
-            attended: tokens that each attends to, where it is not ``row_tokens`` (a row that is cut into blocks).
-            firsts: of each size, whether it would be the first run of its shape, whose bound stands further off.
+            attended: tokens that each attends to, where it is not ``row_tokens`` (a row that is cut
+                into blocks).
+            firsts: of each size, whether it would be the first run of its shape, whose bound stands
+                further off.
         """
         return self._quanta.prices(kind, sizes, row_tokens, attended, firsts)
 
     def doubt(self, kind: QuantumKind) -> float:
-        """What the price of the least quantum of ``kind`` may be multiplied with, from 1 down (``relax``)."""
+        """What the price of the least quantum of ``kind`` may be multiplied with, from 1 down
+        (``relax``)."""
         return self._quanta.doubt(kind)
 
     # ---------------------------------------------------------------- measurements
@@ -118,7 +126,8 @@ class LatencyPredictor:
         adapters: bool = False,
         after_training: bool = False,
     ) -> None:
-        """A decode step with nothing beside it took ``seconds``; ``after_training``: quanta ran right before it."""
+        """A decode step with nothing beside it took ``seconds``; ``after_training``: quanta ran
+        right before it."""
         if adapters:
             if self._adapted is None:
                 self._adapted = self._decode.slower(ADAPTER_GUESS)
@@ -154,7 +163,8 @@ class LatencyPredictor:
         *,
         first_of_shape: bool = False,
     ) -> None:
-        """A quantum took ``seconds``; a shape's first run has a bound of its own once anything is known."""
+        """A quantum took ``seconds``; a shape's first run has a bound of its own once anything is
+        known."""
         self._quanta.ran(kind)
         self._quanta.observe(kind, tokens, row_tokens, seconds, first_of_shape=first_of_shape)
         if not first_of_shape:
@@ -175,15 +185,16 @@ class LatencyPredictor:
         return DECODE in self._profiled
 
     def known(self, phase: str) -> bool:
-        """Whether ``decode`` or ``prefill`` rests on measurements: a profile's, or enough of its own."""
+        """Whether ``decode`` or ``prefill`` rests on measurements: a profile's, or enough of its
+        own."""
         line = self._decode.line(WHOLE)[0] if phase == DECODE else self._prefill.line
         return phase in self._profiled or line.seen >= KNOWN_FROM
 
     def scores(self) -> dict[str, tuple[Score, float]]:
         """By phase that was predicted: its score, and the ratio of upper bound to expectation now.
 
-        Phases: ``decode``, ``decode_adapters``, ``prefill``, each kind of quantum, ``first_`` with a kind (the first run of
-        each shape) and ``corun_`` with a kind.
+        Phases: ``decode``, ``decode_adapters``, ``prefill``, each kind of quantum, ``first_`` with
+        a kind (the first run of each shape) and ``corun_`` with a kind.
         """
         whole, _ = self._decode.line(WHOLE)
         phases: list[tuple[str, Accuracy, float]] = [
@@ -218,7 +229,8 @@ class LatencyPredictor:
         }
 
     def costs(self) -> dict[str, dict[str, float]]:
-        """Per kind of quantum that has run: its line, ratio of the bound, runs seen, changes of speed found."""
+        """Per kind of quantum that has run: its line, ratio of the bound, runs seen, changes of
+        speed found."""
         return {kind.value: _line(line) for kind, line in self._quanta.lines.items() if line.seen}
 
 

@@ -1,6 +1,8 @@
-"""What training quanta take: a line per kind, in tokens and, for the kinds with attention, in pairs of tokens.
+"""What training quanta take: a line per kind, in tokens and, for the kinds with attention, in pairs
+of tokens.
 
-Kinds that are not cut by rows (an optimizer slice, a tensor to copy) count as one token: their line is a level.
+Kinds that are not cut by rows (an optimizer slice, a tensor to copy) count as one token: their line
+is a level.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from sglang_harli.predictor.line.recursive import Prior
 
 ATTENDING = frozenset({QuantumKind.FORWARD, QuantumKind.BACKWARD, QuantumKind.BACKWARD_KEPT})
 FORGETTING = 0.98
-# How fast an estimate that alone holds training back is doubted, seconds: one that rests on a measurement, which says
-# something for as long as the machine does not change, and a guess, which may be tens of times too high.
+# How fast an estimate that alone holds training back is doubted, seconds: one that rests on a
+# measurement, which says something for as long as the machine does not change, and a guess, which
+# may be tens of times too high.
 HALF_LIFE_S = 30.0
 GUESS_HALF_LIFE_S = 1.0
 
@@ -64,8 +67,8 @@ class QuantumLines:
     def observe(
         self, kind: QuantumKind, tokens: int, row_tokens: int, seconds: float, *, first_of_shape: bool
     ) -> None:
-        """A quantum took ``seconds``; a shape's first run (allocation, code paths) has a bound of its own, unless nothing
-        else is known."""
+        """A quantum took ``seconds``; a shape's first run (allocation, code paths) has a bound of
+        its own, unless nothing else is known."""
         line, pairs = self.lines[kind], _pairs(kind, tokens, row_tokens)
         if first_of_shape and line.seen:
             self.firsts[kind].observe(line.expected(tokens, pairs), seconds)
@@ -89,7 +92,8 @@ class QuantumLines:
 
 
 def _rising(prices: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
-    """Without the sizes that cost more than a larger one: where that one does not fit, they do not either."""
+    """Without the sizes that cost more than a larger one: where that one does not fit, they do not
+    either."""
     kept, least_s = [], math.inf
     for rows, upper_s in reversed(prices):
         if upper_s <= least_s:

@@ -1,8 +1,9 @@
-"""Stage 1: what a decode step and a prefill take when serving has the device, or its share of it, to itself.
+"""Stage 1: what a decode step and a prefill take when serving has the device, or its share of it,
+to itself.
 
-Harli, section on the latency predictor, in the form of the published prototype: per SM share ``s`` a line
-``T1 = c_s + beta_s * batch + kappa_s * (sum of context tokens)``.  A decode step that is replayed from a CUDA graph
-computes the graph's batch size, so that is the one that counts.
+Harli, section on the latency predictor, in the form of the published prototype: per SM share ``s``
+a line ``T1 = c_s + beta_s * batch + kappa_s * (sum of context tokens)``.  A decode step that is
+replayed from a CUDA graph computes the graph's batch size, so that is the one that counts.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Padding:
         self.sizes = sorted(set(sizes))
 
     def __call__(self, batch: int) -> int:
-        """The smallest graph that holds the batch; a larger batch runs without a graph, as it is."""
+        """The smallest graph that holds the batch; a larger batch runs without a graph, as it
+        is."""
         at = bisect_left(self.sizes, batch)
         return self.sizes[at] if at < len(self.sizes) else batch
 
@@ -67,8 +69,8 @@ class SoloDecode:
     def line(self, share: int) -> tuple[CostLine, float]:
         """The line to use for a share, and what to multiply it with.
 
-        A share that has no line is as slow as the next smaller one; below the smallest, time grows at most in
-        proportion to the SMs that are missing.
+        A share that has no line is as slow as the next smaller one; below the smallest, time grows
+        at most in proportion to the SMs that are missing.
         """
         known = self.lines.get(share)
         if known is not None:
@@ -129,7 +131,8 @@ def times(estimate: LatencyEstimate, factor: float) -> LatencyEstimate:
 
 
 class SoloPrefill:
-    """Prefill batches: a line in new tokens and in pairs of a new token and one that it attends to."""
+    """Prefill batches: a line in new tokens and in pairs of a new token and one that it attends
+    to."""
 
     def __init__(self, prior: Prior) -> None:
         self.line = CostLine(prior)

@@ -1,4 +1,5 @@
-"""Values as the types that messages declare, and the refusal that names the field, the value and what is accepted.
+"""Values as the types that messages declare, and the refusal that names the field, the value and
+what is accepted.
 
 Clients and the service check with the same functions, so both refuse a value with the same words.
 """
@@ -19,7 +20,8 @@ S = TypeVar("S", bound=Struct)
 
 
 def most(limit: int) -> Meta:
-    """An upper bound for values that are given now.  Jobs that were stored with a larger one stay readable."""
+    """An upper bound for values that are given now.  Jobs that were stored with a larger one stay
+    readable."""
     return Meta(extra={"most": limit})
 
 
@@ -54,7 +56,8 @@ def refused(name: str, given: Any, accepted: str) -> ConfigError:
 
 
 def is_text(given: str) -> bool:
-    """False where it cannot be written as UTF-8: half of a surrogate pair, bytes of a command line."""
+    """False where it cannot be written as UTF-8: half of a surrogate pair, bytes of a command
+    line."""
     try:
         given.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,5 @@
-"""What tells one base model from another: the config fields that change the result, and a sample of the weights."""
+"""What tells one base model from another: the config fields that change the result, and a sample of
+the weights."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ _FORMATS = {"float32": (23, -126), "bfloat16": (7, -126), "float16": (10, -14)}
 
 
 class BasePrint(Struct, frozen=True, kw_only=True):
-    """The print of a served base; the same for every way to name, place, fuse or pad the same weights.
+    """The print of a served base; the same for every way to name, place, fuse or pad the same
+    weights.
 
     Attributes:
-        model, path: the served name, and folder or hub id (a folder by its absolute path): shown, never compared.
+        model, path: the served name, and folder or hub id (a folder by its absolute path): shown,
+            never compared.
         dtype: of the served weights.
         math: config fields that change what the model computes.
         weights: by parameter without its layer's number, some values of it, over the layers.
@@ -39,8 +42,8 @@ class BasePrint(Struct, frozen=True, kw_only=True):
 def difference(one: BasePrint, other: BasePrint) -> str:
     """What differs between two bases, as a clause; ``""``: they are the same one.
 
-    Values of different dtypes are compared within the rounding of the coarser one: a checkpoint served in bfloat16,
-    float16 or float32 is the same base.
+    Values of different dtypes are compared within the rounding of the coarser one: a checkpoint
+    served in bfloat16, float16 or float32 is the same base.
     """
     if one is other:
         return ""

@@ -75,7 +75,8 @@ def check_server_folder(folder: str) -> None:
 
 
 def client_list(folder: str) -> tuple[frozenset[bytes], list[ConfigError]]:
-    """The public keys (Z85) that may connect now, and the files that cannot be used, which admit nobody.
+    """The public keys (Z85) that may connect now, and the files that cannot be used, which admit
+    nobody.
 
     Raises:
         OSError: the folder cannot be read.

@@ -1,9 +1,11 @@
-"""Messages between the finetune service, the scheduler and the HTTP process (docs/internals/run-protocol.md).
+"""Messages between the finetune service, the scheduler and the HTTP process
+(docs/internals/run-protocol.md).
 
 Frame 0 is a msgpack header (one of the structs below, tagged by its name); arrays follow as raw
 frames (int32, C order).  Every message carries the sender's sequence number.  A run is named by
 (job, attempt): messages of an older attempt are dropped by the receiver.  Any message may be lost
-or come twice; the table in docs/internals/run-protocol.md ("Service and scheduler") says what then happens.
+or come twice; the table in docs/internals/run-protocol.md ("Service and scheduler") says what then
+happens.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class Message(Struct, kw_only=True, tag=True):
 
 # ------------------------------------------------------------------ shared nouns
 class TensorRef(Struct, frozen=True):
-    """One tensor in a slot: dtype by numpy/torch name (``float32``), offset in bytes (64-aligned)."""
+    """One tensor in a slot: dtype by numpy/torch name (``float32``), offset in bytes
+    (64-aligned)."""
 
     name: str
     dtype: str
@@ -44,7 +47,8 @@ class SlotRef(Struct, frozen=True, kw_only=True):
 class RunSpec(Struct, frozen=True, kw_only=True):
     """What the scheduler needs to know of a job to train it.
 
-    ``memory_bytes``: upper estimate of what it needs (``ServedLimits.job_memory_bytes``); 0: not known.
+    ``memory_bytes``: upper estimate of what it needs (``ServedLimits.job_memory_bytes``); 0: not
+    known.
     """
 
     job: str
@@ -55,7 +59,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
 
 
 class BatchCursor(Struct, frozen=True, kw_only=True):
-    """``step`` counts optimizer steps from 1 over the whole run; ``index`` micro-batches within it."""
+    """``step`` counts optimizer steps from 1 over the whole run; ``index`` micro-batches within
+    it."""
 
     epoch: int
     step: int
@@ -64,9 +69,10 @@ class BatchCursor(Struct, frozen=True, kw_only=True):
 
 # ------------------------------------------------------------------ scheduler -> service
 class Hello(Message):
-    """On every (re)connection, and where something that it says has changed.  ``job``, ``attempt``, ``step``,
-    ``next_cursor`` and ``taken`` (as in Pulse): of the run in progress.  ``hold``: why no run is to start now ("": it
-    may); the next hello may lift it.  ``base``: the print of the served weights, after so many ``updates`` of them since the start.
+    """On every (re)connection, and where something that it says has changed.  ``job``, ``attempt``,
+    ``step``, ``next_cursor`` and ``taken`` (as in Pulse): of the run in progress.  ``hold``: why no
+    run is to start now ("": it may); the next hello may lift it.  ``base``: the print of the served
+    weights, after so many ``updates`` of them since the start.
     """
 
     pid: int
@@ -86,11 +92,12 @@ class Hello(Message):
 
 
 class Pulse(Message):
-    """While a run is held, about every two seconds: where it stands, by which the service finds what was lost.
+    """While a run is held, about every two seconds: where it stands, by which the service finds
+    what was lost.
 
-    ``taken``: the first micro-batch that is not done (``BatchesTaken``).  ``state_bytes``: 0 until the adapter is there.
-    ``snapshot``: the step of the snapshot that lies in the slot and waits for its SnapshotSaved (-1: none).  ``stopping``:
-    a StopRun has come.
+    ``taken``: the first micro-batch that is not done (``BatchesTaken``).  ``state_bytes``: 0 until
+    the adapter is there. ``snapshot``: the step of the snapshot that lies in the slot and waits for
+    its SnapshotSaved (-1: none).  ``stopping``: a StopRun has come.
     """
 
     job: str
@@ -122,11 +129,12 @@ class RunStarted(Message):
 
 
 class StepDone(Message):
-    """Kept by the scheduler in a bounded ring until acknowledged, as are RunStarted, SnapshotReady, RunStopped
-    and RunFailed.
+    """Kept by the scheduler in a bounded ring until acknowledged, as are RunStarted, SnapshotReady,
+    RunStopped and RunFailed.
 
-    ``after``, here and in those: the step of the StepDone sent before.  A service that lacks that one drops
-    this message without acknowledging it, and gets both again.  ``total_tokens``: of the run up to this step.
+    ``after``, here and in those: the step of the StepDone sent before.  A service that lacks that
+    one drops this message without acknowledging it, and gets both again.  ``total_tokens``: of the
+    run up to this step.
     """
 
     job: str
@@ -144,7 +152,8 @@ class StepDone(Message):
 
 
 class SnapshotReady(Message):
-    """The state after ``step`` lies in the slot.  ``meta``: plain values (schedule, RNG, cursor)."""
+    """The state after ``step`` lies in the slot.  ``meta``: plain values (schedule, RNG,
+    cursor)."""
 
     job: str
     attempt: int
@@ -158,7 +167,8 @@ class SnapshotReady(Message):
 class RunStopped(Message):
     """Answer to StopRun: the run's memory is returned; ``step`` is the last one applied.
 
-    ``reason``: why it ended without having been asked to ("": it was): the job goes on from its checkpoint.
+    ``reason``: why it ended without having been asked to ("": it was): the job goes on from its
+    checkpoint.
     """
 
     job: str
@@ -169,7 +179,8 @@ class RunStopped(Message):
 
 
 class RunFailed(Message):
-    """``passing``: trouble of the environment, no verdict on the job: it is queued again after a pause."""
+    """``passing``: trouble of the environment, no verdict on the job: it is queued again after a
+    pause."""
 
     job: str
     attempt: int
@@ -212,17 +223,19 @@ class OptionsSet(Message):
 
 # ------------------------------------------------------------------ service -> scheduler
 class Welcome(Message):
-    """The service is there.  ``answers``: the ``seq`` of the Hello that it has read; 0: say hello (again)."""
+    """The service is there.  ``answers``: the ``seq`` of the Hello that it has read; 0: say hello
+    (again)."""
 
     pid: int
     answers: int = 0
 
 
 class StartRun(Message):
-    """``restore``: the state of checkpoint ``step`` in a slot; the scheduler unmaps it after RunStarted.
+    """``restore``: the state of checkpoint ``step`` in a slot; the scheduler unmaps it after
+    RunStarted.
 
-    ``scheduler``: the pid whose hello it answers; another process drops it (0: for any), and so does that one where
-    its weights were updated since (``updates``).
+    ``scheduler``: the pid whose hello it answers; another process drops it (0: for any), and so
+    does that one where its weights were updated since (``updates``).
     """
 
     spec: RunSpec
@@ -236,8 +249,8 @@ class StartRun(Message):
 class MicroBatch(Message):
     """Frames: ids, places and targets, int32, as ``micro_batches.Padded`` has them.
 
-    ``lengths`` fall; ``rows`` are the rows' positions within the step.  ``step_target_tokens``: targets of the whole
-    optimizer step, the divisor of its loss (a row's first label never counts).
+    ``lengths`` fall; ``rows`` are the rows' positions within the step.  ``step_target_tokens``:
+    targets of the whole optimizer step, the divisor of its loss (a row's first label never counts).
     """
 
     job: str
@@ -250,8 +263,8 @@ class MicroBatch(Message):
 
 
 class SnapshotSlot(Message):
-    """A faulted-in slot of at least RunStarted.state_bytes; the scheduler owns it until SnapshotReady, and
-    again after SnapshotSaved."""
+    """A faulted-in slot of at least RunStarted.state_bytes; the scheduler owns it until
+    SnapshotReady, and again after SnapshotSaved."""
 
     job: str
     attempt: int
@@ -268,7 +281,8 @@ class SnapshotSaved(Message):
 
 
 class StopRun(Message):
-    """Pause or cancel: stop at the next quantum; with ``snapshot``, save the last applied step first."""
+    """Pause or cancel: stop at the next quantum; with ``snapshot``, save the last applied step
+    first."""
 
     job: str
     attempt: int
@@ -276,7 +290,8 @@ class StopRun(Message):
 
 
 class Ack(Message):
-    """These messages of the scheduler (by ``seq``) have been taken over durably, or are of no use any more.
+    """These messages of the scheduler (by ``seq``) have been taken over durably, or are of no use
+    any more.
 
     One by one: a message that was lost is not acknowledged by a later one.
     """
@@ -298,8 +313,8 @@ class SetOptions(Message):
 class HttpHello(Message):
     """From the HTTP process once it can publish (the server answers requests).
 
-    ``tokenizer``: fingerprint of the server's own tokenizer and chat template, which lie in the run directory
-    (tokenizer_state.py); "" where this server has none.
+    ``tokenizer``: fingerprint of the server's own tokenizer and chat template, which lie in the run
+    directory (tokenizer_state.py); "" where this server has none.
     """
 
     pid: int
@@ -308,15 +323,18 @@ class HttpHello(Message):
 
 
 class ServiceState(Message):
-    """From the service, on change, in answer to HttpHello, and every few seconds as its sign of life.
+    """From the service, on change, in answer to HttpHello, and every few seconds as its sign of
+    life.
 
-    ``endpoint_bound``: the public socket is bound.  ``scheduler_seen``: a hello has been read; both gate
-    /health_generate.  ``adapters``: names of the succeeded jobs' adapters, which AdapterWanted brings: after a
-    restart of the server they are known at once and loaded when first asked for (a sign of life names none).
-    ``others``: by reason, the adapters that belong to another base than the served one: they are not served, and a
-    request for one gets the reason (None: as before).  ``jobs``: how many there are by status.  ``greeted_by``: pid of
-    the HTTP process whose hello has been read (0: none); a process that finds another one there says hello again.
-    ``tokenizer_lost``: the tokenizer that the hello named could not be read; it is written again, and said again.
+    ``endpoint_bound``: the public socket is bound.  ``scheduler_seen``: a hello has been read; both
+    gate /health_generate.  ``adapters``: names of the succeeded jobs' adapters, which AdapterWanted
+    brings: after a restart of the server they are known at once and loaded when first asked for (a
+    sign of life names none). ``others``: by reason, the adapters that belong to another base than
+    the served one: they are not served, and a request for one gets the reason (None: as before).
+    ``jobs``: how many there are by status.  ``greeted_by``: pid of the HTTP process whose hello has
+    been read (0: none); a process that finds another one there says hello again.
+    ``tokenizer_lost``: the tokenizer that the hello named could not be read; it is written again,
+    and said again.
     """
 
     pid: int
@@ -331,9 +349,10 @@ class ServiceState(Message):
 
 
 class PublishAdapter(Message):
-    """Make the tensors in ``slot`` servable under ``name`` (PEFT state-dict keys; ``config``: PEFT's
-    adapter_config as SGLang reads it).  May be repeated: a name that is served already answers ok.
-    ``request`` tells the answer to this question from a late one to an earlier question."""
+    """Make the tensors in ``slot`` servable under ``name`` (PEFT state-dict keys; ``config``:
+    PEFT's adapter_config as SGLang reads it).  May be repeated: a name that is served already
+    answers ok. ``request`` tells the answer to this question from a late one to an earlier
+    question."""
 
     request: int
     job: str
@@ -343,8 +362,8 @@ class PublishAdapter(Message):
 
 
 class AdapterPublished(Message):
-    """Answer to PublishAdapter, under its ``request``.  ``passing``: what is wrong is no fault of the adapter and may
-    end: ask again later."""
+    """Answer to PublishAdapter, under its ``request``.  ``passing``: what is wrong is no fault of
+    the adapter and may end: ask again later."""
 
     request: int
     job: str
@@ -356,14 +375,15 @@ class AdapterPublished(Message):
 
 
 class AdapterWanted(Message):
-    """From the HTTP process: a request names an adapter that SGLang has evicted; publish it again.  The answer
-    is PublishAdapter or AdapterRefused."""
+    """From the HTTP process: a request names an adapter that SGLang has evicted; publish it again.
+    The answer is PublishAdapter or AdapterRefused."""
 
     name: str
 
 
 class AdapterRefused(Message):
-    """Answer to an AdapterWanted that cannot be met: the requests that wait for it end with ``text``."""
+    """Answer to an AdapterWanted that cannot be met: the requests that wait for it end with
+    ``text``."""
 
     name: str
     code: str
@@ -412,10 +432,11 @@ def encode(message: Message) -> bytes:
 
 
 def decode(header: bytes | memoryview, source: str) -> Any:
-    """A message of ``source``: ``scheduler`` or ``http`` (to the service), ``service`` or ``to_http`` (from it).
+    """A message of ``source``: ``scheduler`` or ``http`` (to the service), ``service`` or
+    ``to_http`` (from it).
 
     Raises:
-        msgspec.ValidationError, msgspec.DecodeError: not of the protocol (only processes of one server
-        speak it, so this is a bug or a version mix).
+        msgspec.ValidationError, msgspec.DecodeError: not of the protocol (only processes of one
+            server speak it, so this is a bug or a version mix).
     """
     return _decoders[source].decode(header)

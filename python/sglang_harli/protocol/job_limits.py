@@ -12,7 +12,8 @@ class MemoryLayout(Struct, frozen=True, kw_only=True):
     """The bytes of a run's tensors, as the trainer lays them out.
 
     Attributes:
-        parameter_bytes: of each tensor of a layer's adapter state, bytes for each trainable parameter.
+        parameter_bytes: of each tensor of a layer's adapter state, bytes for each trainable
+            parameter.
         accumulated_bytes: of one tensor more, where a step has several micro-batches.
         inputs: tensors of a micro-batch that have a value for each token and hidden unit.
         input_bytes: of such a value.
@@ -61,8 +62,9 @@ class ServedLimits(Struct, frozen=True, kw_only=True):
         return self.num_layers * sum(hp.lora_r * sum(self.linear_sizes[m]) for m in hp.target_modules)
 
     def job_memory_bytes(self, hp: Hyperparameters, longest_row: int, rows: int) -> int:
-        """Training memory of a job of so many rows: the adapter's state, and a micro-batch of its longest rows.  What
-        the trainer asks for, to the byte; the working set of a quantum and kept activations are not in it."""
+        """Training memory of a job of so many rows: the adapter's state, and a micro-batch of its
+        longest rows.  What the trainer asks for, to the byte; the working set of a quantum and kept
+        activations are not in it."""
         batch = min(hp.batch_size, rows)
         return self._leased(self._state_bytes(hp)) + self._leased(self._micro_batch_bytes(batch, longest_row))
 

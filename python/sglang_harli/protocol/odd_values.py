@@ -1,4 +1,5 @@
-"""Values in a row of training data that JSON does not have: NaN, infinities, half of a surrogate pair.
+"""Values in a row of training data that JSON does not have: NaN, infinities, half of a surrogate
+pair.
 
 Only the fields that are used count: what stands in the others is ignored anyway.
 """

@@ -1,7 +1,8 @@
 """The public wire: what clients and the finetune service say to each other over ZMQ (docs/jobs.md).
 
-A message is one JSON frame (``Request`` or ``Reply``) and, for ``submit`` and ``upload``, raw frames
-behind it that carry the data file.  ``Event`` replies to a subscription come under the id of its request.
+A message is one JSON frame (``Request`` or ``Reply``) and, for ``submit`` and ``upload``, raw
+frames behind it that carry the data file.  ``Event`` replies to a subscription come under the id of
+its request.
 """
 
 from __future__ import annotations
@@ -232,8 +233,9 @@ class Reply(Struct, kw_only=True):
 
 
 class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
-    """``submit``: raw frames with the JSONL file follow the header; none where ``upload`` names an upload
-    that holds it, or ``resume_from`` a job whose data is taken (``sha256`` is empty then)."""
+    """``submit``: raw frames with the JSONL file follow the header; none where ``upload`` names an
+    upload that holds it, or ``resume_from`` a job whose data is taken (``sha256`` is empty
+    then)."""
 
     filename: Annotated[str, Meta(max_length=1024)] = ""
     size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)] = 0
@@ -247,7 +249,8 @@ class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class CheckArgs(Struct, kw_only=True, forbid_unknown_fields=True):
-    """``check``: as a ``submit``, of which no job is made; the answer says what would become of the data."""
+    """``check``: as a ``submit``, of which no job is made; the answer says what would become of the
+    data."""
 
     filename: Annotated[str, Meta(max_length=1024)] = ""
     size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)] = 0
@@ -273,7 +276,8 @@ class UploadAnswer(Struct, kw_only=True):
 
 
 class EventsArgs(Struct, kw_only=True, forbid_unknown_fields=True):
-    """``events``: those with id above ``after``; ``follow`` subscribes (renew within 30 s to keep it)."""
+    """``events``: those with id above ``after``; ``follow`` subscribes (renew within 30 s to keep
+    it)."""
 
     job: str
     after: Annotated[int, Meta(ge=0)] = 0
@@ -301,16 +305,17 @@ class ListArgs(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class SetArgs(Struct, kw_only=True, forbid_unknown_fields=True):
-    """``set``: live options; ``if_revision`` makes it conditional (stale if another came between)."""
+    """``set``: live options; ``if_revision`` makes it conditional (stale if another came
+    between)."""
 
     values: dict[str, float | str | None]  # milliseconds; a size such as "512MiB"; null clears one
     if_revision: int | None = None
 
 
 class SetAnswer(Struct, kw_only=True):
-    """``outcome``: applied, deferred (in force once the scheduler is up, or once training has given back what is
-    above ``max_train_mem``), stale (``if_revision`` is not the current one) or conflict (the values contradict
-    each other, or what runs); ``effective`` is what is in force."""
+    """``outcome``: applied, deferred (in force once the scheduler is up, or once training has given
+    back what is above ``max_train_mem``), stale (``if_revision`` is not the current one) or
+    conflict (the values contradict each other, or what runs); ``effective`` is what is in force."""
 
     outcome: str
     revision: int
@@ -319,7 +324,8 @@ class SetAnswer(Struct, kw_only=True):
 
 
 class StatusAnswer(Struct, kw_only=True):
-    """``status``: the service, the scheduler's view of serving, training and memory, and the queue."""
+    """``status``: the service, the scheduler's view of serving, training and memory, and the
+    queue."""
 
     service: dict[str, Any]
     serving: dict[str, Any] | None

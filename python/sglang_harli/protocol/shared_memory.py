@@ -37,11 +37,13 @@ def layout(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> tuple[li
 
 
 class SharedBufferError(OSError):
-    """A slot cannot be made or opened; the text says why, and what to do where it is not for lack of room."""
+    """A slot cannot be made or opened; the text says why, and what to do where it is not for lack
+    of room."""
 
 
 def passes(error: OSError | MemoryError) -> bool:
-    """Whether a slot that could not be made may be made later: not one that is larger than all of shared memory."""
+    """Whether a slot that could not be made may be made later: not one that is larger than all of
+    shared memory."""
     return isinstance(error, MemoryError) or error.errno != errno.EFBIG
 
 
@@ -58,8 +60,8 @@ class SharedBuffer:
     """A mapped slot.  ``buffer`` is a writable memoryview over the whole file.
 
     Raises:
-        SharedBufferError: shared memory is full (creating), the file is gone (opening), or it or its folder is not this
-            user's alone.
+        SharedBufferError: shared memory is full (creating), the file is gone (opening), or it or
+            its folder is not this user's alone.
     """
 
     def __init__(
@@ -80,7 +82,8 @@ class SharedBuffer:
 
     @classmethod
     def create(cls, folder: Path, nbytes: int, rest: Callable[[], None] = lambda: None) -> SharedBuffer:
-        """A new slot in ``folder`` (made with mode 0700), its pages faulted in; ``rest`` is called in between."""
+        """A new slot in ``folder`` (made with mode 0700), its pages faulted in; ``rest`` is called
+        in between."""
         try:
             failpoint(WriteFailpoint.SLOT)
             os.close(run_paths.open_private(folder, make=True))

@@ -1,7 +1,8 @@
 """The server's tokenizer and chat template as one file in the run directory.
 
-The HTTP process, which holds them, writes it before the server serves and names its fingerprint in ``HttpHello``;
-the finetune service makes rows with it, so that training sees the ids that serving sees.
+The HTTP process, which holds them, writes it before the server serves and names its fingerprint in
+``HttpHello``; the finetune service makes rows with it, so that training sees the ids that serving
+sees.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class ChatTemplate(Struct, frozen=True, kw_only=True):
 
 
 class Probe(Struct, frozen=True, kw_only=True):
-    """A text and the ids that the server's tokenizer gives it, with and without the special tokens it adds."""
+    """A text and the ids that the server's tokenizer gives it, with and without the special tokens
+    it adds."""
 
     text: str
     ids: list[int]
@@ -49,14 +51,16 @@ class TokenizerState(Struct, frozen=True, kw_only=True):
     """All that turns a line of data into ids.
 
     Attributes:
-        backend: the JSON of the tokenizers library; None: this tokenizer has none, so it is loaded by its path
-            and has to give the ids of ``probes``.
+        backend: the JSON of the tokenizers library; None: this tokenizer has none, so it is loaded
+            by its path and has to give the ids of ``probes``.
         special_tokens: what templates see: bos_token, eos_token and so on.
         special_ids: control tokens.
-        chat_adds_special: whether a rendered chat is encoded with the special tokens that the tokenizer adds.
+        chat_adds_special: whether a rendered chat is encoded with the special tokens that the
+            tokenizer adds.
         split_special: special tokens within a text are encoded as plain text.
         stop_ids: tokens at which serving ends an answer; empty: not known.
-        chat_probe: what the template makes of a chat with ``probes[0].text``; None: it refuses that chat.
+        chat_probe: what the template makes of a chat with ``probes[0].text``; None: it refuses that
+            chat.
         vocabulary: a digest, where there is no backend.
         refusal: why no row can be made with this server; None: rows can.
     """

@@ -1,7 +1,9 @@
-"""The finetune service: ``python -m sglang_harli.service.app``, started by the server's HTTP process.
+"""The finetune service: ``python -m sglang_harli.service.app``, started by the server's HTTP
+process.
 
-Its configuration is one JSON document in the environment (``config.SERVICE_ENV``).  It imports neither
-torch nor sglang.  What it owns: the job store, the data, the checkpoints, the event log and the public socket.
+Its configuration is one JSON document in the environment (``config.SERVICE_ENV``).  It imports
+neither torch nor sglang.  What it owns: the job store, the data, the checkpoints, the event log and
+the public socket.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
 
 logger = logging.getLogger("harli.service")
 
-# After SIGTERM: how long the state of a run is waited for, which the scheduler saves at its own end (the
-# supervisor kills after five seconds).
+# After SIGTERM: how long the state of a run is waited for, which the scheduler saves at its own end
+# (the supervisor kills after five seconds).
 SETTLE_S = 4.0
 
 
@@ -66,8 +68,8 @@ class App:
         run_paths.make_ipc_dir(str(run_dir))
         shm = run_paths.shm_dir(str(run_dir))
         self._context = zmq.asyncio.Context()
-        # Threads: files of submits one after the other, politely; the server's tokenizer; checkpoints and slots;
-        # reads of events.
+        # Threads: files of submits one after the other, politely; the server's tokenizer;
+        # checkpoints and slots; reads of events.
         self._worker = ThreadPoolExecutor(1, "data", initializer=lower_priority, initargs=(10,))
         self._loader = ThreadPoolExecutor(1, "tokenizer")
         self._disk = ThreadPoolExecutor(3, "disk", initializer=lower_priority, initargs=(19,))
@@ -273,7 +275,8 @@ async def _main(config: ServiceConfig) -> None:
 
 
 class _Formatter(logging.Formatter):
-    """Lines of the log quote data and names of clients: none of them steers the server's terminal."""
+    """Lines of the log quote data and names of clients: none of them steers the server's
+    terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escaped(super().format(record), lines=True)

@@ -11,7 +11,8 @@ REST = 4.0  # times as long as the burst before it
 
 
 def lower_priority(niceness: int) -> None:
-    """This thread gives way to others: 10 for work that somebody waits for, 19 for what has time."""
+    """This thread gives way to others: 10 for work that somebody waits for, 19 for what has
+    time."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 

@@ -1,7 +1,8 @@
 """Who may read the run directory: this user alone.
 
-What the service makes is closed to others by its umask.  A run directory that was there before (a volume, ``mkdir
-runs``) keeps its mode, which may be meant: what lies in it is closed, and the log says what to do.
+What the service makes is closed to others by its umask.  A run directory that was there before (a
+volume, ``mkdir runs``) keeps its mode, which may be meant: what lies in it is closed, and the log
+says what to do.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _PATTERNS = ("harli.db*", "ftjob-*", "lock")  # the job store, and the folders o
 
 
 def close_to_others(run_dir: Path) -> None:
-    """Close what an earlier version left open in a run directory that others may enter, and say so."""
+    """Close what an earlier version left open in a run directory that others may enter, and say
+    so."""
     mode = stat.S_IMODE(run_dir.stat().st_mode)
     if not mode & _OTHERS:
         return

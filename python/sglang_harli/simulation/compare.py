@@ -29,7 +29,8 @@ class Row:
 
     Attributes:
         outcomes: by policy; ``serve only`` and the best fixed rung among them.
-        oracle: the upper limit; None where prompts are prefilled here, which it does not know, or far beyond the device.
+        oracle: the upper limit; None where prompts are prefilled here, which it does not know, or
+            far beyond the device.
         simulated_s: simulated time of all of them.
     """
 
@@ -136,8 +137,8 @@ def again(device: SpatialDevice) -> SpatialDevice:
 
 
 def _best_fixed(run: Callable[..., Outcome], rungs: int, attainment: float) -> Outcome:
-    """The fixed rung with the most training that keeps the ladder's attainment, chosen in hindsight; the one with the
-    most decode where none does."""
+    """The fixed rung with the most training that keeps the ladder's attainment, chosen in
+    hindsight; the one with the most decode where none does."""
     outcome = None
     for rung in range(rungs - 1, 0, -1):
         outcome = run(lambda fresh, rung=rung: policies.FixedRung(fresh, rung))

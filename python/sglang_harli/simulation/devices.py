@@ -1,7 +1,8 @@
-"""Latency models that a simulation runs on: what a decode step, a prefill and a training quantum take.
+"""Latency models that a simulation runs on: what a decode step, a prefill and a training quantum
+take.
 
-The spatial model has the published form (Harli, two-stage latency predictor): at a rung with ``s`` decode and
-``f`` finetune SMs, a batch of ``b`` requests with ``x`` context tokens takes
+The spatial model has the published form (Harli, two-stage latency predictor): at a rung with ``s``
+decode and ``f`` finetune SMs, a batch of ``b`` requests with ``x`` context tokens takes
 
     T2 = (c_s + beta_s * b + kappa_s * x) * (1 + rho_s * f)
 
@@ -42,8 +43,9 @@ class Rung:
         return self.alone_s(batch, context_tokens) * self.stretch
 
 
-# The constants that the published prototype fitted for an RTX 6000 Ada (142 SMs) and a model of the class of
-# Llama-3-8B: decode SMs: c [ms], beta [ms per request], kappa [1e-4 ms per context token], rho [1e-3 per finetune SM].
+# The constants that the published prototype fitted for an RTX 6000 Ada (142 SMs) and a model of the
+# class of Llama-3-8B: decode SMs: c [ms], beta [ms per request], kappa [1e-4 ms per context token],
+# rho [1e-3 per finetune SM].
 _ADA = {
     16: (32.02, 0.0557, 2.213, 1.90),
     28: (19.73, 0.0976, 1.627, 2.35),
@@ -59,11 +61,12 @@ _ADA = {
 # Its ladder, from the most decode to the most training.
 _ADA_LADDER = ((128, 8), (116, 24), (100, 40), (84, 56), (72, 68), (56, 84), (44, 96), (28, 112))
 ADA_SMS = 142
-# Prefill on the whole device.  Not published: 2 FLOPs for each of 8e9 weights and each token, at half of the card's
-# 364 TFLOP/s in bf16, and 5 ms a batch.
+# Prefill on the whole device.  Not published: 2 FLOPs for each of 8e9 weights and each token, at
+# half of the card's 364 TFLOP/s in bf16, and 5 ms a batch.
 ADA_PREFILL_TOKEN_S = 2 * 8e9 / (0.5 * 364e12)
 ADA_PREFILL_S = 5e-3
-# One layer's forward or backward over a few hundred tokens on some fifty SMs; not published, the same arithmetic.
+# One layer's forward or backward over a few hundred tokens on some fifty SMs; not published, the
+# same arithmetic.
 ADA_QUANTUM_S = 5e-3
 
 
@@ -134,8 +137,8 @@ class SpatialDevice:
 
     Attributes:
         rungs: every split that a policy may choose; index 0 lets training pause.
-        decode_only: prompts are prefilled elsewhere and their KV cache arrives (the published set-up); else prefill
-            runs here, between decode steps, on the decode SMs.
+        decode_only: prompts are prefilled elsewhere and their KV cache arrives (the published
+            set-up); else prefill runs here, between decode steps, on the decode SMs.
         quantum_s: of one training quantum, the grain of what is launched beside a step.
         sms: of the device: training has all rungs' most while nothing is served.
     """
@@ -168,8 +171,9 @@ class SpatialDevice:
 class TimeSharedDevice:
     """A device that decodes and trains by turns, such as a CPU.
 
-    The defaults have the shape of two CPU cores and a model of 25M parameters (docs/internals/training-step.md):
-    recomputation and backward of one layer for 256 tokens take 17 ms, for 4 times 256 take 56 ms.
+    The defaults have the shape of two CPU cores and a model of 25M parameters
+    (docs/internals/training-step.md): recomputation and backward of one layer for 256 tokens take
+    17 ms, for 4 times 256 take 56 ms.
 
     Attributes:
         solo: line of a decode step.

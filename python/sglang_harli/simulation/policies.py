@@ -1,7 +1,8 @@
-"""The policies that are compared: ours, driven as the scheduler drives it, and those known from the field.
+"""The policies that are compared: ours, driven as the scheduler drives it, and those known from the
+field.
 
-A spatial policy answers before each decode step with the index of a rung; a temporal one after each step, and again
-after each quantum, with the rows of the next quantum or 0.
+A spatial policy answers before each decode step with the index of a rung; a temporal one after each
+step, and again after each quantum, with the rows of the next quantum or 0.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class SpatialPolicy(Protocol):
 
 
 class RecentMargin:
-    """Upper bound over expectation: the 99th percentile of the recent ratios of measured to predicted times."""
+    """Upper bound over expectation: the 99th percentile of the recent ratios of measured to
+    predicted times."""
 
     def __init__(self, first: float, size: int = 200) -> None:
         self.ratio = first
@@ -70,7 +72,8 @@ class HarliSpatial:
 
     Args:
         rates: training throughput at each rung of the device.
-        first_margin: upper bound over expectation until it has been measured; None: predictions hold exactly.
+        first_margin: upper bound over expectation until it has been measured; None: predictions
+            hold exactly.
     """
 
     name = "harli"
@@ -132,8 +135,9 @@ class _Untaught:
 
 
 class OneRungLadder(_Untaught):
-    """The published prototype (Harli, QoS scheduler): before each step one rung toward decode when the predicted
-    co-run time is above the upper threshold, one toward training when it is below the lower, else none.
+    """The published prototype (Harli, QoS scheduler): before each step one rung toward decode when
+    the predicted co-run time is above the upper threshold, one toward training when it is below the
+    lower, else none.
 
     Args:
         lower_s, upper_s: its thresholds, 30 and 40 ms in the online loop.
@@ -167,8 +171,9 @@ class FixedRung(_Untaught):
 
 
 class BatchThreshold(_Untaught):
-    """SMs for decode in proportion to the batch, as SGLang's PD multiplexing divides them (0.5.16, its default
-    ``decode_bs_divisor`` of 36): the most training at a batch of one, the most decode from 36 on."""
+    """SMs for decode in proportion to the batch, as SGLang's PD multiplexing divides them (0.5.16,
+    its default ``decode_bs_divisor`` of 36): the most training at a batch of one, the most decode
+    from 36 on."""
 
     name = "batch threshold"
 
@@ -196,7 +201,8 @@ class TemporalPolicy(Protocol):
 
 
 class _Quanta:
-    """Training in a simulation: always the same quantum to offer (``slotting.Training``).  The engine runs it."""
+    """Training in a simulation: always the same quantum to offer (``slotting.Training``).  The
+    engine runs it."""
 
     queued_s, saving, barred = 0.0, False, None
 
@@ -288,7 +294,8 @@ class HarliTemporal:
 
 
 class FixedQuantum:
-    """One quantum of a fixed size after each step, whatever is served, and back to back while nothing is."""
+    """One quantum of a fixed size after each step, whatever is served, and back to back while
+    nothing is."""
 
     def __init__(self, rows: int) -> None:
         self.name = f"fixed {rows} rows"

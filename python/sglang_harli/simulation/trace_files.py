@@ -3,8 +3,9 @@
 Distinguished by their header:
 
 - Azure LLM inference traces: ``TIMESTAMP, ContextTokens, GeneratedTokens`` (times of day).
-- BurstGPT: ``Timestamp, Model, Request tokens, Response tokens, Total tokens, Log Type`` (seconds; newer files
-  have more columns).  Rows without a response are failures of the service and are left out.
+- BurstGPT: ``Timestamp, Model, Request tokens, Response tokens, Total tokens, Log Type`` (seconds;
+  newer files have more columns).  Rows without a response are failures of the service and are left
+  out.
 - ours: ``arrival_s, prompt_tokens, output_tokens``, comment lines with ``#`` before the header.
 """
 
@@ -33,7 +34,8 @@ def read(path: str | Path, *, limit: int | None = None) -> Trace:
         limit: at most so many rows from the file's beginning.
 
     Raises:
-        DataError: the file cannot be read, its format is not known, or a row is bad; names file, line and field.
+        DataError: the file cannot be read, its format is not known, or a row is bad; names file,
+            line and field.
     """
     path = Path(path)
     try:

@@ -1,9 +1,11 @@
-"""Traces of requests: arrivals, prompt and output lengths; made from a seed, or read from published files.
+"""Traces of requests: arrivals, prompt and output lengths; made from a seed, or read from published
+files.
 
-Three workloads, each with the source of its figures.  Lengths are drawn from tables of quantiles, interpolated
-in their logarithms; prompt and output independently (their correlation in the Azure files is -0.11 and 0.00).
-Arrivals are a Gamma renewal process whose rate swings.  Standard library only: ``random`` keeps its streams from
-version to version, so that a trace comes back from its seed.
+Three workloads, each with the source of its figures.  Lengths are drawn from tables of quantiles,
+interpolated in their logarithms; prompt and output independently (their correlation in the Azure
+files is -0.11 and 0.00). Arrivals are a Gamma renewal process whose rate swings.  Standard library
+only: ``random`` keeps its streams from version to version, so that a trace comes back from its
+seed.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ class Trace:
         return self.requests[-1].arrival_s
 
     def mean_batch(self, tpot_s: float) -> float:
-        """Requests in a server that emits each one's tokens at exactly the target: tokens offered per second
-        times the target.  It depends on no server and no policy."""
+        """Requests in a server that emits each one's tokens at exactly the target: tokens offered
+        per second times the target.  It depends on no server and no policy."""
         tokens = sum(request.output_tokens - 1 for request in self.requests)
         return tokens * tpot_s / self.duration_s if self.duration_s else math.inf
 
@@ -56,8 +58,8 @@ class Workload:
     """Statistics of a published trace.
 
     Attributes:
-        gap_shape: shape of the Gamma distribution of the gaps between arrivals; 1 is Poisson, less is bursty
-            (the coefficient of variation is ``shape ** -0.5``).
+        gap_shape: shape of the Gamma distribution of the gaps between arrivals; 1 is Poisson, less
+            is bursty (the coefficient of variation is ``shape ** -0.5``).
         swing: amplitude of the sinusoid that the rate follows, as a share of its mean.
         prompt, output: quantiles of the lengths in tokens.
         source: where each figure comes from.
@@ -175,8 +177,9 @@ class Recipe:
         )
 
 
-# File by file, in the package's simulation/trace_data.  At a mean batch of 64 the peaks of the full swing are more than
-# the card of the published constants can serve alone within 40 ms per token; no policy could keep the target there.
+# File by file, in the package's simulation/trace_data.  At a mean batch of 64 the peaks of the full
+# swing are more than the card of the published constants can serve alone within 40 ms per token; no
+# policy could keep the target there.
 COMMITTED = {
     "conv-04": Recipe("azure-conv", 4),
     "conv-08": Recipe("azure-conv", 8),
@@ -273,7 +276,8 @@ def generate(
 
 
 def _unswing(share: float, amplitude: float, period: float) -> float:
-    """When, of 0 to 1, this share of the arrivals has come, at a rate of ``1 + amplitude * sin(2 pi t / period)``."""
+    """When, of 0 to 1, this share of the arrivals has come, at a rate of
+    ``1 + amplitude * sin(2 pi t / period)``."""
 
     def came(at: float) -> float:
         return at + amplitude * period / math.tau * (1 - math.cos(math.tau * at / period))

@@ -1,34 +1,41 @@
 """The upper limit: what a policy with perfect foresight could train at most, as a linear program.
 
-**What it bounds.** Every policy that keeps the ledger's deadlines: token ``n`` of a request (the first is 0) goes out by
-``first token + n * T - KEPT_S``, with ``T`` the target after the ledger's ``KEPT_SHARE``; what the ledger keeps is not the
-policy's to spend. It may know all that is to come, and true latencies. (A policy that lets tokens come late may train
-more; it is not bounded by this.)
+**What it bounds.** Every policy that keeps the ledger's deadlines: token ``n`` of a request (the
+first is 0) goes out by ``first token + n * T - KEPT_S``, with ``T`` the target after the ledger's
+``KEPT_SHARE``; what the ledger keeps is not the policy's to spend. It may know all that is to come,
+and true latencies. (A policy that lets tokens come late may train more; it is not bounded by this.)
 
-**Why it is a bound.** Every run of such a policy gives a point of the program with the run's own work as the objective, so the
-program's maximum is at least that work. Time is cut into slots. The variables are, for each slot and rung, how many steps
-ran (``K``, counted in parts where a step spans two slots), how many tokens they gave out (``N``, the sum of their batches)
-and how many context tokens they read (``X``), and for each slot the idle time. The program holds because:
+**Why it is a bound.** Every run of such a policy gives a point of the program with the run's own
+work as the objective, so the program's maximum is at least that work. Time is cut into slots. The
+variables are, for each slot and rung, how many steps ran (``K``, counted in parts where a step
+spans two slots), how many tokens they gave out (``N``, the sum of their batches) and how many
+context tokens they read (``X``), and for each slot the idle time. The program holds because:
 
-1. A step takes ``(c + beta * batch + kappa * context) * stretch``, which is linear: the slot's steps at a rung take
-   ``(c * K + beta * N + kappa * X) * stretch``. These times and the idle time fill the slot. A step with training beside
-   a part of it counts in parts, as one with training throughout and one without (stretch 1).
-2. Let ``S(t)`` be the steps done by time ``t``, linear within a step. At the end of its n-th step after its first token
-   (at ``f``) a request is on time, ``t <= f + n * T - KEPT_S``; both sides are linear in between, so from the end of the
-   first step ``S(t) - S(f) >= (t - f + KEPT_S) / T`` as long as it runs, and without ``KEPT_S`` before. ``f`` lies at most
-   the longest step ``D`` after the arrival ``a``, the first step ends at most ``2 * D`` after. A slot's border ``u`` after
-   ``a + D`` has ``S(u) - S(f) <= (u - a) / s`` with ``s`` the shortest step, so at every border ``t`` at which the request
-   surely still runs ``S(t) - S(u) >= (t - u) / T - (u - a) * (1 / s - 1 / T)``, and ``KEPT_S / T`` more after ``a + 2 * D``.
-3. By time ``t`` a request has ``min(all, (t - a - D) / T)`` tokens at least and ``min(all, steps at the shortest time since
-   a)`` at most, so all tokens and all context read by each border lie between two sums.
-4. Which requests surely run during a slot, and which may, follows from 3; that bounds the batch and the context of each of
-   its steps from both sides, hence ``N`` and ``X`` by multiples of ``K``. The shortest step ``s`` of a slot is that of the
-   least load at the fastest rung. Less load makes shorter steps, which leave fewer requests surely running: the bounds
-   are found by repeating from no load at all, and hold after each round.
+1. A step takes ``(c + beta * batch + kappa * context) * stretch``, which is linear: the slot's
+   steps at a rung take ``(c * K + beta * N + kappa * X) * stretch``. These times and the idle time
+   fill the slot. A step with training beside a part of it counts in parts, as one with training
+   throughout and one without (stretch 1).
+2. Let ``S(t)`` be the steps done by time ``t``, linear within a step. At the end of its n-th step
+   after its first token (at ``f``) a request is on time, ``t <= f + n * T - KEPT_S``; both sides
+   are linear in between, so from the end of the first step ``S(t) - S(f) >= (t - f + KEPT_S) / T``
+   as long as it runs, and without ``KEPT_S`` before. ``f`` lies at most the longest step ``D``
+   after the arrival ``a``, the first step ends at most ``2 * D`` after. A slot's border ``u`` after
+   ``a + D`` has ``S(u) - S(f) <= (u - a) / s`` with ``s`` the shortest step, so at every border
+   ``t`` at which the request surely still runs
+   ``S(t) - S(u) >= (t - u) / T - (u - a) * (1 / s - 1 / T)``, and ``KEPT_S / T`` more after
+   ``a + 2 * D``.
+3. By time ``t`` a request has ``min(all, (t - a - D) / T)`` tokens at least and
+   ``min(all, steps at the shortest time since a)`` at most, so all tokens and all context read by
+   each border lie between two sums.
+4. Which requests surely run during a slot, and which may, follows from 3; that bounds the batch and
+   the context of each of its steps from both sides, hence ``N`` and ``X`` by multiples of ``K``.
+   The shortest step ``s`` of a slot is that of the least load at the fastest rung. Less load makes
+   shorter steps, which leave fewer requests surely running: the bounds are found by repeating from
+   no load at all, and hold after each round.
 5. While a request surely runs the device is not idle.
 
-What is given away: steps and tokens in fractions, the load within a slot spread over the rungs as suits, bank of up to
-``(u - a) / s`` steps for each new request.
+What is given away: steps and tokens in fractions, the load within a slot spread over the rungs as
+suits, bank of up to ``(u - a) / s`` steps for each new request.
 """
 
 from __future__ import annotations
@@ -54,8 +61,8 @@ class Limit:
 
     Attributes:
         rate: work per second over the window, in the unit of the rates.
-        tpot_s: the time per token of the deadlines that it keeps: the ledger's, or the least stretched one that
-            the program finds possible.
+        tpot_s: the time per token of the deadlines that it keeps: the ledger's, or the least
+            stretched one that the program finds possible.
     """
 
     rate: float
@@ -64,13 +71,15 @@ class Limit:
 
 @dataclass
 class Bounds:
-    """What every policy that keeps the deadlines has in common, per slot (arrays) or at the slots' ends.
+    """What every policy that keeps the deadlines has in common, per slot (arrays) or at the slots'
+    ends.
 
     Attributes:
         least_batch, most_batch, least_context, most_context: of any step in the slot.
         shortest_s: no step that runs in the slot is shorter.
         longest_s: no step is longer.
-        tokens_late, tokens_early, context_late, context_early: given out, and read, by the slot's end.
+        tokens_late, tokens_early, context_late, context_early: given out, and read, by the slot's
+            end.
         surely: for each request, index of the last border at which it surely runs.
     """
 
@@ -145,7 +154,8 @@ def bounds_of(trace: Trace, rungs: tuple[Rung, ...], step_s: float, slot_s: floa
 def with_pauses(
     rungs: tuple[Rung, ...], rates: tuple[float, ...]
 ) -> tuple[tuple[Rung, ...], tuple[float, ...]]:
-    """The rungs, and each rung's SMs without training, but for those that others are never slower than."""
+    """The rungs, and each rung's SMs without training, but for those that others are never slower
+    than."""
     alone = [dataclasses.replace(rung, stretch=1.0) for rung in rungs]
     lines = [(rung.base_s, rung.request_s, rung.token_s) for rung in alone]
     best = [
@@ -179,7 +189,8 @@ class _Program:
         self.most.append(most)
 
     def most_of(self, gain: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> float | None:
-        """The maximum of the gain over all variables within their bounds; None: no point is feasible."""
+        """The maximum of the gain over all variables within their bounds; None: no point is
+        feasible."""
         from scipy.optimize import LinearConstraint, milp
         from scipy.sparse import csr_array
 
@@ -203,7 +214,8 @@ def limit(
     """The most that can be trained on a decode-only device, per second of ``engine.window_s``.
 
     Args:
-        rates: work per second at each rung, and with the highest of them (or ``gap_rate``) while nothing is served.
+        rates: work per second at each rung, and with the highest of them (or ``gap_rate``) while
+            nothing is served.
         gap_rate: work per second of training between steps, where decode and training take turns.
         slot_s: shorter slots make a tighter limit and take longer.
 
@@ -230,8 +242,8 @@ def _solve(
     gap_rate: float,
     slot_s: float,
 ) -> float | None:
-    """The program's maximum over the window, per second; None: nothing was found that keeps these deadlines (a
-    stretched target is then tried, which makes the limit looser, never too tight)."""
+    """The program's maximum over the window, per second; None: nothing was found that keeps these
+    deadlines (a stretched target is then tried, which makes the limit looser, never too tight)."""
     slots = int(np.ceil(over_s / slot_s))
     slot_s = over_s / slots
     bounds = bounds_of(trace, rungs, step_s, slot_s, slots)
@@ -288,7 +300,8 @@ def _load_rows(program: _Program, bounds: Bounds, slot: int, steps: int, tokens:
 def _pace_rows(
     program: _Program, trace: Trace, bounds: Bounds, step_s: float, slot_s: float, sums: int
 ) -> None:
-    """Point 2: what each request asks of the steps between two borders; only the strictest of each pair is kept."""
+    """Point 2: what each request asks of the steps between two borders; only the strictest of each
+    pair is kept."""
     strictest: dict[tuple[int, int], float] = {}
     clock = np.concatenate([[0.0], np.cumsum(slot_s / bounds.shortest_s)])
     borders = slot_s * np.arange(len(clock))

@@ -1,6 +1,8 @@
-"""Look at a data file the way the service will: rows, bad lines, lengths, what is learned (``harli check-data``).
+"""Look at a data file the way the service will: rows, bad lines, lengths, what is learned
+(``harli check-data``).
 
-Uses the service's own code, so what passes here passes there (the served limits on rank and memory aside).
+Uses the service's own code, so what passes here passes there (the served limits on rank and memory
+aside).
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ def check_data(
     max_seq_length: int | None = None,
     on_overflow: str = "error",
 ) -> dict[str, Any]:
-    """Validate a JSONL file against the tokenizer and chat template that a server with ``flags`` would have.
+    """Validate a JSONL file against the tokenizer and chat template that a server with ``flags``
+    would have.
 
     Hides torch from this process, as the service does: call it from a process of its own.
 

@@ -41,8 +41,8 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A shape; ``vocab`` is the tokenizer's target.  ``steps_per_s`` (two cores) turns ``seconds``, by
-    default ``default_s``, into pretraining steps."""
+    """A shape; ``vocab`` is the tokenizer's target.  ``steps_per_s`` (two cores) turns ``seconds``,
+    by default ``default_s``, into pretraining steps."""
 
     hidden: int
     layers: int
@@ -90,10 +90,10 @@ def make_model(
         size: one of ``SIZES``.
         dtype: of the saved weights, one of ``DTYPES`` (pretraining is in float32).
         seed: of the text, the tokenizer, the weights and the order of the rows.
-        seconds: about how long to pretrain on two cores (it sets a fixed number of steps; default: by
-            size, 12 for tiny); 0 leaves the weights random.
+        seconds: about how long to pretrain on two cores (it sets a fixed number of steps; default:
+            by size, 12 for tiny); 0 leaves the weights random.
         steps: the number of pretraining steps itself, instead of ``seconds``.
-        weights: False writes configuration and tokenizer only, for SGLang's ``--load-format dummy``.
+        weights: False: configuration and tokenizer only, for SGLang's ``--load-format dummy``.
         overrides: fields of the transformers configuration, for example ``intermediate_size``.
         report: called with a line of progress now and then.
 
@@ -259,7 +259,8 @@ def _rows(facts: ToyFacts, tokenizer: Any, seed: int, count: int) -> list[list[i
 def _pretrain(
     model: Any, tokenizer: Any, facts: ToyFacts, steps: int, seed: int, say: Callable[[str], None]
 ) -> float:
-    """Plain causal-LM training in place; the loss counts every token.  Returns the last steps' mean loss."""
+    """Plain causal-LM training in place; the loss counts every token.  Returns the last steps' mean
+    loss."""
     import torch
 
     threads = torch.get_num_threads()

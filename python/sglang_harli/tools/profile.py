@@ -1,7 +1,9 @@
-"""``harli profile``: sweeps a server with requests and writes what it measured of itself to a profile table.
+"""``harli profile``: sweeps a server with requests and writes what it measured of itself to a
+profile table.
 
-The server, a running one or one that is started for it, measures its own batches; this only makes it compute each
-size of batch for a few tokens, through SGLang's HTTP port.  Loads that are in the table already are left out, so that a sweep goes on where the last one ended.
+The server, a running one or one that is started for it, measures its own batches; this only makes
+it compute each size of batch for a few tokens, through SGLang's HTTP port.  Loads that are in the
+table already are left out, so that a sweep goes on where the last one ended.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class ServerProfile:
     Attributes:
         path: where it looks for its profile when it starts.
         measured: the loads that it has measured since it started.
-        limits: of loads: ``requests``, ``row_tokens``, ``slots``, ``vocab``; one batch in ``sampled`` is measured.
+        limits: of loads: ``requests``, ``row_tokens``, ``slots``, ``vocab``; one batch in
+            ``sampled`` is measured.
     """
 
     path: str
@@ -87,7 +90,8 @@ def sweep(
     budget_s: float,
     progress: Callable[[list[Load]], Iterator[Load]],
 ) -> dict[str, Any]:
-    """Measure what is missing, and write the table: at the end, and on the way, so that a sweep that is cut off goes on.
+    """Measure what is missing, and write the table: at the end, and on the way, so that a sweep
+    that is cut off goes on.
 
     Args:
         port: of the server.
@@ -99,7 +103,8 @@ def sweep(
         path, points, loads that were measured now, loads that are still missing.
 
     Raises:
-        ConfigError: the server's folder is not on this machine, the file cannot be written, or the API key is wrong.
+        ConfigError: the server's folder is not on this machine, the file cannot be written, or the
+            API key is wrong.
     """
     found = ask(port)
     path = _target(output, found.path)
@@ -149,7 +154,8 @@ def sweep_new(
     progress: Callable[[list[Load]], Iterator[Load]],
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """``sweep`` on a server that is started for it, in a run directory of its own, and ended afterwards.
+    """``sweep`` on a server that is started for it, in a run directory of its own, and ended
+    afterwards.
 
     Args:
         model: as ``--model-path`` of the launcher.

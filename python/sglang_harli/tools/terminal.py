@@ -1,8 +1,9 @@
-"""What the commands print, on terminals and pipes of any encoding: the only place that writes to them.
+"""What the commands print, on terminals and pipes of any encoding: the only place that writes to
+them.
 
-``prepare`` puts streams in place of ``sys.stdout`` and ``sys.stderr`` that escape what would steer a terminal and
-what cannot be encoded.  rich, which colours and moves the cursor, writes to ``unescaped``: its texts are
-escaped before it gets them.
+``prepare`` puts streams in place of ``sys.stdout`` and ``sys.stderr`` that escape what would steer
+a terminal and what cannot be encoded.  rich, which colours and moves the cursor, writes to
+``unescaped``: its texts are escaped before it gets them.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class _Stream(io.TextIOBase):
 
 
 def _discard(inner: TextIO) -> None:
-    """What is left in the buffers goes nowhere: at its end Python would try once more to write it, and complain."""
+    """What is left in the buffers goes nowhere: at its end Python would try once more to write it,
+    and complain."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, inner.fileno())
     os.close(nowhere)

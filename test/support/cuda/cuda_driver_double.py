@@ -1,10 +1,12 @@
 """A double of the CUDA driver that enforces its rules, with real memory behind it.
 
-Handles are ranges of one memory file and mappings are real mappings of it, so that a handle that is mapped twice
-shows the same bytes at both addresses and torch can use them.  Streams are queues: nothing that was given to a
-stream happens before the test lets it (``advance``) or the host waits for it.  A broken rule is a ``RuleBroken``.
+Handles are ranges of one memory file and mappings are real mappings of it, so that a handle that is
+mapped twice shows the same bytes at both addresses and torch can use them.  Streams are queues:
+nothing that was given to a stream happens before the test lets it (``advance``) or the host waits
+for it.  A broken rule is a ``RuleBroken``.
 
-Where the real driver is more lenient, the double is strict: handles are released when they are mapped nowhere.
+Where the real driver is more lenient, the double is strict: handles are released when they are
+mapped nowhere.
 """
 
 from __future__ import annotations

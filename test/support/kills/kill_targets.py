@@ -1,6 +1,7 @@
 """Where processes are killed: the service beside a bare host, and a whole real server.
 
-Both keep one run directory and one endpoint through all deaths; what is killed is started again as it was.
+Both keep one run directory and one endpoint through all deaths; what is killed is started again as
+it was.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ class Faults:
 class BareRig:
     """The real finetune service, started here, and a bare host.
 
-    The scheduler's and the HTTP process's parts are one process here; killing it leaves the service alone, which
-    a server does not (SGLang kills its whole tree).
+    The scheduler's and the HTTP process's parts are one process here; killing it leaves the service
+    alone, which a server does not (SGLang kills its whole tree).
     """
 
     kind = "bare"
@@ -255,7 +256,8 @@ class RealRig:
         return self._server
 
     def start(self) -> None:
-        """Start the server if it is not there, by the same command as before; returns when it is healthy."""
+        """Start the server if it is not there, by the same command as before; returns when it is
+        healthy."""
         if self._server is not None:
             return
         flags = ("--harli-quantum-rows", "1", "--random-seed", "7")

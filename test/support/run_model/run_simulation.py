@@ -1,7 +1,9 @@
-"""A rig of processes that may die and wires that lose, double and delay, around the real run machine.
+"""A rig of processes that may die and wires that lose, double and delay, around the real run
+machine.
 
-Real: ``RunMachine``, the transitions of ``jobs``, the scheduler's ring.  Modelled: the store (durable at commits
-only), the disk, shared memory, the wire, and a scheduler that keeps the protocol of ``managers.scheduler.training.active_run``.
+Real: ``RunMachine``, the transitions of ``jobs``, the scheduler's ring.  Modelled: the store
+(durable at commits only), the disk, shared memory, the wire, and a scheduler that keeps the
+protocol of ``managers.scheduler.training.active_run``.
 """
 
 from __future__ import annotations
@@ -50,12 +52,14 @@ class FixedPlan:
 
 @dataclass
 class LossyNetwork:
-    """What outlives a process: store, disk, shared memory, what is on its way, and what was seen to happen."""
+    """What outlives a process: store, disk, shared memory, what is on its way, and what was seen to
+    happen."""
 
     store: dict[str, JobRecord] = field(default_factory=dict)
     disk: dict[str, dict[int, bool]] = field(default_factory=dict)  # job -> step -> whole
     shm: dict[str, int | None] = field(default_factory=dict)  # path -> step of the state in it
-    # What a process has sent lives in its connection; what of it came to the other end outlives it there.
+    # What a process has sent lives in its connection; what of it came to the other end outlives it
+    # there.
     to_service: deque[Any] = field(default_factory=deque)
     to_scheduler: deque[Any] = field(default_factory=deque)
     late_to_service: deque[Any] = field(default_factory=deque)
@@ -238,8 +242,8 @@ class Service:
         return True
 
     def finish(self, index: int, *, ok: bool = True, passing: bool = True) -> bool:
-        """Finish one piece of work under way; not ``ok``: what it needs is not there, for a while or (``passing``
-        false) until the server is another."""
+        """Finish one piece of work under way; not ``ok``: what it needs is not there, for a while
+        or (``passing`` false) until the server is another."""
         if not self.work:
             return False
         effect = self.work.pop(index % len(self.work))

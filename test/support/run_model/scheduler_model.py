@@ -1,4 +1,5 @@
-"""The scheduler's half of the protocol, as ``managers.scheduler.training.active_run`` keeps it, with counting in place of training."""
+"""The scheduler's half of the protocol, as ``managers.scheduler.training.active_run`` keeps it,
+with counting in place of training."""
 
 from __future__ import annotations
 
@@ -220,7 +221,8 @@ class Scheduler:
         )
 
     def hold_runs(self, reason: str) -> None:
-        """Take no run for a while, or (``""``) again; what a hello says and is lost comes with the next one."""
+        """Take no run for a while, or (``""``) again; what a hello says and is lost comes with the
+        next one."""
         self.hold = reason
         self.hello()
 

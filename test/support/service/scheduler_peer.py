@@ -27,11 +27,12 @@ PULSE_EVERY_S = 0.5
 
 
 class SchedulerPeer(Peer):
-    """Trains by arithmetic: the state after a step is a function of the one before and of what was fed, so
-    that two runs end equal only if they were fed the same rows in the same order.
+    """Trains by arithmetic: the state after a step is a function of the one before and of what was
+    fed, so that two runs end equal only if they were fed the same rows in the same order.
 
     Attributes:
-        step_s: how long a step takes; ``hold`` (an event) stops training altogether while it is cleared.
+        step_s: how long a step takes; ``hold`` (an event) stops training altogether while it is
+            cleared.
         fed: (job, attempt, epoch, step, index) of each micro-batch, in order of arrival.
         fail_at: the step at which the run fails, if any.
     """
@@ -128,8 +129,9 @@ class SchedulerPeer(Peer):
         )
 
     def _pulse(self) -> None:
-        """What the scheduler says of its run by the clock: a service that was killed between an acknowledgement and
-        its answer finds by it what is missing, the slot of the snapshots for one."""
+        """What the scheduler says of its run by the clock: a service that was killed between an
+        acknowledgement and its answer finds by it what is missing, the slot of the snapshots for
+        one."""
         assert self.spec is not None
         self._pulse_at = time.monotonic()
         self._send(

@@ -93,7 +93,8 @@ class ServiceUnderTest:
         return self.scheduler
 
     def greet(self) -> None:
-        """An HTTP process says that it has no tokenizer of its own to hand over, and is gone: jobs may start."""
+        """An HTTP process says that it has no tokenizer of its own to hand over, and is gone: jobs
+        may start."""
         peer = HttpPeer(self.run_dir).start()
         until(lambda: any(s.greeted_by == os.getpid() for s in peer.states), "the answer to the hello")
         peer.close()

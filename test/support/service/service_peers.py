@@ -1,5 +1,5 @@
-"""The real finetune service as a process, and the other side of its sockets: what the scheduler and the
-HTTP process say to it, over real sockets, with arithmetic instead of a model."""
+"""The real finetune service as a process, and the other side of its sockets: what the scheduler and
+the HTTP process say to it, over real sockets, with arithmetic instead of a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from sglang_harli.protocol.tokenizer_state import TokenizerState
 
 
 class ServiceProcess:
-    """``python -m sglang_harli.service.app`` on a run directory; kill it and start it again at will."""
+    """``python -m sglang_harli.service.app`` on a run directory; kill it and start it again at
+    will."""
 
     def __init__(self, run_dir: Path, model: Path, port: int, **options: Any) -> None:
         self.endpoint = f"tcp://127.0.0.1:{port}"

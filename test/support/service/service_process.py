@@ -1,4 +1,5 @@
-"""The real finetune service as a process, without a server around it: jobs are accepted and wait."""
+"""The real finetune service as a process, without a server around it: jobs are accepted and
+wait."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 
 
 class ServiceProcess:
-    """Starts on first use of ``start``; the run directory outlives a restart, ``close`` removes it."""
+    """Starts on first use of ``start``; the run directory outlives a restart, ``close`` removes
+    it."""
 
     def __init__(self, model_path: str, served_model_name: str = "base") -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="harli-test-"))

@@ -1,4 +1,5 @@
-"""A host for the scheduler's trainer, and a small peer that speaks the service's side over the real link."""
+"""A host for the scheduler's trainer, and a small peer that speaks the service's side over the real
+link."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class Peer:
                 self.send(internal.Welcome(pid=self.pid, answers=message.seq))
 
     def of(self, kind: type, *, repeated: bool = False) -> list:
-        """Messages of a kind; those that were sent again, since nobody acknowledged them here, once unless asked for."""
+        """Messages of a kind; those that were sent again, since nobody acknowledged them here, once
+        unless asked for."""
         found = [m for m in self.got if isinstance(m, kind)]
         first = {m.seq: n for n, m in reversed(list(enumerate(found)))}
         return [m for n, m in enumerate(found) if repeated or first[m.seq] == n]

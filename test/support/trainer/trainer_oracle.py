@@ -1,4 +1,5 @@
-"""The oracle of the training step: a plain transformers + peft loop, and what both sides are fed."""
+"""The oracle of the training step: a plain transformers + peft loop, and what both sides are
+fed."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ class Step:
 def random_steps(
     count: int, micro_rows: int, micro_batches: int, seed: int = 1, longest: int = 16
 ) -> list[Step]:
-    """Rows of different lengths; a prompt without loss, then a completion; the last step is shorter."""
+    """Rows of different lengths; a prompt without loss, then a completion; the last step is
+    shorter."""
     rng = random.Random(seed)
     steps = []
     for number in range(count):

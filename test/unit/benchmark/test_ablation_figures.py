@@ -25,7 +25,8 @@ FORWARD = QuantumKind.FORWARD.value
 
 
 def _calls(steps: int = 1200) -> list[list[Any]]:
-    """Decode steps and quanta of a machine that is half as fast from the middle on, with scatter."""
+    """Decode steps and quanta of a machine that is half as fast from the middle on, with
+    scatter."""
     rng = random.Random(7)
     calls: list[list[Any]] = []
     for n in range(steps):

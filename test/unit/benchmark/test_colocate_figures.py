@@ -1,4 +1,5 @@
-"""The arithmetic behind the co-location benchmark, beside its judge: noise, load, plan, table and picture."""
+"""The arithmetic behind the co-location benchmark, beside its judge: noise, load, plan, table and
+picture."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ class Scripted(noise.Pieces):
 
 
 class PiecesOnly(noise.Watch):
-    """Sees the pieces of work and no processors' time, which on this machine the tests beside this one use."""
+    """Sees the pieces of work and no processors' time, which on this machine the tests beside this
+    one use."""
 
     def _look(self) -> tuple[tuple[float, float, float], float]:
         return (0.0, 0.0, 0.0), 0.0

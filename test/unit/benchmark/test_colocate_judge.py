@@ -1,4 +1,5 @@
-"""The judge of the co-location benchmark: a fixture that breaks each row, and the statistics behind it."""
+"""The judge of the co-location benchmark: a fixture that breaks each row, and the statistics behind
+it."""
 
 from __future__ import annotations
 

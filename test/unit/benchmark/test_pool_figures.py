@@ -1,4 +1,5 @@
-"""The arithmetic behind the pool's benchmark and stress test: the trace, the verdicts, the table and the picture."""
+"""The arithmetic behind the pool's benchmark and stress test: the trace, the verdicts, the table
+and the picture."""
 
 from __future__ import annotations
 

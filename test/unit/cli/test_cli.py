@@ -1,4 +1,5 @@
-"""`harli` as scripts use it: exit codes, JSON on stdout, problems on stderr, against the real service."""
+"""`harli` as scripts use it: exit codes, JSON on stdout, problems on stderr, against the real
+service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Nothing that `harli` prints steers a terminal or breaks on one, whatever the data, the names and the streams."""
+"""Nothing that `harli` prints steers a terminal or breaks on one, whatever the data, the names and
+the streams."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def service(model: str) -> Iterator[ServiceProcess]:
 
 @pytest.fixture(scope="module")
 def data(folder: Path) -> bytes:
-    """A file whose name, fields and texts steer; the second line is at fault, the fourth too long."""
+    """A file whose name, fields and texts steer; the second line is at fault, the fourth too
+    long."""
     path = os.fsencode(folder) + b"/caf\xe9 \x1b[31m\n\xe2\x80\xae.jsonl"
     rows = [
         {"messages": CHAT, STEERING: 1},

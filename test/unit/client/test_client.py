@@ -226,7 +226,8 @@ def test_an_unreachable_service_is_named_with_the_fix(tmp_path: Path):
 
 
 class Peer(threading.Thread):
-    """Stands in for a service that misbehaves: takes one request per entry and answers it, or dies (None)."""
+    """Stands in for a service that misbehaves: takes one request per entry and answers it, or dies
+    (None)."""
 
     def __init__(self, endpoint: str, answers: list[dict | None]) -> None:
         super().__init__()

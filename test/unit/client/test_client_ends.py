@@ -1,4 +1,5 @@
-"""Clients that are closed, left or forgotten in the midst of their calls: nothing hangs, nothing is left open."""
+"""Clients that are closed, left or forgotten in the midst of their calls: nothing hangs, nothing is
+left open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Data on the client's side: files that cannot be read are named, rows are checked where they are given."""
+"""Data on the client's side: files that cannot be read are named, rows are checked where they are
+given."""
 
 from __future__ import annotations
 

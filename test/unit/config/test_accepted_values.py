@@ -1,4 +1,5 @@
-"""Values that clients give: converted, or refused with name, value and bounds, in the same words on both ends."""
+"""Values that clients give: converted, or refused with name, value and bounds, in the same words on
+both ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Folders and files that processes of one server share belong to its user alone, and are refused otherwise."""
+"""Folders and files that processes of one server share belong to its user alone, and are refused
+otherwise."""
 
 from __future__ import annotations
 
@@ -176,7 +177,8 @@ def test_a_checkpoint_that_cannot_be_shared_is_not_taken_for_a_damaged_one(shm: 
 # ------------------------------------------------------------------ the folder of the sockets
 @pytest.fixture
 def places(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder for places, short enough for sockets (pytest's own is not always); no variable names any."""
+    """A folder for places, short enough for sockets (pytest's own is not always); no variable names
+    any."""
     for name in ("TMPDIR", "TEMP", "TMP", "XDG_RUNTIME_DIR"):
         monkeypatch.delenv(name, raising=False)
     folder = Path(tempfile.mkdtemp(prefix="places-", dir="/tmp"))

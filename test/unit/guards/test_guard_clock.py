@@ -1,5 +1,5 @@
-"""The wall clock is for stamps that people read; restarts, leases and time-outs go by the monotonic clock, for a
-wall clock may jump."""
+"""The wall clock is for stamps that people read; restarts, leases and time-outs go by the monotonic
+clock, for a wall clock may jump."""
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ def test_reading_list_names_files_that_exist():
 
 
 def named_paths(page: Path) -> set[str]:
-    """Files and folders in backticks: from the root or, where a page speaks of the package, from there; of a command its
-    arguments."""
+    """Files and folders in backticks: from the root or, where a page speaks of the package, from
+    there; of a command its arguments."""
     text = page.read_text(encoding="utf-8")
     words = {word for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()}
     return {
@@ -201,7 +201,8 @@ BUILDERS = (
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_builders_make_whole_objects(name: str):
-    """What an object needs goes through its constructor: a builder assigns no attribute of another object."""
+    """What an object needs goes through its constructor: a builder assigns no attribute of another
+    object."""
     targets: list[ast.expr] = []
     for node in ast.walk(parse(PACKAGE / name)):
         if isinstance(node, ast.Assign):

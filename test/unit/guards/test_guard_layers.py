@@ -1,4 +1,5 @@
-"""Imports run downwards only, and heavy libraries stay out of the modules that must load in milliseconds."""
+"""Imports run downwards only, and heavy libraries stay out of the modules that must load in
+milliseconds."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ HEAVY = ("torch", "sglang", "transformers", "peft")
 
 
 def imports(path: Path, *, top_only: bool = False, typing_too: bool = False) -> Iterator[tuple[str, int]]:
-    """(absolute module, line) of each import; those under TYPE_CHECKING are no imports at run time."""
+    """(absolute module, line) of each import; those under TYPE_CHECKING are no imports at run
+    time."""
     package = ["sglang_harli", *path.relative_to(PACKAGE).parts[:-1]]
 
     def skipped(node: ast.AST) -> bool:

@@ -1,4 +1,5 @@
-"""Nothing that comes from a wire or a file is ever run: no pickle, no eval, no loader that would unpickle."""
+"""Nothing that comes from a wire or a file is ever run: no pickle, no eval, no loader that would
+unpickle."""
 
 from __future__ import annotations
 

@@ -88,3 +88,18 @@ def test_no_metaphors_in_names():
                 parts = {part.lower() for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", token.string)}
                 wrong += [f"{relative(path)}:{token.start[0]}: {token.string}"] if parts & banned else []
     assert not wrong, "name it in the field's words:\n" + "\n".join(wrong)
+
+
+def test_comments_and_docstrings_wrap_at_100():
+    """But rules between sections, and tables and drawings, whose columns stay as they are."""
+    wrong = []
+    for path in code_files():
+        source = path.read_text(encoding="utf-8").splitlines()
+        for line, text in comments_and_docstrings(path):
+            for number in range(line, line + text.count("\n") + 1):
+                shown = source[number - 1]
+                whole = shown.strip().startswith("#") or not text.startswith("#")
+                drawn = re.search(r"\S {3,}\S|─|\S  \S+, ", shown) or "# ---" in shown
+                if len(shown) > 100 and whole and not drawn:
+                    wrong.append(f"{relative(path)}:{number}: {len(shown)} columns")
+    assert not wrong, "\n".join(wrong)

@@ -1,4 +1,5 @@
-"""Small by default: a file is read in one sitting, a function on one screen, a folder at one look."""
+"""Small by default: a file is read in one sitting, a function on one screen, a folder at one
+look."""
 
 from __future__ import annotations
 

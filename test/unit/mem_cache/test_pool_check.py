@@ -1,4 +1,5 @@
-"""The idle check compares ledger, leases, slot allocator and backing: each pair that disagrees is found and named."""
+"""The idle check compares ledger, leases, slot allocator and backing: each pair that disagrees is
+found and named."""
 
 from __future__ import annotations
 

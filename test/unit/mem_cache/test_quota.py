@@ -152,7 +152,8 @@ def test_what_was_just_taken_need_not_be_given_and_the_other_way_round(uses, fre
 
 
 def moves_under(period_s: float, low: int, high: int, *, lease: int, seconds: float = 240.0) -> int:
-    """How often a lease goes to training or comes back, while the KV cache's use is a square wave."""
+    """How often a lease goes to training or comes back, while the KV cache's use is a square
+    wave."""
     quota, train, moves, step_s = Quota(GEOMETRY, max_train_bytes=None), 0, 0, 0.05
     for step in range(int(seconds / step_s)):
         now_s = step * step_s

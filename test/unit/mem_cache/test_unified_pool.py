@@ -22,7 +22,8 @@ STRIPE = 64  # slots
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Requests come and go, training leases and loses memory; every byte is followed, with debug mode on."""
+    """Requests come and go, training leases and loses memory; every byte is followed, with debug
+    mode on."""
 
     def __init__(self) -> None:
         super().__init__()

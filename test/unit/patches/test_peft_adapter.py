@@ -1,4 +1,5 @@
-"""What is said of an adapter that PEFT would run otherwise than SGLang: the field or the weight, by name."""
+"""What is said of an adapter that PEFT would run otherwise than SGLang: the field or the weight, by
+name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The table of architectures agrees with transformers' own modules and, in SGLang's names, with the served model's."""
+"""The table of architectures agrees with transformers' own modules and, in SGLang's names, with the
+served model's."""
 
 from __future__ import annotations
 

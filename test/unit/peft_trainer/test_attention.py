@@ -1,4 +1,5 @@
-"""Attention in blocks of queries against torch's own kernel under autograd, which other devices use."""
+"""Attention in blocks of queries against torch's own kernel under autograd, which other devices
+use."""
 
 from __future__ import annotations
 

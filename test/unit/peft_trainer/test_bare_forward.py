@@ -1,4 +1,5 @@
-"""The row that the frozen base computes alone: as transformers computes it, in quanta, and in fp32 slice by slice."""
+"""The row that the frozen base computes alone: as transformers computes it, in quanta, and in fp32
+slice by slice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A run that is taken up again, from any place within a step, ends at the same bits as one that never stopped."""
+"""A run that is taken up again, from any place within a step, ends at the same bits as one that
+never stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Kept activations: the oracle's numbers whatever is kept or dropped, and no byte that the memory does not know."""
+"""Kept activations: the oracle's numbers whatever is kept or dropped, and no byte that the memory
+does not know."""
 
 from __future__ import annotations
 
@@ -71,7 +72,8 @@ def compare(mine: Outcome, oracle: Outcome) -> None:
 
 
 def run_moody(run: TrainingRun, seed: int) -> tuple[Outcome, dict[QuantumKind, int]]:
-    """Random splits; now and then what is kept is dropped, a range or all, or with the whole micro-batch."""
+    """Random splits; now and then what is kept is dropped, a range or all, or with the whole
+    micro-batch."""
     rng, outcome, kinds = random.Random(seed), Outcome(), dict.fromkeys(QuantumKind, 0)
     while (shape := run.peek()) is not None:
         chance = rng.random()

@@ -1,4 +1,5 @@
-"""Linears on one input: SGLang's fused tensors are one product, and the numbers are those of separate ones."""
+"""Linears on one input: SGLang's fused tensors are one product, and the numbers are those of
+separate ones."""
 
 from __future__ import annotations
 

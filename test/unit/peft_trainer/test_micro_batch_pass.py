@@ -1,4 +1,5 @@
-"""The layer-wise step against the oracle: a plain transformers + peft loop (docs/internals/training-step.md)."""
+"""The layer-wise step against the oracle: a plain transformers + peft loop
+(docs/internals/training-step.md)."""
 
 from __future__ import annotations
 
@@ -106,7 +107,8 @@ def test_double_precision_equals_the_oracle_for_every_split(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["mistral", "qwen3"])
 def test_rows_of_every_attention_kernel(arch: str) -> None:
-    """Rows on both sides of the length where the backward's attention changes; windows are short."""
+    """Rows on both sides of the length where the backward's attention changes; windows are
+    short."""
     hp = hyperparameters()
     steps = random_steps(3, 2, 1, longest=SHORT) + random_steps(3, 2, 1, seed=2, longest=2 * SHORT)
     assert max(len(ids) for step in steps for ids, _ in step.rows) > SHORT

@@ -1,4 +1,5 @@
-"""The table of config fields: complete over the sources of SGLang and transformers, and what is done about each."""
+"""The table of config fields: complete over the sources of SGLang and transformers, and what is
+done about each."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen
 
 
 def source(package: str, path: str) -> ast.Module:
-    """A file of an installed package, which is not imported (``find_spec`` may hide it: service/tokenizer/hidden_torch.py)."""
+    """A file of an installed package, which is not imported (``find_spec`` may hide it:
+    service/tokenizer/hidden_torch.py)."""
     spec = PathFinder.find_spec(package)
     assert spec is not None and spec.submodule_search_locations
     return ast.parse((Path(spec.submodule_search_locations[0]) / path).read_text())
@@ -76,7 +78,8 @@ def test_every_field_that_sglang_or_transformers_reads_is_known() -> None:
     known = {*model_math.COMPUTED, *model_math.REFUSED, *model_math.HARMLESS}
     assert len(known) == len(model_math.COMPUTED) + len(model_math.REFUSED) + len(model_math.HARMLESS)
     assert read - known == set()
-    # The other way round, what these files do not read is read where SGLang chooses an attention or a weight.
+    # The other way round, what these files do not read is read where SGLang chooses an attention or
+    # a weight.
     assert known - read == {"attention_chunk_size", "is_hybrid_swa", "quantization_config"}
 
 

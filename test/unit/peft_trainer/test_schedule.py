@@ -1,4 +1,5 @@
-"""The learning rate: by default every step learns, a warm-up is transformers' own, stored jobs keep theirs."""
+"""The learning rate: by default every step learns, a warm-up is transformers' own, stored jobs keep
+theirs."""
 
 from __future__ import annotations
 

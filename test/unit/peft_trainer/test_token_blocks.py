@@ -1,4 +1,5 @@
-"""Rows that are taken in blocks of tokens: the oracle's numbers, whatever is cut and dropped on the way."""
+"""Rows that are taken in blocks of tokens: the oracle's numbers, whatever is cut and dropped on the
+way."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def long_steps(count: int, micro_batches: int = 1) -> list[Step]:
 
 
 def run_cut(run: TrainingRun, seed: int, share: float) -> tuple[Outcome, int]:
-    """Rows are cut at random and taken in random numbers of blocks; the quanta of blocks that were run."""
+    """Rows are cut at random and taken in random numbers of blocks; the quanta of blocks that were
+    run."""
     rng, outcome, blocks = random.Random(seed), Outcome(), 0
     while (shape := run.peek()) is not None:
         if rng.random() < share and cut(run):

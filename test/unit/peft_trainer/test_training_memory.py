@@ -1,4 +1,5 @@
-"""Training's memory: what is asked for and when, what is given back, and that no weight shows any of it."""
+"""Training's memory: what is asked for and when, what is given back, and that no weight shows any
+of it."""
 
 from __future__ import annotations
 

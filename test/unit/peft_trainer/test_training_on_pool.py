@@ -1,4 +1,5 @@
-"""A training run on real pools, while requests take their memory back: the weights show nothing of it."""
+"""A training run on real pools, while requests take their memory back: the weights show nothing of
+it."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ class Serving:
 
 @torch.inference_mode()
 def train(run: TrainingRun, serving: Serving, seed: int) -> tuple[Outcome, set[QuantumKind]]:
-    """Inside SGLang's inference mode, as in its scheduler: tensors made there could not be trained on."""
+    """Inside SGLang's inference mode, as in its scheduler: tensors made there could not be trained
+    on."""
     outcome, kinds, rng = Outcome(), set(), random.Random(seed)
     waited = 0
     while not run.finished:

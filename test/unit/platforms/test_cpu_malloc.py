@@ -1,4 +1,5 @@
-"""What training frees stays with the process: the kernel is not asked for the same memory again and again."""
+"""What training frees stays with the process: the kernel is not asked for the same memory again and
+again."""
 
 import os
 import platform
@@ -13,8 +14,9 @@ ALLOCATED = 64 * 2**20
 PAGES = ALLOCATED // 4096
 TIMES = 8
 
-# Prints whether it was done, and the page faults of writing and freeing the same size TIMES times.  Before that, glibc puts the
-# ends that alignment cuts off aside, up to seven of them, so that a freed place is a little too small for the next time.
+# Prints whether it was done, and the page faults of writing and freeing the same size TIMES times.
+# Before that, glibc puts the ends that alignment cuts off aside, up to seven of them, so that a
+# freed place is a little too small for the next time.
 PROGRAM = f"""
 import resource
 import torch

@@ -1,4 +1,5 @@
-"""Which device a server takes, and which processes get the stand-in for sgl_kernel on their path."""
+"""Which device a server takes, and which processes get the stand-in for sgl_kernel on their
+path."""
 
 from __future__ import annotations
 

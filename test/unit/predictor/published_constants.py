@@ -1,6 +1,8 @@
-"""Harli's published fit for an RTX 6000 Ada (142 SMs) and an 8B model: the prototype's constants, per SMs of decode.
+"""Harli's published fit for an RTX 6000 Ada (142 SMs) and an 8B model: the prototype's constants,
+per SMs of decode.
 
-``T1 = c + beta * batch + kappa * context tokens`` in milliseconds, ``T2 = T1 * (1 + rho * SMs of training)``.
+``T1 = c + beta * batch + kappa * context tokens`` in milliseconds,
+``T2 = T1 * (1 + rho * SMs of training)``.
 """
 
 from __future__ import annotations

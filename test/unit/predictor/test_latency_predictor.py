@@ -31,7 +31,8 @@ def decode_s(batch: int, context: int) -> float:
 def serve(
     predictor: LatencyPredictor, rng: random.Random, steps: int, noise: Noise, speed: float = 1.0
 ) -> tuple[list[float], list[bool]]:
-    """Errors and coverage of decode steps under a load that changes now and then, each judged before it is learnt."""
+    """Errors and coverage of decode steps under a load that changes now and then, each judged
+    before it is learnt."""
     errors, covered, batch = [], [], 1
     for _ in range(steps):
         if rng.random() < 0.05:
@@ -49,7 +50,8 @@ def share(values: list[bool]) -> float:
     return sum(values) / len(values)
 
 
-# Scatter with little and much noise, and with accidents, as on a machine that does other things too.
+# Scatter with little and much noise, and with accidents, as on a machine that does other things
+# too.
 NOISES: dict[str, Noise] = {
     "quiet": lambda rng: rng.gauss(1, 0.01),
     "usual": lambda rng: rng.lognormvariate(0, 0.06),
@@ -120,7 +122,8 @@ def test_a_part_never_costs_more_than_the_whole(observed, width, kind):
 
 
 def test_larger_quanta_are_tried_step_by_step():
-    """Where only one row was ever run, the bound of many rows stands further off than that of one."""
+    """Where only one row was ever run, the bound of many rows stands further off than that of
+    one."""
     predictor = LatencyPredictor()
     for _ in range(200):
         predictor.observe_quantum(QuantumKind.FORWARD, 64, 64, 0.01)
@@ -300,7 +303,8 @@ def test_the_step_after_training_is_slower_by_a_factor_that_is_learnt():
 
 
 def test_errors_that_come_in_spells_are_followed():
-    """As beside processes that are busy for a while: a bound for all times alike would be too wide or too narrow."""
+    """As beside processes that are busy for a while: a bound for all times alike would be too wide
+    or too narrow."""
     predictor, rng, spell = LatencyPredictor(), random.Random(6), 0.0
     errors, covered = [], []
     for _ in range(3000):

@@ -1,4 +1,5 @@
-"""The recursion: it learns a line, follows changes, and keeps what observations say nothing about."""
+"""The recursion: it learns a line, follows changes, and keeps what observations say nothing
+about."""
 
 from __future__ import annotations
 

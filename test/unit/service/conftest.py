@@ -1,4 +1,5 @@
-"""One service for the tests that leave it as it was, and services of their own for those that kill it."""
+"""One service for the tests that leave it as it was, and services of their own for those that kill
+it."""
 
 from __future__ import annotations
 

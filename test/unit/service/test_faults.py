@@ -1,5 +1,5 @@
-"""Every write of the service refused, a locked store, files that vanish: an error that says so or a recovery,
-and what was acknowledged is never lost."""
+"""Every write of the service refused, a locked store, files that vanish: an error that says so or a
+recovery, and what was acknowledged is never lost."""
 
 from __future__ import annotations
 

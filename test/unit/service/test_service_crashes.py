@@ -1,4 +1,5 @@
-"""The real finetune service killed, restarted and hindered: nothing acknowledged is lost, runs end the same."""
+"""The real finetune service killed, restarted and hindered: nothing acknowledged is lost, runs end
+the same."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ def test_a_damaged_last_checkpoint_is_trained_again_and_published(own):
     rig = own(peers=False)
     rig.join_scheduler()
     job = rig.client.submit(pairs(), n_epochs=1, checkpoint_every=2)
-    # Its event comes from the store: from then on the checkpoint counts, and the scheduler's state is not read again.
+    # Its event comes from the store: from then on the checkpoint counts, and the scheduler's state
+    # is not read again.
     until(
         lambda: [
             e for e in rig.client.events(job.id) if e.type == "checkpoint_saved" and e.data["step"] == 5
@@ -107,7 +109,8 @@ def test_a_damaged_last_checkpoint_is_trained_again_and_published(own):
     rig.service.kill()
     newest = rig.folder(job) / "checkpoints" / "step-5"
     (newest / "run.msgpack").write_bytes(b"")
-    # Usually step 4's is there; where one fell due as its slot was still being written, it was left out.
+    # Usually step 4's is there; where one fell due as its slot was still being written, it was left
+    # out.
     earlier = [int(found.name.removeprefix("step-")) for found in newest.parent.glob("step-[0-4]")]
     before = f"the checkpoint of step {max(earlier)}" if earlier else "the beginning"
     shutil.rmtree(rig.folder(job) / "adapter", ignore_errors=True)  # it may have been saved from it before

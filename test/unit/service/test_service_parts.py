@@ -1,4 +1,5 @@
-"""Small parts of the service on their own: acknowledgements, admission, leftovers, what `set` accepts."""
+"""Small parts of the service on their own: acknowledgements, admission, leftovers, what `set`
+accepts."""
 
 from __future__ import annotations
 

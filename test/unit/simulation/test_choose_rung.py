@@ -1,4 +1,5 @@
-"""The spatial policy as a pure function: what fits, monotony, hysteresis, and the published card."""
+"""The spatial policy as a pure function: what fits, monotony, hysteresis, and the published
+card."""
 
 from __future__ import annotations
 
@@ -102,7 +103,8 @@ def test_more_slack_never_means_less_training(offers, slacks, current, quiet):
     cap=st.none() | st.floats(0.04, 0.2),
 )
 def test_no_decision_turns_an_on_time_request_late(offers, banked, emitted, current, cap):
-    """A request that gets its next token on time from serving alone gets it on time beside training."""
+    """A request that gets its next token on time from serving alone gets it on time beside
+    training."""
     targets = Targets(0.04, None, cap, 0.08, 0.25)
     pace, now_s = targets.tpot_s * (1 - KEPT_SHARE), 100.0
     clocks = [PlainProgress(now_s + bank - (emitted - 1) * pace, now_s, emitted) for bank in banked]

@@ -1,4 +1,5 @@
-"""The simulator: nothing is lost, deadlines are kept when predictions hold, and no policy beats the upper limit."""
+"""The simulator: nothing is lost, deadlines are kept when predictions hold, and no policy beats the
+upper limit."""
 
 from __future__ import annotations
 
@@ -122,7 +123,8 @@ def test_banking_for_larger_quanta_trains_more_and_keeps_the_target(gap_s, tpot_
 
 @pytest.mark.parametrize("tpot_s", [0.018, 0.036])
 def test_prompts_that_come_in_a_row_turn_nobody_late(tpot_s):
-    """Two cores at 72% busy: a prefill takes 25 ms, a step 7 to 10, and now and then several come at once."""
+    """Two cores at 72% busy: a prefill takes 25 ms, a step 7 to 10, and now and then several come
+    at once."""
     rng, requests, at_s = random.Random(1), [], 0.0
     for _ in range(600):
         at_s += rng.expovariate(5.0)
@@ -193,7 +195,8 @@ def test_temporal_runs_conserve_too(trace, which, decode_only, max_running):
         outcome = engine.run_temporal(trace, rig, policy, TARGETS, max_running=max_running)
     conserved(outcome, trace)
     assert outcome.rate <= rig.best_rate * (1 + 1e-9)
-    # Every policy waits while prompts wait: with too few places that may be all the time, and then only.
+    # Every policy waits while prompts wait: with too few places that may be all the time, and then
+    # only.
     always_waiting = max_running < len(trace.requests) and outcome.busy_s >= outcome.window_s - 1e-9
     assert outcome.rate > 0.0 or which == 3 or always_waiting
     assert outcome.rate == 0.0 or which != 3
@@ -259,7 +262,8 @@ def test_under_noise_the_margin_keeps_requests_on_time():
 
 
 def test_the_published_card():
-    """Decode is flat from 28 SMs up, and the co-run penalty saturates near 1.25 (Harli, latency predictor)."""
+    """Decode is flat from 28 SMs up, and the co-run penalty saturates near 1.25 (Harli, latency
+    predictor)."""
     flat = [rung.base_s for rung in RUNGS]
     assert max(flat) < 1.11 * min(flat)
     assert all(1.23 < rung.stretch < 1.30 for rung in RUNGS if rung.split.finetune >= 40)

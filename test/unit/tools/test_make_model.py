@@ -1,4 +1,5 @@
-"""`harli make-model`: folders that transformers loads, the same for the same seed, with a seam that holds."""
+"""`harli make-model`: folders that transformers loads, the same for the same seed, with a seam that
+holds."""
 
 from __future__ import annotations
 

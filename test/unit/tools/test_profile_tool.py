@@ -1,4 +1,5 @@
-"""`harli profile` against an HTTP server in SGLang's place whose batches are learnt by the real serving side."""
+"""`harli profile` against an HTTP server in SGLang's place whose batches are learnt by the real
+serving side."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
 """HTTP process: a finished adapter becomes servable under its name, and an evicted one comes back.
 
-SGLang's LoRA registry lives in this process, so publication goes through it.  One pair of tasks in the
-server's event loop: one reads what the finetune service sends, the other publishes, one adapter at a time.
-The scheduler loads the tensors from shared memory in slices between batches; only when it is done is the
-name registered, so no request ever meets half an adapter.  SGLang's ``lora_update_lock`` is held while the
-loading begins and while the name is registered, not in between.  Every step may be repeated: a name that is
-served already answers ok.
+SGLang's LoRA registry lives in this process, so publication goes through it.  One pair of tasks in
+the server's event loop: one reads what the finetune service sends, the other publishes, one adapter
+at a time. The scheduler loads the tensors from shared memory in slices between batches; only when
+it is done is the name registered, so no request ever meets half an adapter.  SGLang's
+``lora_update_lock`` is held while the loading begins and while the name is registered, not in
+between.  Every step may be repeated: a name that is served already answers ok.
 
-Leans on SGLang's TokenizerManager (lora_update_lock, lora_registry, lora_ref_cache, server_args), LoRARef and
-LoadLoRAAdapterReqOutput; mirrors the bookkeeping of TokenizerControlMixin.load_lora_adapter_from_tensors.  Evictions are patches/08-lora-unload's.
+Leans on SGLang's TokenizerManager (lora_update_lock, lora_registry, lora_ref_cache, server_args),
+LoRARef and LoadLoRAAdapterReqOutput; mirrors the bookkeeping of
+TokenizerControlMixin.load_lora_adapter_from_tensors.  Evictions are patches/08-lora-unload's.
 """
 
 from __future__ import annotations
@@ -56,10 +57,12 @@ class AdapterPublisher:
         handover: of this server's tokenizer; None where it has none.
 
     Attributes:
-        was_ready: the service's socket was open and the scheduler's hello had reached it, at least once.
+        was_ready: the service's socket was open and the scheduler's hello had reached it, at least
+            once.
         state: the latest the service said of itself.
         received: messages that have come from the service.
-        others: adapters of another base than the served one, and the sentence that says so: they are not served.
+        others: adapters of another base than the served one, and the sentence that says so: they
+            are not served.
         down: why there is no service any more; None while there is one, or will be again.
     """
 
@@ -106,7 +109,8 @@ class AdapterPublisher:
         self._task = self._socket = self._context = None
 
     async def _open(self) -> zmq.asyncio.Socket:
-        """Connect; where that is impossible (no descriptor is left) it is logged, and tried again each second."""
+        """Connect; where that is impossible (no descriptor is left) it is logged, and tried again
+        each second."""
         said = ""
         while True:
             socket = None
@@ -163,7 +167,8 @@ class AdapterPublisher:
     async def _publish_queued(self) -> None:
         while True:
             wanted = await self._queue.get()
-            # The slot of a question that was asked again, or by a service that is gone, may be gone too.
+            # The slot of a question that was asked again, or by a service that is gone, may be gone
+            # too.
             if self._newest.get(wanted.name) is wanted:
                 await self._publish(wanted)
                 if self._newest.get(wanted.name) is wanted:
@@ -213,7 +218,8 @@ class AdapterPublisher:
             await self._send(internal.AdapterWanted(name=name))
 
     def _remember(self, names: list[str]) -> None:
-        """Adapters of earlier runs of the server: loaded when first asked for, as if they were evicted."""
+        """Adapters of earlier runs of the server: loaded when first asked for, as if they were
+        evicted."""
         if not names:
             return
         from sglang.srt.lora.lora_registry import LoRARef
@@ -223,7 +229,8 @@ class AdapterPublisher:
                 self._manager.lora_ref_cache[name] = LoRARef(lora_name=name, lora_path=TENSOR_PATH)
 
     def _note_others(self, others: dict[str, list[str]] | None) -> None:
-        """Adapters that belong to another base: after an update of the weights some of them may be loaded."""
+        """Adapters that belong to another base: after an update of the weights some of them may be
+        loaded."""
         if others is None:
             return
         self.others = {name: text for text, names in others.items() for name in names}
@@ -284,10 +291,12 @@ class AdapterPublisher:
         return f"it is not loaded, and {self.down}: restart the server to have it back"
 
     async def _load(self, wanted: internal.PublishAdapter) -> None:
-        """Have the scheduler load the adapter, then register its name, unless the operator has unloaded it by then.
+        """Have the scheduler load the adapter, then register its name, unless the operator has
+        unloaded it by then.
 
         Raises:
-            UnsupportedError: LoRA serving is off or full of pinned adapters, or the adapter does not fit it.
+            UnsupportedError: LoRA serving is off or full of pinned adapters, or the adapter does
+                not fit it.
             NotReadyError: not now: the scheduler does not get on with it, or lacks memory.
             StateError: the scheduler does not answer as expected.
         """
@@ -335,7 +344,8 @@ class AdapterPublisher:
         """The scheduler's last word on a loading that has begun.
 
         Raises:
-            NotReadyError: not one slice was loaded for a minute; the scheduler has put away what it had.
+            NotReadyError: not one slice was loaded for a minute; the scheduler has put away what it
+                had.
         """
         wait_s, done, since_s = POLL_FIRST_S, status.get("slices"), time.monotonic()
         while status.get("state") == "loading":
@@ -380,7 +390,8 @@ class AdapterPublisher:
 
     # ---------------------------------------------------------------- evicted adapters
     async def bring_back(self, name: str, timeout_s: float = BRING_BACK_S) -> str:
-        """Ask the service to publish an evicted adapter again and wait; returns what is wrong, or ``""``."""
+        """Ask the service to publish an evicted adapter again and wait; returns what is wrong, or
+        ``""``."""
         if name in self.others:
             return self.others[name]
         if self.down is not None:
@@ -438,8 +449,8 @@ def _is_ours(publisher: AdapterPublisher | None, name: str, path: str | None) ->
 async def load_lora_adapter(
     original: Callable[..., Awaitable[Any]], manager: Any, obj: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Around ``TokenizerControlMixin.load_lora_adapter``: SGLang brings an evicted adapter back by its path,
-    which ours do not have."""
+    """Around ``TokenizerControlMixin.load_lora_adapter``: SGLang brings an evicted adapter back by
+    its path, which ours do not have."""
     from sglang.srt.managers.io_struct import LoadLoRAAdapterReqOutput
 
     publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
@@ -452,8 +463,8 @@ async def load_lora_adapter(
 async def unload_lora_adapter(
     original: Callable[..., Awaitable[Any]], manager: Any, obj: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Around ``TokenizerControlMixin.unload_lora_adapter`` (the operator's; evictions go another way): an adapter of
-    ours answers no more, one that is not loaded now included."""
+    """Around ``TokenizerControlMixin.unload_lora_adapter`` (the operator's; evictions go another
+    way): an adapter of ours answers no more, one that is not loaded now included."""
     from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqOutput
 
     publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
@@ -468,8 +479,8 @@ async def unload_lora_adapter(
 
 
 async def refuse_another_base(original: Callable[..., Awaitable[None]], manager: Any, obj: Any) -> None:
-    """Around ``TokenizerManager._validate_and_resolve_lora``: no request gets an adapter on another base's weights,
-    also while it is still loaded.
+    """Around ``TokenizerManager._validate_and_resolve_lora``: no request gets an adapter on another
+    base's weights, also while it is still loaded.
 
     Raises:
         ValueError: with both bases; SGLang answers 400.

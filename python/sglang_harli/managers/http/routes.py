@@ -1,10 +1,11 @@
-"""HTTP process: what is added to SGLang's FastAPI app, and the life of publisher and watchdog in its event loop.
+"""HTTP process: what is added to SGLang's FastAPI app, and the life of publisher and watchdog in
+its event loop.
 
-Routes of ours stand before SGLang's of the same path and end in SGLang's own functions; they pass the same
-ASGI middleware (API keys included), which wraps the router as a whole.
+Routes of ours stand before SGLang's of the same path and end in SGLang's own functions; they pass
+the same ASGI middleware (API keys included), which wraps the router as a whole.
 
-Leans on SGLang's http_server (app, health_generate, available_models, retrieve_model), ModelCard, and on
-Starlette's ``router.lifespan_context``.
+Leans on SGLang's http_server (app, health_generate, available_models, retrieve_model), ModelCard,
+and on Starlette's ``router.lifespan_context``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ logger = logging.getLogger(__name__)
 def install(
     app: FastAPI, server_args: Any, tokenizer_manager: Any, handover: TokenizerHandover | None = None
 ) -> None:
-    """Add the health gate and the adapters' model routes, and tie the publisher to the app's lifespan.
+    """Add the health gate and the adapters' model routes, and tie the publisher to the app's
+    lifespan.
 
     Called once, before the app serves.
 
@@ -66,7 +68,8 @@ def install(
 def before_setup_and_run(
     server_args: Any, tokenizer_manager: Any, template_manager: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Hook before ``sglang.srt.entrypoints.http_server._setup_and_run_http_server``: no event loop runs yet."""
+    """Hook before ``sglang.srt.entrypoints.http_server._setup_and_run_http_server``: no event loop
+    runs yet."""
     from sglang.srt.entrypoints import http_server
 
     options: HarliOptions = server_args.harli_options()
@@ -116,11 +119,11 @@ def routes(publisher: AdapterPublisher, tokenizer_manager: Any, startup: Startup
 
     @router.get("/health_generate")
     async def health_generate(request: Request) -> Response:
-        """SGLang's answer, but 503 until the finetune service and the scheduler have met once (and, with
-        --harli-profile-budget-s, the start's profile is measured).
+        """SGLang's answer, but 503 until the finetune service and the scheduler have met once (and,
+        with --harli-profile-budget-s, the start's profile is measured).
 
-        Later trouble in finetuning is no trouble of serving: the gate never closes again, and a service that is
-        given up before they have met opens it.
+        Later trouble in finetuning is no trouble of serving: the gate never closes again, and a
+        service that is given up before they have met opens it.
         """
         if not publisher.was_ready and publisher.down is None:
             return PlainTextResponse(not_ready_reason(publisher), status_code=503)
@@ -141,7 +144,8 @@ def routes(publisher: AdapterPublisher, tokenizer_manager: Any, startup: Startup
 
     @router.get("/v1/models")
     async def available_models() -> Any:
-        """SGLang's list (the base and the loaded adapters) and the adapters that load when asked for."""
+        """SGLang's list (the base and the loaded adapters) and the adapters that load when asked
+        for."""
         models = await http_server.available_models()
         models.data = [model for model in models.data if model.id not in publisher.others]
         for name in publisher.dormant():

@@ -14,8 +14,8 @@ _calls: set[asyncio.Future[Any]] = set()  # the event loop keeps none
 async def call(manager: Any, method: str, body: dict[str, Any]) -> list[Any]:
     """The answers of the scheduler's ranks (DumperControlReqOutput).
 
-    A call is waited for to its end also where its caller is cancelled: SGLang would give the answer that comes late to the
-    next caller.
+    A call is waited for to its end also where its caller is cancelled: SGLang would give the answer
+    that comes late to the next caller.
     """
     from sglang.srt.managers.io_struct import DumperControlReqInput
 

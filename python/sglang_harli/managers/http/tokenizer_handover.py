@@ -1,12 +1,15 @@
-"""HTTP process: the live tokenizer and chat template are handed to the finetune service, as a file in the run directory.
+"""HTTP process: the live tokenizer and chat template are handed to the finetune service, as a file
+in the run directory.
 
-SGLang repairs tokenizers after loading and has several sources of templates, so what is live here is the only truth
-about the ids that serving computes.  The file is written before the server serves; its content stays in memory, so
-that a file that was lost can be written again without asking the tokenizer.
+SGLang repairs tokenizers after loading and has several sources of templates, so what is live here
+is the only truth about the ids that serving computes.  The file is written before the server
+serves; its content stays in memory, so that a file that was lost can be written again without
+asking the tokenizer.
 
-Leans on SGLang's TokenizerManager (tokenizer, server_args, model_config), TemplateManager (chat_template_name,
-jinja_template_content_format, reasoning_config) and ``chat_encoding.resolve_chat_encoding_spec``; mirrors which
-keywords ``OpenAIServingChat`` gives every template.
+Leans on SGLang's TokenizerManager (tokenizer, server_args, model_config), TemplateManager
+(chat_template_name, jinja_template_content_format, reasoning_config) and
+``chat_encoding.resolve_chat_encoding_spec``; mirrors which keywords ``OpenAIServingChat`` gives
+every template.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ class TokenizerHandover:
         self._run_dir = run_dir
 
     def write(self) -> bool:
-        """Blocking.  Where the disk refuses (False) it is logged: the service says that it lacks the file."""
+        """Blocking.  Where the disk refuses (False) it is logged: the service says that it lacks
+        the file."""
         try:
             tokenizer_state.write(self._run_dir, self._content)
         except OSError as error:
@@ -53,7 +57,8 @@ class TokenizerHandover:
 
 
 def hand_over(tokenizer_manager: Any, template_manager: Any, run_dir: str | Path) -> TokenizerHandover | None:
-    """Write the live tokenizer's state; blocking, before the server serves.  None: this server has no tokenizer."""
+    """Write the live tokenizer's state; blocking, before the server serves.  None: this server has
+    no tokenizer."""
     if tokenizer_manager.tokenizer is None:
         return None
     try:

@@ -1,9 +1,11 @@
-"""HTTP process: SGLang's own controls that training must follow, and that its scheduler does not hear of (in time).
+"""HTTP process: SGLang's own controls that training must follow, and that its scheduler does not
+hear of (in time).
 
-AROUND hooks on sglang/srt/managers: TokenizerControlMixin.release_memory_occupation (the scheduler's answer
-has no room for a refusal) and flush_cache, and TokenizerManager.pause_generation (in mode ``abort``, the default, only
-the HTTP process holds requests back; ``continue_generation`` reaches the scheduler in every mode).  All three want a
-server without requests, or end those there are: the one that training is compared by gives way.  AFTER hook on
+AROUND hooks on sglang/srt/managers: TokenizerControlMixin.release_memory_occupation (the
+scheduler's answer has no room for a refusal) and flush_cache, and TokenizerManager.pause_generation
+(in mode ``abort``, the default, only the HTTP process holds requests back; ``continue_generation``
+reaches the scheduler in every mode).  All three want a server without requests, or end those there
+are: the one that training is compared by gives way.  AFTER hook on
 tokenizer_manager.SignalHandler.sigterm_handler.
 """
 
@@ -23,9 +25,10 @@ SAVE_S = 8.0  # how long a state that is being saved is waited for
 
 
 async def refuse_while_training(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
-    """SGLang's own release of memory, unless a job trains (its weights and its pool would vanish under it):
-    then a ValueError, which SGLang's route answers as HTTP 400.  From that answer on no run starts; when the memory is
-    released, or is not, the scheduler knows by itself whether one may."""
+    """SGLang's own release of memory, unless a job trains (its weights and its pool would vanish
+    under it): then a ValueError, which SGLang's route answers as HTTP 400.  From that answer on no
+    run starts; when the memory is released, or is not, the scheduler knows by itself whether one
+    may."""
     from sglang_harli.managers.scheduler.control import REFUSAL
 
     holder = f"release-{uuid.uuid4().hex}"
@@ -46,7 +49,8 @@ async def flush_while_idle(original: Callable[..., Any], manager: Any, *args: An
 
 
 async def pause_training_too(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
-    """Training stops before SGLang holds requests back, and goes on with ``/continue_generation``."""
+    """Training stops before SGLang holds requests back, and goes on with
+    ``/continue_generation``."""
     async with _quiet(manager):
         await _ask(manager, "harli/hold", {})
         return await original(manager, obj)
@@ -58,8 +62,9 @@ def _quiet(manager: Any) -> contextlib.AbstractAsyncContextManager[None]:
 
 
 def stop_training_to_end(_result: Any, handler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """After SIGTERM SGLang waits for the requests that it has, and looks for that every five seconds; only then the
-    scheduler hears of the end.  Training stops at once, so that its state is saved by then."""
+    """After SIGTERM SGLang waits for the requests that it has, and looks for that every five
+    seconds; only then the scheduler hears of the end.  Training stops at once, so that its state is
+    saved by then."""
     supervisor.graceful_end()
     task = asyncio.get_running_loop().create_task(_ask(handler.tokenizer_manager, "harli/end", {}))
     _tasks.add(task)
@@ -67,7 +72,8 @@ def stop_training_to_end(_result: Any, handler: Any, *_args: Any, **_kwargs: Any
 
 
 async def end_training(manager: Any, limit_s: float = SAVE_S) -> None:
-    """The same where the app ends first, as by Ctrl-C: its requests are done, and nothing else tells the scheduler.
+    """The same where the app ends first, as by Ctrl-C: its requests are done, and nothing else
+    tells the scheduler.
 
     Returns when the state is saved, or after ``limit_s`` seconds.
     """

@@ -1,9 +1,10 @@
-"""HTTP process: watches the finetune service from the server's event loop, and keeps the figures on it.
+"""HTTP process: watches the finetune service from the server's event loop, and keeps the figures on
+it.
 
-A service that has said nothing for too long (stopped, hung, deadlocked) is killed, so that its supervisor
-starts another; one that is given up is replaced by an endpoint that says so.  Silence is counted in ticks of this
-loop, not in time: while the loop itself stands still nothing can be heard, and nothing is held against the
-service.
+A service that has said nothing for too long (stopped, hung, deadlocked) is killed, so that its
+supervisor starts another; one that is given up is replaced by an endpoint that says so.  Silence is
+counted in ticks of this loop, not in time: while the loop itself stands still nothing can be heard,
+and nothing is held against the service.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """``tick_s``: seconds between two looks.  ``silent``: looks without a word after which the service is killed
-    (it speaks every five seconds).  ``starting``: the same for one that has not spoken yet."""
+    """``tick_s``: seconds between two looks.  ``silent``: looks without a word after which the
+    service is killed (it speaks every five seconds).  ``starting``: the same for one that has not
+    spoken yet."""
 
     tick_s: float = 1.0
     silent: int = 30
@@ -47,7 +49,8 @@ class SilenceCounter:
 
         Args:
             heard: number of messages that have come in all.
-            speaker: who named itself last; a process may speak for the first time before the first look at it.
+            speaker: who named itself last; a process may speak for the first time before the first
+                look at it.
         """
         if pid is None or pid != self._pid:
             self._pid, self._heard, self._spoken, self.looks = pid, heard, speaker == pid, 0
@@ -68,7 +71,8 @@ class Watchdog:
 
     Args:
         options: of this server.
-        keeper: the service's supervisor; None: somebody else runs the service, which is then not watched.
+        keeper: the service's supervisor; None: somebody else runs the service, which is then not
+            watched.
         publisher: what hears the service.
         metrics: None without ``--enable-metrics``.
     """

@@ -1,8 +1,9 @@
-"""What is done beside SGLang's scheduler at each of its steps: measure, learn, take messages, fill the slack.
+"""What is done beside SGLang's scheduler at each of its steps: measure, learn, take messages, fill
+the slack.
 
-Leans on these names of SGLang 0.5.16's Scheduler: device, forward_stream, server_args.enable_metrics, idle_sleeper,
-weight_updater.offload_tags, _engine_paused, max_running_requests, max_req_len, max_total_num_tokens; and on those of
-``serving_view``.
+Leans on these names of SGLang 0.5.16's Scheduler: device, forward_stream,
+server_args.enable_metrics, idle_sleeper, weight_updater.offload_tags, _engine_paused,
+max_running_requests, max_req_len, max_total_num_tokens; and on those of ``serving_view``.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class CoServing:
             scheduler.idle_sleeper.poller.register(socket, zmq.POLLIN)
 
     def guarded(self, hook: Callable[..., None], *args: Any) -> None:
-        """Call a hook between two of SGLang's steps: where it raises, the run in progress fails and serving goes on.
+        """Call a hook between two of SGLang's steps: where it raises, the run in progress fails and
+        serving goes on.
 
         Where there is no run to end, the same may be raised with every batch, and is logged once.
         """
@@ -167,7 +169,8 @@ class CoServing:
         return True
 
     def _fill_idle(self, begin_s: float, housekeeping: bool) -> None:
-        """``begin_s``: when the turn began; ``housekeeping``: training's memory has its turn too."""
+        """``begin_s``: when the turn began; ``housekeeping``: training's memory has its turn
+        too."""
         trainer = self.trainer
         trainer.tick(idle=housekeeping)
 

@@ -1,9 +1,10 @@
-"""Control requests that reach the scheduler through SGLang's own channel, and what is refused in training.
+"""Control requests that reach the scheduler through SGLang's own channel, and what is refused in
+training.
 
 ``DumperControlReqInput`` is SGLang's generic call (a method name and a plain dict); ours begin with
 ``harli/`` and never raise: an exception in a handler would end the server.
-Leans on io_struct: DumperControlReqOutput, UpdateWeight…ReqInput and their outputs, ResumeMemoryOccupationReqInput;
-and on srt.constants.
+Leans on io_struct: DumperControlReqOutput, UpdateWeight…ReqInput and their outputs,
+ResumeMemoryOccupationReqInput; and on srt.constants.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def guard_weight_updates(
 
     Args:
         released: the kinds of memory that are released now.
-        updated: called after each update that was tried, and after memory of weights came back, whose contents are
-            not defined then: they may be another base now.
+        updated: called after each update that was tried, and after memory of weights came back,
+            whose contents are not defined then: they may be another base now.
     """
     mapping = dispatcher._mapping
     for request, output in _WEIGHT_UPDATES.items():
@@ -153,7 +154,8 @@ def _hold_runs(trainer: Any, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parity(trainer: Any, body: dict[str, Any]) -> dict[str, Any]:
-    """What the HTTP process has measured, or why it could not; answered with whether it is to measure."""
+    """What the HTTP process has measured, or why it could not; answered with whether it is to
+    measure."""
     if trainer.parity is None:
         return {"wanted": False}
     if "served" in body:

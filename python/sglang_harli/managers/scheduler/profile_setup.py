@@ -52,7 +52,8 @@ def device_name(device: str) -> str:
 
 
 def starting_priors(path: str, key: ProfileKey, guess: Priors, padding: Padding) -> Priors:
-    """Lines through the profile's points, or the guess where there is no profile for this server."""
+    """Lines through the profile's points, or the guess where there is no profile for this
+    server."""
     found = profile_table.load(path, key)
     logger.info("harli: %s", found.text)
     return guess if found.table is None else from_table(found.table, guess, padding)

@@ -1,9 +1,10 @@
 """SGLang's scheduler with training quanta slotted in: overrides alone (docs/internals/policy.md).
 
 Leans on these names of SGLang 0.5.16 (sglang/srt/managers/scheduler.py): Scheduler.__init__,
-init_request_dispatcher, get_init_info, process_input_requests, run_batch, process_batch_result, on_idle,
-maybe_sleep_on_idle, handle_dumper_control, continue_generation, handle_shutdown, get_internal_state;
-waiting_queue, ipc_channels.send_to_tokenizer, weight_updater.offload_tags; and on those of ``co_serving``.
+init_request_dispatcher, get_init_info, process_input_requests, run_batch, process_batch_result,
+on_idle, maybe_sleep_on_idle, handle_dumper_control, continue_generation, handle_shutdown,
+get_internal_state; waiting_queue, ipc_channels.send_to_tokenizer, weight_updater.offload_tags; and
+on those of ``co_serving``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ SHUTDOWN_S = 8.0  # SGLang kills the tree 15 s after it asked to shut down
 
 
 class HarliScheduler(Scheduler):
-    """Scheduler whose idle time and slack train; quanta go in behind ``process_batch_result`` and in ``on_idle``."""
+    """Scheduler whose idle time and slack train; quanta go in behind ``process_batch_result`` and
+    in ``on_idle``."""
 
     _harli: CoServing | None = None  # None: not built yet, or finetuning is refused
     _harli_refusal: str | None = None

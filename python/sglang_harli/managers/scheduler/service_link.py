@@ -1,8 +1,8 @@
 """The scheduler's end of the ipc pair to the finetune service (docs/internals/run-protocol.md).
 
-Nothing here blocks: ``poll`` takes what has come, ``send`` queues.  What the service must not miss stays
-in a bounded ring until it is acknowledged, and is sent again when a restarted service says Welcome, or
-when nothing of it was acknowledged for a while.
+Nothing here blocks: ``poll`` takes what has come, ``send`` queues.  What the service must not miss
+stays in a bounded ring until it is acknowledged, and is sent again when a restarted service says
+Welcome, or when nothing of it was acknowledged for a while.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def has_arrived(socket: Any) -> bool:
 class ServiceLink:
     """One DEALER socket, connected for the life of the process.
 
-    Where it cannot be opened (no descriptor is left), that is logged and tried again each second: until then there is
-    nothing to train.
+    Where it cannot be opened (no descriptor is left), that is logged and tried again each second:
+    until then there is nothing to train.
 
     Args:
         endpoint: run_paths.scheduler_endpoint(run_dir).
@@ -49,7 +49,8 @@ class ServiceLink:
         self.socket: zmq.Socket[bytes] | None = None
         self._trouble = ""  # that was logged last
         self._make_hello = make_hello
-        # Beyond those of any scheduler before: a late acknowledgement must not be taken for one of this life.
+        # Beyond those of any scheduler before: a late acknowledgement must not be taken for one of
+        # this life.
         self._seq = self._before = time.monotonic_ns() // 1000
         self._ring = Unacknowledged()
         self.service_pid: int | None = None
@@ -114,7 +115,8 @@ class ServiceLink:
         """Messages that have come, with their raw frames; an empty list costs about a microsecond.
 
         Args:
-            most_batches: micro-batches among them at most; what comes behind the last one comes with the next call.
+            most_batches: micro-batches among them at most; what comes behind the last one comes
+                with the next call.
         """
         if self.service_pid is None:
             if time.monotonic() - self._hello_at >= HELLO_EVERY_S:
@@ -155,7 +157,8 @@ class ServiceLink:
         self.service_pid = message.pid
         if not new and not asked:
             return
-        # What is kept comes first: "no run is held" must not overtake the news of how the run ended.
+        # What is kept comes first: "no run is held" must not overtake the news of how the run
+        # ended.
         for kept in self._ring.all():
             self._send_now(kept)
         if asked:

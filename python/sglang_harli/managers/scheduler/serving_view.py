@@ -1,7 +1,9 @@
-"""What SGLang's scheduler serves now, read by attribute on its thread: nothing is copied, nothing waits for a device.
+"""What SGLang's scheduler serves now, read by attribute on its thread: nothing is copied, nothing
+waits for a device.
 
-Leans on these names of SGLang 0.5.16's Scheduler: get_num_allocatable_reqs; running_batch, waiting_queue,
-max_prefill_tokens, chunked_prefill_size, chunked_req, ipc_channels.recv_from_tokenizer, enable_overlap.
+Leans on these names of SGLang 0.5.16's Scheduler: get_num_allocatable_reqs; running_batch,
+waiting_queue, max_prefill_tokens, chunked_prefill_size, chunked_req,
+ipc_channels.recv_from_tokenizer, enable_overlap.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class ServingView:
         return waiting or scheduler.chunked_req is not None
 
     def prefill_slots(self) -> int:
-        """KV slots that the next prefill may take: at most, for what of the prompts is cached is not known yet."""
+        """KV slots that the next prefill may take: at most, for what of the prompts is cached is
+        not known yet."""
         scheduler, tokens = self._scheduler, 0
         full = scheduler.running_batch.batch_is_full
         for req in () if full else islice(scheduler.waiting_queue, LOOK_AHEAD):
@@ -80,10 +83,12 @@ class ServingView:
         return Boundary(self._side, self._side.clocks(reqs), context, with_adapters(reqs), backlog, waiting)
 
     def _backlog(self, reqs: list[Any], context: int, *, decoded: bool) -> Backlog | None:
-        """The prompts that wait, where their deadlines are known and leave training a chance; else None.
+        """The prompts that wait, where their deadlines are known and leave training a chance; else
+        None.
 
-        A prompt that was left waiting when a decode step was chosen had no place: it starts no sooner than the first
-        request ends.  Where something else keeps it (memory, an adapter's turn), or a place is free now, training stops.
+        A prompt that was left waiting when a decode step was chosen had no place: it starts no
+        sooner than the first request ends.  Where something else keeps it (memory, an adapter's
+        turn), or a place is free now, training stops.
         """
         scheduler, side, waiting = self._scheduler, self._side, self._scheduler.waiting_queue
         if side.targets.ttft_s is None or not (waiting or scheduler.chunked_req is not None):

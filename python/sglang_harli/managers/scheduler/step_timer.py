@@ -1,4 +1,5 @@
-"""How long batches take: a turn of the loop on a CPU, event pairs on CUDA (queried later, never waited for)."""
+"""How long batches take: a turn of the loop on a CPU, event pairs on CUDA (queried later, never
+waited for)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class BatchLoad:
         requests: in the batch.
         context_tokens: sum of their context lengths after the batch.
         new_tokens: that are computed.
-        pairs: of a new token and one of the context that it may attend to, summed over the requests.
+        pairs: of a new token and one of the context that it may attend to, summed over the
+            requests.
         adapters: a request uses a LoRA adapter.
         after_training: quanta ran between it and the batch before.
     """
@@ -38,10 +40,11 @@ def with_adapters(reqs: Iterable[Any]) -> bool:
 
 
 def load_of(batch: Any, *, after_training: bool = False) -> BatchLoad:
-    """The load of one of SGLang's ScheduleBatches, from what it holds on the host: nothing waits for the device.
+    """The load of one of SGLang's ScheduleBatches, from what it holds on the host: nothing waits
+    for the device.
 
-    Leans on ScheduleBatch: forward_mode, reqs, seq_lens_cpu (None while it is known on the device only),
-    extend_lens; Req: origin_input_ids, output_ids, lora_id.
+    Leans on ScheduleBatch: forward_mode, reqs, seq_lens_cpu (None while it is known on the device
+    only), extend_lens; Req: origin_input_ids, output_ids, lora_id.
     """
     requests = len(batch.reqs)
     lengths = batch.seq_lens_cpu
@@ -60,9 +63,9 @@ def load_of(batch: Any, *, after_training: bool = False) -> BatchLoad:
 class HostTimer:
     """For the CPU engine, whose ``run_batch`` returns when the batch is computed.
 
-    A step is a turn of the scheduler's loop: from behind one batch's result to behind the next one's, so that receiving,
-    batching and handing out tokens count, which a client waits for too.  The first batch after an idle turn counts
-    from its ``run_batch`` on.
+    A step is a turn of the scheduler's loop: from behind one batch's result to behind the next
+    one's, so that receiving, batching and handing out tokens count, which a client waits for too.
+    The first batch after an idle turn counts from its ``run_batch`` on.
 
     Args:
         clock: seconds, monotonic.

@@ -25,8 +25,9 @@ class Unacknowledged:
     """A bounded ring, oldest first.
 
     Args:
-        size: messages kept.  Beyond it a StepDone goes first, metrics of one step, and the message behind it
-            learns not to wait for it; never a SnapshotReady or a RunFailed while there is a StepDone.
+        size: messages kept.  Beyond it a StepDone goes first, metrics of one step, and the message
+            behind it learns not to wait for it; never a SnapshotReady or a RunFailed while there is
+            a StepDone.
     """
 
     def __init__(self, size: int = RING) -> None:

@@ -1,8 +1,9 @@
 """The calls of the CUDA driver that the pool's backing makes, each checked.
 
-Virtual memory management (CUDA Driver API, "Virtual Memory Management"): an address range is reserved, physical
-memory is a handle, mapping a handle makes it readable at an address once access is set.  Addresses, handles,
-streams and events are plain integers here, so that a double can stand in for the driver.
+Virtual memory management (CUDA Driver API, "Virtual Memory Management"): an address range is
+reserved, physical memory is a handle, mapping a handle makes it readable at an address once access
+is set.  Addresses, handles, streams and events are plain integers here, so that a double can stand
+in for the driver.
 """
 
 from __future__ import annotations
@@ -59,19 +60,20 @@ class Driver(Protocol):
         ...
 
     def create(self, nbytes: int) -> int:
-        """A handle of physical memory; contents undefined.  Slow (193 µs on an A100): at start only."""
+        """A handle of physical memory; contents undefined.  Slow (193 µs on an A100): at start
+        only."""
         ...
 
     def release(self, handle: int) -> None: ...
 
     def map(self, address: int, nbytes: int, handle: int) -> None:
-        """Map a whole handle at a reserved address where nothing is mapped.  A handle may be mapped at several
-        addresses.  No access until ``set_access``."""
+        """Map a whole handle at a reserved address where nothing is mapped.  A handle may be mapped
+        at several addresses.  No access until ``set_access``."""
         ...
 
     def unmap(self, address: int, nbytes: int) -> None:
-        """Unmap a range of one or more whole mappings.  Not ordered with any stream and waits for none: the caller
-        has made sure that nothing on the device touches the range."""
+        """Unmap a range of one or more whole mappings.  Not ordered with any stream and waits for
+        none: the caller has made sure that nothing on the device touches the range."""
         ...
 
     def set_access(self, address: int, nbytes: int) -> None:
@@ -111,8 +113,8 @@ class CudaDriver:
     """The real one, by cuda-python's bindings.
 
     Args:
-        device: ordinal of the GPU.  Its primary context must be current on the calling thread, as it is wherever
-            torch has used the device.
+        device: ordinal of the GPU.  Its primary context must be current on the calling thread, as
+            it is wherever torch has used the device.
 
     Raises:
         DriverError: no driver, no such GPU, or one that cannot remap memory.

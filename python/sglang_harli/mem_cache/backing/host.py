@@ -1,9 +1,10 @@
 """The pool's memory on a host: two anonymous mappings, one for the KV buffers and one for training.
 
-Nothing is moved: a page that is lent falls out of the KV mapping (``MADV_DONTNEED``), and the training mapping
-faults in a fresh one when it is written; so the physical memory of both together stays within the budget, and the
-resident size of the process really falls when memory is given away unused.  The KV mapping is in memory from the start, as SGLang's own
-pool is, which it fills with zeros: else the first requests would wait for the kernel.
+Nothing is moved: a page that is lent falls out of the KV mapping (``MADV_DONTNEED``), and the
+training mapping faults in a fresh one when it is written; so the physical memory of both together
+stays within the budget, and the resident size of the process really falls when memory is given away
+unused.  The KV mapping is in memory from the start, as SGLang's own pool is, which it fills with
+zeros: else the first requests would wait for the kernel.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class HostBacking:
         return [extent]
 
     def take_back(self, stripes: Sequence[int], extents: Sequence[Tensor]) -> None:
-        """Both sides fall out of memory: the KV rows fault in as zeros, even where something strayed into them."""
+        """Both sides fall out of memory: the KV rows fault in as zeros, even where something
+        strayed into them."""
         (extent,) = extents
         start = int(extent.storage_offset())
         del self._lent[start // self.geometry.stripe_bytes]
@@ -111,14 +113,15 @@ class HostBacking:
     def resident_bytes(self) -> int:
         """Physical memory of both mappings, as the kernel's ``mincore`` says.
 
-        (``/proc/self/smaps`` would need a parse of every mapping of the process, and the kernel may join ours with
-        its neighbours there.)  A page that was read but never written counts although it is the kernel's shared
-        page of zeros.
+        (``/proc/self/smaps`` would need a parse of every mapping of the process, and the kernel may
+        join ours with its neighbours there.)  A page that was read but never written counts
+        although it is the kernel's shared page of zeros.
         """
         return self._kv.resident_bytes() + self._window.resident_bytes()
 
     def close(self) -> None:
-        """Return all physical memory at once; the address space goes with the last tensor over it."""
+        """Return all physical memory at once; the address space goes with the last tensor over
+        it."""
         self._kv.discard(0, len(self._kv.map))
         self._window.discard(0, len(self._window.map))
 
@@ -135,8 +138,8 @@ class _Region:
         # Reserve nothing: the two mappings together are larger than the memory that they ever hold.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self.map = mmap.mmap(-1, nbytes, flags=flags)
-        # A huge page across the border of a chunk would stay in memory as a whole until the kernel splits it.
-        # A kernel without huge pages refuses the advice, which is then not needed.
+        # A huge page across the border of a chunk would stay in memory as a whole until the kernel
+        # splits it. A kernel without huge pages refuses the advice, which is then not needed.
         with suppress(OSError):
             self.map.madvise(mmap.MADV_NOHUGEPAGE)
         self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)

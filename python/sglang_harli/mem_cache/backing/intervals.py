@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class IntervalAllocator:
-    """Free intervals of ``range(size)``, ascending and never adjacent.  Units are the caller's (bytes, stripes)."""
+    """Free intervals of ``range(size)``, ascending and never adjacent.  Units are the caller's
+    (bytes, stripes)."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -16,7 +17,8 @@ class IntervalAllocator:
         return sum(end - start for start, end in self._free)
 
     def allocate(self, length: int) -> int | None:
-        """The start of the first free interval of ``length`` units, which is taken; None: there is none.
+        """The start of the first free interval of ``length`` units, which is taken; None: there is
+        none.
 
         Raises:
             ValueError: ``length`` is not positive.

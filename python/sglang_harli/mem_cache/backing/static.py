@@ -1,4 +1,5 @@
-"""The pool's memory as plain tensors: training gets the very bytes of the KV rows, as separate extents.
+"""The pool's memory as plain tensors: training gets the very bytes of the KV rows, as separate
+extents.
 
 For devices whose memory cannot, or must not, be remapped.
 """
@@ -22,8 +23,8 @@ class StaticBacking:
     Args:
         geometry: the pool's.
         device: where the buffers lie.
-        stream: on CUDA the stream of forwards and quanta; what is written here stands in line on it.  None: the
-            current stream.
+        stream: on CUDA the stream of forwards and quanta; what is written here stands in line on
+            it.  None: the current stream.
         debug: memory on its way to training is filled with NaN.
     """
 
@@ -71,8 +72,8 @@ class StaticBacking:
         return extents
 
     def take_back(self, stripes: Sequence[int], extents: Sequence[Tensor]) -> None:
-        """The extents are the KV rows: they are filled with zeros, behind training's last work on them and before
-        any later forward."""
+        """The extents are the KV rows: they are filled with zeros, behind training's last work on
+        them and before any later forward."""
         self._lent -= set(stripes)
         with self._in_line():
             for extent in extents:

@@ -1,14 +1,15 @@
 """SGLang's two slot allocators over the unified pool: what is lent still counts as available.
 
-A lease is revocable at any allocation, so the slots behind it are promised to requests as if they were free:
-``available_size`` counts them, and admission, decode growth, retraction, the checkers and the load report decide
-exactly as on plain SGLang, with or without training.  An allocation that finds too little takes it back before
-it answers.  Which slots a request gets differs from plain SGLang's choice (low ones first, so that high stripes
-drain); what is computed does not: attention reads the same rows through the same table, so greedy decisions are
-equal by construction.
+A lease is revocable at any allocation, so the slots behind it are promised to requests as if they
+were free: ``available_size`` counts them, and admission, decode growth, retraction, the checkers
+and the load report decide exactly as on plain SGLang, with or without training.  An allocation that
+finds too little takes it back before it answers.  Which slots a request gets differs from plain
+SGLang's choice (low ones first, so that high stripes drain); what is computed does not: attention
+reads the same rows through the same table, so greedy decisions are equal by construction.
 
-Leans on SGLang 0.5.16: ``mem_cache.allocator`` (``free_pages``, ``release_pages`` and ``need_sort``: frees go to
-``release_pages``, and are merged and sorted when ``free_pages`` is too short).
+Leans on SGLang 0.5.16: ``mem_cache.allocator`` (``free_pages``, ``release_pages`` and
+``need_sort``: frees go to ``release_pages``, and are merged and sorted when ``free_pages`` is too
+short).
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ State = tuple[Tensor, Tensor, frozenset[int]]
 
 
 class StripedFreeList(BaseTokenToKVPoolAllocator):
-    """The pages of a slot allocator, and the stripes of them that are lent (``unified_pool.SlotSource``).
+    """The pages of a slot allocator, and the stripes of them that are lent
+    (``unified_pool.SlotSource``).
 
-    ``free_pages`` is sorted ascending and is taken from its head; ``release_pages`` holds what was freed since.
-    Nothing here synchronises with the device except ``restore_state`` across a change of leases.
+    ``free_pages`` is sorted ascending and is taken from its head; ``release_pages`` holds what was
+    freed since. Nothing here synchronises with the device except ``restore_state`` across a change
+    of leases.
     """
 
     free_pages: Tensor
@@ -72,8 +75,8 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
         super().merge_and_sort_free()
 
     def clear(self) -> None:
-        """Everything is free again but what is lent: a flush takes no lease away.  The rest is as in both of
-        SGLang's (page 0 is the padded one)."""
+        """Everything is free again but what is lent: a flush takes no lease away.  The rest is as
+        in both of SGLang's (page 0 is the padded one)."""
         self.counts.forget()
         self.prefix_scan = None
         stop, first, pieces = self.size // self.page_size + 1, 1, list[Tensor]()
@@ -112,8 +115,9 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
     def free_stripes(self) -> list[int]:
         """Lendable stripes known to be wholly free, highest first.
 
-        Called when training asks for memory, never per step: it merges and sorts what was freed since the last
-        time.  On a device the answer to that comes one call later; what is known is offered once before.
+        Called when training asks for memory, never per step: it merges and sorts what was freed
+        since the last time.  On a device the answer to that comes one call later; what is known is
+        offered once before.
         """
         if not self._counted():
             return []
@@ -121,11 +125,13 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
         return self.counts.wholly_free(len(self.free_pages))
 
     def count_stripes(self) -> None:
-        """Have the counts brought up to date; ``stripe_free_pages`` says them when they are there."""
+        """Have the counts brought up to date; ``stripe_free_pages`` says them when they are
+        there."""
         self._counted()
 
     def stripe_free_pages(self) -> list[int] | None:
-        """Free pages of each stripe, without those that were freed since the last count, if known."""
+        """Free pages of each stripe, without those that were freed since the last count, if
+        known."""
         return self.counts.free_pages(len(self.free_pages)) if self.counts.known() else None
 
     def withdraw(self, stripes: Sequence[int]) -> None:
@@ -151,7 +157,8 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
 
     # ------------------------------------------------------------------ helpers
     def _counted(self) -> bool:
-        """Whether the counts are known and as new as they can be; starts a count where they are not."""
+        """Whether the counts are known and as new as they can be; starts a count where they are
+        not."""
         stale = len(self.release_pages) > 0 and (self._offered or self.counts.fence is None)
         if (stale or not self.counts.known()) and not self.counts.pending:
             self.merge_and_sort_free()
@@ -233,7 +240,8 @@ class HarliPagedAllocator(StripedFreeList, PagedTokenToKVPoolAllocator):
         extend_num_tokens: int,
         num_new_pages: int | None = None,
     ) -> Tensor | None:
-        """Slots of ``[prefix, seq)`` of each request: its last page is filled first, then new pages."""
+        """Slots of ``[prefix, seq)`` of each request: its last page is filled first, then new
+        pages."""
         if num_new_pages is None:
             num_new_pages = int(
                 get_num_new_pages(
@@ -271,8 +279,8 @@ class HarliPagedAllocator(StripedFreeList, PagedTokenToKVPoolAllocator):
     def _extend_on_host(
         self, prefix_lens: Tensor, seq_lens: Tensor, last_loc: Tensor, total: int, new_pages: int
     ) -> Tensor:
-        """What SGLang's Triton kernel computes (``kernels/ops/memory/allocator.py``), in torch, for all requests
-        at once.  ``free_pages`` holds at least ``new_pages``.
+        """What SGLang's Triton kernel computes (``kernels/ops/memory/allocator.py``), in torch, for
+        all requests at once.  ``free_pages`` holds at least ``new_pages``.
 
         Returns:
             int64 ``[total]``, the requests one after another.

@@ -1,9 +1,10 @@
 """How many free pages each stripe has, as the host knows it, without ever waiting for the device.
 
-SGLang's free list is a tensor on the device.  While it is sorted and only its head is taken, two numbers per
-stripe say everything: where the stripe's pages begin in the list and where they end.  They are counted on the
-device by one search for the stripes' edges, copied to the host and read when they are there: at once on a host,
-one step late on a device.  From then on the host knows by arithmetic which stripes the allocations hit.
+SGLang's free list is a tensor on the device.  While it is sorted and only its head is taken, two
+numbers per stripe say everything: where the stripe's pages begin in the list and where they end.
+They are counted on the device by one search for the stripes' edges, copied to the host and read
+when they are there: at once on a host, one step late on a device.  From then on the host knows by
+arithmetic which stripes the allocations hit.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def event_fence(device: torch.device) -> Fence | None:
 class StripeCounts:
     """Positions of the stripes' pages in one sorted free list.
 
-    Valid from ``start`` until the list is changed in another way than by taking its head or by ``cut``; code that
-    does so calls ``forget``.
+    Valid from ``start`` until the list is changed in another way than by taking its head or by
+    ``cut``; code that does so calls ``forget``.
 
     Args:
         geometry: of the pool; pages are numbered as its slots are, page 0 is the padded one.
@@ -83,7 +84,8 @@ class StripeCounts:
         return self._starts is not None
 
     def free_pages(self, length: int) -> list[int]:
-        """Free pages of each stripe: what was counted, less what has been taken from the head since.
+        """Free pages of each stripe: what was counted, less what has been taken from the head
+        since.
 
         Args:
             length: of the list now.

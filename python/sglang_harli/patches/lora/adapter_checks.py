@@ -1,12 +1,15 @@
-"""Runtime half of ``patches/05-lora-adapter-checks``: an adapter that is loaded answers as PEFT would.
+"""Runtime half of ``patches/05-lora-adapter-checks``: an adapter that is loaded answers as PEFT
+would.
 
-However it comes (``--lora-paths``, a path, tensors, a publication), its config and each of its weights are checked
-(``peft_adapter``) before SGLang takes them.  A load that fails leaves nothing behind, and never ends the scheduler.
+However it comes (``--lora-paths``, a path, tensors, a publication), its config and each of its
+weights are checked (``peft_adapter``) before SGLang takes them.  A load that fails leaves nothing
+behind, and never ends the scheduler.
 
-Leans on: ``srt.lora.lora_config.LoRAConfig`` (``__init__``, ``get_lora_config``), ``srt.lora.lora.LoRAAdapter``
-(``initialize_weights``, ``initialize_weights_from_tensors``), ``srt.lora.lora_manager.LoRAManager``
-(``validate_new_adapter``, ``init_state``, ``_load_lora_adapter``, ``_load_lora_adapter_from_tensors``,
-``_unload_lora_adapter``), ``srt.managers.tp_worker.BaseTpWorker.load_lora_adapter_from_tensors``,
+Leans on: ``srt.lora.lora_config.LoRAConfig`` (``__init__``, ``get_lora_config``),
+``srt.lora.lora.LoRAAdapter`` (``initialize_weights``, ``initialize_weights_from_tensors``),
+``srt.lora.lora_manager.LoRAManager`` (``validate_new_adapter``, ``init_state``,
+``_load_lora_adapter``, ``_load_lora_adapter_from_tensors``, ``_unload_lora_adapter``),
+``srt.managers.tp_worker.BaseTpWorker.load_lora_adapter_from_tensors``,
 ``srt.model_loader.loader.DefaultModelLoader`` and ``srt.managers.io_struct.LoRAUpdateOutput``.
 """
 
@@ -110,14 +113,16 @@ def _load(original: Callable[..., Any], manager: Any, lora_ref: Any, *args: Any,
 
 
 def _unload(original: Callable[..., Any], manager: Any, lora_ref: Any) -> Any:
-    """Around the unload: an adapter that is not loaded is unloaded already (SGLang would end the scheduler)."""
+    """Around the unload: an adapter that is not loaded is unloaded already (SGLang would end the
+    scheduler)."""
     if lora_ref.lora_id not in manager.lora_refs:
         return manager.create_lora_update_result(success=True)
     return original(manager, lora_ref)
 
 
 def _load_from_tensors(original: Callable[..., Any], worker: Any, request: Any) -> Any:
-    """Around the scheduler's handler: what cannot be deserialized is an error of this request alone."""
+    """Around the scheduler's handler: what cannot be deserialized is an error of this request
+    alone."""
     from sglang.srt.managers.io_struct import LoRAUpdateOutput
 
     try:

@@ -1,13 +1,15 @@
-"""Runtime half of ``patches/03-lora-padded-mlp``: an adapter that does not fit is found out when it is loaded.
+"""Runtime half of ``patches/03-lora-padded-mlp``: an adapter that does not fit is found out when it
+is loaded.
 
-On CPU SGLang rounds the model's ``intermediate_size`` up to a multiple of 32; an adapter has the model's
-own.  However an adapter is loaded, its ``gate_up`` B and ``down`` A get zeros for the rows and columns that
-the model itself does not have.  Every other weight whose shape or name the memory pool cannot take is
-refused at load: SGLang would find it at the first request that uses it, and end the server.
+On CPU SGLang rounds the model's ``intermediate_size`` up to a multiple of 32; an adapter has the
+model's own.  However an adapter is loaded, its ``gate_up`` B and ``down`` A get zeros for the rows
+and columns that the model itself does not have.  Every other weight whose shape or name the memory
+pool cannot take is refused at load: SGLang would find it at the first request that uses it, and end
+the server.
 
-Leans on: ``srt.lora.lora.LoRAAdapter._normalize_weights``, ``srt.lora.lora_manager.LoRAManager`` (``init_state``,
-``load_lora_weights``, ``load_lora_weights_from_tensors``), ``srt.lora.utils`` and the ``original_…`` values of
-``srt.configs.update_config``.
+Leans on: ``srt.lora.lora.LoRAAdapter._normalize_weights``, ``srt.lora.lora_manager.LoRAManager``
+(``init_state``, ``load_lora_weights``, ``load_lora_weights_from_tensors``), ``srt.lora.utils`` and
+the ``original_…`` values of ``srt.configs.update_config``.
 """
 
 from __future__ import annotations
@@ -34,11 +36,12 @@ def _after_normalize(result: None, adapter: Any) -> None:
 
 
 def pad_mlp(weights: dict[str, Any], base_config: Any) -> None:
-    """Pad one layer's stacked MLP weights in place from the model's own intermediate size to the served one.
+    """Pad one layer's stacked MLP weights in place from the model's own intermediate size to the
+    served one.
 
     Args:
-        weights: ``…gate_up_proj.lora_B.weight`` [2·own, r] becomes [2·served, r] (each half padded),
-            ``…down_proj.lora_A.weight`` [r, own] becomes [r, served]; others stay.
+        weights: ``…gate_up_proj.lora_B.weight`` [2·own, r] becomes [2·served, r] (each half
+            padded), ``…down_proj.lora_A.weight`` [r, own] becomes [r, served]; others stay.
         base_config: SGLang's, with ``original_intermediate_size`` where it was padded.
     """
     import torch

@@ -1,8 +1,10 @@
-"""What a PEFT adapter says and holds, checked against the served model (pure: no torch, no sglang, no peft).
+"""What a PEFT adapter says and holds, checked against the served model (pure: no torch, no sglang,
+no peft).
 
-SGLang leaves out what it does not know: saved heads and norms, factors and ranks by module, weights of other
-layers.  Such an adapter would answer, and not as under PEFT.  Here it is either the same adapter for both, or
-refused by the name of the field or of the weight.  The rules are those of PEFT 0.21.
+SGLang leaves out what it does not know: saved heads and norms, factors and ranks by module, weights
+of other layers.  Such an adapter would answer, and not as under PEFT.  Here it is either the same
+adapter for both, or refused by the name of the field or of the weight.  The rules are those of PEFT
+0.21.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ class Model:
 
     Attributes:
         layers: how many decoder layers it has.
-        linears: path within a layer, such as ``self_attn.q_proj`` -> (inputs, outputs) in the model's own sizes;
-            empty for an architecture whose layers are not known by name.
+        linears: path within a layer, such as ``self_attn.q_proj`` -> (inputs, outputs) in the
+            model's own sizes; empty for an architecture whose layers are not known by name.
         embedding: (tokens, width).
     """
 
@@ -62,8 +64,8 @@ def model_of(config: Any) -> Model:
     """What adapters may name.
 
     Args:
-        config: the model's transformers config, as loaded or as SGLang padded it.  Of an architecture that is not in
-            our table SGLang's own names are checked.
+        config: the model's transformers config, as loaded or as SGLang padded it.  Of an
+            architecture that is not in our table SGLang's own names are checked.
     """
     layers = int(config.num_hidden_layers)
     if next(iter(getattr(config, "architectures", None) or [""])) not in BY_NAME:
@@ -191,7 +193,8 @@ def _not_served(what: str, module: str, held: set[str]) -> str:
 
 # ------------------------------------------------------------------ the weights
 def plain_name(name: str) -> str:
-    """A weight's name without the adapter's, which PEFT takes off when it saves and understands all the same."""
+    """A weight's name without the adapter's, which PEFT takes off when it saves and understands all
+    the same."""
     for side in ("lora_A", "lora_B"):
         name = name.replace(f".{side}.default.weight", f".{side}.weight")
     return re.sub(r"\.lora_embedding_([AB])\.default$", r".lora_embedding_\1", name)
@@ -309,7 +312,8 @@ def _restrictions(config: Mapping[str, Any]) -> str:
 
 
 def targeted(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT gives ``module`` (a path such as ``model.layers.0.mlp.up_proj``) a LoRA under this config."""
+    """Whether PEFT gives ``module`` (a path such as ``model.layers.0.mlp.up_proj``) a LoRA under
+    this config."""
     if any(module == name or module.endswith(f".{name}") for name in config.get("exclude_modules") or ()):
         return False
     targets = config["target_modules"]

@@ -1,17 +1,20 @@
-"""Runtime half of ``patches/07-lora-request-counts``: an adapter's counter is zero exactly when nothing uses it.
+"""Runtime half of ``patches/07-lora-request-counts``: an adapter's counter is zero exactly when
+nothing uses it.
 
-SGLang counts a request of an adapter when its name is looked up and takes it off at one of several ends, so n
-answers of one prompt take off more than was counted, and a request that is aborted while it waits nothing.  The
-adapter is then unloaded under a running request, or never.  Here two things hold an adapter, each exactly once:
-a call of ``generate_request`` from the look-up to its end, and a request from the moment it is sent to the
-scheduler until the scheduler has said that it ended.  The call lets go when all of it has been sent: what is left
-of it is its reader, who may never read to the end.  And an id of a request that was never sent is forgotten when
-its call ends, however it ends.
+SGLang counts a request of an adapter when its name is looked up and takes it off at one of several
+ends, so n answers of one prompt take off more than was counted, and a request that is aborted while
+it waits nothing.  The adapter is then unloaded under a running request, or never.  Here two things
+hold an adapter, each exactly once: a call of ``generate_request`` from the look-up to its end, and
+a request from the moment it is sent to the scheduler until the scheduler has said that it ended.
+The call lets go when all of it has been sent: what is left of it is its reader, who may never read
+to the end.  And an id of a request that was never sent is forgotten when its call ends, however it
+ends.
 
 Leans on: ``srt.managers.tokenizer_manager.TokenizerManager`` (``init_lora``, ``generate_request``,
 ``_init_req_state``, ``_resolve_lora_path``, ``_dispatch_to_scheduler``, ``_handle_batch_output``,
-``_handle_abort_req``; ``rid_to_state``, ``lora_registry``), ``srt.lora.lora_registry.LoRARegistry`` (``acquire``,
-``release``, ``_registry``, ``_counters``, ``_registry_lock``) and the requests of ``srt.managers.io_struct``.
+``_handle_abort_req``; ``rid_to_state``, ``lora_registry``), ``srt.lora.lora_registry.LoRARegistry``
+(``acquire``, ``release``, ``_registry``, ``_counters``, ``_registry_lock``) and the requests of
+``srt.managers.io_struct``.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ class AdapterUses:
 
     Attributes:
         looked_up: names that some call is about to look up, with how many calls.
-        heard_s: adapter id -> when one of its requests last got a token or ended (``time.monotonic``).
+        heard_s: adapter id -> when one of its requests last got a token or ended
+            (``time.monotonic``).
         idle: called when the last use of an adapter has ended.
     """
 
@@ -179,8 +183,8 @@ def _parts(obj: Any) -> Iterator[Any]:
 def _end_sent(manager: Any, obj: Any) -> None:
     """The call fails: nobody will read what the scheduler makes of the part that it has already.
 
-    The scheduler aborts every request whose id begins with the one given: where that is another call's too, the part
-    is left to run to its end.
+    The scheduler aborts every request whose id begins with the one given: where that is another
+    call's too, the part is left to run to its end.
     """
     from sglang.srt.managers.io_struct import AbortReq
 
@@ -193,7 +197,8 @@ def _end_sent(manager: Any, obj: Any) -> None:
 
 
 def _forget_unsent(manager: Any, obj: Any) -> None:
-    """What the scheduler has never got it will never end; where the reader went away SGLang keeps its state."""
+    """What the scheduler has never got it will never end; where the reader went away SGLang keeps
+    its state."""
     for part in _parts(obj):
         state = manager.rid_to_state.get(part.rid) if isinstance(part.rid, str) else None
         if state is not None and state.obj is part and not uses_of(manager).is_sent(part):
@@ -201,8 +206,8 @@ def _forget_unsent(manager: Any, obj: Any) -> None:
 
 
 def _before_req_state(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
-    """SGLang finds an id that is in use only when it has noted those before it in the batch, for good; one that the
-    scheduler still has, of a call that has ended, it does not find."""
+    """SGLang finds an id that is in use only when it has noted those before it in the batch, for
+    good; one that the scheduler still has, of a call that has ended, it does not find."""
     uses = uses_of(manager)
     for rid in [obj.rid] if isinstance(obj.rid, str) else obj.rid:
         if not rid:  # the scheduler aborts all requests whose id begins with that of an abort
@@ -224,7 +229,8 @@ async def _resolve_lora_path(original: Callable[..., Awaitable[None]], manager: 
 
 
 def _hold_for_call(uses: AdapterUses, obj: Any, lora_ids: list[str]) -> None:
-    """Hold adapters until all requests that SGLang makes of a call have been sent, or the call ends."""
+    """Hold adapters until all requests that SGLang makes of a call have been sent, or the call
+    ends."""
     answers = getattr(obj, "parallel_sample_num", 1)
     each = (
         1 if answers == 1 else 1 + answers

@@ -1,20 +1,23 @@
-"""Runtime half of ``patches/08-lora-unload``: an unload waits as long as its adapter's requests get on.
+"""Runtime half of ``patches/08-lora-unload``: an unload waits as long as its adapter's requests get
+on.
 
-SGLang holds its lock over LoRA updates until the last request of an adapter that is unloaded, or evicted, has
-ended: all loads behind it wait for one long answer, and for ever where that answer never comes.  Here
+SGLang holds its lock over LoRA updates until the last request of an adapter that is unloaded, or
+evicted, has ended: all loads behind it wait for one long answer, and for ever where that answer
+never comes.  Here
 
-* an unload takes the name away, waits without the lock, and is given up when none of the requests that it waits
-  for has got a token for a minute: then the adapter is registered as before, and the answer is an error;
-* beyond ``--max-loaded-loras`` the least recently used adapter that no request uses is unloaded, at once or when
-  requests end, so that nothing waits for an eviction.
+* an unload takes the name away, waits without the lock, and is given up when none of the requests
+  that it waits for has got a token for a minute: then the adapter is registered as before, and the
+  answer is an error;
+* beyond ``--max-loaded-loras`` the least recently used adapter that no request uses is unloaded, at
+  once or when requests end, so that nothing waits for an eviction.
 
 Loads and unloads end as they began even where their client goes away.
 
 Leans on: ``srt.managers.tokenizer_control_mixin.TokenizerControlMixin`` (``load_lora_adapter``,
 ``load_lora_adapter_from_tensors``, ``unload_lora_adapter``, ``update_lora_adapter_communicator``),
 ``TokenizerManager`` (``lora_update_lock``, ``lora_registry``, ``lora_ref_cache``, ``server_args``),
-``srt.lora.lora_registry`` (``LoRARef``, ``LoRARegistry.register``, ``unregister``, ``_registry``, ``_counters``,
-``_registry_lock``) and the requests of ``srt.managers.io_struct``.
+``srt.lora.lora_registry`` (``LoRARef``, ``LoRARegistry.register``, ``unregister``, ``_registry``,
+``_counters``, ``_registry_lock``) and the requests of ``srt.managers.io_struct``.
 """
 
 from __future__ import annotations
@@ -83,7 +86,8 @@ class AdapterUpdates:
         return None
 
     async def evict(self, result: Any = None) -> None:
-        """Unload what is beyond --max-loaded-loras and not in use; the rest goes when its requests end.
+        """Unload what is beyond --max-loaded-loras and not in use; the rest goes when its requests
+        end.
 
         Args:
             result: of a load, whose list of loaded adapters is to be that afterwards.
@@ -143,7 +147,8 @@ class AdapterUpdates:
             registry._registry[ref.lora_name] = ref  # with the counter that it has
 
     async def unload_now(self, ref: Any) -> Any:
-        """Have the scheduler unload an adapter that was taken away; where it does not, the name is back."""
+        """Have the scheduler unload an adapter that was taken away; where it does not, the name is
+        back."""
         from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
 
         request = UnloadLoRAAdapterReqInput(lora_name=ref.lora_name, lora_id=ref.lora_id)
@@ -155,7 +160,8 @@ class AdapterUpdates:
         return result
 
     async def quiet(self, ref: Any) -> bool:
-        """Wait until no request uses the adapter; False: some do, and none of them gets on any more."""
+        """Wait until no request uses the adapter; False: some do, and none of them gets on any
+        more."""
         uses = uses_of(self._manager)
         since_s = time.monotonic()
         if uses.in_use(ref.lora_name, ref.lora_id):

@@ -1,7 +1,9 @@
-"""Takes the print of a bound base: a sample of its weights, by the names and shapes that transformers gives them.
+"""Takes the print of a bound base: a sample of its weights, by the names and shapes that
+transformers gives them.
 
-Which values are read is a function of a parameter's name and shape alone, so it does not depend on how SGLang fuses,
-pads, places or wraps them.  Reading waits for the device once: at start-up, and after an update of the weights.
+Which values are read is a function of a parameter's name and shape alone, so it does not depend on
+how SGLang fuses, pads, places or wraps them.  Reading waits for the device once: at start-up, and
+after an update of the weights.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ def _places(name: str, shape: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def _shown(sampled: dict[str, np.ndarray]) -> dict[str, tuple[float, ...]]:
-    """SHOWN values of each kind of parameter: of layers spread over the model, other ones for each kind."""
+    """SHOWN values of each kind of parameter: of layers spread over the model, other ones for each
+    kind."""
     kinds: dict[str, list[np.ndarray]] = defaultdict(list)
     for name, values in sampled.items():
         kinds[_LAYER.sub(".layers.", name)].append(values)

@@ -1,9 +1,10 @@
 """The served weights as a transformers module, without a copy (docs/internals/training-step.md).
 
-A skeleton is built on the meta device from the config that SGLang serves with; each of its parameters is then a
-view into the tensor that SGLang holds: q, k and v are row ranges of ``qkv_proj``, gate and up of
-``gate_up_proj``, and rows or columns that SGLang padded are cut off.  Rotary embeddings are SGLang's table; what
-else its modules compute with is compared (``served_modules``).
+A skeleton is built on the meta device from the config that SGLang serves with; each of its
+parameters is then a view into the tensor that SGLang holds: q, k and v are row ranges of
+``qkv_proj``, gate and up of ``gate_up_proj``, and rows or columns that SGLang padded are cut off.
+Rotary embeddings are SGLang's table; what else its modules compute with is compared
+(``served_modules``).
 
 Of SGLang this file knows parameter names, ``base_layer`` (its LoRA wrapper), ``quant_method`` and
 ``use_intel_amx_backend`` of its linear modules; nothing is imported.
@@ -60,7 +61,8 @@ class FrozenBase:
         return self.model.model.layers
 
     def linears(self, layer: int) -> dict[str, tuple[str, nn.Linear]]:
-        """(path within the layer, module) of each linear of a layer by its own name such as ``q_proj``, in order."""
+        """(path within the layer, module) of each linear of a layer by its own name such as
+        ``q_proj``, in order."""
         return {
             path.rsplit(".", 1)[-1]: (path, module)
             for path, module in self.layers[layer].named_modules()
@@ -74,8 +76,8 @@ class FrozenBase:
         }
 
     def window(self, layer: int) -> int | None:
-        """Tokens that a position of this layer attends to, itself included; None: all before it, as always where the
-        base is SGLang's."""
+        """Tokens that a position of this layer attends to, itself included; None: all before it, as
+        always where the base is SGLang's."""
         window = getattr(self.config, "sliding_window", None)
         if window is None or self.config.model_type == "llama":
             return None
@@ -106,8 +108,8 @@ def bind(sglang_model: nn.Module, config: Any) -> FrozenBase:
 
     Args:
         sglang_model: ``model_runner.model`` of SGLang, loaded; may be wrapped for LoRA serving.
-        config: ``model_runner.model_config.hf_config``: with what the operator's flags changed in it, and with sizes
-            that SGLang padded.
+        config: ``model_runner.model_config.hf_config``: with what the operator's flags changed in
+            it, and with sizes that SGLang padded.
 
     Raises:
         UnsupportedError: naming the parameter that cannot be bound (packed, quantised, missing, of
@@ -138,8 +140,8 @@ def bind(sglang_model: nn.Module, config: Any) -> FrozenBase:
 
 
 def _skeleton_config(served: Any) -> Any:
-    """transformers' config of what the served model computes, without what does not concern it: its rotary
-    embedding is SGLang's, and SGLang serves these architectures without sliding windows."""
+    """transformers' config of what the served model computes, without what does not concern it: its
+    rotary embedding is SGLang's, and SGLang serves these architectures without sliding windows."""
     fields = model_math.math_fields(served)
     architecture = fields.pop("architecture")
     del fields["rope"]

@@ -1,14 +1,16 @@
-"""Which fields of a model's config change what the model computes, and what is done about each of them.
+"""Which fields of a model's config change what the model computes, and what is done about each of
+them.
 
-Every config field that SGLang's or transformers' Llama, Mistral, Qwen2 and Qwen3 read is in one of three tables:
+Every config field that SGLang's or transformers' Llama, Mistral, Qwen2 and Qwen3 read is in one of
+three tables:
 
     COMPUTED    changes the result; training computes it as SGLang does
     REFUSED     changes the result in SGLang, and training does not compute that: another value than a neutral one
                 is refused by name
     HARMLESS    read by one of the two, without effect on what SGLang computes for these architectures
 
-A field in none of them is read by neither.  A test takes the fields from the sources of both, so that an upgrade
-that reads another field fails there.  Plain Python.
+A field in none of them is read by neither.  A test takes the fields from the sources of both, so
+that an upgrade that reads another field fails there.  Plain Python.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from typing import Any
 from sglang_harli.architectures import BY_NAME
 from sglang_harli.errors import UnsupportedError
 
-# Rotary embeddings that are one table of positions in SGLang; dynamic is: SGLang scales it once, at load.
+# Rotary embeddings that are one table of positions in SGLang; dynamic is: SGLang scales it once, at
+# load.
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 WAY_OUT = "; start with --harli-finetune off to serve this model without finetuning"
 
@@ -72,7 +75,8 @@ _BEFORE_PADDING = {
     "num_key_value_heads": "original_total_num_kv_heads",
 }
 
-# Of rope_parameters: what SGLang's tables are computed from.  `truncate` and those before it are YaRN's.
+# Of rope_parameters: what SGLang's tables are computed from.  `truncate` and those before it are
+# YaRN's.
 ROPE_COMPUTED = (
     "rope_type",
     "type",
@@ -143,8 +147,8 @@ def check(config: Any) -> None:
 def math_fields(config: Any) -> dict[str, Any]:
     """The fields that decide what the model computes from its weights, as plain values.
 
-    Two configs with equal fields compute the same: what SGLang added or padded on a CPU is undone, other names of
-    a field are one, and fields without effect are left out.
+    Two configs with equal fields compute the same: what SGLang added or padded on a CPU is undone,
+    other names of a field are one, and fields without effect are left out.
 
     Args:
         config: one that ``check`` accepts.

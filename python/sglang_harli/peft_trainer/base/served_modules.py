@@ -1,8 +1,9 @@
-"""What SGLang's modules compute with, beside their weights, compared with what training computes with.
+"""What SGLang's modules compute with, beside their weights, compared with what training computes
+with.
 
-The config says what is wanted, the modules what is done: an epsilon, a scale, a window or a cap that differs is refused
-by name with both values.  Read by attribute (SGLang's RadixAttention, RMSNorm, SiluAndMul, LogitsProcessor and rotary
-embeddings); nothing is imported.
+The config says what is wanted, the modules what is done: an epsilon, a scale, a window or a cap
+that differs is refused by name with both values.  Read by attribute (SGLang's RadixAttention,
+RMSNorm, SiluAndMul, LogitsProcessor and rotary embeddings); nothing is imported.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import nn
 
 from sglang_harli.peft_trainer.base.model_math import refuse
 
-# SGLang's rotary embeddings that rotate whole heads by one table of positions.  With the sections of the two for
-# several kinds of input (M), text takes the same rows for each.
+# SGLang's rotary embeddings that rotate whole heads by one table of positions.  With the sections
+# of the two for several kinds of input (M), text takes the same rows for each.
 _TABLES = (
     "RotaryEmbedding",
     "LinearScalingRotaryEmbedding",

@@ -1,11 +1,13 @@
-"""Causal attention for training, forward and backward; queries may be the last of a row's tokens only.
+"""Causal attention for training, forward and backward; queries may be the last of a row's tokens
+only.
 
-On a CPU in plain products over blocks of queries: torch's flash kernel fills its own blocks poorly there
-(`benchmark/bench_step.py` has what a layer takes).  The shares are held for the backward while rows are short,
-otherwise computed again from their logarithmic sums.  Elsewhere torch's sdpa, which autograd differentiates.
+On a CPU in plain products over blocks of queries: torch's flash kernel fills its own blocks poorly
+there (`benchmark/bench_step.py` has what a layer takes).  The shares are held for the backward
+while rows are short, otherwise computed again from their logarithmic sums.  Elsewhere torch's sdpa,
+which autograd differentiates.
 
-In 16 bits scores are those of sdpa, which serves: scaled and summed in fp32, so that large ones are neither rounded to a
-few digits nor, in fp16, infinite; and so are their gradients.
+In 16 bits scores are those of sdpa, which serves: scaled and summed in fp32, so that large ones are
+neither rounded to a few digits nor, in fp16, infinite; and so are their gradients.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class CausalAttention:
         """``[rows, queries, heads * head_dim]``.
 
         Args:
-            query: ``[rows, heads, queries, head_dim]``, contiguous; the last positions of the keys'.
+            query: ``[rows, heads, queries, head_dim]``, contiguous; the last positions of the
+                keys'.
             key, value: ``[rows, key-value heads, keys, head_dim]``.
             trace: remembers what ``backward`` needs.
         """
@@ -49,7 +52,8 @@ class CausalAttention:
         return run(query, key, value)
 
     def backward(self, grad: Tensor, trace: SavedTensors) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, in their shapes; the latter two may have the exact dtype.
+        """Gradients of query, key and value, in their shapes; the latter two may have the exact
+        dtype.
 
         Args:
             grad: ``[rows, queries, heads * head_dim]``.
@@ -156,7 +160,8 @@ class CausalAttention:
             yield slice(begin, end), slice(first, before + end)
 
     def _scores(self, query: Tensor, key: Tensor, span: slice, seen: slice) -> Tensor:
-        """Scaled scores ``[groups, repeats * queries, keys]`` of a span, -inf where a key is not seen.
+        """Scaled scores ``[groups, repeats * queries, keys]`` of a span, -inf where a key is not
+        seen.
 
         Args:
             key: in the exact dtype, which the scores have too.
@@ -183,11 +188,13 @@ def _exact(x: Tensor) -> Tensor:
 
 
 def _grouped(heads: Tensor, groups: int) -> Tensor:
-    """``[rows, heads, n, x]`` as ``[groups, heads / key-value heads * n, x]``: heads of a group one below the other."""
+    """``[rows, heads, n, x]`` as ``[groups, heads / key-value heads * n, x]``: heads of a group one
+    below the other."""
     return heads.reshape(groups, -1, heads.shape[-1])
 
 
 def _gaps(queries: int, keys: int, device: torch.device) -> Tensor:
-    """``[queries, keys]``: how far each key (column) lies before each query (row), which are the last of them."""
+    """``[queries, keys]``: how far each key (column) lies before each query (row), which are the
+    last of them."""
     place = torch.arange(keys, device=device)
     return place[keys - queries :, None] - place[None]

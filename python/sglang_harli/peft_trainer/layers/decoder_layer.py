@@ -1,11 +1,12 @@
 """One decoder layer of the supported architectures, written for short quanta.
 
-    x ─ norm ─ q,k,v ─ (head norms) ─ rotary ─ attention ─ o ─(+x)─ norm ─ gate,up ─ silu·mul ─ down ─(+)─
+    x ─ norm ─ q,k,v ─ (head norms) ─ rotary ─ attention ─ o ─(+x)─ norm ─ gate,up ─ silu·mul ─ down
+    ─(+)─
 
-Llama, Mistral, Qwen2 and Qwen3 differ here in biases, head norms and the window only, all of which are
-read off the transformers layer.  The result is transformers' own (the oracle's tests hold it to that);
-the difference is in passes over memory, kernel launches, and a backward that is written out: autograd's
-graph of a layer costs as much as the arithmetic of a short row.
+Llama, Mistral, Qwen2 and Qwen3 differ here in biases, head norms and the window only, all of which
+are read off the transformers layer.  The result is transformers' own (the oracle's tests hold it to
+that); the difference is in passes over memory, kernel launches, and a backward that is written out:
+autograd's graph of a layer costs as much as the arithmetic of a short row.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from sglang_harli.peft_trainer.layers.token_blocks import RowKeys
 
 
 class LayerProgram:
-    """Runs one layer on ``[rows, width, hidden]``; the weights stay where they are.  Call without gradients.
+    """Runs one layer on ``[rows, width, hidden]``; the weights stay where they are.  Call without
+    gradients.
 
     Args:
         layer: transformers' decoder layer.
@@ -115,7 +117,8 @@ class LayerProgram:
         return rotated(query, rotary), rotated(key, rotary), value.transpose(1, 2).contiguous()
 
     def mlp_half(self, x: Tensor, trace: SavedTensors | None = None, *, values: bool = True) -> Tensor:
-        """What the MLP adds to x, which is the input of its norm; ``values``: see ``LinearGroup.forward``."""
+        """What the MLP adds to x, which is the input of its norm; ``values``: see
+        ``LinearGroup.forward``."""
         inner = trace if self._wants_gates else None
         normed = self.middle_norm.forward(x, trace if self._wants_middle else None)
         flat = self.gate_up.forward(normed.view(-1, x.shape[-1]), inner)
@@ -137,7 +140,8 @@ class LayerProgram:
     def gradients(
         self, trace: SavedTensors, grad: Tensor, past: RowKeys | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(of all adapter weights, one behind the other as in the layer's block; of the layer's input, if wanted).
+        """(of all adapter weights, one behind the other as in the layer's block; of the layer's
+        input, if wanted).
 
         Args:
             grad: ``[rows, width, hidden]``, of the layer's output.
@@ -206,7 +210,8 @@ class LayerProgram:
 
 
 def rotated(x: Tensor, rotary: RotaryTable) -> Tensor:
-    """Rotary embedding of ``[rows, width, heads, head_dim]``, as ``[rows, heads, width, head_dim]``."""
+    """Rotary embedding of ``[rows, width, heads, head_dim]``, as
+    ``[rows, heads, width, head_dim]``."""
     cos, sin = (part.unsqueeze(2) for part in rotary)
     rows, width, heads, size = x.shape
     out = x.new_empty(rows, heads, width, size)

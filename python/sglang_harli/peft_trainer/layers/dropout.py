@@ -49,7 +49,8 @@ class DropoutMasks:
     def set_rows(
         self, step: int, rows: list[tuple[int, int]], width: int, columns: slice | None = None
     ) -> None:
-        """The activations that follow are ``[len(rows), width, features]`` of optimizer step ``step``.
+        """The activations that follow are ``[len(rows), width, features]`` of optimizer step
+        ``step``.
 
         Args:
             rows: (position within the step, length in tokens) of each row.

@@ -1,10 +1,11 @@
-"""The arithmetic of LoRA linears that read the same input: what peft's modules compute, in fewer passes.
+"""The arithmetic of LoRA linears that read the same input: what peft's modules compute, in fewer
+passes.
 
 peft's own forward makes three passes over each output (product, scaling, sum), one thin product per
 matrix, and leaves autograd five nodes a module; small quanta are bound by just that.  Here the A
-matrices of q, k and v (or gate and up) are one product, their outputs lie side by side in one tensor, the
-frozen weights are one product where they are one tensor (SGLang's ``qkv_proj`` and ``gate_up_proj``), and
-the backward is written out.
+matrices of q, k and v (or gate and up) are one product, their outputs lie side by side in one
+tensor, the frozen weights are one product where they are one tensor (SGLang's ``qkv_proj`` and
+``gate_up_proj``), and the backward is written out.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class LinearGroup:
         self._frozen = self._products()
 
     def _products(self) -> list[tuple[Tensor, Tensor | None, slice]]:
-        """(weight, bias, columns): one for all where the weights lie one behind the other, else one each."""
+        """(weight, bias, columns): one for all where the weights lie one behind the other, else one
+        each."""
         weights = [linear.weight.detach() for linear in self.linears]
         biases = [None if linear.bias is None else linear.bias.detach() for linear in self.linears]
         whole = _joined(weights)
@@ -149,7 +151,8 @@ class LinearGroup:
         return grad_x
 
     def _draw_masks(self, features: int) -> list[Tensor] | None:
-        """Dropout masks of the adapted linears for the rows that are set; None: nothing is dropped."""
+        """Dropout masks of the adapted linears for the rows that are set; None: nothing is
+        dropped."""
         if self.masks is None:
             return None
         return [self.masks.draw(self.layer, self.names[i], features) for i in self.adapted]

@@ -27,7 +27,8 @@ class RmsNorm:
         self._by_hand = self.weight.device.type == "cpu" and self.weight.dtype != torch.float64
 
     def forward(self, x: Tensor, trace: SavedTensors | None) -> Tensor:
-        """Normed over the last axis, contiguous.  ``trace`` remembers what ``backward`` needs, x among it."""
+        """Normed over the last axis, contiguous.  ``trace`` remembers what ``backward`` needs, x
+        among it."""
         if not self._by_hand:
             return self._native(x) if trace is None else trace.run(self.name, self._native, x)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)

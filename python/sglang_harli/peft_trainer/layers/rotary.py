@@ -1,8 +1,10 @@
-"""Cosines and sines of positions 0, 1, 2 ...: transformers' own, or the very table that SGLang serves with.
+"""Cosines and sines of positions 0, 1, 2 ...: transformers' own, or the very table that SGLang
+serves with.
 
-Bound to SGLang nothing is computed anew: whatever it made of a config (YaRN, another base, a factor that transformers
-does not know), training rotates by the same numbers.  Of SGLang's rotary embeddings this file knows ``cos_sin_cache``:
-``[positions, rotary size]``, cosines in the first half of a row and sines in the second.
+Bound to SGLang nothing is computed anew: whatever it made of a config (YaRN, another base, a factor
+that transformers does not know), training rotates by the same numbers.  Of SGLang's rotary
+embeddings this file knows ``cos_sin_cache``: ``[positions, rotary size]``, cosines in the first
+half of a row and sines in the second.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ class ServedRotary(nn.Module):
     """A served rotary embedding as transformers calls its own.
 
     Args:
-        served: SGLang's module.  It may put another table in place of its own, so that is read when it is needed.
+        served: SGLang's module.  It may put another table in place of its own, so that is read when
+            it is needed.
         dtype: of the model.
     """
 
@@ -35,7 +38,8 @@ class ServedRotary(nn.Module):
         return self._served[0].cos_sin_cache  # type: ignore[return-value]
 
     def table(self, length: int) -> RotaryTable:
-        """Of the first positions.  On a CPU SGLang rotates in the model's dtype, else in the table's."""
+        """Of the first positions.  On a CPU SGLang rotates in the model's dtype, else in the
+        table's."""
         rows = self.cache[:length]
         if rows.device.type == "cpu":
             rows = rows.to(self.dtype)

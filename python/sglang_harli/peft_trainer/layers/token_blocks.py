@@ -18,7 +18,8 @@ BLOCK = 64  # tokens: the unit in which a row is cut
 
 @dataclass(slots=True)
 class RowKeys:
-    """Keys and values of a row in one layer, and their gradients so far: ``[1, key-value heads, length, head_dim]``.
+    """Keys and values of a row in one layer, and their gradients so far:
+    ``[1, key-value heads, length, head_dim]``.
 
     ``at``: the tokens of the block at hand.
     """
@@ -36,7 +37,8 @@ class RowKeys:
         return self.key[:, :, : self.at.stop], self.value[:, :, : self.at.stop]
 
     def completed(self, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the block's own; these are what the block adds for all tokens up to its end."""
+        """Gradients of the block's own; these are what the block adds for all tokens up to its
+        end."""
         self.grad_key[:, :, : self.at.stop].add_(grad_key)
         self.grad_value[:, :, : self.at.stop].add_(grad_value)
         return self.grad_key[:, :, self.at], self.grad_value[:, :, self.at]

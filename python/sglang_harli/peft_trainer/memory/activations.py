@@ -4,7 +4,8 @@
     input of  input of       input of     of the output
     layer 0   layer 1        the head     of the layer below which backward stands
 
-    logits [tokens, vocabulary] in the exact dtype, and where the base has 16 bits ``low``, their copy in its dtype
+    logits [tokens, vocabulary] in the exact dtype, and where the base has 16 bits ``low``, their
+    copy in its dtype
 
 Contents are undefined; each place is written before it is read (0 * NaN is NaN).
 """
@@ -27,7 +28,8 @@ from sglang_harli.train_memory import Lease, Specs, TrainMemory, carved_bytes
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """One micro-batch's tensors, as the picture above shows them; ``low`` is ``logits`` where the dtypes agree."""
+    """One micro-batch's tensors, as the picture above shows them; ``low`` is ``logits`` where the
+    dtypes agree."""
 
     saved: list[Tensor]
     grad: Tensor
@@ -57,7 +59,8 @@ class MicroBatchMemory:
         self._keys_lease: Lease | None = None
 
     def specs(self, rows: Rows) -> Specs:
-        """What is carved, in this order: saved[0..L], grad, logits, and ``low`` where there is one."""
+        """What is carved, in this order: saved[0..L], grad, logits, and ``low`` where there is
+        one."""
         tokens = min(len(rows.targets), self._head_tokens)
         inputs = [((rows.count, rows.width, self._hidden), self._dtype)] * (self._inputs + 1)
         logits = [((tokens, self._vocabulary), dtype) for dtype in logits_dtypes(self._dtype)]
@@ -78,7 +81,8 @@ class MicroBatchMemory:
         return 0 if self._lease is not None else sum(carved_bytes(shape, dtype) for shape, dtype in specs)
 
     def carve(self, rows: Rows) -> Activations:
-        """The tensors of a micro-batch that ``obtain`` was asked for; those of the one before are gone."""
+        """The tensors of a micro-batch that ``obtain`` was asked for; those of the one before are
+        gone."""
         assert self._lease is not None
         parts = self._lease.carve_all(self.specs(rows))
         inputs = self._inputs
@@ -89,7 +93,8 @@ class MicroBatchMemory:
         return [(shape, self._dtype), (shape, self._dtype), (shape, self._exact), (shape, self._exact)]
 
     def obtain_keys(self, length: int) -> bool:
-        """Hold a lease for the keys and values of one row, for a layer that takes it in blocks; False: not now."""
+        """Hold a lease for the keys and values of one row, for a layer that takes it in blocks;
+        False: not now."""
         specs = self._keys_specs(length)
         if self._keys_lease is not None and not self._keys_lease.holds(specs):
             self._keys_lease.give_back()

@@ -18,7 +18,8 @@ from sglang_harli.train_memory import Lease, TrainMemory, carved_bytes
 
 
 class StateMemory:
-    """Master weights, their copy in the base's dtype, gradients and moments of all layers, in one lease.
+    """Master weights, their copy in the base's dtype, gradients and moments of all layers, in one
+    lease.
 
     Args:
         blocks: the adapter's; without memory so far.
@@ -45,7 +46,8 @@ class StateMemory:
         return self._lease is not None
 
     def carve(self) -> None:
-        """Let the tensors lie in the lease, those of spilled layers excepted; contents are undefined.
+        """Let the tensors lie in the lease, those of spilled layers excepted; contents are
+        undefined.
 
         Apart from ``obtain`` because that only counts: this belongs on the stream that trains.
         """
@@ -70,10 +72,12 @@ class StateMemory:
         del self._host[layer]
 
     def spill(self) -> bool:
-        """Copy everything to host memory and give the lease back.  Waits for the device: the last resort.
+        """Copy everything to host memory and give the lease back.  Waits for the device: the last
+        resort.
 
         Returns:
-            False: there is no lease to give back, or no host memory to go to; nothing has changed then.
+            False: there is no lease to give back, or no host memory to go to; nothing has changed
+            then.
         """
         if self._lease is None:
             return False
@@ -107,7 +111,8 @@ class StateMemory:
 
 
 def _host_like(flat: Tensor) -> Tensor:
-    """Host memory for ``flat``; pinned where the device copies into it and pinned memory can be had."""
+    """Host memory for ``flat``; pinned where the device copies into it and pinned memory can be
+    had."""
     if flat.is_cuda:
         try:
             return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)

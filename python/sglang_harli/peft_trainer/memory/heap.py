@@ -13,8 +13,8 @@ from sglang_harli.train_memory import Lease, Specs, TrainMemory, aligned, carved
 
 
 def obtain(memory: TrainMemory, purpose: MemoryPurpose, specs: Specs) -> Lease | None:
-    """``memory.obtain``, outside SGLang's inference mode: what is made of memory that came as a tensor of that mode
-    could not be trained on."""
+    """``memory.obtain``, outside SGLang's inference mode: what is made of memory that came as a
+    tensor of that mode could not be trained on."""
     with torch.inference_mode(False):
         return memory.obtain(purpose, specs)
 
@@ -40,8 +40,8 @@ class HeapMemory:
 
 
 class HeapLease(Lease):
-    """One allocation.  Made when it is first carved: that is where the stream that trains is current, and to that one
-    torch's CUDA allocator ties the memory."""
+    """One allocation.  Made when it is first carved: that is where the stream that trains is
+    current, and to that one torch's CUDA allocator ties the memory."""
 
     def __init__(self, owner: HeapMemory, sizes: list[int]) -> None:
         self._sizes, self.nbytes = sizes, sum(sizes)

@@ -1,8 +1,9 @@
-"""Activations that are kept from forward to backward, so that nothing is computed twice (docs/internals/memory.md).
+"""Activations that are kept from forward to backward, so that nothing is computed twice
+(docs/internals/memory.md).
 
-Where memory can be had for a layer and a range of rows, the trace of the forward quantum stays.  What it holds is
-copied into a lease of training's memory and the allocator's own memory is freed, so that the pool knows every
-byte; weights, rotary tables and saved layer inputs stay references.
+Where memory can be had for a layer and a range of rows, the trace of the forward quantum stays.
+What it holds is copied into a lease of training's memory and the allocator's own memory is freed,
+so that the pool knows every byte; weights, rotary tables and saved layer inputs stay references.
 
     forward    trace ── its slots ──► references (layer input, weights, tables), copies in the lease (the rest)
     backward   exactly the same rows, from the trace; once dropped: recomputed, in any split
@@ -56,7 +57,8 @@ class KeptActivations:
         self._refused = False
 
     def begin(self, saved: Iterable[Tensor]) -> None:
-        """A micro-batch begins, whose layer inputs are ``saved``.  Leases that the last one did not need are given back."""
+        """A micro-batch begins, whose layer inputs are ``saved``.  Leases that the last one did not
+        need are given back."""
         self._end_ranges()
         self._references = {_storage(tensor) for tensor in saved}
         self._refused = False
@@ -69,7 +71,8 @@ class KeptActivations:
     def forward(
         self, layer: int, start: int, program: LayerProgram, x: Tensor, rotary: RotaryTable
     ) -> Tensor | None:
-        """A layer's output for a range of rows; its activations are kept if there is memory for them.
+        """A layer's output for a range of rows; its activations are kept if there is memory for
+        them.
 
         Args:
             x: ``[count, width, hidden]``, part of what ``begin`` was given.
@@ -108,7 +111,8 @@ class KeptActivations:
         self._needs[key] = needs
 
     def _obtain(self, needs: Needs) -> Lease | None:
-        """A spare lease for these, had anew where there is none; None ends keeping for this micro-batch."""
+        """A spare lease for these, had anew where there is none; None ends keeping for this
+        micro-batch."""
         specs = _specs(needs)
         fitting = [lease for lease in self._spare if lease.holds(specs)]
         if fitting:
@@ -157,7 +161,8 @@ class KeptActivations:
         return bool(leases)
 
     def drop(self, enough: Callable[[], bool] | None = None) -> bool:
-        """Return what is spare and what is kept, and keep no more of this micro-batch; whether there was anything.
+        """Return what is spare and what is kept, and keep no more of this micro-batch; whether
+        there was anything.
 
         Args:
             enough: ends it early.  Those ranges go first whose backward comes last.
@@ -183,7 +188,8 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _sources(saved: list[SavedTensor]) -> list[list[SavedTensor]]:
-    """The slots by the memory that they name; all of it is alive still, so that no address means two things."""
+    """The slots by the memory that they name; all of it is alive still, so that no address means
+    two things."""
     found: dict[tuple[object, ...], list[SavedTensor]] = {}
     for number, slot in enumerate(saved):
         tensor = slot.tensor

@@ -1,4 +1,5 @@
-"""What a run's tensors take: the dtypes of its state and logits, and the bytes by which a job's memory is known."""
+"""What a run's tensors take: the dtypes of its state and logits, and the bytes by which a job's
+memory is known."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from sglang_harli.protocol.job_limits import MemoryLayout
 
 
 def state_dtypes(dtype: torch.dtype, *, accumulates: bool) -> tuple[torch.dtype, ...]:
-    """Of a layer's flat tensors, in the order in which memory is asked for: the exact weights and, where the base has
-    16 bits, their copy in its dtype; gradients, those of the micro-batch in flight where a step has several; two
-    moments."""
+    """Of a layer's flat tensors, in the order in which memory is asked for: the exact weights and,
+    where the base has 16 bits, their copy in its dtype; gradients, those of the micro-batch in
+    flight where a step has several; two moments."""
     exact = torch.promote_types(dtype, torch.float32)
     copy = () if exact == dtype else (dtype,)
     return (exact, *copy, *[exact] * (4 if accumulates else 3))

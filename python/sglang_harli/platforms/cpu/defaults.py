@@ -1,7 +1,8 @@
 """The defaults of a server on SGLang's CPU engine, each with the reason that is logged.
 
-SGLang sizes its pools for a device that it has to itself; on a host that took 123 s and 19 GB for a tiny
-model.  Leans on SGLang 0.5.16: ``ModelConfig`` as ``ServerArgs.get_model_config()`` returns it.
+SGLang sizes its pools for a device that it has to itself; on a host that took 123 s and 19 GB for a
+tiny model.  Leans on SGLang 0.5.16: ``ModelConfig`` as ``ServerArgs.get_model_config()`` returns
+it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ GIB = 2**30
 MAX_RUNNING_REQUESTS = 32
 KV_POOL_BYTES = GIB
 KV_POOL_SHARE = 0.10
-# 32 requests of 4,096 tokens: a tiny model's cache of 1 GiB would hold millions of slots, each of which
-# costs SGLang's bookkeeping memory and time at start-up.
+# 32 requests of 4,096 tokens: a tiny model's cache of 1 GiB would hold millions of slots, each of
+# which costs SGLang's bookkeeping memory and time at start-up.
 KV_POOL_TOKENS = 131_072
 KV_POOL_MIN_TOKENS = 2_048
 

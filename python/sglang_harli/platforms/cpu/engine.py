@@ -1,8 +1,8 @@
 """Puts the stand-in for ``sgl_kernel`` on the path of the processes that run SGLang's CPU engine.
 
-SGLang's children import ``sgl_kernel`` before they load plugins, so the path has to be right when they
-start: it goes first both on ``sys.path`` (which multiprocessing hands to the children it spawns) and
-on PYTHONPATH.  Standard library only: this runs before torch and sglang are imported.
+SGLang's children import ``sgl_kernel`` before they load plugins, so the path has to be right when
+they start: it goes first both on ``sys.path`` (which multiprocessing hands to the children it
+spawns) and on PYTHONPATH.  Standard library only: this runs before torch and sglang are imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def is_on(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def turn_on(environ: MutableMapping[str, str] = os.environ, path: list[str] | None = None) -> None:
-    """Select the CPU engine in this process and in those it starts: call it before importing sglang.
+    """Select the CPU engine in this process and in those it starts: call it before importing
+    sglang.
 
     Args:
         environ: the environment that children inherit; changed in place.

@@ -1,8 +1,9 @@
-"""Has glibc keep what training frees, instead of giving every large temporary back to the kernel and asking for it again.
+"""Has glibc keep what training frees, instead of giving every large temporary back to the kernel
+and asking for it again.
 
-By default glibc maps each allocation from 128 KiB (a limit that grows to 32 MiB) of its own and unmaps it when it is freed, and
-gives the heap's free end back: a training step then faults in the same megabytes again for every layer.  A sixth of training's time
-went there (benchmark/README.md).
+By default glibc maps each allocation from 128 KiB (a limit that grows to 32 MiB) of its own and
+unmaps it when it is freed, and gives the heap's free end back: a training step then faults in the
+same megabytes again for every layer.  A sixth of training's time went there (benchmark/README.md).
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
     """Ask glibc for it in this process, for what is allocated from now on.
 
-    What the process holds then stays near the most that it used at once (docs/internals/seam.md), also when a job is
-    over.
+    What the process holds then stays near the most that it used at once (docs/internals/seam.md),
+    also when a job is over.
 
     Args:
-        environ: where it holds a setting of glibc's malloc (``MALLOC_*_``, ``GLIBC_TUNABLES``), the operator's choice stays.
+        environ: where it holds a setting of glibc's malloc (``MALLOC_*_``, ``GLIBC_TUNABLES``), the
+            operator's choice stays.
 
     Returns:
         Whether it was done: not with another C library, and not against the operator's setting.

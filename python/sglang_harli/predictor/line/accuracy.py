@@ -1,6 +1,8 @@
-"""How good predictions were: error and coverage of the upper bound, of all steps and of the latest.  Pure.
+"""How good predictions were: error and coverage of the upper bound, of all steps and of the latest.
+Pure.
 
-Every prediction is judged by a step that it had not seen: it is counted before the step enters the fit.
+Every prediction is judged by a step that it had not seen: it is counted before the step enters the
+fit.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Accuracy:
         self._recent: deque[tuple[float, bool]] = deque()
 
     def count(self, expected_s: float, upper_s: float, seconds: float) -> None:
-        """A step was predicted to take ``expected_s``, at most ``upper_s``, and took ``seconds`` (above 0)."""
+        """A step was predicted to take ``expected_s``, at most ``upper_s``, and took ``seconds``
+        (above 0)."""
         error = abs(expected_s - seconds) / seconds
         covered = seconds <= upper_s
         self.steps += 1

@@ -20,14 +20,15 @@ SETTLED = 16  # observations after which errors are not those of a bad first gue
 
 
 class CostLine:
-    """Expectation and upper bound of a time that is linear in two features, learnt from what is measured.
+    """Expectation and upper bound of a time that is linear in two features, learnt from what is
+    measured.
 
     Args:
         prior: the line before anything is observed.
         accuracy: counts this line's predictions; several lines of one phase share one.
         forgetting: of the fit.
-        follows: how far the level of the line goes with each observation, and then back: for times whose errors come
-            in spells; 0: not at all.
+        follows: how far the level of the line goes with each observation, and then back: for times
+            whose errors come in spells; 0: not at all.
     """
 
     def __init__(
@@ -75,8 +76,8 @@ class CostLine:
     def uppers(self, x1: float, x2: float, counts: Iterable[int]) -> list[float]:
         """``upper(k * x1, k * x2)`` of each count ``k``, rising with it.
 
-        A part never takes longer than the whole: a bound that is wide because a small size was not seen for long
-        is cut to that of the larger one.
+        A part never takes longer than the whole: a bound that is wide because a small size was not
+        seen for long is cut to that of the larger one.
         """
         a, b, c, d, e = self.line.along(x1, x2)
         above, scale = self.margin.ratio - 1.0, self._scale

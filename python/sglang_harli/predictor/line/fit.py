@@ -1,6 +1,7 @@
 """Lines through measured points: robust least squares whose terms are not negative (numpy).
 
-Used where a profile table is read, before serving begins; what is measured later goes through ``recursive``.
+Used where a profile table is read, before serving begins; what is measured later goes through
+``recursive``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from sglang_harli.predictor.line.recursive import Prior
 HUBER = 1.345  # standard deviations; 95% efficient where residuals are normal
 ROUNDS = 50
 TOLERANCE = 1e-9
-# A term that the points do not show is given this share of the time at their mean, so that it may still grow.
+# A term that the points do not show is given this share of the time at their mean, so that it may
+# still grow.
 LEAST_SHARE = 0.02
 MEASURED_HEIGHT, MEASURED_SHAPE = 0.3, 0.1  # uncertainty of a line that was measured here, on another day
 

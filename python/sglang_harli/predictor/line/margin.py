@@ -1,9 +1,10 @@
-"""How far an upper bound lies above the expectation: a quantile of what was measured lately.  Plain floats, pure.
+"""How far an upper bound lies above the expectation: a quantile of what was measured lately.  Plain
+floats, pure.
 
-Split conformal prediction on a sliding window: of the last residuals the one is taken that a new one exceeds with
-the wanted probability, whatever their distribution.  Where the distribution drifts, the probability itself is
-steered by hits and misses (adaptive conformal inference, Gibbs and Candès, NeurIPS 2021), so that coverage is held
-and not hoped for.
+Split conformal prediction on a sliding window: of the last residuals the one is taken that a new
+one exceeds with the wanted probability, whatever their distribution.  Where the distribution
+drifts, the probability itself is steered by hits and misses (adaptive conformal inference, Gibbs
+and Candès, NeurIPS 2021), so that coverage is held and not hoped for.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Margin:
         return len(self._recent)
 
     def observe(self, score: float) -> None:
-        """A step took ``score`` times what was expected of it (less what the bound had added for doubt)."""
+        """A step took ``score`` times what was expected of it (less what the bound had added for
+        doubt)."""
         missed = score > self.ratio
         self._miss = min(max(self._miss + STEERING * (1.0 - COVERAGE - missed), LEAST_MISS), MOST_MISS)
         self._recent.append(score)
@@ -54,7 +56,8 @@ class Margin:
         self._set()
 
     def rescale(self, count: int, factor: float) -> None:
-        """The expectation has been corrected by ``factor`` in view of the latest ``count`` observations."""
+        """The expectation has been corrected by ``factor`` in view of the latest ``count``
+        observations."""
         recent = list(self._recent)
         start = max(len(recent) - count, 0)
         recent[start:] = [score / factor for score in recent[start:]]

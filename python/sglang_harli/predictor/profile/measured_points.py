@@ -1,4 +1,5 @@
-"""The loads that were measured, a few of each: what a profile table is made of.  Bounded, plain Python."""
+"""The loads that were measured, a few of each: what a profile table is made of.  Bounded, plain
+Python."""
 
 from __future__ import annotations
 

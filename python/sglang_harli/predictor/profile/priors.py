@@ -1,4 +1,5 @@
-"""What is believed before serving begins: cautious first guesses, or lines through a profile table's points."""
+"""What is believed before serving begins: cautious first guesses, or lines through a profile
+table's points."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Priors:
     Attributes:
         decode: by SM share.
         corun: ``rho`` by SM share and kind of quantum, where it was measured.
-        measured: phases of serving (``decode`` on the whole device, ``prefill``) that come from a profile.
+        measured: phases of serving (``decode`` on the whole device, ``prefill``) that come from a
+            profile.
     """
 
     decode: Mapping[int, Prior]

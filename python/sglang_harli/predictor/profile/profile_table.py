@@ -1,8 +1,8 @@
 """Measured points of one model on one device, in a file: what a predictor starts from.
 
-JSON with a version and a key.  A table is good for the model, device, dtype, SGLang version and flags that it was
-measured with and for no others: a foreign, stale or damaged file is left aside, with a sentence that says why.
-Written as a whole or not at all.
+JSON with a version and a key.  A table is good for the model, device, dtype, SGLang version and
+flags that it was measured with and for no others: a foreign, stale or damaged file is left aside,
+with a sentence that says why. Written as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ class ProfileTable:
         }
 
     def joined(self, newer: ProfileTable) -> ProfileTable:
-        """With the points of another table of the same key, which replace those of the same load."""
+        """With the points of another table of the same key, which replace those of the same
+        load."""
         lists = {}
         for name in _LISTS:
             points = {point.load: point for point in (*getattr(self, name), *getattr(newer, name))}
@@ -173,7 +174,8 @@ _LISTS: dict[str, type] = {
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a file holds for a key: a table, or none and why; ``text`` is one sentence for the log."""
+    """What a file holds for a key: a table, or none and why; ``text`` is one sentence for the
+    log."""
 
     table: ProfileTable | None
     text: str

@@ -1,4 +1,5 @@
-"""``state`` checkpoints (to resume a run) and the ``adapter`` folder (to serve it): two things, both atomic.
+"""``state`` checkpoints (to resume a run) and the ``adapter`` folder (to serve it): two things,
+both atomic.
 
 ::
 
@@ -98,10 +99,11 @@ def steps(checkpoints: Path) -> list[int]:
 
 
 def prune(checkpoints: Path, keep: int = 2) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and older ones that were put aside as damaged.
+    """Remove all but the newest ``keep`` checkpoints, and older ones that were put aside as
+    damaged.
 
-    ``step-0`` stays: it is where a job began that carries on another one's adapter.  What a crash left
-    half-written goes too.
+    ``step-0`` stays: it is where a job began that carries on another one's adapter.  What a crash
+    left half-written goes too.
     """
     found = [step for step in steps(checkpoints) if step]
     for step in found[:-keep]:
@@ -115,8 +117,8 @@ def prune(checkpoints: Path, keep: int = 2) -> None:
 
 
 def save_beginning(source: Path, target: Path, seed: int) -> None:
-    """The adapter of checkpoint ``source`` as a state at which no step was taken: moments zero, for a job
-    of this ``seed``.  The caller makes ``target`` durable.
+    """The adapter of checkpoint ``source`` as a state at which no step was taken: moments zero, for
+    a job of this ``seed``.  The caller makes ``target`` durable.
 
     Raises:
         OSError: the disk is full.
@@ -154,8 +156,8 @@ def load_state(
 
 
 def check_state(checkpoints: Path, step: int) -> dict[str, Any]:
-    """The meta.json of a checkpoint whose files have the checksums in it; CheckpointError otherwise, OSError where
-    they cannot be read now."""
+    """The meta.json of a checkpoint whose files have the checksums in it; CheckpointError
+    otherwise, OSError where they cannot be read now."""
     folder = checkpoints / f"step-{step}"
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
@@ -219,7 +221,8 @@ def load_adapter(adapter: Path, shm: Path) -> tuple[shared_memory.SharedBuffer, 
 
 # ------------------------------------------------------------------ shared by both
 def _sources(file: Any, names: dict[str, str], load: Callable[[str], np.ndarray]) -> list[Source]:
-    """Tensors of an open state, float32 as all that is trained; ``names``: theirs, and those to write."""
+    """Tensors of an open state, float32 as all that is trained; ``names``: theirs, and those to
+    write."""
     return [
         Source(new, "float32", tuple(file.get_slice(old).get_shape()), lambda old=old: load(old))
         for old, new in names.items()

@@ -1,8 +1,10 @@
-"""Tensor files (safetensors) written, read and checked piece by piece, at a pace that leaves the cores to serving.
+"""Tensor files (safetensors) written, read and checked piece by piece, at a pace that leaves the
+cores to serving.
 
-A decode step runs on all cores and waits for its slowest thread, so a hundred megabytes that are hashed and
-written in one go show as a gap between tokens (docs/internals/run-protocol.md).
-The library writes a file whole and holds it in memory twice, hence the writing here; reading is the library's.
+A decode step runs on all cores and waits for its slowest thread, so a hundred megabytes that are
+hashed and written in one go show as a gap between tokens (docs/internals/run-protocol.md). The
+library writes a file whole and holds it in memory twice, hence the writing here; reading is the
+library's.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ _DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int32": "I32",
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A tensor to be written: dtype by numpy's name, and where its bytes come from when it is its turn."""
+    """A tensor to be written: dtype by numpy's name, and where its bytes come from when it is its
+    turn."""
 
     name: str
     dtype: str

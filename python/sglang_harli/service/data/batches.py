@@ -1,4 +1,5 @@
-"""Which rows come when: the order of micro-batches over a whole run, computed where it is asked for.
+"""Which rows come when: the order of micro-batches over a whole run, computed where it is asked
+for.
 
 Each epoch is a permutation of the rows drawn from (seed, epoch); micro-batches are cut from it, and
 optimizer steps from those.  A step never spans two epochs.  Only one epoch's order is in memory.

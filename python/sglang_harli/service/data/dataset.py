@@ -92,8 +92,8 @@ def scan(
         stop: asked at every line and answer; true ends the scan with NotReadyError.
 
     Raises:
-        DataError: lines that are not accepted (``details``: line, field, reason of each), no row at all, or a file
-            that is not JSONL.
+        DataError: lines that are not accepted (``details``: line, field, reason of each), no row at
+            all, or a file that is not JSONL.
     """
     summary, error = look(
         path, tokenizer, name=name, max_length=max_length, on_overflow=on_overflow, writer=writer, stop=stop
@@ -166,7 +166,8 @@ class _LineRows:
         self.ignored: set[str] = set()
 
     def rows(self, line: Line) -> Iterator[Row]:
-        """Raises RowError, and what is no fault of the line: trouble of the environment, and the end of the scan."""
+        """Raises RowError, and what is no fault of the line: trouble of the environment, and the
+        end of the scan."""
         try:
             record = self._reader.read(line)
             foreign.check(record)
@@ -183,7 +184,8 @@ class _LineRows:
 
 
 def _named(field: str) -> str:
-    """A field's name as it is stored and shown: names of any length and of no text come with data."""
+    """A field's name as it is stored and shown: names of any length and of no text come with
+    data."""
     name = field.encode("utf-8", "backslashreplace").decode()
     return name if len(name) <= 64 else name[:64] + "..."
 

@@ -1,7 +1,7 @@
 """What a file is that is not JSONL: one sentence that names it and says how to make JSONL of it.
 
-Found from the beginning of the file, before its lines are read: each of them would be refused with a reason of
-its own, and none of these would say it.
+Found from the beginning of the file, before its lines are read: each of them would be refused with
+a reason of its own, and none of these would say it.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def _text_format(text: str, coding: Coding, whole: bool) -> str | None:
 
 
 def _lines(text: str, coding: Coding, whole: bool) -> Iterator[tuple[int, str]]:
-    """The first two lines that are not blank, as far as they are there in full, and at least the first."""
+    """The first two lines that are not blank, as far as they are there in full, and at least the
+    first."""
     found = 0
     for number, line in enumerate(re.split(r"\r\n|\r|\n" if coding.lone_cr else r"\n", text), 1):
         stripped = line.strip("\ufeff \t\r\n\x0b\x0c\x1e")
@@ -171,7 +172,8 @@ def _object(text: str, number: int, first: str, second: str | None, whole: bool)
 
 
 def _goes_on(text: str) -> bool:
-    """Whether the value that begins on the first line is JSON up to somewhere behind the second line's start."""
+    """Whether the value that begins on the first line is JSON up to somewhere behind the second
+    line's start."""
     try:
         _, end = json.JSONDecoder().raw_decode(text)
     except (json.JSONDecodeError, RecursionError) as error:

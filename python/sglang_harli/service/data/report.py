@@ -1,4 +1,5 @@
-"""What is worth seeing of a data file before a job is made of it: lengths, what is learned, bad lines, notes."""
+"""What is worth seeing of a data file before a job is made of it: lengths, what is learned, bad
+lines, notes."""
 
 from __future__ import annotations
 
@@ -32,10 +33,12 @@ def data_report(
     """Read a file as a submit does.
 
     Returns:
-        ``ok, file, rows, tokens, target_tokens, loss_share, longest_row, truncated, dropped, summary`` (a sentence, or
-        None), ``notes`` (each: code, text, names, line), ``max_seq_length, bad_lines`` (each: line, field, reason),
-        ``message`` (of the first trouble, or None), ``histogram`` (each: from, to, rows; lengths in tokens, ends
-        included) and ``examples`` (each: line, parts; each part: text, learned).
+        ``ok``, ``file``, ``rows``, ``tokens``, ``target_tokens``, ``loss_share``,
+        ``longest_row``, ``truncated``, ``dropped``, ``summary`` (a sentence, or None), ``notes``
+        (each: code, text, names, line), ``max_seq_length``, ``bad_lines`` (each: line, field,
+        reason), ``message`` (of the first trouble, or None), ``histogram`` (each: from, to, rows;
+        lengths in tokens, ends included) and ``examples`` (each: line, parts; each part: text,
+        learned).
 
     Raises:
         OSError: the file cannot be read.

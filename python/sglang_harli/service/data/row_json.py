@@ -1,7 +1,8 @@
-"""One line of a training file as its JSON value, or the reason why it is not JSON, in words and with the column.
+"""One line of a training file as its JSON value, or the reason why it is not JSON, in words and
+with the column.
 
-More is read than JSON allows where it does no harm: NaN and Infinity, and numbers of any size, in fields that are
-not used.  A field that stands twice is reported.
+More is read than JSON allows where it does no harm: NaN and Infinity, and numbers of any size, in
+fields that are not used.  A field that stands twice is reported.
 """
 
 from __future__ import annotations

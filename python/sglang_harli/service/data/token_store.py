@@ -1,7 +1,8 @@
 """A job's tokens on disk: written row by row, read by offset.
 
-``ids.npy`` int32 and ``targets.npy`` bool, both flat over all rows; ``rows.npz`` with ``offsets`` (int64,
-rows + 1 values), ``target_tokens`` (int32, after the shift) and ``lines`` (int32) of each row.
+``ids.npy`` int32 and ``targets.npy`` bool, both flat over all rows; ``rows.npz`` with ``offsets``
+(int64, rows + 1 values), ``target_tokens`` (int32, after the shift) and ``lines`` (int32) of each
+row.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from sglang_harli.service.rows.row import Row
 
 
 class _FlatFile:
-    """A one-dimensional .npy of a length that is known at the end only (numpy pads the header for it)."""
+    """A one-dimensional .npy of a length that is known at the end only (numpy pads the header for
+    it)."""
 
     def __init__(self, path: Path, dtype: Any) -> None:
         self._dtype = np.dtype(dtype)
@@ -129,7 +131,8 @@ class TokenReader:
     """Random access to the rows in ``folder``; its two files stay open until ``close``.
 
     Raises:
-        OSError, ValueError: a file is missing, cut off, or is not what TokenWriter wrote (also at ``row``).
+        OSError, ValueError: a file is missing, cut off, or is not what TokenWriter wrote (also at
+            ``row``).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -155,7 +158,8 @@ class TokenReader:
         return np.diff(self.offsets)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels (-100 where nothing is learned) of a row, int32, each at its own position."""
+        """Ids and labels (-100 where nothing is learned) of a row, int32, each at its own
+        position."""
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         ids = self._ids.slice(start, end)
         return ids, np.where(self._targets.slice(start, end), ids, np.int32(-100))

@@ -20,8 +20,9 @@ DOMAIN = "harli"
 class ClientAuthenticator:
     """Answers libzmq's question about each client's key (ZAP); made inside the running event loop.
 
-    The clients' files are read at each connection, by a thread: a file that is added, replaced or removed counts from
-    the next connection on, wherever a link to it leads, and a disk that hangs keeps only new clients waiting.
+    The clients' files are read at each connection, by a thread: a file that is added, replaced or
+    removed counts from the next connection on, wherever a link to it leads, and a disk that hangs
+    keeps only new clients waiting.
 
     Args:
         context: of the sockets that it guards.

@@ -23,7 +23,8 @@ ANSWER_S = 5.0
 
 
 class LiveOptions:
-    """The options that ``harli set`` changes: the scheduler owns them, and gets them when it is there.
+    """The options that ``harli set`` changes: the scheduler owns them, and gets them when it is
+    there.
 
     Args:
         options: as the server was started.

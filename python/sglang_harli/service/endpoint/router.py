@@ -1,4 +1,5 @@
-"""The public ROUTER: limits, frames and routes.  What a request means is the business of ``handle``."""
+"""The public ROUTER: limits, frames and routes.  What a request means is the business of
+``handle``."""
 
 from __future__ import annotations
 
@@ -29,9 +30,11 @@ UNREAD_S = 10.0  # how long an answer waits for a client that does not read
 
 @dataclass(slots=True)
 class _InFlightLimit:
-    """How many requests of a kind, and bytes of theirs, are in work at once; more are refused, to be tried again.
+    """How many requests of a kind, and bytes of theirs, are in work at once; more are refused, to
+    be tried again.
 
-    One for each kind, so that a thousand submits that wait for their check do not keep ``status`` waiting.
+    One for each kind, so that a thousand submits that wait for their check do not keep ``status``
+    waiting.
     """
 
     what: str

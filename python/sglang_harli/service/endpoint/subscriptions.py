@@ -1,7 +1,7 @@
 """Followers of a job's events: pushed from the store, under a lease, at the follower's own pace.
 
-Nothing is queued for a follower: it is a cursor into the store.  One that does not read stays where it is
-until its lease ends; one that vanished is forgotten at the next push.
+Nothing is queued for a follower: it is a cursor into the store.  One that does not read stays where
+it is until its lease ends; one that vanished is forgotten at the next push.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ MAX_FOLLOWERS = 1000
 
 @dataclass(slots=True)
 class Follower:
-    """``route``: the frames before the header of what is sent to it; ``behind``: its queue was full."""
+    """``route``: the frames before the header of what is sent to it; ``behind``: its queue was
+    full."""
 
     route: tuple[bytes, ...]
     request: str
@@ -44,7 +45,8 @@ class Subscriptions:
 
     Args:
         store: where events are read (in ``readers``).
-        push: sends an event to (route, request id): True sent, False its queue is full, None it is gone.
+        push: sends an event to (route, request id): True sent, False its queue is full, None it is
+            gone.
 
     Attributes:
         trouble: why events cannot be read at the moment.

@@ -1,4 +1,5 @@
-"""What each verb of the public wire does (docs/jobs.md).  Errors are HarliErrors; the router turns them into replies."""
+"""What each verb of the public wire does (docs/jobs.md).  Errors are HarliErrors; the router turns
+them into replies."""
 
 from __future__ import annotations
 
@@ -27,8 +28,9 @@ from sglang_harli.service.links.scheduler_link import SchedulerLink
 from sglang_harli.service.publish.publication import PublicationQueue
 from sglang_harli.service.submit.submission import Submission
 
-# Pausing a running job saves its state first.  The answer waits this long for it; after that it shows the
-# job as it is (still running, reason "pausing"), and the job becomes paused when the state is saved.
+# Pausing a running job saves its state first.  The answer waits this long for it; after that it
+# shows the job as it is (still running, reason "pausing"), and the job becomes paused when the
+# state is saved.
 TAKE_S = 2.0
 STATUS_S = 1.0
 UNREADABLE_SHOWN = 20  # jobs that `status` names
@@ -143,7 +145,8 @@ class Verbs:
         return {"events": events, "last": last, "lease_s": LEASE_S if args.follow else None}
 
     async def _unsubscribe(self, caller: Caller, raw: dict[str, Any]) -> Any:
-        """``id``: of the request that subscribed; without it all subscriptions of this connection end."""
+        """``id``: of the request that subscribed; without it all subscriptions of this connection
+        end."""
         request = raw.get("id")
         if request is not None and not isinstance(request, str):
             raise ProtocolError("id must be the id of an events request", param="id")

@@ -1,7 +1,7 @@
 """Whether a job fits the served model: asked at submission, and again at its start.
 
-The limits come with the scheduler's hello.  A job accepted before that is checked when it starts, and
-fails with the same message.
+The limits come with the scheduler's hello.  A job accepted before that is checked when it starts,
+and fails with the same message.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def check_data(
 
 
 def check_vocabulary(largest_id: int, limits: ServedLimits) -> None:
-    """The data's ids against the served model: a run directory may have been used with another model."""
+    """The data's ids against the served model: a run directory may have been used with another
+    model."""
     if largest_id >= limits.vocab_size:
         raise UnsupportedError(
             f"the data was tokenized with ids up to {largest_id}, the served model has {limits.vocab_size}: "

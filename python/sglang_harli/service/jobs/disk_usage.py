@@ -1,4 +1,5 @@
-"""The disk that a run directory takes, for ``status``: counted in a thread, seldom, and never waited for long."""
+"""The disk that a run directory takes, for ``status``: counted in a thread, seldom, and never
+waited for long."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class DiskUsage:
         self._next_at = 0.0
 
     async def report(self) -> dict[str, Any]:
-        """Bytes of the last count by kind, and free bytes now; ``counting`` where there is no count yet."""
+        """Bytes of the last count by kind, and free bytes now; ``counting`` where there is no count
+        yet."""
         now = time.monotonic()
         if self._counting is None and now >= self._next_at:
             self._counting = asyncio.get_running_loop().run_in_executor(self._thread, self._count)
@@ -69,9 +71,11 @@ def _free(run_dir: Path) -> int:
 
 
 def count(run_dir: Path) -> dict[str, int]:
-    """Bytes on disk under ``run_dir``: of data, checkpoints, adapters, the job store, and of all together.
+    """Bytes on disk under ``run_dir``: of data, checkpoints, adapters, the job store, and of all
+    together.
 
-    A file that two jobs share (one that was continued) counts once; what vanishes meanwhile counts nothing.
+    A file that two jobs share (one that was continued) counts once; what vanishes meanwhile counts
+    nothing.
     """
     found = dict.fromkeys((*_PARTS.values(), "store_bytes"), 0)
     total, seen = 0, set()

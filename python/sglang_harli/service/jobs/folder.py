@@ -1,7 +1,7 @@
 """A job's folder: what stands where, and the readable copies of the store in it.
 
-``job.json``, ``events.jsonl`` and ``metrics.jsonl`` follow the store, which is the truth: whatever a
-crash leaves out or tears is completed at the next write.
+``job.json``, ``events.jsonl`` and ``metrics.jsonl`` follow the store, which is the truth: whatever
+a crash leaves out or tears is completed at the next write.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class JobMirror:
 
     Args:
         run_dir: the run directory.
-        missing: reads events (job, after, limit) from the store, to complete a copy that fell behind.
+        missing: reads events (job, after, limit) from the store, to complete a copy that fell
+            behind.
     """
 
     def __init__(self, run_dir: Path, missing: Callable[[str, int, int], list[Event]]) -> None:

@@ -1,7 +1,8 @@
-"""One writer thread between the event loop and the job store: ordered, in groups, never lost silently.
+"""One writer thread between the event loop and the job store: ordered, in groups, never lost
+silently.
 
-The loop decides in memory and hands each decision over; a caller that must not answer before it is durable
-awaits the future.  What the store holds is always a prefix of what was decided.
+The loop decides in memory and hands each decision over; a caller that must not answer before it is
+durable awaits the future.  What the store holds is always a prefix of what was decided.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class Journal:
         return future
 
     def check(self, records: Iterable[JobRecord]) -> None:
-        """Complete the readable copies of these jobs, one at a time, when nothing else is to be written."""
+        """Complete the readable copies of these jobs, one at a time, when nothing else is to be
+        written."""
         with self._wake:
             self._behind |= {record.id: record for record in records}
             self._wake.notify()
@@ -168,7 +170,8 @@ class Journal:
         return refused if self._try([], [], settings) else None
 
     def _try(self, records: Iterable[JobRecord], events: list[Event], settings: dict[str, str]) -> bool:
-        """Try until it is written; False when the service ends before that.  Raises UnwritableError."""
+        """Try until it is written; False when the service ends before that.  Raises
+        UnwritableError."""
         while True:
             try:
                 self._store.write(records, events, settings)
@@ -231,7 +234,8 @@ class Journal:
                 self._copy_at = time.monotonic() + COPY_AGAIN_S
 
     def _complete(self, record: JobRecord) -> None:
-        """All that the store has of a job, in its copies; a folder that somebody removed stays away."""
+        """All that the store has of a job, in its copies; a folder that somebody removed stays
+        away."""
         try:
             if self._mirror.has(record.id):
                 self._mirror.events(record.id, record.last_event)

@@ -23,7 +23,8 @@ class DesiredState(enum.StrEnum):
 
 
 class Asked(Struct, frozen=True, kw_only=True):
-    """What a submit asked for: what must be the same where it is repeated with the same idempotency key.
+    """What a submit asked for: what must be the same where it is repeated with the same idempotency
+    key.
 
     ``hyperparameters``: those that it named.
     """
@@ -43,15 +44,17 @@ class JobRecord(Struct, frozen=True, kw_only=True):
         publishing: the run is over and its state is saved; the adapter's publication remains.
         checkpoint_step, checkpoint_tokens: of the last durable ``state`` checkpoint (0: none).
         last_event: id of the job's newest event.
-        metrics_attempt, metrics_step: the newest step whose metrics are stored; an attempt's first one is the
-            step that it starts from.
+        metrics_attempt, metrics_step: the newest step whose metrics are stored; an attempt's first
+            one is the step that it starts from.
         priority: higher ones leave the queue first; equal ones in the order of ``number``.
         resumed_from: the job whose checkpoint this one began with.
-        carried: that was its adapter only, as this job's ``step-0`` checkpoint: without it there is no start.
+        carried: that was its adapter only, as this job's ``step-0`` checkpoint: without it there is
+            no start.
         data_sha256: of the data.
-        asked: to tell a repeated submit from another one; None of a job of version 0.1, or without a key.
-        base: what it is trained on.  None until a server's first hello: of a record of version 0.1, and of a job that
-            was accepted before that.
+        asked: to tell a repeated submit from another one; None of a job of version 0.1, or without
+            a key.
+        base: what it is trained on.  None until a server's first hello: of a record of version 0.1,
+            and of a job that was accepted before that.
         admitted: its size was checked against a server's limits.
     """
 

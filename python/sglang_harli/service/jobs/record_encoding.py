@@ -1,7 +1,8 @@
-"""A job's record for each of its readers: the store, the readable copies, clients and the scheduler.
+"""A job's record for each of its readers: the store, the readable copies, clients and the
+scheduler.
 
-What one of them could not take later is found before the job is accepted, and again where a record is read: so no
-record that is kept can end the journal, a reply or the start of a run.
+What one of them could not take later is found before the job is accepted, and again where a record
+is read: so no record that is kept can end the journal, a reply or the start of a run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from sglang_harli.service.jobs.record import JobRecord, public
 
 
 class RecordError(ValueError):
-    """A record that a reader of it cannot take, or that is none; the text says which field of it and why."""
+    """A record that a reader of it cannot take, or that is none; the text says which field of it
+    and why."""
 
 
 def record_body(record: JobRecord) -> str:
@@ -42,7 +44,8 @@ def _body(value: Any) -> str:
 
 
 def check(record: JobRecord) -> None:
-    """Raise RecordError unless every reader can take the record, and the store gives back what it was given."""
+    """Raise RecordError unless every reader can take the record, and the store gives back what it
+    was given."""
     body = record_body(record)
     try:
         back = msgspec.json.decode(body, type=JobRecord)
@@ -55,7 +58,8 @@ def check(record: JobRecord) -> None:
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: a tuple is a list.  What was read from the store is compared with what was not in this form."""
+    """As JSON has it: a tuple is a list.  What was read from the store is compared with what was
+    not in this form."""
     if isinstance(value, dict):
         return {name: plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

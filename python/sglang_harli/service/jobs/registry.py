@@ -34,8 +34,8 @@ class JobRegistry:
     """Loads the store, re-queues what a crash left running, and keeps the records.
 
     Args:
-        why_none_starts: why no queued job can start at the moment, or None; given what the job itself waits for
-            (``QueueOrder.lasting``) and why the store cannot be written.
+        why_none_starts: why no queued job can start at the moment, or None; given what the job
+            itself waits for (``QueueOrder.lasting``) and why the store cannot be written.
 
     Attributes:
         journal: the writer behind it.
@@ -111,7 +111,8 @@ class JobRegistry:
         return self._records.get(job)
 
     def by_key(self, key: str) -> JobRecord | None:
-        """The job of an idempotency key; raises HarliError where that is one whose record cannot be read."""
+        """The job of an idempotency key; raises HarliError where that is one whose record cannot be
+        read."""
         for found in self.unreadable.values():
             if found.idempotency_key == key:
                 self.get(found.id)
@@ -135,11 +136,13 @@ class JobRegistry:
         return None if job is None else self._records[job]
 
     def hold(self, job: str, reason: str, *, lasting: bool = False) -> None:
-        """Pass a queued job over, for a reason that is shown; ``""`` ends that.  ``lasting``: it does not end by itself."""
+        """Pass a queued job over, for a reason that is shown; ``""`` ends that.  ``lasting``: it
+        does not end by itself."""
         self._queue.hold(job, reason, lasting=lasting)
 
     def serve(self, base: BasePrint | None) -> None:
-        """This base is served from now on: jobs of others wait; all do where it is not known any more (None)."""
+        """This base is served from now on: jobs of others wait; all do where it is not known any
+        more (None)."""
         self._served.serve(base)
         for record in self._records.values():
             self._queue.update(record)
@@ -153,8 +156,8 @@ class JobRegistry:
         return self._served.other(record)
 
     def public(self, record: JobRecord) -> Job:
-        """The job as clients see it; a queued one with the reason it waits, and none as over that is not so in
-        the store: a crash would take it back."""
+        """The job as clients see it; a queued one with the reason it waits, and none as over that
+        is not so in the store: a crash would take it back."""
         job = self._shown(self._before_end[record.id][0] if record.id in self._before_end else record)
         if record.status == JobStatus.QUEUED:
             waits = self._why_none_starts(self._queue.lasting(record.id), self.journal.trouble)
@@ -219,7 +222,8 @@ class JobRegistry:
         return future
 
     def _keep(self, record: JobRecord) -> None:
-        """The record and what is looked up by: constant work per change, however many jobs there are."""
+        """The record and what is looked up by: constant work per change, however many jobs there
+        are."""
         record = self._served.shared(record)
         old = self._records.get(record.id)
         if old is not None:
@@ -258,7 +262,8 @@ class JobRegistry:
             )
 
     async def wait_until(self, job: str, done: Callable[[JobRecord], bool], timeout_s: float) -> JobRecord:
-        """The record once ``done`` holds, or as it is after ``timeout_s``; the end of a job counts when it is durable.
+        """The record once ``done`` holds, or as it is after ``timeout_s``; the end of a job counts
+        when it is durable.
 
         Raises:
             NotReadyError, UnwritableError: see ``durable``.
@@ -272,7 +277,8 @@ class JobRegistry:
     async def wait_in_memory(
         self, job: str, done: Callable[[JobRecord], bool], timeout_s: float
     ) -> JobRecord:
-        """The same for who need not know that it is durable: a store that cannot be written is not waited for."""
+        """The same for who need not know that it is durable: a store that cannot be written is not
+        waited for."""
         end = time.monotonic() + timeout_s
         while not done(self.get(job)):
             left = end - time.monotonic()

@@ -54,7 +54,8 @@ def _key(base: BasePrint) -> tuple[str, ...]:
 
 
 def other_base(own: BasePrint | None, served: BasePrint | None) -> str:
-    """The sentence that names a job's base and the served one; "": they are the same, or not known."""
+    """The sentence that names a job's base and the served one; "": they are the same, or not
+    known."""
     unlike = difference(own, served) if own is not None and served is not None else ""
     if not unlike or own is None or served is None:
         return ""

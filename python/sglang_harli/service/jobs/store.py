@@ -1,8 +1,9 @@
 """The job store: jobs, their events and a few settings in one database (SQLAlchemy).
 
-SQLite in write-ahead mode by default; any other SQLAlchemy URL works too.  Only two threads use it: the
-journal's writer, and readers of events.  A commit is durable when ``write`` returns.  A database that is
-locked, full or away is a NotReadyError each time it is asked, and works again when it is back.
+SQLite in write-ahead mode by default; any other SQLAlchemy URL works too.  Only two threads use it:
+the journal's writer, and readers of events.  A commit is durable when ``write`` returns.  A
+database that is locked, full or away is a NotReadyError each time it is asked, and works again when
+it is back.
 """
 
 from __future__ import annotations
@@ -174,7 +175,8 @@ class JobStore:
 
     # ---- reading (NotReadyError where it cannot be read now)
     def jobs(self) -> list[JobRecord]:
-        """All jobs in the order of their creation; those whose record cannot be read are ``unreadable``."""
+        """All jobs in the order of their creation; those whose record cannot be read are
+        ``unreadable``."""
         columns = (_jobs.c.id, _jobs.c.number, _jobs.c.idempotency_key, _jobs.c.body)
         with _trouble("read"), self._engine.connect() as db:
             rows = db.execute(select(*columns).order_by(_jobs.c.number)).all()
@@ -231,7 +233,8 @@ def _put(db: Connection, table: Table, key: dict[str, Any], values: dict[str, An
 
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:
-    # A text that was damaged is read too, so that it is one record that cannot be used and not the whole table.
+    # A text that was damaged is read too, so that it is one record that cannot be used and not the
+    # whole table.
     connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout={LOCKED_MS}")

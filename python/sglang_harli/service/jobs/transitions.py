@@ -8,7 +8,8 @@ r"""The state machine of a job: pure functions from a record to the next record 
       |           v     |
       `--resume-- paused<-' (stopped, where pause was wished)
 
-What is *wanted* of a running job is its ``desired`` state; what *is* stays as it is until the scheduler says so.
+What is *wanted* of a running job is its ``desired`` state; what *is* stays as it is until the
+scheduler says so.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def take_base(record: JobRecord, base: BasePrint) -> Transition:
 
 
 def tokenized_again(record: JobRecord, data: dict[str, Any], total_steps: int) -> Transition:
-    """Its rows were made again: the server has another tokenizer, chat template or limit than at its submission."""
+    """Its rows were made again: the server has another tokenizer, chat template or limit than at
+    its submission."""
     text = (
         "the rows were made again with this server's tokenizer, chat template and limit: "
         f"{data['rows']} rows, {data['tokens']} tokens, {total_steps} steps"
@@ -100,7 +102,8 @@ def tokenized_again(record: JobRecord, data: dict[str, Any], total_steps: int) -
 
 
 def fell_back(record: JobRecord, step: int, tokens: int, damage: str) -> Transition:
-    """Newer checkpoints than that of ``step`` cannot be read (``damage``): the work since is done again.
+    """Newer checkpoints than that of ``step`` cannot be read (``damage``): the work since is done
+    again.
 
     ``step`` 0: there is none at all.
     """
@@ -122,7 +125,8 @@ def fell_back(record: JobRecord, step: int, tokens: int, damage: str) -> Transit
 
 
 def train_again(record: JobRecord, why: str) -> Transition:
-    """The last checkpoint turned out to be damaged when it was to be published: what it held is trained again."""
+    """The last checkpoint turned out to be damaged when it was to be published: what it held is
+    trained again."""
     _require(record, "trained again", JobStatus.RUNNING)
     return _change(
         record,
@@ -136,7 +140,8 @@ def train_again(record: JobRecord, why: str) -> Transition:
 
 
 def adopt(record: JobRecord, step: int) -> Transition:
-    """The scheduler still holds this job's run: go on with it instead of starting another attempt."""
+    """The scheduler still holds this job's run: go on with it instead of starting another
+    attempt."""
     _require(record, "adopted", JobStatus.QUEUED)
     return _change(
         record,
@@ -150,7 +155,8 @@ def adopt(record: JobRecord, step: int) -> Transition:
 
 
 def step_done(record: JobRecord, step: int, tokens: int, metrics: dict[str, Any]) -> Transition:
-    """One optimizer step was applied; ``metrics`` are its plain values (loss, learning_rate, seconds...)."""
+    """One optimizer step was applied; ``metrics`` are its plain values (loss, learning_rate,
+    seconds...)."""
     seconds = metrics["seconds"]
     step_s = seconds if record.step_s is None else 0.8 * record.step_s + 0.2 * seconds
     rate = metrics["tokens"] / seconds if seconds > 0 else None
@@ -173,7 +179,8 @@ def step_done(record: JobRecord, step: int, tokens: int, metrics: dict[str, Any]
 
 
 def late_step(record: JobRecord, step: int, metrics: dict[str, Any]) -> Transition:
-    """Metrics of a step that come when the job does not run any more, or not yet again: they are history."""
+    """Metrics of a step that come when the job does not run any more, or not yet again: they are
+    history."""
     return _change(
         record,
         EventDraft(
@@ -240,7 +247,8 @@ def stopped(record: JobRecord, now: float) -> Transition:
 
 
 def interrupted(record: JobRecord, why: str, now: float) -> Transition:
-    """The run is gone without having been asked to stop; the job starts again from its checkpoint."""
+    """The run is gone without having been asked to stop; the job starts again from its
+    checkpoint."""
     if record.desired != DesiredState.RUN:
         return stopped(record, now)
     draft = EventDraft("queued", f"{why}; goes on from step {record.checkpoint_step}", level="warn")
@@ -315,8 +323,8 @@ def ask_resume(record: JobRecord) -> Transition:
 
 
 def ask_cancel(record: JobRecord, now: float, *, in_flight: bool) -> Transition:
-    """``in_flight``: the HTTP process has been asked to publish and has not answered.  Its answer decides
-    then: published means succeeded, anything else cancelled."""
+    """``in_flight``: the HTTP process has been asked to publish and has not answered.  Its answer
+    decides then: published means succeeded, anything else cancelled."""
     if record.status == JobStatus.CANCELLED:
         return Transition(record)
     if record.status in (JobStatus.QUEUED, JobStatus.PAUSED) or (record.publishing and not in_flight):

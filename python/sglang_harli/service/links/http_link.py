@@ -15,9 +15,9 @@ from sglang_harli.service.links.peer_link import PeerLink
 
 logger = logging.getLogger(__name__)
 
-# An HTTP process that knows no service says hello by itself, within a second; one that knew an earlier
-# service waits for the state of the new one.  A state that came before its hello was read would pass for
-# the answer to it.
+# An HTTP process that knows no service says hello by itself, within a second; one that knew an
+# earlier service waits for the state of the new one.  A state that came before its hello was read
+# would pass for the answer to it.
 STATE_AFTER_S = 2.0
 # The sign of life: the HTTP process has a service that is silent for long killed and started again.
 BEAT_S = 5.0

@@ -20,7 +20,8 @@ _WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
 class PeerLink:
-    """The service's end of an ipc pair: a bound DEALER socket, and whether a peer is connected to it.
+    """The service's end of an ipc pair: a bound DEALER socket, and whether a peer is connected to
+    it.
 
     Args:
         context: the process's.
@@ -46,7 +47,8 @@ class PeerLink:
         self.trouble: str | None = None
 
     def send(self, message: internal.Message, *frames: Any) -> bool:
-        """Hand a message to the socket; False where no peer is there to take it (it is not kept)."""
+        """Hand a message to the socket; False where no peer is there to take it (it is not
+        kept)."""
         self._seq += 1
         message.seq = self._seq
         sent: Any = self._socket.send_multipart(

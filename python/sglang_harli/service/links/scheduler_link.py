@@ -1,4 +1,5 @@
-"""The service's end of the pair to the scheduler: hello, acknowledgements, questions and answers."""
+"""The service's end of the pair to the scheduler: hello, acknowledgements, questions and
+answers."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from sglang_harli.service.links.peer_link import PeerLink
 
 logger = logging.getLogger(__name__)
 
-# A scheduler that knew an earlier service waits for a Welcome; one that knows none says hello by itself,
-# within a second.  So the first word is left to it for this long.
+# A scheduler that knew an earlier service waits for a Welcome; one that knows none says hello by
+# itself, within a second.  So the first word is left to it for this long.
 WELCOME_AFTER_S = 1.5
 
 
@@ -60,8 +61,8 @@ class SchedulerLink:
 
         Args:
             on_hello: called with each hello that was welcomed.
-            on_run_message: called with messages about a run; what of them is taken over durably goes to
-                ``acknowledge``.
+            on_run_message: called with messages about a run; what of them is taken over durably
+                goes to ``acknowledge``.
         """
 
         def receive(message: Any, _frames: list[bytes]) -> None:
@@ -82,7 +83,8 @@ class SchedulerLink:
         asyncio.get_running_loop().call_later(WELCOME_AFTER_S, self._welcome_unread)
 
     def _welcome_unread(self) -> None:
-        """Until a hello has been read: it, or this, may have been lost with an earlier connection."""
+        """Until a hello has been read: it, or this, may have been lost with an earlier
+        connection."""
         if self.hello is None and self.peer.connected:
             self.ask_hello()
             self._greet()
@@ -104,7 +106,8 @@ class SchedulerLink:
         return True
 
     def acknowledge(self, seq: int) -> None:
-        """Tell the scheduler that a message is taken over; one Ack for all that became durable together."""
+        """Tell the scheduler that a message is taken over; one Ack for all that became durable
+        together."""
         if not self._acks:
             asyncio.get_running_loop().call_soon(self._ack)
         self._acks.append(seq)

@@ -12,10 +12,11 @@ from sglang_harli.protocol.public import Hyperparameters
 
 
 def adapter_config(hyperparameters: Hyperparameters, base_model_path: str) -> dict[str, Any]:
-    """The document that names rank, alpha and targets of an adapter trained with ``hyperparameters``.
+    """The document that names rank, alpha and targets of an adapter trained with
+    ``hyperparameters``.
 
-    SGLang scales by ``lora_alpha / r`` and does not know rank-stabilised LoRA (alpha / sqrt(r)); PEFT
-    knows both.  So an rsLoRA adapter is written as a plain one with the equivalent alpha,
+    SGLang scales by ``lora_alpha / r`` and does not know rank-stabilised LoRA (alpha / sqrt(r));
+    PEFT knows both.  So an rsLoRA adapter is written as a plain one with the equivalent alpha,
     ``alpha * sqrt(r)``: one folder that means the same to every reader.
 
     Args:

@@ -1,4 +1,5 @@
-"""From a finished run's last checkpoint to an adapter that answers: one at a time, every step repeatable."""
+"""From a finished run's last checkpoint to an adapter that answers: one at a time, every step
+repeatable."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ class _GivenUpError(HarliError):
 
 
 class _PutOffError(HarliError):
-    """Trouble of the environment while a job's adapter is published first: it is tried again later, and those of other
-    jobs come before."""
+    """Trouble of the environment while a job's adapter is published first: it is tried again later,
+    and those of other jobs come before."""
 
 
 class PublicationQueue:
@@ -51,10 +52,12 @@ class PublicationQueue:
         http: the pair to the HTTP process.
         disk: where blocking work runs.
         shm: folder of slots.
-        model_path: of the served base, for the adapter_config.json of a job whose base is not recorded.
+        model_path: of the served base, for the adapter_config.json of a job whose base is not
+            recorded.
 
     Attributes:
-        in_flight: the job whose publication the HTTP process has been asked for and has not answered.
+        in_flight: the job whose publication the HTTP process has been asked for and has not
+            answered.
     """
 
     def __init__(
@@ -111,7 +114,8 @@ class PublicationQueue:
         ]
 
     def others(self) -> dict[str, list[str]] | None:
-        """The other adapters, by the sentence that says which base they belong to; None before that is known."""
+        """The other adapters, by the sentence that says which base they belong to; None before that
+        is known."""
         if not self._base_known:
             return None
         found: dict[str, list[str]] = {}
@@ -213,7 +217,8 @@ class PublicationQueue:
         await self._registry.apply(transitions.Transition(self._registry.get(job), drafts))
 
     async def _share(self, job: str, paths: JobPaths) -> tuple[SharedBuffer, SlotRef, dict[str, Any]]:
-        """The adapter's tensors in a slot; a folder that is missing or damaged is saved again, once.
+        """The adapter's tensors in a slot; a folder that is missing or damaged is saved again,
+        once.
 
         Raises:
             CheckpointError: neither the folder nor the checkpoint is whole.
@@ -273,8 +278,8 @@ class PublicationQueue:
 
     # ---------------------------------------------------------------- the HTTP process
     async def _publish(self, job: str, paths: JobPaths) -> str | None:
-        """Ask until there is an answer; None when the adapter answers (or is not wanted any more), else why it
-        does not."""
+        """Ask until there is an answer; None when the adapter answers (or is not wanted any more),
+        else why it does not."""
         if self._wanted(job) and not await self._off(paths.adapter.is_dir):
             await self._save(job, paths)  # whether or not anybody is there to serve it
         refused = 0
@@ -326,7 +331,8 @@ class PublicationQueue:
         return True
 
     def _put_off(self, job: str, text: str) -> None:
-        """Try again after a pause that grows; a request that waits for the adapter gets the reason at once."""
+        """Try again after a pause that grows; a request that waits for the adapter gets the reason
+        at once."""
         record = self._registry.get(job)
         if not record.publishing:
             self._give_up(job, "adapter_failed", text)

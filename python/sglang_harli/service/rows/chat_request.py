@@ -1,9 +1,11 @@
-"""A conversation as serving reads it from a request: what is accepted, and what of it reaches the chat template.
+"""A conversation as serving reads it from a request: what is accepted, and what of it reaches the
+chat template.
 
-Follows SGLang 0.5.16 line by line without importing it (the service has neither sglang nor torch): the models
-ChatCompletionMessageGenericParam, ChatCompletionMessageUserParam, ToolCall and Tool of ``openai/protocol.py``,
-``OpenAIServingChat._validate_request`` and ``_apply_jinja_template``, and
-``jinja_template_utils.process_content_for_template_format``.  test/sglang/test_rows_as_served.py compares the two.
+Follows SGLang 0.5.16 line by line without importing it (the service has neither sglang nor torch):
+the models ChatCompletionMessageGenericParam, ChatCompletionMessageUserParam, ToolCall and Tool of
+``openai/protocol.py``, ``OpenAIServingChat._validate_request`` and ``_apply_jinja_template``, and
+``jinja_template_utils.process_content_for_template_format``.  test/sglang/test_rows_as_served.py
+compares the two.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ _TRUE, _FALSE = ("1", "true", "t", "yes", "y", "on"), ("0", "false", "f", "no", 
 
 # ------------------------------------------------------------------ messages
 def read_messages(raw: Any) -> list[dict[str, Any]]:
-    """The messages as serving's request model dumps them: known fields alone, null where one is absent.
+    """The messages as serving's request model dumps them: known fields alone, null where one is
+    absent.
 
     Raises:
         RowError: names the message (counted from 1), the field and what is accepted.
@@ -201,8 +204,8 @@ def without_wrapper(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] 
 
 # ------------------------------------------------------------------ what the template gets
 def for_template(message: dict[str, Any], content_format: str) -> dict[str, Any]:
-    """A read message as the template gets it: without what is null, an absent content as an empty one, parts
-    of a content joined or kept as the template wants them."""
+    """A read message as the template gets it: without what is null, an absent content as an empty
+    one, parts of a content joined or kept as the template wants them."""
     content = "" if message["content"] is None else message["content"]
     kept = {name: value for name, value in message.items() if value is not None}
     kept["content"] = content

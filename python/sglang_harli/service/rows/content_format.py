@@ -1,6 +1,7 @@
 """Whether a chat template takes a message's content as a text or as a list of parts.
 
-Follows SGLang 0.5.16's ``jinja_template_utils.detect_jinja_template_content_format`` without importing it.
+Follows SGLang 0.5.16's ``jinja_template_utils.detect_jinja_template_content_format`` without
+importing it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ _MESSAGE_NAMES = ("message", "msg", "m")
 
 
 def detect(source: str) -> str:
-    """``openai`` where the template loops over a message's content, or mentions media; else ``string``."""
+    """``openai`` where the template loops over a message's content, or mentions media; else
+    ``string``."""
     if any(word in source for word in _MEDIA):
         return OPENAI
     try:
@@ -32,7 +34,8 @@ def _environment(source: str) -> jinja2.Environment:
 
 
 def _is_content(node: nodes.Node | None) -> bool:
-    """Whether it is ``message.content`` or ``message['content']``, through filters, tests and slices too."""
+    """Whether it is ``message.content`` or ``message['content']``, through filters, tests and
+    slices too."""
     if isinstance(node, nodes.Filter | nodes.Test):
         return _is_content(node.node)
     if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):

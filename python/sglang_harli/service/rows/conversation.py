@@ -1,4 +1,5 @@
-"""One line of messages on its way to rows: each learned answer behind the prompt that serving builds for it."""
+"""One line of messages on its way to rows: each learned answer behind the prompt that serving
+builds for it."""
 
 from __future__ import annotations
 
@@ -57,10 +58,11 @@ class Conversation:
         yield self._row
 
     def _turn(self, at: int) -> Row | None:
-        """Put into the row the ids that serving sees before answer ``at``, and the answer's with its end of turn.
-        Returns the row before, where these ids do not go on from it."""
+        """Put into the row the ids that serving sees before answer ``at``, and the answer's with
+        its end of turn. Returns the row before, where these ids do not go on from it."""
         before, tools = self._prompt(at)
-        # An empty list of calls is none; as history, where serving gives it so, some templates refuse it.
+        # An empty list of calls is none; as history, where serving gives it so, some templates
+        # refuse it.
         answered = {name: value for name, value in self._given[at].items() if name != "tool_calls" or value}
         after = self._render([*self._given[:at], answered], tools, opened=False)
         if not after.startswith(before):
@@ -101,7 +103,8 @@ class Conversation:
 
     # ---- rendering
     def _prompt(self, at: int) -> tuple[str, list[dict[str, Any]] | None]:
-        """The text that serving makes of the messages before ``at``, and the tools in the form that did it."""
+        """The text that serving makes of the messages before ``at``, and the tools in the form that
+        did it."""
         try:
             return self._render(self._given[:at], self._tools, opened=True), self._tools
         except RowError:
@@ -135,8 +138,9 @@ class Conversation:
     def _answer(self, whole_text: str, answer_text: str) -> list[int]:
         """The ids of an answer behind its prompt, which the row ends in.
 
-        Encoded together with its prompt where that leaves the prompt's ids as they are (some tokenizers
-        mark the beginning of a text, which an answer is not); alone where tokens would melt at the seam.
+        Encoded together with its prompt where that leaves the prompt's ids as they are (some
+        tokenizers mark the beginning of a text, which an answer is not); alone where tokens would
+        melt at the seam.
         """
         if self._continues(whole_text):
             return self._text.ids[len(self._row.ids) :]
@@ -166,8 +170,8 @@ class Conversation:
     def _same(
         self, at: int, other: dict[str, Any], tools: list[dict[str, Any]] | None, after: str
     ) -> bool | None:
-        """Whether the chat up to ``at`` looks the same with ``other`` in the place of that message; None where
-        the template refuses that."""
+        """Whether the chat up to ``at`` looks the same with ``other`` in the place of that message;
+        None where the template refuses that."""
         try:
             return self._render([*self._given[:at], other], tools, opened=False) == after
         except RowError:

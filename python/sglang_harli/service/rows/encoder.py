@@ -1,9 +1,9 @@
 """One line of data as token ids and the mask of what is learned.
 
-The rule at every seam: the ids before an answer are exactly those that serving computes for the same
-prompt (``/v1/chat/completions`` renders the template with its generation prompt and encodes that,
-``/v1/completions`` encodes the prompt), and the answer's ids follow.  The end-of-turn token is learned,
-what a template writes behind it is not.
+The rule at every seam: the ids before an answer are exactly those that serving computes for the
+same prompt (``/v1/chat/completions`` renders the template with its generation prompt and encodes
+that, ``/v1/completions`` encodes the prompt), and the answer's ids follow.  The end-of-turn token
+is learned, what a template writes behind it is not.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class RowEncoder:
     def rows(self, record: Any, reading: Reading | None = None) -> list[Row]:
         """The training rows of one line's JSON value.
 
-        Almost always one.  A template that renders earlier answers differently once a conversation goes
-        on (Qwen3 drops their reasoning) gives one row per answer, so that each prompt is what serving saw.
+        Almost always one.  A template that renders earlier answers differently once a conversation
+        goes on (Qwen3 drops their reasoning) gives one row per answer, so that each prompt is what
+        serving saw.
 
         Raises:
             RowError: with the reason.
@@ -96,7 +97,8 @@ class RowEncoder:
 
 
 def of_transformers(tokenizer: Any) -> ServedTokenizer:
-    """A transformers tokenizer with its own chat template, as a server without flags would use it."""
+    """A transformers tokenizer with its own chat template, as a server without flags would use
+    it."""
     source = getattr(tokenizer, "chat_template", None)
     if isinstance(source, dict):
         source = next(iter(source.values()), None)

@@ -1,4 +1,5 @@
-"""Rows in the forms of other tools, recognised by their fields, with the form that is accepted here."""
+"""Rows in the forms of other tools, recognised by their fields, with the form that is accepted
+here."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ _FORMS: tuple[tuple[tuple[str, ...], str, str], ...] = (
 
 
 def check(record: Any) -> None:
-    """Raise RowError where a row has none of the accepted fields and another tool's form is seen in it."""
+    """Raise RowError where a row has none of the accepted fields and another tool's form is seen in
+    it."""
     if isinstance(record, list) and record and all(isinstance(part, dict) for part in record):
         if all("role" in part for part in record):
             raise RowError(

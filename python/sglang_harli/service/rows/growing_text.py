@@ -1,8 +1,9 @@
 """Ids of a text that grows: what was encoded before is not encoded again.
 
-The turns of a conversation are texts of which each begins with the one before, so encoding each whole would take
-quadratic time.  A special token that the tokenizer takes out of a text before all else separates what stands
-before it from what stands behind it: what a text has in common with an earlier one up to such a token keeps its ids.
+The turns of a conversation are texts of which each begins with the one before, so encoding each
+whole would take quadratic time.  A special token that the tokenizer takes out of a text before all
+else separates what stands before it from what stands behind it: what a text has in common with an
+earlier one up to such a token keeps its ids.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from sglang_harli.service.rows.served_tokenizer import BackendEncoder, ServedTok
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A beginning of the text, of ``length`` characters, that ends in the border ``token``; its ids are the first
-    ``count``."""
+    """A beginning of the text, of ``length`` characters, that ends in the border ``token``; its ids
+    are the first ``count``."""
 
     length: int
     count: int
@@ -57,7 +58,8 @@ class GrowingText:
         return kept
 
     def _add(self, text: str, start: int) -> None:
-        """Encode ``text`` from ``start`` on, where it begins or a border stands, and keep the last border in it."""
+        """Encode ``text`` from ``start`` on, where it begins or a border stands, and keep the last
+        border in it."""
         encoder = self._tokenizer.encoder
         assert isinstance(encoder, BackendEncoder)
         before = len(self.ids)
@@ -87,8 +89,8 @@ def _common(old: str, new: str) -> int:
 
 
 def _borders(tokenizer: ServedTokenizer) -> dict[int, str]:
-    """Tokens that are taken out of the raw text, take nothing of their surroundings with them, and are no part of
-    another such token; none where a chat is not encoded piece by piece alike."""
+    """Tokens that are taken out of the raw text, take nothing of their surroundings with them, and
+    are no part of another such token; none where a chat is not encoded piece by piece alike."""
     encoder = tokenizer.encoder
     if not isinstance(encoder, BackendEncoder) or encoder.backend.encode_special_tokens:
         return {}

@@ -1,4 +1,5 @@
-"""What is worth knowing about a data file that is accepted: said once per file, beside its figures."""
+"""What is worth knowing about a data file that is accepted: said once per file, beside its
+figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The ``parameters`` of a tool as serving passes them on: names of types made JSON Schema's, and the schema checked.
+"""The ``parameters`` of a tool as serving passes them on: names of types made JSON Schema's, and
+the schema checked.
 
 Follows SGLang 0.5.16's ``function_call.utils.normalize_json_schema_types`` without importing it.
 """
@@ -19,7 +20,8 @@ _ALIASES = {
     **dict.fromkeys(("arr", "tuple", "set"), "array"),
     "map": "object",
 }
-# A prefix counts where it is the whole name or is followed by one of _BEHIND: int32, list[str], not internal.
+# A prefix counts where it is the whole name or is followed by one of _BEHIND: int32, list[str], not
+# internal.
 _PREFIXES = (
     (("int", "uint", "long", "short", "unsigned"), "integer"),
     (("num", "float"), "number"),

@@ -82,7 +82,8 @@ class ServedTokenizer:
 
     Args:
         state: what the tokenizer and the template are.
-        loaded: the transformers tokenizer that ``state`` describes; needed where that has no backend.
+        loaded: the transformers tokenizer that ``state`` describes; needed where that has no
+            backend.
 
     Attributes:
         fingerprint: differs where a row's ids would.
@@ -201,7 +202,8 @@ def describe(tokenizer: Any, chat: ChatTemplate, stop_ids: list[int]) -> Tokeniz
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = set(getattr(tokenizer, "all_special_ids", ())) | {i for i, t in added.items() if t.special}
     try:
-        # As SGLang asks: where nothing is added to nothing, it lets the tokenizer add what it would.
+        # As SGLang asks: where nothing is added to nothing, it lets the tokenizer add what it
+        # would.
         adds_special = not _encode(tokenizer, "", True)
         texts = (*_PROBES, *(f"{t} a {t}b {t}\n{t}" for t in _some_special(tokenizer, special)))
         probes = [
@@ -255,7 +257,8 @@ def checked_kwargs(chat: ChatTemplate) -> ChatTemplate:
 
 
 def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
-    # Without the keyword where it changes nothing: SGLang does not give it either, and some classes are slower.
+    # Without the keyword where it changes nothing: SGLang does not give it either, and some classes
+    # are slower.
     return list(tokenizer.encode(text) if special else tokenizer.encode(text, add_special_tokens=False))
 
 

@@ -1,6 +1,7 @@
 """Carries out what the run machine decides: sockets, disk, shared memory, the store.
 
-Messages, finished work, changed jobs and a tick a second go into ``RunMachine``; what comes out is done here.
+Messages, finished work, changed jobs and a tick a second go into ``RunMachine``; what comes out is
+done here.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class RunDriver:
         self._link = link
         self._writer = SnapshotWriter(registry, disk)
         self._wake = asyncio.Event()
-        # One thread that reads rows: they stay in order, and training never waits behind a checkpoint's files.
+        # One thread that reads rows: they stay in order, and training never waits behind a
+        # checkpoint's files.
         self._reader = ThreadPoolExecutor(1, "feeder")
         self._hungry = asyncio.Event()
         self._ending = threading.Event()
@@ -228,7 +230,8 @@ class RunDriver:
 
     # ------------------------------------------------------------ feeding
     async def _feed(self) -> None:
-        """Beside everything else: a disk that hangs keeps the run waiting for data, and nobody who asks."""
+        """Beside everything else: a disk that hangs keeps the run waiting for data, and nobody who
+        asks."""
         while True:
             await self._hungry.wait()
             self._hungry.clear()

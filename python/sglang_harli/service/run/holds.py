@@ -1,9 +1,9 @@
 """The run machine's part for jobs that cannot run now, through no fault of their own (pure).
 
-Such a job goes back to the queue and is *held*: it is passed over, with a reason that is shown, and the jobs behind
-it do not wait.  Trouble of the environment (a full disk, no file descriptor left) ends by itself: the job is tried
-again after a pause, longer each time.  What only another server can change is held until the scheduler is another
-process, or has other limits or weights.
+Such a job goes back to the queue and is *held*: it is passed over, with a reason that is shown, and
+the jobs behind it do not wait.  Trouble of the environment (a full disk, no file descriptor left)
+ends by itself: the job is tried again after a pause, longer each time.  What only another server
+can change is held until the scheduler is another process, or has other limits or weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ MEMORY_TRIES = 3  # of a step that runs out of memory
 class NotNow:
     """Why a run does not go on, where that is no verdict on its job.
 
-    ``passing``: it ends by itself, and is tried again after a pause; else another server has to come.
+    ``passing``: it ends by itself, and is tried again after a pause; else another server has to
+    come.
     """
 
     reason: str
@@ -47,8 +48,8 @@ class NotNow:
 
 
 def put_off(state: State, run: Run, why: NotNow, now: Now) -> list[Effect]:
-    """End the run; its job goes back to the queue and waits.  The last applied step is saved first where a slot for
-    it is there."""
+    """End the run; its job goes back to the queue and waits.  The last applied step is saved first
+    where a slot for it is there."""
     record = state.running(run)
     effects: list[Effect] = []
     if record is not None:
@@ -61,7 +62,8 @@ def put_off(state: State, run: Run, why: NotNow, now: Now) -> list[Effect]:
 
 
 def put_back(state: State, record: JobRecord, why: NotNow, now: Now) -> tuple[Transition, list[Effect]]:
-    """A job's change back to the queue if it runs, and its hold there; one that was to stop has stopped."""
+    """A job's change back to the queue if it runs, and its hold there; one that was to stop has
+    stopped."""
     change = Transition(record)
     if record.status == JobStatus.RUNNING:
         change = transitions.interrupted(record, why.reason, now.wall)
@@ -70,8 +72,8 @@ def put_back(state: State, record: JobRecord, why: NotNow, now: Now) -> tuple[Tr
 
 
 def may_be_tried_again(state: State, failed: internal.RunFailed) -> bool:
-    """Whether a run that failed for what may pass is no verdict on its job.  Memory that is lacking again and again
-    at the same step is: then it is the job that is too large."""
+    """Whether a run that failed for what may pass is no verdict on its job.  Memory that is lacking
+    again and again at the same step is: then it is the job that is too large."""
     if not failed.passing:
         return False
     if failed.code != "out_of_memory":
@@ -118,7 +120,8 @@ def _lift(state: State, held: list[str]) -> list[Effect]:
 
 
 def still_held(state: State, now: Now) -> list[Effect]:
-    """The hello that lifts the scheduler's hold may have been lost: it is asked for now and then."""
+    """The hello that lifts the scheduler's hold may have been lost: it is asked for now and
+    then."""
     if not state.hold or state.run is not None or now.s - state.asked_at_s < SILENT_S:
         return []
     state.asked_at_s = now.s
@@ -131,8 +134,8 @@ def why_not_now(state: State, record: JobRecord) -> str:
 
 
 def serve(state: State, message: internal.Hello) -> list[Effect]:
-    """Take over which base a hello is about; a job that has none gets it.  After an update without a base in the hello
-    what is served is not known: it is no job's base."""
+    """Take over which base a hello is about; a job that has none gets it.  After an update without
+    a base in the hello what is served is not known: it is no job's base."""
     base = message.base
     state.updates = message.updates
     if base is None:

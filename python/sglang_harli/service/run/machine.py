@@ -1,8 +1,8 @@
 """The one run in progress as a machine without IO: inputs and the time in, effects out.
 
-The scheduler is right about work applied; the store is right about what is wanted.  Inputs are the scheduler's
-messages, what became of earlier effects, and the passing of time; ``run_driver`` carries the effects out.  What
-is known here dies with the process; the jobs' records outlive it.
+The scheduler is right about work applied; the store is right about what is wanted.  Inputs are the
+scheduler's messages, what became of earlier effects, and the passing of time; ``run_driver``
+carries the effects out.  What is known here dies with the process; the jobs' records outlive it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class RunMachine:
 
     # ------------------------------------------------------------ what is wanted, and time
     def advance(self, now: Now) -> list[Effect]:
-        """Do what the store wants next: start the next job, or tell the run of a pause or a cancel."""
+        """Do what the store wants next: start the next job, or tell the run of a pause or a
+        cancel."""
         state = self.state
         run = state.run
         lifted = holds.lift_unqueued(state)
@@ -213,8 +214,8 @@ class RunMachine:
         return effects + (self.state.unwanted(run, now) if run.adopting else self.state.end())
 
     def put_off(self, job: str, attempt: int, why: NotNow, now: Now) -> list[Effect]:
-        """The run cannot be prepared, its snapshots have no slot or its data cannot be read, and that is no verdict
-        on the job: it waits in the queue."""
+        """The run cannot be prepared, its snapshots have no slot or its data cannot be read, and
+        that is no verdict on the job: it waits in the queue."""
         run = self.state.run
         if run is None or (run.job, run.attempt) != (job, attempt):
             return []
@@ -249,8 +250,8 @@ class RunMachine:
 
     # ------------------------------------------------------------ feeding
     def next_batch(self) -> BatchCursor | None:
-        """The micro-batch to send now: up to STEPS_AHEAD optimizer steps beyond the last one applied, and no more of them
-        than the scheduler may hold."""
+        """The micro-batch to send now: up to STEPS_AHEAD optimizer steps beyond the last one
+        applied, and no more of them than the scheduler may hold."""
         run = self.state.run
         if run is None or run.phase is not Phase.TRAINING or run.asked != DesiredState.RUN:
             return None

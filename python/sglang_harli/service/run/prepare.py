@@ -44,11 +44,12 @@ def prepare(
     shm: Path | None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Preparation:
-    """The job's data and, with ``shm``, its checkpoint in a slot there; see ``open_feeder`` and ``restore``.
+    """The job's data and, with ``shm``, its checkpoint in a slot there; see ``open_feeder`` and
+    ``restore``.
 
-    Its rows are made again where they are not those that serving would see; a run that the scheduler holds already
-    (no ``shm``) goes on with those that it began with.  What takes long, the checkpoint, comes last, unless it may
-    turn out that nothing is left to train.
+    Its rows are made again where they are not those that serving would see; a run that the
+    scheduler holds already (no ``shm``) goes on with those that it began with.  What takes long,
+    the checkpoint, comes last, unless it may turn out that nothing is left to train.
     """
     perhaps_trained = record.checkpoint_step == record.total_steps
     found = restore(record, paths, shm) if shm is not None and perhaps_trained else Preparation(None)
@@ -103,12 +104,14 @@ def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits) -> Bat
 
 
 def restore(record: JobRecord, paths: JobPaths, shm: Path) -> Preparation:
-    """The job's newest checkpoint that is whole, in a slot; a damaged one is put aside as ``step-N.bad``.
+    """The job's newest checkpoint that is whole, in a slot; a damaged one is put aside as
+    ``step-N.bad``.
 
     With none at all the run starts from nothing; ``plan`` is left open.
 
     Raises:
-        CheckpointError: none is whole and the job cannot begin without one (it carries another's adapter).
+        CheckpointError: none is whole and the job cannot begin without one (it carries another's
+            adapter).
         NotReadyError: shared memory is full.
         HarliError: shared memory is too small.
         OSError, MemoryError: what is there cannot be read now.

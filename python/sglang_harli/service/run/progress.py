@@ -1,7 +1,8 @@
-"""The run machine's part for the messages of a run: what each changes, and when it is acknowledged (pure).
+"""The run machine's part for the messages of a run: what each changes, and when it is acknowledged
+(pure).
 
-Every kept message is acknowledged exactly when what it says is durable, or of no use any more; one that
-came too early is dropped without it, and comes again.
+Every kept message is acknowledged exactly when what it says is durable, or of no use any more; one
+that came too early is dropped without it, and comes again.
 """
 
 from __future__ import annotations
@@ -190,7 +191,8 @@ def snapshot_written(
         return _given_up(state, record, message, found, acks, now) + _freed(state, writing)
     change, after = _checkpointed(state, record, message, now)
     after = [Saved(record.id), Send(saved(message, message.step, ok=True)), *acks, *after]
-    # A service that is killed before the commit hears of the snapshot again, and reads the slot again.
+    # A service that is killed before the commit hears of the snapshot again, and reads the slot
+    # again.
     return [Apply(change, then=(*after, *_freed(state, writing)))]
 
 

@@ -1,4 +1,5 @@
-"""The run machine's part for hello and pulse: which run the scheduler holds, and what of it was lost (pure)."""
+"""The run machine's part for hello and pulse: which run the scheduler holds, and what of it was
+lost (pure)."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ from sglang_harli.service.jobs.transitions import JobRecord
 from sglang_harli.service.run.holds import lift_all, serve
 from sglang_harli.service.run.state import Apply, Effect, Now, Phase, Prepare, RemoveStale, Run, Send, State
 
-# A pulse may have left before what was sent a moment ago came: only what an older word misses is said again.
+# A pulse may have left before what was sent a moment ago came: only what an older word misses is
+# said again.
 PULSE_GRACE_S = 1.5
 
 
 def hello(state: State, message: internal.Hello, now: Now) -> list[Effect]:
-    """Compare the scheduler's run with ours: adopt it, stop it, or start ours again.  One that is older than the
-    last, of this scheduler or of one before it, is out of date."""
+    """Compare the scheduler's run with ours: adopt it, stop it, or start ours again.  One that is
+    older than the last, of this scheduler or of one before it, is out of date."""
     if message.seq < state.hello_seq:
         return []
     state.hello_seq = message.seq
@@ -88,7 +90,8 @@ def pulse(state: State, message: internal.Pulse, now: Now) -> list[Effect]:
 
 
 def _answer_snapshot(state: State, message: internal.Pulse) -> list[Effect]:
-    """The scheduler waits for a SnapshotSaved that was lost, or whose writer died before it was sent."""
+    """The scheduler waits for a SnapshotSaved that was lost, or whose writer died before it was
+    sent."""
     key = (message.job, message.attempt, message.snapshot)
     if message.snapshot < 0 or key in state.writing:
         return []
@@ -99,7 +102,8 @@ def _answer_snapshot(state: State, message: internal.Pulse) -> list[Effect]:
 
 
 def _rewind(run: Run, message: internal.Pulse) -> list[Effect]:
-    """Two pulses in a row are behind our cursor at the same place: the micro-batch there was lost."""
+    """Two pulses in a row are behind our cursor at the same place: the micro-batch there was
+    lost."""
     theirs, ours = message.next_cursor, run.next_cursor
     place = (theirs.step, theirs.index)
     behind = ours is not None and place < (ours.step, ours.index)
@@ -112,7 +116,8 @@ def _rewind(run: Run, message: internal.Pulse) -> list[Effect]:
 
 
 def at(run: Run, cursor: internal.BatchCursor) -> internal.BatchCursor:
-    """The scheduler's cursor with the epoch that its step is in (the scheduler knows that of the last one fed)."""
+    """The scheduler's cursor with the epoch that its step is in (the scheduler knows that of the
+    last one fed)."""
     assert run.plan is not None
     epoch = run.plan.cursor_after(cursor.step - 1).epoch
     return internal.BatchCursor(epoch=epoch, step=cursor.step, index=cursor.index)

@@ -17,8 +17,8 @@ from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.run.prepare import UNREADABLE
 from sglang_harli.service.run.state import Unwritten
 
-# A snapshot in passing is given up soon: the next one comes.  That of a run that stops or ends is all that there is
-# of its last steps: it is tried for as long as the trouble lasts.
+# A snapshot in passing is given up soon: the next one comes.  That of a run that stops or ends is
+# all that there is of its last steps: it is tried for as long as the trouble lasts.
 TRIES_IN_PASSING = 3
 
 
@@ -61,7 +61,8 @@ class SnapshotWriter:
             again = f"{text}: trying again in {trouble.pause_s(tries):g} s"
             self._warn(message.job, again)
             delayed(again)
-            # The queue waits for this: a job that was cancelled does not keep it waiting for the rest of the pause.
+            # The queue waits for this: a job that was cancelled does not keep it waiting for the
+            # rest of the pause.
             if _is_over(await self._registry.wait_in_memory(message.job, _is_over, trouble.pause_s(tries))):
                 break
         self._warn(message.job, f"{text}: given up")
@@ -87,7 +88,8 @@ class SnapshotWriter:
         self._registry.apply(transitions.warn(self._registry.get(job), text))
 
     async def prune(self, job: str) -> None:
-        """Remove older checkpoints than are kept; what cannot be removed now goes with the next ones."""
+        """Remove older checkpoints than are kept; what cannot be removed now goes with the next
+        ones."""
         folder = JobPaths(self._registry.run_dir, job).checkpoints
         async with self._turn:
             try:

@@ -21,7 +21,8 @@ class WhyNoneStarts:
         """None: one may start.
 
         Args:
-            own: what keeps this job until another base or server comes, which says more than what passes by itself.
+            own: what keeps this job until another base or server comes, which says more than what
+                passes by itself.
             trouble: why the store cannot be written.
         """
         if self._scheduler.refusal is not None:

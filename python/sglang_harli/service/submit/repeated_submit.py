@@ -1,7 +1,7 @@
 """Whether a submit whose idempotency key is known asks for the same job again.
 
-As at other APIs with such keys: everything that makes the job must be the same, the file's name apart, which is
-only shown.  Defaults may be left out or named.
+As at other APIs with such keys: everything that makes the job must be the same, the file's name
+apart, which is only shown.  Defaults may be left out or named.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def differences(
 
     Args:
         has: what the job of the first one has; None: there is none yet.
-        left_out: what a submit gets that does not name it; None: that is not known any more, and what only the
-            first submit names is no difference.
+        left_out: what a submit gets that does not name it; None: that is not known any more, and
+            what only the first submit names is no difference.
     """
     found = [DATA] if first.sha256 != again.sha256 else []
     for name in ("resume_from", "suffix", "priority"):
@@ -57,7 +57,8 @@ def differences(
     for name in dict.fromkeys([*first.hyperparameters, *again.hyperparameters]):
         old, new = first.hyperparameters, again.hyperparameters
         if (name in old or name in job) and (name in new or name in rest):
-            # Records of the store hold what JSON makes of a value, or what another version took for one.
+            # Records of the store hold what JSON makes of a value, or what another version took for
+            # one.
             values = (
                 _typed_value(name, old[name] if name in old else job[name]),
                 new.get(name, rest.get(name)),

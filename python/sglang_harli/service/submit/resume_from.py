@@ -1,8 +1,8 @@
 """``submit --resume-from JOB``: what a new job takes over from one that is over.
 
-Without data the training itself goes on: data, hyperparameters, and the newest whole checkpoint with the
-optimizer's state and the position in the schedule and in the data.  With data it is a new course: only
-the adapter's weights carry over, as the new job's ``step-0`` checkpoint.
+Without data the training itself goes on: data, hyperparameters, and the newest whole checkpoint
+with the optimizer's state and the position in the schedule and in the data.  With data it is a new
+course: only the adapter's weights carry over, as the new job's ``step-0`` checkpoint.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def find(registry: JobRegistry, args: SubmitArgs) -> Origin:
     """The job that ``args.resume_from`` names, checked as far as its record says.
 
     Raises:
-        HarliError: there is none, it is not over, its base is not the served one, or what was asked cannot follow it.
+        HarliError: there is none, it is not over, its base is not the served one, or what was asked
+            cannot follow it.
     """
     assert args.resume_from is not None
     record = registry.get(args.resume_from)
@@ -237,7 +238,8 @@ def _newest_whole(origin: Origin) -> tuple[int, int, str]:
 
 
 def _link_files(source: Path, target: Path, pattern: str = "*") -> None:
-    """The files of ``source`` in a new folder: hard links (they are never written again), or copies."""
+    """The files of ``source`` in a new folder: hard links (they are never written again), or
+    copies."""
     target.mkdir(parents=True, exist_ok=True)
     for path in source.glob(pattern):
         if path.is_dir():

@@ -1,4 +1,5 @@
-"""``submit``: from a request's frames to a durable job, or to a refusal that leaves nothing behind."""
+"""``submit``: from a request's frames to a durable job, or to a refusal that leaves nothing
+behind."""
 
 from __future__ import annotations
 
@@ -179,8 +180,8 @@ class Submission:
     async def _incoming(
         self, args: SubmitArgs, frames: Sequence[bytes], job: str
     ) -> AsyncIterator[tuple[Path | Sequence[bytes], Path]]:
-        """The data, an uploaded file or frames, and a folder for it, which is removed afterwards where it is still
-        there."""
+        """The data, an uploaded file or frames, and a folder for it, which is removed afterwards
+        where it is still there."""
         incoming = self._registry.run_dir / f"{INCOMING}{job}"
         uploaded = None
         if args.upload:
@@ -200,7 +201,8 @@ class Submission:
                         await loop.run_in_executor(self._settlers, _remove, folder)
 
     def _longest(self, hp: Hyperparameters) -> int | None:
-        """The longest row that is accepted; by the model's own files where no hello has come yet."""
+        """The longest row that is accepted; by the model's own files where no hello has come
+        yet."""
         limits = self._link.limits
         if limits is not None:
             admission.check_hyperparameters(hp, limits)
@@ -243,7 +245,8 @@ class Submission:
         longest: int | None,
         origin: Origin | None,
     ) -> tuple[DataSummary, Start]:
-        """The folder of a job to be: the file, an uploaded one or frames, and what ``origin`` left."""
+        """The folder of a job to be: the file, an uploaded one or frames, and what ``origin``
+        left."""
         start = resume_from.take_checkpoint(origin, folder) if origin is not None else Start()
         if origin is not None and not origin.new_course:
             summary = resume_from.take_data(origin, folder)

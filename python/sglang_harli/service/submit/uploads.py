@@ -1,7 +1,9 @@
-"""Files on their way in: chunks are written as they come, hashed, and handed to the submit that names them.
+"""Files on their way in: chunks are written as they come, hashed, and handed to the submit that
+names them.
 
-Memory holds the chunks that wait for the disk (the public socket bounds them), never a file.  An upload lives
-in a folder of its own until a submit takes it; one that stands still, and whatever a crash left, is removed.
+Memory holds the chunks that wait for the disk (the public socket bounds them), never a file.  An
+upload lives in a folder of its own until a submit takes it; one that stands still, and whatever a
+crash left, is removed.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ KEEP_FREE = 64 << 20  # bytes of the disk that uploads leave for checkpoints and
 class _Upload:
     """``queued`` and ``received``: bytes handed to the disk's thread, and written by it.
 
-    ``spoken_for``: bytes of the disk that other uploads were promised before it.  ``whole``: all bytes are there, and
-    are those that were announced.
+    ``spoken_for``: bytes of the disk that other uploads were promised before it.  ``whole``: all
+    bytes are there, and are those that were announced.
     """
 
     filename: str
@@ -71,7 +73,8 @@ class Uploads:
             shutil.rmtree(path, ignore_errors=True)
 
     async def add(self, args: UploadArgs, frames: Sequence[bytes]) -> UploadAnswer:
-        """One chunk; the answer says how far the file has come.  A chunk that is not the next one is dropped.
+        """One chunk; the answer says how far the file has come.  A chunk that is not the next one
+        is dropped.
 
         Raises:
             HarliError: a refusal; the upload is forgotten, except where the service is only busy.

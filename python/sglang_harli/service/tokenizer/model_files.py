@@ -22,7 +22,8 @@ LENGTH_KEYS = (
 
 
 def find(model: str, name: str, revision: str | None = None) -> Path | None:
-    """A file of the model in ``model`` (a folder or a hub id), None where it is not on this machine."""
+    """A file of the model in ``model`` (a folder or a hub id), None where it is not on this
+    machine."""
     folder = Path(os.path.expanduser(model))
     if folder.is_dir() or model.startswith(("/", ".", "~")):
         return folder / name if (folder / name).is_file() else None
@@ -62,7 +63,8 @@ def read_json(model: str, name: str, revision: str | None = None) -> dict[str, A
 
 
 def context_length(model: str, revision: str | None = None) -> int | None:
-    """The longest row by the model's own config.json, as SGLang derives it; None where that is not here."""
+    """The longest row by the model's own config.json, as SGLang derives it; None where that is not
+    here."""
     config = read_json(model, "config.json", revision)
     if config is None:
         return None
@@ -96,8 +98,8 @@ def _is_count(value: Any) -> bool:
 
 
 def model_length(flags: TokenizerFlags) -> int | None:
-    """The longest row, where no hello has said it: ``--context-length``, or the model's own config.json; None where
-    that is not on this machine.
+    """The longest row, where no hello has said it: ``--context-length``, or the model's own
+    config.json; None where that is not on this machine.
 
     Raises:
         HarliError: it cannot be read.

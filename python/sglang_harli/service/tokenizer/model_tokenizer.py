@@ -1,4 +1,5 @@
-"""The served model's tokenizer: the server's own once it was handed over, one loaded by its path before that."""
+"""The served model's tokenizer: the server's own once it was handed over, one loaded by its path
+before that."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 class ModelTokenizer:
-    """The tokenizer that makes rows: the server's own once it is known, one loaded by its path before.
+    """The tokenizer that makes rows: the server's own once it is known, one loaded by its path
+    before.
 
     Args:
         flags: as the server has them.

@@ -1,8 +1,9 @@
-"""The tokenizer and chat template as a server with the same flags would have them, loaded by their path.
+"""The tokenizer and chat template as a server with the same flags would have them, loaded by their
+path.
 
-For what is asked before the server has handed over its own (tokenizer_state.py), and without a server.  Follows
-SGLang 0.5.16 without importing it: ``hf_transformers/tokenizer.py``, ``parser/template_manager.py`` and the guesses
-by path in ``parser/conversation.py``.
+For what is asked before the server has handed over its own (tokenizer_state.py), and without a
+server.  Follows SGLang 0.5.16 without importing it: ``hf_transformers/tokenizer.py``,
+``parser/template_manager.py`` and the guesses by path in ``parser/conversation.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from sglang_harli.service.tokenizer import hidden_torch, model_files
 # Tokens at which SGLang stops with any model that has them.
 _MORE_STOPS = ("<|eom_id|>", "<|content_model_end_sampling|>")
 _FILES = (".json", ".txt", ".j2", ".jinja2")  # endings by which --chat-template names a file
-# Paths for which SGLang takes a conversation template of its own, of the kinds of model that can be trained.
+# Paths for which SGLang takes a conversation template of its own, of the kinds of model that can be
+# trained.
 _OWN_TEMPLATES = (
     (r"\bpoints\b", "points-v15-chat"),
     (r"moss.*vl|moss-vl", "moss-vl"),
@@ -40,7 +42,8 @@ _OWN_TEMPLATES = (
     (r"paddleocr", "paddle-ocr"),
     (r"whisper", "whisper"),
 )
-# Classes whose tokenizer_config.json says whether a beginning of text is added; transformers 5 drops it.
+# Classes whose tokenizer_config.json says whether a beginning of text is added; transformers 5
+# drops it.
 _BOS_CLASSES = (
     *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"),
     *("GemmaTokenizer", "GemmaTokenizerFast", "CohereTokenizerFast"),
@@ -94,7 +97,8 @@ def load_tokenizer(flags: TokenizerFlags) -> Any:
 
 
 def _restore_components(tokenizer: Any, path: str, revision: str | None) -> None:
-    """Put back what tokenizer.json says of splitting, where transformers 5 rebuilt it for the class."""
+    """Put back what tokenizer.json says of splitting, where transformers 5 rebuilt it for the
+    class."""
     backend, file = getattr(tokenizer, "_tokenizer", None), model_files.find(path, "tokenizer.json", revision)
     if backend is None or file is None:
         return
@@ -127,7 +131,8 @@ def _restore_bos(tokenizer: Any, path: str, revision: str | None) -> None:
 
 # ------------------------------------------------------------------ the chat template
 def chat_template(flags: TokenizerFlags, tokenizer: Any) -> ChatTemplate:
-    """Raises HarliError: the file of --chat-template cannot be read, or there is no template of that name."""
+    """Raises HarliError: the file of --chat-template cannot be read, or there is no template of
+    that name."""
     kwargs = dict(flags.chat_template_kwargs)
     name = conversation_template(flags)
     if name is not None:

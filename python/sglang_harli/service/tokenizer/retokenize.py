@@ -1,5 +1,5 @@
-"""A job's rows made again from its kept data file, where another tokenizer, template or limit serves than at its
-submission."""
+"""A job's rows made again from its kept data file, where another tokenizer, template or limit
+serves than at its submission."""
 
 from __future__ import annotations
 
@@ -42,13 +42,14 @@ def as_served(
     tokenizer: ModelTokenizer,
     stop: Callable[[], bool],
 ) -> JobRecord:
-    """The job with rows that serving would see: itself, or with new ones, which are durable; the old ones stay.
+    """The job with rows that serving would see: itself, or with new ones, which are durable; the
+    old ones stay.
 
     Blocking.
 
     Raises:
-        NotHereError: its file is not accepted by this server or is gone, or the rows of steps that are trained would
-            be others.
+        NotHereError: its file is not accepted by this server or is gone, or the rows of steps that
+            are trained would be others.
         NotReadyError: the tokenizer cannot be loaded now, or it was stopped.
         OSError, MemoryError: the new rows cannot be stored.
     """

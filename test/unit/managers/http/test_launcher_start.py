@@ -15,7 +15,8 @@ from sglang_harli.managers.http.supervision.supervisor import RunDirLock
 
 @pytest.fixture
 def launch(tmp_path: Path):
-    """``launch(*flags)``: the launcher's only line on stderr; an import of torch or sglang would be another."""
+    """``launch(*flags)``: the launcher's only line on stderr; an import of torch or sglang would be
+    another."""
     for name in ("torch", "sglang"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

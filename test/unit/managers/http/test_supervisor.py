@@ -312,7 +312,8 @@ def test_the_slots_of_a_run_go_when_the_server_ends_and_before_the_next_one_star
 def test_the_service_ends_before_sglang_kills_its_processes(
     child_module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
 ) -> None:
-    """With the time that it needs where the server was told to end, at once where a process of it has crashed."""
+    """With the time that it needs where the server was told to end, at once where a process of it
+    has crashed."""
     up, settled = tmp_path / "up", tmp_path / "settled"
     body = f"""
 import signal, sys, time

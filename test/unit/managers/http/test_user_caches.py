@@ -1,4 +1,5 @@
-"""Caches of a user without a home that can be written, or without a name, get a place of their own."""
+"""Caches of a user without a home that can be written, or without a name, get a place of their
+own."""
 
 from __future__ import annotations
 

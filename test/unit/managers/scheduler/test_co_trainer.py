@@ -1,7 +1,7 @@
 """The scheduler's trainer over the real link, with a small peer that speaks the service's side.
 
-The host holds a transformers model in place of SGLang's; training, link, snapshots and shared memory are
-the real ones.
+The host holds a transformers model in place of SGLang's; training, link, snapshots and shared
+memory are the real ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What is lost, doubled or late between service and scheduler, at the scheduler's end of the real link."""
+"""What is lost, doubled or late between service and scheduler, at the scheduler's end of the real
+link."""
 
 from __future__ import annotations
 
@@ -127,7 +128,8 @@ def test_after_an_update_of_the_weights_the_print_is_taken_again_and_older_start
 
 
 def unreadable(host: Host) -> Callable[[], None]:
-    """No print can be taken of the weights, as where the device lacks memory for it, until what comes back is called."""
+    """No print can be taken of the weights, as where the device lacks memory for it, until what
+    comes back is called."""
     norm = host.base.model.model.norm
     weight = norm.weight
     norm.weight = torch.nn.Parameter(torch.empty(0))

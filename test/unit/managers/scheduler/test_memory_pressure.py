@@ -1,4 +1,5 @@
-"""Training's memory in the scheduler: what goes under pressure, who waits and why, the cap; on a real pool."""
+"""Training's memory in the scheduler: what goes under pressure, who waits and why, the cap; on a
+real pool."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ assert (KEPT, MICRO, STATE) == ("kept", "micro_batch", "state")
 
 
 class Rig:
-    """A trainer on a real pool on the host, the peer that feeds it, and a slot allocator that takes memory back."""
+    """A trainer on a real pool on the host, the peer that feeds it, and a slot allocator that takes
+    memory back."""
 
     def __init__(self, run_dir: str, *, stripes: int = 24, quantum_rows: int | None = 1) -> None:
         self.pool: UnifiedPool
@@ -113,7 +115,8 @@ def test_the_cheapest_goes_first_and_no_more_than_is_needed(run_dir):
 
 
 def final_state(run_dir: str, *, shaken: int | None) -> dict[str, bytes]:
-    """The state after four steps; where ``shaken``, requests come and go at random between the quanta."""
+    """The state after four steps; where ``shaken``, requests come and go at random between the
+    quanta."""
     rig = Rig(run_dir)
     rig.start(gradient_accumulation_steps=1)
     rng = np.random.default_rng(shaken)

@@ -1,4 +1,5 @@
-"""Training is compared with serving before a run starts: what is measured, what holds jobs back, and until when."""
+"""Training is compared with serving before a run starts: what is measured, what holds jobs back,
+and until when."""
 
 from __future__ import annotations
 

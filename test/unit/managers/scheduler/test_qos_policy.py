@@ -1,4 +1,5 @@
-"""The policy and the ledger as pure functions: tables, properties, and a small simulation of the loop."""
+"""The policy and the ledger as pure functions: tables, properties, and a small simulation of the
+loop."""
 
 from __future__ import annotations
 
@@ -329,9 +330,9 @@ def test_attainment_is_a_mean_over_the_request():
 def test_no_request_turns_late_when_predictions_hold(seed, arrivals):
     """A simulation of the loop: decode 10 ms, prefill 15 ms, quanta as predicted.
 
-    A request that serving alone would finish on time is on time with training beside it, as long as the
-    prefills that arrive together are no longer than the reserve that the ledger has seen before: here two,
-    which arrivals at least 50 ms apart guarantee.
+    A request that serving alone would finish on time is on time with training beside it, as long as
+    the prefills that arrive together are no longer than the reserve that the ledger has seen
+    before: here two, which arrivals at least 50 ms apart guarantee.
     """
     rng = random.Random(seed)
     jobs, at = [], 0.0

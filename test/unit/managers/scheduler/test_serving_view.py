@@ -1,4 +1,5 @@
-"""What is read of SGLang's scheduler before a decision: who waits, what the next prefill takes, whose deadline is known."""
+"""What is read of SGLang's scheduler before a decision: who waits, what the next prefill takes,
+whose deadline is known."""
 
 from __future__ import annotations
 

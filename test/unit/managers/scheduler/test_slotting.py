@@ -1,4 +1,5 @@
-"""The loop between two steps of serving, in time of its own: what it offers, holds back, cuts, doubts and asks again."""
+"""The loop between two steps of serving, in time of its own: what it offers, holds back, cuts,
+doubts and asks again."""
 
 from __future__ import annotations
 
@@ -112,7 +113,8 @@ class Took:
 
 
 class Predicted(Quanta):
-    """Quanta of blocks of 64 tokens, priced by the real predictor, that take ``truth`` times its first guess."""
+    """Quanta of blocks of 64 tokens, priced by the real predictor, that take ``truth`` times its
+    first guess."""
 
     def __init__(self, predictor: LatencyPredictor, truth: float) -> None:
         super().__init__()
@@ -255,8 +257,9 @@ def test_probes_are_rare_and_rarer_where_they_take_long():
 
 @pytest.mark.parametrize("truth", [0.002, 0.02, 1.0])
 def test_a_guess_that_is_too_high_is_found_out_by_one_small_quantum(truth):
-    """Requests run all the time with 4 ms of slack; a block of 64 tokens is guessed to take seconds, and takes ``truth`` times
-    that.  What is not a probe fits by its bound, and probes take no more than their share."""
+    """Requests run all the time with 4 ms of slack; a block of 64 tokens is guessed to take
+    seconds, and takes ``truth`` times that.  What is not a probe fits by its bound, and probes take
+    no more than their share."""
     predictor = LatencyPredictor(first_guess(token_s=5e-3))
     quanta = Predicted(predictor, truth)
     slotting, served = Slotting(quanta, quanta.clock), Served(slack_s=0.004)
@@ -284,7 +287,8 @@ def test_what_fits_is_taken_where_waiting_has_brought_nothing():
 
 
 def test_an_adapter_that_requests_wait_for_is_loaded_behind_every_step():
-    """Whatever waits, and where no decision is due; a step is longer by one slice at least, and by little more."""
+    """Whatever waits, and where no decision is due; a step is longer by one slice at least, and by
+    little more."""
     for seconds, per_step in ((0.0005, 4), (0.005, 1)):
         quanta = Quanta(claims=[(Claim.EVERY_STEP, seconds)] * 40)
         slotting, busy = Slotting(quanta, quanta.clock), Served(slack_s=-1.0, waiting=3)

@@ -1,7 +1,8 @@
 """The loop decides as it did in a recorded server run, call by call.
 
-The recordings were made on two cores with ``support.slotting_recorder`` before the loop had a folder of its own: a server
-of a small model under load, with a target that leaves little time, without and with a target for the first token.
+The recordings were made on two cores with ``support.slotting_recorder`` before the loop had a
+folder of its own: a server of a small model under load, with a target that leaves little time,
+without and with a target for the first token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""TTFT deadlines of prompts that wait: read from SGLang's requests, in the ledger, in the policy, and in a loop."""
+"""TTFT deadlines of prompts that wait: read from SGLang's requests, in the ledger, in the policy,
+and in a loop."""
 
 from __future__ import annotations
 
@@ -142,7 +143,8 @@ def serving_side() -> ServingState:
 
 @dataclass
 class Loop:
-    """SGLang's loop in time that is simulated: prefill first, in chunks; a batch that is full admits nobody.
+    """SGLang's loop in time that is simulated: prefill first, in chunks; a batch that is full
+    admits nobody.
 
     All takes exactly its predicted upper bound, the most by which predictions hold.
     """
@@ -244,7 +246,8 @@ class Loop:
             self.quanta += 1
 
     def _judge(self, coming: list[Any], quantum_s: float) -> None:
-        """Who waits now, and would be on time if no training ran any more, is so after this quantum too."""
+        """Who waits now, and would be on time if no training ran any more, is so after this quantum
+        too."""
         on_time = []
         for delay_s in (0.0, quantum_s):
             twin, later = copy.deepcopy((dataclasses.replace(self, side=self.side), coming))
@@ -280,7 +283,8 @@ LONGEST = st.sampled_from((4, 15, 40))
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 10_000), mean_s=MEANS_S, longest=LONGEST)
 def test_no_decision_turns_an_on_time_request_late_when_predictions_hold(seed, mean_s, longest):
-    """Who has a first token, and tokens after it, on time from serving alone has them on time beside training."""
+    """Who has a first token, and tokens after it, on time from serving alone has them on time
+    beside training."""
     alone, beside = crowd(seed, mean_s, longest), crowd(seed, mean_s, longest)
     Loop(32, train=False).run(alone)
     Loop(32, train=True).run(beside)
@@ -292,7 +296,8 @@ def test_no_decision_turns_an_on_time_request_late_when_predictions_hold(seed, m
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), mean_s=MEANS_S, longest=LONGEST, places=st.sampled_from((1, 2, 3)))
 def test_no_decision_turns_a_prompt_that_waits_late(seed, mean_s, longest, places):
-    """Where places are short too.  What nobody can know beforehand is who will come; hence judged from then on."""
+    """Where places are short too.  What nobody can know beforehand is who will come; hence judged
+    from then on."""
     Loop(places, train=True, judge=True).run(crowd(seed, mean_s, longest))
 
 

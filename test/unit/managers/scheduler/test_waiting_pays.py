@@ -1,4 +1,5 @@
-"""Waiting for better quanta never starves training, whatever the arrivals, and makes nobody late."""
+"""Waiting for better quanta never starves training, whatever the arrivals, and makes nobody
+late."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def late(served: Served, tpot_s: float) -> set[float]:
 
 @pytest.mark.parametrize("steps", [6, 8])
 def test_requests_at_even_intervals_do_not_starve_training(steps):
-    """A decode step of 10 ms, a target of 13: the next larger quantum is always about to fit, and then a request comes."""
+    """A decode step of 10 ms, a target of 13: the next larger quantum is always about to fit, and
+    then a request comes."""
     seconds = 3 * SPAN_S
     waits = ours(0.013, EverySteps(steps, 30), seconds=seconds)
     takes = nothing_waited_for(0.013, EverySteps(steps, 30), seconds=seconds)
@@ -91,7 +93,8 @@ def clients(count: int, think_s: float, seed: int) -> Clients:
 
 
 def idle_now_and_then(gap_s: float, seed: int) -> InTime:
-    """One long answer at a time, and less than two seconds from one spell of idle time to the next."""
+    """One long answer at a time, and less than two seconds from one spell of idle time to the
+    next."""
     return InTime(drawn(seed, lambda rng: gap_s * rng.uniform(0.9, 1.1)), drawn(0, lambda _: int(90 * gap_s)))
 
 

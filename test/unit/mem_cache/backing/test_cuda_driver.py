@@ -1,4 +1,5 @@
-"""The driver's calls: known to cuda-python, and errors that say which call, what it answered and what to do."""
+"""The driver's calls: known to cuda-python, and errors that say which call, what it answered and
+what to do."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ bindings = pytest.importorskip("cuda.bindings.driver")
 
 
 class Recorder:
-    """Bindings whose enumerations and structures are cuda-python's own, and whose calls answer what they are told
-    once their arguments fit the real binding's signature."""
+    """Bindings whose enumerations and structures are cuda-python's own, and whose calls answer what
+    they are told once their arguments fit the real binding's signature."""
 
     def __init__(self, answers: dict[str, tuple[Any, ...]]) -> None:
         self.asked: list[tuple[str, tuple[Any, ...]]] = []

@@ -1,4 +1,5 @@
-"""The CUDA backing against the driver's double: contents follow the handles, and no rule is broken on the way."""
+"""The CUDA backing against the driver's double: contents follow the handles, and no rule is broken
+on the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The host's knowledge of the free list: exact while only the head is taken, and never waited for."""
+"""The host's knowledge of the free list: exact while only the head is taken, and never waited
+for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Data files as people have them: whatever their encoding and line ends, rows are read with their lines."""
+"""Data files as people have them: whatever their encoding and line ends, rows are read with their
+lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Data files: one report of all bad lines, and masks and seams that agree with what serving sees."""
+"""Data files: one report of all bad lines, and masks and seams that agree with what serving
+sees."""
 
 from __future__ import annotations
 
@@ -323,7 +324,8 @@ def test_truncated_and_dropped_rows_are_counted(tmp_path, tokenizer):
 
 
 def test_why_a_conversation_became_several_rows(tmp_path, tokenizers):
-    """Templates that rewrite earlier answers, that end answers without a token, and tokens across turns."""
+    """Templates that rewrite earlier answers, that end answers without a token, and tokens across
+    turns."""
     content = json.dumps(chat("a", "b", "c", "d"))
     rewritten = scan(tmp_path, tokenizers(FORGETTING_TEMPLATE), content)
     assert (

@@ -1,4 +1,5 @@
-"""A line as its JSON value: what is read that JSON has not, what is noted, and why a line is no JSON."""
+"""A line as its JSON value: what is read that JSON has not, what is noted, and why a line is no
+JSON."""
 
 from __future__ import annotations
 

@@ -67,7 +67,8 @@ def test_everybody_else_is_told_why_not(guarded, keys, tmp_path):
     assert "has another key than server.key" in refused(guarded.endpoint, stranger)
     shutil.copy(keys / "client" / "server.key", stranger / "server.key")
     assert "does not know the key" in refused(guarded.endpoint, stranger)
-    # a client that is added needs no restart, and one that is taken away is refused at its next connection
+    # a client that is added needs no restart, and one that is taken away is refused at its next
+    # connection
     admitted = keys / "server" / "clients" / "stranger.key"
     shutil.copy(stranger / "client.key", admitted)
     with FinetuneClient(guarded.endpoint, curve_keys=stranger) as client:

@@ -1,4 +1,5 @@
-"""No name that comes over the wire becomes the name of a file: nothing is ever written outside the run directory."""
+"""No name that comes over the wire becomes the name of a file: nothing is ever written outside the
+run directory."""
 
 from __future__ import annotations
 

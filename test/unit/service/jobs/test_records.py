@@ -1,5 +1,5 @@
-"""No record, event or reply can end the service or keep it from starting: what cannot be kept is refused, and what
-cannot be read is left aside and named."""
+"""No record, event or reply can end the service or keep it from starting: what cannot be kept is
+refused, and what cannot be read is left aside and named."""
 
 from __future__ import annotations
 

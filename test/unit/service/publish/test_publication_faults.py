@@ -1,5 +1,5 @@
-"""Publication under faults, in the real service: adapters that were damaged, disks and shared memory that are full,
-answers that come twice or late."""
+"""Publication under faults, in the real service: adapters that were damaged, disks and shared
+memory that are full, answers that come twice or late."""
 
 from __future__ import annotations
 

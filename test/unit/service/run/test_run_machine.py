@@ -384,7 +384,8 @@ def test_a_service_that_takes_over_a_run_counts_what_the_scheduler_has(monkeypat
 
 
 def test_a_step_of_any_number_of_micro_batches_is_fed_as_they_are_taken(monkeypatch):
-    """Bounded in count, and in bytes but for two: a step of 10,000 micro-batches is never ahead as a whole."""
+    """Bounded in count, and in bytes but for two: a step of 10,000 micro-batches is never ahead as
+    a whole."""
     run = Run("ftjob-1", 1, Phase.TRAINING, 1, plan=LongPlan(), next_cursor=LongPlan().cursor_after(0))
     for nbytes, most in ((1000, 32), (state.BYTES_AHEAD // 4, 4), (1 << 30, 2)):
         for _ in range(200):

@@ -1,4 +1,5 @@
-"""The protocol between service and scheduler under every loss, doubling, delay and death (see the rig)."""
+"""The protocol between service and scheduler under every loss, doubling, delay and death (see the
+rig)."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ ROUNDS = 600
 
 
 class Protocol(RuleBasedStateMachine):
-    """Users, processes, wires and disks in any order; ``teardown``: once the faults end, every job does."""
+    """Users, processes, wires and disks in any order; ``teardown``: once the faults end, every job
+    does."""
 
     def __init__(self) -> None:
         super().__init__()

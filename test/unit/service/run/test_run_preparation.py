@@ -1,4 +1,5 @@
-"""Preparing a run: damaged checkpoints at every file, what they are replaced by, and the events that say so."""
+"""Preparing a run: damaged checkpoints at every file, what they are replaced by, and the events
+that say so."""
 
 from __future__ import annotations
 

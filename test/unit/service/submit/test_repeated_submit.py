@@ -1,4 +1,5 @@
-"""A submit with a known idempotency key answers with its job, or names what it asks for otherwise."""
+"""A submit with a known idempotency key answers with its job, or names what it asks for
+otherwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Large files through the real service: in bounded memory, across lost connections, and refused by name."""
+"""Large files through the real service: in bounded memory, across lost connections, and refused by
+name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A model's folder whose files cannot be read or hold something else: named in one sentence, or passed over."""
+"""A model's folder whose files cannot be read or hold something else: named in one sentence, or
+passed over."""
 
 from __future__ import annotations
 

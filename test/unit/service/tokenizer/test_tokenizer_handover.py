@@ -1,5 +1,6 @@
-"""Rows are made with the tokenizer and chat template of the server: handed over when it is up, asked for again when
-that is lost, and made again where a job was accepted before, or under another server."""
+"""Rows are made with the tokenizer and chat template of the server: handed over when it is up,
+asked for again when that is lost, and made again where a job was accepted before, or under another
+server."""
 
 from __future__ import annotations
 

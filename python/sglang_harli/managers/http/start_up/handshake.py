@@ -1,7 +1,8 @@
-"""HTTP process: starts the service before SGLang's processes, and proves afterwards that the seam took.
+"""HTTP process: starts the service before SGLang's processes, and proves afterwards that the seam
+took.
 
-SGLang only logs a hook that could not be applied and then serves plain; so each scheduler rank puts a hello
-into its init info, and a server without it stops.
+SGLang only logs a hook that could not be applied and then serves plain; so each scheduler rank puts
+a hello into its init info, and a server without it stops.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _http_server = False
 
 
 def http_server_starts(*_args: Any, **_kwargs: Any) -> None:
-    """Before SGLang's ``http_server.launch_server``: what is launched next will have an HTTP process."""
+    """Before SGLang's ``http_server.launch_server``: what is launched next will have an HTTP
+    process."""
     global _http_server
     _http_server = True
 
@@ -28,8 +30,8 @@ def launch(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -
     """Around ``Engine._launch_subprocesses``: the service first, the hello last.
 
     Raises:
-        SystemExit: a rank did not say hello, or refuses the model; or this is the offline Engine, which has
-            no HTTP process to publish adapters.
+        SystemExit: a rank did not say hello, or refuses the model; or this is the offline Engine,
+            which has no HTTP process to publish adapters.
     """
     if not _http_server:
         raise SystemExit(
@@ -43,7 +45,8 @@ def launch(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -
     try:
         check_hello(schedulers.scheduler_infos)
     except SystemExit:
-        # At exit a zmq context of SGLang's that is collected waits for its messages to schedulers that are gone.
+        # At exit a zmq context of SGLang's that is collected waits for its messages to schedulers
+        # that are gone.
         gc.disable()
         if watchdog is not None:
             watchdog.stop()  # it would answer the end of the children by killing us before the sentence is out

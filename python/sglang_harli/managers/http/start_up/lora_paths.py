@@ -1,7 +1,9 @@
-"""Adapters given by ``--lora-paths``, checked before the model loads: a bad one is one sentence, not a traceback.
+"""Adapters given by ``--lora-paths``, checked before the model loads: a bad one is one sentence,
+not a traceback.
 
-The checks are those of every later load (``patches.lora.peft_adapter``), on the files' headers alone.
-Leans on SGLang's ServerArgs: lora_paths, enable_lora, max_lora_rank, lora_target_modules and get_model_config.
+The checks are those of every later load (``patches.lora.peft_adapter``), on the files' headers
+alone. Leans on SGLang's ServerArgs: lora_paths, enable_lora, max_lora_rank, lora_target_modules and
+get_model_config.
 """
 
 from __future__ import annotations
@@ -98,7 +100,8 @@ def _weights(folder: Path) -> list[tuple[str, tuple[int, ...]]] | None:
 
 
 def _pickled(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of PEFT's older form, by PEFT's own reader: it takes tensors alone and runs no code."""
+    """Names and shapes of PEFT's older form, by PEFT's own reader: it takes tensors alone and runs
+    no code."""
     from peft.utils.save_and_load import load_peft_weights
 
     try:

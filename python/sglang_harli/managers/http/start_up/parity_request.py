@@ -1,15 +1,16 @@
-"""HTTP process: what serving computes for one fixed prompt, for the scheduler to compare training with (``parity``).
+"""HTTP process: what serving computes for one fixed prompt, for the scheduler to compare training
+with (``parity``).
 
-One request to SGLang's TokenizerManager, as those of its HTTP routes are, once the server is healthy and other
-requests rest: 64 pseudo-random tokens, of which only the log-probabilities are wanted.  It counts in none of the
-metrics of requests, nothing is sampled, and its prefix, 64 slots under a key of its own, is evicted like any other.
-Again after an update of the served weights.
+One request to SGLang's TokenizerManager, as those of its HTTP routes are, once the server is
+healthy and other requests rest: 64 pseudo-random tokens, of which only the log-probabilities are
+wanted.  It counts in none of the metrics of requests, nothing is sampled, and its prefix, 64 slots
+under a key of its own, is evicted like any other. Again after an update of the served weights.
 
 It gives way to what SGLang does only while it serves nothing (``quiet``).
 
-Leans on TokenizerManager (server_status, is_pause, tokenizer, generate_request, abort_request, rid_to_state,
-context_len, max_req_input_len) and GenerateReqInput (input_ids, sampling_params, rid, return_logprob,
-logprob_start_len, log_metrics, extra_key).
+Leans on TokenizerManager (server_status, is_pause, tokenizer, generate_request, abort_request,
+rid_to_state, context_len, max_req_input_len) and GenerateReqInput (input_ids, sampling_params, rid,
+return_logprob, logprob_start_len, log_metrics, extra_key).
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class ParityRequest:
 
     @contextlib.asynccontextmanager
     async def quiet(self) -> AsyncIterator[None]:
-        """The server has no request of this, and gets none: for what SGLang does only while it serves nothing."""
+        """The server has no request of this, and gets none: for what SGLang does only while it
+        serves nothing."""
         self._quiet += 1
         self._quieted += 1
         try:
@@ -129,7 +131,8 @@ class ParityRequest:
         return prompt(min(TOKENS, asked["positions"], longest), vocabulary, special)
 
     async def _rest(self) -> None:
-        """A moment in which no other request runs: then it disturbs none, and none is batched with it."""
+        """A moment in which no other request runs: then it disturbs none, and none is batched with
+        it."""
         until_s = time.monotonic() + REST_S
         while self._manager.rid_to_state and time.monotonic() < until_s:
             await asyncio.sleep(POLL_S)
@@ -185,8 +188,8 @@ class ParityRequest:
         return [float(value) for value in values]
 
     async def _forget(self, name: str) -> None:
-        """A request that is not over is taken back, and SGLang's HTTP process does not wait for it any more, even if
-        the scheduler never had it."""
+        """A request that is not over is taken back, and SGLang's HTTP process does not wait for it
+        any more, even if the scheduler never had it."""
         until_s = time.monotonic() + TAKE_BACK_S
         if name in self._manager.rid_to_state:
             self._manager.abort_request(name)

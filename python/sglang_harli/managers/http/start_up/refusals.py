@@ -67,7 +67,8 @@ def refuse_model(server_args: Any) -> None:
     """Check the model behind SGLang's resolved arguments.
 
     Raises:
-        UnsupportedError: naming the architecture, the quantisation or the config's field, and the way out.
+        UnsupportedError: naming the architecture, the quantisation or the config's field, and the
+            way out.
     """
     config = server_args.get_model_config().hf_config
     architectures = list(getattr(config, "architectures", None) or ["unknown"])

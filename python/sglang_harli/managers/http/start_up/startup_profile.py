@@ -1,8 +1,10 @@
-"""HTTP process: a quick profile of a server that has none, before it is healthy (``--harli-profile-budget-s``).
+"""HTTP process: a quick profile of a server that has none, before it is healthy
+(``--harli-profile-budget-s``).
 
-The sweep's requests go to SGLang's TokenizerManager, as those of its HTTP routes do.  What the scheduler measures it
-learns from at once, and it is written to the profile for the next start.  Leans on TokenizerManager (server_status,
-generate_request, abort_request), ServerStatus and GenerateReqInput.
+The sweep's requests go to SGLang's TokenizerManager, as those of its HTTP routes do.  What the
+scheduler measures it learns from at once, and it is written to the profile for the next start.
+Leans on TokenizerManager (server_status, generate_request, abort_request), ServerStatus and
+GenerateReqInput.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where libraries keep their caches when the user has no home that can be written, or no name.
 
-As in a container that runs under a bare uid (``docker run --user 12345``): torch asks for the user's name, and
-flashinfer, Triton and others make folders in his home, at import, and end in tracebacks.  The launcher gives them
-places before the first such import.  Standard library only.
+As in a container that runs under a bare uid (``docker run --user 12345``): torch asks for the
+user's name, and flashinfer, Triton and others make folders in his home, at import, and end in
+tracebacks.  The launcher gives them places before the first such import.  Standard library only.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def provide(environ: MutableMapping[str, str] = os.environ) -> list[str]:
 
 
 def _kept(name: str, home: str) -> bool:
-    """Whether the cache stays in the home: it can be made or written there, or it is one of downloads to be read."""
+    """Whether the cache stays in the home: it can be made or written there, or it is one of
+    downloads to be read."""
     if not home:
         return False
     path = os.path.abspath(os.path.join(home, CACHES[name][0]))

@@ -1,4 +1,5 @@
-"""``python -m sglang_harli.managers.http.supervision.child_process PARENT_PID MODULE``: run MODULE, and die with the parent.
+"""``python -m sglang_harli.managers.http.supervision.child_process PARENT_PID MODULE``: run MODULE,
+and die with the parent.
 
 The child asks for its parent-death signal itself, first thing, instead of by ``preexec_fn`` in the
 server: that would run Python between fork and exec in a process full of threads.  Linux sends the

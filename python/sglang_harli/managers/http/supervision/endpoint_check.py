@@ -1,6 +1,8 @@
-"""Whether the finetune service will be able to bind its endpoint: asked at start-up, before the model loads.
+"""Whether the finetune service will be able to bind its endpoint: asked at start-up, before the
+model loads.
 
-So an address that is in use, or is none of this host's, is one sentence, not a service that dies again and again.
+So an address that is in use, or is none of this host's, is one sentence, not a service that dies
+again and again.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def check_endpoint_free(endpoint: str, grace_s: float = PORT_GRACE_S) -> None:
     """Bind the endpoint for a moment, as the service will.
 
     Raises:
-        StateError: the address is in use, still so after ``grace_s`` seconds, or cannot be bound here.
+        StateError: the address is in use, still so after ``grace_s`` seconds, or cannot be bound
+            here.
     """
     deadline = time.monotonic() + grace_s
     while True:

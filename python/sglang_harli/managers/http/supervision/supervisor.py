@@ -1,9 +1,9 @@
 """HTTP process: locks the run directory, starts the finetune service and keeps it up.
 
-The service is a child of SGLang's main process, outside SGLang's own watchdog of subprocesses (whose
-answer to a death is to end the server).  One daemon thread forks it, waits for it and forks it again:
-the parent-death signal that the child asks for (child_process.py) is tied to that thread, so it ends
-only when nothing is left to supervise.
+The service is a child of SGLang's main process, outside SGLang's own watchdog of subprocesses
+(whose answer to a death is to end the server).  One daemon thread forks it, waits for it and forks
+it again: the parent-death signal that the child asks for (child_process.py) is tied to that thread,
+so it ends only when nothing is left to supervise.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ from sglang_harli.protocol import curve_keys, shared_memory
 logger = logging.getLogger(__name__)
 
 SERVICE_MODULE = "sglang_harli.service.app"
-# The service is to end within this after SIGTERM: SGLang's own answer to an end is an immediate SIGKILL.
+# The service is to end within this after SIGTERM: SGLang's own answer to an end is an immediate
+# SIGKILL.
 STOP_GRACE_S = 5.0
-# SGLang ends by killing its children and then itself: a death is worth a line only if this process lives on.
+# SGLang ends by killing its children and then itself: a death is worth a line only if this process
+# lives on.
 _SETTLE_S = 0.3
 _STDERR = 2
 
 
 # ------------------------------------------------------------------ one server per run directory
 class RunDirLock:
-    """An exclusive flock on ``run_dir/lock``; the file holds the holder's pid, for the error of a second server.
+    """An exclusive flock on ``run_dir/lock``; the file holds the holder's pid, for the error of a
+    second server.
 
-    The kernel gives the lock back when the holder ends, however it ends, so a file that was left behind
-    refuses nobody.
+    The kernel gives the lock back when the holder ends, however it ends, so a file that was left
+    behind refuses nobody.
 
     Args:
         run_dir: made with its parents where it is missing.
@@ -89,9 +92,11 @@ class RunDirLock:
 # ------------------------------------------------------------------ the child
 @dataclass(frozen=True, kw_only=True)
 class RestartPolicy:
-    """Seconds to wait before a restart: ``first_s`` doubled at each death in a row, at most ``longest_s``.
+    """Seconds to wait before a restart: ``first_s`` doubled at each death in a row, at most
+    ``longest_s``.
 
-    A child that lived for ``healthy_s`` starts a new row; after ``limit`` deaths in a row it stays down.
+    A child that lived for ``healthy_s`` starts a new row; after ``limit`` deaths in a row it stays
+    down.
     """
 
     first_s: float = 0.5
@@ -107,7 +112,8 @@ class RestartPolicy:
 
 
 class Supervisor:
-    """Runs ``python -m module`` as a child that dies with this process, and restarts it when it ends.
+    """Runs ``python -m module`` as a child that dies with this process, and restarts it when it
+    ends.
 
     Args:
         module: what to run.
@@ -154,7 +160,8 @@ class Supervisor:
                 self._child.kill()  # nothing where it is gone already
 
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """SIGTERM, then SIGKILL after ``grace_s`` seconds (0: at once); returns when the child is gone.  May be repeated."""
+        """SIGTERM, then SIGKILL after ``grace_s`` seconds (0: at once); returns when the child is
+        gone.  May be repeated."""
         with self._lock:
             self._stopping.set()
             child = self._child
@@ -249,9 +256,11 @@ def service_environment(options: HarliOptions, server_args: Any) -> dict[str, st
 
 
 def claim(options: HarliOptions) -> None:
-    """Lock the run directory if it is there, and check keys and endpoint: what another server is in the way of.
+    """Lock the run directory if it is there, and check keys and endpoint: what another server is in
+    the way of.
 
-    The launcher asks before SGLang is imported, which takes a minute on a busy machine; ``start`` asks again.
+    The launcher asks before SGLang is imported, which takes a minute on a busy machine; ``start``
+    asks again.
 
     Raises:
         StateError, UnsupportedError, ConfigError: as in ``start``.
@@ -279,13 +288,15 @@ def _lock(run_dir: str) -> RunDirLock:
 
 
 def start(server_args: Any) -> None:
-    """Lock the run directory and start the finetune service; called before SGLang launches its processes.
+    """Lock the run directory and start the finetune service; called before SGLang launches its
+    processes.
 
     Args:
         server_args: HarliServerArgs.
 
     Raises:
-        SystemExit: the run directory or the endpoint is another's or cannot be used, or the keys cannot.
+        SystemExit: the run directory or the endpoint is another's or cannot be used, or the keys
+            cannot.
     """
     global _running
     options: HarliOptions = server_args.harli_options()
@@ -324,15 +335,15 @@ def graceful_end() -> None:
 
 
 def stop_with_tree(parent_pid: int | None = None, *args: Any, **kwargs: Any) -> None:
-    """Hook before SGLang's ``kill_process_tree``, by which a server ends: after SIGTERM, and when a process of its
-    tree has crashed, where the service has nothing to wait for."""
+    """Hook before SGLang's ``kill_process_tree``, by which a server ends: after SIGTERM, and when a
+    process of its tree has crashed, where the service has nothing to wait for."""
     if parent_pid in (None, os.getpid()):
         _end(STOP_GRACE_S if _graceful else 0.0)
 
 
 def stop(*args: Any, **kwargs: Any) -> None:
-    """End the service and unlock the run directory: at exit, and hook before ``Engine.shutdown``, which
-    would otherwise kill the service as one of its children and see it come back."""
+    """End the service and unlock the run directory: at exit, and hook before ``Engine.shutdown``,
+    which would otherwise kill the service as one of its children and see it come back."""
     _end(STOP_GRACE_S)
 
 

@@ -1,7 +1,8 @@
 """HTTP process: who answers at the finetune endpoint when the service is given up.
 
-Its place is taken by one thread with the service's own socket (keys and limits included) and no service behind
-it: every verb is refused with the code ``finetune_down`` and what to do; ``status`` says what happened.
+Its place is taken by one thread with the service's own socket (keys and limits included) and no
+service behind it: every verb is refused with the code ``finetune_down`` and what to do; ``status``
+says what happened.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ BIND_AGAIN_S = 5.0  # while somebody else holds the endpoint
 
 
 class UnavailableEndpoint:
-    """The public socket of a server whose service was given up: every verb is refused with the reason.
+    """The public socket of a server whose service was given up: every verb is refused with the
+    reason.
 
     Args:
         options: of this server.

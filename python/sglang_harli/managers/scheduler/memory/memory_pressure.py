@@ -1,13 +1,14 @@
-"""Training's memory in the scheduler: where it comes from, and what goes when the KV cache needs it (docs/internals/memory.md).
+"""Training's memory in the scheduler: where it comes from, and what goes when the KV cache needs it
+(docs/internals/memory.md).
 
 The KV cache comes first.  What training holds is given back in this order, until it is enough:
 
     unused leases ── kept activations ── the micro-batch in flight ── the state, to host memory ── the run itself
                      (recomputed)        (run again later)            (the last resorts, for requests alone)
 
-The pool asks for it inline, when an allocation is short (``relieve``).  Ahead of need only what can be computed
-again is given: the first three when little is free (``tick``), the first two when prompts wait, since how many of
-their tokens are cached is not known yet (``make_room``).
+The pool asks for it inline, when an allocation is short (``relieve``).  Ahead of need only what can
+be computed again is given: the first three when little is free (``tick``), the first two when
+prompts wait, since how many of their tokens are cached is not known yet (``make_room``).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class MemoryPressure:
     """Between the pool and the run that is held; lives on the scheduler's thread.
 
     Args:
-        pool: the unified pool; None: the KV pool is SGLang's own, and training has a fixed memory beside it.
+        pool: the unified pool; None: the KV pool is SGLang's own, and training has a fixed memory
+            beside it.
         device: of training.
         evict: of the pool: see ``UnifiedPool.lend_to``; None: no prefix is cached.
         fixed_bytes: that fixed memory.
@@ -92,7 +94,8 @@ class MemoryPressure:
 
         Args:
             needs_bytes: upper estimate of what it needs; 0: not known.
-            drop_run: ends it, with the reason; its job goes on from the checkpoint.  ``detach`` follows.
+            drop_run: ends it, with the reason; its job goes on from the checkpoint.  ``detach``
+                follows.
         """
         self._tenant, self._needs_bytes, self._drop_run = tenant, needs_bytes, drop_run
 
@@ -169,7 +172,8 @@ class MemoryPressure:
 
     # ---------------------------------------------------------------- why a run waits
     def waiting(self) -> str | None:
-        """Why the run that is held waits for memory, with the bytes and who has them; None: it does not."""
+        """Why the run that is held waits for memory, with the bytes and who has them; None: it does
+        not."""
         needs = self._tenant.needs_memory if self._tenant is not None else None
         if needs is None:
             return None
@@ -245,8 +249,9 @@ class MemoryPressure:
 
     # ---------------------------------------------------------------- harli status, metrics
     def status(self) -> dict[str, Any]:
-        """Bytes by owner (``kv_bytes``, ``train_bytes`` and ``free_bytes`` sum to ``total_bytes``) and what pressure
-        has cost.  Without a pool to lend it is training's own memory, of backing ``fixed``."""
+        """Bytes by owner (``kv_bytes``, ``train_bytes`` and ``free_bytes`` sum to ``total_bytes``)
+        and what pressure has cost.  Without a pool to lend it is training's own memory, of backing
+        ``fixed``."""
         figures = self._fixed() if self.pool is None else self.pool.status()
         return figures | {
             "reserve_bytes": self.reserve_bytes,

@@ -1,7 +1,7 @@
 """What the policy needs to know of serving: targets in force, estimates, deadlines, attainment.
 
-Plain Python: requests are read by attribute (SGLang's Req: output_ids, finished(), time_stats), so that
-the class is tested without SGLang.
+Plain Python: requests are read by attribute (SGLang's Req: output_ids, finished(), time_stats), so
+that the class is tested without SGLang.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from sglang_harli.protocol import internal
 logger = logging.getLogger(__name__)
 
 CHECK_EVERY = 64  # batches that were learnt from
-# While a checkpoint is written on a CPU, its writer takes turns with the threads of a decode step, which is as slow
-# as its slowest one (docs/internals/policy.md).  So more is kept for it.
+# While a checkpoint is written on a CPU, its writer takes turns with the threads of a decode step,
+# which is as slow as its slowest one (docs/internals/policy.md).  So more is kept for it.
 DISTURBED = 3.0
 
 
@@ -126,7 +126,8 @@ class ServingState:
             self.check_targets()
 
     def check_targets(self) -> None:
-        """Compare the targets with what serving alone takes, as far as that is known; a finding is logged once."""
+        """Compare the targets with what serving alone takes, as far as that is known; a finding is
+        logged once."""
         predictor = self.predictor
         found = impossible(
             self.targets,
@@ -157,8 +158,8 @@ class ServingState:
         emitted = len(req.output_ids)
         if not emitted or not stats.prefill_finished_time:
             return None
-        # Where SGLang retracts a request it keeps the time of its first token and resets the others; its next token comes
-        # with another prefill.
+        # Where SGLang retracts a request it keeps the time of its first token and resets the
+        # others; its next token comes with another prefill.
         first = stats.prefill_finished_time
         last = max(first, stats.last_prefill_finished_time, stats.last_decode_finish_time)
         return PlainProgress(first, last, emitted)
@@ -199,7 +200,8 @@ class ServingState:
         """What may be spent before the next decode step, and before prompts that wait are due.
 
         Args:
-            clocks, context_tokens, adapters: of the requests that go on decoding; whether one uses an adapter.
+            clocks, context_tokens, adapters: of the requests that go on decoding; whether one uses
+                an adapter.
             queued_s: training that is launched and not finished.
             disturbed: a checkpoint is being written.
             backlog: prompts that wait under a TTFT target.
@@ -244,7 +246,8 @@ class ServingState:
 
     # ---------------------------------------------------------------- harli set, harli status, harli profile
     def profile(self) -> dict[str, Any] | None:
-        """The loads that were measured, as a profile table; where it is looked for at the next start."""
+        """The loads that were measured, as a profile table; where it is looked for at the next
+        start."""
         if self.profile_key is None:
             return None
         table = self.predictor.points.table(self.profile_key)
@@ -318,9 +321,11 @@ class Boundary:
     """What is served, between two of its steps: ``slotting.Serving``.
 
     Attributes:
-        clocks, context_tokens, adapters: of the requests that go on decoding, as ``ServingState.slack`` takes them.
+        clocks, context_tokens, adapters: of the requests that go on decoding, as
+            ``ServingState.slack`` takes them.
         backlog: prompts that wait under a TTFT target.
-        waiting: how many prompts wait now that training stops for at once; asked before each decision.
+        waiting: how many prompts wait now that training stops for at once; asked before each
+            decision.
     """
 
     side: ServingState

@@ -1,8 +1,9 @@
-"""Deadlines and slack of the running batch (docs/internals/policy.md).  Pure: plain numbers, no torch, no SGLang.
+"""Deadlines and slack of the running batch (docs/internals/policy.md).  Pure: plain numbers, no
+torch, no SGLang.
 
-A request's token number ``n`` (counted from 0) is due at ``first_token + n * TPOT target``: TPOT is a
-mean over the request, so a request that is ahead of its target has banked time that training may spend.
-All times are seconds of one monotonic clock.
+A request's token number ``n`` (counted from 0) is due at ``first_token + n * TPOT target``: TPOT is
+a mean over the request, so a request that is ahead of its target has banked time that training may
+spend. All times are seconds of one monotonic clock.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
-# What is kept of the target for what a client sees and the scheduler does not: detokenization, HTTP, and
-# the jitter of other processes.  A share of each token's time, and once the gap around the last token.
+# What is kept of the target for what a client sees and the scheduler does not: detokenization,
+# HTTP, and the jitter of other processes.  A share of each token's time, and once the gap around
+# the last token.
 KEPT_SHARE = 0.03
 KEPT_S = 0.002
 IDLE_SEEN_S = 2.0  # where nothing was served within this time, there will be such time again
@@ -64,7 +66,8 @@ class Slack:
         later_quantum_s: the longest quantum that may fit later, if training waits (``expecting``).
         decode_penalty_s: how much longer the next decode step is after training, whatever that was.
         idle_comes: training waits for idle time, so that nothing is to fit later.
-        slack_gain_s: what a decode step without training before it adds to ``seconds``; 0 or less: nothing.
+        slack_gain_s: what a decode step without training before it adds to ``seconds``; 0 or less:
+            nothing.
     """
 
     seconds: float
@@ -92,7 +95,8 @@ def batch_slack(
 
     Args:
         clocks: the running requests that are not finished.
-        decode_upper_s: upper bound of the next decode step; 0 for the time that this step itself may take.
+        decode_upper_s: upper bound of the next decode step; 0 for the time that this step itself
+            may take.
         reserve_s: kept back for prefills that arrive while the batch runs; it delays when training
             starts to spend a request's lead, and takes nothing from the steady state.
         queued_s: training already launched on the device and not finished (0 on a CPU).
@@ -116,7 +120,8 @@ def batch_slack(
 
 
 def spare(targets: Targets, decode_s: float) -> float:
-    """What a decode step of that length leaves of the TPOT target, in seconds; negative where it takes longer."""
+    """What a decode step of that length leaves of the TPOT target, in seconds; negative where it
+    takes longer."""
     return targets.tpot_s * (1 - KEPT_SHARE) - decode_s
 
 
@@ -131,9 +136,10 @@ def expecting(
 ) -> Slack:
     """The slack with what may fit later.
 
-    Where there is idle time now and then, training waits for it, unless as much as its longest quantum takes has been banked.
-    Otherwise each decode step alone adds what it leaves of the TPOT target, until a new request comes, which has nothing
-    banked; half of the usual time until then is counted on.
+    Where there is idle time now and then, training waits for it, unless as much as its longest
+    quantum takes has been banked. Otherwise each decode step alone adds what it leaves of the TPOT
+    target, until a new request comes, which has nothing banked; half of the usual time until then
+    is counted on.
 
     Args:
         decode_s: a decode step without training before it.
@@ -158,9 +164,11 @@ class Backlog:
 
     Attributes:
         prompts: how many.
-        since_s: when the one that has waited longest came, earlier by what it may still have to wait for a place.
+        since_s: when the one that has waited longest came, earlier by what it may still have to
+            wait for a place.
         prefill_upper_s: upper bound of computing all of them.
-        admitted: the next prefill takes them; otherwise all places are taken, and decode steps come first.
+        admitted: the next prefill takes them; otherwise all places are taken, and decode steps come
+            first.
     """
 
     prompts: int
@@ -180,8 +188,8 @@ def backlog_slack(
 ) -> Slack:
     """What may be spent before the first of the prompts that wait is due.
 
-    All of them are charged to each, since prompts that are computed together get their first tokens together.
-    ``reserve_s`` is for those that come meanwhile.
+    All of them are charged to each, since prompts that are computed together get their first tokens
+    together. ``reserve_s`` is for those that come meanwhile.
 
     Returns:
         Slack(-inf, ...) without a TTFT target: a prompt that waits then stops training.
@@ -193,11 +201,13 @@ def backlog_slack(
 
 
 class PrefillReserve:
-    """How far prefills of new requests put a running batch behind, so that what it has banked is not spent before.
+    """How far prefills of new requests put a running batch behind, so that what it has banked is
+    not spent before.
 
-    Prompts that come one after the other hold it up further than one of them, and the decode steps between them make up
-    for some of that.  So kept are decaying maxima of the hold-ups within 1, 2, 3, 4, 6 ... decode steps; consecutive prefill
-    batches between two steps are one hold-up, since a running request feels their sum.
+    Prompts that come one after the other hold it up further than one of them, and the decode steps
+    between them make up for some of that.  So kept are decaying maxima of the hold-ups within 1, 2,
+    3, 4, 6 ... decode steps; consecutive prefill batches between two steps are one hold-up, since a
+    running request feels their sum.
     """
 
     def __init__(self, half_life_s: float = 60.0) -> None:
@@ -225,7 +235,8 @@ class PrefillReserve:
         """Seconds to keep.
 
         Args:
-            spare_s: what a decode step leaves of the TPOT target, and makes up for hold-ups with (``spare``).
+            spare_s: what a decode step leaves of the TPOT target, and makes up for hold-ups with
+                (``spare``).
         """
         if not self._levels[0]:
             return 0.0
@@ -238,7 +249,8 @@ class PrefillReserve:
 
 
 class QuietSteps:
-    """Decode steps that usually pass between two prefills of new requests: a running mean, or more while it is quiet."""
+    """Decode steps that usually pass between two prefills of new requests: a running mean, or more
+    while it is quiet."""
 
     def __init__(self, first: float = 8.0) -> None:
         self._mean = first

@@ -1,8 +1,10 @@
-"""Whether training that waits for better quanta gets as much done as by taking whatever fits: a running comparison.  Pure.
+"""Whether training that waits for better quanta gets as much done as by taking whatever fits: a
+running comparison.  Pure.
 
-Waiting (``qos_policy``: for a larger size, for idle time) is a guess about arrivals, and some never let it come true: at
-even intervals the larger quantum is always about to fit.  So beside what runs is counted what would have run without
-waiting; where that was more, training waits no longer until it has caught up.
+Waiting (``qos_policy``: for a larger size, for idle time) is a guess about arrivals, and some never
+let it come true: at even intervals the larger quantum is always about to fit.  So beside what runs
+is counted what would have run without waiting; where that was more, training waits no longer until
+it has caught up.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ HALF_LIFE_S = 15.0  # of what is remembered: some hundred prompts of a server th
 class WaitingPays:
     """Compares what runs beside requests with what could have.
 
-    Work counts by the time that it takes in the best of the sizes on offer, so that short quanta count for less.  What could
-    have run is held against the same slack, less what it would itself have spent since the last prompt, which has
-    nothing banked and so ends all that.  That serving would have been over later is left out: requests that take
-    longer share more decode steps, and in simulations with arrivals of many kinds the comparison then keeps closest
-    to what taking whatever fits really gets.
+    Work counts by the time that it takes in the best of the sizes on offer, so that short quanta
+    count for less.  What could have run is held against the same slack, less what it would itself
+    have spent since the last prompt, which has nothing banked and so ends all that.  That serving
+    would have been over later is left out: requests that take longer share more decode steps, and
+    in simulations with arrivals of many kinds the comparison then keeps closest to what taking
+    whatever fits really gets.
     """
 
     def __init__(self) -> None:

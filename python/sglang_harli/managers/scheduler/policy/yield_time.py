@@ -1,4 +1,5 @@
-"""How long training had work and did not run, by reason.  Plain Python; a decision costs one comparison."""
+"""How long training had work and did not run, by reason.  Plain Python; a decision costs one
+comparison."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from sglang_harli.core import Reason
 
 
 class YieldTime:
-    """Adds up spans from a decision against training to the next quantum (or to the end of the work).
+    """Adds up spans from a decision against training to the next quantum (or to the end of the
+    work).
 
     Attributes:
         reason: of the span that is open, or None.

@@ -4,8 +4,8 @@
                                                                     ├─ StopRun: [snapshot] ── RunStopped
                                                                     └─ last step: final snapshot ── saved
 
-A snapshot needs the slot, which belongs to the service while it writes: one that falls due then waits
-for the next step boundary, except the last ones (pause, final), which wait for the slot.
+A snapshot needs the slot, which belongs to the service while it writes: one that falls due then
+waits for the next step boundary, except the last ones (pause, final), which wait for the slot.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class ActiveRun:
     """One job's run in the scheduler.
 
     Raises:
-        ConfigError, TrainingError: the job does not fit the model or its memory, or its checkpoint is of
-            another job.
+        ConfigError, TrainingError: the job does not fit the model or its memory, or its checkpoint
+            is of another job.
         OSError: the restore slot is gone.
     """
 
@@ -113,7 +113,8 @@ class ActiveRun:
         return self._stopping and self.training.ready and not self.training.state_consistent
 
     def next_shape(self) -> QuantumShape | None:
-        """The next training quantum, or None while the run waits for memory, data, a slot or its end."""
+        """The next training quantum, or None while the run waits for memory, data, a slot or its
+        end."""
         return None if self._ending else self.training.peek()
 
     @property
@@ -153,7 +154,8 @@ class ActiveRun:
         self._link.send(self._in_hand)
 
     def after_quantum(self) -> bool:
-        """Send what a step brought; start a snapshot that is due.  True: the run is over, release it."""
+        """Send what a step brought; start a snapshot that is due.  True: the run is over, release
+        it."""
         if not self._state_bytes and self.training.ready:
             self._announce()
         self.send_metrics()
@@ -173,7 +175,8 @@ class ActiveRun:
         return False
 
     def _tell_taken(self) -> None:
-        """Tell the service that there is room for more; the end of a step (StepDone) tells it too."""
+        """Tell the service that there is room for more; the end of a step (StepDone) tells it
+        too."""
         taken = self.training.taken
         if (place := (taken.step, taken.index)) == self._taken:
             return
@@ -214,7 +217,8 @@ class ActiveRun:
 
     # ---------------------------------------------------------------- snapshots
     def take_slot(self, ref: internal.SlotRef) -> None:
-        """The service's slot for snapshots, faulted in; one that was named before changes nothing."""
+        """The service's slot for snapshots, faulted in; one that was named before changes
+        nothing."""
         if self._slot is not None and self._slot.path == ref.path:
             return
         if ref.nbytes < self._state_bytes:
@@ -315,7 +319,8 @@ class ActiveRun:
         return False
 
     def end(self, reason: str) -> bool:
-        """Stop as for a pause, unasked: its job goes on from the checkpoint.  True: stopped already, release it.
+        """Stop as for a pause, unasked: its job goes on from the checkpoint.  True: stopped
+        already, release it.
 
         A run that is trained goes its way: all that is left is its last snapshot.
         """
@@ -325,7 +330,8 @@ class ActiveRun:
         return self.stop(snapshot=True)
 
     def give_up(self, reason: str) -> None:
-        """The run ends without having been asked to, and its job goes on from the checkpoint: release it."""
+        """The run ends without having been asked to, and its job goes on from the checkpoint:
+        release it."""
         self._stop_now(reason)
 
     def _stop_now(self, reason: str = "") -> bool:
@@ -352,7 +358,8 @@ class ActiveRun:
 
 
 def _check_memory(spec: internal.RunSpec, limits: internal.ServedLimits) -> None:
-    """The cap may have been lowered since the service looked: a run that can never be had does not wait for it."""
+    """The cap may have been lowered since the service looked: a run that can never be had does not
+    wait for it."""
     if spec.memory_bytes > limits.train_memory_bytes:
         raise ConfigError(
             f"the job needs up to {show_size(spec.memory_bytes)} of training memory and "

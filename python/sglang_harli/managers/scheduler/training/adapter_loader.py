@@ -1,12 +1,13 @@
-"""A finished adapter enters SGLang's LoRA serving in slices, so that decode waits for none of them long.
+"""A finished adapter enters SGLang's LoRA serving in slices, so that decode waits for none of them
+long.
 
-SGLang's own call takes an adapter whole.  Here a slice copies one tensor out of shared memory or stacks
-one layer; the last one registers the adapter as ``load_lora_adapter_from_tensors`` does.  Everything runs
-on the scheduler's thread, between batches.
+SGLang's own call takes an adapter whole.  Here a slice copies one tensor out of shared memory or
+stacks one layer; the last one registers the adapter as ``load_lora_adapter_from_tensors`` does.
+Everything runs on the scheduler's thread, between batches.
 
-Leans on: ``srt.lora.lora_manager.LoRAManager`` (``validate_new_adapter``, ``unload_lora_adapter``, ``configs``,
-``loras``, ``lora_refs``), ``srt.lora.lora.LoRAAdapter`` (``_process_weight``, ``_normalize_weights``),
-``srt.lora.lora_config.LoRAConfig``, ``srt.lora.lora_registry.LoRARef``.
+Leans on: ``srt.lora.lora_manager.LoRAManager`` (``validate_new_adapter``, ``unload_lora_adapter``,
+``configs``, ``loras``, ``lora_refs``), ``srt.lora.lora.LoRAAdapter`` (``_process_weight``,
+``_normalize_weights``), ``srt.lora.lora_config.LoRAConfig``, ``srt.lora.lora_registry.LoRARef``.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _FAILURES_KEPT = 64
-# Bytes that a slice moves at least, unless it is the last; less than twice that, but for a layer that it stacks.
+# Bytes that a slice moves at least, unless it is the last; less than twice that, but for a layer
+# that it stacks.
 SLICE_BYTES = 1 << 20
 
 
 class AdapterLoader:
     """Loads adapters from shared memory into one ``LoRAManager``.
 
-    ``begin`` queues an adapter, ``run_slice`` does a bounded piece of the next one, those that requests wait for
-    first, ``status`` tells how far it is, ``abandon`` stops it.  No method but ``unload`` raises for a bad adapter:
-    it becomes ``failed``.
+    ``begin`` queues an adapter, ``run_slice`` does a bounded piece of the next one, those that
+    requests wait for first, ``status`` tells how far it is, ``abandon`` stops it.  No method but
+    ``unload`` raises for a bad adapter: it becomes ``failed``.
     """
 
     def __init__(self, lora_manager: Any) -> None:
@@ -51,15 +53,15 @@ class AdapterLoader:
     ) -> None:
         """Validate an adapter and queue it for loading.
 
-        An id that is loaded, or being loaded, stays as it is.  A name that is loaded under another id was
-        published by an attempt that nobody took over: it is loaded again, under the new id.
+        An id that is loaded, or being loaded, stays as it is.  A name that is loaded under another
+        id was published by an attempt that nobody took over: it is loaded again, under the new id.
 
         Args:
             lora_id: SGLang's id of this version of the adapter (``LoRARef.lora_id``).
             lora_name: the name it is served under.
             config: PEFT's adapter_config, of which ``peft_adapter`` says what is served.
-            slot: tensors by PEFT state-dict key, A [r, inputs] and B [outputs, r], in the model's own
-                sizes.  It may be freed once the status is ``loaded`` or ``failed``.
+            slot: tensors by PEFT state-dict key, A [r, inputs] and B [outputs, r], in the model's
+                own sizes.  It may be freed once the status is ``loaded`` or ``failed``.
             urgent: requests wait for it.
         """
         if lora_id in self._manager.loras or any(loading.lora_id == lora_id for loading in self._queue):
@@ -73,11 +75,11 @@ class AdapterLoader:
         self._try(lora_id, lora_name, queue)
 
     def status(self, lora_id: str) -> dict[str, Any]:
-        """``{"state": "loading" | "loaded" | "failed", "error": str, "passing": bool, "slices": int}``; an unknown
-        id is ``failed``.
+        """``state`` ("loading", "loaded" or "failed"; an unknown id is "failed"), ``error``,
+        ``passing`` and ``slices``.
 
-        ``passing``: the failure is no fault of the adapter's.  ``slices``: how many have been done while the queue
-        has had something: it stands still only while no adapter gets on.
+        ``passing``: the failure is no fault of the adapter's.  ``slices``: how many have been done
+        while the queue has had something: it stands still only while no adapter gets on.
         """
         state, error, passing = "failed", "", False
         if lora_id in self._manager.loras:
@@ -105,7 +107,8 @@ class AdapterLoader:
         return any(loading.urgent for loading in self._queue)
 
     def run_slice(self) -> None:
-        """Copy tensors or stack layers of ``SLICE_BYTES`` together, and register the adapter behind the last."""
+        """Copy tensors or stack layers of ``SLICE_BYTES`` together, and register the adapter behind
+        the last."""
         loading = next((one for one in self._queue if one.urgent), self._queue[0] if self._queue else None)
         if loading is None:
             return
@@ -159,7 +162,8 @@ class AdapterLoader:
 
 
 class _Loading:
-    """One adapter on its way; ``slices`` does a piece of the work at each ``next``, and says how many bytes it moved."""
+    """One adapter on its way; ``slices`` does a piece of the work at each ``next``, and says how
+    many bytes it moved."""
 
     def __init__(
         self,
@@ -223,7 +227,8 @@ class _Loading:
         self._register()
 
     def _take(self, ref: TensorRef) -> Generator[int, None, Any]:
-        """A copy of the tensor in the base model's dtype (the slot is used again), in pieces of at most ``SLICE_BYTES``."""
+        """A copy of the tensor in the base model's dtype (the slot is used again), in pieces of at
+        most ``SLICE_BYTES``."""
         import torch
 
         assert self._slot is not None
@@ -245,8 +250,8 @@ class _Loading:
         return whole
 
     def _register(self) -> None:
-        """As ``LoRAManager.load_lora_adapter_from_tensors`` ends; the limits are checked again, for another
-        adapter may have come since ``begin``."""
+        """As ``LoRAManager.load_lora_adapter_from_tensors`` ends; the limits are checked again, for
+        another adapter may have come since ``begin``."""
         manager = self._manager
         manager.validate_new_adapter(self._config, self._ref)
         manager.configs[self.lora_id] = self._config

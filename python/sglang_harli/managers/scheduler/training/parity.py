@@ -1,8 +1,8 @@
 """Whether training computes what serving computes, measured on one prompt: the scheduler's half.
 
-The HTTP process has the server answer a fixed prompt, as any other, and sends the log-probabilities of its tokens
-(``parity_request``).  Here the frozen base computes them as training does, in quanta like any training, and once more
-in fp32.  The means of the absolute differences are compared:
+The HTTP process has the server answer a fixed prompt, as any other, and sends the log-probabilities
+of its tokens (``parity_request``).  Here the frozen base computes them as training does, in quanta
+like any training, and once more in fp32.  The means of the absolute differences are compared:
 
     |served - trained|  <=  max(ACCEPTED, TIMES_ROUNDING * |trained - fp32|)
 
@@ -38,11 +38,13 @@ class Parity:
         base: the served weights as training sees them.
         mode: ``refuse``, ``warn`` or ``off`` (``--harli-parity``).
         head_tokens: most tokens whose logits are computed at once.
-        rounds: what of serving rounds more than training does, so that a difference is only warned of; "" for nothing.
+        rounds: what of serving rounds more than training does, so that a difference is only warned
+            of; "" for nothing.
         released: whether SGLang has released its memory: nothing is asked for, or computed, then.
 
     Attributes:
-        state: off, waiting (for the served log-probabilities), computing, agrees, differs or failed.
+        state: off, waiting (for the served log-probabilities), computing, agrees, differs or
+            failed.
         difference, rounding: means over the prompt's tokens, once they are known.
     """
 
@@ -120,7 +122,8 @@ class Parity:
         return self.state == "computing" and not self._released()
 
     def offer(self, predictor: LatencyPredictor, claim: Claim = Claim.POLICY) -> QuantumOffer | None:
-        """The quanta that are left, as one that is cut anywhere; None: the device still computes."""
+        """The quanta that are left, as one that is cut anywhere; None: the device still
+        computes."""
         left = sum(forward.whole - forward.quanta for forward in self._forwards)
         if not left:
             self.collect()

@@ -1,7 +1,7 @@
 """How long quanta take, and how much launched training is still queued on the device.
 
-On a CPU a quantum is over when it returns.  On CUDA it runs on the stream of SGLang's forwards, behind
-the batch in flight (strict alternation): events tell later what it took, and until they fire
+On a CPU a quantum is over when it returns.  On CUDA it runs on the stream of SGLang's forwards,
+behind the batch in flight (strict alternation): events tell later what it took, and until they fire
 its upper bound counts as queued, so that the ledger charges it to the token it delays.
 """
 
@@ -118,8 +118,8 @@ class DeviceQuantumTimer:
         return measured
 
     def settle(self) -> None:
-        # Two in flight keep the device busy while the host polls for requests; a prompt then waits for
-        # at most those two.
+        # Two in flight keep the device busy while the host polls for requests; a prompt then waits
+        # for at most those two.
         if len(self._pending) > 1:
             self._pending[-2][1].synchronize()
 

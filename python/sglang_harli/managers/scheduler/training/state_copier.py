@@ -1,8 +1,9 @@
-"""Copies of a run's state into shared memory, cut into copy quanta (docs/internals/run-protocol.md); and views back.
+"""Copies of a run's state into shared memory, cut into copy quanta
+(docs/internals/run-protocol.md); and views back.
 
-On a CPU a slice is one bounded copy.  On CUDA a slice goes through a small pinned buffer: the device
-copies into it behind the training stream's work, and a later quantum moves the bytes on when the event
-has fired, so that the scheduler's thread never waits for the device.
+On a CPU a slice is one bounded copy.  On CUDA a slice goes through a small pinned buffer: the
+device copies into it behind the training stream's work, and a later quantum moves the bytes on when
+the event has fired, so that the scheduler's thread never waits for the device.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def state_layout(tensors: list[tuple[str, torch.Tensor]]) -> tuple[list[TensorRe
 class _Slice:
     """Bytes ``start`` to ``start + len(place)`` of a live tensor.
 
-    They are looked up when they are copied: the tensor's data moves when training's memory is taken back.
+    They are looked up when they are copied: the tensor's data moves when training's memory is taken
+    back.
     """
 
     tensor: torch.Tensor

@@ -1,13 +1,13 @@
 """A stand-in for ``sgl_kernel`` in processes that run SGLang's CPU engine.
 
 The published wheel loads a CUDA driver, so it cannot be imported without one, while SGLang's CPU
-engine imports its names.  Here every op that serving Llama, Mistral, Qwen2 or Qwen3 touches is a plain
-torch implementation with the wheel's signature; any other name is an op that raises
-NotImplementedError when it is called (not when it is imported: SGLang imports the ops of features that
-it then does not use).
+engine imports its names.  Here every op that serving Llama, Mistral, Qwen2 or Qwen3 touches is a
+plain torch implementation with the wheel's signature; any other name is an op that raises
+NotImplementedError when it is called (not when it is imported: SGLang imports the ops of features
+that it then does not use).
 
-``torch.ops.sgl_kernel`` stays empty on purpose: where it had ``convert_weight_packed``, a CPU with AMX
-tiles would make SGLang repack its weights, and training could no longer view them.
+``torch.ops.sgl_kernel`` stays empty on purpose: where it had ``convert_weight_packed``, a CPU with
+AMX tiles would make SGLang repack its weights, and training could no longer view them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def assign_req_to_token_pool_cpu(
         req_to_token: the table, int32, shape [rows, pool_len]; changed in place.
         start_offset: first position to write, int, shape [requests].
         end_offset: one past the last position, int, shape [requests].
-        out_cache_loc: the slots of all requests, one after the other, int, shape [sum(end - start)].
+        out_cache_loc: the slots of all requests, one after the other, int, shape [sum(end -
+            start)].
         pool_len: the table's width.
     """
     taken = 0
@@ -63,10 +64,11 @@ def assign_extend_cache_locs_cpu(
     out_cache_loc: torch.Tensor,
     pool_len: int,
 ) -> None:
-    """Gather each request's KV slots out of its row of the token table, one request after the other.
+    """Gather each request's KV slots out of its row of the token table, one request after the
+    other.
 
-    The inverse of :func:`assign_req_to_token_pool_cpu`, with the same arguments; ``out_cache_loc`` is
-    changed in place, and what lies behind the last span is left alone.
+    The inverse of :func:`assign_req_to_token_pool_cpu`, with the same arguments; ``out_cache_loc``
+    is changed in place, and what lies behind the last span is left alone.
     """
     taken = 0
     for row, start, end in _spans(req_pool_indices, start_offset, end_offset, req_to_token, pool_len):
@@ -139,7 +141,8 @@ def fused_add_rmsnorm(
     eps: float = 1e-6,
     enable_pdl: bool | None = None,
 ) -> None:
-    """``residual += input``, then ``input = rmsnorm(residual)``, both in place (shapes as in rmsnorm)."""
+    """``residual += input``, then ``input = rmsnorm(residual)``, both in place (shapes as in
+    rmsnorm)."""
     total = input.float() + residual.float()
     residual.copy_(total)
     normal = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * weight.float()
@@ -147,13 +150,15 @@ def fused_add_rmsnorm(
 
 
 def silu_and_mul(input: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``silu(input[..., :d]) * input[..., d:]`` with d half of the last dimension; shape [..., d]."""
+    """``silu(input[..., :d]) * input[..., d:]`` with d half of the last dimension; shape [...,
+    d]."""
     gate, up = input.chunk(2, dim=-1)
     return _into(out, torch.nn.functional.silu(gate) * up)
 
 
 def gelu_and_mul(input: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``gelu(input[..., :d]) * input[..., d:]`` with d half of the last dimension; shape [..., d]."""
+    """``gelu(input[..., :d]) * input[..., d:]`` with d half of the last dimension; shape [...,
+    d]."""
     gate, up = input.chunk(2, dim=-1)
     return _into(out, torch.nn.functional.gelu(gate) * up)
 
