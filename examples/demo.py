@@ -26,7 +26,7 @@ import aiohttp
 
 from request_stream import RequestStream, Served, attainment
 from sglang_harli import run_paths
-from sglang_harli.client.clients import AsyncFinetuneClient
+from sglang_harli.client.async_client import AsyncFinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol.public import Job

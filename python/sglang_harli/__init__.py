@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sglang_harli.client.clients import AsyncFinetuneClient as AsyncFinetuneClient
-    from sglang_harli.client.clients import FinetuneClient as FinetuneClient
+    from sglang_harli.client.async_client import AsyncFinetuneClient as AsyncFinetuneClient
+    from sglang_harli.client.blocking_client import FinetuneClient as FinetuneClient
 
     __version__: str
 
 
 def __getattr__(name: str) -> Any:
     """The clients and the version, when asked for: importing the package imports nothing."""
-    if name in ("FinetuneClient", "AsyncFinetuneClient"):
-        from sglang_harli.client import clients
+    if name == "FinetuneClient":
+        from sglang_harli.client.blocking_client import FinetuneClient
 
-        return getattr(clients, name)
+        return FinetuneClient
+    if name == "AsyncFinetuneClient":
+        from sglang_harli.client.async_client import AsyncFinetuneClient
+
+        return AsyncFinetuneClient
     if name == "__version__":
         from importlib.metadata import version
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking_client import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.failpoints import Failpoint
 from sglang_harli.protocol.public import Event

@@ -15,7 +15,7 @@ from sglang_harli.config import CURVE_KEYS_ENV, DEFAULT_ENDPOINT, ENDPOINT_ENV
 from sglang_harli.errors import DataError, HarliError, NotFoundError
 
 if TYPE_CHECKING:
-    from sglang_harli.client.clients import FinetuneClient
+    from sglang_harli.client.blocking_client import FinetuneClient
 
 EXIT_FAILED = 1
 EXIT_CANCELLED = 7
@@ -56,7 +56,7 @@ class Session:
     curve_keys: str | None = None
 
     def client(self) -> FinetuneClient:
-        from sglang_harli.client.clients import FinetuneClient
+        from sglang_harli.client.blocking_client import FinetuneClient
 
         return FinetuneClient(self.endpoint, curve_keys=self.curve_keys, on_connection=notice)
 

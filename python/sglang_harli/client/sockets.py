@@ -1,13 +1,12 @@
-"""The client's socket: carries out what ``exchange`` and ``calls`` ask for, blocking or in
-asyncio."""
+"""The socket of one call, and how it waits: blocking a thread, or in asyncio."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -15,6 +14,8 @@ from zmq.utils.monitor import parse_monitor_message
 from sglang_harli.client.endpoints import FORMS
 from sglang_harli.errors import ConfigError, StateError
 from sglang_harli.protocol.curve_keys import ClientKeys
+
+T = TypeVar("T")
 
 LINGER_MS = 200
 _REFUSED = (
@@ -25,50 +26,92 @@ _REFUSED = (
 
 
 class Wire:
-    """A DEALER socket and its monitor, of one call.  ``IMMEDIATE``: nothing is queued for a peer
-    that is not there."""
+    """A DEALER socket and its monitor.  ``IMMEDIATE``: nothing is queued for an absent peer.
+
+    ``open``, ``send`` and ``wait`` raise StateError once the wire was ended.
+    """
 
     def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
         self._context, self._endpoint, self._keys = context, endpoint, keys
         self._socket: Any = None
         self._monitor: Any = None
         self._lost = False
+        self._ended = threading.Event()
+        # Held while the sockets are used.  Reentrant: the garbage collector may end a wire in the
+        # midst of anything.
+        self._using = threading.RLock()
 
-    def open(self, with_keys: bool) -> None:
-        self.close()
-        self._lost = False
-        self._socket = self._context.socket(zmq.DEALER)
-        for option, value in (
-            (zmq.IMMEDIATE, 1),
-            (zmq.LINGER, LINGER_MS),
-            (zmq.SNDHWM, 0),
-            (zmq.RCVHWM, 0),
-            (zmq.HEARTBEAT_IVL, 5000),
-            (zmq.HEARTBEAT_TIMEOUT, 20_000),
-            (zmq.IPV6, self._endpoint.startswith("tcp://[")),
-        ):
-            self._socket.setsockopt(option, value)
-        if self._keys is not None and with_keys:
-            self._keys.apply(self._socket)
-        wanted = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | sum(_REFUSED)
-        self._monitor = self._socket.get_monitor_socket(wanted)
-        try:
-            self._socket.connect(self._endpoint)
-        except zmq.ZMQError as error:
-            raise ConfigError(
-                f"endpoint {self._endpoint!r} is not accepted ({error.strerror}): give {FORMS}",
-                param="endpoint",
-            ) from error
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        with self._using:
+            if self._ended.is_set():
+                raise closed()
+            try:
+                yield
+            except (zmq.ZMQError, AttributeError) as error:
+                if self._ended.is_set():  # by a signal handler of this thread: the sockets are gone
+                    raise closed() from error
+                raise
+
+    def open(self, *, with_keys: bool = True) -> None:
+        """A fresh socket, in place of the last one."""
+        with self._in_use():
+            self._close()
+            self._lost = False
+            self._socket = self._context.socket(zmq.DEALER)
+            for option, value in (
+                (zmq.IMMEDIATE, 1),
+                (zmq.LINGER, LINGER_MS),
+                (zmq.SNDHWM, 0),
+                (zmq.RCVHWM, 0),
+                (zmq.HEARTBEAT_IVL, 5000),
+                (zmq.HEARTBEAT_TIMEOUT, 20_000),
+                (zmq.IPV6, self._endpoint.startswith("tcp://[")),
+            ):
+                self._socket.setsockopt(option, value)
+            if self._keys is not None and with_keys:
+                self._keys.apply(self._socket)
+            wanted = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | sum(_REFUSED)
+            self._monitor = self._socket.get_monitor_socket(wanted)
+            try:
+                self._socket.connect(self._endpoint)
+            except zmq.ZMQError as error:
+                if self._ended.is_set():
+                    raise
+                raise ConfigError(
+                    f"endpoint {self._endpoint!r} is not accepted ({error.strerror}): give {FORMS}",
+                    param="endpoint",
+                ) from error
 
     def send(self, frames: Sequence[Any]) -> None:
-        self._socket.getsockopt(zmq.EVENTS)  # libzmq takes note of what its other thread did, as in read()
-        try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            self._lost = True  # the peer has just gone
+        with self._in_use():
+            self._socket.getsockopt(zmq.EVENTS)  # libzmq takes note of what its other thread did, as in _read
+            try:
+                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                self._lost = True  # the peer has just gone
 
-    def read(self) -> tuple[str, Any]:
-        """What there is, without waiting; an answer comes before the news that the peer left after
+    async def wait(self, seconds: float) -> tuple[str, Any]:
+        """The next news: ``connected``, ``lost``, ``refused`` with why, ``message`` with its first
+        frame, or ``nothing`` in that time."""
+        raise NotImplementedError
+
+    async def sleep(self, seconds: float) -> None:
+        """Returns early where the wire is ended meanwhile."""
+        raise NotImplementedError
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """The result of a function that takes its time."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """No more is done; a call under way notices within a second."""
+        self._ended.set()
+        with self._using:
+            self._close()
+
+    def _read(self) -> tuple[str, Any]:
+        """What there is, without waiting; an answer precedes the news that the peer left after
         it."""
         event = None
         if not self._lost:
@@ -88,83 +131,58 @@ class Wire:
             return "lost", None
         return ("nothing" if event is None else "connected"), None
 
-    def close(self) -> None:
+    def _close(self) -> None:
         opened, self._socket = self._socket, None
         monitor, self._monitor = self._monitor, None
         if opened is not None:
             opened.disable_monitor()
-            monitor.close(0)
+            if monitor is not None:  # else opening was interrupted
+                monitor.close(0)
             opened.close()
 
 
-class SyncWire(Wire):
-    """Used by one thread; ended by that, or by any other."""
+class BlockingWire(Wire):
+    """Used by one thread, ended by any.  Its coroutines never suspend: they block the thread."""
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
-        super().__init__(context, endpoint, keys)
-        self._ended = threading.Event()
-        # Held while the sockets are used.  Reentrant: the garbage collector may end a wire in the
-        # midst of anything.
-        self._using = threading.RLock()
+    async def wait(self, seconds: float) -> tuple[str, Any]:
+        with self._in_use():
+            if not self._lost:
+                sockets = [(self._socket, zmq.POLLIN), (self._monitor, zmq.POLLIN)]
+                zmq.zmq_poll(sockets, int(seconds * 1000))
+            return self._read()
 
-    def do(self, operation: str, argument: Any) -> Any:
-        if operation == "call":
-            return argument()
-        if operation == "sleep":
-            self._ended.wait(argument)
-            return None
-        with self._using:
-            if self._ended.is_set():
-                raise closed()
-            if operation == "open":
-                return self.open(argument)
-            if operation == "send":
-                return self.send(argument)
-            try:
-                if not self._lost:
-                    sockets = [(self._socket, zmq.POLLIN), (self._monitor, zmq.POLLIN)]
-                    zmq.zmq_poll(sockets, int(argument * 1000))
-                return self.read()
-            except zmq.ZMQError as error:
-                if self._ended.is_set():  # by a signal handler of this thread, within poll
-                    raise closed() from error
-                raise
+    async def sleep(self, seconds: float) -> None:
+        self._ended.wait(seconds)
 
-    def end(self) -> None:
-        """No more is done; a call under way notices within a second."""
-        self._ended.set()
-        with self._using:
-            self.close()
+    async def run(self, function: Callable[[], T]) -> T:
+        return function()
 
 
 class AsyncWire(Wire):
-    """Used and ended in one event loop."""
+    """Used and ended in one event loop; a call under way notices the end at once."""
 
     def __init__(self, context: zmq.Context[Any], endpoint: str, keys: ClientKeys | None) -> None:
         super().__init__(context, endpoint, keys)
-        self._ended = asyncio.Event()
+        self._end_of_sleep = asyncio.Event()
         self._news = asyncio.Event()
         self._watched: tuple[asyncio.AbstractEventLoop, list[int]] | None = None
 
-    async def do(self, operation: str, argument: Any) -> Any:
-        if operation == "call":
-            return await asyncio.to_thread(argument)
-        if operation == "sleep":
-            await _wait(self._ended, argument)
-            return None
-        if self._ended.is_set():
-            raise closed()
-        if operation == "open":
-            return self.open(argument)
-        if operation == "send":
-            return self.send(argument)
-        if not self._lost and not self._readable():
-            await self._wait_for_news(argument)
-        return self.read()
+    async def wait(self, seconds: float) -> tuple[str, Any]:
+        with self._in_use():
+            readable = self._lost or self._readable()
+        if not readable:
+            await self._wait_for_news(seconds)
+        return self._read()
+
+    async def sleep(self, seconds: float) -> None:
+        await _wait(self._end_of_sleep, seconds)
+
+    async def run(self, function: Callable[[], T]) -> T:
+        return await asyncio.to_thread(function)
 
     async def _wait_for_news(self, seconds: float) -> None:
-        """Until a socket has something.  Their descriptors tell of changes only: nobody may wait
-        where something is there already, and they are watched no longer than somebody waits."""
+        """Until a socket has something.  Their descriptors tell of changes only: they are watched
+        only while a call waits, and none may wait where something is there already."""
         self._news.clear()
         loop = asyncio.get_running_loop()
         self._watched = loop, [self._socket.FD, self._monitor.FD]
@@ -192,10 +210,9 @@ class AsyncWire(Wire):
                     loop.remove_reader(descriptor)
 
     def end(self) -> None:
-        """No more is done; a call under way notices at once."""
         self._unwatch()
-        self.close()
-        self._ended.set()
+        super().end()
+        self._end_of_sleep.set()
         self._news.set()
 
 
@@ -210,8 +227,7 @@ def closed() -> StateError:
 
 
 def _why(event: int, value: int) -> str:
-    """``key``: it is not known there; ``mechanism``: one side uses CURVE, the other does not;
-    ``unclear``."""
+    """``key``: not known there; ``mechanism``: only one side uses CURVE; ``unclear``."""
     if event == zmq.Event.HANDSHAKE_FAILED_AUTH:
         return "key"
     mismatch = (

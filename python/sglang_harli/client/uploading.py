@@ -1,5 +1,4 @@
-"""A large file on its way to the service: chunk by chunk, a few in flight, across lost
-connections."""
+"""Training data on its way to the service: in chunks, a few in flight, across lost connections."""
 
 from __future__ import annotations
 
@@ -8,9 +7,9 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
-from sglang_harli.client import exchange
+from sglang_harli.client import messages
 from sglang_harli.client.data_source import DataSource
-from sglang_harli.client.exchange import BUSY_FIRST_S, BUSY_LONGEST_S, SLICE_S, Exchange, Patience, Steps
+from sglang_harli.client.exchange import BUSY_FIRST_S, BUSY_LONGEST_S, SLICE_S, Exchange, Patience
 from sglang_harli.errors import NotReadyError
 from sglang_harli.protocol import public
 from sglang_harli.protocol.public import BUSY
@@ -33,7 +32,7 @@ class _Sending:
 
     def chunk(self) -> list[bytes]:
         """The frames of the next one."""
-        head = exchange.header(
+        head = messages.header(
             "upload",
             public.UploadArgs(
                 upload=self.upload,
@@ -59,26 +58,27 @@ class _Sending:
         if code == "upload_unknown":  # it was restarted, or the upload was forgotten
             self.known = 0
         elif code != BUSY:
-            self.known = exchange.result(reply, public.UploadAnswer).offset
+            self.known = messages.result(reply, public.UploadAnswer).offset
         if not self.asked:
             self.sent = self.known
         return code != BUSY
 
 
-def upload(link: Exchange, source: DataSource, sha256: str, patience: Patience) -> Steps[str]:
+async def upload(exchange: Exchange, source: DataSource, sha256: str, patience: Patience) -> str:
     """Bring all of ``source`` to the service; the id of the upload, to be named by ``submit``.
 
     Raises:
         NotReadyError: the service is away for too long, or stays busy.
     """
+    wire, service = exchange.wire, exchange.service
     sending = _Sending(source, sha256)
-    yield from link.connect(patience)
+    await exchange.connect(patience)
     pause_s = BUSY_FIRST_S
     heard = time.monotonic()
     while sending.known < source.size:
         while len(sending.asked) < WINDOW and sending.sent < source.size:
-            yield "send", sending.chunk()
-        what, payload = yield "wait", SLICE_S
+            wire.send(sending.chunk())
+        what, payload = await wire.wait(SLICE_S)
         if what == "message":
             reply = public.decode(payload, public.Reply)
             if reply.id not in sending.asked:
@@ -87,15 +87,15 @@ def upload(link: Exchange, source: DataSource, sha256: str, patience: Patience) 
                 heard, pause_s = time.monotonic(), BUSY_FIRST_S
                 patience.back()
             elif not sending.asked:
-                if time.monotonic() - heard > link.reconnect_timeout_s:
-                    exchange.result(reply, public.UploadAnswer)
-                yield "sleep", pause_s * random.uniform(0.5, 1.5)
+                if time.monotonic() - heard > service.reconnect_timeout_s:
+                    messages.result(reply, public.UploadAnswer)
+                await wire.sleep(pause_s * random.uniform(0.5, 1.5))
                 pause_s = min(2 * pause_s, BUSY_LONGEST_S)
-        elif what == "lost" or time.monotonic() - heard > link.reply_timeout_s:
+        elif what == "lost" or time.monotonic() - heard > service.reply_timeout_s:
             patience.lost()
             if patience.left_s <= 0:
-                raise NotReadyError(f"{link.endpoint} does not take the data: try again later")
-            yield from link.connect(patience)
+                raise NotReadyError(f"{service.endpoint} does not take the data: try again later")
+            await exchange.connect(patience)
             sending.start_over()
             heard = time.monotonic()
     return sending.upload

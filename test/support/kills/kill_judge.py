@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from sglang_harli import run_paths
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking_client import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import NotReadyError
 from sglang_harli.protocol.public import Event, Job

@@ -18,7 +18,7 @@ import numpy as np
 import zmq
 
 from sglang_harli import run_paths
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking_client import FinetuneClient
 from sglang_harli.errors import ConfigError
 from sglang_harli.protocol import public
 from sglang_harli.protocol.base_print import BasePrint

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from sglang_harli import run_paths
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking_client import FinetuneClient
 from sglang_harli.config import SERVICE_ENV, HarliOptions, ServiceConfig
 
 

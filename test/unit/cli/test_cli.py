@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking_client import FinetuneClient
 from sglang_harli.names import short_id
 from sglang_harli.protocol.public import Hyperparameters
 from support.models import write_tokenizer

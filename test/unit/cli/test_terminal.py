@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from sglang_harli.cli import view
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking_client import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.protocol.escaping import escaped, json_text
 from sglang_harli.protocol.public import Hyperparameters, Job

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 import zmq
 
 from sglang_harli import AsyncFinetuneClient, FinetuneClient
-from sglang_harli.client import exchange
+from sglang_harli.client import messages
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import (
     ConfigError,
@@ -25,6 +26,7 @@ from sglang_harli.errors import (
 )
 from sglang_harli.names import short_id
 from sglang_harli.protocol import public
+from sglang_harli.protocol.public import Event, Job
 from support.models import write_tokenizer
 from support.service.service_fixture import until
 from support.service.service_process import ServiceProcess
@@ -102,6 +104,40 @@ def test_large_data_travels_in_frames(client: FinetuneClient):
     job = client.submit(row * 6)  # 18 MiB: uploaded
     assert job.data["rows"] == 6
     assert job.data["bytes"] > 2 * public.MAX_FRAME_BYTES
+
+
+def test_data_without_a_row_are_refused(client: FinetuneClient, tmp_path: Path):
+    (tmp_path / "empty.jsonl").touch()
+    for data in (b"", [], tmp_path / "empty.jsonl"):
+        with pytest.raises(DataError, match="holds no line of data"):
+            client.submit(data)
+        assert client.check(data)["rows"] == 0
+
+
+def test_the_blocking_client_works_where_an_event_loop_runs(client: FinetuneClient):
+    """As in a notebook, whose cells run in the thread of a loop; iterators outlive the loop."""
+
+    async def cell() -> tuple[str, Iterator[Event], Iterator[Job]]:
+        job = client.submit(ROWS).id
+        events, looks = client.events(job, follow=True), client.watch(job)
+        assert next(events).type == "job_created"
+        assert next(looks).status == JobStatus.QUEUED
+        return job, events, looks
+
+    job, events, looks = asyncio.run(asyncio.wait_for(cell(), 30))
+    client.cancel(job)
+    assert [event.type for event in events][-1] == "cancelled"
+    assert [look.status for look in looks] == [JobStatus.CANCELLED]
+
+
+def test_what_has_the_same_name_has_the_same_arguments():
+    for name in set(dir(AsyncFinetuneClient)) - {"__aenter__", "__aexit__"}:
+        if not name.startswith("_"):
+            mine, theirs = (getattr(kind, name) for kind in (FinetuneClient, AsyncFinetuneClient))
+            assert inspect.signature(mine).parameters == inspect.signature(theirs).parameters, name
+            assert mine.__doc__ == theirs.__doc__ and not inspect.iscoroutinefunction(mine), name
+    made = (inspect.signature(kind.__init__).parameters for kind in (FinetuneClient, AsyncFinetuneClient))
+    assert len(set(map(str, made))) == 1
 
 
 def test_bad_lines_are_all_named_and_no_job_is_made(client: FinetuneClient):
@@ -279,9 +315,9 @@ def test_an_unknown_answer_is_refused(tmp_path: Path):
 
 
 def test_every_error_type_has_its_code():
-    for code, kind in exchange.ERRORS.items():
+    for code, kind in messages.ERRORS.items():
         body = public.ErrorBody(code=code, message="m", param="p", details=[{"line": 1}])
-        error = exchange.error(public.Reply(id="x", ok=False, error=body))
+        error = messages.error(public.Reply(id="x", ok=False, error=body))
         assert type(error) is kind
         assert (error.code, error.param, error.details) == (code, "p", [{"line": 1}])
 

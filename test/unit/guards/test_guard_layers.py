@@ -65,7 +65,7 @@ LIGHT = (
     "train_memory",
     "errors",
     "config",
-    "client.clients",
+    "client.blocking_client",
     "cli.main",
     "protocol.public",
     "protocol.internal",

@@ -78,7 +78,7 @@ def test_installed_wheel_runs_without_the_checkout(wheel, tmp_path):
     )
     env = {**os.environ, "PYTHONPATH": str(target)}
     code = (
-        "import sglang_harli, sglang_harli.client.clients, sglang_harli.config, sglang_harli.protocol.public\n"
+        "import sglang_harli, sglang_harli.client.blocking_client, sglang_harli.config, sglang_harli.protocol.public\n"
         "import sglang_harli.service.jobs.transitions\n"
         "from sglang_harli import AsyncFinetuneClient, FinetuneClient\n"
         "print(sglang_harli.__file__)"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sglang_harli import run_paths
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking_client import FinetuneClient
 from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.failpoints import FAULT_POINTS_ENV, ReadFailpoint, WriteFailpoint
 from support.service.service_fixture import ServiceUnderTest, pairs, until

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sglang_harli import run_paths
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking_client import FinetuneClient
 from support.other_user import UID, needs_root, run_python
 from support.service.service_fixture import pairs, until
 from support.service.service_process import ServiceProcess

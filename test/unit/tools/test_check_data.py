@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking_client import FinetuneClient
 from sglang_harli.errors import ConfigError, DataError
 from support.chat_templates import FAMILIES, make_family
 from support.service.service_process import ServiceProcess

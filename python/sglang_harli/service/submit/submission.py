@@ -10,7 +10,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sglang_harli.errors import ConfigError, HarliError, NotReadyError, Protocol
 from sglang_harli.failpoints import Failpoint, WriteFailpoint, failpoint
 from sglang_harli.names import adapter_name
 from sglang_harli.protocol.public import (
+    BUSY,
     MAX_INLINE_BYTES,
     CheckArgs,
     Hyperparameters,
@@ -98,6 +99,10 @@ class Submission:
             HarliError: a refusal; no job was created.
         """
         _check_frames(args, frames)
+        with self._answered(args.upload):
+            return await self._submit(args, frames)
+
+    async def _submit(self, args: SubmitArgs, frames: Sequence[bytes]) -> Job:
         key = args.idempotency_key
         task, first = self._running.get(key, (None, None)) if key else (None, None)
         if task is not None and first is not None:  # the job may be known already and not be durable yet
@@ -170,11 +175,26 @@ class Submission:
         """
         args = SubmitArgs(filename=asked.filename, size=asked.size, sha256=asked.sha256, upload=asked.upload)
         _check_frames(args, frames)
-        hp = parse_hyperparameters(asked.hyperparameters)
-        loop = asyncio.get_running_loop()
-        longest = await loop.run_in_executor(self._settlers, self._longest, hp)
-        async with self._incoming(args, frames, self._registry.new_id()) as (source, folder):
-            return await loop.run_in_executor(self._worker, self._look, args, source, folder, hp, longest)
+        with self._answered(args.upload):
+            hp = parse_hyperparameters(asked.hyperparameters)
+            loop = asyncio.get_running_loop()
+            longest = await loop.run_in_executor(self._settlers, self._longest, hp)
+            async with self._incoming(args, frames, self._registry.new_id()) as (source, folder):
+                return await loop.run_in_executor(self._worker, self._look, args, source, folder, hp, longest)
+
+    @contextlib.contextmanager
+    def _answered(self, upload: str | None) -> Iterator[None]:
+        """Forgets an upload that its request had no use for: a repeated submit, or a refused one.
+
+        Not where the client is to ask again with it, or may still be sending it.
+        """
+        try:
+            yield
+        except HarliError as error:
+            if error.code != BUSY and not isinstance(error, ProtocolError):
+                self._uploads.forget(upload)
+            raise
+        self._uploads.forget(upload)
 
     @contextlib.asynccontextmanager
     async def _incoming(

@@ -93,7 +93,7 @@ class Uploads:
         upload.touched = time.monotonic()
         if args.offset == upload.queued:
             if upload.queued + len(frames[0]) > upload.size:
-                self._forget(args.upload)
+                self.forget(args.upload)
                 raise ProtocolError(
                     f"{args.filename}: more than the {args.size} bytes came that were announced",
                     code="data_mismatch",
@@ -106,7 +106,7 @@ class Uploads:
             try:
                 await asyncio.shield(upload.writing)
             except (OSError, HarliError) as error:
-                self._forget(args.upload)
+                self.forget(args.upload)
                 raise self._storage(error) if isinstance(error, OSError) else error from error
         return UploadAnswer(offset=upload.received)
 
@@ -139,7 +139,7 @@ class Uploads:
             now = time.monotonic()
             for name, upload in list(self._uploads.items()):
                 if now - upload.touched > IDLE_S:
-                    self._forget(name)
+                    self.forget(name)
 
     def close(self) -> None:
         self._disk.shutdown(wait=True, cancel_futures=True)
@@ -175,10 +175,11 @@ class Uploads:
         if len(self._uploads) >= MAX_UPLOADS:
             name, upload = min(self._uploads.items(), key=lambda item: item[1].touched)
             if time.monotonic() - upload.touched > YIELDS_S:
-                self._forget(name)
+                self.forget(name)
 
-    def _forget(self, name: str) -> None:
-        upload = self._uploads.pop(name, None)
+    def forget(self, name: str | None) -> None:
+        """Remove an upload, if it is there."""
+        upload = self._uploads.pop(name or "", None)
         if upload is not None:
             self._disk.submit(_remove, upload)  # behind the chunks that are being written
 

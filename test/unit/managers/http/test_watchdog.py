@@ -19,7 +19,7 @@ import zmq
 import zmq.asyncio
 
 from sglang_harli import run_paths
-from sglang_harli.client.clients import AsyncFinetuneClient
+from sglang_harli.client.async_client import AsyncFinetuneClient
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.managers.http import watchdog

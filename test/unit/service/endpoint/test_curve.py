@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from sglang_harli.client import exchange
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking_client import FinetuneClient
+from sglang_harli.client.sockets import Wire
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import ConfigError, NotReadyError
 from sglang_harli.managers.http.supervision.endpoint_check import check_endpoint_free
@@ -172,6 +174,19 @@ def test_keys_where_none_are_asked_for(shared, keys):
     assert "does not use CURVE keys" in refused(shared.service.endpoint, keys / "client")
 
 
+class ScriptedWire(Wire):
+    """Opens no socket; each wait has the next answer, and nothing once there is none left."""
+
+    def __init__(self, answers: list[tuple[str, str | None]]) -> None:
+        self.answers, self.opened = iter(answers), []
+
+    def open(self, *, with_keys: bool = True) -> None:
+        self.opened.append(with_keys)
+
+    async def wait(self, seconds: float) -> tuple[str, str | None]:
+        return next(self.answers, ("nothing", None))
+
+
 @pytest.mark.parametrize(
     ("without_keys", "reason"),
     [
@@ -184,17 +199,14 @@ def test_keys_where_none_are_asked_for(shared, keys):
 def test_a_service_that_hangs_up_first_is_asked_without_keys(without_keys, reason, monkeypatch):
     """Whose greeting is read first is a race, and a connection that ends in it says no reason."""
     monkeypatch.setattr(exchange, "SLICE_S", 0.05)
-    answers = iter([*[("refused", "unclear")] * exchange.UNCLEAR, *without_keys])
-    opened = []
-    steps = exchange.Exchange("tcp://127.0.0.1:1", keys="mine").connect()
+    wire = ScriptedWire([*[("refused", "unclear")] * exchange.UNCLEAR, *without_keys])
     with pytest.raises(ConfigError, match=reason):
-        operation, argument = next(steps)
-        while True:
-            if operation == "open":
-                opened.append(argument)
-                operation, argument = next(steps)
-            operation, argument = steps.send(next(answers, ("nothing", None)))
-    assert opened == [True, False]
+        asyncio.run(
+            exchange.Exchange(
+                wire, exchange.Service("tcp://127.0.0.1:1", "mine", 30, 60, 600, print)
+            ).connect()
+        )
+    assert wire.opened == [True, False]
 
 
 def test_what_hangs_up_at_once_is_told(keys):

@@ -18,7 +18,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking_client import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError, HarliError, NotReadyError
 from sglang_harli.protocol import internal

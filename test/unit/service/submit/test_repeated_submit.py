@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking_client import FinetuneClient
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError
 from sglang_harli.failpoints import FAULT_POINTS_ENV, WriteFailpoint

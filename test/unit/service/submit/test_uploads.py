@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sglang_harli.client.clients import FinetuneClient
+from sglang_harli.client.blocking_client import FinetuneClient
 from sglang_harli.errors import ConfigError, DataError, HarliError
 from sglang_harli.protocol import public
 from sglang_harli.service.submit import uploads
@@ -250,3 +250,14 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(rig, tmp_path):
         os.truncate(path, 100)
         with pytest.raises(DataError, match=r"shrinks\.jsonl has become shorter"):
             source.sha256()
+
+
+def test_an_upload_that_its_submit_has_no_use_for_is_removed(rig, tmp_path):
+    """Otherwise those of 16 such submits would keep every other file waiting."""
+    large, other = (write_large(tmp_path / f"{mib}.jsonl", mib) for mib in (2, 3))
+    job = rig.client.submit(large, idempotency_key="once")
+    assert rig.client.submit(large, idempotency_key="once").id == job.id
+    until(lambda: left_behind(rig.run_dir) == [], "the upload of a repeated submit being removed")
+    with pytest.raises(ConfigError, match="belongs to"):
+        rig.client.submit(other, idempotency_key="once")
+    until(lambda: left_behind(rig.run_dir) == [], "the upload of a refused submit being removed")
