@@ -1,7 +1,7 @@
 """The memory that training asks for: leases by purpose, in which tensors are carved.
 
-The trainer asks a ``TrainMemory`` and does not know whose memory it gets: the unified pool's
-(``mem_cache.train_arena``), or torch's own under a budget (``peft_trainer.memory.heap``).
+A ``TrainMemory`` is the unified pool's (``mem_cache.train_arena``), or torch's own under a budget
+(``peft_trainer.memory.heap``): the trainer does not know which.
 """
 
 from __future__ import annotations
@@ -36,11 +36,8 @@ def carved_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
 class Lease(ABC):
     """Memory lent to training for one purpose, until it is given back.
 
-    It may be used again and again: for the tensors that it was asked for, or as many, none of them
-    larger.
-
-    Attributes:
-        nbytes: what it takes of its owner's memory.
+    It may be used again: for the tensors asked for, or as many, none larger. ``nbytes``: what it
+    takes of its owner's memory.
     """
 
     nbytes: int
@@ -48,11 +45,7 @@ class Lease(ABC):
 
     @abstractmethod
     def _take(self, nbytes: int) -> Tensor:
-        """The next ``nbytes`` of it, flat, as bytes.
-
-        Raises:
-            MemoryError: there is no room for them, or the lease was given back.
-        """
+        """The next ``nbytes``, flat uint8; MemoryError: no room, or the lease was given back."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -63,11 +56,7 @@ class Lease(ABC):
         """Return the memory; may be repeated.  Tensors carved from it must not be used any more."""
 
     def carve(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor in this lease; contents undefined.
-
-        Raises:
-            MemoryError: there is no room for it, or the lease was given back.
-        """
+        """A contiguous tensor in this lease, contents undefined; MemoryError as ``_take``."""
         return self._take(math.prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
 
     @property
@@ -85,22 +74,19 @@ class Lease(ABC):
         self.reset()
         carved = []
         for (shape, dtype), size in zip(specs, self._sizes, strict=True):
-            # Whole, whatever is used of it: where extents are separate, a plan says which tensor
-            # lies where.
+            # Whole, whatever is used of it: with separate extents, a plan has placed each.
             place = self._take(size)
             carved.append(place[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape)))
         return carved
 
 
 class TrainMemory(Protocol):
-    """Gives leases.  Never waits: None where there is none now; it may be asked for again."""
+    """Gives leases and never waits: None where there is none now; it may be asked for again."""
 
     def obtain(self, purpose: MemoryPurpose, specs: Specs) -> Lease | None:
-        """A lease in which these tensors can be carved, in this order.
+        """A lease in which these tensors can be carved, in this order; None: not now.
 
-        Args:
-            purpose: decides what goes first under pressure.
-            specs: (shape, dtype) of each.
+        ``purpose`` decides what goes first under pressure.
 
         Raises:
             ConfigError: there never is one.

@@ -1,5 +1,4 @@
-"""Who owns each stripe: the KV cache or one lease.  Pure; what the pool's other parts are compared
-with (docs/internals/memory.md)."""
+"""Who owns each stripe: the KV cache or one lease (docs/internals/memory.md). Pure."""
 
 from __future__ import annotations
 
@@ -18,12 +17,7 @@ class LedgerError(HarliError, RuntimeError):
 
 
 class ChunkLedger:
-    """Owners of a pool's stripes.  A lease is taken whole and given back whole.
-
-    Attributes:
-        moves_to_train: stripes lent since the start.
-        moves_to_kv: stripes given back since the start.
-    """
+    """Owners of a pool's stripes; leases are taken and given back whole. ``moves_…`` only grow."""
 
     def __init__(self, geometry: PoolGeometry) -> None:
         self.geometry = geometry
@@ -50,12 +44,8 @@ class ChunkLedger:
         return sorted(stripe for stripes in self._leases.values() for stripe in stripes)
 
     def lend(self, lease: str, stripes: Sequence[int], *, quota: int | None = None) -> None:
-        """Move stripes from the KV cache to a new lease.
-
-        Args:
-            lease: its name, not in use.
-            stripes: each lendable and the KV cache's.
-            quota: stripes that all leases may hold together; None: no bound.
+        """Move stripes (lendable, the KV cache's) to a new lease; ``quota``: of all leases
+        together.
 
         Raises:
             LedgerError: a rule would be broken; nothing has moved.
@@ -87,10 +77,7 @@ class ChunkLedger:
         return None
 
     def give_back(self, lease: str) -> tuple[int, ...]:
-        """End a lease.
-
-        Returns:
-            Its stripes, which are the KV cache's again.
+        """End a lease; its stripes are the KV cache's again.
 
         Raises:
             LedgerError: there is no such lease.
@@ -102,8 +89,7 @@ class ChunkLedger:
         return stripes
 
     def bytes_by_owner(self) -> dict[str, int]:
-        """Bytes of ``"kv"`` (stripe 0 and the tail included) and of each lease; they sum to the
-        budget."""
+        """Bytes of ``"kv"`` (with stripe 0 and the tail) and of each lease: the whole budget."""
         stripe_bytes = self.geometry.stripe_bytes
         lent = {name: len(stripes) * stripe_bytes for name, stripes in self._leases.items()}
         return {KV: self.geometry.total_bytes - sum(lent.values()), **lent}

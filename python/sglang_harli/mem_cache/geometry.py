@@ -1,13 +1,13 @@
-"""How the pool is cut: slots, chunks and stripes.  Pure arithmetic (docs/internals/memory.md).
+"""How the pool is cut: slots, chunks and stripes. Pure arithmetic (docs/internals/memory.md).
 
     buffer 0 (K of layer 0)   | chunk | chunk | chunk | ... | tail |
     buffer 1 (V of layer 0)   | chunk | chunk | chunk | ... | tail |
       ...
                                stripe0 stripe1 stripe2
 
-A stripe is an aligned range of token slots, backed by one chunk in each buffer.  It is the unit in
-which memory moves.  Stripe 0 holds slot 0, where SGLang writes padded tokens, and the tail does not
-fill a stripe: both stay with the KV cache for ever, so that its capacity is exactly SGLang's.
+A stripe, the unit in which memory moves, is an aligned range of token slots: one chunk of each
+buffer. Stripe 0 holds slot 0, where SGLang writes padded tokens, and the tail does not fill a
+stripe: both stay with the KV cache for ever, so that its capacity is exactly SGLang's.
 """
 
 from __future__ import annotations
@@ -37,10 +37,8 @@ class PoolGeometry:
 
     Attributes:
         slots: rows of each buffer, SGLang's padded page included (``size + page_size``).
-        row_bytes: one slot in one buffer; alike in all buffers.
-        buffers: K and V of each layer.
-        page_size: SGLang's, in slots; a stripe holds whole pages.
-        stripe_slots: slots of a stripe.
+        row_bytes: one slot in one buffer, alike in all; buffers: K and V of each layer.
+        page_size: SGLang's, in slots; stripe_slots: slots of a stripe, which holds whole pages.
     """
 
     slots: int
@@ -53,11 +51,10 @@ class PoolGeometry:
     def plan(
         cls, *, slots: int, row_bytes: int, buffers: int, page_size: int, granularity: int
     ) -> PoolGeometry:
-        """The largest chunk of at most ``LARGEST_CHUNK`` (or one granule) that leaves
-        ``LEAST_STRIPES`` stripes; where none does, the smallest chunk that the granularity allows.
+        """The largest chunk (``LARGEST_CHUNK`` or one granule at most) leaving ``LEAST_STRIPES``.
 
-        Args:
-            granularity: bytes in which the backing can move memory: the OS page, or 2 MiB on CUDA.
+        Where none does, the smallest that ``granularity`` allows: bytes in which the backing can
+        move memory (the OS page, or 2 MiB on CUDA).
         """
         granule_slots = granularity // math.gcd(granularity, row_bytes)
         smallest = math.lcm(granule_slots, page_size)

@@ -13,16 +13,8 @@ Spot = tuple[int, int]  # (extent, byte in it)
 
 
 def place(extents: Sequence[int], sizes: Sequence[int]) -> list[Spot] | None:
-    """A spot for each tensor: in order where there is one extent, else first fit, the largest
-    first.
-
-    Args:
-        extents: bytes of each extent.
-        sizes: bytes of each tensor, multiples of ``ALIGNMENT``.
-
-    Returns:
-        The spots in the order of ``sizes``; None: they do not fit.
-    """
+    """A spot for each tensor: in order in one extent, else first fit, the largest first.
+    ``extents``, ``sizes``: bytes (sizes are multiples of ``ALIGNMENT``). None: they do not fit."""
     order = range(len(sizes))
     if len(extents) > 1:
         order = sorted(order, key=lambda index: -sizes[index])
@@ -47,9 +39,7 @@ class PoolLease(Lease):
 
     Attributes:
         purpose: decides what goes first under pressure.
-        name: its name in the ledger.
-        stripes: what is lent.
-        nbytes: their bytes.
+        name: its name in the ledger; stripes: what is lent; nbytes: their bytes.
         revoked: it was given back; nothing can be carved from it any more.
     """
 
@@ -72,12 +62,8 @@ class PoolLease(Lease):
         self._used = [0] * len(extents)
 
     def plan(self, specs: Specs) -> bool:
-        """Place these tensors, to be carved next and in this order, from an empty lease (``reset``
-        comes with it).
-
-        Returns:
-            Whether they fit; where not, nothing has changed.
-        """
+        """Place these tensors, to be carved next in this order; resets the lease. Returns whether
+        they fit; where not, nothing has changed."""
         sizes = [carved_bytes(shape, dtype) for shape, dtype in specs]
         spots = place([extent.numel() for extent in self.extents], sizes)
         if spots is None:
@@ -93,8 +79,7 @@ class PoolLease(Lease):
         return self.extents[extent].narrow(0, start, nbytes)
 
     def _spot(self, size: int) -> Spot:
-        """Where the next tensor goes: as planned while the sizes are those of the plan, else into
-        the extent that it fills best."""
+        """The next tensor's place: as planned while sizes are the plan's, else in the best fit."""
         if 0 <= self._carved < len(self._sizes) and self._sizes[self._carved] == size:
             extent, start = self._spots[self._carved]
             self._carved += 1

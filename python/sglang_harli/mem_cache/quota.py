@@ -1,12 +1,11 @@
-"""How much of the pool training may hold, and when it may grow.  Pure: time is an argument
-(docs/internals/memory.md).
+"""How much of the pool training may hold, and when it may grow (docs/internals/memory.md). Pure.
 
 Four things keep memory from going to and fro:
 
 - watermarks: training grows only while ``high`` stripes stay free, and gives back ahead of need
-  only below ``low``; both follow the largest growth of the KV cache over a second, which fades;
-- the dip: by how much the KV cache uses less than it lately did.  A load that comes in waves gets
-  its memory back at the next one, so training leaves it alone until it has faded;
+  only below ``low``; both follow the KV cache's largest growth over a second, which fades;
+- the dip: by how much the KV cache uses less than lately. A load that comes in waves gets its
+  memory back at the next one: training leaves it alone until the dip has faded;
 - a cool-down after each time that the KV cache took memory back: one second, doubled up to thirty
   when it happens again soon, forgotten after a quiet minute;
 - a cap, settable at run time.
@@ -25,9 +24,7 @@ HALF_LIFE_S = 5.0  # of what is remembered of growth and of earlier use
 COOL_DOWN_S = 1.0
 LONGEST_COOL_DOWN_S = 30.0
 QUIET_S = 60.0
-UNUSED_S = (
-    60.0  # a prefix that no request has used for so long is not kept against what a run cannot do without
-)
+UNUSED_S = 60.0  # a prefix unused for so long makes way for what a run cannot do without
 
 _BUCKET_S = 0.1  # the growth window is kept as the least use in each tenth of a second
 _BUCKETS = round(GROWTH_WINDOW_S / _BUCKET_S)
@@ -46,13 +43,9 @@ class Quota:
     """Decides how many stripes training may take and should give.
 
     Args:
-        geometry: the pool's.
-        max_train_bytes: cap on what is lent; None: all that is lendable.
-        prefix_keep: share of the pool's slots, 0 to 1, that cached prefixes in use keep when
-            training grows.
-
-    Attributes:
-        max_train_bytes: may be set at any time; what is lent above it stays until it is given back.
+        max_train_bytes: cap on what is lent; None: all that is lendable. May be set at any time:
+            what is lent above it stays until it is given back.
+        prefix_keep: share of the slots, 0 to 1, that cached prefixes in use keep as training grows.
     """
 
     def __init__(
@@ -103,8 +96,7 @@ class Quota:
 
     @property
     def watermarks(self) -> Watermarks:
-        """As of the last observation.  Both are 0 when the KV cache has not grown lately, so that
-        training alone may have all that can be lent."""
+        """As of the last observation; 0 when the KV cache has not grown lately."""
         low = min(self._stripes(self._growth), len(self.geometry.lendable) // _LARGEST_LOW)
         return Watermarks(low, 2 * low)
 
@@ -116,24 +108,17 @@ class Quota:
         return now_s < self._cool_until_s
 
     def may_take(self, *, now_s: float, free_stripes: int, train_stripes: int) -> int:
-        """Stripes that training may lease more now.
-
-        Args:
-            free_stripes: lendable stripes that are wholly free.
-            train_stripes: lent ones.
-        """
+        """More stripes that training may lease now; ``free_stripes``: lendable, wholly free."""
         if self.cooling(now_s):
             return 0
         room = free_stripes - self.watermarks.high - self._stripes(self._dip)
         return max(min(room, self.max_stripes - train_stripes), 0)
 
     def must_give(self, *, free_stripes: int, train_stripes: int) -> int:
-        """Stripes that training should give back ahead of need: none above ``low``, else up to
-        ``high``, so that the next small growth does not ask again.
+        """Stripes to give back ahead of need: none above ``low``, else up to ``high``.
 
-        Args:
-            free_stripes: free slots of the KV cache, in stripes (they need not be wholly free).
-            train_stripes: lent ones.
+        So the next small growth does not ask again. ``free_stripes``: free slots in stripes, which
+        need not be wholly free.
         """
         marks = self.watermarks
         if free_stripes >= marks.low:
@@ -141,8 +126,8 @@ class Quota:
         return min(marks.high - free_stripes, train_stripes)
 
     def reclaimed(self, now_s: float) -> None:
-        """The KV cache took memory back: training waits before it grows again.  What comes during a
-        cool-down belongs to the same event: it begins the cool-down anew but does not double it."""
+        """The KV cache took memory back: training waits before it grows again. What comes during a
+        cool-down is the same event: it restarts the cool-down without doubling it."""
         if not self.cooling(now_s):
             soon = now_s - self._reclaimed_s < QUIET_S
             self._cool_down_s = min(self._cool_down_s * 2, LONGEST_COOL_DOWN_S) if soon else COOL_DOWN_S

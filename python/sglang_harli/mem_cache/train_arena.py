@@ -1,5 +1,4 @@
-"""Training's leases in the pool: which stripes hold tensors of these sizes, and whether any ever
-can."""
+"""Training's leases in the pool: which stripes hold tensors of these sizes, if any ever can."""
 
 from __future__ import annotations
 
@@ -16,17 +15,13 @@ from sglang_harli.train_memory import Specs, carved_bytes
 
 
 def separate_extents(geometry: PoolGeometry, stripes: Sequence[int]) -> list[int]:
-    """Bytes of each extent where nothing is remapped: one for each run of adjacent stripes and
-    buffer."""
+    """Bytes of each extent where nothing is remapped: one per run of stripes and buffer."""
     return [len(run) * geometry.chunk_bytes for run in runs_of(stripes) for _ in range(geometry.buffers)]
 
 
 class TrainArena:
-    """The unified pool as training's memory; see ``TrainMemory``.
-
-    A run does not wait for what it can never have: separate extents may hold less than their sum,
-    which no estimate knows beforehand.
-    """
+    """The unified pool as training's memory (``TrainMemory``); refuses what a run can never have.
+    Separate extents may hold less than their sum."""
 
     def __init__(self, pool: UnifiedPool) -> None:
         self._pool = pool
@@ -37,8 +32,7 @@ class TrainArena:
         """A lease in which these tensors can be carved in this order; None: not now.
 
         Raises:
-            ConfigError: the pool can never hold them.  Not asked of kept activations, which a run
-                can do without.
+            ConfigError: it can never be; not for kept activations, which a run can do without.
         """
         lease = self._lease(purpose, specs)
         if lease is None and purpose is not MemoryPurpose.KEPT:
@@ -81,8 +75,7 @@ class TrainArena:
         self._possible = asked
 
     def could_ever_obtain(self, specs: Specs) -> bool:
-        """Whether these tensors fit when the KV cache uses nothing: all that can be lent, within
-        the cap."""
+        """Whether these tensors fit within the cap when the KV cache uses nothing."""
         pool, geometry = self._pool, self._pool.geometry
         sizes = [carved_bytes(shape, dtype) for shape, dtype in specs]
         least, most = max(geometry.stripes_for(sum(sizes)), 1), pool.quota.max_stripes
@@ -95,9 +88,8 @@ class TrainArena:
 def _fewest_stripes(
     geometry: PoolGeometry, sizes: Sequence[int], free: Sequence[int], least: int, allowed: int
 ) -> Sequence[int] | None:
-    """The fewest stripes whose separate extents hold tensors of these sizes: of the highest ones,
-    or, where those are scattered too much, of the longest runs.  None: ``allowed`` stripes do not
-    suffice."""
+    """The fewest stripes whose separate extents hold such tensors, of the highest ones or, where
+    those are scattered too much, of the longest runs; None: ``allowed`` do not suffice."""
     if not sizes:
         return free[:least] if allowed >= least else None
 

@@ -1,8 +1,7 @@
 """One pool of memory for the KV cache and for training (docs/internals/memory.md).
 
-What is lent to training still counts as available in SGLang's accounts, because a lease is
-revocable at any allocation: ``reclaim`` is called by the slot allocator, inline, when it runs short
-of pages.  Used from the scheduler's thread alone.
+SGLang counts lent slots as available, because a lease is revocable at any allocation: its allocator
+calls ``reclaim`` inline when it runs short of pages. Used from the scheduler's thread alone.
 """
 
 from __future__ import annotations
@@ -46,13 +45,11 @@ class SlotSource(Protocol):
         ...
 
     def free_stripes(self) -> list[int]:
-        """Lendable stripes known to be wholly free, highest first.  Exact; never synchronises with
-        the device."""
+        """Lendable stripes known to be wholly free, highest first; never waits for the device."""
         ...
 
     def withdraw(self, stripes: Sequence[int]) -> None:
-        """Take the pages of these stripes, just named free, out of the free list.  Never
-        synchronises."""
+        """Take stripes just named free out of the free list; never waits for the device."""
         ...
 
     def restore(self, stripes: Sequence[int]) -> None:
@@ -64,15 +61,11 @@ class UnifiedPool:
     """The pool: ledger, quota, backing and slots together.
 
     Args:
-        geometry: how it is cut.
-        backing: what holds its memory.
         slots: the slot allocator; it may still be under construction, nothing is asked of it yet.
-        max_train_bytes: cap on what is lent; None: all that can be lent.
-        prefix_keep: share of the pool that cached prefixes keep when training grows.
+        max_train_bytes, prefix_keep: see ``Quota``.
         clock: seconds, monotonic.
 
     Attributes:
-        relieve, evict: see ``lend_to``.
         leases: those held, by name.
         reclaims: how often requests took memory back, in an allocation or just before it.
         reclaim_seconds: how long the last ones took.
@@ -104,11 +97,11 @@ class UnifiedPool:
         """Training may ask for leases from now on.
 
         Args:
-            relieve: ``free at least n stripes now``: makes training give back leases; it cannot
+            relieve: frees at least n stripes now, by leases that training gives back; cannot
                 refuse.
-            evict: ``n stripes wanted``: evicts cached prefixes above the kept share, and below it
-                those that no request has used since a moment of the clock, if one is given; how
-                many stripes became free.  None: no prefix is cached.
+            evict: for n stripes, evicts prefixes above the kept share, and below it those unused
+                since a moment of the clock, if given; the stripes that became free. None: no prefix
+                is cached.
         """
         self.relieve, self.evict = relieve, evict
 
@@ -136,20 +129,15 @@ class UnifiedPool:
     def lease(
         self, purpose: MemoryPurpose, name: str, stripes_needed: int, *, choose: Chooser | None = None
     ) -> PoolLease | None:
-        """Lend stripes to training, if the quota allows it now.
+        """Lend at least ``stripes_needed`` to training, if the quota allows it; None: not now.
 
-        Cached prefixes above the kept share, and those that no request has used for ``UNUSED_S``,
-        are evicted for it where needed; not for kept activations, which save work but are not
-        needed.
+        Cached prefixes above the kept share, and those unused for ``UNUSED_S``, are evicted for it
+        where needed; not for kept activations, which save work but are not needed.
 
         Args:
             name: not in use in the ledger.
-            stripes_needed: at least this many are taken.
-            choose: which of the free stripes (highest first) to take, at most as many as its second
-                argument; None when none do.  Default: the first ``stripes_needed``.
-
-        Returns:
-            None: not now.
+            choose: picks of the free stripes (highest first), at most as many as its second
+                argument, or None; default: the first ``stripes_needed``.
         """
         allowed, free = self._takeable(stripes_needed, may_evict=purpose is not MemoryPurpose.KEPT)
         if allowed < stripes_needed:
@@ -170,8 +158,7 @@ class UnifiedPool:
         return lease
 
     def _takeable(self, wanted: int, *, may_evict: bool) -> tuple[int, list[int]]:
-        """How many stripes may be taken, and the free ones.  They are counted only where that can
-        matter."""
+        """How many stripes may be taken, and the free ones, counted only where it can matter."""
         now_s, train = self._clock(), self.train_stripes
         if self.quota.cooling(now_s) or train + wanted > self.quota.max_stripes:
             return 0, []
@@ -193,7 +180,7 @@ class UnifiedPool:
         return self.evict is not None and now_s >= self._evict_again_s
 
     def _evict_prefixes(self, now_s: float, stripes: int, unused_since_s: float | None = None) -> int:
-        """Ask for the eviction of cached prefixes; not again at once where that gave too little."""
+        """Evict cached prefixes; not again at once where that gave too little."""
         if self.evict is None or not self._can_evict(now_s):
             return 0
         used = self.used_slots
@@ -208,8 +195,7 @@ class UnifiedPool:
         return freed
 
     def release(self, lease: PoolLease) -> None:
-        """End a lease: its memory goes back to the KV cache, its slots to the allocator.  May be
-        repeated."""
+        """End a lease: memory to the KV cache, slots to the allocator. May be repeated."""
         if lease.revoked:
             return
         self.backing.take_back(lease.stripes, lease.extents)  # what it raises leaves the lease as it was
@@ -222,9 +208,8 @@ class UnifiedPool:
     def reclaim(self, slots: int) -> int:
         """Free at least this many lent slots now: the allocator needs them before it answers.
 
-        Returns:
-            Slots that were given back: fewer only when no more were lent, or when training kept
-            them against the rules, which is logged as an error.
+        Returns the slots given back: fewer only when no more were lent, or when training kept them
+        against the rules (logged as an error).
         """
         wanted = min(slots, self.lent_slots)
         freed = self._take_back(wanted, self.relieve)
@@ -238,19 +223,11 @@ class UnifiedPool:
         return freed
 
     def give_ahead(self, stripes: int, give: Relieve) -> int:
-        """Requests will need this many stripes in a moment: as ``reclaim``, but training may
-        refuse.
-
-        Args:
-            give: gives back at least so many stripes, if it can without the last resorts.
-
-        Returns:
-            Slots that were given back.
-        """
+        """As ``reclaim``, for stripes needed in a moment: ``give`` uses no last resorts."""
         return self._take_back(min(stripes, self.train_stripes) * self.geometry.stripe_slots, give)
 
     def _take_back(self, slots: int, give: Relieve) -> int:
-        """Have training give back, count and time it.  Returns: slots."""
+        """Have training give back; count and time it. Returns: slots."""
         if slots <= 0:
             return 0
         began, lent = time.perf_counter(), self.lent_slots
@@ -263,8 +240,7 @@ class UnifiedPool:
         return freed
 
     def must_give(self) -> int:
-        """Stripes that training should give back now, ahead of need; asking starts the cool-down
-        when there are some."""
+        """Stripes to give back now, ahead of need; if there are any, the cool-down starts."""
         train = self.train_stripes
         if train == 0:
             return 0
@@ -278,16 +254,11 @@ class UnifiedPool:
         """Once per scheduler turn while a run is held.
 
         While training holds memory, cached prefixes above the kept share are evicted when free
-        slots get few: so new prompts do not take training's memory for prefixes that nobody may ask
-        for.  It begins half-way between the watermarks, to fall on few turns, and refills to the
+        slots get few, so that new prompts do not take training's memory for prefixes that may never
+        be used. It begins half-way between the watermarks, to fall on few turns, and refills to the
         high one.
 
-        Args:
-            used_slots: of requests and cached prefixes.
-            idle: nothing is served: the books are compared too (``check``).
-
-        Raises:
-            LedgerError: they do not agree.
+        ``idle``: nothing is served: the books are compared too (``check``; LedgerError).
         """
         now_s = self._clock()
         self.quota.observe(now_s=now_s, used_slots=used_slots)
@@ -299,8 +270,7 @@ class UnifiedPool:
             self.check()
 
     def check(self) -> None:
-        """Compare which stripes are lent in the ledger, in the leases, in the slot allocator and in
-        the backing.
+        """Compare the lent stripes of the ledger, the leases, the slot allocator and the backing.
 
         Raises:
             LedgerError: two of them differ; names both and the stripes.
@@ -331,9 +301,8 @@ class UnifiedPool:
         return held
 
     def status(self) -> dict[str, Any]:
-        """The pool in figures.  ``kv_bytes`` (requests, cached prefixes, the padded page),
-        ``train_bytes`` and ``free_bytes`` sum to ``total_bytes``; so does ``by_owner``, where
-        ``kv`` has the free ones too."""
+        """The pool in figures: kv (with cached prefixes and the padded page), train and free bytes
+        sum to ``total_bytes``; so does ``by_owner``, where ``kv`` has the free ones too."""
         geometry, marks = self.geometry, self.quota.watermarks
         total, train = geometry.total_bytes, self.train_stripes * geometry.stripe_bytes
         free = self.free_slots * geometry.row_bytes * geometry.buffers

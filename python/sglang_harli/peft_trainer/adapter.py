@@ -1,13 +1,10 @@
-"""The adapter in training: the matrices of peft's LoRA over flat storage, one block per decoder
+"""The adapter in training: the matrices of peft's LoRA over flat storage, one block a decoder
 layer.
 
 Each layer's A and B matrices lie one behind the other in flat tensors: the fp32 weights
 (``master``), the copy in the base's dtype that is computed with, gradients and Adam's two moments.
 A slice of the optimizer, a copy and an accumulation are then one or two calls a layer, whatever the
-rank or targets.
-
-The tensors are objects that stay; where their data lies is decided later and may change
-(``LayerBlock.lie_in``, see ``state_memory``).
+rank or targets. The tensor objects stay; where their data lies may change (``LayerBlock.lie_in``).
 """
 
 from __future__ import annotations
@@ -32,8 +29,7 @@ _STATE_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Matrix:
-    """One A or B: ``key`` as PEFT's ``save_pretrained`` writes it, and its place in the layer's
-    block."""
+    """One A or B: its ``key`` in PEFT's ``save_pretrained``, and its place in the layer's block."""
 
     key: str
     shape: tuple[int, int]
@@ -48,19 +44,19 @@ class Matrix:
 
 
 class LayerBlock:
-    """One decoder layer's share of the adapter.  Without memory until ``lie_in``: shapes and dtypes
+    """One decoder layer's share of the adapter. Without memory until ``lie_in``: shapes and dtypes
     only.
 
     Attributes:
-        matrices: A, B, A, B ... in the order in which peft injects them.  Within the block the
-            matrices lie by input group: its A's one behind the other, then its B's.
+        matrices: A, B, A, B ... in the order in which peft injects them. Within the block they lie
+            by input group: its A's one behind the other, then its B's.
         master: fp32 weights (fp64 for an fp64 base), the ones that are trained and saved.
         compute: the same in the base's dtype; ``master`` itself where the dtypes agree.
         groups: the layer's linears by input, on views of ``compute``.
         grad: summed gradients of the optimizer step.
         partial: gradients of the micro-batch in flight; None where a step has one micro-batch only.
-        exp_avg, exp_avg_sq: Adam's moments.
-        flats: those of them that there are, each once, in the order in which memory is asked for.
+        flats: all of these and Adam's moments, each once, in the order in which memory is asked
+            for.
         state: adapter/, exp_avg/ and exp_avg_sq/ of each matrix by PEFT's key, fp32.
     """
 
@@ -89,11 +85,7 @@ class LayerBlock:
         self.groups: list[LinearGroup] = []
 
     def view(self, flat: Tensor, matrix: Matrix, *, leaf: bool = False) -> Tensor:
-        """A tensor that is ``matrix`` of ``flat`` wherever that lies.
-
-        Args:
-            leaf: a Parameter, that autograd may differentiate for.
-        """
+        """A tensor that is ``matrix`` of ``flat`` wherever that lies; ``leaf``: a Parameter."""
         tensor = _nowhere(matrix.shape, flat.dtype, flat.device)
         if leaf:
             tensor = nn.Parameter(tensor)
@@ -114,8 +106,8 @@ class LayerBlock:
     def initialise(self, generator: torch.Generator) -> None:
         """Draw A as peft does under ``torch.manual_seed``; B and the moments are zero.
 
-        peft makes two ``nn.Linear`` (each draws its weight), then draws A again, and rounds to the
-        base's dtype.  The generator is on the CPU, as peft's draws are.
+        peft makes two ``nn.Linear`` (each draws its weight), then draws A again on the CPU, and
+        rounds to the base's dtype.
         """
         for a, b in zip(self.matrices[::2], self.matrices[1::2], strict=True):
             for shape in (a.shape, b.shape, a.shape):
@@ -132,12 +124,8 @@ class Adapter:
     """A LoRA adapter on the frozen base, as peft makes it: its names, its order, its first weights.
 
     peft's own injection goes through the whole model several times, on a thread that serves
-    meanwhile (docs/internals/training-step.md); so its modules are not made, and the base stays as
-    it is.  A test holds this to peft.
-
-    Args:
-        base: what is trained on.
-        hyperparameters: rank, alpha, rsLoRA, dropout, targets, seed, accumulation.
+    meanwhile (docs/internals/training-step.md); so its modules are not made. A test holds this to
+    peft.
 
     Raises:
         ConfigError: a target module that the model does not have.
@@ -209,12 +197,9 @@ class Adapter:
         )
 
     def fill(self, layer: int, source: Callable[[str], Tensor] | None) -> None:
-        """One layer's weights and moments: drawn (the layers in order), or copied from a saved
-        state.
+        """One layer's weights and moments: drawn (``source`` None), the layers in order, or copied.
 
-        Args:
-            source: gives a tensor of the saved state by its name in ``LayerBlock.state``; None:
-                draw.
+        ``source``: gives a tensor of the saved state by its name in ``LayerBlock.state``.
 
         Raises:
             TrainingError: ``bad_checkpoint``: another shape than this job's.

@@ -1,8 +1,7 @@
-"""The log-probabilities of one row by the frozen base alone, a quantum at a time: what training
-computes without an adapter, and the same in fp32, whose difference is what rounding does to it.
+"""The log-probabilities of one row by the frozen base alone, a quantum at a time.
 
-In fp32 no second copy of the model is made: a slice of a weight is widened, multiplied by and let
-go.
+In the base's dtype, as training computes, and in fp32: the difference is what rounding does. In
+fp32 no second copy of the model is made: weights are widened slice by slice.
 """
 
 from __future__ import annotations
@@ -25,17 +24,10 @@ SLICE = 4 << 20  # weights that are widened at once: 16 MiB in fp32
 
 
 class BareForward:
-    """One row through the base.
+    """One row of ``ids`` (two at least) through the base, which stays as it is.
 
-    Args:
-        base: stays as it is.
-        ids: of the row, two at least.
-        head_tokens: most tokens whose logits are computed at once.
-        exact: in fp32, whatever the base's dtype.
-
-    Attributes:
-        quanta: that have run.
-        whole: how many there are.
+    ``head_tokens``: most tokens whose logits are computed at once; ``exact``: in fp32 (fp64 if it
+    is). Of ``whole`` quanta, ``quanta`` have run.
     """
 
     def __init__(self, base: FrozenBase, ids: list[int], head_tokens: int, *, exact: bool) -> None:
@@ -61,8 +53,7 @@ class BareForward:
         self.quanta += 1
 
     def logprobs(self) -> list[float] | None:
-        """Of each token but the first, given those before it; None while the device computes.
-        Never waits."""
+        """Of each token but the first, given those before it; None while the device computes."""
         if not self.finished or (self._copied is not None and not self._copied.query()):
             return None
         assert self._found is not None

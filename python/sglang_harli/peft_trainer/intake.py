@@ -21,15 +21,8 @@ class Fed:
 
 
 class Intake:
-    """The queue of micro-batches of one run.
-
-    Args:
-        vocabulary: ids must lie below it.
-        accumulation: most micro-batches of a step.
-
-    Attributes:
-        queue: the first one stays in it until its gradients are the step's.
-    """
+    """The micro-batches of one run; the first stays in ``queue`` until its gradients are the
+    step's. Ids must lie below ``vocabulary``; a step has at most ``accumulation`` micro-batches."""
 
     def __init__(self, vocabulary: int, accumulation: int) -> None:
         self._vocabulary, self._accumulation = vocabulary, accumulation

@@ -4,13 +4,13 @@
 
 Forward keeps only each layer's input, for all rows; backward runs one layer again with gradients.
 Where memory is plentiful, forward keeps a layer's activations too (``kept``), and nothing is run
-again. A quantum is one layer and a range of rows that is chosen when it is run, so a micro-batch
-begun in large pieces may go on in small ones.  Rows are sorted by falling length and a range is
-padded to its own longest row.
+again. A quantum is one layer and a range of rows chosen when it is run, so a micro-batch begun in
+large pieces may go on in small ones. Rows are sorted by falling length and a range is padded to its
+own longest row.
 
 Padding stands to the right of every row, where causal attention cannot see it; its gradients are
-zero, so it adds nothing but time.  But it must be finite (0 * NaN is NaN), and memory comes with
-undefined contents: what a range leaves out of its rows is zeroed when the range is written.
+zero. But it must be finite (0 * NaN is NaN), and memory comes with undefined contents: what a range
+leaves out of its rows is zeroed when the range is written.
 """
 
 from __future__ import annotations
@@ -40,19 +40,14 @@ HEAD_BLOCK = 16  # target tokens: the unit in which the head is cut
 
 @contextlib.contextmanager
 def training_mode() -> Iterator[None]:
-    """Out of SGLang's inference mode, and what autograd differentiates on this very thread (its
-    thread-local contexts, such as memory pools, would not hold on autograd's)."""
+    """Out of SGLang's inference mode, and autograd on this very thread: thread-local contexts, such
+    as memory pools, would not hold on its own."""
     with torch.inference_mode(False), torch.no_grad(), torch.autograd.set_multithreading_enabled(False):
         yield
 
 
 class ModelPieces:
-    """What every quantum needs of the model, looked up once a run.
-
-    Args:
-        memory: has a space for the micro-batch when it begins.
-        kept: None: activations are never kept.
-    """
+    """What every quantum needs of the model, looked up once a run; ``kept`` None: none."""
 
     def __init__(
         self, base: FrozenBase, adapter: Adapter, memory: MicroBatchMemory, kept: KeptActivations | None
@@ -74,13 +69,10 @@ class MicroBatchPass:
     """The state machine of one micro-batch.
 
     Args:
-        pieces: the model's.
-        rows: the micro-batch.
-        step: optimizer step, key of dropout masks.
-        divisor: target tokens of the whole optimizer step.
+        step: optimizer step, key of dropout masks; divisor: target tokens of the whole step.
         scale: loss scale, a device scalar, or None.
-        overwrite: the gradients go straight into the step's (its first micro-batch), which they
-            replace; otherwise into the blocks' ``partial``.
+        overwrite: gradients replace the step's (its first micro-batch); else into the blocks'
+            ``partial``.
 
     Attributes:
         loss: summed cross-entropy / divisor of what the head has done; a device scalar.
@@ -118,19 +110,14 @@ class MicroBatchPass:
 
     @property
     def left(self) -> int:
-        """Rows that the next quantum may take (kept ones: must), or target tokens left in the
-        head."""
+        """Rows that the next quantum may take (kept ones: must), or the head's target tokens."""
         if self._stage == QuantumKind.BACKWARD and (kept := self._next_kept()):
             return kept[1] if kept[0] == self.done else kept[0] - self.done
         return self._unfinished
 
     def shape(self, head_tokens: int, fixed_rows: int | None) -> QuantumShape:
-        """The quantum that comes next, whose memory is held from now on.
-
-        Args:
-            head_tokens: most target tokens whose logits are computed at once.
-            fixed_rows: of a fixed split, or None.
-        """
+        """The quantum that comes next, whose memory is held from now on; ``fixed_rows``: of a fixed
+        split. ``head_tokens``: most target tokens whose logits are computed at once."""
         self._obtain_keys()
         kind, left, width = self.kind, self.left, self.rows.width
         assert kind is not None
@@ -157,8 +144,7 @@ class MicroBatchPass:
         return None if self.pieces.kept is None else self.pieces.kept.next(self.layer)
 
     def cut(self) -> bool:
-        """Recompute what the next quantum would have taken from kept activations, else take the
-        next row of the layer in blocks of tokens; False: it is, or it cannot be."""
+        """Recompute the next kept range, or take the next row in blocks; False: neither."""
         if self.kind == QuantumKind.BACKWARD_KEPT and self.pieces.kept is not None:
             self.pieces.kept.drop_next(self.layer)
             return True
@@ -194,11 +180,10 @@ class MicroBatchPass:
         return count * width, width
 
     def run(self, count: int) -> tuple[int, int]:
-        """One quantum of ``count`` rows (head: target tokens; a row that is cut: blocks), at most
-        ``left``.
+        """One quantum of ``count`` rows (head: target tokens; a cut row: blocks), ``left`` at most.
 
-        Returns:
-            (tokens, padding included, padded width of each row); (target tokens, 1) for the head.
+        Returns (tokens, padding included, padded width of each row); (target tokens, 1) for the
+        head.
         """
         kind = self.kind
         if self._blocks is not None:
@@ -330,8 +315,7 @@ class MicroBatchPass:
         self._advance(count)
 
     def _backward(self, part: tuple[slice, slice], *, kept: bool) -> None:
-        """One layer for a range of rows, kept or recomputed; its input's gradient replaces its
-        output's."""
+        """One layer for a range of rows; its input's gradient replaces its output's."""
         grad, program = self._at.grad[part], self.pieces.layers[self.layer]
         if kept:
             assert self.pieces.kept is not None
@@ -343,8 +327,7 @@ class MicroBatchPass:
         self._collect(found, grad, first=part[0].start == 0)
 
     def _collect(self, found: tuple[Tensor, Tensor | None], grad: Tensor, *, first: bool) -> None:
-        """What ``LayerProgram.gradients`` gave; ``grad``: of the output, replaced.  ``first`` of
-        the layer's pieces."""
+        """Take ``gradients``' results; ``grad``, of the output, is replaced."""
         leaves, below = found
         if below is not None:
             grad.copy_(below)

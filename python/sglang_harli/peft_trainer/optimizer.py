@@ -1,10 +1,8 @@
-"""AdamW with clipping by the global norm, in slices of a few layers
-(docs/internals/training-step.md).
+"""AdamW with clipping by the global norm, in slices of layers (docs/internals/training-step.md).
 
-A step is a list of slices: first the gradients' norms, then the updates.  Slices allocate next to
+A step is a list of slices: first the gradients' norms, then the updates. Slices allocate next to
 nothing, so that a step once begun can always be finished; the arithmetic is torch.optim.AdamW's.
-Whether an update may be applied (finite loss and gradients) is decided on the device: nothing here
-waits for it.
+Whether an update may be applied (finite loss and gradients) is decided on the device: no waits.
 """
 
 from __future__ import annotations
@@ -18,8 +16,7 @@ from sglang_harli.peft_trainer.adapter import LayerBlock
 from sglang_harli.protocol.public import Hyperparameters
 
 _SLICE_ELEMENTS = 2_000_000  # about 10 ms of memory traffic on two CPU cores
-# fp16 only: loss scaling as torch.amp.GradScaler does it, but starting low: a job may have few
-# steps.
+# fp16 only: loss scaling as torch.amp.GradScaler's, starting low: a job may have few steps.
 _FIRST_SCALE = 1024.0
 _GROWTH_INTERVAL = 2000
 SMALLEST_SCALE = 2.0**-10  # below it the gradients themselves are at fault, not the scale
@@ -33,20 +30,13 @@ def layer_slices(blocks: list[LayerBlock]) -> list[range]:
 
 @dataclass(frozen=True)
 class StepStats:
-    """Device scalars of a finished step: float64
-    ``[loss, grad norm, skipped, loss scale, Adam steps, growth]``."""
+    """Device scalars, float64: ``[loss, grad norm, skipped, loss scale, Adam steps, growth]``."""
 
     values: Tensor
 
 
 class SlicedAdamW:
-    """The optimizer over all layer blocks.
-
-    Args:
-        blocks: the adapter's.
-        hyperparameters: weight_decay, max_grad_norm (0: no clipping).
-        dtype: the base's; fp16 gets a loss scale.
-    """
+    """The optimizer over all layer blocks; ``dtype``: the base's; fp16 gets a loss scale."""
 
     def __init__(
         self, blocks: list[LayerBlock], hyperparameters: Hyperparameters, dtype: torch.dtype
@@ -81,12 +71,8 @@ class SlicedAdamW:
         return 2 * len(self.slices)
 
     def run(self, operation: int, rate: float, loss: Tensor) -> None:
-        """Slice ``operation`` of the step.
-
-        Args:
-            rate: learning rate of this step.
-            loss: the step's loss, a device scalar; not finite: the step is skipped.
-        """
+        """Slice ``operation`` of the step, at learning rate ``rate``. ``loss``: the step's, a
+        device scalar; not finite: the step is skipped."""
         if operation < len(self.slices):
             for layer in self.slices[operation]:
                 self._norms[layer] = torch.linalg.vector_norm(self.blocks[layer].grad)
@@ -97,8 +83,7 @@ class SlicedAdamW:
         self._update(self.slices[index], rate)
 
     def _decide(self, loss: Tensor) -> None:
-        """Factor on all gradients (clipping as torch.nn.utils.clip_grad_norm_, loss scale
-        undone)."""
+        """Factor on all gradients: torch's clip_grad_norm_, with the loss scale undone."""
         torch.linalg.vector_norm(self._norms, out=self._norm)
         self._norm.div_(self.scale)
         if self.max_norm > 0:
@@ -122,8 +107,7 @@ class SlicedAdamW:
             self.blocks[layer].refresh_compute()
 
     def finish(self, loss: Tensor) -> StepStats:
-        """After the last slice: the step's numbers, still on the device, and the next loss
-        scale."""
+        """After the last slice: the step's numbers on the device, and the next loss scale."""
         adam_steps = self._adam.state[self.blocks[0].master]["step"]
         if self.scaled:
             torch._amp_update_scale_(self.scale, self._growth, self._skip, 2.0, 0.5, _GROWTH_INTERVAL)

@@ -21,12 +21,11 @@ class QuantumShape:
     """The quantum that comes next.
 
     Attributes:
-        kind: what it does.
         rows: the most that may be taken: rows left in the layer; for HEAD blocks of target tokens.
         row_tokens: tokens that one of them costs (padded); 0 where cost does not depend on tokens.
         fixed: exactly ``rows`` must be run.
-        attended: tokens that each of them attends to, where it is not ``row_tokens``: ``rows`` are
-            then blocks of tokens within one row.
+        attended: tokens that each attends to, if not ``row_tokens``: then ``rows`` are blocks of
+            one row.
     """
 
     kind: QuantumKind
@@ -40,8 +39,8 @@ class QuantumShape:
 class QuantumDone:
     """What was run: ``tokens`` computed, padding included, in rows (or of a row) of ``row_tokens``.
 
-    ``first_of_shape``: memory and code paths were new.  ``misleads``: its time says nothing about
-    its kind.
+    ``first_of_shape``: memory and code paths were new. ``misleads``: its time says nothing of its
+    kind.
     """
 
     kind: QuantumKind
@@ -81,11 +80,9 @@ class StepMetrics:
 
     Attributes:
         loss: mean cross-entropy over all target tokens of the step, natural logarithm.
-        learning_rate: the one that the step was taken with.
         grad_norm: global norm before clipping; inf where fp16 overflowed and the update was
             skipped.
-        tokens: run through the model, padding not counted.
-        target_tokens: those that the loss counts.
+        tokens: run through the model, without padding; target_tokens: counted by the loss.
     """
 
     step: int
@@ -109,11 +106,8 @@ class _Entry:
 
 
 class MetricsRing:
-    """Metrics of finished steps; reading them never waits for the device.
-
-    Args:
-        half: the base computes in fp16, where an overflow skips an update and is no failure.
-    """
+    """Metrics of finished steps; reading them never waits for the device. ``half``: the base
+    computes in fp16, where an overflow skips an update and is no failure."""
 
     def __init__(self, half: bool) -> None:
         self._half = half
@@ -151,8 +145,7 @@ class MetricsRing:
         return taken
 
     def newest_scale(self) -> tuple[float, float, float] | None:
-        """(loss scale, Adam steps, growth count) after the newest step; waits for it.  For
-        snapshots in fp16."""
+        """(loss scale, Adam steps, growth) after the newest step; waits for it (fp16 snapshots)."""
         if self._newest is None:
             return None
         if self._newest.arrived is not None:

@@ -14,14 +14,12 @@ class Rows:
     """A micro-batch's rows, sorted by falling length (``protocol.micro_batches.Padded``).
 
     Attributes:
-        lengths: tokens of each row.
+        lengths: tokens of each row; width: the longest; tokens: their sum, without padding.
         positions: of each row within its optimizer step.
-        width: the longest.
         ids: int32 ``[rows, width]``, 0 on padding.
         target_places: int32, flat places (row * width + column) whose hidden state predicts a
             target.
         targets: int32, the token ids to predict there.
-        tokens: of all rows, padding not counted.
     """
 
     lengths: list[int]

@@ -41,22 +41,18 @@ class TrainingRun:
 
     Args:
         base: stays as it is.
-        spec: the job's hyperparameters and number of optimizer steps.
         logits_bytes: the largest logits tensor, bytes.
         quantum_rows: fixes the split (same weights to the bit whatever comes between); None: chosen
             at each quantum.
-        memory: where everything sizeable lies; asked for when it is needed first.  None: torch's
-            own.
-        keep_activations: keep layers' activations where there is memory.  Never with a fixed split,
+        memory: where everything sizeable lies, asked for at first need; None: torch's own.
+        keep_activations: keep layers' activations where there is memory. Never with a fixed split,
             whose bits must not depend on memory.
 
     Attributes:
-        needs_memory: why ``peek`` was None though there is work: purpose and bytes that could not
-            be had.
+        needs_memory: why ``peek`` was None though there is work: purpose and missing bytes.
 
     Raises:
-        ConfigError: target modules that the model lacks; logits of one token above
-            ``logits_bytes``.
+        ConfigError: target modules that the model lacks; one token's logits above ``logits_bytes``.
     """
 
     def __init__(
@@ -143,8 +139,7 @@ class TrainingRun:
     # ---- where the run stands
     @property
     def ready(self) -> bool:
-        """The adapter is drawn, or restored: the source given to ``load_state`` is no longer
-        needed."""
+        """The adapter is drawn, or restored from ``load_state``'s source, which may go now."""
         return self._stage != QuantumKind.COPY
 
     @property
@@ -158,13 +153,12 @@ class TrainingRun:
 
     @property
     def state_consistent(self) -> bool:
-        """The state tensors are those of ``applied_step``: true in the middle of a step too, as
-        long as the optimizer has not begun to apply it."""
+        """The state tensors are those of ``applied_step``: also in mid-step, until its update."""
         return self.ready and not (self._stage == QuantumKind.OPTIMIZER and self._position)
 
     def peek(self) -> QuantumShape | None:
-        """The next quantum, whose memory is held from now on; None when the run waits for memory
-        (then ``needs_memory`` says for what) or data, or is finished."""
+        """The next quantum, whose memory is held from now on; None: the run is finished or waits
+        for data or memory (``needs_memory`` says for what)."""
         self.needs_memory = None
         shape = self._next()
         if shape is None:
@@ -200,8 +194,7 @@ class TrainingRun:
         """One quantum of ``rows`` (as ``peek`` counts them).
 
         Raises:
-            StateError: nothing to run, or more rows than offered, or another number where it is
-                fixed.
+            StateError: nothing to run, more rows than offered, or not the fixed number.
             TrainingError: the micro-batch that begins has ids outside the vocabulary.
         """
         shape = self.peek()
@@ -222,8 +215,7 @@ class TrainingRun:
         return QuantumDone(shape.kind, rows, tokens, width, first, misleads)
 
     def new_shapes(self, shape: QuantumShape, sizes: Iterable[int]) -> list[bool]:
-        """Of each size (rows, as ``shape`` counts them), whether no quantum of its extent has run
-        lately."""
+        """Of each size (rows of ``shape``), whether no quantum of its extent has run lately."""
         return [not self._shapes.has(shape.kind, *self._extent(shape, rows)) for rows in sizes]
 
     def _count(self, shape: QuantumShape, rows: int) -> int:
@@ -327,21 +319,18 @@ class TrainingRun:
         return (not in_use and self._micro_memory.give_back()) or spare
 
     def drop_kept(self, enough: Callable[[], bool] | None = None) -> bool:
-        """Kept activations, range by range until it is ``enough`` (None: all); they are recomputed,
-        in any split."""
+        """Kept activations, until it is ``enough`` (None: all); they are recomputed."""
         return self._kept is not None and self._kept.drop(enough)
 
     def cut(self, kind: QuantumKind) -> bool:
-        """The least quantum of ``kind``, if it comes next, is too long for now: recompute kept
-        rows, or take one row in blocks of tokens, if ``peek`` finds memory for that.  False: it is
-        as small as it can be, or the split is fixed."""
+        """The next quantum, if of ``kind``, is too long: recompute kept rows, or take one row in
+        blocks of tokens. False: it is as small as it can be, or the split is fixed."""
         free = self._stage is None and self.quantum_rows is None
         return free and self._pass is not None and self._pass.kind == kind and self._pass.cut()
 
     def drop_micro_batch(self) -> bool:
-        """All memory of activations.  A micro-batch in flight starts again from its beginning, with
-        the same dropout; the gradients of those before it stay, and a step that is being applied
-        goes on."""
+        """All memory of activations. A micro-batch in flight starts again with the same dropout;
+        the step's gradients so far stay, and a step that is being applied goes on."""
         if self._stage != QuantumKind.ACCUMULATE:
             self._pass = None
         kept = self.drop_kept()
@@ -353,17 +342,17 @@ class TrainingRun:
         return self._state.spilled
 
     def spill(self) -> bool:
-        """The state to host memory, with its exact values and wherever in a step (the last resort:
-        it waits for the device).  It can be saved from there (``state_tensors``)."""
+        """The state to host memory, exact, wherever in a step; it waits for the device."""
         self.drop_kept()  # kept graphs refer to the weights where they lie now
         with training_mode():
             return self._state.spill()
 
     # ---- state
     def state_tensors(self) -> list[tuple[str, Tensor]]:
-        """The live state of ``applied_step`` by name, always in the same order: for each layer
-        ``adapter/``, ``exp_avg/`` and ``exp_avg_sq/`` with PEFT's state-dict keys; fp32.  The
-        tensors hold it wherever it lies: their data moves when it is spilled or comes back.
+        """The live state of ``applied_step`` by name, always in the same order; fp32.
+
+        For each layer ``adapter/``, ``exp_avg/`` and ``exp_avg_sq/`` with PEFT's state-dict keys.
+        The tensors hold it wherever it lies: their data moves when it is spilled or comes back.
 
         Raises:
             StateError: while the optimizer applies a step, or before the adapter is there.
@@ -381,8 +370,7 @@ class TrainingRun:
         return sum(tensor.nbytes for _, tensor in self._state_tensors())
 
     def state_meta(self) -> dict[str, Any]:
-        """The rest of the state as plain values.  Random state needs none: masks are keyed by the
-        step."""
+        """The rest of the state as plain values, no random state: masks are keyed by the step."""
         meta: dict[str, Any] = {
             "version": 1,
             "step": self.applied_step,
@@ -398,9 +386,7 @@ class TrainingRun:
         return meta
 
     def load_state(self, get: Callable[[str], Tensor], meta: dict[str, Any]) -> None:
-        """Go on from a saved state: instead of drawing an adapter, the COPY quanta that ``run``
-        begins with call ``get(name)`` for each of ``state_tensors``' names, layer by layer, until
-        ``ready``.
+        """Go on from a saved state: the first COPY quanta call ``get(name)`` of each state tensor.
 
         Args:
             get: a tensor of the same shape, on any device; it may be a view into shared memory.

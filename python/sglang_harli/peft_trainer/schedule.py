@@ -14,12 +14,7 @@ _NAMES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_war
 
 
 class LearningRate:
-    """A pure function of the step: nothing of it has to be saved.
-
-    Args:
-        hyperparameters: learning_rate, lr_scheduler, warmup_ratio.
-        total_steps: optimizer steps of the whole run.
-    """
+    """A pure function of the step: nothing is saved. ``total_steps``: of the whole run."""
 
     def __init__(self, hyperparameters: Hyperparameters, total_steps: int) -> None:
         self.peak = hyperparameters.learning_rate
@@ -39,8 +34,6 @@ class LearningRate:
 
 
 def warmup_steps(ratio: float, total_steps: int) -> int:
-    """Steps that warm up, rounded up as in transformers' Trainer.
-
-    Never all of them: the first warm-up step has rate 0, so a run of one step would learn nothing.
-    """
+    """Steps that warm up, rounded up as in transformers' Trainer. Never all of them: the first
+    warm-up step has rate 0, so a run of one step would learn nothing."""
     return min(math.ceil(ratio * total_steps), total_steps - 1)

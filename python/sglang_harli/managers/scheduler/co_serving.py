@@ -1,5 +1,5 @@
-"""What is done beside SGLang's scheduler at each of its steps: measure, learn, take messages, fill
-the slack.
+"""What is done beside SGLang's scheduler at each step: measure, learn, take messages, fill the
+slack.
 
 Leans on these names of SGLang 0.5.16's Scheduler: device, forward_stream,
 server_args.enable_metrics, idle_sleeper, weight_updater.offload_tags, _engine_paused,
@@ -34,13 +34,7 @@ HOUSEKEEPING_S = 1.0  # how often SGLang's idle checks (leaks, metrics) run whil
 
 
 class CoServing:
-    """One scheduler's training, at its hooks; lives on its thread.
-
-    Args:
-        scheduler: SGLang's, built.
-        side: targets and estimates.
-        trainer: what trains.
-    """
+    """One scheduler's training, at its hooks; lives on its thread."""
 
     def __init__(self, scheduler: Any, side: ServingState, trainer: CoTrainer) -> None:
         self.side, self.trainer = side, trainer
@@ -65,11 +59,7 @@ class CoServing:
             scheduler.idle_sleeper.poller.register(socket, zmq.POLLIN)
 
     def guarded(self, hook: Callable[..., None], *args: Any) -> None:
-        """Call a hook between two of SGLang's steps: where it raises, the run in progress fails and
-        serving goes on.
-
-        Where there is no run to end, the same may be raised with every batch, and is logged once.
-        """
+        """Call a hook between SGLang's steps; an error fails the run, or is logged once."""
         try:
             hook(*args)
         except Exception as error:  # boundary: a decision fails the run; the scheduler's loop goes on
@@ -80,11 +70,7 @@ class CoServing:
 
     # ---------------------------------------------------------------- messages
     def take_messages(self, known: int) -> None:
-        """What the finetune service has sent, once a loop turn.
-
-        Args:
-            known: length of the waiting queue before the prompts that have just come.
-        """
+        """Take the service's messages, each loop turn; ``known``: queue length before."""
         trainer, view = self.trainer, self._view
         if trainer.busy and self.side.targets.ttft_s is not None:
             waiting_prompts.note_arrivals(view.prompts_from(known), self._last_poll_s)
@@ -152,11 +138,7 @@ class CoServing:
 
     # ---------------------------------------------------------------- while nothing is served
     def idle(self) -> bool:
-        """A turn without a batch: quanta back to back, looking for arrivals between them.
-
-        Returns:
-            Whether SGLang's own part of such a turn is due.
-        """
+        """A turn without a batch: quanta back to back. Returns whether SGLang's own part is due."""
         self._timer.drop()
         if not self.trainer.busy:
             return True
@@ -169,8 +151,7 @@ class CoServing:
         return True
 
     def _fill_idle(self, begin_s: float, housekeeping: bool) -> None:
-        """``begin_s``: when the turn began; ``housekeeping``: training's memory has its turn
-        too."""
+        """``begin_s``: of the turn; ``housekeeping``: training's memory has its turn too."""
         trainer = self.trainer
         trainer.tick(idle=housekeeping)
 

@@ -1,10 +1,9 @@
-"""Control requests that reach the scheduler through SGLang's own channel, and what is refused in
-training.
+"""Control requests through SGLang's own channel, and what is refused in training.
 
 ``DumperControlReqInput`` is SGLang's generic call (a method name and a plain dict); ours begin with
-``harli/`` and never raise: an exception in a handler would end the server.
-Leans on io_struct: DumperControlReqOutput, UpdateWeight…ReqInput and their outputs,
-ResumeMemoryOccupationReqInput; and on srt.constants.
+``harli/`` and never raise: an exception in a handler would end the server. Leans on io_struct:
+DumperControlReqOutput, UpdateWeight…ReqInput and their outputs, ResumeMemoryOccupationReqInput; and
+on srt.constants.
 """
 
 from __future__ import annotations
@@ -59,12 +58,12 @@ def guard_weight_updates(
     updated: Callable[[], None],
     released: Callable[[], Collection[str]],
 ) -> None:
-    """Answer weight updates with a refusal while a job trains (its base would change under it).
+    """Refuse weight updates while a job trains (its base would change under it).
 
     Args:
         released: the kinds of memory that are released now.
-        updated: called after each update that was tried, and after memory of weights came back,
-            whose contents are not defined then: they may be another base now.
+        updated: called after each update that was tried, and after memory of weights came back (its
+            contents are undefined then): they may be another base now.
     """
     mapping = dispatcher._mapping
     for request, output in _WEIGHT_UPDATES.items():
@@ -102,11 +101,7 @@ def is_ours(recv_req: Any) -> bool:
 
 
 def answer(trainer: Any, recv_req: Any, profile: Callable[[], dict[str, Any]] | None = None) -> Any:
-    """Answer one ``harli/…`` call of the HTTP process with a plain dict.
-
-    Args:
-        profile: what ``harli/profile`` is answered with; built only then, since it takes a while.
-    """
+    """Answer one ``harli/…`` call; ``profile`` (it takes a while) answers ``harli/profile``."""
     body = recv_req.body or {}
     methods = _METHODS if profile is None else {**_METHODS, "harli/profile": lambda *_: profile()}
     method = methods.get(recv_req.method)
@@ -154,8 +149,7 @@ def _hold_runs(trainer: Any, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parity(trainer: Any, body: dict[str, Any]) -> dict[str, Any]:
-    """What the HTTP process has measured, or why it could not; answered with whether it is to
-    measure."""
+    """What the HTTP process measured, or why it could not; answers whether it is to measure."""
     if trainer.parity is None:
         return {"wanted": False}
     if "served" in body:

@@ -1,7 +1,7 @@
-"""Start-up: the latency profile of this server, if there is one that was measured for it.
+"""Start-up: the latency profile that was measured for this server, if there is one.
 
-The file is read once, before serving begins; later only ``harli profile`` touches it.
-Leans on SGLang's ServerArgs: the flags of ``_FLAGS``.
+The file is read once, before serving begins; later only ``harli profile`` touches it. Leans on
+SGLang's ServerArgs: the flags of ``_FLAGS``.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ def device_name(device: str) -> str:
 
 
 def starting_priors(path: str, key: ProfileKey, guess: Priors, padding: Padding) -> Priors:
-    """Lines through the profile's points, or the guess where there is no profile for this
-    server."""
+    """Lines through the profile's points; the guess where this server has no profile."""
     found = profile_table.load(path, key)
     logger.info("harli: %s", found.text)
     return guess if found.table is None else from_table(found.table, guess, padding)

@@ -22,8 +22,7 @@ SHUTDOWN_S = 8.0  # SGLang kills the tree 15 s after it asked to shut down
 
 
 class HarliScheduler(Scheduler):
-    """Scheduler whose idle time and slack train; quanta go in behind ``process_batch_result`` and
-    in ``on_idle``."""
+    """Scheduler whose idle time and slack train (``process_batch_result``, ``on_idle``)."""
 
     _harli: CoServing | None = None  # None: not built yet, or finetuning is refused
     _harli_refusal: str | None = None

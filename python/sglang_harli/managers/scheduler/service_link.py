@@ -1,8 +1,8 @@
 """The scheduler's end of the ipc pair to the finetune service (docs/internals/run-protocol.md).
 
-Nothing here blocks: ``poll`` takes what has come, ``send`` queues.  What the service must not miss
-stays in a bounded ring until it is acknowledged, and is sent again when a restarted service says
-Welcome, or when nothing of it was acknowledged for a while.
+Nothing here blocks: ``poll`` takes what has come, ``send`` queues. What the service must not miss
+stays in a bounded ring until acknowledged; it is sent again when a restarted service says Welcome,
+or when nothing was acknowledged for a while.
 """
 
 from __future__ import annotations
@@ -32,15 +32,12 @@ def has_arrived(socket: Any) -> bool:
 class ServiceLink:
     """One DEALER socket, connected for the life of the process.
 
-    Where it cannot be opened (no descriptor is left), that is logged and tried again each second:
-    until then there is nothing to train.
+    Where it cannot be opened (no descriptor is left), that is logged and tried again each second;
+    ``socket`` is None until then, and there is nothing to train.
 
     Args:
         endpoint: run_paths.scheduler_endpoint(run_dir).
         make_hello: builds the hello of this moment (limits, run in progress, options).
-
-    Attributes:
-        socket: None until it could be opened.
     """
 
     def __init__(self, endpoint: str, make_hello: Callable[[], internal.Hello]) -> None:
@@ -49,8 +46,7 @@ class ServiceLink:
         self.socket: zmq.Socket[bytes] | None = None
         self._trouble = ""  # that was logged last
         self._make_hello = make_hello
-        # Beyond those of any scheduler before: a late acknowledgement must not be taken for one of
-        # this life.
+        # Beyond those of earlier schedulers, whose late acknowledgements must not count here.
         self._seq = self._before = time.monotonic_ns() // 1000
         self._ring = Unacknowledged()
         self.service_pid: int | None = None
@@ -112,11 +108,9 @@ class ServiceLink:
 
     # ---------------------------------------------------------------- in
     def poll(self, most_batches: int = MAX_PER_POLL) -> list[tuple[internal.Message, list[memoryview]]]:
-        """Messages that have come, with their raw frames; an empty list costs about a microsecond.
+        """Messages that have come, with their raw frames; cheap where there are none.
 
-        Args:
-            most_batches: micro-batches among them at most; what comes behind the last one comes
-                with the next call.
+        Of micro-batches at most ``most_batches``; what is behind the last comes with the next call.
         """
         if self.service_pid is None:
             if time.monotonic() - self._hello_at >= HELLO_EVERY_S:
@@ -149,16 +143,13 @@ class ServiceLink:
         return messages
 
     def _welcomed(self, message: internal.Welcome) -> None:
-        if (
-            0 < message.answers <= self._before
-        ):  # to a hello of an earlier scheduler: ours is still to be read
+        if 0 < message.answers <= self._before:  # to an earlier scheduler's hello: ours is unread
             return
         new, asked = message.pid != self.service_pid, message.answers == 0
         self.service_pid = message.pid
         if not new and not asked:
             return
-        # What is kept comes first: "no run is held" must not overtake the news of how the run
-        # ended.
+        # Kept messages first: "no run is held" must not overtake the news of how the run ended.
         for kept in self._ring.all():
             self._send_now(kept)
         if asked:

@@ -1,5 +1,4 @@
-"""What SGLang's scheduler serves now, read by attribute on its thread: nothing is copied, nothing
-waits for a device.
+"""What SGLang's scheduler serves now, read on its thread: no copies, no wait for a device.
 
 Leans on these names of SGLang 0.5.16's Scheduler: get_num_allocatable_reqs; running_batch,
 waiting_queue, max_prefill_tokens, chunked_prefill_size, chunked_req,
@@ -21,12 +20,7 @@ LOOK_AHEAD = 32  # prompts that wait, when it is estimated what the next prefill
 
 
 class ServingView:
-    """The requests of one scheduler.
-
-    Args:
-        scheduler: SGLang's.
-        side: targets and estimates.
-    """
+    """The requests of one of SGLang's schedulers; ``side``: targets and estimates."""
 
     def __init__(self, scheduler: Any, side: ServingState) -> None:
         self._scheduler, self._side = scheduler, side
@@ -62,8 +56,7 @@ class ServingView:
         return waiting or scheduler.chunked_req is not None
 
     def prefill_slots(self) -> int:
-        """KV slots that the next prefill may take: at most, for what of the prompts is cached is
-        not known yet."""
+        """Upper bound of the KV slots of the next prefill: cached prefixes are not known yet."""
         scheduler, tokens = self._scheduler, 0
         full = scheduler.running_batch.batch_is_full
         for req in () if full else islice(scheduler.waiting_queue, LOOK_AHEAD):
@@ -86,9 +79,8 @@ class ServingView:
         """The prompts that wait, where their deadlines are known and leave training a chance; else
         None.
 
-        A prompt that was left waiting when a decode step was chosen had no place: it starts no
-        sooner than the first request ends.  Where something else keeps it (memory, an adapter's
-        turn), or a place is free now, training stops.
+        A prompt left waiting at a decode step had no place: it starts when the first request ends.
+        Where memory or an adapter's turn keeps it, or a place is free now, training stops.
         """
         scheduler, side, waiting = self._scheduler, self._side, self._scheduler.waiting_queue
         if side.targets.ttft_s is None or not (waiting or scheduler.chunked_req is not None):

@@ -1,5 +1,4 @@
-"""How long batches take: a turn of the loop on a CPU, event pairs on CUDA (queried later, never
-waited for)."""
+"""How long batches take: on a CPU a loop turn, on CUDA event pairs that are queried later."""
 
 from __future__ import annotations
 
@@ -16,13 +15,9 @@ class BatchLoad:
 
     Attributes:
         is_decode: a decode step; otherwise a prefill, mixed batches included.
-        requests: in the batch.
-        context_tokens: sum of their context lengths after the batch.
-        new_tokens: that are computed.
-        pairs: of a new token and one of the context that it may attend to, summed over the
-            requests.
-        adapters: a request uses a LoRA adapter.
-        after_training: quanta ran between it and the batch before.
+        context_tokens: sum of the requests' context lengths after the batch; new_tokens: computed.
+        pairs: of a new token and one of the context that it may attend to, over all requests.
+        adapters: a request uses a LoRA adapter; after_training: quanta ran just before.
     """
 
     is_decode: bool
@@ -40,8 +35,7 @@ def with_adapters(reqs: Iterable[Any]) -> bool:
 
 
 def load_of(batch: Any, *, after_training: bool = False) -> BatchLoad:
-    """The load of one of SGLang's ScheduleBatches, from what it holds on the host: nothing waits
-    for the device.
+    """The load of one of SGLang's ScheduleBatches, from what it holds on the host (no device wait).
 
     Leans on ScheduleBatch: forward_mode, reqs, seq_lens_cpu (None while it is known on the device
     only), extend_lens; Req: origin_input_ids, output_ids, lora_id.
@@ -63,12 +57,9 @@ def load_of(batch: Any, *, after_training: bool = False) -> BatchLoad:
 class HostTimer:
     """For the CPU engine, whose ``run_batch`` returns when the batch is computed.
 
-    A step is a turn of the scheduler's loop: from behind one batch's result to behind the next
-    one's, so that receiving, batching and handing out tokens count, which a client waits for too.
-    The first batch after an idle turn counts from its ``run_batch`` on.
-
-    Args:
-        clock: seconds, monotonic.
+    A step is a loop turn: from behind one batch's result to behind the next one's, so that
+    receiving, batching and handing out tokens count, which a client waits for too. The first batch
+    after an idle turn counts from its ``run_batch`` on.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -89,9 +80,7 @@ class HostTimer:
         steps, self._steps = self._steps, []
         if not steps:
             return []
-        *before, (load, begin, _) = (
-            steps  # overlapped: the first batch was not waited for before the second ran
-        )
+        *before, (load, begin, _) = steps  # overlap: the second batch ran before the first was taken
         return [*((b, end - begin) for b, begin, end in before), (load, self._clock() - begin)]
 
     def turn(self) -> None:

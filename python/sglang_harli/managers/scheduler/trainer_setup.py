@@ -45,8 +45,7 @@ logger = logging.getLogger(__name__)
 
 # Cautious rates for the first guess of a quantum's cost, floating-point operations a second.
 _PRIOR_FLOPS = {"cpu": 2e10, "cuda": 5e13}
-# A first guess of what a request more, and a token of context more, add to a decode step, as a
-# share of it.
+# First guess of what one more request, and one more context token, add to a decode step (a share).
 _PRIOR_SHARES = {"cpu": (0.1, 1e-4), "cuda": (0.01, 2e-5)}
 
 
@@ -54,8 +53,8 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
     """What trains beside a scheduler, and what it knows of serving.
 
     Raises:
-        UnsupportedError: finetuning is not possible here, in one sentence.  It stops the server (it
-            was asked for); ``--harli-finetune off`` serves without.
+        UnsupportedError: finetuning is not possible here. It stops the server (it was asked for);
+            ``--harli-finetune off`` serves without.
     """
     args = scheduler.server_args
     runner = scheduler.tp_worker.model_runner
@@ -100,8 +99,7 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
 
 
 def training_memory(scheduler: Any, device: torch.device, options: HarliOptions) -> MemoryPressure:
-    """Training's memory: lent by the scheduler's KV pool if that is ours, else of its own beside
-    it."""
+    """Training's memory: lent by the KV pool if that is ours, else of its own beside it."""
     cpu = device.type == "cpu"
     reserve = options.reserve_bytes(cpu)
     allocator, cache = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
@@ -164,8 +162,7 @@ def _parity(scheduler: Any, base: FrozenBase, limits: internal.ServedLimits, opt
 def _predictor(
     limits: internal.ServedLimits, runner: Any, key: ProfileKey, options: HarliOptions
 ) -> LatencyPredictor:
-    """Starts from this server's profile, or from a cautious guess of what such a model takes on
-    such a device."""
+    """Starts from this server's profile, or from a cautious guess for such a model and device."""
     flops = _PRIOR_FLOPS[limits.device]
     guess = priors.first_guess(
         token_s=2 * _layer_parameters(limits) / flops,

@@ -22,12 +22,10 @@ KEPT = (
 
 
 class Unacknowledged:
-    """A bounded ring, oldest first.
+    """A bounded ring of ``size`` messages, oldest first.
 
-    Args:
-        size: messages kept.  Beyond it a StepDone goes first, metrics of one step, and the message
-            behind it learns not to wait for it; never a SnapshotReady or a RunFailed while there is
-            a StepDone.
+    Beyond it a StepDone goes first (metrics of one step), and the message behind it learns not to
+    wait for it; never a SnapshotReady or a RunFailed while there is a StepDone.
     """
 
     def __init__(self, size: int = RING) -> None:

@@ -1,17 +1,16 @@
-"""The pool's memory on CUDA: chunks are physical handles that are mapped here or there
-(docs/internals/memory.md).
+"""The pool's memory on CUDA: physical chunks mapped here or there (docs/internals/memory.md).
 
     KV buffer   | chunk 0 | chunk 1 | scratch | scratch | chunk 4 | tail |      one address range per buffer
     window      | ... 2 of K0 | 2 of V0 | ... 3 of K0 | 3 of V0 | ...    |      one address range for training
 
-Ranges are reserved and handles created once.  Lending maps a stripe's chunks one behind the other
-into training's window, and in their place one scratch chunk that all lent rows share, so that a
-stray read past a sequence's end finds finite numbers and never faults.  No address changes, so CUDA
-graphs and attention kernels stay valid.
+Ranges are reserved and handles created once. Lending maps a stripe's chunks one behind the other
+into training's window, and in their place one scratch chunk that all lent rows share: a stray read
+past a sequence's end finds finite numbers and never faults. No address changes, so CUDA graphs and
+attention kernels stay valid.
 
 The driver's map and unmap are not ordered with streams: both ways the host first waits for the
-events of every stream that may touch the range (at most the rest of one batch or one quantum; the
-device is not drained).  That also orders training's first write behind the last write of a forward
+events of every stream that may touch the range (at most the rest of one batch or quantum; the
+device is not drained). That also orders training's first write behind the last write of a forward
 to a slot that was freed while it ran.
 """
 
@@ -28,9 +27,7 @@ from sglang_harli.mem_cache.backing.cuda_driver import Driver, DriverError
 from sglang_harli.mem_cache.backing.intervals import IntervalAllocator
 from sglang_harli.mem_cache.geometry import PoolGeometry, runs_of
 
-WINDOW_FACTOR = (
-    4  # training's addresses per lendable byte: gaps of every length, whatever was given back before
-)
+WINDOW_FACTOR = 4  # training's addresses per lendable byte: leaves gaps of every length
 NAN_BYTE = 0xFF  # NaN in every floating-point format of 16, 32 and 64 bits
 Undo = list[Callable[[], object]]
 
@@ -48,10 +45,8 @@ class CudaBacking:
 
     Args:
         geometry: planned with the driver's granularity.
-        device: the GPU.
-        driver: the device's driver, or its double.
         streams: asked at every move: raw handles of all streams that may touch KV rows or leases.
-            The first is the one that forwards and training run on; memory is cleared on it.
+            Forwards and training run on the first; memory is cleared on it.
         debug: memory on its way to training, and what is read through lent rows, is NaN.
 
     Raises:
@@ -144,11 +139,11 @@ class CudaBacking:
         return self._physical
 
     def lend(self, stripes: Sequence[int]) -> list[Tensor]:
-        """See ``Backing``.  One extent: each stripe's chunks in the order of the buffers.
+        """See ``Backing``. One extent: each stripe's chunks in the order of the buffers.
 
         Raises:
             MemoryError: no gap in training's addresses, or the driver refused; nothing was moved.
-            BrokenPoolError: the driver refused, and what was done could not be undone: restart the
+            BrokenPoolError: what was done before the refusal could not be undone: restart the
                 server.
         """
         self._check(stripes)
@@ -217,8 +212,7 @@ class CudaBacking:
             raise ValueError("the pool's memory was closed")
 
     def _rows(self, stripes: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """For each buffer and run of adjacent stripes: the run's address and its chunks' own
-        handles."""
+        """For each buffer and run of adjacent stripes: the run's address and its own handles."""
         size, runs = self.geometry.chunk_bytes, runs_of(stripes)
         return [
             (base + run.start * size, chunks[run.start : run.stop])
@@ -235,8 +229,7 @@ class CudaBacking:
         self._map(address, new, undo)
 
     def _map(self, address: int, handles: Sequence[int], undo: Undo, *, size: int = 0) -> None:
-        """Map handles of ``size`` bytes (a chunk) one behind the other; access is set once for all
-        of them."""
+        """Map handles of ``size`` bytes (a chunk) in a row; access is set once for all of them."""
         size = size or self.geometry.chunk_bytes
         for index, handle in enumerate(handles):
             self._driver.map(address + index * size, size, handle)
@@ -245,11 +238,7 @@ class CudaBacking:
             self._driver.set_access(address, len(handles) * size)
 
     def _unmap(self, address: int, handles: Sequence[int], undo: Undo) -> None:
-        """Unmap the chunks that lie one behind the other from this address on, by one call.
-
-        Args:
-            handles: what is mapped there.
-        """
+        """Unmap a row of chunks (``handles``) from this address on, by one call."""
         self._driver.unmap(address, len(handles) * self.geometry.chunk_bytes)
         undo.append(partial(self._map, address, handles, []))
 
@@ -316,7 +305,6 @@ def tail_bytes(geometry: PoolGeometry, granularity: int) -> int:
 
 
 def overhead_bytes(geometry: PoolGeometry, granularity: int) -> int:
-    """Device memory beyond the pool's budget: the scratch chunk, and what the tails are rounded up
-    by."""
+    """Device memory beyond the pool's budget: the scratch chunk and the rounding of the tails."""
     mapped = geometry.stripes * geometry.chunk_bytes + tail_bytes(geometry, granularity)
     return geometry.chunk_bytes + geometry.buffers * (mapped - geometry.buffer_bytes)

@@ -1,9 +1,8 @@
 """The calls of the CUDA driver that the pool's backing makes, each checked.
 
-Virtual memory management (CUDA Driver API, "Virtual Memory Management"): an address range is
-reserved, physical memory is a handle, mapping a handle makes it readable at an address once access
-is set.  Addresses, handles, streams and events are plain integers here, so that a double can stand
-in for the driver.
+CUDA Driver API, "Virtual Memory Management": an address range is reserved, physical memory is a
+handle, and a mapped handle is readable at its address once access is set. Addresses, handles,
+streams and events are plain integers, so that a double can stand in for the driver.
 """
 
 from __future__ import annotations
@@ -39,10 +38,7 @@ class DriverError(HarliError, RuntimeError):
 
     @classmethod
     def of(cls, call: str, status: str) -> DriverError:
-        """Args:
-        call: the driver's function.
-        status: the name of its status.
-        """
+        """From the driver's function and the name of its status."""
         return cls(f"{call} answered {status}: {FIXES.get(status, ANY_FIX)}")
 
 
@@ -60,20 +56,17 @@ class Driver(Protocol):
         ...
 
     def create(self, nbytes: int) -> int:
-        """A handle of physical memory; contents undefined.  Slow (193 µs on an A100): at start
-        only."""
+        """A handle of physical memory; contents undefined. Slow: at start only."""
         ...
 
     def release(self, handle: int) -> None: ...
 
     def map(self, address: int, nbytes: int, handle: int) -> None:
-        """Map a whole handle at a reserved address where nothing is mapped.  A handle may be mapped
-        at several addresses.  No access until ``set_access``."""
+        """Map a whole handle at a free reserved address; it may be mapped at several."""
         ...
 
     def unmap(self, address: int, nbytes: int) -> None:
-        """Unmap a range of one or more whole mappings.  Not ordered with any stream and waits for
-        none: the caller has made sure that nothing on the device touches the range."""
+        """Unmap one or more whole mappings; nothing may touch them (not ordered with streams)."""
         ...
 
     def set_access(self, address: int, nbytes: int) -> None:
@@ -112,9 +105,8 @@ class Driver(Protocol):
 class CudaDriver:
     """The real one, by cuda-python's bindings.
 
-    Args:
-        device: ordinal of the GPU.  Its primary context must be current on the calling thread, as
-            it is wherever torch has used the device.
+    ``device``: ordinal of the GPU, whose primary context must be current on the calling thread, as
+    it is wherever torch has used the device.
 
     Raises:
         DriverError: no driver, no such GPU, or one that cannot remap memory.

@@ -1,10 +1,9 @@
 """The pool's memory on a host: two anonymous mappings, one for the KV buffers and one for training.
 
-Nothing is moved: a page that is lent falls out of the KV mapping (``MADV_DONTNEED``), and the
-training mapping faults in a fresh one when it is written; so the physical memory of both together
-stays within the budget, and the resident size of the process really falls when memory is given away
-unused.  The KV mapping is in memory from the start, as SGLang's own pool is, which it fills with
-zeros: else the first requests would wait for the kernel.
+A lent page falls out of the KV mapping (``MADV_DONTNEED``), and the training mapping faults in a
+fresh one when it is written: the physical memory of both stays within the budget, and the resident
+size falls when memory is given away unused. The KV mapping is populated from the start, as SGLang's
+own pool is by its zeros: else the first requests would wait for the kernel.
 """
 
 from __future__ import annotations
@@ -24,17 +23,13 @@ from sglang_harli.mem_cache.geometry import PoolGeometry, runs_of
 POISON = 0xFF  # a byte: repeated, it is NaN in 16-, 32- and 64-bit floating point
 WINDOW_SHARE = 2  # address space of the training mapping, times what can be lent: room against fragmentation
 MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
-MAP_NORESERVE = getattr(
-    mmap, "MAP_NORESERVE", 0x4000
-)  # Python names it from 3.13 on; on x86 and Arm it is this
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # x86 and Arm; Python 3.13 names it
 
 
 class HostBacking:
     """The pool's memory as anonymous mappings on the host.
 
-    Args:
-        geometry: the pool's; its chunks are whole OS pages.
-        debug: memory on its way to training, and the KV rows that it leaves, are filled with NaN.
+    ``debug``: memory on its way to training, and the KV rows that it leaves, are filled with NaN.
 
     Raises:
         ValueError: chunks are not whole OS pages.
@@ -67,11 +62,7 @@ class HostBacking:
         return self._kv.bytes.narrow(0, buffer * self._stride, self.geometry.buffer_bytes)
 
     def lend(self, stripes: Sequence[int]) -> list[Tensor]:
-        """One extent of the training mapping.
-
-        Raises:
-            MemoryError: the free places of the training mapping are scattered too much.
-        """
+        """One extent of the training mapping; MemoryError: its free places are too scattered."""
         place = self._places.allocate(len(stripes))
         if place is None:
             raise MemoryError(
@@ -91,8 +82,7 @@ class HostBacking:
         return [extent]
 
     def take_back(self, stripes: Sequence[int], extents: Sequence[Tensor]) -> None:
-        """Both sides fall out of memory: the KV rows fault in as zeros, even where something
-        strayed into them."""
+        """Both sides lose their memory: the KV rows fault in as zeros, even after stray writes."""
         (extent,) = extents
         start = int(extent.storage_offset())
         del self._lent[start // self.geometry.stripe_bytes]
@@ -113,33 +103,25 @@ class HostBacking:
     def resident_bytes(self) -> int:
         """Physical memory of both mappings, as the kernel's ``mincore`` says.
 
-        (``/proc/self/smaps`` would need a parse of every mapping of the process, and the kernel may
-        join ours with its neighbours there.)  A page that was read but never written counts
-        although it is the kernel's shared page of zeros.
+        ``/proc/self/smaps`` would list all mappings, and may join ours with others. A page that was
+        read and never written counts, although it is the shared zero page.
         """
         return self._kv.resident_bytes() + self._window.resident_bytes()
 
     def close(self) -> None:
-        """Return all physical memory at once; the address space goes with the last tensor over
-        it."""
+        """Return all physical memory; the address space goes with the last tensor over it."""
         self._kv.discard(0, len(self._kv.map))
         self._window.discard(0, len(self._window.map))
 
 
 class _Region:
-    """An anonymous, private mapping.
-
-    Attributes:
-        map: the mapping; ``bytes`` keeps it alive.
-        bytes: uint8 over all of it.
-    """
+    """An anonymous, private mapping; ``bytes`` (uint8 over all of ``map``) keeps it alive."""
 
     def __init__(self, nbytes: int) -> None:
         # Reserve nothing: the two mappings together are larger than the memory that they ever hold.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self.map = mmap.mmap(-1, nbytes, flags=flags)
-        # A huge page across the border of a chunk would stay in memory as a whole until the kernel
-        # splits it. A kernel without huge pages refuses the advice, which is then not needed.
+        # A huge page across a chunk's border stays whole until split; not every kernel has them.
         with suppress(OSError):
             self.map.madvise(mmap.MADV_NOHUGEPAGE)
         self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)

@@ -28,27 +28,25 @@ class Backing(Protocol):
         ...
 
     def kv_bytes(self, buffer: int) -> Tensor:
-        """Buffer's bytes, uint8 ``[buffer_bytes]``.  Address and length never change; zero at
-        first."""
+        """Buffer's bytes, uint8 ``[buffer_bytes]``; a fixed address and length, zero at first."""
         ...
 
     def lend(self, stripes: Sequence[int]) -> list[Tensor]:
-        """Move stripes' memory from the KV cache to training.
+        """Move stripes' memory from the KV cache to training; the caller uses none of their slots.
 
-        The caller has made sure that no slot of them is in use.  What still runs on the device is
-        ordered: writes of forwards to slots that were freed come before training's first write.
+        What still runs on the device is ordered: writes of forwards to slots that were freed come
+        before training's first write.
 
         Returns:
             Extents, uint8: one of ``len(stripes) * stripe_bytes`` where memory can be remapped,
-            else one for each run of adjacent stripes and buffer.  Contents: undefined, in debug
-            mode NaN in every 16-, 32- and 64-bit floating-point format.
+                else one for each run of adjacent stripes and buffer. Contents: undefined; in debug
+                mode NaN in every 16-, 32- and 64-bit floating-point format.
         """
         ...
 
     def take_back(self, stripes: Sequence[int], extents: Sequence[Tensor]) -> None:
-        """The reverse of one ``lend``, whole: the same stripes and extents.  Their KV rows hold
-        zeros, ordered before any later forward, and nothing of training reads or writes the extents
-        any more."""
+        """The reverse of one whole ``lend``. The KV rows hold zeros, ordered before any later
+        forward; training uses the extents no more."""
         ...
 
     def resident_bytes(self) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 
 class IntervalAllocator:
-    """Free intervals of ``range(size)``, ascending and never adjacent.  Units are the caller's
-    (bytes, stripes)."""
+    """Free intervals of ``range(size)`` (bytes, stripes), ascending and never adjacent."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -17,8 +16,7 @@ class IntervalAllocator:
         return sum(end - start for start, end in self._free)
 
     def allocate(self, length: int) -> int | None:
-        """The start of the first free interval of ``length`` units, which is taken; None: there is
-        none.
+        """The start of the first free interval of ``length`` units, now taken, or None.
 
         Raises:
             ValueError: ``length`` is not positive.

@@ -1,5 +1,4 @@
-"""The pool's memory as plain tensors: training gets the very bytes of the KV rows, as separate
-extents.
+"""The pool's memory as plain tensors: training gets the very bytes of the KV rows, as extents.
 
 For devices whose memory cannot, or must not, be remapped.
 """
@@ -21,10 +20,8 @@ class StaticBacking:
     """The pool's memory in plain tensors, lent in place.
 
     Args:
-        geometry: the pool's.
-        device: where the buffers lie.
-        stream: on CUDA the stream of forwards and quanta; what is written here stands in line on
-            it.  None: the current stream.
+        stream: on CUDA that of forwards and quanta, which orders what is written here; None:
+            current.
         debug: memory on its way to training is filled with NaN.
     """
 
@@ -72,8 +69,7 @@ class StaticBacking:
         return extents
 
     def take_back(self, stripes: Sequence[int], extents: Sequence[Tensor]) -> None:
-        """The extents are the KV rows: they are filled with zeros, behind training's last work on
-        them and before any later forward."""
+        """Zero the KV rows, behind training's last work on them, before any later forward."""
         self._lent -= set(stripes)
         with self._in_line():
             for extent in extents:

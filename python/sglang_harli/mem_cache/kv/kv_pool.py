@@ -1,7 +1,7 @@
 """SGLang's KV pool with the unified pool's memory under its buffers.
 
-Shapes, dtypes and addresses are SGLang's own for the life of the server, so that attention backends
-and CUDA graphs see nothing.  Leans on SGLang 0.5.16: ``mem_cache.memory_pool.MHATokenToKVPool``
+Shapes, dtypes and addresses are SGLang's own for the server's life, so that attention backends and
+CUDA graphs see nothing. Leans on SGLang 0.5.16: ``mem_cache.memory_pool.MHATokenToKVPool``
 (``_create_buffers_normal``, the only method that is overridden, and ``_kv_buffer_shapes``).
 """
 
@@ -22,17 +22,11 @@ MakeBacking = Callable[[int, int, int, int], Backing]  # slots, bytes of a row, 
 class HarliMHATokenToKVPool(MHATokenToKVPool):
     """SGLang's KV pool whose buffers are the unified pool's memory.
 
-    Args:
-        make_backing: makes the unified pool's memory, once SGLang has said how large it is.
-        (the others: SGLang's)
-
-    Attributes:
-        harli_backing: the unified pool's memory; buffer ``2 * layer`` holds the keys, the one after
-            it the values.
+    ``make_backing`` makes that memory (``harli_backing``) once SGLang has its size; buffer ``2 *
+    layer`` holds the keys, the next one the values.
 
     Raises:
-        ValueError: a layout whose rows the pool cannot hold
-            (``managers.scheduler.memory.pool_setup`` asks for none).
+        ValueError: a layout whose rows the pool cannot hold (``pool_setup`` asks for none).
     """
 
     harli_backing: Backing

@@ -1,17 +1,16 @@
 """Makes whole stripes free by evicting prefix-cache entries, for training's growth only.
 
 An entry may go only if SGLang's own eviction, in its own order, would have taken it too on the way
-down to the share that is kept: what is hot stays.  For what a run cannot do without the share is
-that of prefixes in use: one that no request has used for a while may go too, or a job that was
-accepted would wait beside an idle server for ever. Among those that may go the least valuable come
-first, and among equals the stripes that cost the fewest cached tokens, the highest first. A stripe
-counts only if its other pages are free, so that nothing in use is near, and entries go with all
-that hangs below them, children first.  Of a long entry only the end goes, as much as is needed: it
-is cut in two first, as SGLang does when a prompt matches a part of it.
+down to the share that is kept: what is hot stays. For what a run cannot do without, that share
+counts prefixes in use alone: one long unused may go too, or an accepted job would wait beside an
+idle server for ever. The least valuable go first, and among equals the stripes that cost the fewest
+cached tokens, the highest first. A stripe counts only if its other pages are free, so that nothing
+in use is near, and entries go with all that hangs below them, children first. Of a long entry only
+the end goes: it is cut in two first, as SGLang does when a prompt matches a part of it.
 
-The entries' slots are tensors on the device.  Which entry lies in which stripe is counted there
-into a table of fixed size and read one step late; before anything is evicted, each entry is looked
-at again on the host: still in the tree, unlocked, the same slots.
+The entries' slots are tensors on the device. Which entry lies in which stripe is counted there into
+a table of fixed size and read one step late; before an eviction each entry is looked at again on
+the host: still in the tree, unlocked, the same slots.
 
 Leans on SGLang 0.5.16: ``mem_cache.radix_cache`` (``evict``, whose bookkeeping this repeats) and
 ``session.streaming_session`` (which wraps a cache).
@@ -39,8 +38,7 @@ from sglang_harli.mem_cache.kv.stripe_counts import Ready
 # Bounds of one look, which runs on the scheduler's thread: a few milliseconds at most.
 MAX_ENTRIES = 512
 MAX_CELLS = 2**17  # entries times stripes
-# Within the least valuable quarter of the entries the cheapest stripes come first, then within the
-# half, then all; few entries are not worth the difference.
+# The cheapest stripes of the least valuable quarter come first, then of the half, then of all.
 BANDS = (4, 2, 1)
 LEAST_BAND = 8
 _NEVER = np.iinfo(np.int64).max
@@ -56,13 +54,10 @@ def evict_stripes(
     """Evict unlocked prefixes so that whole stripes become free.
 
     Args:
-        tree_cache: the scheduler's; one without a radix tree of SGLang's plain kind has nothing to
-            evict.
-        allocator: of its slots.
+        tree_cache: the scheduler's; only SGLang's plain radix tree has something to evict.
         wanted: stripes.
         keep_slots: cached tokens, locked ones included, below which nothing is evicted,
-        unused_since_s: but entries that no request has used since then (``time.monotonic``); None:
-            nothing at all.
+        unused_since_s: but entries unused since then (``time.monotonic``); None: nothing at all.
 
     Returns:
         Stripes that are free now because of it; on a device 0 while the entries are being counted.
@@ -137,14 +132,8 @@ def _at_once() -> bool:
 
 
 def _expendable(tree: RadixCache, tokens: int, piece: int, unused_since_s: float | None) -> list[TreeNode]:
-    """Entries in the order in which SGLang would evict them, as long as they fit into so many
-    tokens or are unused.
-
-    An entry comes after all that hangs below it.
-
-    Args:
-        piece: tokens; the end of a longer entry is cut off as an entry of its own.
-    """
+    """Entries in SGLang's order of eviction, as long as ``tokens`` hold them or they are unused.
+    Each comes after all that hangs below it. ``piece``: tokens; a longer entry's end is cut off."""
     priority = tree.eviction_strategy.get_priority
     heap: list[Any] = [
         (priority(node), node.id, node)
@@ -172,15 +161,13 @@ def _expendable(tree: RadixCache, tokens: int, piece: int, unused_since_s: float
 
 
 def _cut(tree: RadixCache, node: TreeNode, length: int) -> None:
-    """Put the first ``length`` tokens of an entry into one of their own above it, which is as old
-    as it is."""
+    """Put an entry's first ``length`` tokens into one of the same age above it."""
     head = tree._split_node(node.key, node, length)
     head.last_access_time, head.creation_time = node.last_access_time, node.creation_time
 
 
 def _table(values: list[Tensor], stripes: list[int], geometry: PoolGeometry) -> Tensor:
-    """Pages of each entry in each stripe, int32 ``[entries, stripes]``; sizes are known to the host
-    throughout."""
+    """Pages of each entry in each stripe, int32 ``[entries, stripes]``; never waits."""
     device = values[0].device
     firsts = torch.cat([value[:: geometry.page_size] for value in values])  # one slot of each page
     lengths = _to_device([-(-len(value) // geometry.page_size) for value in values], device)
@@ -209,10 +196,8 @@ class _Scan:
 
     Attributes:
         root: of the tree then; a flush makes a new one.
-        nodes: children before parents.
-        values: their slots then, by identity.
-        stripes: that were looked at, highest first.
-        whole: pages of a stripe.
+        nodes: children before parents; values: their slots then, by identity.
+        stripes: that were looked at, highest first; whole: pages of a stripe.
         table: on the host once ``ready()``, int32 ``[nodes, stripes]``.
     """
 
@@ -226,13 +211,8 @@ class _Scan:
     ready: Ready
 
     def choose(self, free: Sequence[int], wanted: int, tokens: int) -> tuple[list[TreeNode], int]:
-        """The entries to evict, children first, and how many stripes that frees.
-
-        Args:
-            free: free pages of each stripe of the pool.
-            wanted: stripes.
-            tokens: that may be evicted.
-        """
+        """The entries to evict, children first, and how many stripes that frees. ``free``: free
+        pages of each stripe; ``wanted``: stripes; ``tokens``: may be evicted."""
         pages = self.table.numpy()
         alive = self._alive()
         free_here = np.array([free[stripe] for stripe in self.stripes])
@@ -265,8 +245,7 @@ class _Scan:
         )
 
     def _alive(self) -> np.ndarray:
-        """bool ``[nodes]``: still an entry as it was, and nothing below it but entries that may
-        go."""
+        """bool ``[nodes]``: an entry as it was, with nothing below it but entries that may go."""
         alive = np.zeros(len(self.nodes), dtype=bool)
         seen: set[TreeNode] = set()
         for index, (node, value) in enumerate(zip(self.nodes, self.values, strict=True)):
@@ -282,8 +261,7 @@ class _Scan:
         return alive
 
     def _with_what_hangs_below(self, touches: np.ndarray) -> np.ndarray:
-        """Which entries go with each stripe, bool ``[nodes, stripes]``: those in it and all below
-        them."""
+        """Entries that go with each stripe, bool ``[nodes, stripes]``: in it, and all below."""
         index_of = {node: index for index, node in enumerate(self.nodes)}
         going = touches.copy()
         for index in reversed(range(len(self.nodes))):  # parents before children

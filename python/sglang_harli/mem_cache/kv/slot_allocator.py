@@ -1,11 +1,10 @@
 """SGLang's two slot allocators over the unified pool: what is lent still counts as available.
 
-A lease is revocable at any allocation, so the slots behind it are promised to requests as if they
-were free: ``available_size`` counts them, and admission, decode growth, retraction, the checkers
-and the load report decide exactly as on plain SGLang, with or without training.  An allocation that
-finds too little takes it back before it answers.  Which slots a request gets differs from plain
-SGLang's choice (low ones first, so that high stripes drain); what is computed does not: attention
-reads the same rows through the same table, so greedy decisions are equal by construction.
+A lease is revocable at any allocation, so ``available_size`` counts the slots behind it, and
+admission, decode growth, retraction, the checkers and the load report decide as on plain SGLang. An
+allocation that finds too little takes it back before it answers. Requests get other slots than on
+plain SGLang (low ones first, so that high stripes drain); what is computed is the same: attention
+reads the same rows through the same table, so greedy decisions are equal.
 
 Leans on SGLang 0.5.16: ``mem_cache.allocator`` (``free_pages``, ``release_pages`` and
 ``need_sort``: frees go to ``release_pages``, and are merged and sorted when ``free_pages`` is too
@@ -31,17 +30,15 @@ from sglang_harli.mem_cache.kv.stripe_counts import Fence, StripeCounts, event_f
 from sglang_harli.mem_cache.unified_pool import SlotSource, UnifiedPool
 
 MakePool = Callable[[SlotSource], UnifiedPool]
-# What the restoring caller gets back: both lists and the stripes that were lent then.
+# Both lists and the stripes that were lent then.
 State = tuple[Tensor, Tensor, frozenset[int]]
 
 
 class StripedFreeList(BaseTokenToKVPoolAllocator):
-    """The pages of a slot allocator, and the stripes of them that are lent
-    (``unified_pool.SlotSource``).
+    """The pages of a slot allocator, and its lent stripes (``unified_pool.SlotSource``).
 
-    ``free_pages`` is sorted ascending and is taken from its head; ``release_pages`` holds what was
-    freed since. Nothing here synchronises with the device except ``restore_state`` across a change
-    of leases.
+    ``free_pages`` is sorted ascending and taken from its head; ``release_pages`` holds what was
+    freed since. Only ``restore_state`` across a change of leases synchronises with the device.
     """
 
     free_pages: Tensor
@@ -75,8 +72,7 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
         super().merge_and_sort_free()
 
     def clear(self) -> None:
-        """Everything is free again but what is lent: a flush takes no lease away.  The rest is as
-        in both of SGLang's (page 0 is the padded one)."""
+        """Everything is free but what is lent; the rest is SGLang's (page 0 is the padded one)."""
         self.counts.forget()
         self.prefix_scan = None
         stop, first, pieces = self.size // self.page_size + 1, 1, list[Tensor]()
@@ -101,10 +97,7 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
             self.release_pages = torch.cat((self.release_pages, *self._pages_of(returned)))
 
     def _make_room(self, pages: int) -> None:
-        """Get ``pages`` into ``free_pages``, from training where nothing else is left.
-
-        Does nothing more than SGLang would where not even all that is lent suffices.
-        """
+        """Get ``pages`` into ``free_pages``, from training where its lent ones suffice."""
         self.merge_and_sort_free()
         missing = pages - len(self.free_pages)
         if 0 < missing <= self.lent_pages:
@@ -115,9 +108,8 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
     def free_stripes(self) -> list[int]:
         """Lendable stripes known to be wholly free, highest first.
 
-        Called when training asks for memory, never per step: it merges and sorts what was freed
-        since the last time.  On a device the answer to that comes one call later; what is known is
-        offered once before.
+        Called when training asks for memory, never per step: it merges and sorts newly freed pages.
+        On a device their counts come one call later; what is known is offered once before.
         """
         if not self._counted():
             return []
@@ -125,13 +117,11 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
         return self.counts.wholly_free(len(self.free_pages))
 
     def count_stripes(self) -> None:
-        """Have the counts brought up to date; ``stripe_free_pages`` says them when they are
-        there."""
+        """Bring the counts up to date; ``stripe_free_pages`` gives them once they are there."""
         self._counted()
 
     def stripe_free_pages(self) -> list[int] | None:
-        """Free pages of each stripe, without those that were freed since the last count, if
-        known."""
+        """Free pages of each stripe, if known; without those freed since the last count."""
         return self.counts.free_pages(len(self.free_pages)) if self.counts.known() else None
 
     def withdraw(self, stripes: Sequence[int]) -> None:
@@ -157,8 +147,7 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
 
     # ------------------------------------------------------------------ helpers
     def _counted(self) -> bool:
-        """Whether the counts are known and as new as they can be; starts a count where they are
-        not."""
+        """Whether the counts are known and as new as they can be; else starts a count."""
         stale = len(self.release_pages) > 0 and (self._offered or self.counts.fence is None)
         if (stale or not self.counts.known()) and not self.counts.pending:
             self.merge_and_sort_free()
@@ -183,8 +172,7 @@ class HarliTokenAllocator(StripedFreeList, TokenToKVPoolAllocator):
     Args:
         size: slots, the padded one not counted.
         make_pool: makes the unified pool whose stripes the slots belong to, given this allocator.
-        fence: see ``slot_counts``; None: by the device.
-        (the others: SGLang's)
+        fence: see ``stripe_counts``; None: by the device.
     """
 
     def __init__(
@@ -206,10 +194,7 @@ class HarliTokenAllocator(StripedFreeList, TokenToKVPoolAllocator):
 
 
 class HarliPagedAllocator(StripedFreeList, PagedTokenToKVPoolAllocator):
-    """``PagedTokenToKVPoolAllocator`` over the unified pool; on a host without Triton.
-
-    Args: as ``HarliTokenAllocator``, and ``page_size`` in slots.
-    """
+    """``PagedTokenToKVPoolAllocator``, on a host without Triton; see ``HarliTokenAllocator``."""
 
     def __init__(
         self,
@@ -240,8 +225,7 @@ class HarliPagedAllocator(StripedFreeList, PagedTokenToKVPoolAllocator):
         extend_num_tokens: int,
         num_new_pages: int | None = None,
     ) -> Tensor | None:
-        """Slots of ``[prefix, seq)`` of each request: its last page is filled first, then new
-        pages."""
+        """Slots of each request's ``[prefix, seq)``: the rest of its last page, then new ones."""
         if num_new_pages is None:
             num_new_pages = int(
                 get_num_new_pages(
@@ -279,11 +263,9 @@ class HarliPagedAllocator(StripedFreeList, PagedTokenToKVPoolAllocator):
     def _extend_on_host(
         self, prefix_lens: Tensor, seq_lens: Tensor, last_loc: Tensor, total: int, new_pages: int
     ) -> Tensor:
-        """What SGLang's Triton kernel computes (``kernels/ops/memory/allocator.py``), in torch, for
-        all requests at once.  ``free_pages`` holds at least ``new_pages``.
+        """What SGLang's Triton kernel computes (``kernels/ops/memory/allocator.py``), in torch.
 
-        Returns:
-            int64 ``[total]``, the requests one after another.
+        ``free_pages`` holds at least ``new_pages``. Returns int64 ``[total]``, request by request.
         """
         page = self.page_size
         first_new = (prefix_lens + page - 1) // page  # index of each request's first new page, among its own

@@ -1,10 +1,9 @@
 """How many free pages each stripe has, as the host knows it, without ever waiting for the device.
 
-SGLang's free list is a tensor on the device.  While it is sorted and only its head is taken, two
-numbers per stripe say everything: where the stripe's pages begin in the list and where they end.
-They are counted on the device by one search for the stripes' edges, copied to the host and read
-when they are there: at once on a host, one step late on a device.  From then on the host knows by
-arithmetic which stripes the allocations hit.
+SGLang's free list is a tensor on the device. While it is sorted and only its head is taken, two
+positions per stripe say everything: where its pages begin in the list and where they end. One
+search on the device finds them; they are copied to the host and read when they are there (on a
+device one step late). From then on the host computes which stripes the allocations hit.
 """
 
 from __future__ import annotations
@@ -37,13 +36,9 @@ def event_fence(device: torch.device) -> Fence | None:
 class StripeCounts:
     """Positions of the stripes' pages in one sorted free list.
 
-    Valid from ``start`` until the list is changed in another way than by taking its head or by
-    ``cut``; code that does so calls ``forget``.
-
-    Args:
-        geometry: of the pool; pages are numbered as its slots are, page 0 is the padded one.
-        device: where the list lies.
-        fence: None reads at once; else as in ``event_fence``.
+    Valid from ``start`` until the list changes in another way than by taking its head or by
+    ``cut``; code that does so calls ``forget``. Pages are numbered as the pool's slots are, page 0
+    is the padded one. ``fence``: None reads at once; else as in ``event_fence``.
     """
 
     def __init__(self, geometry: PoolGeometry, device: torch.device, fence: Fence | None = None) -> None:
@@ -84,12 +79,7 @@ class StripeCounts:
         return self._starts is not None
 
     def free_pages(self, length: int) -> list[int]:
-        """Free pages of each stripe: what was counted, less what has been taken from the head
-        since.
-
-        Args:
-            length: of the list now.
-        """
+        """Free pages of each stripe: what was counted, less what left the head; ``length``: now."""
         assert self._starts is not None, "counts are asked for only when they are known"
         taken = self._length - length
         ends = self._starts[1:]
@@ -101,9 +91,7 @@ class StripeCounts:
         return [stripe for stripe in reversed(self.geometry.lendable) if free[stripe] == whole]
 
     def cut(self, stripes: Iterable[int], length: int) -> list[slice]:
-        """What of the list remains when these wholly free stripes' pages are taken out of it.
-
-        The counts follow, so that further stripes can be cut.
+        """What of the list remains without these wholly free stripes' pages; the counts follow.
 
         Raises:
             ValueError: a stripe is not known to be wholly free.

@@ -1,9 +1,7 @@
-"""Takes the print of a bound base: a sample of its weights, by the names and shapes that
-transformers gives them.
+"""Takes the print of a bound base: a sample of its weights, by transformers' names and shapes.
 
-Which values are read is a function of a parameter's name and shape alone, so it does not depend on
-how SGLang fuses, pads, places or wraps them.  Reading waits for the device once: at start-up, and
-after an update of the weights.
+The values read are a function of a parameter's name and shape alone, whatever SGLang fuses, pads or
+wraps. Reading waits for the device once: at start-up, and after an update of the weights.
 """
 
 from __future__ import annotations
@@ -26,12 +24,7 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def take(base: FrozenBase, model: str, path: str) -> BasePrint:
-    """The print of a base as it is now.
-
-    Args:
-        model: the served name.
-        path: the model's folder or hub id.
-    """
+    """The print of a base as it is now; ``model``: served name; ``path``: folder or hub id."""
     sampled = _sample(base)
     digest = hashlib.sha256()
     for name, values in sampled.items():
@@ -70,8 +63,7 @@ def _places(name: str, shape: tuple[int, ...]) -> list[np.ndarray]:
 
 
 def _shown(sampled: dict[str, np.ndarray]) -> dict[str, tuple[float, ...]]:
-    """SHOWN values of each kind of parameter: of layers spread over the model, other ones for each
-    kind."""
+    """SHOWN values of each kind of parameter, of layers spread over the model."""
     kinds: dict[str, list[np.ndarray]] = defaultdict(list)
     for name, values in sampled.items():
         kinds[_LAYER.sub(".layers.", name)].append(values)

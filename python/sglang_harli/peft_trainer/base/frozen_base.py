@@ -1,10 +1,9 @@
 """The served weights as a transformers module, without a copy (docs/internals/training-step.md).
 
-A skeleton is built on the meta device from the config that SGLang serves with; each of its
-parameters is then a view into the tensor that SGLang holds: q, k and v are row ranges of
-``qkv_proj``, gate and up of ``gate_up_proj``, and rows or columns that SGLang padded are cut off.
-Rotary embeddings are SGLang's table; what else its modules compute with is compared
-(``served_modules``).
+A skeleton is built on the meta device from the config that SGLang serves with; each parameter is
+then a view into the tensor that SGLang holds: q, k and v are row ranges of ``qkv_proj``, gate and
+up of ``gate_up_proj``, and padded rows or columns are cut off. Rotary embeddings are SGLang's
+table; what else its modules compute with is compared (``served_modules``).
 
 Of SGLang this file knows parameter names, ``base_layer`` (its LoRA wrapper), ``quant_method`` and
 ``use_intel_amx_backend`` of its linear modules; nothing is imported.
@@ -35,13 +34,10 @@ class FrozenBase:
     """A causal LM whose parameters are frozen and, where bound, shared with the server.
 
     Attributes:
-        model: transformers model in eval mode with sdpa attention.
+        model: transformers model in eval mode with sdpa attention; config: its own.
         dtype: of its weights and activations.
-        device: where they lie.
-        config: its transformers config.
         math: what its config says of what it computes (``model_math.math_fields``).
-        table: gives the rotary table of the first positions.
-        positions: how far that goes; None: without end.
+        table: gives the rotary table of the first positions; positions: its end; None: without end.
     """
 
     model: Any
@@ -61,8 +57,7 @@ class FrozenBase:
         return self.model.model.layers
 
     def linears(self, layer: int) -> dict[str, tuple[str, nn.Linear]]:
-        """(path within the layer, module) of each linear of a layer by its own name such as
-        ``q_proj``, in order."""
+        """(path in the layer, module) of each linear by its name such as ``q_proj``, in order."""
         return {
             path.rsplit(".", 1)[-1]: (path, module)
             for path, module in self.layers[layer].named_modules()
@@ -76,8 +71,7 @@ class FrozenBase:
         }
 
     def window(self, layer: int) -> int | None:
-        """Tokens that a position of this layer attends to, itself included; None: all before it, as
-        always where the base is SGLang's."""
+        """Tokens that a position of this layer attends to, itself included; None: all before it."""
         window = getattr(self.config, "sliding_window", None)
         if window is None or self.config.model_type == "llama":
             return None
@@ -108,8 +102,8 @@ def bind(sglang_model: nn.Module, config: Any) -> FrozenBase:
 
     Args:
         sglang_model: ``model_runner.model`` of SGLang, loaded; may be wrapped for LoRA serving.
-        config: ``model_runner.model_config.hf_config``: with what the operator's flags changed in
-            it, and with sizes that SGLang padded.
+        config: ``model_runner.model_config.hf_config``, with the operator's changes and padded
+            sizes.
 
     Raises:
         UnsupportedError: naming the parameter that cannot be bound (packed, quantised, missing, of
@@ -140,8 +134,7 @@ def bind(sglang_model: nn.Module, config: Any) -> FrozenBase:
 
 
 def _skeleton_config(served: Any) -> Any:
-    """transformers' config of what the served model computes, without what does not concern it: its
-    rotary embedding is SGLang's, and SGLang serves these architectures without sliding windows."""
+    """transformers' config of what is served, but for its rotary table and sliding windows."""
     fields = model_math.math_fields(served)
     architecture = fields.pop("architecture")
     del fields["rope"]

@@ -1,5 +1,4 @@
-"""Which fields of a model's config change what the model computes, and what is done about each of
-them.
+"""Which fields of a model's config change what the model computes, and what is done about each.
 
 Every config field that SGLang's or transformers' Llama, Mistral, Qwen2 and Qwen3 read is in one of
 three tables:
@@ -9,8 +8,7 @@ three tables:
                 is refused by name
     HARMLESS    read by one of the two, without effect on what SGLang computes for these architectures
 
-A field in none of them is read by neither.  A test takes the fields from the sources of both, so
-that an upgrade that reads another field fails there.  Plain Python.
+A test takes the fields from the sources of both, so that an upgrade that reads another one fails.
 """
 
 from __future__ import annotations
@@ -21,8 +19,7 @@ from typing import Any
 from sglang_harli.architectures import BY_NAME
 from sglang_harli.errors import UnsupportedError
 
-# Rotary embeddings that are one table of positions in SGLang; dynamic is: SGLang scales it once, at
-# load.
+# Rotary embeddings that are one table in SGLang; dynamic is: SGLang scales it once, at load.
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 WAY_OUT = "; start with --harli-finetune off to serve this model without finetuning"
 
@@ -75,8 +72,7 @@ _BEFORE_PADDING = {
     "num_key_value_heads": "original_total_num_kv_heads",
 }
 
-# Of rope_parameters: what SGLang's tables are computed from.  `truncate` and those before it are
-# YaRN's.
+# Of rope_parameters: what SGLang's tables are computed from; the last ones are YaRN's.
 ROPE_COMPUTED = (
     "rope_type",
     "type",
@@ -118,10 +114,8 @@ def architecture(config: Any) -> str:
 
 
 def check(config: Any) -> None:
-    """Refuse a config that SGLang computes with in a way that training does not.
-
-    Args:
-        config: transformers' or SGLang's; read by attribute.
+    """Refuse a config (read by attribute) that SGLang computes with in a way that training does
+    not.
 
     Raises:
         UnsupportedError: naming the field, its value and what is accepted.
@@ -147,11 +141,8 @@ def check(config: Any) -> None:
 def math_fields(config: Any) -> dict[str, Any]:
     """The fields that decide what the model computes from its weights, as plain values.
 
-    Two configs with equal fields compute the same: what SGLang added or padded on a CPU is undone,
+    Configs that compute the same have equal fields: what SGLang added or padded on a CPU is undone,
     other names of a field are one, and fields without effect are left out.
-
-    Args:
-        config: one that ``check`` accepts.
     """
     heads = unpadded(config, "num_attention_heads")
     fields: dict[str, Any] = {"architecture": architecture(config)}

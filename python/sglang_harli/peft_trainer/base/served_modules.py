@@ -1,8 +1,7 @@
-"""What SGLang's modules compute with, beside their weights, compared with what training computes
-with.
+"""Compares what SGLang's modules compute with, beside their weights, with what training does.
 
 The config says what is wanted, the modules what is done: an epsilon, a scale, a window or a cap
-that differs is refused by name with both values.  Read by attribute (SGLang's RadixAttention,
+that differs is refused by name with both values. Read by attribute (SGLang's RadixAttention,
 RMSNorm, SiluAndMul, LogitsProcessor and rotary embeddings); nothing is imported.
 """
 
@@ -14,8 +13,7 @@ from torch import nn
 
 from sglang_harli.peft_trainer.base.model_math import refuse
 
-# SGLang's rotary embeddings that rotate whole heads by one table of positions.  With the sections
-# of the two for several kinds of input (M), text takes the same rows for each.
+# SGLang's rotary embeddings that rotate whole heads by one table; text takes the same rows of M's.
 _TABLES = (
     "RotaryEmbedding",
     "LinearScalingRotaryEmbedding",
@@ -36,14 +34,8 @@ _PLAIN_ATTENTION = {
 
 
 def check(served: Any, model: Any) -> nn.Module:
-    """Compare the served model with the training model, module by module.
-
-    Args:
-        served: SGLang's, as ``ModelRunner`` holds it.
-        model: transformers', of the same layers.
-
-    Returns:
-        The rotary embedding that all layers share.
+    """Compare SGLang's model with transformers', module by module; gives the shared rotary
+    embedding.
 
     Raises:
         UnsupportedError: naming the module and both values.

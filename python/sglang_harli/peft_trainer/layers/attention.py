@@ -1,13 +1,11 @@
-"""Causal attention for training, forward and backward; queries may be the last of a row's tokens
-only.
+"""Causal attention for training, forward and backward; queries may be the last of a row's tokens.
 
 On a CPU in plain products over blocks of queries: torch's flash kernel fills its own blocks poorly
-there (`benchmark/bench_step.py` has what a layer takes).  The shares are held for the backward
-while rows are short, otherwise computed again from their logarithmic sums.  Elsewhere torch's sdpa,
-which autograd differentiates.
+there (`benchmark/bench_step.py`). The shares are held for the backward while rows are short,
+otherwise computed again from their logarithmic sums. Elsewhere torch's sdpa, with autograd.
 
-In 16 bits scores are those of sdpa, which serves: scaled and summed in fp32, so that large ones are
-neither rounded to a few digits nor, in fp16, infinite; and so are their gradients.
+In 16 bits scores and their gradients are those of sdpa, which serves: scaled and summed in fp32, so
+that large ones are neither rounded to a few digits nor, in fp16, infinite.
 """
 
 from __future__ import annotations
@@ -29,8 +27,7 @@ class CausalAttention:
     """Attention of one model's layers over rows that start at position 0.
 
     Args:
-        scale: factor on the scores.
-        repeats: query heads for each key-value head.
+        scale: factor on the scores; repeats: query heads for each key-value head.
         window: tokens that a position attends to, itself included; None: all before it.
     """
 
@@ -38,13 +35,12 @@ class CausalAttention:
         self.scale, self.repeats, self.window = scale, repeats, window
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, trace: SavedTensors | None) -> Tensor:
-        """``[rows, queries, heads * head_dim]``.
+        """``[rows, queries, heads * head_dim]``; ``trace`` remembers what ``backward`` needs.
 
         Args:
-            query: ``[rows, heads, queries, head_dim]``, contiguous; the last positions of the
-                keys'.
+            query: ``[rows, heads, queries, head_dim]``, contiguous; the last of the keys'
+                positions.
             key, value: ``[rows, key-value heads, keys, head_dim]``.
-            trace: remembers what ``backward`` needs.
         """
         if query.device.type == "cpu":
             return self._blocks_forward(query, key, value, trace)
@@ -53,11 +49,7 @@ class CausalAttention:
 
     def backward(self, grad: Tensor, trace: SavedTensors) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value, in their shapes; the latter two may have the exact
-        dtype.
-
-        Args:
-            grad: ``[rows, queries, heads * head_dim]``.
-        """
+        dtype. ``grad``: ``[rows, queries, heads * head_dim]``."""
         if grad.device.type == "cpu":
             return self._blocks_backward(grad, trace)
         query, key, value = trace.pieces["sdpa"].backward(grad)
@@ -161,11 +153,7 @@ class CausalAttention:
 
     def _scores(self, query: Tensor, key: Tensor, span: slice, seen: slice) -> Tensor:
         """Scaled scores ``[groups, repeats * queries, keys]`` of a span, -inf where a key is not
-        seen.
-
-        Args:
-            key: in the exact dtype, which the scores have too.
-        """
+        seen. ``key``: in the exact dtype, which the scores have too."""
         queries, keys = span.stop - span.start, seen.stop - seen.start
         scores = torch.bmm(_exact(query) * self.scale, key.transpose(1, 2))
         by_query = scores.view(-1, queries, keys)
@@ -188,13 +176,11 @@ def _exact(x: Tensor) -> Tensor:
 
 
 def _grouped(heads: Tensor, groups: int) -> Tensor:
-    """``[rows, heads, n, x]`` as ``[groups, heads / key-value heads * n, x]``: heads of a group one
-    below the other."""
+    """``[rows, heads, n, x]`` as ``[groups, heads / key-value heads * n, x]``."""
     return heads.reshape(groups, -1, heads.shape[-1])
 
 
 def _gaps(queries: int, keys: int, device: torch.device) -> Tensor:
-    """``[queries, keys]``: how far each key (column) lies before each query (row), which are the
-    last of them."""
+    """``[queries, keys]``: how far each key (column) lies before each query, the last ones."""
     place = torch.arange(keys, device=device)
     return place[keys - queries :, None] - place[None]

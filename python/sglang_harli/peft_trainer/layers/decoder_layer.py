@@ -1,12 +1,11 @@
 """One decoder layer of the supported architectures, written for short quanta.
 
-    x ─ norm ─ q,k,v ─ (head norms) ─ rotary ─ attention ─ o ─(+x)─ norm ─ gate,up ─ silu·mul ─ down
-    ─(+)─
+    x ─ norm ─ q,k,v ─ (head norms) ─ rotary ─ attention ─ o ─(+x)─ norm ─ gate,up ─ silu·mul ─ down ─(+)─
 
 Llama, Mistral, Qwen2 and Qwen3 differ here in biases, head norms and the window only, all of which
-are read off the transformers layer.  The result is transformers' own (the oracle's tests hold it to
-that); the difference is in passes over memory, kernel launches, and a backward that is written out:
-autograd's graph of a layer costs as much as the arithmetic of a short row.
+are read off the transformers layer. The result is transformers' own (tests compare), in fewer
+passes over memory and kernel launches, with a backward that is written out: autograd's graph of a
+layer costs as much as the arithmetic of a short row.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from sglang_harli.peft_trainer.layers.token_blocks import RowKeys
 
 
 class LayerProgram:
-    """Runs one layer on ``[rows, width, hidden]``; the weights stay where they are.  Call without
+    """Runs one layer on ``[rows, width, hidden]``; the weights stay where they are. Call without
     gradients.
 
     Args:
@@ -68,12 +67,8 @@ class LayerProgram:
     def forward(
         self, x: Tensor, rotary: RotaryTable, trace: SavedTensors | None = None, past: RowKeys | None = None
     ) -> Tensor:
-        """The layer's output.
-
-        Args:
-            trace: remembers what ``gradients`` needs.
-            past: x and the tables are a block of one row, which attends to what is known of it.
-        """
+        """The layer's output; ``trace`` remembers what ``gradients`` needs. ``past``: x and the
+        tables are a block of one row, which attends to what is known of it."""
         middle = self.attention_half(x, rotary, trace, past)
         return self.mlp_half(middle, trace).add_(middle)
 
@@ -117,8 +112,7 @@ class LayerProgram:
         return rotated(query, rotary), rotated(key, rotary), value.transpose(1, 2).contiguous()
 
     def mlp_half(self, x: Tensor, trace: SavedTensors | None = None, *, values: bool = True) -> Tensor:
-        """What the MLP adds to x, which is the input of its norm; ``values``: see
-        ``LinearGroup.forward``."""
+        """What the MLP adds to x, its norm's input; ``values`` as in ``LinearGroup.forward``."""
         inner = trace if self._wants_gates else None
         normed = self.middle_norm.forward(x, trace if self._wants_middle else None)
         flat = self.gate_up.forward(normed.view(-1, x.shape[-1]), inner)
@@ -140,12 +134,10 @@ class LayerProgram:
     def gradients(
         self, trace: SavedTensors, grad: Tensor, past: RowKeys | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(of all adapter weights, one behind the other as in the layer's block; of the layer's
-        input, if wanted).
+        """Of all adapter weights, as in the layer's block; and of the layer's input, if wanted.
 
-        Args:
-            grad: ``[rows, width, hidden]``, of the layer's output.
-            past: as for ``recompute``; all blocks behind this one are done.
+        ``grad``: ``[rows, width, hidden]``, of the layer's output; ``past``: as for ``recompute``,
+        with all blocks behind this one done.
         """
         leaves = grad.new_empty(sum(self._leaf_sizes))
         parts = [
@@ -210,8 +202,7 @@ class LayerProgram:
 
 
 def rotated(x: Tensor, rotary: RotaryTable) -> Tensor:
-    """Rotary embedding of ``[rows, width, heads, head_dim]``, as
-    ``[rows, heads, width, head_dim]``."""
+    """Rotary embedding of ``[rows, width, heads, size]`` as ``[rows, heads, width, size]``."""
     cos, sin = (part.unsqueeze(2) for part in rotary)
     rows, width, heads, size = x.shape
     out = x.new_empty(rows, heads, width, size)

@@ -15,25 +15,16 @@ import torch
 def mask_seed(seed: int, step: int, row: int, layer: int, module: str) -> int:
     """The generator seed of one mask: 64 bits of a hash of its five keys.
 
-    Args:
-        seed: the job's.
-        step: optimizer step, counted from 1.
-        row: position of the row within the optimizer step (not within its micro-batch).
-        layer: decoder layer.
-        module: the adapted linear's own name, such as ``q_proj``.
+    ``seed``: the job's; ``step`` counts from 1; ``row``: within the step, not the micro-batch;
+    ``module``: the adapted linear's own name, such as ``q_proj``.
     """
     key = struct.pack("<qqqq", seed, step, row, layer) + module.encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
 
 
 class DropoutMasks:
-    """Draws the masks of one run; the rows at hand are set before each quantum.
-
-    Args:
-        probability: of dropping a value, in (0, 1).
-        seed: the job's.
-        device, dtype: of the activations.
-    """
+    """Draws the masks of one run; the rows at hand are set before each quantum. ``probability``: of
+    dropping a value, in (0, 1); ``device``, ``dtype``: of the activations."""
 
     def __init__(self, probability: float, seed: int, device: torch.device, dtype: torch.dtype) -> None:
         self.probability = probability
@@ -53,9 +44,8 @@ class DropoutMasks:
         ``step``.
 
         Args:
-            rows: (position within the step, length in tokens) of each row.
-            width: padded length.
-            columns: of the tokens, those that are computed; None: all.  Masks do not depend on it.
+            rows: (position within the step, length in tokens) of each row; width: padded length.
+            columns: tokens that are computed; None: all. Masks do not depend on it.
         """
         self._step, self._rows, self._width, self._columns = step, rows, width, columns
 

@@ -1,8 +1,7 @@
-"""The arithmetic of LoRA linears that read the same input: what peft's modules compute, in fewer
-passes.
+"""LoRA linears that read the same input: what peft's modules compute, in fewer passes.
 
 peft's own forward makes three passes over each output (product, scaling, sum), one thin product per
-matrix, and leaves autograd five nodes a module; small quanta are bound by just that.  Here the A
+matrix, and leaves autograd five nodes a module; small quanta are bound by just that. Here the A
 matrices of q, k and v (or gate and up) are one product, their outputs lie side by side in one
 tensor, the frozen weights are one product where they are one tensor (SGLang's ``qkv_proj`` and
 ``gate_up_proj``), and the backward is written out.
@@ -19,21 +18,16 @@ from torch import Tensor, nn
 from sglang_harli.peft_trainer.layers.dropout import DropoutMasks
 from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
 
-# q, k and v read one tensor, gate and up another.
-
 
 class LinearGroup:
     """Frozen linears on one input, some or all of them with an adapter.
 
     Args:
-        names: their own names, such as ``q_proj``; ``linears`` likewise.
-        linears: the frozen ones, ``[out, in]`` each.
+        names: of the ``linears``, such as ``q_proj``; linears: frozen, ``[out, in]`` each.
         adapted: indices of those with an adapter, rising.
         a: ``[len(adapted) * r, in]``, the A matrices one below the other; None: no adapters.
-        b: ``[out, r]`` each.
-        scaling: the factor on B·A.
-        layer: key of the dropout masks.
-        masks: None when nothing is dropped.
+        b: ``[out, r]`` each; scaling: the factor on B·A.
+        layer: key of the dropout masks; masks: None when nothing is dropped.
 
     Attributes:
         leaves: what is differentiated for: A's as one, then each B.
@@ -65,8 +59,7 @@ class LinearGroup:
         self._frozen = self._products()
 
     def _products(self) -> list[tuple[Tensor, Tensor | None, slice]]:
-        """(weight, bias, columns): one for all where the weights lie one behind the other, else one
-        each."""
+        """(weight, bias, columns): one for all where weights adjoin in memory, else one each."""
         weights = [linear.weight.detach() for linear in self.linears]
         biases = [None if linear.bias is None else linear.bias.detach() for linear in self.linears]
         whole = _joined(weights)
@@ -78,12 +71,8 @@ class LinearGroup:
         return list(zip(weights, biases, self.columns, strict=True))
 
     def forward(self, x: Tensor, trace: SavedTensors | None, *, values: bool = True) -> Tensor:
-        """``[tokens, in]`` to ``[tokens, width]``.
-
-        Args:
-            trace: remembers what ``backward`` needs.
-            values: False: the output is not wanted and undefined.
-        """
+        """``[tokens, in]`` to ``[tokens, width]``; ``trace`` remembers what ``backward`` needs.
+        ``values`` False: the output is not wanted and undefined."""
         out = x.new_empty(len(x), self.width)
         if values:
             for weight, bias, columns in self._frozen:
@@ -118,12 +107,8 @@ class LinearGroup:
     def backward(
         self, grad: Tensor, trace: SavedTensors, leaf_grads: Sequence[Tensor], *, wants_x: bool
     ) -> Tensor | None:
-        """The input's gradient ``[tokens, in]``; those of the leaves are written.
-
-        Args:
-            grad: ``[tokens, width]``.
-            leaf_grads: one for each of ``leaves``, contents undefined.
-        """
+        """The input's gradient ``[tokens, in]``; those of ``leaves`` are written to ``leaf_grads``.
+        ``grad``: ``[tokens, width]``; ``leaf_grads``: contents undefined before."""
         grad_x = None
         if wants_x:
             for weight, _, columns in self._frozen:
@@ -151,8 +136,7 @@ class LinearGroup:
         return grad_x
 
     def _draw_masks(self, features: int) -> list[Tensor] | None:
-        """Dropout masks of the adapted linears for the rows that are set; None: nothing is
-        dropped."""
+        """Dropout masks of the adapted linears for the rows that are set; None: no dropout."""
         if self.masks is None:
             return None
         return [self.masks.draw(self.layer, self.names[i], features) for i in self.adapted]

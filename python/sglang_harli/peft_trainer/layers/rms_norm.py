@@ -12,12 +12,7 @@ from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
 
 
 class RmsNorm:
-    """One norm of a layer.
-
-    Args:
-        name: in traces.
-        module: transformers' own, with ``weight`` and ``variance_epsilon``.
-    """
+    """One norm of a layer: transformers' ``module``; ``name``: in traces."""
 
     def __init__(self, name: str, module: Any) -> None:
         self.name, self.module = name, module
@@ -27,8 +22,7 @@ class RmsNorm:
         self._by_hand = self.weight.device.type == "cpu" and self.weight.dtype != torch.float64
 
     def forward(self, x: Tensor, trace: SavedTensors | None) -> Tensor:
-        """Normed over the last axis, contiguous.  ``trace`` remembers what ``backward`` needs, x
-        among it."""
+        """Normed over the last axis, contiguous; ``trace`` remembers what ``backward`` needs."""
         if not self._by_hand:
             return self._native(x) if trace is None else trace.run(self.name, self._native, x)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -38,12 +32,7 @@ class RmsNorm:
         return (x * factor).to(x.dtype).mul_(self.weight)
 
     def backward(self, grad: Tensor, trace: SavedTensors, passed: Tensor | None = None) -> Tensor:
-        """Of x.
-
-        Args:
-            grad: of the output.
-            passed: a gradient of x that came beside this one, added to it.
-        """
+        """Of x, from ``grad`` of the output; ``passed``: another gradient of x, added to it."""
         if not self._by_hand:
             (own,) = trace.pieces[self.name].backward(grad)
             return own if passed is None else own + passed

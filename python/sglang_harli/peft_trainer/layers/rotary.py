@@ -1,8 +1,7 @@
-"""Cosines and sines of positions 0, 1, 2 ...: transformers' own, or the very table that SGLang
-serves with.
+"""Cosines and sines of positions 0, 1, 2 ...: transformers' own, or the table SGLang serves with.
 
 Bound to SGLang nothing is computed anew: whatever it made of a config (YaRN, another base, a factor
-that transformers does not know), training rotates by the same numbers.  Of SGLang's rotary
+that transformers does not know), training rotates by the same numbers. Of SGLang's rotary
 embeddings this file knows ``cos_sin_cache``: ``[positions, rotary size]``, cosines in the first
 half of a row and sines in the second.
 """
@@ -20,13 +19,8 @@ RotaryTable = tuple[Tensor, Tensor]  # (cos, sin), each [1, positions, head_dim]
 
 
 class ServedRotary(nn.Module):
-    """A served rotary embedding as transformers calls its own.
-
-    Args:
-        served: SGLang's module.  It may put another table in place of its own, so that is read when
-            it is needed.
-        dtype: of the model.
-    """
+    """A served rotary embedding as transformers calls its own; ``dtype``: of the model. SGLang may
+    replace its module's table, so that is read when it is needed."""
 
     def __init__(self, served: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -38,8 +32,7 @@ class ServedRotary(nn.Module):
         return self._served[0].cos_sin_cache  # type: ignore[return-value]
 
     def table(self, length: int) -> RotaryTable:
-        """Of the first positions.  On a CPU SGLang rotates in the model's dtype, else in the
-        table's."""
+        """Of the first positions; on a CPU SGLang rotates in the model's dtype, else in its own."""
         rows = self.cache[:length]
         if rows.device.type == "cpu":
             rows = rows.to(self.dtype)
@@ -62,12 +55,7 @@ def model_table(module: nn.Module, dtype: torch.dtype, device: torch.device) -> 
 
 
 class Rotary:
-    """The table of one run, as far as it was needed.
-
-    Args:
-        table: gives the first positions.
-        positions: how far it goes; None: without end.
-    """
+    """The table of one run, as far as it was needed; ``positions``: its end; None: without end."""
 
     def __init__(self, table: Callable[[int], RotaryTable], positions: int | None) -> None:
         self._make, self._positions = table, positions

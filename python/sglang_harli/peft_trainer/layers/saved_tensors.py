@@ -1,8 +1,7 @@
-"""What a layer's backward needs of its forward, by name; each tensor in a slot, so that it may be
-moved meanwhile.
+"""What a layer's backward needs of its forward, by name, in slots whose tensors may be moved.
 
-Most of a layer is differentiated by hand (``layer``, ``lora_linear``, ``attention``).  What is not
-is a piece: a function that autograd differentiates, entered and left by plain tensors.
+Most of a layer is differentiated by hand (``decoder_layer``, ``lora_linear``, ``attention``). What
+is not is a piece: a function that autograd differentiates, entered and left by plain tensors.
 """
 
 from __future__ import annotations
@@ -25,12 +24,8 @@ class SavedTensor:
 
 
 class SavedTensors:
-    """One layer's forward over a range of tokens.
-
-    Args:
-        kept: it lives long: dropout masks are not held but drawn again, for which their rows must
-            be set.
-    """
+    """One layer's forward over a range of tokens. ``kept``: it lives long: dropout masks are drawn
+    again, for which their rows must be set."""
 
     __slots__ = ("kept", "masks", "pieces", "slots")
 

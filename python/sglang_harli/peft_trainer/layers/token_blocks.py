@@ -18,11 +18,8 @@ BLOCK = 64  # tokens: the unit in which a row is cut
 
 @dataclass(slots=True)
 class RowKeys:
-    """Keys and values of a row in one layer, and their gradients so far:
-    ``[1, key-value heads, length, head_dim]``.
-
-    ``at``: the tokens of the block at hand.
-    """
+    """Keys, values and their gradients of a row in one layer; ``at``: tokens of the block at hand.
+    Each ``[1, key-value heads, length, head_dim]``."""
 
     key: Tensor
     value: Tensor
@@ -37,21 +34,14 @@ class RowKeys:
         return self.key[:, :, : self.at.stop], self.value[:, :, : self.at.stop]
 
     def completed(self, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the block's own; these are what the block adds for all tokens up to its
-        end."""
+        """Gradients of the block's own; given: what the block adds for all tokens up to its end."""
         self.grad_key[:, :, : self.at.stop].add_(grad_key)
         self.grad_value[:, :, : self.at.stop].add_(grad_value)
         return self.grad_key[:, :, self.at], self.grad_value[:, :, self.at]
 
 
 class RowBlocks:
-    """Where a row that is taken in blocks stands.
-
-    Args:
-        row: within the micro-batch.
-        length: its tokens.
-        backward: whether it is the layer's backward.
-    """
+    """Where a row that is taken in blocks stands; ``row``: within the micro-batch."""
 
     def __init__(self, row: int, length: int, *, backward: bool) -> None:
         self.row, self.length, self.backward = row, length, backward

@@ -4,8 +4,7 @@
     input of  input of       input of     of the output
     layer 0   layer 1        the head     of the layer below which backward stands
 
-    logits [tokens, vocabulary] in the exact dtype, and where the base has 16 bits ``low``, their
-    copy in its dtype
+    logits [tokens, vocabulary], exact; for a 16-bit base ``low``, a copy in its dtype
 
 Contents are undefined; each place is written before it is read (0 * NaN is NaN).
 """
@@ -28,8 +27,7 @@ from sglang_harli.train_memory import Lease, Specs, TrainMemory, carved_bytes
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """One micro-batch's tensors, as the picture above shows them; ``low`` is ``logits`` where the
-    dtypes agree."""
+    """One micro-batch's tensors; ``low`` is ``logits`` where the dtypes agree."""
 
     saved: list[Tensor]
     grad: Tensor
@@ -39,12 +37,7 @@ class Activations:
 
 class MicroBatchMemory:
     """Holds the lease from one micro-batch to the next as long as it is large enough.
-
-    Args:
-        base: sizes and dtype.
-        memory: gives the lease.
-        head_tokens: most target tokens whose logits are computed at once.
-    """
+    ``head_tokens``: most target tokens whose logits are computed at once."""
 
     def __init__(self, base: FrozenBase, memory: TrainMemory, head_tokens: int) -> None:
         self._memory, self._dtype = memory, base.dtype
@@ -59,19 +52,14 @@ class MicroBatchMemory:
         self._keys_lease: Lease | None = None
 
     def specs(self, rows: Rows) -> Specs:
-        """What is carved, in this order: saved[0..L], grad, logits, and ``low`` where there is
-        one."""
+        """What is carved, in this order: saved[0..L], grad, logits, and ``low`` if there is one."""
         tokens = min(len(rows.targets), self._head_tokens)
         inputs = [((rows.count, rows.width, self._hidden), self._dtype)] * (self._inputs + 1)
         logits = [((tokens, self._vocabulary), dtype) for dtype in logits_dtypes(self._dtype)]
         return [*inputs, *logits]
 
     def obtain(self, rows: Rows) -> int:
-        """Hold a lease for a micro-batch.
-
-        Returns:
-            0: it is held; otherwise the bytes that are lacking now.
-        """
+        """Hold a lease for a micro-batch; returns the bytes that are lacking now, 0: none."""
         specs = self.specs(rows)
         if self._lease is not None:
             if self._lease.holds(specs):
@@ -81,8 +69,7 @@ class MicroBatchMemory:
         return 0 if self._lease is not None else sum(carved_bytes(shape, dtype) for shape, dtype in specs)
 
     def carve(self, rows: Rows) -> Activations:
-        """The tensors of a micro-batch that ``obtain`` was asked for; those of the one before are
-        gone."""
+        """The tensors of the micro-batch that ``obtain`` was for; those before are gone."""
         assert self._lease is not None
         parts = self._lease.carve_all(self.specs(rows))
         inputs = self._inputs
@@ -93,8 +80,7 @@ class MicroBatchMemory:
         return [(shape, self._dtype), (shape, self._dtype), (shape, self._exact), (shape, self._exact)]
 
     def obtain_keys(self, length: int) -> bool:
-        """Hold a lease for the keys and values of one row, for a layer that takes it in blocks;
-        False: not now."""
+        """Hold a lease for one row's keys and values (a layer in blocks); False: not now."""
         specs = self._keys_specs(length)
         if self._keys_lease is not None and not self._keys_lease.holds(specs):
             self._keys_lease.give_back()

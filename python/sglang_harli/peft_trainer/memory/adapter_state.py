@@ -18,13 +18,7 @@ from sglang_harli.train_memory import Lease, TrainMemory, carved_bytes
 
 
 class StateMemory:
-    """Master weights, their copy in the base's dtype, gradients and moments of all layers, in one
-    lease.
-
-    Args:
-        blocks: the adapter's; without memory so far.
-        memory: gives the lease.
-    """
+    """The flat tensors of all layers' ``blocks`` (state, gradients), in one lease of ``memory``."""
 
     def __init__(self, blocks: list[LayerBlock], memory: TrainMemory) -> None:
         self._blocks, self._memory = blocks, memory
@@ -46,11 +40,8 @@ class StateMemory:
         return self._lease is not None
 
     def carve(self) -> None:
-        """Let the tensors lie in the lease, those of spilled layers excepted; contents are
-        undefined.
-
-        Apart from ``obtain`` because that only counts: this belongs on the stream that trains.
-        """
+        """Let the tensors lie in the lease, except spilled layers; contents are undefined. Apart
+        from ``obtain`` because that only counts: this belongs on the stream that trains."""
         if self._places:
             return
         assert self._lease is not None
@@ -65,20 +56,13 @@ class StateMemory:
         layer = min(self._host)
         places = self._places[layer]
         for place, kept in zip(places, self._host[layer], strict=True):
-            place.copy_(
-                kept, non_blocking=True
-            )  # pinned memory is torch's: it waits for the copy before reuse
+            place.copy_(kept, non_blocking=True)  # torch reuses pinned memory only after the copy
         self._blocks[layer].lie_in(places)
         del self._host[layer]
 
     def spill(self) -> bool:
-        """Copy everything to host memory and give the lease back.  Waits for the device: the last
-        resort.
-
-        Returns:
-            False: there is no lease to give back, or no host memory to go to; nothing has changed
-            then.
-        """
+        """Copy everything to host memory and give the lease back. Waits for the device: the last
+        resort. False: no lease to give back, or no host memory to go to; nothing has changed."""
         if self._lease is None:
             return False
         if self._places:
@@ -111,8 +95,7 @@ class StateMemory:
 
 
 def _host_like(flat: Tensor) -> Tensor:
-    """Host memory for ``flat``; pinned where the device copies into it and pinned memory can be
-    had."""
+    """Host memory for ``flat``; pinned, where that can be had, if the device copies into it."""
     if flat.is_cuda:
         try:
             return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)

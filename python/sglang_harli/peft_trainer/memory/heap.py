@@ -13,19 +13,13 @@ from sglang_harli.train_memory import Lease, Specs, TrainMemory, aligned, carved
 
 
 def obtain(memory: TrainMemory, purpose: MemoryPurpose, specs: Specs) -> Lease | None:
-    """``memory.obtain``, outside SGLang's inference mode: what is made of memory that came as a
-    tensor of that mode could not be trained on."""
+    """``memory.obtain`` outside SGLang's inference mode, whose tensors could not be trained on."""
     with torch.inference_mode(False):
         return memory.obtain(purpose, specs)
 
 
 class HeapMemory:
-    """Torch's allocator under a budget.
-
-    Args:
-        device: where the tensors lie.
-        budget: bytes for all leases together; None: no bound.
-    """
+    """Torch's allocator under a ``budget``: bytes of all leases together; None: no bound."""
 
     def __init__(self, device: torch.device, budget: int | None = None) -> None:
         self.device, self.budget = device, budget
@@ -40,8 +34,7 @@ class HeapMemory:
 
 
 class HeapLease(Lease):
-    """One allocation.  Made when it is first carved: that is where the stream that trains is
-    current, and to that one torch's CUDA allocator ties the memory."""
+    """One allocation, at the first carve: torch ties CUDA memory to the current stream."""
 
     def __init__(self, owner: HeapMemory, sizes: list[int]) -> None:
         self._sizes, self.nbytes = sizes, sum(sizes)

@@ -1,9 +1,9 @@
-"""Activations that are kept from forward to backward, so that nothing is computed twice
-(docs/internals/memory.md).
+"""Activations that are kept from forward to backward, so that nothing is computed twice.
 
-Where memory can be had for a layer and a range of rows, the trace of the forward quantum stays.
-What it holds is copied into a lease of training's memory and the allocator's own memory is freed,
-so that the pool knows every byte; weights, rotary tables and saved layer inputs stay references.
+Where memory can be had for a layer and a range of rows, the trace of the forward quantum stays. It
+is copied into a lease of training's memory and the allocator's own memory is freed, so that the
+pool knows every byte; weights, rotary tables and saved layer inputs stay references
+(docs/internals/memory.md).
 
     forward    trace ── its slots ──► references (layer input, weights, tables), copies in the lease (the rest)
     backward   exactly the same rows, from the trace; once dropped: recomputed, in any split
@@ -41,11 +41,7 @@ class _KeptRange:
 
 
 class KeptActivations:
-    """The kept ranges of the micro-batch in flight, and the leases that stay for the next one.
-
-    Args:
-        memory: gives a lease for each layer and range of rows.
-    """
+    """The kept ranges of the micro-batch in flight, a lease each, and spare leases."""
 
     def __init__(self, memory: TrainMemory) -> None:
         self._memory = memory
@@ -57,8 +53,7 @@ class KeptActivations:
         self._refused = False
 
     def begin(self, saved: Iterable[Tensor]) -> None:
-        """A micro-batch begins, whose layer inputs are ``saved``.  Leases that the last one did not
-        need are given back."""
+        """A micro-batch with the layer inputs ``saved`` begins; unneeded leases are given back."""
         self._end_ranges()
         self._references = {_storage(tensor) for tensor in saved}
         self._refused = False
@@ -71,15 +66,8 @@ class KeptActivations:
     def forward(
         self, layer: int, start: int, program: LayerProgram, x: Tensor, rotary: RotaryTable
     ) -> Tensor | None:
-        """A layer's output for a range of rows; its activations are kept if there is memory for
-        them.
-
-        Args:
-            x: ``[count, width, hidden]``, part of what ``begin`` was given.
-
-        Returns:
-            None: not tried, for memory is short.
-        """
+        """A layer's output for a range of rows, kept if there is memory; None: not tried, as it is
+        short. ``x``: ``[count, width, hidden]``, part of what ``begin`` was given."""
         if self._refused:
             return None
         key = (layer == 0, program.attend.window, *x.shape[:2])
@@ -111,8 +99,7 @@ class KeptActivations:
         self._needs[key] = needs
 
     def _obtain(self, needs: Needs) -> Lease | None:
-        """A spare lease for these, had anew where there is none; None ends keeping for this
-        micro-batch."""
+        """A spare or new lease for these; None ends keeping for this micro-batch."""
         specs = _specs(needs)
         fitting = [lease for lease in self._spare if lease.holds(specs)]
         if fitting:
@@ -132,11 +119,7 @@ class KeptActivations:
         return (ranges[0].start, ranges[0].count) if ranges else None
 
     def gradients(self, layer: int, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``LayerProgram.gradients`` for the layer's next kept range.
-
-        Args:
-            grad: of the range's output.
-        """
+        """``LayerProgram.gradients`` for the layer's next kept range; ``grad``: of its output."""
         kept = self._ranges[layer][0]
         grads = kept.program.gradients(kept.trace, grad)
         self.drop_next(layer)
@@ -161,12 +144,8 @@ class KeptActivations:
         return bool(leases)
 
     def drop(self, enough: Callable[[], bool] | None = None) -> bool:
-        """Return what is spare and what is kept, and keep no more of this micro-batch; whether
-        there was anything.
-
-        Args:
-            enough: ends it early.  Those ranges go first whose backward comes last.
-        """
+        """Return what is spare and kept, and keep no more of this micro-batch; whether there was
+        any. ``enough`` ends it early: ranges go first whose backward comes last."""
         self._refused = True
         gave = self.give_back_spare()
         for layer in sorted(self._ranges):
@@ -188,8 +167,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _sources(saved: list[SavedTensor]) -> list[list[SavedTensor]]:
-    """The slots by the memory that they name; all of it is alive still, so that no address means
-    two things."""
+    """The slots by the memory that they name; all is alive, so each address has one meaning."""
     found: dict[tuple[object, ...], list[SavedTensor]] = {}
     for number, slot in enumerate(saved):
         tensor = slot.tensor

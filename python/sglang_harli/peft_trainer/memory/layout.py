@@ -1,5 +1,4 @@
-"""What a run's tensors take: the dtypes of its state and logits, and the bytes by which a job's
-memory is known."""
+"""What a run's tensors take: the dtypes of its state and logits, and a job's memory in bytes."""
 
 from __future__ import annotations
 
@@ -10,9 +9,7 @@ from sglang_harli.protocol.job_limits import MemoryLayout
 
 
 def state_dtypes(dtype: torch.dtype, *, accumulates: bool) -> tuple[torch.dtype, ...]:
-    """Of a layer's flat tensors, in the order in which memory is asked for: the exact weights and,
-    where the base has 16 bits, their copy in its dtype; gradients, those of the micro-batch in
-    flight where a step has several; two moments."""
+    """Of a layer's flat tensors, in the order of ``LayerBlock.flats``, gradients included."""
     exact = torch.promote_types(dtype, torch.float32)
     copy = () if exact == dtype else (dtype,)
     return (exact, *copy, *[exact] * (4 if accumulates else 3))
@@ -25,11 +22,7 @@ def logits_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
 
 
 def memory_layout(base: FrozenBase, logits_bytes: int) -> MemoryLayout:
-    """For the scheduler's hello.
-
-    Args:
-        logits_bytes: of the largest logits tensor.
-    """
+    """For the scheduler's hello; ``logits_bytes``: of the largest logits tensor."""
     exact = torch.promote_types(base.dtype, torch.float32)
     return MemoryLayout(
         parameter_bytes=tuple(d.itemsize for d in state_dtypes(base.dtype, accumulates=False)),

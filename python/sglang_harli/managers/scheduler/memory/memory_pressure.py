@@ -1,14 +1,14 @@
-"""Training's memory in the scheduler: where it comes from, and what goes when the KV cache needs it
+"""Training's memory in the scheduler: its source, and what goes when the KV cache needs it
 (docs/internals/memory.md).
 
-The KV cache comes first.  What training holds is given back in this order, until it is enough:
+The KV cache comes first. Training gives back in this order, until it is enough:
 
     unused leases ── kept activations ── the micro-batch in flight ── the state, to host memory ── the run itself
                      (recomputed)        (run again later)            (the last resorts, for requests alone)
 
-The pool asks for it inline, when an allocation is short (``relieve``).  Ahead of need only what can
-be computed again is given: the first three when little is free (``tick``), the first two when
-prompts wait, since how many of their tokens are cached is not known yet (``make_room``).
+The pool asks inline when an allocation is short (``relieve``). Ahead of need only what can be
+computed again is given: the first three when little is free (``tick``), the first two when prompts
+wait, since how many of their tokens are cached is not known yet (``make_room``).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tenant(Protocol):
-    """What of a training run the pressure asks for; each says whether something was given back."""
+    """The part of a training run that gives back; each method says whether anything was."""
 
     needs_memory: tuple[MemoryPurpose, int] | None
 
@@ -55,18 +55,14 @@ class MemoryPressure:
     """Between the pool and the run that is held; lives on the scheduler's thread.
 
     Args:
-        pool: the unified pool; None: the KV pool is SGLang's own, and training has a fixed memory
-            beside it.
-        device: of training.
-        evict: of the pool: see ``UnifiedPool.lend_to``; None: no prefix is cached.
-        fixed_bytes: that fixed memory.
+        pool: None: the KV pool is SGLang's own, and training has ``fixed_bytes`` beside it.
+        evict: see ``UnifiedPool.lend_to``; None: no prefix is cached.
         reserve_bytes: what was left outside the pool for training, for ``status``.
 
     Attributes:
         memory: where training's leases come from.
         dropped_micro_batches: in flight, to be run again.
-        spills: how often the state was moved to host memory.
-        dropped_runs: that went back to their checkpoints.
+        spills: moves of the state to host memory; dropped_runs: went back to their checkpoints.
     """
 
     def __init__(
@@ -94,8 +90,7 @@ class MemoryPressure:
 
         Args:
             needs_bytes: upper estimate of what it needs; 0: not known.
-            drop_run: ends it, with the reason; its job goes on from the checkpoint.  ``detach``
-                follows.
+            drop_run: ends it with a reason, before ``detach``; its job goes on from the checkpoint.
         """
         self._tenant, self._needs_bytes, self._drop_run = tenant, needs_bytes, drop_run
 
@@ -142,10 +137,8 @@ class MemoryPressure:
 
     # ---------------------------------------------------------------- ahead of need
     def tick(self, *, idle: bool = False) -> None:
-        """Once per scheduler turn while a run is held.
-
-        Args:
-            idle: nothing is served, and it is time to check the books.
+        """Once per scheduler turn while a run is held; ``idle``: nothing is served, check the
+        books.
 
         Raises:
             LedgerError: they do not agree.
@@ -172,8 +165,7 @@ class MemoryPressure:
 
     # ---------------------------------------------------------------- why a run waits
     def waiting(self) -> str | None:
-        """Why the run that is held waits for memory, with the bytes and who has them; None: it does
-        not."""
+        """Why the run waits for memory, with the bytes and who has them; None: it does not."""
         needs = self._tenant.needs_memory if self._tenant is not None else None
         if needs is None:
             return None
@@ -249,9 +241,7 @@ class MemoryPressure:
 
     # ---------------------------------------------------------------- harli status, metrics
     def status(self) -> dict[str, Any]:
-        """Bytes by owner (``kv_bytes``, ``train_bytes`` and ``free_bytes`` sum to ``total_bytes``)
-        and what pressure has cost.  Without a pool to lend it is training's own memory, of backing
-        ``fixed``."""
+        """Bytes by owner (kv, train and free sum to ``total_bytes``) and what pressure has cost."""
         figures = self._fixed() if self.pool is None else self.pool.status()
         return figures | {
             "reserve_bytes": self.reserve_bytes,

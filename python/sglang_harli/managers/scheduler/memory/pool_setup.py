@@ -1,9 +1,8 @@
 """Puts the unified pool in the place of SGLang's KV pool and slot allocator, where it can be.
 
-AROUND hooks on KVCacheConfigurator (sglang/srt/mem_cache/kv_cache_configurator.py): how large the
-KV pool is, which class holds it, and which allocator hands out its slots.  Where SGLang's pool is
-of a kind that is not supported yet, it stays SGLang's own, one sentence is logged, and training has
-a memory of its own beside it.
+AROUND hooks on KVCacheConfigurator (sglang/srt/mem_cache/kv_cache_configurator.py): the KV pool's
+size, its class, and its slot allocator. A pool of a kind that is not supported yet stays SGLang's
+own: one sentence is logged, and training has a memory of its own beside it.
 
 Leans on SGLang 0.5.16 for the configurator's fields, ``environ``, ``platforms`` and the classes
 that it names.
@@ -39,8 +38,7 @@ from sglang_harli.mem_cache.unified_pool import SlotSource, UnifiedPool
 
 logger = logging.getLogger(__name__)
 
-# `static`: memory is never remapped but lent in place; `off`: none is lent, the KV cache stays
-# SGLang's own.
+# `static`: memory is lent in place, never remapped; `off`: none is lent (SGLang's own KV cache).
 POOL_BACKING_ENV = "HARLI_POOL_BACKING"
 POOL_STATIC, POOL_OFF = "static", "off"
 
@@ -88,11 +86,8 @@ def _is_quantised(configurator: Any) -> bool:
 
 # ------------------------------------------------------------------ how large
 def leave_room(original: Callable[..., int], configurator: Any, *args: Any, **kwargs: Any) -> int:
-    """Bytes for the KV pool: on a GPU, where SGLang takes all that is free, less what training
-    needs outside it.
-
-    On the CPU engine the pool is capped by --max-total-tokens and nothing is subtracted.
-    """
+    """Bytes for the KV pool: on a GPU, where SGLang takes all that is free, less training's outside
+    it. On the CPU engine --max-total-tokens caps the pool and nothing is subtracted."""
     available = original(configurator, *args, **kwargs)
     if configurator.device == "cpu":
         return available

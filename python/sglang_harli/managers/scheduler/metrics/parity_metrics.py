@@ -24,12 +24,7 @@ PARITY_METRICS: Table = {
 
 
 class ParityMetrics(Metrics):
-    """The metrics of ``PARITY_METRICS``; one for each scheduler.
-
-    Args:
-        parity: whose figures they are; None: there is no comparison.
-        registry: see ``Metrics``.
-    """
+    """The metrics of ``PARITY_METRICS``; one for each scheduler. ``parity`` None: no comparison."""
 
     TABLE = PARITY_METRICS
 

@@ -29,12 +29,7 @@ POOL_METRICS: Table = {
 
 
 class PoolMetrics(Metrics):
-    """The metrics of ``POOL_METRICS``; one for each scheduler.
-
-    Args:
-        pressure: whose figures they are.
-        registry: see ``Metrics``.
-    """
+    """The metrics of ``POOL_METRICS``; one for each scheduler."""
 
     TABLE = POOL_METRICS
 

@@ -29,12 +29,7 @@ PREDICTOR_METRICS: Table = {
 
 
 class PredictorMetrics(Metrics):
-    """The metrics of ``PREDICTOR_METRICS``; one for each scheduler.
-
-    Args:
-        predictor: whose figures they are.
-        registry: see ``Metrics``.
-    """
+    """The metrics of ``PREDICTOR_METRICS``; one for each scheduler."""
 
     TABLE = PREDICTOR_METRICS
 

@@ -43,12 +43,7 @@ QOS_METRICS: Table = {
 
 
 class QosMetrics(Metrics):
-    """The metrics of ``QOS_METRICS``; one for each scheduler.
-
-    Args:
-        side, trainer: whose figures they are.
-        registry: see ``Metrics``.
-    """
+    """The metrics of ``QOS_METRICS``; one for each scheduler."""
 
     TABLE = QOS_METRICS
 

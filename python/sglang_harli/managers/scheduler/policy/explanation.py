@@ -16,12 +16,7 @@ TARGETS = {
 
 
 def why(sub_state: str, reason: str, serving: dict[str, Any]) -> str:
-    """One sentence.
-
-    Args:
-        sub_state, reason: of the run, as they were sent last.
-        serving: ``ServingState.status()``.
-    """
+    """One sentence on ``sub_state`` and ``reason`` as last sent; ``serving``: its status."""
     impossible = serving.get("impossible_targets") or []
     if sub_state == SubState.TRAINING and reason == Reason.IDLE:
         return "Training runs in large quanta: nothing is served."

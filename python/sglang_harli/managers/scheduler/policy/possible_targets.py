@@ -8,14 +8,11 @@ CONSEQUENCE = "training uses idle time only"
 
 
 def impossible(targets: Targets, *, decode_s: float | None, prefill_s: float | None) -> dict[str, str]:
-    """A sentence for each target below what is expected of serving with nothing beside it, by name.
+    """The targets (``tpot``, ``itl``, ``ttft``) below what serving alone takes, with a sentence
+    each.
 
-    Args:
-        decode_s: a decode step of one request, seconds; None: not known yet.
-        prefill_s: a prefill of one token.
-
-    Returns:
-        ``tpot``, ``itl``, ``ttft``: those that cannot be kept.
+    ``decode_s``, ``prefill_s``: a decode step of one request, a prefill of one token; None: not
+    known.
     """
     found = {}
     for name, option, target_s, least_s, what in (

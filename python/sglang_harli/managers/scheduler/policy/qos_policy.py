@@ -1,9 +1,7 @@
-"""Whether the next training quantum may run now, how large, and on which SMs
-(docs/internals/policy.md).  Pure.
+"""Whether the next training quantum runs now, its size and SMs (docs/internals/policy.md). Pure.
 
 ``decide`` is asked before every quantum (temporal slotting), ``choose_rung`` before every decode
-step (spatial sharing).  Each returns a reason with its answer: the reason goes to ``harli status``,
-to the job's sub-state and to the log.
+step (spatial sharing). The answer's reason goes to ``harli status``, the job's sub-state and log.
 """
 
 from __future__ import annotations
@@ -29,16 +27,15 @@ def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) 
     """One quantum of at most ``rows`` rows, or none, and why.
 
     While nothing is served the bound is ``targets.idle_quantum_s``; a quantum that cannot be made
-    that small runs all the same, since nobody waits for it yet.  While a request runs, or waits
-    under a deadline of its own (``load.promised``), a quantum's upper bound stays under the slack
-    and under ``targets.busy_quantum_s``.
+    that small runs all the same, since no request waits yet. While a request runs, or waits under a
+    deadline (``load.promised``), a quantum's upper bound stays under the slack and
+    ``targets.busy_quantum_s``.
 
     The largest that fits is not always worth its time: a short quantum trains less per second than
     a long one, and makes the next decode step longer all the same (``slack.decode_penalty_s``).
-    What serving does not lose to it now is there later, as banked time or as idle time.  So
-    training waits where a size that trains more per second may fit later
-    (``slack.later_quantum_s``), and where idle time comes: what requests have banked then goes to
-    what they may yet meet, unless it is more than the longest quantum of idle time takes
+    Slack that is not spent stays, as banked time or as idle time. So training waits where a better
+    size may fit later (``slack.later_quantum_s``), and where idle time comes: banked time is then
+    kept for what requests may yet meet, unless it exceeds the longest quantum of idle time
     (``slack.idle_comes``).
     """
     if load.waiting:
@@ -60,11 +57,11 @@ def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) 
 
 
 def probe(decision: Decision, slack: Slack, offer: QuantumOffer, targets: Targets) -> Decision | None:
-    """The least quantum, to measure it, where its estimate alone was refused and is doubted by now
+    """The least quantum, to measure it, where only a doubted estimate refused it
     (``QuantumOffer.doubt``).
 
-    No other size is: what a doubted estimate says is no promise.  So a probe may take longer than
-    the slack, and the caller keeps to ``slotting.PROBE_EVERY_S``.
+    No other size: a doubted estimate is no promise. A probe may thus exceed the slack, and the
+    caller keeps to ``slotting.PROBE_EVERY_S``.
     """
     if slack.idle_comes or decision.reason not in _PRICE_REFUSED:
         return None
@@ -75,13 +72,11 @@ def probe(decision: Decision, slack: Slack, offer: QuantumOffer, targets: Target
 
 
 def ask_again_after(decision: Decision, slack: Slack) -> int:
-    """Decode steps that may pass after a refusal before the answer can be another one, as long as
-    no request ends.
+    """Decode steps that may pass after a refusal before the answer can change, if no request ends.
 
     A decision takes a few percent of a decode step of a small model, whose weights have driven it
-    out of the caches (docs/internals/policy.md), so none is made where its answer is known
-    beforehand.  Half of the steps that it should take, and ``MOST_UNASKED`` at most: the clock
-    counts too.
+    out of the caches (docs/internals/policy.md), so none is made where its answer is known. Half of
+    the steps that it should take, at most ``MOST_UNASKED``: the clock counts too.
     """
     if not decision.needs_s or slack.bound != "tpot" or slack.seconds >= decision.needs_s:
         return 0  # not a matter of this slack
@@ -91,8 +86,7 @@ def ask_again_after(decision: Decision, slack: Slack) -> int:
 
 
 def _pays_to_wait(offer: QuantumOffer, rows: int, slack: Slack) -> bool:
-    """Whether a size that may fit later trains ``WORTH_WAITING`` more per second than ``rows``
-    now."""
+    """Whether a size that may fit later trains ``WORTH_WAITING`` more per second than ``rows``."""
     taken_s = dict(offer.candidates)[rows] + slack.decode_penalty_s  # may be 0, so nothing is divided by it
     return any(
         later > rows
@@ -112,9 +106,7 @@ def _largest(offer: QuantumOffer, limit_s: float) -> int:
 
 # ------------------------------------------------------------------ spatial sharing
 STAY = 0.03  # a rung is left for one with this much more throughput, or because it no longer fits
-ABOVE = (
-    1.001  # least price of time over the highest throughput, so that of two equal rungs the faster one wins
-)
+ABOVE = 1.001  # least price of time over the highest throughput: of equal rungs the faster wins
 QUIET_STEPS = 8.0
 VOIDED = 0.5  # share of the banked time that a new request, which comes with none, voids: the rest is spent by then
 
@@ -131,27 +123,26 @@ def choose_rung(
 ) -> RungChoice:
     """The rung of the next decode step, and how much training is launched beside it.
 
-    Only what fits the slack by its upper bound is considered.  Where a whole step of training does
+    Only what fits the slack by its upper bound is considered. Where a whole step of training does
     not fit at a rung, as many quanta are launched as do: ``t`` seconds of training make the step
     ``t * (1 - T1 / T2)`` longer.
 
-    Of what fits, the answer is worth the most: the training done, less the price of the time taken
-    (``_price``). Below the target time costs what the fastest training would do with it, so the
-    rung with the highest throughput wins.  Above, a step that takes longer spends time that was
-    banked; the co-run penalty saturates (Harli, latency predictor), so a little training can cost
-    nearly as much as a lot, and banking for a larger rung may train more.
+    Of what fits, the most valuable: the training done, less the price of the time taken
+    (``_price``). Below the target, time costs what the fastest training would do with it, so the
+    rung with the highest throughput wins. Above, a longer step spends banked time; the co-run
+    penalty saturates (Harli, latency predictor), so a little training can cost nearly as much as a
+    lot, and banking for a larger rung may train more.
 
     Hysteresis: the rung in force stays while the best one promises less than ``STAY`` more, which
-    costs no deadline, as no more is launched than fits.  A step down may be of any size.
+    costs no deadline, as no more is launched than fits. A step down may be of any size.
 
     Args:
-        load: what serving does.
         slack: seconds that the next decode step may take (``batch_slack`` with a step of 0 s).
-        offers: every rung; one with rate 0 lets training pause.
+        offers: every rung; one with rate 0 lets training pause; current: the index of the one in
+            force.
         quantum_s: upper bound of one quantum, the grain of what is launched.
-        current: index of the rung in force.
-        steps_between_prefills: decode steps that usually pass between two new requests; each comes
-            with no time banked.
+        steps_between_prefills: usual decode steps between two new requests, which have nothing
+            banked.
 
     Returns:
         The fastest rung without training where none fits, or where a prompt waits for prefill.
@@ -182,7 +173,7 @@ def choose_rung(
 
 
 def _beside(offer: RungOffer, limit_s: float, quantum_s: float) -> float:
-    """Seconds of training that a decode step within the limit has room for at a rung."""
+    """Seconds of training that fit at a rung into a decode step within the limit."""
     if not offer.rate or offer.alone_s > limit_s:
         return 0.0
     if offer.beside_s <= limit_s:
@@ -194,10 +185,9 @@ def _beside(offer: RungOffer, limit_s: float, quantum_s: float) -> float:
 def _price(offers: Sequence[RungOffer], targets: Targets, steps_between_prefills: float) -> float:
     """What a second of step time is worth, in training.
 
-    At least the highest throughput: that much could be done in it.  Where the rung that has it
-    takes longer than the target, steps at it are paid for by faster ones; the price is then what
-    the best such pair trains more per second that it takes more, less what new requests void of
-    what has been banked.
+    At least the highest throughput: that much could be done in it. Where the rung that has it takes
+    longer than the target, faster steps pay for it; the price is then the best such pair's extra
+    training per extra second, less what new requests void of the banked time.
     """
     highest = max(offer.rate for offer in offers)
     step_s = targets.tpot_s * (1 - KEPT_SHARE)

@@ -1,7 +1,6 @@
 """What the policy needs to know of serving: targets in force, estimates, deadlines, attainment.
 
-Plain Python: requests are read by attribute (SGLang's Req: output_ids, finished(), time_stats), so
-that the class is tested without SGLang.
+Requests are read by attribute (SGLang's Req: output_ids, finished(), time_stats).
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ from sglang_harli.protocol import internal
 logger = logging.getLogger(__name__)
 
 CHECK_EVERY = 64  # batches that were learnt from
-# While a checkpoint is written on a CPU, its writer takes turns with the threads of a decode step,
-# which is as slow as its slowest one (docs/internals/policy.md).  So more is kept for it.
+# While a checkpoint is written on a CPU, its writer slows the decode threads it takes turns with.
 DISTURBED = 3.0
 
 
@@ -68,16 +66,13 @@ class ServingState:
     """Targets and estimates of one scheduler; lives on its thread.
 
     Args:
-        options: as the server was started.
-        predictor: of steps and quanta; None: one that knows nothing of the model.
-        profile_key: what its measured points are good for.
-        memory: training's.
+        predictor: None: one that knows nothing of the model.
+        profile_key: what its measured points are good for; memory: training's.
 
     Attributes:
         decode_steps: while there was something to train.
-        impossible: targets in force that serving alone cannot keep here, each with a sentence.
-        last_slack: of the latest decision.
-        idle_s: when training ran last while nothing was served.
+        impossible: targets that serving alone cannot keep here, each with a sentence.
+        last_slack: of the latest decision; idle_s: when training last ran with nothing served.
     """
 
     def __init__(
@@ -126,17 +121,14 @@ class ServingState:
             self.check_targets()
 
     def check_targets(self) -> None:
-        """Compare the targets with what serving alone takes, as far as that is known; a finding is
-        logged once."""
+        """Compare the targets with what serving alone takes, where known; log a finding once."""
         predictor = self.predictor
         found = impossible(
             self.targets,
             decode_s=predictor.decode(1, 1).expected_s if predictor.known(DECODE) else None,
             prefill_s=predictor.prefill(1, 1).expected_s if predictor.known(PREFILL) else None,
         )
-        for name in (
-            found.keys() - self._said
-        ):  # once for each setting: near a target the finding may come and go
+        for name in found.keys() - self._said:  # once a setting: near a target findings come and go
             logger.warning("harli: %s; %s", found[name], CONSEQUENCE)
         self._said |= found.keys()
         self.impossible = found
@@ -158,8 +150,7 @@ class ServingState:
         emitted = len(req.output_ids)
         if not emitted or not stats.prefill_finished_time:
             return None
-        # Where SGLang retracts a request it keeps the time of its first token and resets the
-        # others; its next token comes with another prefill.
+        # A retracted request keeps the time of its first token; the next one needs a prefill.
         first = stats.prefill_finished_time
         last = max(first, stats.last_prefill_finished_time, stats.last_decode_finish_time)
         return PlainProgress(first, last, emitted)
@@ -200,10 +191,9 @@ class ServingState:
         """What may be spent before the next decode step, and before prompts that wait are due.
 
         Args:
-            clocks, context_tokens, adapters: of the requests that go on decoding; whether one uses
-                an adapter.
-            queued_s: training that is launched and not finished.
-            disturbed: a checkpoint is being written.
+            clocks, context_tokens, adapters: of the requests that go on decoding (whether one has
+                any).
+            queued_s: training launched and not finished; disturbed: a checkpoint is being written.
             backlog: prompts that wait under a TTFT target.
         """
         after, alone = (
@@ -246,8 +236,7 @@ class ServingState:
 
     # ---------------------------------------------------------------- harli set, harli status, harli profile
     def profile(self) -> dict[str, Any] | None:
-        """The loads that were measured, as a profile table; where it is looked for at the next
-        start."""
+        """The measured loads as a profile table, and the path where the next start looks for it."""
         if self.profile_key is None:
             return None
         table = self.predictor.points.table(self.profile_key)
@@ -321,11 +310,8 @@ class Boundary:
     """What is served, between two of its steps: ``slotting.Serving``.
 
     Attributes:
-        clocks, context_tokens, adapters: of the requests that go on decoding, as
-            ``ServingState.slack`` takes them.
-        backlog: prompts that wait under a TTFT target.
-        waiting: how many prompts wait now that training stops for at once; asked before each
-            decision.
+        clocks, context_tokens, adapters, backlog: as ``ServingState.slack`` takes them.
+        waiting: counts the prompts that training stops for at once; asked before each decision.
     """
 
     side: ServingState

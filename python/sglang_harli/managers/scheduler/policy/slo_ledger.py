@@ -1,9 +1,8 @@
-"""Deadlines and slack of the running batch (docs/internals/policy.md).  Pure: plain numbers, no
-torch, no SGLang.
+"""Deadlines and slack of the running batch (docs/internals/policy.md). Pure: no torch, no SGLang.
 
-A request's token number ``n`` (counted from 0) is due at ``first_token + n * TPOT target``: TPOT is
-a mean over the request, so a request that is ahead of its target has banked time that training may
-spend. All times are seconds of one monotonic clock.
+A request's token ``n`` (from 0) is due at ``first_token + n * TPOT target``: TPOT is a mean over
+the request, so one that is ahead of its target has banked time that training may spend. All times
+are seconds of one monotonic clock.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
-# What is kept of the target for what a client sees and the scheduler does not: detokenization,
-# HTTP, and the jitter of other processes.  A share of each token's time, and once the gap around
-# the last token.
+# Kept of the target for what a client sees and the scheduler does not (detokenization, HTTP, jitter
+# of other processes): a share of each token's time, and once the gap around the last token.
 KEPT_SHARE = 0.03
 KEPT_S = 0.002
 IDLE_SEEN_S = 2.0  # where nothing was served within this time, there will be such time again
@@ -62,12 +60,11 @@ class Slack:
 
     Attributes:
         seconds: the least over the batch, after the decode step, the reserve and queued training.
-        bound: which promise is the tightest (``tpot``, ``itl`` or ``ttft``), for the reason shown.
+        bound: the tightest promise (``tpot``, ``itl`` or ``ttft``), for the reason shown.
         later_quantum_s: the longest quantum that may fit later, if training waits (``expecting``).
-        decode_penalty_s: how much longer the next decode step is after training, whatever that was.
+        decode_penalty_s: how much longer the next decode step is after any training.
         idle_comes: training waits for idle time, so that nothing is to fit later.
-        slack_gain_s: what a decode step without training before it adds to ``seconds``; 0 or less:
-            nothing.
+        slack_gain_s: what a decode step without training adds to ``seconds``; 0 or less: nothing.
     """
 
     seconds: float
@@ -91,19 +88,15 @@ def batch_slack(
     queued_s: float = 0.0,
     prefill_s: float = 0.0,
 ) -> Slack:
-    """The slack of a running batch behind a step.
+    """The slack of a running batch behind a step; ``UNBOUNDED`` for an empty batch.
 
     Args:
         clocks: the running requests that are not finished.
-        decode_upper_s: upper bound of the next decode step; 0 for the time that this step itself
-            may take.
-        reserve_s: kept back for prefills that arrive while the batch runs; it delays when training
+        decode_upper_s: upper bound of the next decode step; 0: the time that this step may take.
+        reserve_s: kept back for prefills that arrive while the batch runs; delays when training
             starts to spend a request's lead, and takes nothing from the steady state.
-        queued_s: training already launched on the device and not finished (0 on a CPU).
+        queued_s: training launched on the device and not finished (0 on a CPU).
         prefill_s: upper bound of prefills that are known to come before the next decode step.
-
-    Returns:
-        Slack(inf, "none") for an empty batch.
     """
     tpot, itl = targets.tpot_s * (1 - KEPT_SHARE), targets.max_itl_s
     reserve_s += KEPT_S
@@ -120,8 +113,7 @@ def batch_slack(
 
 
 def spare(targets: Targets, decode_s: float) -> float:
-    """What a decode step of that length leaves of the TPOT target, in seconds; negative where it
-    takes longer."""
+    """What such a decode step leaves of the TPOT target, in seconds; may be negative."""
     return targets.tpot_s * (1 - KEPT_SHARE) - decode_s
 
 
@@ -136,15 +128,13 @@ def expecting(
 ) -> Slack:
     """The slack with what may fit later.
 
-    Where there is idle time now and then, training waits for it, unless as much as its longest
-    quantum takes has been banked. Otherwise each decode step alone adds what it leaves of the TPOT
-    target, until a new request comes, which has nothing banked; half of the usual time until then
-    is counted on.
+    Where idle time comes now and then, training waits for it, unless as much as its longest quantum
+    takes is banked. Otherwise each decode step alone adds what it leaves of the TPOT target, until
+    a new request comes with nothing banked; half of the usual time until then is counted on.
 
     Args:
-        decode_s: a decode step without training before it.
+        decode_s: a decode step without training before it; decode_penalty_s: see ``Slack``.
         steps_between_prefills: decode steps that usually pass between two new requests.
-        decode_penalty_s: see ``Slack``.
         idle_comes: there was idle time lately.
     """
     slack_gain_s = spare(targets, decode_s)
@@ -163,12 +153,9 @@ class Backlog:
     """Prompts that wait for their first token, with a TTFT target.
 
     Attributes:
-        prompts: how many.
-        since_s: when the one that has waited longest came, earlier by what it may still have to
-            wait for a place.
+        since_s: arrival of the longest-waiting one, less what it may still wait for a place.
         prefill_upper_s: upper bound of computing all of them.
-        admitted: the next prefill takes them; otherwise all places are taken, and decode steps come
-            first.
+        admitted: the next prefill takes them; otherwise no place is free: decode steps come first.
     """
 
     prompts: int
@@ -186,13 +173,10 @@ def backlog_slack(
     reserve_s: float,
     queued_s: float = 0.0,
 ) -> Slack:
-    """What may be spent before the first of the prompts that wait is due.
+    """What may be spent before the first waiting prompt is due; -inf without a TTFT target.
 
     All of them are charged to each, since prompts that are computed together get their first tokens
     together. ``reserve_s`` is for those that come meanwhile.
-
-    Returns:
-        Slack(-inf, ...) without a TTFT target: a prompt that waits then stops training.
     """
     if targets.ttft_s is None:
         return Slack(float("-inf"), "ttft")
@@ -201,13 +185,11 @@ def backlog_slack(
 
 
 class PrefillReserve:
-    """How far prefills of new requests put a running batch behind, so that what it has banked is
-    not spent before.
+    """How far prefills of new requests put a running batch behind: kept from what it has banked.
 
-    Prompts that come one after the other hold it up further than one of them, and the decode steps
-    between them make up for some of that.  So kept are decaying maxima of the hold-ups within 1, 2,
-    3, 4, 6 ... decode steps; consecutive prefill batches between two steps are one hold-up, since a
-    running request feels their sum.
+    Prompts one after the other hold it up further than one, and the decode steps between them make
+    up for some of that. So kept are decaying maxima of the hold-ups within 1, 2, 3, 4, 6 ... decode
+    steps; consecutive prefill batches are one hold-up, since a running request feels their sum.
     """
 
     def __init__(self, half_life_s: float = 60.0) -> None:
@@ -232,12 +214,7 @@ class PrefillReserve:
             self._at, self._open = now_s, 0.0
 
     def seconds(self, now_s: float, spare_s: float = ENOUGH_S) -> float:
-        """Seconds to keep.
-
-        Args:
-            spare_s: what a decode step leaves of the TPOT target, and makes up for hold-ups with
-                (``spare``).
-        """
+        """Seconds to keep; ``spare_s`` of each decode step (``spare``) makes up for hold-ups."""
         if not self._levels[0]:
             return 0.0
         spare_s = max(spare_s, 0.0)
@@ -249,8 +226,7 @@ class PrefillReserve:
 
 
 class QuietSteps:
-    """Decode steps that usually pass between two prefills of new requests: a running mean, or more
-    while it is quiet."""
+    """Decode steps between two prefills of new requests: a running mean, or more while quiet."""
 
     def __init__(self, first: float = 8.0) -> None:
         self._mean = first

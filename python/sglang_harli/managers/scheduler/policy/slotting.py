@@ -1,8 +1,7 @@
-"""The loop between two steps of serving: what is offered, what the policy says to it, and when it
-is asked again.
+"""The loop between two steps of serving: offers, the policy's answers, and when it is asked again.
 
-Plain Python and plain numbers, with the clock as an argument: the scheduler drives it beside
-SGLang, the simulator and the tests in time of their own.
+Plain Python with the clock as an argument: the scheduler drives it beside SGLang, the simulator and
+the tests in time of their own.
 """
 
 from __future__ import annotations
@@ -21,15 +20,13 @@ from sglang_harli.managers.scheduler.policy.yield_time import YieldTime
 
 PATIENCE = 8  # refusals in a row after which a quantum is taken in smaller pieces than it would be
 DOUBTED_AFTER = 20  # refusals in a row after which the estimate is doubted
-# A probe runs although its estimate says that it does not fit.  At a TPOT target of 50 ms a request
-# gets 200 tokens in this time, so that one that takes the default --harli-max-quantum-ms, 100 ms,
-# costs each of them 1% of the target; one that takes longer is not repeated before it is at most as
-# much.
+# A probe runs although its estimate says that it does not fit. At a TPOT target of 50 ms a request
+# gets 200 tokens in this time: one probe of the default --harli-max-quantum-ms, 100 ms, costs each
+# 1% of the target; after a longer one the next waits until it costs no more.
 PROBE_EVERY_S = 10.0
 PROBE_SHARE = 0.01
-# An adapter that requests wait for is loaded behind each step of serving: in slices, the first of
-# them in any case, others while this time lasts.  Copies, and adapters that nobody waits for, get
-# this share of the time besides what fits.
+# An adapter that requests wait for is loaded in slices behind each step of serving: one in any
+# case, more within this time. Copies and other adapters get this share of the time besides.
 EVERY_STEP_S = 0.002
 SHARE = 0.02
 
@@ -68,8 +65,7 @@ class Training(Protocol):
 
     @property
     def barred(self) -> Reason | None:
-        """Why no quantum is offered although there is work, where that is not a matter of the
-        policy."""
+        """Why no quantum is offered although there is work, if not by the policy."""
         ...
 
     def offer(self) -> QuantumOffer | None:
@@ -105,7 +101,6 @@ class Slotting:
     two tokens stays under the bound of one quantum all the same, so that no gap is felt as a stall.
 
     Args:
-        training: what is offered and run.
         clock: seconds, monotonic; that of the requests' times.
 
     Attributes:
@@ -123,16 +118,14 @@ class Slotting:
         self.probes = 0
         self._share_from_s = self._probe_from_s = -math.inf  # no claim of a share, no probe before that
         self._probed_s: float | None = None  # when the one began that has just run
-        # Of the boundary at hand: when it began, what had been spent before it, steps skipped
-        # before it, whether a quantum ran.
+        # Of the boundary at hand: its begin, time spent and steps skipped before, if a quantum ran.
         self._begin_s = self._spent_s = 0.0
         self._unasked = 0
         self._ran = False
 
     # ---------------------------------------------------------------- beside requests
     def decoded(self, *, finished: bool) -> bool:
-        """A decode step is over, in which requests have ``finished`` or not; whether a decision is
-        due behind it."""
+        """After a decode step, in which requests ``finished`` or not; whether a decision is due."""
         self._gap_s = 0.0
         self._run_claims()
         if not finished and self._skipped < self._skip:
@@ -186,8 +179,7 @@ class Slotting:
         """The quantum to run now, or None: the next step of serving is to begin.
 
         None too behind the last request: until its next turn SGLang counts it as running, and would
-        refuse what asks for an idle server (``/flush_cache``) for as long as a quantum of idle time
-        takes.
+        refuse what asks for an idle server (``/flush_cache``) for the whole quantum.
         """
         self._count_probe()
         targets = serving.targets
@@ -259,8 +251,7 @@ class Slotting:
     def _probe(
         self, decision: Decision, slack: Slack, offer: QuantumOffer, targets: Targets, now_s: float
     ) -> Decision | None:
-        """The least quantum where its estimate alone holds training back for too long; see
-        ``PROBE_EVERY_S``."""
+        """The least quantum where its estimate alone has held training back (``PROBE_EVERY_S``)."""
         if offer.doubt >= 1.0 or self._ran or now_s < self._probe_from_s:
             return None
         probe = qos_policy.probe(decision, slack, offer, targets)
@@ -277,17 +268,14 @@ class Slotting:
             self._probe_from_s, self._probed_s = now_s + max(PROBE_EVERY_S, took_s / PROBE_SHARE), None
 
     def _hold_back(self, offer: QuantumOffer, decision: Decision, slack: Slack, now_s: float) -> bool:
-        """The policy said no: offer less (True: ask again), or show why and let an estimate that is
-        to blame decay.
+        """The policy said no: offer less (True: ask again), or show why and doubt the estimate.
 
         Not where training waits for more: small pieces train less per second, and what was kept
         would be computed twice.
         """
         training, too_long = self._training, decision.reason is Reason.TOO_LONG
         if not (slack.idle_comes or decision.reason is Reason.BANKING):
-            self._held_back += (
-                1 + self._unasked
-            )  # so often it would have been refused since it was last asked
+            self._held_back += 1 + self._unasked  # refusals, had it been asked each time
             if (too_long or (slack.seconds > 0 and self._held_back > PATIENCE)) and training.cut(offer.kind):
                 return True
             if too_long or (slack.seconds > 0 and self._held_back > DOUBTED_AFTER):

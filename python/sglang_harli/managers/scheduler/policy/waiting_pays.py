@@ -1,10 +1,8 @@
-"""Whether training that waits for better quanta gets as much done as by taking whatever fits: a
-running comparison.  Pure.
+"""Whether waiting for better quanta trains as much as taking whatever fits. Pure.
 
-Waiting (``qos_policy``: for a larger size, for idle time) is a guess about arrivals, and some never
-let it come true: at even intervals the larger quantum is always about to fit.  So beside what runs
-is counted what would have run without waiting; where that was more, training waits no longer until
-it has caught up.
+Waiting (``qos_policy``: for a larger size, for idle time) is a guess about arrivals that may never
+come true: at even intervals the larger quantum is always about to fit. So what would have run
+without waiting is counted too; where that was more, training stops waiting until it catches up.
 """
 
 from __future__ import annotations
@@ -19,12 +17,12 @@ HALF_LIFE_S = 15.0  # of what is remembered: some hundred prompts of a server th
 class WaitingPays:
     """Compares what runs beside requests with what could have.
 
-    Work counts by the time that it takes in the best of the sizes on offer, so that short quanta
-    count for less.  What could have run is held against the same slack, less what it would itself
-    have spent since the last prompt, which has nothing banked and so ends all that.  That serving
-    would have been over later is left out: requests that take longer share more decode steps, and
-    in simulations with arrivals of many kinds the comparison then keeps closest to what taking
-    whatever fits really gets.
+    Work counts by the time that it takes in the best of the sizes on offer, so short quanta count
+    for less. What could have run is held against the same slack, less what it would have spent
+    since the last prompt, which has nothing banked and so ends all that. That serving would have
+    been over later is left out: requests that take longer share more decode steps, and in
+    simulations with arrivals of many kinds this comparison stays closest to what taking whatever
+    fits really gets.
     """
 
     def __init__(self) -> None:
@@ -47,12 +45,7 @@ class WaitingPays:
         self._debt_s = 0.0
 
     def could(self, offer: QuantumOffer, slack: Slack, room_s: float, now_s: float) -> None:
-        """A decision is made beside requests.
-
-        Args:
-            slack: as the ledger says it.
-            room_s: what is left of the bound of a quantum between two tokens.
-        """
+        """A decision beside requests; ``room_s``: left of a quantum's bound between tokens."""
         limit_s = min(slack.seconds - self._debt_s, room_s - max(self._debt_s - self._debt_before_s, 0.0))
         least_s = offer.candidates[0][1]
         if least_s > limit_s:

@@ -1,8 +1,7 @@
-"""TTFT deadlines of the prompts that wait in SGLang's scheduler, read on its thread: no copy, no
-wait for a device.
+"""TTFT deadlines of the prompts that wait in SGLang's scheduler, read on its thread without a copy.
 
 Leans on SGLang's Req, by attribute: origin_input_ids, output_ids, prefix_indices, extend_range,
-sampling_params, time_stats.scheduler_recv_time.  Plain Python, so that it is tested without SGLang.
+sampling_params, time_stats.scheduler_recv_time.
 """
 
 from __future__ import annotations
@@ -18,15 +17,13 @@ MOST = 32  # prompts that are looked at; where more wait, training stops
 
 
 def note_arrivals(reqs: Iterable[Any], last_poll_s: float) -> None:
-    """Note when prompts that were just received can have come at the earliest: when the sockets
-    were last looked at."""
+    """Note the earliest possible arrival of prompts just received: the last look at the sockets."""
     for req in reqs:
         req.harli_arrived_s = last_poll_s
 
 
 def batch_seat_waits(running: Iterable[Any], count: int) -> list[int]:
-    """Decode steps until the first, second, ... place is free at the latest, at most ``count`` of
-    them."""
+    """Decode steps until the first, second, ... place is free at the latest; at most ``count``."""
     left = sorted(req.sampling_params.max_new_tokens - len(req.output_ids) for req in running)
     return left[:count]
 
@@ -42,16 +39,15 @@ def backlog_of(
 ) -> Backlog | None:
     """What waits, or None where training must stop for it.
 
-    Training stops for more than ``MOST`` prompts, for one that was retracted (its tokens are due,
-    and it has had its first), and for one whose wait for a place has no bound.
+    Training stops for more than ``MOST`` prompts, for a retracted one (its tokens are due, and it
+    has had its first), and for one whose wait for a place has no bound.
 
     Args:
-        waiting: SGLang's waiting queue.
-        chunked: the request whose prompt is computed in chunks, if any.
+        waiting: SGLang's waiting queue; chunked: the request whose prompt is computed in chunks.
         chunk_tokens: most tokens of one prefill; None: no limit.
         in_flight: the chunk that was launched last may not be computed yet.
         slots_s: upper bounds of the seconds until places are free; None: the next prefill takes
-            them all.
+            all.
     """
     if len(waiting) > MOST or (slots_s is not None and len(slots_s) < len(waiting)):
         return None
@@ -77,6 +73,5 @@ def backlog_of(
 
 
 def _arrived_s(req: Any) -> float:
-    # SGLang notes when the scheduler takes a message; it may have lain in the socket for the turn
-    # before.
+    # SGLang notes when the scheduler takes a message, which may have lain in the socket a turn.
     return getattr(req, "harli_arrived_s", 0.0) or req.time_stats.scheduler_recv_time

@@ -1,5 +1,4 @@
-"""How long training had work and did not run, by reason.  Plain Python; a decision costs one
-comparison."""
+"""How long training had work and did not run, by reason; a decision costs one comparison."""
 
 from __future__ import annotations
 
@@ -7,12 +6,7 @@ from sglang_harli.core import Reason
 
 
 class YieldTime:
-    """Adds up spans from a decision against training to the next quantum (or to the end of the
-    work).
-
-    Attributes:
-        reason: of the span that is open, or None.
-    """
+    """Adds up spans from a refusal to the next quantum (or the work's end), by ``reason``."""
 
     def __init__(self) -> None:
         self.reason: Reason | None = None

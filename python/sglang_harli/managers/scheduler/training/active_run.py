@@ -31,8 +31,7 @@ class ActiveRun:
     """One job's run in the scheduler.
 
     Raises:
-        ConfigError, TrainingError: the job does not fit the model or its memory, or its checkpoint
-            is of another job.
+        ConfigError, TrainingError: the job does not fit the model, its memory or its checkpoint.
         OSError: the restore slot is gone.
     """
 
@@ -113,8 +112,7 @@ class ActiveRun:
         return self._stopping and self.training.ready and not self.training.state_consistent
 
     def next_shape(self) -> QuantumShape | None:
-        """The next training quantum, or None while the run waits for memory, data, a slot or its
-        end."""
+        """The next training quantum, or None: waiting for memory, data, a slot or the end."""
         return None if self._ending else self.training.peek()
 
     @property
@@ -154,8 +152,7 @@ class ActiveRun:
         self._link.send(self._in_hand)
 
     def after_quantum(self) -> bool:
-        """Send what a step brought; start a snapshot that is due.  True: the run is over, release
-        it."""
+        """Send what a step brought; start a due snapshot. True: the run is over, release it."""
         if not self._state_bytes and self.training.ready:
             self._announce()
         self.send_metrics()
@@ -175,8 +172,7 @@ class ActiveRun:
         return False
 
     def _tell_taken(self) -> None:
-        """Tell the service that there is room for more; the end of a step (StepDone) tells it
-        too."""
+        """Tell the service that there is room for more; a StepDone tells it too."""
         taken = self.training.taken
         if (place := (taken.step, taken.index)) == self._taken:
             return
@@ -217,8 +213,7 @@ class ActiveRun:
 
     # ---------------------------------------------------------------- snapshots
     def take_slot(self, ref: internal.SlotRef) -> None:
-        """The service's slot for snapshots, faulted in; one that was named before changes
-        nothing."""
+        """Map the service's slot for snapshots; one that was named before changes nothing."""
         if self._slot is not None and self._slot.path == ref.path:
             return
         if ref.nbytes < self._state_bytes:
@@ -289,9 +284,7 @@ class ActiveRun:
         self._stopping = self._save_first = True
         while not training.state_consistent:
             shape = training.peek()
-            if (
-                shape is None
-            ):  # the state lies in host memory in the middle of a step, and cannot come back now
+            if shape is None:  # in mid-step, with the state in host memory and no way back now
                 return False
             training.run(shape.rows)
         self.after_quantum()
@@ -319,19 +312,15 @@ class ActiveRun:
         return False
 
     def end(self, reason: str) -> bool:
-        """Stop as for a pause, unasked: its job goes on from the checkpoint.  True: stopped
-        already, release it.
-
-        A run that is trained goes its way: all that is left is its last snapshot.
-        """
+        """Stop as for a pause, unasked (its job goes on later), unless only the last snapshot is
+        left. True: stopped already, release it."""
         if self.training.finished:
             return False
         self._stop_reason = reason
         return self.stop(snapshot=True)
 
     def give_up(self, reason: str) -> None:
-        """The run ends without having been asked to, and its job goes on from the checkpoint:
-        release it."""
+        """End unasked; the job goes on from the checkpoint: release the run."""
         self._stop_now(reason)
 
     def _stop_now(self, reason: str = "") -> bool:
@@ -358,8 +347,7 @@ class ActiveRun:
 
 
 def _check_memory(spec: internal.RunSpec, limits: internal.ServedLimits) -> None:
-    """The cap may have been lowered since the service looked: a run that can never be had does not
-    wait for it."""
+    """The cap may have sunk since the service looked: a run that can never be had does not wait."""
     if spec.memory_bytes > limits.train_memory_bytes:
         raise ConfigError(
             f"the job needs up to {show_size(spec.memory_bytes)} of training memory and "

@@ -1,7 +1,6 @@
-"""A finished adapter enters SGLang's LoRA serving in slices, so that decode waits for none of them
-long.
+"""A finished adapter enters SGLang's LoRA serving in slices, so that none delays decode for long.
 
-SGLang's own call takes an adapter whole.  Here a slice copies one tensor out of shared memory or
+SGLang's own call takes an adapter whole. Here a slice copies one tensor out of shared memory or
 stacks one layer; the last one registers the adapter as ``load_lora_adapter_from_tensors`` does.
 Everything runs on the scheduler's thread, between batches.
 
@@ -28,18 +27,13 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _FAILURES_KEPT = 64
-# Bytes that a slice moves at least, unless it is the last; less than twice that, but for a layer
-# that it stacks.
+# Least bytes of a slice, unless it is the last; less than twice that, but for a stacked layer.
 SLICE_BYTES = 1 << 20
 
 
 class AdapterLoader:
-    """Loads adapters from shared memory into one ``LoRAManager``.
-
-    ``begin`` queues an adapter, ``run_slice`` does a bounded piece of the next one, those that
-    requests wait for first, ``status`` tells how far it is, ``abandon`` stops it.  No method but
-    ``unload`` raises for a bad adapter: it becomes ``failed``.
-    """
+    """Loads adapters from shared memory into one ``LoRAManager``; those that requests wait for
+    first. No method but ``unload`` raises for a bad adapter: it becomes ``failed``."""
 
     def __init__(self, lora_manager: Any) -> None:
         self._manager = lora_manager
@@ -53,15 +47,14 @@ class AdapterLoader:
     ) -> None:
         """Validate an adapter and queue it for loading.
 
-        An id that is loaded, or being loaded, stays as it is.  A name that is loaded under another
-        id was published by an attempt that nobody took over: it is loaded again, under the new id.
+        An id that is loaded, or being loaded, stays as it is. A name loaded under another id comes
+        from an attempt that was never taken over: it is loaded again, under the new id.
 
         Args:
-            lora_id: SGLang's id of this version of the adapter (``LoRARef.lora_id``).
-            lora_name: the name it is served under.
+            lora_id: SGLang's id of this version (``LoRARef.lora_id``); lora_name: served under it.
             config: PEFT's adapter_config, of which ``peft_adapter`` says what is served.
             slot: tensors by PEFT state-dict key, A [r, inputs] and B [outputs, r], in the model's
-                own sizes.  It may be freed once the status is ``loaded`` or ``failed``.
+                own sizes. It may be freed once the status is ``loaded`` or ``failed``.
             urgent: requests wait for it.
         """
         if lora_id in self._manager.loras or any(loading.lora_id == lora_id for loading in self._queue):
@@ -75,11 +68,11 @@ class AdapterLoader:
         self._try(lora_id, lora_name, queue)
 
     def status(self, lora_id: str) -> dict[str, Any]:
-        """``state`` ("loading", "loaded" or "failed"; an unknown id is "failed"), ``error``,
-        ``passing`` and ``slices``.
+        """``state`` (loading, loaded, failed; unknown ids too), ``error``, ``passing`` and
+        ``slices``.
 
-        ``passing``: the failure is no fault of the adapter's.  ``slices``: how many have been done
-        while the queue has had something: it stands still only while no adapter gets on.
+        ``passing``: no fault of the adapter's. ``slices`` stands still only while no adapter gets
+        on.
         """
         state, error, passing = "failed", "", False
         if lora_id in self._manager.loras:
@@ -107,8 +100,7 @@ class AdapterLoader:
         return any(loading.urgent for loading in self._queue)
 
     def run_slice(self) -> None:
-        """Copy tensors or stack layers of ``SLICE_BYTES`` together, and register the adapter behind
-        the last."""
+        """Copy or stack ``SLICE_BYTES`` together; register the adapter behind its last."""
         loading = next((one for one in self._queue if one.urgent), self._queue[0] if self._queue else None)
         if loading is None:
             return
@@ -124,9 +116,7 @@ class AdapterLoader:
             loading.close()
 
     def unload(self, lora_id: str) -> None:
-        """Take an adapter out of serving, or stop loading it; an unknown id is no error.
-
-        The caller has made sure that no request uses it.
+        """Take an unused adapter out of serving, or stop loading it; an unknown id is no error.
 
         Raises:
             StateError: SGLang could not unload it.
@@ -162,8 +152,7 @@ class AdapterLoader:
 
 
 class _Loading:
-    """One adapter on its way; ``slices`` does a piece of the work at each ``next``, and says how
-    many bytes it moved."""
+    """One adapter on its way; each ``next`` of ``slices`` works a piece and gives its bytes."""
 
     def __init__(
         self,
@@ -227,8 +216,7 @@ class _Loading:
         self._register()
 
     def _take(self, ref: TensorRef) -> Generator[int, None, Any]:
-        """A copy of the tensor in the base model's dtype (the slot is used again), in pieces of at
-        most ``SLICE_BYTES``."""
+        """A copy of the tensor (the slot is reused) in the base's dtype, by ``SLICE_BYTES``."""
         import torch
 
         assert self._slot is not None
@@ -250,8 +238,7 @@ class _Loading:
         return whole
 
     def _register(self) -> None:
-        """As ``LoRAManager.load_lora_adapter_from_tensors`` ends; the limits are checked again, for
-        another adapter may have come since ``begin``."""
+        """Ends as ``load_lora_adapter_from_tensors``; checks limits again (others have come)."""
         manager = self._manager
         manager.validate_new_adapter(self._config, self._ref)
         manager.configs[self.lora_id] = self._config

@@ -1,9 +1,8 @@
-"""Runs quanta, owns the run in progress, and answers the finetune service
-(docs/internals/run-protocol.md).
+"""Runs quanta, owns the run in progress, answers the service (docs/internals/run-protocol.md).
 
-Everything here happens on the scheduler's thread, between its own steps: nothing blocks, touches a
-disk, a tokenizer or JSON.  An error inside a quantum or a control message fails that run, gives its
-memory back and leaves serving alone.
+Everything happens on the scheduler's thread, between its steps: nothing blocks, touches a disk, a
+tokenizer or JSON. An error in a quantum or a control message fails that run, gives its memory back
+and leaves serving alone.
 """
 
 from __future__ import annotations
@@ -59,23 +58,14 @@ class CoTrainer:
     """The scheduler's trainer.
 
     Args:
-        base: the served weights as a transformers module.
         limits: sent with the hello; the memory budget is checked again when a run starts.
         open_link: opens the ipc pair, which asks for hellos of the moment.
-        loader: loads finished adapters into the serving side, slice by slice; None on a host that
-            does not serve.
-        predictor: what quanta will take.
+        loader: loads finished adapters into serving; None on a host that does not serve.
         clock: measures quanta; on CUDA it also puts them on the stream of SGLang's forwards.
-        pressure: training's memory.
-        quantum_rows: a fixed split, or None.
-        parity: the comparison of training with serving; None: none is made.
-        take_print: takes the print of ``base`` as it is now (waits for the device); None: nobody
-            asks for it.
-        make_hello: a hello of what is in force in the scheduler; the trainer adds what it knows.
+        quantum_rows: a fixed split, or None; parity: None: training is not compared with serving.
+        take_print: prints ``base`` as it is now (waits for the device); None: never asked for.
+        make_hello: what is in force in the scheduler; the trainer adds what it knows.
         set_options, status: what the scheduler does for ``harli set`` and ``harli status``.
-
-    Attributes:
-        slotting: decides when its quanta run.
     """
 
     def __init__(
@@ -138,11 +128,7 @@ class CoTrainer:
         return message
 
     def poll(self, *, serving: bool = False) -> None:
-        """Take what the service has sent; called once a loop turn.
-
-        Args:
-            serving: requests are served: one micro-batch at most.
-        """
+        """Take what the service has sent, each loop turn; ``serving``: one micro-batch at most."""
         arrived = self.link.poll(1) if serving else self.link.poll()
         if self._print_lacks and time.monotonic() >= self._take_print_at:
             self._take_print()
@@ -197,8 +183,7 @@ class CoTrainer:
         return self.parity.hold if self.parity is not None else ""
 
     def hold_runs(self, reason: str, by: str = "") -> None:
-        """Start no run from now on, for a reason that queued jobs show; ``""``: as far as the
-        caller, ``by``, is concerned runs may start again.  The run in progress goes on."""
+        """No run starts now, for a reason that queued jobs show; ``""``: ``by`` has none."""
         if reason:
             self._holds[by] = reason
         else:
@@ -212,9 +197,8 @@ class CoTrainer:
             self.link.say_hello()
 
     def weights_updated(self) -> None:
-        """SGLang has written to the served weights: they are another base now, unless they are what
-        they were.  A run that is held on other weights is given up (an update would have been
-        refused, but not memory that comes back)."""
+        """SGLang has written to the served weights; where the print differs, the run is given up.
+        (It refuses updates, but not memory that comes back.)"""
         self.updates += 1
         if self.parity is not None:
             self.parity.weights_updated()
@@ -232,8 +216,7 @@ class CoTrainer:
         return self.take_print is not None and self.base_print is None
 
     def _take_print(self) -> None:
-        """The print of what is served now; where it cannot be taken (memory is lacking, for one) it
-        is tried again."""
+        """The print of what is served now; tried again where it fails (for lack of memory, say)."""
         if self.take_print is None:
             return
         self._take_print_at = time.monotonic() + TAKE_PRINT_EVERY_S
@@ -286,8 +269,7 @@ class CoTrainer:
     # ---------------------------------------------------------------- quanta
     @property
     def busy(self) -> bool:
-        """Whether there is a run, an adapter to load or a comparison at all (cheap: asked every
-        loop turn)."""
+        """Whether there is a run, an adapter to load or a comparison (asked every loop turn)."""
         return self.run is not None or self._loading or (self.parity is not None and self.parity.pending)
 
     @property
@@ -327,9 +309,8 @@ class CoTrainer:
         return offer
 
     def claimed(self) -> QuantumOffer | None:
-        """What may run whatever waits: the loading of adapters, copies of the state, and, so that a
-        pause ends, the optimizer's slices behind the first; and the comparison with serving, which
-        jobs wait for."""
+        """What may run whatever waits: loading of adapters, copies of the state, the comparison
+        with serving, and, so that a pause ends, the optimizer's slices behind the first."""
         if self.loader is not None and self.loader.urgent:
             return self._single(QuantumKind.ADAPTER, Claim.EVERY_STEP)
         run = self.run
@@ -420,8 +401,7 @@ class CoTrainer:
                 work = self._run(offer.kind, decision.rows)
         except Exception as error:  # boundary: a quantum fails its run; serving goes on
             logger.exception("harli: a training quantum (%s) failed", offer.kind.value)
-            # Where it was another job's adapter, its loading has failed, not the run; likewise a
-            # comparison.
+            # Where another job's adapter failed to load, or a comparison failed, the run goes on.
             if offer.kind is QuantumKind.CHECK and self.parity is not None:
                 self.parity.fail(describe(error)[1])
                 self.hold_changed()
@@ -472,9 +452,7 @@ class CoTrainer:
         done = run.training.run(rows)
         if run.after_quantum():
             self._release()
-        tokens = (
-            0 if done.misleads else max(done.tokens, 1)
-        )  # kinds that are not cut by rows count as one token
+        tokens = 0 if done.misleads else max(done.tokens, 1)  # 1 for kinds that are not cut by rows
         return Work(kind, tokens, done.row_tokens, done.first_of_shape)
 
     # ---------------------------------------------------------------- ends of a run
@@ -488,8 +466,7 @@ class CoTrainer:
             self.slotting.yielded.end(time.perf_counter())
 
     def _give_up(self, reason: str) -> None:
-        """Requests need the memory of the run: it is taken up again from its checkpoint, when there
-        is memory."""
+        """Requests need the run's memory: it resumes from its checkpoint when there is memory."""
         run = self.run
         if run is not None:
             run.give_up(reason)
@@ -513,8 +490,7 @@ class CoTrainer:
         forget(error, self.base.device)
 
     def end_soon(self) -> None:
-        """The server is to end: no run starts, and the one in progress trains no more and saves its
-        state between decode steps, while requests are still answered."""
+        """The server is to end: no run starts; the one in progress only saves its state."""
         self.hold_runs(ENDING, by=ENDING)
         if self.run is not None and self.run.end(ENDING):
             self._release()

@@ -10,8 +10,7 @@ from sglang_harli.errors import HarliError
 
 
 def passes(error: Exception) -> bool:
-    """Whether a run that ended by it is worth trying again: memory that was lacking, a slot that
-    could not be mapped."""
+    """Whether a run that it ended is worth trying again: memory or a mapping was lacking."""
     return isinstance(error, OSError) or describe(error)[0] == "out_of_memory"
 
 
@@ -28,8 +27,7 @@ def describe(error: Exception) -> tuple[str, str]:
 
 
 def forget(error: Exception, device: torch.device) -> None:
-    """Let go of the memory that a failed run's tensors had: the frames of its traceback hold
-    them."""
+    """Free the memory of a failed run's tensors: the frames of the traceback hold them."""
     error.__traceback__ = None
     gc.collect()
     if device.type == "cuda":

@@ -1,10 +1,9 @@
 """Whether training computes what serving computes, measured on one prompt: the scheduler's half.
 
-The HTTP process has the server answer a fixed prompt, as any other, and sends the log-probabilities
-of its tokens (``parity_request``).  Here the frozen base computes them as training does, in quanta
-like any training, and once more in fp32.  The means of the absolute differences are compared:
+The HTTP process has the server answer a fixed prompt and sends its tokens' log-probabilities
+(``parity_request``). Here the frozen base computes them in quanta, as training does and in fp32:
 
-    |served - trained|  <=  max(ACCEPTED, TIMES_ROUNDING * |trained - fp32|)
+    mean |served - trained|  <=  max(ACCEPTED, TIMES_ROUNDING * mean |trained - fp32|)
 
 Until that is known, and where it does not hold, no run starts (``hold``).
 """
@@ -35,16 +34,14 @@ class Parity:
     """One scheduler's comparison; lives on its thread.
 
     Args:
-        base: the served weights as training sees them.
         mode: ``refuse``, ``warn`` or ``off`` (``--harli-parity``).
         head_tokens: most tokens whose logits are computed at once.
-        rounds: what of serving rounds more than training does, so that a difference is only warned
-            of; "" for nothing.
+        rounds: what serving rounds and training does not: a difference only warns then; "":
+            nothing.
         released: whether SGLang has released its memory: nothing is asked for, or computed, then.
 
     Attributes:
-        state: off, waiting (for the served log-probabilities), computing, agrees, differs or
-            failed.
+        state: off, waiting (for the served values), computing, agrees, differs or failed.
         difference, rounding: means over the prompt's tokens, once they are known.
     """
 
@@ -78,10 +75,9 @@ class Parity:
         return {"wanted": wanted, "version": self._version, "vocab": vocabulary, "positions": positions}
 
     def begin(self, ids: list[int], served: list[float], version: int) -> None:
-        """Compute the same; where the served weights have been updated since, nothing is done.
+        """Compute the same; nothing is done if the served weights were updated since.
 
-        Args:
-            served: of each token but the first.
+        ``served``: of each token but the first.
 
         Raises:
             ConfigError: they are not of one prompt.
@@ -122,8 +118,7 @@ class Parity:
         return self.state == "computing" and not self._released()
 
     def offer(self, predictor: LatencyPredictor, claim: Claim = Claim.POLICY) -> QuantumOffer | None:
-        """The quanta that are left, as one that is cut anywhere; None: the device still
-        computes."""
+        """The quanta that are left, as one, cut anywhere; None: the device still computes."""
         left = sum(forward.whole - forward.quanta for forward in self._forwards)
         if not left:
             self.collect()

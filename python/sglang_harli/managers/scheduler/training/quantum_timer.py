@@ -1,8 +1,8 @@
 """How long quanta take, and how much launched training is still queued on the device.
 
-On a CPU a quantum is over when it returns.  On CUDA it runs on the stream of SGLang's forwards,
-behind the batch in flight (strict alternation): events tell later what it took, and until they fire
-its upper bound counts as queued, so that the ledger charges it to the token it delays.
+On a CPU a quantum is over when it returns. On CUDA it runs on the stream of SGLang's forwards,
+behind the batch in flight (strict alternation): until its events fire, its upper bound counts as
+queued, so that the ledger charges it to the token it delays.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Work:
     """What a quantum did.
 
     Attributes:
-        tokens: that it computed, padding included; 1 for kinds that are not cut by rows.
-        row_tokens: the padded length of one row; 0 where there are none.
-        first_of_shape: the first of its shape, whose time misleads.
+        tokens: computed, padding included (1 for kinds not cut by rows); row_tokens: of one padded
+            row.
+        first_of_shape: its time misleads.
     """
 
     kind: QuantumKind
@@ -35,11 +35,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One finished quantum.
-
-    Attributes:
-        work: what was run; of 0 tokens: a quantum that has no cost line.
-    """
+    """One finished quantum; ``work`` of 0 tokens: it has no cost line."""
 
     work: Work
     seconds: float
@@ -118,8 +114,7 @@ class DeviceQuantumTimer:
         return measured
 
     def settle(self) -> None:
-        # Two in flight keep the device busy while the host polls for requests; a prompt then waits
-        # for at most those two.
+        # Two in flight keep the device busy while the host polls; a prompt waits for at most those.
         if len(self._pending) > 1:
             self._pending[-2][1].synchronize()
 

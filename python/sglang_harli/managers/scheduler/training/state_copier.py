@@ -1,9 +1,8 @@
-"""Copies of a run's state into shared memory, cut into copy quanta
-(docs/internals/run-protocol.md); and views back.
+"""Copies of a run's state into shared memory in quanta, and views back.
 
-On a CPU a slice is one bounded copy.  On CUDA a slice goes through a small pinned buffer: the
-device copies into it behind the training stream's work, and a later quantum moves the bytes on when
-the event has fired, so that the scheduler's thread never waits for the device.
+On a CPU a slice is one bounded copy. On CUDA the device copies it into a small pinned buffer behind
+the training stream's work; once the event has fired, a later quantum moves the bytes on, so that
+the scheduler's thread never waits for the device (docs/internals/run-protocol.md).
 """
 
 from __future__ import annotations
@@ -31,11 +30,8 @@ def state_layout(tensors: list[tuple[str, torch.Tensor]]) -> tuple[list[TensorRe
 
 @dataclass(slots=True)
 class _Slice:
-    """Bytes ``start`` to ``start + len(place)`` of a live tensor.
-
-    They are looked up when they are copied: the tensor's data moves when training's memory is taken
-    back.
-    """
+    """Bytes ``start`` to ``start + len(place)`` of a live tensor. Looked up when copied: the data
+    moves when training's memory is taken back."""
 
     tensor: torch.Tensor
     start: int
@@ -56,13 +52,7 @@ def _slices(tensors: list[tuple[str, torch.Tensor]], places: dict[str, memoryvie
 
 
 class StateCopier:
-    """One copy of all state tensors into a slot, slice by slice.
-
-    Args:
-        tensors: the live tensors (contiguous).
-        slot: the mapped slot.
-        refs: where each lies in the slot.
-    """
+    """One copy of all state tensors (live, contiguous) into a mapped slot, slice by slice."""
 
     def __init__(
         self, tensors: list[tuple[str, torch.Tensor]], slot: shared_memory.SharedBuffer, refs: list[TensorRef]

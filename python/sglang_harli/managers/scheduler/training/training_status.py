@@ -12,13 +12,7 @@ from sglang_harli.managers.scheduler.training.active_run import ActiveRun
 def training_status(
     run: ActiveRun, sub_state: str, reason: str, serving: dict[str, Any], totals: dict[str, Any]
 ) -> dict[str, Any]:
-    """Plain values.
-
-    Args:
-        sub_state, reason: as they were sent last.
-        serving: what is shown of serving, which the explanation quotes.
-        totals: what the trainer has counted (``CoTrainer.totals``).
-    """
+    """Plain values; ``sub_state`` and ``reason`` as sent last, ``totals``: ``CoTrainer.totals``."""
     return {
         "job": run.spec.job,
         "attempt": run.spec.attempt,
