@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from sglang_harli.cli import view
 from sglang_harli.config import HarliOptions
-from sglang_harli.managers.scheduler.metrics.predictor_metrics import PredictorMetrics
+from sglang_harli.managers.scheduler.metrics import PredictorMetrics
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.step_timer import BatchLoad, load_of
 from sglang_harli.predictor.latency_predictor import LatencyPredictor

@@ -16,10 +16,7 @@ from typing import Any
 import zmq
 
 from sglang_harli.core import StepLoad
-from sglang_harli.managers.scheduler.metrics.parity_metrics import ParityMetrics
-from sglang_harli.managers.scheduler.metrics.pool_metrics import PoolMetrics
-from sglang_harli.managers.scheduler.metrics.predictor_metrics import PredictorMetrics
-from sglang_harli.managers.scheduler.metrics.qos_metrics import QosMetrics
+from sglang_harli.managers.scheduler.metrics import ParityMetrics, PoolMetrics, PredictorMetrics, QosMetrics
 from sglang_harli.managers.scheduler.policy import waiting_prompts
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.serving_view import ServingView

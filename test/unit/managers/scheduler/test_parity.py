@@ -14,7 +14,7 @@ import torch
 from sglang_harli.cli.view import parity_lines
 from sglang_harli.core import Claim, QuantumKind
 from sglang_harli.errors import ConfigError
-from sglang_harli.managers.scheduler.metrics.parity_metrics import ParityMetrics
+from sglang_harli.managers.scheduler.metrics import ParityMetrics
 from sglang_harli.managers.scheduler.policy import slotting
 from sglang_harli.managers.scheduler.training.parity import ACCEPTED, WAITS, Parity
 from sglang_harli.managers.scheduler.training.quantum_timer import Work

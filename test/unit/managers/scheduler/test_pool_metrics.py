@@ -19,7 +19,7 @@ os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp()
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressure
 from sglang_harli.cli import view
-from sglang_harli.managers.scheduler.metrics.pool_metrics import PoolMetrics
+from sglang_harli.managers.scheduler.metrics import PoolMetrics
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 import torch
 from support.pool_parts import give_back_in_order, small_pool

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from sglang_harli.core import Reason
-from sglang_harli.managers.scheduler.metrics.qos_metrics import QosMetrics
+from sglang_harli.managers.scheduler.metrics import QosMetrics
 from sglang_harli.managers.scheduler.policy.slo_ledger import PlainProgress
 from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.protocol.internal import Hello, StartRun
