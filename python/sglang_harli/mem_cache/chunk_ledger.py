@@ -30,11 +30,6 @@ class ChunkLedger:
         """Stripes that are lent."""
         return self.moves_to_train - self.moves_to_kv
 
-    @property
-    def kv_stripes(self) -> int:
-        """Full stripes of the KV cache, stripe 0 included."""
-        return self.geometry.stripes - self.train_stripes
-
     def owner(self, stripe: int) -> str:
         """``"kv"`` or the lease's name."""
         return next((name for name, stripes in self._leases.items() if stripe in stripes), KV)

@@ -359,15 +359,7 @@ class TrainingRun:
         """
         if not self.state_consistent:
             raise StateError("the state cannot be taken while a step is being applied")
-        return self._state_tensors()
-
-    def _state_tensors(self) -> list[tuple[str, Tensor]]:
         return [named for block in self._adapter.blocks for named in block.state]
-
-    @property
-    def state_bytes(self) -> int:
-        """Of all state tensors together."""
-        return sum(tensor.nbytes for _, tensor in self._state_tensors())
 
     def state_meta(self) -> dict[str, Any]:
         """The rest of the state as plain values, no random state: masks are keyed by the step."""

@@ -124,7 +124,8 @@ def test_state_has_pefts_names_and_loads_in_plain_peft(tmp_path: Any) -> None:
     assert "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight" in adapter
     parts = {"adapter", "exp_avg", "exp_avg_sq"}
     assert {name.split("/")[0] for name, _ in run.state_tensors()} == parts
-    assert run.state_bytes == sum(3 * tensor.nbytes for tensor in adapter.values())
+    state_bytes = sum(tensor.nbytes for _, tensor in run.state_tensors())
+    assert state_bytes == sum(3 * tensor.nbytes for tensor in adapter.values())
     run.release()
     save_file(adapter, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter_config(hp, "base")))

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from sglang_harli.errors import HarliError
 
-GRANULARITY = 2 * 2**20  # bytes; what every data-centre GPU so far answers, and PoolGeometry plans with
-
 FIXES = {
     "CUDA_ERROR_OUT_OF_MEMORY": "lower --mem-fraction-static or --max-total-tokens",
     "CUDA_ERROR_NO_DEVICE": "the CUDA backing needs a GPU that this process may see (CUDA_VISIBLE_DEVICES)",

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_harli.core import QuantumKind
 from sglang_harli.protocol import shared_memory
 from sglang_harli.protocol.internal import SlotRef, TensorRef
 
 SLICE_BYTES = 4 << 20
-KIND = QuantumKind.COPY
 
 
 def state_layout(tensors: list[tuple[str, torch.Tensor]]) -> tuple[list[TensorRef], int]:
