@@ -30,10 +30,6 @@ Relieve = Callable[[int], None]
 Evict = Callable[[int, float | None], int]
 
 
-def _nothing(_stripes: int) -> None:
-    """What is given back before training may borrow."""
-
-
 class SlotSource(Protocol):
     """The slot allocator, as the pool sees it."""
 
@@ -84,7 +80,7 @@ class UnifiedPool:
         self.geometry, self.backing, self.slots = geometry, backing, slots
         self.ledger = ChunkLedger(geometry)
         self.quota = Quota(geometry, max_train_bytes=max_train_bytes, prefix_keep=prefix_keep)
-        self.relieve: Relieve = _nothing
+        self.relieve: Relieve = lambda _stripes: None  # before training may borrow
         self.evict: Evict | None = None
         self.leases: dict[str, PoolLease] = {}
         self.reclaims = 0

@@ -111,14 +111,19 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
         Called when training asks for memory, never per step: it merges and sorts newly freed pages.
         On a device their counts come one call later; what is known is offered once before.
         """
-        if not self._counted():
+        if not self.count_stripes():
             return []
         self._offered = True
         return self.counts.wholly_free(len(self.free_pages))
 
-    def count_stripes(self) -> None:
-        """Bring the counts up to date; ``stripe_free_pages`` gives them once they are there."""
-        self._counted()
+    def count_stripes(self) -> bool:
+        """Whether the counts are known and as new as they can be; else starts a count."""
+        stale = len(self.release_pages) > 0 and (self._offered or self.counts.fence is None)
+        if (stale or not self.counts.known()) and not self.counts.pending:
+            self.merge_and_sort_free()
+            self.counts.start(self.free_pages)
+            self._offered = False
+        return self.counts.known()
 
     def stripe_free_pages(self) -> list[int] | None:
         """Free pages of each stripe, if known; without those freed since the last count."""
@@ -146,15 +151,6 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
         self.lent_stripes.difference_update(stripes)
 
     # ------------------------------------------------------------------ helpers
-    def _counted(self) -> bool:
-        """Whether the counts are known and as new as they can be; else starts a count."""
-        stale = len(self.release_pages) > 0 and (self._offered or self.counts.fence is None)
-        if (stale or not self.counts.known()) and not self.counts.pending:
-            self.merge_and_sort_free()
-            self.counts.start(self.free_pages)
-            self._offered = False
-        return self.counts.known()
-
     def _pages_of(self, stripes: Iterable[int]) -> list[Tensor]:
         pages = self.pool.geometry.stripe_pages
         return [self._range(run.start * pages, run.stop * pages) for run in runs_of(stripes)]

@@ -51,9 +51,7 @@ class LinearGroup:
         self.layer, self.masks = layer, masks if adapted else None
         self.leaves: list[Tensor] = [] if a is None else [a, *b]
         self.rank = b[0].shape[1] if b else 0
-        ends = [0]
-        for linear in linears:
-            ends.append(ends[-1] + linear.out_features)
+        ends = list(itertools.accumulate((linear.out_features for linear in linears), initial=0))
         self.width, self.columns = ends[-1], [slice(*span) for span in itertools.pairwise(ends)]
         self._parts = [slice(i * self.rank, (i + 1) * self.rank) for i in range(len(adapted))]
         self._frozen = self._products()

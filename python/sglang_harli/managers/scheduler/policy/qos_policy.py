@@ -97,11 +97,7 @@ def _pays_to_wait(offer: QuantumOffer, rows: int, slack: Slack) -> bool:
 
 
 def _largest(offer: QuantumOffer, limit_s: float) -> int:
-    best = 0
-    for rows, upper_s in offer.candidates:
-        if upper_s <= limit_s:
-            best = rows
-    return best
+    return next((rows for rows, upper_s in reversed(offer.candidates) if upper_s <= limit_s), 0)
 
 
 # ------------------------------------------------------------------ spatial sharing

@@ -12,6 +12,7 @@ Leans on: ``srt.lora.lora_manager.LoRAManager`` (``validate_new_adapter``, ``unl
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -223,9 +224,7 @@ class _Loading:
         if ref.dtype not in _DTYPES:
             raise ValueError(f"{ref.name} has dtype {ref.dtype}; accepted: {', '.join(_DTYPES)}")
         dtype = getattr(torch, ref.dtype)
-        count = 1
-        for size in ref.shape:
-            count *= size
+        count = math.prod(ref.shape)
         if count * dtype.itemsize != ref.nbytes or ref.offset + ref.nbytes > self._slot.nbytes or count == 0:
             raise ValueError(f"{ref.name} of shape {ref.shape} does not lie in its slot")
         view = torch.frombuffer(self._slot.buffer, dtype=dtype, count=count, offset=ref.offset)
