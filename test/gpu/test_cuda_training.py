@@ -139,8 +139,8 @@ def test_queued_quanta_count_until_their_events_fire():
     assert clock.queued_s in (0.0, 0.5)
     torch.cuda.synchronize()
     assert clock.queued_s == 0.0
-    (measured,) = clock.take()
-    assert measured.work.tokens == 10 and measured.seconds > 0
+    ((work, seconds),) = clock.take()
+    assert work.tokens == 10 and seconds > 0
 
 
 def test_batches_are_timed_by_events():

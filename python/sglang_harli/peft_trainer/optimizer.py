@@ -7,8 +7,6 @@ Whether an update may be applied (finite loss and gradients) is decided on the d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -26,13 +24,6 @@ def layer_slices(blocks: list[LayerBlock]) -> list[range]:
     """Ranges of layers that hold about ``_SLICE_ELEMENTS`` weights each, at least one layer."""
     layers = max(1, _SLICE_ELEMENTS // max(1, blocks[0].size))
     return [range(i, min(i + layers, len(blocks))) for i in range(0, len(blocks), layers)]
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """Device scalars, float64: ``[loss, grad norm, skipped, loss scale, Adam steps, growth]``."""
-
-    values: Tensor
 
 
 class SlicedAdamW:
@@ -106,13 +97,14 @@ class SlicedAdamW:
             self.blocks[layer].master.grad = None
             self.blocks[layer].refresh_compute()
 
-    def finish(self, loss: Tensor) -> StepStats:
-        """After the last slice: the step's numbers on the device, and the next loss scale."""
+    def finish(self, loss: Tensor) -> Tensor:
+        """After the last slice: sets the next loss scale; gives, in float64 and on the device,
+        ``[loss, grad norm, skipped, loss scale, Adam steps, growth]``."""
         adam_steps = self._adam.state[self.blocks[0].master]["step"]
         if self.scaled:
             torch._amp_update_scale_(self.scale, self._growth, self._skip, 2.0, 0.5, _GROWTH_INTERVAL)
         parts = (loss, self._norm, self._skip, self.scale, adam_steps, self._growth)
-        return StepStats(torch.stack([part.double() for part in parts]))
+        return torch.stack([part.double() for part in parts])
 
     # ---- state
     def load(self, *, adam_steps: float, scale: float | None, growth: float) -> None:

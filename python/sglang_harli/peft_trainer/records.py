@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sglang_harli.core import QuantumKind
 from sglang_harli.errors import TrainingError
-from sglang_harli.peft_trainer.optimizer import SMALLEST_SCALE, StepStats
+from sglang_harli.peft_trainer.optimizer import SMALLEST_SCALE
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +114,9 @@ class MetricsRing:
         self._entries: deque[_Entry] = deque()
         self._newest: _Entry | None = None
 
-    def put(self, metrics: StepMetrics, stats: StepStats) -> None:
-        """``metrics`` with everything but loss and gradient norm, which are still on the device."""
-        values, arrived = stats.values, None
+    def put(self, metrics: StepMetrics, values: Tensor) -> None:
+        """``metrics`` but for loss and gradient norm; ``values``: see ``SlicedAdamW.finish``."""
+        arrived = None
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)

@@ -412,10 +412,10 @@ class CoTrainer:
         upper_s = dict(offer.candidates).get(decision.rows, offer.candidates[-1][1])
         self.clock.close(work, upper_s)
         now_s = time.perf_counter()
-        for done in self.clock.take():
-            if (w := done.work).tokens:
+        for w, seconds in self.clock.take():
+            if w.tokens:
                 self.predictor.observe_quantum(
-                    w.kind, w.tokens, w.row_tokens, done.seconds, first_of_shape=w.first_of_shape
+                    w.kind, w.tokens, w.row_tokens, seconds, first_of_shape=w.first_of_shape
                 )
             else:
                 self.predictor.ran(w.kind)

@@ -22,23 +22,15 @@ class Work:
     """What a quantum did.
 
     Attributes:
-        tokens: computed, padding included (1 for kinds not cut by rows); row_tokens: of one padded
-            row.
-        first_of_shape: its time misleads.
+        tokens: computed, padding included; 1 for kinds not cut by rows, 0: its time has no cost
+            line.
+        row_tokens: of one padded row; first_of_shape: its time misleads.
     """
 
     kind: QuantumKind
     tokens: int
     row_tokens: int = 0
     first_of_shape: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One finished quantum; ``work`` of 0 tokens: it has no cost line."""
-
-    work: Work
-    seconds: float
 
 
 class HostQuantumTimer:
@@ -48,7 +40,7 @@ class HostQuantumTimer:
 
     def __init__(self) -> None:
         self._begin = 0.0
-        self._measured: list[Measured] = []
+        self._measured: list[tuple[Work, float]] = []
 
     @contextlib.contextmanager
     def span(self) -> Iterator[None]:
@@ -58,10 +50,10 @@ class HostQuantumTimer:
 
     def close(self, work: Work, upper_s: float) -> None:
         """The quantum in the span before did this."""
-        self._measured.append(Measured(work, time.perf_counter() - self._begin))
+        self._measured.append((work, time.perf_counter() - self._begin))
 
-    def take(self) -> list[Measured]:
-        """Quanta that are over and have not been taken."""
+    def take(self) -> list[tuple[Work, float]]:
+        """Quanta that are over and have not been taken, with their seconds."""
         measured, self._measured = self._measured, []
         return measured
 
@@ -77,7 +69,7 @@ class DeviceQuantumTimer:
         self._events: tuple[Any, Any] | None = None
         self._pending: deque[tuple[Any, Any, Work, float]] = deque()
         self._spare: list[tuple[Any, Any]] = []
-        self._measured: list[Measured] = []
+        self._measured: list[tuple[Work, float]] = []
 
     @contextlib.contextmanager
     def span(self) -> Iterator[None]:
@@ -100,7 +92,7 @@ class DeviceQuantumTimer:
     def _collect(self) -> None:
         while self._pending and self._pending[0][1].query():
             first, last, work, _ = self._pending.popleft()
-            self._measured.append(Measured(work, first.elapsed_time(last) / 1e3))
+            self._measured.append((work, first.elapsed_time(last) / 1e3))
             self._spare.append((first, last))
 
     @property
@@ -108,7 +100,7 @@ class DeviceQuantumTimer:
         self._collect()
         return sum(entry[3] for entry in self._pending)
 
-    def take(self) -> list[Measured]:
+    def take(self) -> list[tuple[Work, float]]:
         self._collect()
         measured, self._measured = self._measured, []
         return measured
