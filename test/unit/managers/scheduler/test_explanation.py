@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import QuantumKind, QuantumOffer, Reason, StepLoad, SubState
 from sglang_harli.managers.scheduler.policy import explanation, qos_policy
-from sglang_harli.managers.scheduler.policy.possible_targets import impossible
+from sglang_harli.managers.scheduler.policy.explanation import impossible
 from sglang_harli.managers.scheduler.policy.serving_state import CHECK_EVERY, ServingState, targets_of
 from sglang_harli.managers.scheduler.policy.slo_ledger import PlainProgress
 from sglang_harli.managers.scheduler.policy.yield_time import YieldTime

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from sglang_harli.config import LIVE, HarliOptions
 from sglang_harli.core import StepLoad
 from sglang_harli.errors import ConfigError
-from sglang_harli.managers.scheduler.policy.possible_targets import CONSEQUENCE, impossible
+from sglang_harli.managers.scheduler.policy.explanation import CONSEQUENCE, impossible
 from sglang_harli.managers.scheduler.policy.slo_ledger import (
     IDLE_SEEN_S,
     Attainment,

@@ -11,11 +11,13 @@ waits for the next step boundary, except the last ones (pause, final), which wai
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from sglang_harli.config import show_size
-from sglang_harli.core import SubState
+from sglang_harli.core import Reason, SubState
 from sglang_harli.errors import ConfigError, TrainingError
 from sglang_harli.failpoints import Failpoint, failpoint
+from sglang_harli.managers.scheduler.policy import explanation
 from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
@@ -210,6 +212,22 @@ class ActiveRun:
                     after=after,
                 )
             )
+
+    def status(self, sub_state: str, reason: str, serving: dict[str, Any]) -> dict[str, Any]:
+        """For ``harli status``; ``sub_state``, ``reason``: as sent last; ``serving``: shown too."""
+        return {
+            "job": self.spec.job,
+            "attempt": self.spec.attempt,
+            "step": self.training.applied_step,
+            "total_steps": self.spec.total_steps,
+            "sub_state": sub_state,
+            "reason": reason,
+            "why": explanation.why(sub_state, reason, serving),
+            "idle_only": reason == Reason.TOO_LONG or bool(serving.get("impossible_targets")),
+            "batches_ahead": self.training.batches_ahead,
+            "bytes_ahead": self.training.bytes_ahead,
+            "spilled": self.training.spilled,
+        }
 
     # ---------------------------------------------------------------- snapshots
     def take_slot(self, ref: internal.SlotRef) -> None:

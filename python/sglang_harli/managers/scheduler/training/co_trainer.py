@@ -25,7 +25,6 @@ from sglang_harli.managers.scheduler.training.active_run import ActiveRun
 from sglang_harli.managers.scheduler.training.failures import describe, forget, passes
 from sglang_harli.managers.scheduler.training.parity import Parity
 from sglang_harli.managers.scheduler.training.quantum_timer import DeviceQuantumTimer, HostQuantumTimer, Work
-from sglang_harli.managers.scheduler.training.training_status import training_status
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.protocol import internal
@@ -544,8 +543,7 @@ class CoTrainer:
 
     def status(self, serving: dict[str, Any]) -> dict[str, Any] | None:
         """For ``harli status``; ``serving``: what it shows of serving."""
-        run, totals = self.run, self.totals()
-        return None if run is None else training_status(run, *self._sub_state, serving, totals)
+        return None if self.run is None else self.run.status(*self._sub_state, serving) | self.totals()
 
     def totals(self) -> dict[str, Any]:
         """What was counted since this trainer began."""
