@@ -168,7 +168,8 @@ class MicroBatchPass:
         return self._blocks is not None and self._blocks.fills
 
     def extent(self, count: int) -> tuple[int, int]:
-        """What ``run(count)`` would return."""
+        """(tokens, padding included, padded row width) of ``run(count)``; (target tokens, 1) for
+        the head."""
         kind = self.kind
         if self._blocks is not None:
             return min(count * BLOCK, self._blocks.left), self._blocks.length
@@ -181,33 +182,30 @@ class MicroBatchPass:
 
     def run(self, count: int) -> tuple[int, int]:
         """One quantum of ``count`` rows (head: target tokens; a cut row: blocks), ``left`` at most.
-
-        Returns (tokens, padding included, padded width of each row); (target tokens, 1) for the
-        head.
-        """
-        kind = self.kind
+        Gives its ``extent``."""
+        kind, extent = self.kind, self.extent(count)
         if self._blocks is not None:
-            return self._run_blocks(self._blocks, count)
-        if kind == QuantumKind.EMBED:
+            self._run_blocks(self._blocks, count)
+        elif kind == QuantumKind.EMBED:
             self._embed()
-            return self.rows.count * self.rows.width, self.rows.width
-        if kind == QuantumKind.HEAD:
+        elif kind == QuantumKind.HEAD:
             self._head(count)
-            return count, 1
-        width = self.rows.lengths[self.done]  # sorted: the longest of the range
-        part = (slice(self.done, self.done + count), slice(0, width))
-        masks = self.pieces.adapter.masks
+        else:
+            self._run_rows(slice(self.done, self.done + count), extent[1], kind)
+        return extent
+
+    def _run_rows(self, rows: slice, width: int, kind: QuantumKind | None) -> None:
+        part, masks = (rows, slice(0, width)), self.pieces.adapter.masks
         if masks is not None:
-            names = list(zip(self.rows.positions[part[0]], self.rows.lengths[part[0]], strict=True))
+            names = list(zip(self.rows.positions[rows], self.rows.lengths[rows], strict=True))
             masks.set_rows(self.step, names, width)
         if kind == QuantumKind.FORWARD:
             self._forward(part)
         else:
             self._backward(part, kept=kind == QuantumKind.BACKWARD_KEPT)
-        self._advance(count)
-        return count * width, width
+        self._advance(rows.stop - rows.start)
 
-    def _run_blocks(self, blocks: RowBlocks, count: int) -> tuple[int, int]:
+    def _run_blocks(self, blocks: RowBlocks, count: int) -> None:
         if blocks.keys is None:
             blocks.keys = self.pieces.memory.carve_keys(blocks.length)
         keys, kind, fills = blocks.keys, blocks.kind, blocks.fills
@@ -234,7 +232,6 @@ class MicroBatchPass:
         if blocks.finished:
             self._blocks = None
             self._advance(1)
-        return at.stop - at.start, length
 
     def _advance(self, count: int) -> None:
         """To the next range, layer or kind."""
