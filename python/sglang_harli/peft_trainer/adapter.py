@@ -75,10 +75,7 @@ class LayerBlock:
         self.exp_avg = block(exact)
         self.exp_avg_sq = block(exact)
         flats = (self.master, self.compute, self.grad, self.partial, self.exp_avg, self.exp_avg_sq)
-        self.flats: list[Tensor] = []
-        for flat in flats:
-            if flat is not None and not any(flat is other for other in self.flats):
-                self.flats.append(flat)
+        self.flats = list({id(flat): flat for flat in flats if flat is not None}.values())
         self._views: list[tuple[Tensor, Tensor, Matrix]] = []  # view, the flat that it is of, its place
         parts = (("adapter", self.master), ("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq))
         self.state = [(f"{part}/{m.key}", self.view(flat, m)) for part, flat in parts for m in matrices]

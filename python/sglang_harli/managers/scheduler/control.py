@@ -8,6 +8,7 @@ on srt.constants.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Collection
 from typing import Any
@@ -39,17 +40,14 @@ def follow_memory(dispatcher: Any, changed: Callable[[], None]) -> None:
     """``changed`` is called when SGLang has released its memory, or has it again."""
     mapping = dispatcher._mapping
     for request in (io_struct.ReleaseMemoryOccupationReqInput, io_struct.ResumeMemoryOccupationReqInput):
-        mapping[request] = _followed(mapping[request], changed)
+        mapping[request] = functools.partial(_follow, mapping[request], changed)
 
 
-def _followed(handler: Callable[[Any], Any], changed: Callable[[], None]) -> Callable[[Any], Any]:
-    def handle(recv_req: Any) -> Any:
-        try:
-            return handler(recv_req)
-        finally:
-            changed()
-
-    return handle
+def _follow(handler: Callable[[Any], Any], changed: Callable[[], None], recv_req: Any) -> Any:
+    try:
+        return handler(recv_req)
+    finally:
+        changed()
 
 
 def guard_weight_updates(
@@ -67,7 +65,7 @@ def guard_weight_updates(
     """
     mapping = dispatcher._mapping
     for request, output in _WEIGHT_UPDATES.items():
-        mapping[request] = _guarded(mapping[request], output, training, updated)
+        mapping[request] = functools.partial(_guard, mapping[request], output, training, updated)
     resume = mapping[io_struct.ResumeMemoryOccupationReqInput]
 
     def resumed(recv_req: Any) -> Any:
@@ -80,20 +78,18 @@ def guard_weight_updates(
     mapping[io_struct.ResumeMemoryOccupationReqInput] = resumed
 
 
-def _guarded(
+def _guard(
     handler: Callable[[Any], Any],
     output: type[Any],
     training: Callable[[], bool],
     updated: Callable[[], None],
-) -> Callable[[Any], Any]:
-    def handle(recv_req: Any) -> Any:
-        if training():
-            return output(success=False, message=REFUSAL)
-        answer = handler(recv_req)
-        updated()  # one that failed half-way too
-        return answer
-
-    return handle
+    recv_req: Any,
+) -> Any:
+    if training():
+        return output(success=False, message=REFUSAL)
+    answer = handler(recv_req)
+    updated()  # one that failed half-way too
+    return answer
 
 
 def is_ours(recv_req: Any) -> bool:

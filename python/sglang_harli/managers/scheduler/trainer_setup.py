@@ -165,7 +165,7 @@ def _predictor(
     """Starts from this server's profile, or from a cautious guess for such a model and device."""
     flops = _PRIOR_FLOPS[limits.device]
     guess = priors.first_guess(
-        token_s=2 * _layer_parameters(limits) / flops,
+        token_s=2 * sum(i * o for i, o in limits.linear_sizes.values()) / flops,
         pair_s=4 * limits.hidden_size / flops,  # scores and weighted values: two products of a head's width
         layers=limits.num_layers,
         decode_shares=_PRIOR_SHARES[limits.device],
@@ -173,7 +173,3 @@ def _predictor(
     graphs = getattr(runner, "decode_cuda_graph_runner", None)
     padding = Padding(getattr(graphs, "capture_bs", None) or ())
     return LatencyPredictor(starting_priors(options.profile_path, key, guess, padding), padding=padding)
-
-
-def _layer_parameters(limits: internal.ServedLimits) -> int:
-    return sum(i * o for i, o in limits.linear_sizes.values())

@@ -40,15 +40,6 @@ class _Slice:
         return flat[self.start : self.start + len(self.place)]
 
 
-def _slices(tensors: list[tuple[str, torch.Tensor]], places: dict[str, memoryview]) -> list[_Slice]:
-    cut = []
-    for name, tensor in tensors:
-        place = places[name]
-        for start in range(0, tensor.nbytes, SLICE_BYTES):
-            cut.append(_Slice(tensor, start, place[start : start + SLICE_BYTES]))
-    return cut
-
-
 class StateCopier:
     """One copy of all state tensors (live, contiguous) into a mapped slot, slice by slice."""
 
@@ -57,7 +48,12 @@ class StateCopier:
     ) -> None:
         self.refs = refs
         self._slot = slot
-        self._todo = _slices(tensors, {ref.name: slot.view(ref) for ref in refs})[::-1]
+        places = {ref.name: slot.view(ref) for ref in refs}
+        self._todo = [
+            _Slice(tensor, start, places[name][start : start + SLICE_BYTES])
+            for name, tensor in tensors
+            for start in range(0, tensor.nbytes, SLICE_BYTES)
+        ][::-1]
         self._staging: torch.Tensor | None = None  # pinned, once a tensor lies on a CUDA device
         self._flight: tuple[_Slice, torch.cuda.Event] | None = None
 
