@@ -83,12 +83,6 @@ class ChunkLedger:
         self.moves_to_kv += len(stripes)
         return stripes
 
-    def bytes_by_owner(self) -> dict[str, int]:
-        """Bytes of ``"kv"`` (with stripe 0 and the tail) and of each lease: the whole budget."""
-        stripe_bytes = self.geometry.stripe_bytes
-        lent = {name: len(stripes) * stripe_bytes for name, stripes in self._leases.items()}
-        return {KV: self.geometry.total_bytes - sum(lent.values()), **lent}
-
     def stripes_of(self, lease: str) -> tuple[int, ...]:
         """What the lease of this name holds; nothing where there is none."""
         return self._leases.get(lease, ())

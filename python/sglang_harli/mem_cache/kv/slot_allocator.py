@@ -62,10 +62,6 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
         """Slots that requests may count on: free ones, and those that training holds on call."""
         return (len(self.free_pages) + len(self.release_pages) + self.lent_pages) * self.page_size
 
-    def physical_slots(self) -> int:
-        """Slots that are free at once, without a reclaim."""
-        return (len(self.free_pages) + len(self.release_pages)) * self.page_size
-
     def merge_and_sort_free(self) -> None:
         if len(self.release_pages) > 0:
             self.counts.forget()
