@@ -34,11 +34,8 @@ def carved_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
 
 
 class Lease(ABC):
-    """Memory lent to training for one purpose, until it is given back.
-
-    It may be used again: for the tensors asked for, or as many, none larger. ``nbytes``: what it
-    takes of its owner's memory.
-    """
+    """Memory lent to training for one purpose (``nbytes`` of its owner's), until it is given back.
+    It may be used again: for the tensors asked for, or as many, none larger."""
 
     nbytes: int
     _sizes: list[int]  # bytes of the tensors that it was asked for, each aligned

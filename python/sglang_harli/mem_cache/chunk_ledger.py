@@ -39,8 +39,7 @@ class ChunkLedger:
         return sorted(stripe for stripes in self._leases.values() for stripe in stripes)
 
     def lend(self, lease: str, stripes: Sequence[int], *, quota: int | None = None) -> None:
-        """Move stripes (lendable, the KV cache's) to a new lease; ``quota``: of all leases
-        together.
+        """Move the KV cache's (lendable) stripes to a new lease; ``quota``: of all together.
 
         Raises:
             LedgerError: a rule would be broken; nothing has moved.

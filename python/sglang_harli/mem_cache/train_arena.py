@@ -32,7 +32,7 @@ class TrainArena:
         """A lease in which these tensors can be carved in this order; None: not now.
 
         Raises:
-            ConfigError: it can never be; not for kept activations, which a run can do without.
+            ConfigError: the pool can never hold them; not for kept activations, which are optional.
         """
         lease = self._lease(purpose, specs)
         if lease is None and purpose is not MemoryPurpose.KEPT:

@@ -1,5 +1,4 @@
-"""The adapter in training: the matrices of peft's LoRA over flat storage, one block a decoder
-layer.
+"""The adapter in training: the matrices of peft's LoRA over flat storage, one block a layer.
 
 Each layer's A and B matrices lie one behind the other in flat tensors: the fp32 weights
 (``master``), the copy in the base's dtype that is computed with, gradients and Adam's two moments.
@@ -44,8 +43,7 @@ class Matrix:
 
 
 class LayerBlock:
-    """One decoder layer's share of the adapter. Without memory until ``lie_in``: shapes and dtypes
-    only.
+    """One decoder layer's share of the adapter; shapes and dtypes without memory until ``lie_in``.
 
     Attributes:
         matrices: A, B, A, B ... in the order in which peft injects them. Within the block they lie
@@ -55,8 +53,7 @@ class LayerBlock:
         groups: the layer's linears by input, on views of ``compute``.
         grad: summed gradients of the optimizer step.
         partial: gradients of the micro-batch in flight; None where a step has one micro-batch only.
-        flats: all of these and Adam's moments, each once, in the order in which memory is asked
-            for.
+        flats: these and Adam's moments, each once, in the order in which memory is asked for.
         state: adapter/, exp_avg/ and exp_avg_sq/ of each matrix by PEFT's key, fp32.
     """
 
@@ -121,8 +118,7 @@ class Adapter:
     """A LoRA adapter on the frozen base, as peft makes it: its names, its order, its first weights.
 
     peft's own injection goes through the whole model several times, on a thread that serves
-    meanwhile (docs/internals/training-step.md); so its modules are not made. A test holds this to
-    peft.
+    (docs/internals/training-step.md); so its modules are not made. A test holds this to peft.
 
     Raises:
         ConfigError: a target module that the model does not have.

@@ -71,8 +71,7 @@ class MicroBatchPass:
     Args:
         step: optimizer step, key of dropout masks; divisor: target tokens of the whole step.
         scale: loss scale, a device scalar, or None.
-        overwrite: gradients replace the step's (its first micro-batch); else into the blocks'
-            ``partial``.
+        overwrite: gradients replace the step's (its first micro-batch); else go to ``partial``.
 
     Attributes:
         loss: summed cross-entropy / divisor of what the head has done; a device scalar.
@@ -168,8 +167,7 @@ class MicroBatchPass:
         return self._blocks is not None and self._blocks.fills
 
     def extent(self, count: int) -> tuple[int, int]:
-        """(tokens, padding included, padded row width) of ``run(count)``; (target tokens, 1) for
-        the head."""
+        """(tokens with padding, padded row width) of ``run(count)``; head: (target tokens, 1)."""
         kind = self.kind
         if self._blocks is not None:
             return min(count * BLOCK, self._blocks.left), self._blocks.length

@@ -24,8 +24,7 @@ class QuantumShape:
         rows: the most that may be taken: rows left in the layer; for HEAD blocks of target tokens.
         row_tokens: tokens that one of them costs (padded); 0 where cost does not depend on tokens.
         fixed: exactly ``rows`` must be run.
-        attended: tokens that each attends to, if not ``row_tokens``: then ``rows`` are blocks of
-            one row.
+        attended: tokens each attends to, if not ``row_tokens``: ``rows`` are blocks of a row.
     """
 
     kind: QuantumKind
@@ -38,10 +37,7 @@ class QuantumShape:
 @dataclass(frozen=True, slots=True)
 class QuantumDone:
     """What was run: ``tokens`` computed, padding included, in rows (or of a row) of ``row_tokens``.
-
-    ``first_of_shape``: memory and code paths were new. ``misleads``: its time says nothing of its
-    kind.
-    """
+    ``first_of_shape``: memory and code paths were new; ``misleads``: its time says little."""
 
     kind: QuantumKind
     rows: int

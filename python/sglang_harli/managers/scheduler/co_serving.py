@@ -1,5 +1,4 @@
-"""What is done beside SGLang's scheduler at each step: measure, learn, take messages, fill the
-slack.
+"""What is done beside SGLang's scheduler at each step: measure, learn, take messages, train.
 
 Leans on these names of SGLang 0.5.16's Scheduler: device, forward_stream,
 server_args.enable_metrics, idle_sleeper, weight_updater.offload_tags, _engine_paused,
@@ -67,7 +66,7 @@ class CoServing:
 
     # ---------------------------------------------------------------- messages
     def take_messages(self, known: int) -> None:
-        """Take the service's messages, each loop turn; ``known``: queue length before."""
+        """Take the service's messages each turn; ``known``: queue length before new prompts."""
         trainer, view = self.trainer, self._view
         if trainer.busy and self.side.targets.ttft_s is not None:
             waiting_prompts.note_arrivals(view.prompts_from(known), self._last_poll_s)

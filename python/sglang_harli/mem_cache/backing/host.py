@@ -121,7 +121,7 @@ class _Region:
         # Reserve nothing: the two mappings together are larger than the memory that they ever hold.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self.map = mmap.mmap(-1, nbytes, flags=flags)
-        # A huge page across a chunk's border stays whole until split; not every kernel has them.
+        # A huge page across a chunk's border stays whole until split; some kernels have none.
         with suppress(OSError):
             self.map.madvise(mmap.MADV_NOHUGEPAGE)
         self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)

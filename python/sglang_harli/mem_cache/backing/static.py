@@ -20,8 +20,7 @@ class StaticBacking:
     """The pool's memory in plain tensors, lent in place.
 
     Args:
-        stream: on CUDA that of forwards and quanta, which orders what is written here; None:
-            current.
+        stream: on CUDA that of forwards and quanta, where memory is cleared; None: the current.
         debug: memory on its way to training is filled with NaN.
     """
 

@@ -22,8 +22,8 @@ MakeBacking = Callable[[int, int, int, int], Backing]  # slots, bytes of a row, 
 class HarliMHATokenToKVPool(MHATokenToKVPool):
     """SGLang's KV pool whose buffers are the unified pool's memory.
 
-    ``make_backing`` makes that memory (``harli_backing``) once SGLang has its size; buffer ``2 *
-    layer`` holds the keys, the next one the values.
+    ``make_backing`` makes that memory (``harli_backing``) once SGLang has its size: in turn the
+    keys and the values of each layer.
 
     Raises:
         ValueError: a layout whose rows the pool cannot hold (``pool_setup`` asks for none).

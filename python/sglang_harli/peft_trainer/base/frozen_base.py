@@ -102,8 +102,7 @@ def bind(sglang_model: nn.Module, config: Any) -> FrozenBase:
 
     Args:
         sglang_model: ``model_runner.model`` of SGLang, loaded; may be wrapped for LoRA serving.
-        config: ``model_runner.model_config.hf_config``, with the operator's changes and padded
-            sizes.
+        config: ``model_runner.model_config.hf_config``, as the operator and SGLang changed it.
 
     Raises:
         UnsupportedError: naming the parameter that cannot be bound (packed, quantised, missing, of

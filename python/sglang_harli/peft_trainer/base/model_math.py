@@ -114,8 +114,7 @@ def architecture(config: Any) -> str:
 
 
 def check(config: Any) -> None:
-    """Refuse a config (read by attribute) that SGLang computes with in a way that training does
-    not.
+    """Refuse a config (read by attribute) that SGLang computes otherwise than training does.
 
     Raises:
         UnsupportedError: naming the field, its value and what is accepted.

@@ -34,8 +34,7 @@ _PLAIN_ATTENTION = {
 
 
 def check(served: Any, model: Any) -> nn.Module:
-    """Compare SGLang's model with transformers', module by module; gives the shared rotary
-    embedding.
+    """Compare SGLang's model with transformers' by modules; gives the shared rotary embedding.
 
     Raises:
         UnsupportedError: naming the module and both values.

@@ -38,8 +38,7 @@ class CausalAttention:
         """``[rows, queries, heads * head_dim]``; ``trace`` remembers what ``backward`` needs.
 
         Args:
-            query: ``[rows, heads, queries, head_dim]``, contiguous; the last of the keys'
-                positions.
+            query: ``[rows, heads, queries, head_dim]``, contiguous; the keys' last positions.
             key, value: ``[rows, key-value heads, keys, head_dim]``.
         """
         if query.device.type == "cpu":

@@ -25,8 +25,7 @@ from sglang_harli.peft_trainer.layers.token_blocks import RowKeys
 
 
 class LayerProgram:
-    """Runs one layer on ``[rows, width, hidden]``; the weights stay where they are. Call without
-    gradients.
+    """Runs one layer, without gradients, on ``[rows, width, hidden]``; weights stay where they are.
 
     Args:
         layer: transformers' decoder layer.

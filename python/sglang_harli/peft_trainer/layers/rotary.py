@@ -32,7 +32,7 @@ class ServedRotary(nn.Module):
         return self._served[0].cos_sin_cache  # type: ignore[return-value]
 
     def table(self, length: int) -> RotaryTable:
-        """Of the first positions; on a CPU SGLang rotates in the model's dtype, else in its own."""
+        """Of the first positions; as SGLang's in the model's dtype on a CPU, else the table's."""
         rows = self.cache[:length]
         if rows.device.type == "cpu":
             rows = rows.to(self.dtype)

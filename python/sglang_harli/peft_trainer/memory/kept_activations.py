@@ -1,9 +1,8 @@
-"""Activations that are kept from forward to backward, so that nothing is computed twice.
+"""Activations kept from forward to backward, so that nothing is computed twice.
 
-Where memory can be had for a layer and a range of rows, the trace of the forward quantum stays. It
-is copied into a lease of training's memory and the allocator's own memory is freed, so that the
-pool knows every byte; weights, rotary tables and saved layer inputs stay references
-(docs/internals/memory.md).
+Where memory can be had for a layer and a range of rows, the forward's trace stays. It is copied
+into a lease of training's memory and the allocator's own memory is freed, so that the pool knows
+every byte; weights, rotary tables and saved inputs stay references (docs/internals/memory.md).
 
     forward    trace ── its slots ──► references (layer input, weights, tables), copies in the lease (the rest)
     backward   exactly the same rows, from the trace; once dropped: recomputed, in any split

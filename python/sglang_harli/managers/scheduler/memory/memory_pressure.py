@@ -137,8 +137,7 @@ class MemoryPressure:
 
     # ---------------------------------------------------------------- ahead of need
     def tick(self, *, idle: bool = False) -> None:
-        """Once per scheduler turn while a run is held; ``idle``: nothing is served, check the
-        books.
+        """Each scheduler turn while a run is held; ``idle``: nothing is served, check the books.
 
         Raises:
             LedgerError: they do not agree.

@@ -47,11 +47,9 @@ def _slack_left(serving: dict[str, Any]) -> str:
 
 
 def impossible(targets: Targets, *, decode_s: float | None, prefill_s: float | None) -> dict[str, str]:
-    """The targets (``tpot``, ``itl``, ``ttft``) below what serving alone takes, with a sentence
-    each.
+    """Targets (``tpot``, ``itl``, ``ttft``) below what serving alone takes, a sentence for each.
 
-    ``decode_s``, ``prefill_s``: a decode step of one request, a prefill of one token; None: not
-    known.
+    ``decode_s``, ``prefill_s``: of one request, and of one token; None: not known.
     """
     found = {}
     for name, option, target_s, least_s, what in (

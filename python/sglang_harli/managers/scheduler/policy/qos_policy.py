@@ -134,11 +134,9 @@ def choose_rung(
 
     Args:
         slack: seconds that the next decode step may take (``batch_slack`` with a step of 0 s).
-        offers: every rung; one with rate 0 lets training pause; current: the index of the one in
-            force.
+        offers: every rung; one with rate 0 lets training pause; current: index of that in force.
         quantum_s: upper bound of one quantum, the grain of what is launched.
-        steps_between_prefills: usual decode steps between two new requests, which have nothing
-            banked.
+        steps_between_prefills: usual decode steps between new requests, which have banked nothing.
 
     Returns:
         The fastest rung without training where none fits, or where a prompt waits for prefill.

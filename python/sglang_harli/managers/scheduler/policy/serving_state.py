@@ -191,8 +191,7 @@ class ServingState:
         """What may be spent before the next decode step, and before prompts that wait are due.
 
         Args:
-            clocks, context_tokens, adapters: of the requests that go on decoding (whether one has
-                any).
+            clocks, context_tokens: of the requests that go on decoding; adapters: one uses one.
             queued_s: training launched and not finished; disturbed: a checkpoint is being written.
             backlog: prompts that wait under a TTFT target.
         """

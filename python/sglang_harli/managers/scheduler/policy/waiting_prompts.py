@@ -46,8 +46,7 @@ def backlog_of(
         waiting: SGLang's waiting queue; chunked: the request whose prompt is computed in chunks.
         chunk_tokens: most tokens of one prefill; None: no limit.
         in_flight: the chunk that was launched last may not be computed yet.
-        slots_s: upper bounds of the seconds until places are free; None: the next prefill takes
-            all.
+        slots_s: upper bounds of the seconds until places are free; None: the prefill takes all.
     """
     if len(waiting) > MOST or (slots_s is not None and len(slots_s) < len(waiting)):
         return None

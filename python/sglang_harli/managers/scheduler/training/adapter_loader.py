@@ -69,11 +69,9 @@ class AdapterLoader:
         self._try(lora_id, lora_name, queue)
 
     def status(self, lora_id: str) -> dict[str, Any]:
-        """``state`` (loading, loaded, failed; unknown ids too), ``error``, ``passing`` and
-        ``slices``.
+        """``state`` (loading, loaded, failed; also unknown), ``error``, ``passing``, ``slices``.
 
-        ``passing``: no fault of the adapter's. ``slices`` stands still only while no adapter gets
-        on.
+        ``passing``: no fault of the adapter's. ``slices`` stands still only if no adapter gets on.
         """
         state, error, passing = "failed", "", False
         if lora_id in self._manager.loras:

@@ -62,7 +62,7 @@ class CoTrainer:
         loader: loads finished adapters into serving; None on a host that does not serve.
         clock: measures quanta; on CUDA it also puts them on the stream of SGLang's forwards.
         quantum_rows: a fixed split, or None; parity: None: training is not compared with serving.
-        take_print: prints ``base`` as it is now (waits for the device); None: never asked for.
+        take_print: takes the print of ``base`` (waits for the device); None: never asked for.
         make_hello: what is in force in the scheduler; the trainer adds what it knows.
         set_options, status: what the scheduler does for ``harli set`` and ``harli status``.
     """
@@ -196,8 +196,8 @@ class CoTrainer:
             self.link.say_hello()
 
     def weights_updated(self) -> None:
-        """SGLang has written to the served weights; where the print differs, the run is given up.
-        (It refuses updates, but not memory that comes back.)"""
+        """SGLang has written to the served weights. A run goes on only where the print is the same
+        (SGLang may have its memory back, though updates are refused)."""
         self.updates += 1
         if self.parity is not None:
             self.parity.weights_updated()

@@ -36,8 +36,7 @@ class Parity:
     Args:
         mode: ``refuse``, ``warn`` or ``off`` (``--harli-parity``).
         head_tokens: most tokens whose logits are computed at once.
-        rounds: what serving rounds and training does not: a difference only warns then; "":
-            nothing.
+        rounds: what serving alone rounds, so that a difference only warns; "": nothing.
         released: whether SGLang has released its memory: nothing is asked for, or computed, then.
 
     Attributes:

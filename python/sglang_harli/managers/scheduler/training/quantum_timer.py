@@ -22,8 +22,7 @@ class Work:
     """What a quantum did.
 
     Attributes:
-        tokens: computed, padding included; 1 for kinds not cut by rows, 0: its time has no cost
-            line.
+        tokens: computed, padding included; 1 for kinds not cut by rows, 0: no cost line.
         row_tokens: of one padded row; first_of_shape: its time misleads.
     """
 
