@@ -1,7 +1,4 @@
-"""What is known of each model architecture that is trained: one row each (standard library only).
-
-A dense architecture more is a row here, and in ``peft_trainer/layers/`` what it computes otherwise.
-"""
+"""The trained architectures, one row each; ``peft_trainer/layers/`` has what differs in them."""
 
 from __future__ import annotations
 
@@ -10,12 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A dense decoder.
+    """A dense decoder; ``name`` as ``architectures`` in config.json has it.
 
     Attributes:
-        name: as ``architectures`` in config.json has it.
-        model_type: transformers' short name.
-        config: transformers' config class.
+        model_type, config: transformers' short name and config class.
         qkv_bias: q, k and v have biases, whatever the config says; else as its ``attention_bias``.
         head_norms: queries and keys are normalised head by head.
         own_head_dim: the config may say how wide a head is; else always hidden_size / heads.

@@ -1,8 +1,7 @@
 """Every option of harli, once: its name, unit, default, help and check.  Standard library only.
 
-``server_args.HarliServerArgs`` turns these fields into SGLang flags (``--harli-…``); the finetune
-service gets them as one JSON document; ``harli set`` changes the ones named in ``LIVE`` at run
-time.
+``server_args.HarliServerArgs`` makes SGLang flags of them (``--harli-…``), the finetune service
+gets them as JSON, and ``harli set`` changes those named in ``LIVE`` at run time.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from sglang_harli import run_paths
 from sglang_harli.errors import ConfigError, shown
 
 FLAG_PREFIX = "--harli-"
-# The switch: set by the launcher or by HarliServerArgs when any --harli- option came; children
-# inherit it.
+# Set by the launcher, or by HarliServerArgs when a --harli- option came; children inherit it.
 SWITCH_ENV = "HARLI_ON"
 SWITCH_SERVE = "serve"  # its value with --harli-finetune off: only what serving needs is put in place
 ENDPOINT_ENV = "HARLI_ENDPOINT"  # the client's default endpoint
@@ -52,11 +50,7 @@ def ipc_path(endpoint: str) -> str | None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from ``"512MiB"``, ``"1.5gb"`` or a plain number of bytes.
-
-    Raises:
-        ConfigError: not a size, or more than 1 EiB.
-    """
+    """Bytes from ``"512MiB"``, ``"1.5gb"`` or a plain number; ConfigError: none, or above 1 EiB."""
     match = _SIZE.match(text)
     if match is None:
         raise ConfigError(
@@ -82,11 +76,8 @@ def _option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) 
 
 @dataclass(frozen=True, kw_only=True)
 class HarliOptions:
-    """Resolved options of one server.  Field ``x_y`` is the flag ``--harli-x-y``.
-
-    Raises:
-        ConfigError: naming the flag, the value and what is accepted.
-    """
+    """Resolved options of one server.  Field ``x_y`` is the flag ``--harli-x-y``.  Raises
+    ConfigError, naming the flag, the value and what is accepted."""
 
     finetune: str = _option("on", "Accept finetune jobs; off serves as plain SGLang.", choices=("on", "off"))
     tpot_slo_ms: float = _option(50.0, "Target time per output token, milliseconds.")
@@ -264,8 +255,7 @@ class HarliOptions:
         return TRAIN_RESERVE_CPU if cpu else TRAIN_RESERVE_CUDA
 
     def train_bytes(self, device_bytes: int, cpu: bool) -> int:
-        """Training's own budget where the KV pool cannot lend, on a device with ``device_bytes`` of
-        memory."""
+        """Training's own budget where the KV pool cannot lend, of ``device_bytes`` of memory."""
         if self.max_train_mem is not None:
             return parse_size(self.max_train_mem)
         share = device_bytes // 10
@@ -296,8 +286,7 @@ class HarliOptions:
         return os.path.join(self.absolute_run_dir, "latency-profile.json")
 
 
-# Options that `harli set` changes while the server runs: those of latency, in milliseconds, and a
-# size.
+# Options that `harli set` changes at run time: those of latency, in milliseconds, and a size.
 LIVE_MS = ("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms")
 LIVE = (*LIVE_MS, "max_train_mem")
 LiveValue = float | str | None  # of one of them: milliseconds, a size, or none
@@ -305,10 +294,7 @@ LiveValue = float | str | None  # of one of them: milliseconds, a size, or none
 
 def parse_live(name: str, text: str) -> tuple[str, LiveValue]:
     """One ``name=value`` of ``harli set`` as (field name, value); ``none`` clears an optional one.
-
-    Raises:
-        ConfigError: unknown name (the accepted ones are listed) or a value that is not accepted.
-    """
+    Raises ConfigError for an unknown name (the accepted ones are listed) or value."""
     key = name.replace("-", "_")
     if key not in LIVE:
         known = ", ".join(n.replace("_", "-") for n in LIVE)
@@ -342,10 +328,8 @@ def _bad(name: str, value: Any, accepted: str) -> ConfigError:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFlags:
-    """SGLang's flags that say which tokenizer and chat template serve, and how long a row may be.
-
-    ``chat_template_kwargs`` are ``--default-chat-template-kwargs``; paths are folders or hub ids.
-    """
+    """SGLang's flags for the tokenizer, the chat template and the length of a row; paths are
+    folders or hub ids.  ``chat_template_kwargs`` are ``--default-chat-template-kwargs``."""
 
     model_path: str
     tokenizer_path: str
@@ -360,8 +344,7 @@ class TokenizerFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceConfig(TokenizerFlags):
-    """What the supervisor tells the finetune service, as one JSON document (environment
-    SERVICE_ENV)."""
+    """The finetune service's configuration, one JSON document in the environment (SERVICE_ENV)."""
 
     options: HarliOptions
     served_model_name: str

@@ -36,8 +36,7 @@ class SubState(enum.StrEnum):
 
 
 class MemoryPurpose(enum.StrEnum):
-    """What training holds memory for; under pressure the first named goes first
-    (docs/internals/memory.md)."""
+    """What training holds memory for, in the order of giving it back (docs/internals/memory.md)."""
 
     text: str  # in a sentence
 
@@ -56,11 +55,8 @@ class MemoryPurpose(enum.StrEnum):
 
 
 class Reason(enum.StrEnum):
-    """Why training runs, or does not, at one decision of the scheduler's policy.
-
-    The value is the text shown in ``harli status`` and in the job's sub-state; ``label`` is the
-    short name in metrics (``other`` where there is none).
-    """
+    """Why training runs, or does not, at one decision of the scheduler's policy.  The value is what
+    ``harli status`` and the job's sub-state show; ``label`` the name in metrics."""
 
     label: str
 
@@ -120,10 +116,8 @@ class StepLoad:
     """What serving is doing behind a batch.
 
     Attributes:
-        running: requests in the running decode batch.
-        context_tokens: sum of their context lengths.
-        waiting: prompts that training stops for at once; a chunked prefill in progress counts as
-            one.
+        running, context_tokens: requests in the running decode batch, and their lengths' sum.
+        waiting: prompts that training stops for at once; a chunked prefill in progress is one.
         promised: prompts that wait under a deadline of their own, which the slack counts.
     """
 
@@ -150,13 +144,11 @@ class QuantumOffer:
     """The next quantum of the run and what each size of it would cost.
 
     Attributes:
-        kind: what the quantum does.
         candidates: ``(rows, upper_s)`` in rising order of both; the first is the least that is
             worth running.  Kinds that are not cut by rows offer one candidate.
         fixed: the split is fixed (``--harli-quantum-rows``, or a kind that is not cut).
         claim: when it may run.
-        doubt: what the price of the first candidate may be multiplied with where that price alone
-            holds training back.
+        doubt: factor on the first candidate's price where that price alone holds training back.
     """
 
     kind: QuantumKind
@@ -168,14 +160,8 @@ class QuantumOffer:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the policy allows now.
-
-    Attributes:
-        quanta, rows: 0 or 1, of at most so many rows.
-        reason: why.
-        needs_s: of a refusal: below this slack, in seconds, the answer stays what it is; 0: that is
-            not known.
-    """
+    """What the policy allows now: 0 or 1 ``quanta`` of at most ``rows`` rows, and why.  Below a
+    slack of ``needs_s`` seconds a refusal stays what it is (0: unknown)."""
 
     quanta: int
     rows: int
@@ -196,11 +182,9 @@ class RungOffer:
     """What the next decode step would cost, and training would gain, at one rung.
 
     Attributes:
-        split: the rung.
         alone_s: upper bound of the decode step on the rung's SMs with no training beside it (T1).
         beside_s: upper bound with training beside it throughout (T2).
-        rate: predicted training throughput while it runs, in any unit that all offers share; 0
-            where training pauses.
+        rate: predicted training throughput, in a unit that all offers share; 0 where it pauses.
     """
 
     split: SmSplit
@@ -215,8 +199,7 @@ class RungChoice:
 
     Attributes:
         rung: index among the offers.
-        train_s: training to launch beside the step, seconds of it; the whole step where that is
-            ``beside_s``.
+        train_s: seconds of training beside the step; the whole step where that is ``beside_s``.
         rate: predicted training throughput over the step.
     """
 

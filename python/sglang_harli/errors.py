@@ -1,8 +1,8 @@
 """The error family: every message says what is wrong, where, and what to do.
 
-Two kinds, and no third: *you must change something* (``HarliError`` and its named children) and
-*not now, try again* (``NotReadyError``).  Each also inherits the stdlib type that a caller would
-expect, and keeps its fields picklable (they cross process borders).
+*You must change something* is ``HarliError`` (and its named children), *not now, try again* is
+``NotReadyError``.  Each also inherits the stdlib type that a caller would expect, and keeps its
+fields picklable (they cross process borders).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class HarliError(Exception):
     Args:
         message: one sentence naming the thing at fault and the accepted values or the fix.
         code: a stable snake_case word for scripts (goes over the wire).
-        param: the field or option at fault, where there is one.
+        param: the field or option at fault.
         details: more rows of the same report (for example one per bad data line).
     """
 
@@ -74,8 +74,7 @@ class ConfigError(HarliError, ValueError):
 
 
 class UnsupportedError(HarliError, ValueError):
-    """The model, the SGLang version or a SGLang option is not supported together with
-    finetuning."""
+    """The model, the SGLang version or a SGLang option does not go together with finetuning."""
 
     code = "unsupported"
 

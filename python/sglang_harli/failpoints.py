@@ -1,7 +1,7 @@
-"""Named points at every durable step, at which a test can stop a process or make a write fail.
+"""Named points at every durable step, where a test can stop a process or make a write fail.
 
 Off unless the environment variable ``HARLI_FAULT_POINTS`` names a folder; then ``failpoint(point)``
-looks for a file of the point's name in it.  Its content is one line:
+looks for a file of the point's name in it, armed at any time.  Its content is one line:
 
     stop [N]           at the N-th failpoint (default 1): rename the file to POINT.hit (this process's pid in it)
                        and hold this thread until POINT.go appears; the test kills what it wants
@@ -9,7 +9,7 @@ looks for a file of the point's name in it.  Its content is one line:
     error ERRNO [N]    the next N reaches (default 1) raise OSError(ERRNO), for example ENOSPC or EROFS
     hang SECONDS       hold this thread so long, once: a process that stops answering without dying
 
-Standard library only.  Arming a point of a server that runs needs no restart.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ _LOOK_EVERY_S = 0.01
 
 
 class Failpoint(enum.StrEnum):
-    """Durable steps, in the order in which a job passes them; who reaches each is said behind
-    it."""
+    """Durable steps, in the order in which a job passes them; behind each, who reaches it."""
 
     DATA_STORED = "data-stored"  # service: the data's folder has its final name, the store knows no job yet
     JOB_CREATED = "job-created"  # service: the job is in the store, its client has no answer yet
@@ -68,11 +67,7 @@ class ReadFailpoint(enum.StrEnum):
 
 
 def failpoint(point: Failpoint | WriteFailpoint | ReadFailpoint) -> None:
-    """Do what a test has armed at this point; nothing otherwise.
-
-    Raises:
-        OSError: an armed ``error``.
-    """
+    """Do what a test has armed at this point (which may be an OSError); nothing otherwise."""
     if _folder is not None:
         _act(_folder / point)
 

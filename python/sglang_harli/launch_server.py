@@ -1,10 +1,8 @@
-"""``python -m sglang_harli.launch_server``: SGLang's server, with finetuning, on whatever device
-there is.
+"""``python -m sglang_harli.launch_server``: SGLang's server, with finetuning, on any device.
 
-A thin start: it refuses at once what can be known at once, gives caches a place, picks the device,
-puts the CPU engine's stand-in on the path while there is time, turns the switch on and calls
-SGLang's own entry point.  All of it stands under ``__main__``, because SGLang's children run this
-module again.  Leans on SGLang 0.5.16: ``plugins.load_plugins``,
+A thin start: it refuses what can be refused before sglang is imported, prepares the environment and
+calls SGLang's own entry point.  All of it stands under ``__main__``, because SGLang's children run
+this module again.  Leans on SGLang 0.5.16: ``plugins.load_plugins``,
 ``server_args.prepare_server_args``, ``launch_server.run_server``, ``utils.kill_process_tree``.
 """
 
@@ -23,14 +21,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Serve until SIGTERM or Ctrl-C.
-
-    Args:
-        argv: SGLang's arguments and ours (``--help`` shows both).
-
-    Raises:
-        SystemExit: with one sentence, for a device, option or SGLang version that is not accepted.
-    """
+    """Serve until SIGTERM or Ctrl-C; ``argv``: SGLang's arguments and ours.  SystemExit, with one
+    sentence: a device, option or SGLang version that is not accepted."""
     from sglang_harli.errors import HarliError
     from sglang_harli.managers.http.supervision import supervisor
 
@@ -68,14 +60,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check_options(argv: Sequence[str]) -> HarliOptions:
-    """Refuse a wrong ``--harli-`` option, a name that cannot be served or a model's folder that is
-    not there.
-
-    At once: SGLang's parser is up after ten seconds, ours now.
-
-    Raises:
-        ConfigError: an unknown option, or a value that is not accepted.
-    """
+    """The options, seconds before SGLang's own parser is up; ConfigError: a wrong one, a name that
+    cannot be served, or a model folder that is not there."""
     from sglang_harli.config import FLAG_PREFIX, HarliOptions
     from sglang_harli.errors import ConfigError
 
@@ -119,12 +105,7 @@ def _check_model(argv: Sequence[str]) -> None:
 
 def _prepare_environment(argv: Sequence[str]) -> list[object]:
     """Caches, device, stand-in and switch, before sglang is imported; children inherit them.
-
-    Returns what is to be said of them, one line each.
-
-    Raises:
-        ConfigError: there is no place for caches, or no such device.
-    """
+    Returns notes to print, one line each.  ConfigError: no place for caches, or no such device."""
     from sglang_harli.config import SWITCH_ENV
     from sglang_harli.managers.http.start_up import user_caches
     from sglang_harli.platforms.cpu import engine

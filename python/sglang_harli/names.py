@@ -15,19 +15,15 @@ def short_id(job_id: str) -> str:
 
 
 def adapter_name(served_name: str, suffix: str | None, job_id: str) -> str:
-    """The name under which a job's adapter is served: ``{base}-ft-{suffix}-{short id}``.
-
-    ``base`` is the last path component of the served model's name; it never holds a colon, which
-    SGLang would read as ``base:adapter``.
-    """
+    """The served name of a job's adapter, ``{base}-ft-{suffix}-{short id}``, with the last
+    component of the served model's name, less any colon (SGLang would read ``base:adapter``)."""
     base = _UNSAFE.sub("-", served_name.rstrip("/").rsplit("/", 1)[-1]) or "model"
     middle = f"{suffix}-" if suffix else ""
     return f"{base}{ADAPTER_MARK}{middle}{short_id(job_id)}"
 
 
 def colon_refusal(served_name: str, flag: str) -> str | None:
-    """Why a name cannot be served, one sentence; None: it can.  SGLang asserts the same, a minute
-    later."""
+    """Why a name cannot be served, or None.  SGLang asserts the same, a minute later."""
     if ":" not in served_name or served_name.lower().startswith(("s3://", "gs://", "az://")):
         return None
     fix = served_name.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")

@@ -1,9 +1,8 @@
 """The seam: everything that is replaced in SGLang, in one table, and when.
 
 SGLang calls ``activate()`` (entry point ``sglang.srt.plugins``) before it parses arguments and
-again in each scheduler process.  It always puts our arguments in the place of SGLang's; the rest
-only when the switch is on.  Leans on SGLang 0.5.16: ``plugins.hook_registry`` and the targets of
-the table.
+again in each scheduler process.  Our arguments always replace SGLang's; the rest follows when the
+switch is on.  Leans on SGLang 0.5.16: ``plugins.hook_registry`` and the table's targets.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Replacement:
         target: what is replaced in SGLang, a dotted path.
         hook: ours, as ``module:name``, imported when it is installed.
         kind: a HookType: replace, before, after or around.
-        main: needed in the main process (HTTP and tokenizer), else in the scheduler processes.
+        main: for the main process (HTTP and tokenizer), else for the scheduler processes.
         why: why a replacement is needed.
     """
 
@@ -56,9 +55,8 @@ SERVER_ARGS = Replacement(
     "our options are flags like SGLang's own, and travel to each of its processes",
 )
 
-# Only with the switch on and --harli-finetune on.  The patches (sglang_harli.patches.catalog) come
-# with the switch alone: a server that enables LoRA, or runs on a CPU, needs them without finetuning
-# too.
+# Only with the switch on and --harli-finetune on.  The patches (sglang_harli.patches.catalog) need
+# the switch alone: LoRA, or a CPU, needs them without finetuning too.
 TABLE = (
     Replacement(
         "sglang.srt.managers.scheduler.Scheduler",
@@ -200,11 +198,8 @@ TABLE = (
 
 
 def activate() -> None:
-    """SGLang's entry point: cheap, idempotent, without a touch of CUDA.
-
-    Raises:
-        SystemExit: harli was asked for, and this SGLang is not the supported one.
-    """
+    """SGLang's entry point: cheap, idempotent, without a touch of CUDA.  SystemExit: harli was
+    asked for, and this SGLang is not the supported one."""
     if not supported_version(asked=is_on() or _flag_given()):
         return
     from sglang_harli.server_args import HarliServerArgs, Seam
@@ -215,19 +210,15 @@ def activate() -> None:
     if engine is not None:  # it holds the class as an attribute, which the registry does not rebind
         engine.Engine.server_args_class = HarliServerArgs
     if is_on() and multiprocessing.parent_process() is not None:
-        # A child of the process whose arguments turned the switch on; there, install() does the
-        # rest.
+        # A child of the process whose arguments turned the switch on: install() does the rest.
         _register_patches()
         if finetuning():
             _register([row for row in TABLE if not row.main])
 
 
 def install() -> None:
-    """Put the main process's rows in place once its arguments have turned the switch on.
-
-    Raises:
-        SystemExit: a row could not be applied (SGLang itself only logs it).
-    """
+    """Install the main process's rows once its arguments have turned the switch on.  SystemExit: a
+    row could not be applied (SGLang itself only logs it)."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     rows = [row for row in TABLE if row.main] if finetuning() else []
@@ -247,20 +238,13 @@ def is_on() -> bool:
 
 
 def finetuning() -> bool:
-    """Whether the whole table is in force, not only what serving needs
-    (``--harli-finetune off``)."""
+    """Whether the whole table applies, not only what serving needs (``--harli-finetune off``)."""
     return is_on() and os.environ[SWITCH_ENV] != SWITCH_SERVE
 
 
 def supported_version(*, asked: bool) -> bool:
-    """Whether this is the SGLang that the table was written for.
-
-    Args:
-        asked: harli was asked for by an option, the launcher or a parent process.
-
-    Raises:
-        SystemExit: asked for, and another version: one sentence.
-    """
+    """Whether this is the SGLang that the table was written for.  ``asked``: by an option, the
+    launcher or a parent process; then another version is a SystemExit."""
     from sglang.version import __version__
 
     if __version__ == SUPPORTED_SGLANG:

@@ -1,5 +1,4 @@
-"""Where the sockets and the shared memory of a run directory lie: private folders, found by each
-process of a server."""
+"""Private folders of a run directory's sockets and shared memory, the same for all processes."""
 
 from __future__ import annotations
 
@@ -19,12 +18,8 @@ def run_key(run_dir: str) -> str:
 
 
 def private_tmp() -> Path:
-    """This user's folder among temporary files (mode 0700 where ``open_private`` makes it).
-
-    It lies in the first place where sockets' paths are short enough, that can be written and holds
-    no such folder of another user's.  Each process of a server finds the same one, since all of
-    them have one environment.
-    """
+    """This user's folder among temporary files, the same for all processes of a server: the first
+    place with short paths for sockets that can be written and holds no such folder of another's."""
     places = [
         *(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP", "XDG_RUNTIME_DIR")),
         "/tmp",
@@ -36,10 +31,8 @@ def private_tmp() -> Path:
 
 
 def ipc_dir(run_dir: str) -> Path:
-    """The private folder (mode 0700) of the sockets between a server's processes.
-
-    Not in the run directory itself: a unix socket's path is limited to 107 bytes.
-    """
+    """The private folder (mode 0700) of the sockets between a server's processes.  Not in the run
+    directory itself: a unix socket's path is limited to 107 bytes."""
     return private_tmp() / run_key(run_dir)
 
 
@@ -59,12 +52,7 @@ def _can_be_ours(folder: Path) -> bool:
 
 
 def make_ipc_dir(run_dir: str) -> Path:
-    """Create ``ipc_dir`` with mode 0700; refuse one that somebody else owns.
-
-    Raises:
-        PermissionError: the folder belongs to another user, or is a link.
-        OSError: it cannot be made.
-    """
+    """Create ``ipc_dir`` (0700); PermissionError: another user's, or a link; OSError: cannot."""
     path = ipc_dir(run_dir)
     for folder in (path.parent, path):
         os.close(open_private(folder, make=True))
@@ -72,12 +60,9 @@ def make_ipc_dir(run_dir: str) -> Path:
 
 
 def open_private(folder: Path, *, make: bool = False) -> int:
-    """A descriptor of a folder that is this user's alone.
+    """A descriptor of a folder that is this user's alone; ``make``: make it, with mode 0700.
 
     One of ours that is open to others (made under another umask) is closed to them.
-
-    Args:
-        make: make it, with mode 0700, where it is missing; its parent is there.
 
     Raises:
         PermissionError: it belongs to another user, or is a link or a file.
@@ -111,8 +96,7 @@ def scheduler_endpoint(run_dir: str) -> str:
 
 
 def http_endpoint(run_dir: str) -> str:
-    """Where the service listens for the HTTP process (the service binds, the HTTP process
-    connects)."""
+    """Where the service binds, and the HTTP process connects."""
     return f"ipc://{ipc_dir(run_dir)}/http.sock"
 
 

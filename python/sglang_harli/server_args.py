@@ -5,8 +5,7 @@ Leans on SGLang 0.5.16: ``server_args.ServerArgs`` (``__post_init__``, ``overrid
 ``utils.common`` (get_device, kill_itself_when_parent_died).
 
 The plugin puts ``HarliServerArgs`` in the place of ``ServerArgs`` in every process.  SGLang's
-registry then rebinds the name ``ServerArgs`` here too, so the base class is only ever reached
-through ``super()``.
+registry then rebinds ``ServerArgs`` here too: the base class is only reached through ``super()``.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "harli_"
 _SENDER = "_sender_pid"  # in a pickle: of the process that made it
-# Twice to four times a job's default rank; each of SGLang's adapter slots is allocated at this
-# rank.
+# Twice to four times a job's default rank; each of SGLang's adapter slots has this rank.
 MAX_LORA_RANK_CPU = 32
 MAX_LORA_RANK_DEVICE = 64
 LOADED_LORAS = (
@@ -43,8 +41,7 @@ LOADED_LORAS = (
 
 
 def _on_off(text: str) -> str:
-    """YAML reads a bare ``on`` or ``off`` as a boolean, which ``--config`` passes on as true or
-    false."""
+    """YAML reads a bare ``on`` or ``off`` as a boolean: ``--config`` passes true or false."""
     return {"true": "on", "false": "off"}.get(text, text)
 
 
@@ -80,10 +77,9 @@ class Seam:
     """What the plugin contributes to the arguments (it stands above this module).
 
     Attributes:
-        refuse_flags: raises UnsupportedError for arguments that finetuning does not work with;
-            called before SGLang resolves them.
-        refuse_model: the same for the model, once it is known.
-        check_lora_paths: the same for the adapters of --lora-paths, with finetuning on or off.
+        refuse_flags, refuse_model: raise UnsupportedError for what finetuning does not work with:
+            arguments before SGLang resolves them, and the model once it is known.
+        check_lora_paths: the same for --lora-paths, with finetuning on or off.
         install: puts the rest of the table in place, once the switch is on.
     """
 
@@ -97,14 +93,12 @@ class Seam:
 class HarliServerArgs(_HarliFields, ServerArgs):
     """``ServerArgs`` with one field ``harli_x`` for each option ``x`` of ``HarliOptions``.
 
-    With no such option given, and the switch off, it is SGLang's own class in all it does.  Any
-    option turns the switch on (an environment variable, which children inherit); then the options
-    are checked, what finetuning does not support is refused, and defaults that it needs are filled
-    in and logged.
+    With no such option given, and the switch off, it does nothing.  Any option turns the switch on
+    (an environment variable, which children inherit); then the options are checked, what finetuning
+    does not support is refused, and needed defaults are filled in and logged.
 
-    Raises:
-        SystemExit: with one sentence, for an option, argument or model that is not accepted (SGLang
-            logs and swallows any other exception of a plugin's).
+    SystemExit, with one sentence: an option, argument or model that is not accepted (SGLang logs
+    and swallows any other exception of a plugin's).
     """
 
     seam: ClassVar[Seam | None] = None
@@ -130,13 +124,8 @@ class HarliServerArgs(_HarliFields, ServerArgs):
         return {**self.__dict__, _SENDER: os.getpid()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a process of SGLang's that is just being spawned: it has imported for seconds by now,
-        and has not asked yet to die with its parent.  If the server was killed meanwhile, it would
-        stay for good.
-
-        Raises:
-            SystemExit: the parent is gone.
-        """
+        """A process that SGLang spawns has imported for seconds, and does not die with its parent
+        yet: SystemExit if the server was killed meanwhile, or it would stay for good."""
         parent = state.pop(_SENDER, None)
         self.__dict__.update(state)
         if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -145,17 +134,12 @@ class HarliServerArgs(_HarliFields, ServerArgs):
                 raise SystemExit(f"sglang-harli: the server (pid {parent}) ended while its child started")
 
     def harli_options(self) -> HarliOptions:
-        """The options in force (all defaults where none was given).
-
-        Raises:
-            ConfigError: a value is not accepted.
-        """
+        """The options in force (all defaults where none was given); ConfigError: a bad value."""
         return HarliOptions(**self._given())
 
     @property
     def harli_on(self) -> bool:
-        """Whether any option came, here or from the launcher: whether harli takes part in this
-        server."""
+        """Whether any option came, here or from the launcher, so that harli takes part."""
         return self.harli_finetune is not None  # resolved for good by __post_init__
 
     def _given(self) -> dict[str, Any]:

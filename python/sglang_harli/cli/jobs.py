@@ -30,8 +30,7 @@ app = typer.Typer()
 
 
 class _SubmitCommand(TyperCommand):
-    """Adds the hyperparameters, which are read from the protocol only when the help is asked
-    for."""
+    """Adds the hyperparameters, read from the protocol only when the help is asked for."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from sglang_harli.cli import hyperparameter_help

@@ -1,7 +1,4 @@
-"""``harli``: submit finetune jobs to a running server, follow and steer them.
-
-Parses and prints; what is heavy is imported by the command that needs it.
-"""
+"""``harli``: submit finetune jobs to a server, follow and steer them; heavy imports are lazy."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What the commands of ``harli`` share: where the server is, how to print, and what an error exits
-with."""
+"""What the commands of ``harli`` share: the server's address, printing, exit codes of errors."""
 
 from __future__ import annotations
 
@@ -91,8 +90,7 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def session(ctx: typer.Context, endpoint: str | None, as_json: bool) -> Iterator[Session]:
-    """Merges the options before and after the command; prints errors and turns them into exit
-    codes."""
+    """Merges the options before and after the command; prints errors and sets exit codes."""
     outer: Session = ctx.obj
     merged = Session(endpoint or outer.endpoint, as_json or outer.json, outer.curve_keys)
     try:

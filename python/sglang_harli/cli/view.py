@@ -216,8 +216,7 @@ def progress_line(job: Job) -> str:
 
 
 def watch(looks: Iterable[Job]) -> Job:
-    """Show a job's looks, the last of which is when it is over, and how it ended; returns its last
-    form."""
+    """Show a job's states until it is over, and how it ended; returns the last one."""
     screen = console()
     last = _watch_bar(looks, screen) if screen.is_terminal else _watch_lines(looks)
     if last.error is not None:

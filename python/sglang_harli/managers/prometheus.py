@@ -1,7 +1,7 @@
 """Metrics in SGLang's own ``/metrics`` (with ``--enable-metrics``), from a table of names.
 
-As SGLang does it: prometheus_client in its multiprocess mode, imported only after SGLang has set
-PROMETHEUS_MULTIPROC_DIR; the route in the HTTP process collects what all processes have written.
+As in SGLang: prometheus_client's multiprocess mode, imported only after SGLang has set
+PROMETHEUS_MULTIPROC_DIR; the HTTP process's route collects what all processes have written.
 """
 
 from __future__ import annotations
@@ -32,11 +32,7 @@ def make(table: Table, *, registry: Any = None) -> dict[str, Any]:
 
 
 class Metrics:
-    """The metrics of one table, refreshed once a second from the scheduler's loop.
-
-    Args:
-        registry: prometheus_client's; None: the global one.
-    """
+    """The metrics of one table, refreshed once a second; ``registry``: None is the global one."""
 
     TABLE: ClassVar[Table] = {}
 

@@ -1,7 +1,7 @@
 """All patches of SGLang: what each changes and the function that registers its runtime half.
 
 Each has a page and an upstream-ready diff of the same name in the top-level folder ``patches/``.
-Leans on nothing of SGLang: the patch modules import it when they are registered.
+The patch modules import SGLang when they are registered.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ from sglang_harli.patches.lora import (
 
 @dataclass(frozen=True)
 class Patch:
-    """One change to SGLang's own code.
+    """One change to SGLang's own code; its page and its diff have its ``name``.
 
     Attributes:
-        name: of its page and its diff in ``patches/``.
         targets: the SGLang files that it changes, relative to the ``sglang`` package.
         register: puts its hooks into a ``HookRegistry``; they take effect with ``apply_hooks``.
     """

@@ -1,10 +1,9 @@
-"""Runtime half of ``patches/15-control-requests``: memory and weights at a wrong moment are an
-error of the call.
+"""Runtime half of ``patches/15-control-requests``: a control request at a wrong moment is an error.
 
 ``/release_memory_occupation`` while a request runs, ``/resume_memory_occupation`` of what was not
-released, an update of the weights while requests run, or one whose content cannot be read: each
-raises on the scheduler's thread, which ends the server.  Here each is answered with what is wrong,
-and nothing is released or changed.
+released, an update of the weights while requests run, or one whose content cannot be read raises on
+the scheduler's thread, which ends the server.  Here each is answered with what is wrong, and
+nothing changes.
 
 Leans on: ``srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager`` (its
 requests' handlers, ``is_fully_idle``, ``offload_tags``),
@@ -46,8 +45,7 @@ def register(registry: Any) -> None:
 
 # ------------------------------------------------------------------ the scheduler
 def _update(output: str, original: Callable[..., Any], updater: Any, request: Any) -> Any:
-    """The cache is flushed behind an update, which a request in the scheduler forbids: found before
-    a weight changes."""
+    """An update flushes the cache, which a running request forbids: found before weights change."""
     from sglang.srt.managers import io_struct
 
     answer = getattr(io_struct, output)
@@ -95,8 +93,7 @@ def _tags(request: Any) -> tuple[list[str], str | None]:
 
 # ------------------------------------------------------------------ the HTTP process
 async def _raise_refusals(original: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
-    """What a release or a return was refused for, as an error: their answers have no field for it
-    but ``rid``."""
+    """A refused release or return as an error: their answers have no field for it but ``rid``."""
     from sglang.srt.managers import io_struct
 
     answers = await original(*args, **kwargs)

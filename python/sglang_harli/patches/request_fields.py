@@ -1,11 +1,10 @@
 """Runtime half of ``patches/06-request-fields``: a field that no scheduler can take is an error of
 its request.
 
-SGLang takes many fields of a request once or as a list, one entry a prompt, and sends them on as
-they are: one prompt with a list of one ends the server, and so does a token beyond the vocabulary.
-Here a list has as many entries as there are prompts, a single prompt takes the one entry, and
-numbers have types and bounds that the scheduler computes with, before anything of the request is
-sent.
+SGLang takes many fields of a request once or as a list, one entry a prompt, and sends them on
+unchecked: one prompt with a list of one ends the server, and so does a token beyond the vocabulary.
+Here, before anything is sent, a list must have an entry for each prompt, a single prompt takes its
+one entry, and numbers have types and bounds that the scheduler computes with.
 
 Leans on: ``srt.managers.io_struct`` (``GenerateReqInput._determine_batch_size`` and
 ``_normalize_rid``, ``EmbeddingReqInput.normalize_batch_and_arguments``, ``PositionalEmbeds``,
@@ -83,8 +82,7 @@ def _after_batch_size(result: None, request: Any) -> None:
 
 
 def _check_own_fields(request: Any) -> None:
-    """What SGLang fills in itself, in the classes that its HTTP routes fill from a client's body;
-    and text that is none."""
+    """Refuses fields that SGLang fills in itself, and text that is none."""
     from sglang.srt.managers.io_struct import PositionalEmbeds
 
     for field in ("text", "lora_path", "rid"):
@@ -142,12 +140,8 @@ def _before_embedding(request: Any) -> None:
 
 
 def match_lists(request: Any, prompts: int, *, single: bool) -> None:
-    """Check the lists of a request against its number of prompts; of a single prompt each becomes
-    its entry.
-
-    Raises:
-        ValueError: naming the field and both lengths, or an adapter without a name.
-    """
+    """Check a request's lists against its number of prompts; a single prompt's become their entry.
+    ValueError names the field and both lengths, or an adapter without a name."""
     for field in _EACH:
         value = getattr(request, field, None)
         if isinstance(value, list):
@@ -202,11 +196,7 @@ def _check_tokens(input_ids: list[int], tokens: int) -> None:
 
 # ------------------------------------------------------------------ sampling parameters
 def checked_params(params: dict[str, Any]) -> dict[str, Any]:
-    """A client's sampling parameters with values of their declared types.
-
-    Raises:
-        ValueError: naming the parameter, its value and what is accepted.
-    """
+    """Sampling parameters as their declared types; ValueError names one and what is accepted."""
     fields = _fields()
     checked = {}
     for name, value in params.items():
@@ -280,6 +270,5 @@ def _typed(value: Any, kind: Any) -> Any:
 
 # ------------------------------------------------------------------ ids
 def _normalize_rid(original: Callable[..., None], request: Any, num: int) -> None:
-    """One id a prompt: SGLang also makes one for each of n answers, which get others and are never
-    heard of."""
+    """One id a prompt: SGLang also makes one for each of n answers, which none of them uses."""
     original(request, request.batch_size)

@@ -1,9 +1,8 @@
-"""Runtime half of ``patches/14-session-replace``: replacing a session's requests does not end the
-server.
+"""Runtime half of ``patches/14-session-replace``: replacing a session's requests is safe.
 
-``"session_params": {"id": ..., "replace": true}`` has SGLang take all requests out of a dict that
-it goes through meanwhile, which raises on the scheduler's thread; so does an id that two requests
-of the session have had, and a conversation of a thousand turns, which it goes down by recursion.
+``"session_params": {"id": ..., "replace": true}`` changes a dict that SGLang iterates over, which
+raises on the scheduler's thread; so does an id that two requests of the session have had, and a
+conversation of a thousand turns, by recursion.
 
 Leans on: ``srt.session.session_controller`` (``Session.create_req``, ``SessionReqNode.clear``;
 ``streaming``, ``req_nodes``).

@@ -1,8 +1,8 @@
-"""Runtime half of ``patches/09-shutdown-drain``: a server that gets SIGTERM does not wait for ever.
+"""Runtime half of ``patches/09-shutdown-drain``: after SIGTERM a server does not wait for ever.
 
-After SIGTERM SGLang waits until no request is left, those that come later included.  Here it waits
-for those that it had, as long as one of them gets a token, or ends, within a minute.  Then it takes
-no more: SGLang looks every five seconds whether one is there.
+SGLang waits until no request is left, those that come later included.  Here it waits for those that
+it had, as long as one of them gets a token, or ends, within a minute; then it takes no more.
+SGLang looks every five seconds whether one is there.
 
 Leans on: ``srt.managers.tokenizer_manager.TokenizerManager`` (``sigterm_watchdog``,
 ``_init_req_state``, ``_handle_batch_output``, ``_handle_abort_req``; ``gracefully_exit``,
@@ -39,12 +39,8 @@ def register(registry: Any) -> None:
 
 
 class Drain:
-    """The requests that a server that ends still waits for.
-
-    Attributes:
-        heard_s: when one of them last got a token or ended (``time.monotonic``), or the wait began.
-        over: nothing is waited for any more.
-    """
+    """The requests that an ending server waits for, until ``over``; ``heard_s``: their last token
+    or end, or the wait's beginning (``time.monotonic``)."""
 
     def __init__(self, rids: set[str], now_s: float) -> None:
         self._rids = rids

@@ -1,10 +1,9 @@
-"""Runtime half of ``patches/16-stop-regex``: a client's stop pattern takes a bounded time of the
-decode loop.
+"""Runtime half of ``patches/16-stop-regex``: a stop pattern takes a bounded time of the decode
+loop.
 
-``stop_regex`` is searched for in the output after every token, on the scheduler's thread, by
-``re``, which backtracks as long as the pattern has it: one request with a pattern such as
-``(.+.+)+x`` stops all serving.  Here the search is that of ``regex``, which takes a limit; a
-request whose search exceeds it ends with an error.
+SGLang searches the output for ``stop_regex`` after every token, on the scheduler's thread, by
+``re``, which backtracks without limit: one request with ``(.+.+)+x`` stops all serving.  Here
+``regex`` searches, with a limit; a request that exceeds it ends with an error.
 
 Leans on: ``srt.managers.schedule_batch`` (``Req._check_str_based_finish``,
 ``_locate_str_stop_finished_len``, ``tail_str``, ``_stop_match_tail_len``;
@@ -59,8 +58,7 @@ def _found(pattern: str, text: str) -> bool:
 
 
 def _finish(req: Any, pattern: str, new_accepted_len: int) -> None:
-    """The output ends with the first of the newly accepted tokens behind which the pattern is
-    found."""
+    """End the output with the first newly accepted token behind which the pattern is found."""
     from sglang.srt.managers.schedule_batch import FINISHED_MATCHED_REGEX
 
     window = req.output_ids[len(req.output_ids) - req._stop_match_tail_len(new_accepted_len) :]

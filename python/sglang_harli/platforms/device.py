@@ -35,13 +35,11 @@ def choose_device(
     """The device for a server with these arguments; call it before importing sglang.
 
     Args:
-        argv: the server's arguments, in which ``--device`` (also inside ``--config FILE``) is
-            respected.
-        environ: the environment; ``SGLANG_USE_CPU_ENGINE=1`` is respected.
+        argv: ``--device`` (also inside ``--config FILE``) is respected.
+        environ: ``SGLANG_USE_CPU_ENGINE=1`` is respected.
         cuda_device: names the CUDA device, None where there is none (default: asks torch).
 
-    Raises:
-        ConfigError: ``--device cuda`` where there is none, or devices that contradict each other.
+    ConfigError: ``--device cuda`` where there is none, or devices that contradict each other.
     """
     cuda_device = cuda_device or find_cuda_device
     asked = _asked_device(argv)

@@ -1,8 +1,7 @@
-"""How much slower a decode step is right after training: its quanta have taken the caches.  Plain
-floats, pure.
+"""How much slower a decode step is right after training, which takes the caches.  Pure floats.
 
 In turns the second stage of Harli's predictor is a sum, but not quite: the step that follows a
-quantum finds the weights that fit into a cache gone from it (docs/internals/predictor.md).
+quantum finds its weights gone from the cache (docs/internals/predictor.md).
 """
 
 from __future__ import annotations
@@ -15,14 +14,8 @@ MOST = 2.0
 
 
 class AfterTraining:
-    """The factor of a decode step before which training ran.
-
-    Steps without it follow their own level, so that what makes all steps slower is not taken for
-    this.
-
-    Attributes:
-        factor: from 1.
-    """
+    """The factor (from 1) of a step after training; other steps follow a level of their own, so
+    that what makes all steps slower does not count."""
 
     def __init__(self, factor: float = 1.0) -> None:
         self.factor = factor

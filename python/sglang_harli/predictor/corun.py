@@ -2,8 +2,8 @@
 
 ``T2 = T1 * (1 + rho_{s,phase} * f)`` with ``f`` the SMs that training has, as published, and one
 ``rho`` for each kind of quantum: forward and backward press the memory bus differently.  Where
-training takes turns with decode instead (temporal slotting) the co-run is a sum: the step, and the
-quanta between two steps.
+training takes turns with decode (temporal slotting) the co-run is a sum: the step, and the quanta
+between two steps.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ CLAMP = 0.5  # one step moves the fit by at most that much of T1
 
 
 class Slowdown:
-    """``rho`` of one SM share and one kind of quantum, followed by least squares with
-    forgetting."""
+    """``rho`` of one SM share and one kind of quantum: least squares with forgetting."""
 
     def __init__(self, rho: float = PRIOR_RHO, *, sms: int = 32) -> None:
         self.margin = Margin()
@@ -47,11 +46,7 @@ class Slowdown:
 
 
 class CoRun:
-    """Slowdowns by SM share of decode and kind of quantum.
-
-    Args:
-        priors: ``rho`` where it is known, per ``(share, kind)``.
-    """
+    """Slowdowns by SM share and kind of quantum; ``priors``: known ``rho`` by ``(share, kind)``."""
 
     def __init__(self, priors: Mapping[tuple[int, QuantumKind], float] | None = None) -> None:
         self._priors = dict(priors or {})

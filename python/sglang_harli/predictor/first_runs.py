@@ -1,9 +1,5 @@
-"""How much longer than its line says the first quantum of a shape takes: memory is allocated, code
-paths are chosen.
-
-Such a run is left out of the line, which it would mislead, but not out of the promise: it has a
-bound of its own, and is counted.  Plain floats, pure.
-"""
+"""How much longer than its line says a shape's first quantum takes: allocation, code paths.  Such a
+run would mislead the line; it has a bound of its own, and is counted.  Pure floats."""
 
 from __future__ import annotations
 

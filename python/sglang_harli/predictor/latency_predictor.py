@@ -1,5 +1,4 @@
-"""What serving's steps and training's quanta will take: the two stages behind one set of calls
-(docs/internals/predictor.md).
+"""What serving's steps and training's quanta will take (docs/internals/predictor.md).
 
     solo    T1 = c + beta * batch + kappa * context tokens, per SM share; prefill in tokens and
             pairs of them
@@ -8,7 +7,7 @@
     quanta  a line per kind
 
 Every estimate is an expectation and an upper bound that 99 of 100 steps are to keep.  Lines start
-from a profile table or a cautious guess, follow what is measured, and say how good they were.  One
+from a profile table or a cautious guess, follow what is measured, and score themselves.  One
 thread's, plain floats, no disk.
 """
 
@@ -34,12 +33,8 @@ ADAPTER_GUESS = 1.6  # a decode step with adapters over one without, before any 
 class LatencyPredictor:
     """The predictor of one scheduler.
 
-    Args:
-        priors: default: a cautious guess.
-        padding: of decode batches to CUDA graphs.
-
-    Attributes:
-        points: of the loads that were measured, for a profile.
+    ``priors``: default: a cautious guess.  ``padding``: of decode batches to CUDA graphs.
+    ``points``: the measured loads, for a profile.
     """
 
     def __init__(self, priors: Priors | None = None, *, padding: Padding | None = None) -> None:
@@ -62,20 +57,14 @@ class LatencyPredictor:
         adapters: bool = False,
         after_training: bool = False,
     ) -> LatencyEstimate:
-        """A decode step of ``batch`` requests with so many tokens of context together, on ``share``
-        SMs.
-
-        Args:
-            adapters: a request of the batch uses a LoRA adapter, whose kernels then run.
-            after_training: quanta run right before it.
-        """
+        """A decode step of ``batch`` requests with ``context_tokens`` in all, on ``share`` SMs.
+        ``adapters``: one uses a LoRA adapter; ``after_training``: quanta run right before it."""
         solo = self._adapted if adapters and self._adapted is not None else self._decode
         found = solo.estimate(batch, context_tokens, share, after_training=after_training)
         return times(found, ADAPTER_GUESS) if adapters and self._adapted is None else found
 
     def prefill(self, tokens: int, pairs: int | None = None) -> LatencyEstimate:
-        """A prefill of ``tokens`` new tokens; ``pairs``: of a new token and one that it attends
-        to."""
+        """A prefill of ``tokens`` new tokens; ``pairs``: of a new token and one it attends to."""
         return self._prefill.estimate(tokens, pairs)
 
     def corun(
@@ -99,20 +88,17 @@ class LatencyPredictor:
     ) -> tuple[tuple[int, float], ...]:
         """``(rows, upper bound in seconds)``, both rising, as a QuantumOffer's candidates.
 
-        The largest size is always among them.  A size that costs more than a larger one is left
-        out: one that has not run yet may, and would only hide that the larger one fits.
+        The largest size is always among them.  A size that costs more than a larger one (it has not
+        run yet) is left out: it would hide that the larger one fits.
 
         Args:
-            attended: tokens that each attends to, where it is not ``row_tokens`` (a row that is cut
-                into blocks).
-            firsts: of each size, whether it would be the first run of its shape, whose bound stands
-                further off.
+            attended: tokens that each attends to, if not ``row_tokens`` (a row cut into blocks).
+            firsts: of each size, whether it is its shape's first run, whose bound is wider.
         """
         return self._quanta.prices(kind, sizes, row_tokens, attended, firsts)
 
     def doubt(self, kind: QuantumKind) -> float:
-        """What the price of the least quantum of ``kind`` may be multiplied with, from 1 down
-        (``relax``)."""
+        """Factor on the price of the least quantum of ``kind``, from 1 down (``relax``)."""
         return self._quanta.doubt(kind)
 
     # ---------------------------------------------------------------- measurements
@@ -126,8 +112,7 @@ class LatencyPredictor:
         adapters: bool = False,
         after_training: bool = False,
     ) -> None:
-        """A decode step with nothing beside it took ``seconds``; ``after_training``: quanta ran
-        right before it."""
+        """A decode step alone took ``seconds``; ``after_training``: quanta ran right before it."""
         if adapters:
             if self._adapted is None:
                 self._adapted = self._decode.slower(ADAPTER_GUESS)
@@ -163,8 +148,7 @@ class LatencyPredictor:
         *,
         first_of_shape: bool = False,
     ) -> None:
-        """A quantum took ``seconds``; a shape's first run has a bound of its own once anything is
-        known."""
+        """A quantum took ``seconds``; a shape's first run has a bound apart, once any is known."""
         self._quanta.ran(kind)
         self._quanta.observe(kind, tokens, row_tokens, seconds, first_of_shape=first_of_shape)
         if not first_of_shape:
@@ -185,16 +169,15 @@ class LatencyPredictor:
         return DECODE in self._profiled
 
     def known(self, phase: str) -> bool:
-        """Whether ``decode`` or ``prefill`` rests on measurements: a profile's, or enough of its
-        own."""
+        """Whether ``decode`` or ``prefill`` rests on enough measurements, or on a profile's."""
         line = self._decode.line(WHOLE)[0] if phase == DECODE else self._prefill.line
         return phase in self._profiled or line.seen >= KNOWN_FROM
 
     def scores(self) -> dict[str, tuple[Score, float]]:
-        """By phase that was predicted: its score, and the ratio of upper bound to expectation now.
+        """By predicted phase: its score, and the ratio of upper bound to expectation now.
 
         Phases: ``decode``, ``decode_adapters``, ``prefill``, each kind of quantum, ``first_`` with
-        a kind (the first run of each shape) and ``corun_`` with a kind.
+        a kind (a shape's first run) and ``corun_`` with a kind.
         """
         whole, _ = self._decode.line(WHOLE)
         phases: list[tuple[str, Accuracy, float]] = [
@@ -229,8 +212,7 @@ class LatencyPredictor:
         }
 
     def costs(self) -> dict[str, dict[str, float]]:
-        """Per kind of quantum that has run: its line, ratio of the bound, runs seen, changes of
-        speed found."""
+        """Per kind of quantum that has run: line, ratio of the bound, runs, changes of speed."""
         return {kind.value: _line(line) for kind, line in self._quanta.lines.items() if line.seen}
 
 

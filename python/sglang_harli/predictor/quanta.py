@@ -1,9 +1,5 @@
-"""What training quanta take: a line per kind, in tokens and, for the kinds with attention, in pairs
-of tokens.
-
-Kinds that are not cut by rows (an optimizer slice, a tensor to copy) count as one token: their line
-is a level.
-"""
+"""What training quanta take: a line per kind, in tokens and, with attention, in pairs of tokens.
+Kinds that are not cut by rows (an optimizer slice, a tensor to copy) count as one token."""
 
 from __future__ import annotations
 
@@ -18,22 +14,14 @@ from sglang_harli.predictor.line.recursive import Prior
 
 ATTENDING = frozenset({QuantumKind.FORWARD, QuantumKind.BACKWARD, QuantumKind.BACKWARD_KEPT})
 FORGETTING = 0.98
-# How fast an estimate that alone holds training back is doubted, seconds: one that rests on a
-# measurement, which says something for as long as the machine does not change, and a guess, which
-# may be tens of times too high.
+# Seconds in which the doubt of an estimate halves it: of one that was measured, which holds as long
+# as the machine does not change, and of a guess, which may be tens of times too high.
 HALF_LIFE_S = 30.0
 GUESS_HALF_LIFE_S = 1.0
 
 
 class QuantumLines:
-    """Cost lines of all kinds of quanta.
-
-    Args:
-        priors: of every kind.
-
-    Attributes:
-        lines, firsts: by kind; ``firsts``: of the first run of a shape.
-    """
+    """Cost lines of all kinds of quanta, by kind; ``firsts``: of the first run of a shape."""
 
     def __init__(self, priors: Mapping[QuantumKind, Prior]) -> None:
         self.lines = {kind: CostLine(priors[kind], forgetting=FORGETTING) for kind in QuantumKind}
@@ -92,8 +80,7 @@ class QuantumLines:
 
 
 def _rising(prices: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
-    """Without the sizes that cost more than a larger one: where that one does not fit, they do not
-    either."""
+    """Without sizes that cost more than a larger one: where it does not fit, they do not either."""
     kept, least_s = [], math.inf
     for rows, upper_s in reversed(prices):
         if upper_s <= least_s:

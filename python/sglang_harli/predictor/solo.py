@@ -1,9 +1,8 @@
-"""Stage 1: what a decode step and a prefill take when serving has the device, or its share of it,
-to itself.
+"""Stage 1: what a decode step and a prefill take when serving has its share of the device alone.
 
-Harli, section on the latency predictor, in the form of the published prototype: per SM share ``s``
-a line ``T1 = c_s + beta_s * batch + kappa_s * (sum of context tokens)``.  A decode step that is
-replayed from a CUDA graph computes the graph's batch size, so that is the one that counts.
+Harli's latency predictor, in the form of the published prototype: per SM share ``s`` a line ``T1 =
+c_s + beta_s * batch + kappa_s * (sum of context tokens)``, where a decode step that is replayed
+from a CUDA graph counts with the graph's batch size.
 """
 
 from __future__ import annotations
@@ -23,32 +22,21 @@ FOLLOWS = 0.1  # how far the level of decode steps goes with each: what disturbs
 
 
 class Padding:
-    """The batch size that a decode step computes.
-
-    Args:
-        sizes: of the captured CUDA graphs; none: every batch is computed as it is.
-    """
+    """The batch size that a decode step computes.  ``sizes``: of the captured CUDA graphs; none:
+    every batch is computed as it is."""
 
     def __init__(self, sizes: Iterable[int] = ()) -> None:
         self.sizes = sorted(set(sizes))
 
     def __call__(self, batch: int) -> int:
-        """The smallest graph that holds the batch; a larger batch runs without a graph, as it
-        is."""
+        """The smallest graph that holds the batch; a larger batch runs without a graph."""
         at = bisect_left(self.sizes, batch)
         return self.sizes[at] if at < len(self.sizes) else batch
 
 
 class SoloDecode:
-    """Decode steps by SM share.
-
-    Args:
-        priors: of each share; ``WHOLE`` stands for the undivided device.
-        after_training: how much slower a step is that training ran before.
-
-    Raises:
-        ValueError: no share at all.
-    """
+    """Decode steps by SM share (``WHOLE``: the undivided device); ValueError: no share at all.
+    ``after_training``: how much slower a step is that training ran before."""
 
     def __init__(
         self,
@@ -67,11 +55,8 @@ class SoloDecode:
         self._shares = sorted(self.lines, key=lambda share: share or float("inf"))
 
     def line(self, share: int) -> tuple[CostLine, float]:
-        """The line to use for a share, and what to multiply it with.
-
-        A share that has no line is as slow as the next smaller one; below the smallest, time grows
-        at most in proportion to the SMs that are missing.
-        """
+        """A share's line and the factor on it: that of the next smaller share that has one; below
+        the smallest, time grows at most in proportion to the missing SMs."""
         known = self.lines.get(share)
         if known is not None:
             return known, 1.0
@@ -98,11 +83,8 @@ class SoloDecode:
         *,
         after_training: bool = False,
     ) -> float:
-        """A step took ``seconds``; one of a share that has no line teaches nothing.
-
-        Returns:
-            What it would have taken with no training before it.
-        """
+        """A step took ``seconds``; one of a share that has no line teaches nothing.  Returns what
+        it would have taken with no training before it."""
         alone_s = seconds / self.after_training.of(after_training)
         line = self.lines.get(share)
         if line is not None and 0.0 < seconds < math.inf:
@@ -131,8 +113,7 @@ def times(estimate: LatencyEstimate, factor: float) -> LatencyEstimate:
 
 
 class SoloPrefill:
-    """Prefill batches: a line in new tokens and in pairs of a new token and one that it attends
-    to."""
+    """Prefills: a line in new tokens and in pairs of a new token and one it attends to."""
 
     def __init__(self, prior: Prior) -> None:
         self.line = CostLine(prior)

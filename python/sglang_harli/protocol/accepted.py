@@ -1,8 +1,5 @@
-"""Values as the types that messages declare, and the refusal that names the field, the value and
-what is accepted.
-
-Clients and the service check with the same functions, so both refuse a value with the same words.
-"""
+"""Values as the types that messages declare; a refusal names the field, the value and the range.
+Clients and the service check with the same functions, so both refuse in the same words."""
 
 from __future__ import annotations
 
@@ -20,8 +17,7 @@ S = TypeVar("S", bound=Struct)
 
 
 def most(limit: int) -> Meta:
-    """An upper bound for values that are given now.  Jobs that were stored with a larger one stay
-    readable."""
+    """An upper bound for new values; jobs that were stored with a larger one stay readable."""
     return Meta(extra={"most": limit})
 
 
@@ -31,14 +27,8 @@ def words(text: str) -> Meta:
 
 
 def value(name: str, given: Any, kind: Any, *, lax: bool = False) -> Any:
-    """``given`` as the type ``kind`` of the field ``name``.
-
-    Args:
-        lax: numbers may come as texts, as on a command line.
-
-    Raises:
-        ConfigError: the value, and what is accepted.
-    """
+    """``given`` as the type ``kind`` of the field ``name``; ConfigError: what is accepted.
+    ``lax``: numbers may come as texts, as on a command line."""
     try:
         found = msgspec.convert(given, kind, strict=not lax)
     except (msgspec.ValidationError, TypeError, OverflowError, UnicodeEncodeError) as error:
@@ -56,8 +46,7 @@ def refused(name: str, given: Any, accepted: str) -> ConfigError:
 
 
 def is_text(given: str) -> bool:
-    """False where it cannot be written as UTF-8: half of a surrogate pair, bytes of a command
-    line."""
+    """False if it cannot be UTF-8: half of a surrogate pair, bytes of a command line."""
     try:
         given.encode()
     except UnicodeEncodeError:
@@ -66,21 +55,13 @@ def is_text(given: str) -> bool:
 
 
 def check(message: Struct) -> None:
-    """A message's fields before it is sent.
-
-    Raises:
-        ConfigError: the first that the service would refuse.
-    """
+    """A message's fields before it is sent; ConfigError: the first the service would refuse."""
     for field in msgspec.structs.fields(message):
         value(field.encode_name, getattr(message, field.name), field.type)
 
 
 def convert(values: Mapping[str, Any], kind: type[S]) -> S:
-    """The arguments of a request as ``kind``.
-
-    Raises:
-        ConfigError: one is unknown, missing or not accepted; ``param`` names it.
-    """
+    """The arguments of a request as ``kind``; ConfigError: unknown, missing or bad (``param``)."""
     fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
     for name in values:
         if name not in fields:

@@ -1,5 +1,4 @@
-"""What tells one base model from another: the config fields that change the result, and a sample of
-the weights."""
+"""What distinguishes base models: config fields that change the result, and a sample of weights."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ class BasePrint(Struct, frozen=True, kw_only=True):
     weights.
 
     Attributes:
-        model, path: the served name, and folder or hub id (a folder by its absolute path): shown,
-            never compared.
+        model, path: the served name, and absolute folder or hub id: shown, never compared.
         dtype: of the served weights.
         math: config fields that change what the model computes.
         weights: by parameter without its layer's number, some values of it, over the layers.
@@ -40,11 +38,8 @@ class BasePrint(Struct, frozen=True, kw_only=True):
 
 
 def difference(one: BasePrint, other: BasePrint) -> str:
-    """What differs between two bases, as a clause; ``""``: they are the same one.
-
-    Values of different dtypes are compared within the rounding of the coarser one: a checkpoint
-    served in bfloat16, float16 or float32 is the same base.
-    """
+    """What differs between two bases, as a clause, or ``""``.  Different dtypes are compared within
+    the coarser one's rounding: bfloat16, float16 or float32 of one checkpoint are the same base."""
     if one is other:
         return ""
     fields = sorted(

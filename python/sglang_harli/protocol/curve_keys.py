@@ -56,11 +56,7 @@ def load_server_keys(folder: str) -> ServerKeys:
 
 
 def check_server_folder(folder: str) -> None:
-    """At start-up: the server's keys and those of all clients can be used.
-
-    Raises:
-        ConfigError: naming the file at fault, or where there is no client.
-    """
+    """The server's and all clients' keys are usable; ConfigError: a file at fault or no client."""
     load_server_keys(folder)
     keys, refused = client_list(folder)
     if refused:
@@ -75,12 +71,8 @@ def check_server_folder(folder: str) -> None:
 
 
 def client_list(folder: str) -> tuple[frozenset[bytes], list[ConfigError]]:
-    """The public keys (Z85) that may connect now, and the files that cannot be used, which admit
-    nobody.
-
-    Raises:
-        OSError: the folder cannot be read.
-    """
+    """The public keys (Z85) that may connect now, and the unusable files, which admit nobody.
+    OSError: the folder cannot be read."""
     keys, refused = set(), []
     with os.scandir(Path(folder) / CLIENTS) as entries:
         paths = sorted(entry.path for entry in entries if entry.name.endswith(".key"))
@@ -100,11 +92,7 @@ def load_client_keys(folder: str) -> ClientKeys:
 
 
 def make_keys(folder: str) -> tuple[Path, Path]:
-    """New keys of a server and of one client; returns both folders.
-
-    Raises:
-        ConfigError: the folder cannot be written, or holds keys already.
-    """
+    """New keys of a server and a client, both folders; ConfigError: unwritable, or keys exist."""
     top = Path(folder)
     server, client = top / "server", top / "client"
     try:

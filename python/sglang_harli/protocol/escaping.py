@@ -1,5 +1,4 @@
-"""Text of others (data, names, servers) in a form that only shows: no character of it steers a
-terminal."""
+"""Foreign text (data, names, servers) as it can be shown: no character of it steers a terminal."""
 
 from __future__ import annotations
 
@@ -8,8 +7,8 @@ import math
 import re
 from typing import Any
 
-# Control characters (ESC among them), line separators, marks and overrides of the direction of
-# writing, and halves of surrogate pairs.
+# Control characters (ESC too), line separators, marks and overrides of the writing direction, and
+# halves of surrogate pairs.
 _STEERING = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"  # fmt: skip
 _ALL = re.compile(f"[{_STEERING}]")
 _BUT_LINE_ENDS = re.compile(f"(?!\n)[{_STEERING}]")
@@ -17,11 +16,7 @@ _SHORT = {"\n": r"\n", "\t": r"\t", "\r": r"\r"}
 
 
 def escaped(text: str, *, lines: bool = False) -> str:
-    r"""``text`` with such characters in Python's form (``\x1b``, ``\u202e``).
-
-    Args:
-        lines: it may have several lines.
-    """
+    r"""``text`` with such characters as ``\x1b``, ``\u202e``; ``lines``: newlines may stay."""
     return (_BUT_LINE_ENDS if lines else _ALL).sub(_escape, text)
 
 
@@ -32,8 +27,7 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def json_text(value: Any, *, encoding: str = "utf-8", indent: int | None = None) -> str:
-    """Plain values as JSON that can be written in ``encoding`` and steers no terminal; NaN becomes
-    null."""
+    """Plain values as JSON in ``encoding`` that steers no terminal; NaN becomes null."""
     separators = (",", ": ") if indent else (",", ":")
     plain = _finite(value)
     text = json.dumps(plain, ensure_ascii=False, indent=indent, separators=separators)

@@ -3,9 +3,8 @@
 
 Frame 0 is a msgpack header (one of the structs below, tagged by its name); arrays follow as raw
 frames (int32, C order).  Every message carries the sender's sequence number.  A run is named by
-(job, attempt): messages of an older attempt are dropped by the receiver.  Any message may be lost
-or come twice; the table in docs/internals/run-protocol.md ("Service and scheduler") says what then
-happens.
+(job, attempt); a receiver drops messages of an older attempt.  Any message may be lost or come
+twice; the page's table "Service and scheduler" says what then happens.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ class Message(Struct, kw_only=True, tag=True):
 
 # ------------------------------------------------------------------ shared nouns
 class TensorRef(Struct, frozen=True):
-    """One tensor in a slot: dtype by numpy/torch name (``float32``), offset in bytes
-    (64-aligned)."""
+    """One tensor in a slot: numpy/torch dtype name (``float32``), offset in bytes (64-aligned)."""
 
     name: str
     dtype: str
@@ -45,11 +43,8 @@ class SlotRef(Struct, frozen=True, kw_only=True):
 
 
 class RunSpec(Struct, frozen=True, kw_only=True):
-    """What the scheduler needs to know of a job to train it.
-
-    ``memory_bytes``: upper estimate of what it needs (``ServedLimits.job_memory_bytes``); 0: not
-    known.
-    """
+    """What the scheduler needs to know of a job to train it.  ``memory_bytes``: upper estimate
+    (``ServedLimits.job_memory_bytes``); 0: not known."""
 
     job: str
     attempt: int
@@ -59,8 +54,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
 
 
 class BatchCursor(Struct, frozen=True, kw_only=True):
-    """``step`` counts optimizer steps from 1 over the whole run; ``index`` micro-batches within
-    it."""
+    """``step``: optimizer steps from 1 over the whole run; ``index``: micro-batches within it."""
 
     epoch: int
     step: int
@@ -92,12 +86,11 @@ class Hello(Message):
 
 
 class Pulse(Message):
-    """While a run is held, about every two seconds: where it stands, by which the service finds
-    what was lost.
+    """While a run is held, about every two seconds: where it stands, to find what was lost.
 
     ``taken``: the first micro-batch that is not done (``BatchesTaken``).  ``state_bytes``: 0 until
-    the adapter is there. ``snapshot``: the step of the snapshot that lies in the slot and waits for
-    its SnapshotSaved (-1: none).  ``stopping``: a StopRun has come.
+    the adapter is there.  ``snapshot``: the step of the snapshot in the slot that waits for its
+    SnapshotSaved (-1: none).  ``stopping``: a StopRun has come.
     """
 
     job: str
@@ -133,8 +126,8 @@ class StepDone(Message):
     RunStopped and RunFailed.
 
     ``after``, here and in those: the step of the StepDone sent before.  A service that lacks that
-    one drops this message without acknowledging it, and gets both again.  ``total_tokens``: of the
-    run up to this step.
+    one drops this message without an Ack, and gets both again.  ``total_tokens``: of the run so
+    far.
     """
 
     job: str
@@ -152,8 +145,7 @@ class StepDone(Message):
 
 
 class SnapshotReady(Message):
-    """The state after ``step`` lies in the slot.  ``meta``: plain values (schedule, RNG,
-    cursor)."""
+    """The state after ``step`` is in the slot; ``meta``: plain values (schedule, RNG, cursor)."""
 
     job: str
     attempt: int
@@ -166,10 +158,7 @@ class SnapshotReady(Message):
 
 class RunStopped(Message):
     """Answer to StopRun: the run's memory is returned; ``step`` is the last one applied.
-
-    ``reason``: why it ended without having been asked to ("": it was): the job goes on from its
-    checkpoint.
-    """
+    ``reason``: why it ended unasked ("": it was asked): the job goes on from its checkpoint."""
 
     job: str
     attempt: int
@@ -179,8 +168,7 @@ class RunStopped(Message):
 
 
 class RunFailed(Message):
-    """``passing``: trouble of the environment, no verdict on the job: it is queued again after a
-    pause."""
+    """``passing``: the environment's fault, not the job's: it is queued again after a pause."""
 
     job: str
     attempt: int
@@ -223,8 +211,7 @@ class OptionsSet(Message):
 
 # ------------------------------------------------------------------ service -> scheduler
 class Welcome(Message):
-    """The service is there.  ``answers``: the ``seq`` of the Hello that it has read; 0: say hello
-    (again)."""
+    """The service is there.  ``answers``: the ``seq`` of the Hello it read; 0: say hello again."""
 
     pid: int
     answers: int = 0
@@ -234,8 +221,8 @@ class StartRun(Message):
     """``restore``: the state of checkpoint ``step`` in a slot; the scheduler unmaps it after
     RunStarted.
 
-    ``scheduler``: the pid whose hello it answers; another process drops it (0: for any), and so
-    does that one where its weights were updated since (``updates``).
+    ``scheduler``: pid of the answered hello; another process drops the message (0: none does), and
+    so does that one after an update of its weights (``updates``).
     """
 
     spec: RunSpec
@@ -263,8 +250,8 @@ class MicroBatch(Message):
 
 
 class SnapshotSlot(Message):
-    """A faulted-in slot of at least RunStarted.state_bytes; the scheduler owns it until
-    SnapshotReady, and again after SnapshotSaved."""
+    """A faulted-in slot of at least RunStarted.state_bytes; the scheduler's until SnapshotReady,
+    and again after SnapshotSaved."""
 
     job: str
     attempt: int
@@ -281,8 +268,7 @@ class SnapshotSaved(Message):
 
 
 class StopRun(Message):
-    """Pause or cancel: stop at the next quantum; with ``snapshot``, save the last applied step
-    first."""
+    """Pause or cancel: stop at the next quantum; ``snapshot``: save the last applied step first."""
 
     job: str
     attempt: int
@@ -290,11 +276,8 @@ class StopRun(Message):
 
 
 class Ack(Message):
-    """These messages of the scheduler (by ``seq``) have been taken over durably, or are of no use
-    any more.
-
-    One by one: a message that was lost is not acknowledged by a later one.
-    """
+    """The scheduler's messages of these ``seq`` are durable, or no longer of use.  One by one: a
+    later one does not acknowledge a lost message."""
 
     seqs: list[int]
 
@@ -311,11 +294,8 @@ class SetOptions(Message):
 
 # ------------------------------------------------------------------ HTTP process <-> service
 class HttpHello(Message):
-    """From the HTTP process once it can publish (the server answers requests).
-
-    ``tokenizer``: fingerprint of the server's own tokenizer and chat template, which lie in the run
-    directory (tokenizer_state.py); "" where this server has none.
-    """
+    """From the HTTP process once it can publish; ``tokenizer``: fingerprint of the tokenizer and
+    chat template in the run directory (tokenizer_state.py), or ""."""
 
     pid: int
     served_model_name: str
@@ -327,14 +307,12 @@ class ServiceState(Message):
     life.
 
     ``endpoint_bound``: the public socket is bound.  ``scheduler_seen``: a hello has been read; both
-    gate /health_generate.  ``adapters``: names of the succeeded jobs' adapters, which AdapterWanted
-    brings: after a restart of the server they are known at once and loaded when first asked for (a
-    sign of life names none). ``others``: by reason, the adapters that belong to another base than
-    the served one: they are not served, and a request for one gets the reason (None: as before).
-    ``jobs``: how many there are by status.  ``greeted_by``: pid of the HTTP process whose hello has
-    been read (0: none); a process that finds another one there says hello again.
-    ``tokenizer_lost``: the tokenizer that the hello named could not be read; it is written again,
-    and said again.
+    gate /health_generate.  ``adapters``: names of the succeeded jobs' adapters, loaded on demand
+    (AdapterWanted); a sign of life names none.  ``others``: by reason, adapters of another base,
+    not served: a request for one gets the reason (None: as before).  ``jobs``: how many there are
+    by status.  ``greeted_by``: pid of the HTTP process whose hello has been read (0: none); another
+    process then says hello again.  ``tokenizer_lost``: the named tokenizer could not be read; it is
+    written again, and named again.
     """
 
     pid: int
@@ -350,9 +328,8 @@ class ServiceState(Message):
 
 class PublishAdapter(Message):
     """Make the tensors in ``slot`` servable under ``name`` (PEFT state-dict keys; ``config``:
-    PEFT's adapter_config as SGLang reads it).  May be repeated: a name that is served already
-    answers ok. ``request`` tells the answer to this question from a late one to an earlier
-    question."""
+    PEFT's adapter_config as SGLang reads it).  May be repeated: a served name answers ok.
+    ``request`` tells this question's answer from an earlier one's."""
 
     request: int
     job: str
@@ -362,8 +339,7 @@ class PublishAdapter(Message):
 
 
 class AdapterPublished(Message):
-    """Answer to PublishAdapter, under its ``request``.  ``passing``: what is wrong is no fault of
-    the adapter and may end: ask again later."""
+    """Answer to PublishAdapter ``request``.  ``passing``: no fault of the adapter: ask again."""
 
     request: int
     job: str
@@ -375,15 +351,13 @@ class AdapterPublished(Message):
 
 
 class AdapterWanted(Message):
-    """From the HTTP process: a request names an adapter that SGLang has evicted; publish it again.
-    The answer is PublishAdapter or AdapterRefused."""
+    """An evicted adapter is requested.  Answer: PublishAdapter or AdapterRefused."""
 
     name: str
 
 
 class AdapterRefused(Message):
-    """Answer to an AdapterWanted that cannot be met: the requests that wait for it end with
-    ``text``."""
+    """Answer to an AdapterWanted: the requests that wait for the adapter end with ``text``."""
 
     name: str
     code: str
@@ -433,10 +407,5 @@ def encode(message: Message) -> bytes:
 
 def decode(header: bytes | memoryview, source: str) -> Any:
     """A message of ``source``: ``scheduler`` or ``http`` (to the service), ``service`` or
-    ``to_http`` (from it).
-
-    Raises:
-        msgspec.ValidationError, msgspec.DecodeError: not of the protocol (only processes of one
-            server speak it, so this is a bug or a version mix).
-    """
+    ``to_http`` (from it).  msgspec.ValidationError, DecodeError: a bug or a version mix."""
     return _decoders[source].decode(header)

@@ -12,12 +12,11 @@ class MemoryLayout(Struct, frozen=True, kw_only=True):
     """The bytes of a run's tensors, as the trainer lays them out.
 
     Attributes:
-        parameter_bytes: of each tensor of a layer's adapter state, bytes for each trainable
-            parameter.
+        parameter_bytes: of each tensor of a layer's adapter state, per trainable parameter.
         accumulated_bytes: of one tensor more, where a step has several micro-batches.
-        inputs: tensors of a micro-batch that have a value for each token and hidden unit.
-        input_bytes: of such a value.
-        logit_bytes: of each tensor of logits, bytes for each token and word of the vocabulary.
+        inputs, input_bytes: tensors of a micro-batch with a value per token and hidden unit, and
+            bytes of such a value.
+        logit_bytes: of each tensor of logits, per token and word of the vocabulary.
         head_tokens: most target tokens that have logits at once.
     """
 
@@ -34,8 +33,7 @@ class ServedLimits(Struct, frozen=True, kw_only=True):
 
     Attributes:
         linear_sizes: (in, out) features of each target module in one layer; all layers are alike.
-        train_memory_bytes: training can have at most these.
-        logits_bytes: of the largest logits tensor.
+        train_memory_bytes: training's most; logits_bytes: of the largest logits tensor.
         layout: what the tensors of a run take.
         space_bytes: each lease of a run (its state, a micro-batch) takes whole multiples of these.
     """
@@ -62,9 +60,8 @@ class ServedLimits(Struct, frozen=True, kw_only=True):
         return self.num_layers * sum(hp.lora_r * sum(self.linear_sizes[m]) for m in hp.target_modules)
 
     def job_memory_bytes(self, hp: Hyperparameters, longest_row: int, rows: int) -> int:
-        """Training memory of a job of so many rows: the adapter's state, and a micro-batch of its
-        longest rows.  What the trainer asks for, to the byte; the working set of a quantum and kept
-        activations are not in it."""
+        """Training memory of a job: the adapter's state, and a micro-batch of ``rows`` longest
+        rows, to the byte, without a quantum's working set and kept activations."""
         batch = min(hp.batch_size, rows)
         return self._leased(self._state_bytes(hp)) + self._leased(self._micro_batch_bytes(batch, longest_row))
 

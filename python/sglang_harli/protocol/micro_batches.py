@@ -1,5 +1,5 @@
-"""A micro-batch's arrays as they go from the service to the trainer: padded, sorted and checked for
-their form, so that taking them over costs the scheduler's thread a view."""
+"""A micro-batch's arrays from the service to the trainer: padded, sorted and checked for their
+form, so that the scheduler's thread only makes views."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Padded:
 
 def pad(lengths: Sequence[int], positions: Sequence[int], ids: np.ndarray, labels: np.ndarray) -> Padded:
     """From flat ids and labels of ``sum(lengths)``; labels stand at their own token, as in
-    transformers, and a row's first one never counts."""
+    transformers; a row's first one never counts."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     width = max(lengths)
@@ -69,7 +69,6 @@ def pad(lengths: Sequence[int], positions: Sequence[int], ids: np.ndarray, label
 def padded(
     batch: MicroBatch, ids: np.ndarray, labels: np.ndarray
 ) -> tuple[MicroBatch, np.ndarray, np.ndarray, np.ndarray]:
-    """A micro-batch whose rows are in any order and flat, as it is sent: the message, and its
-    arrays."""
+    """A micro-batch of flat rows in any order, as it is sent: the message, and its arrays."""
     found = pad(batch.lengths, batch.rows, ids, labels)
     return msgspec.structs.replace(batch, lengths=found.lengths, rows=found.positions), *found.arrays

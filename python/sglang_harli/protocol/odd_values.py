@@ -1,8 +1,4 @@
-"""Values in a row of training data that JSON does not have: NaN, infinities, half of a surrogate
-pair.
-
-Only the fields that are used count: what stands in the others is ignored anyway.
-"""
+"""Values in used fields that JSON lacks: NaN, infinities, half of a surrogate pair."""
 
 from __future__ import annotations
 
@@ -17,11 +13,7 @@ Path = tuple[str | int, ...]
 
 
 def fields_of(record: Any, *, whole: bool = False) -> Iterator[tuple[Path, Any]]:
-    """Every value in the used fields of a row, with its path, from the first to the last.
-
-    Args:
-        whole: also the row itself.
-    """
+    """Every value in the used fields of a row, with its path; ``whole``: also the row itself."""
     if not isinstance(record, dict):
         return
     if whole:

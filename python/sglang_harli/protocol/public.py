@@ -1,8 +1,7 @@
-"""The public wire: what clients and the finetune service say to each other over ZMQ (docs/jobs.md).
+"""The public wire between clients and the finetune service, over ZMQ (docs/jobs.md).
 
-A message is one JSON frame (``Request`` or ``Reply``) and, for ``submit`` and ``upload``, raw
-frames behind it that carry the data file.  ``Event`` replies to a subscription come under the id of
-its request.
+A message is one JSON frame (``Request`` or ``Reply``); ``submit`` and ``upload`` add raw frames
+with the data file.  ``Event`` replies to a subscription come under the id of its request.
 """
 
 from __future__ import annotations
@@ -55,11 +54,8 @@ OVERFLOWS = ("error", "truncate", "drop")
 
 
 class Hyperparameters(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a job may choose; the defaults are those shown by ``harli submit --help``.
-
-    ``batch_size`` counts rows of one micro-batch; an optimizer step holds ``batch_size *
-    gradient_accumulation_steps`` rows.
-    """
+    """What a job may choose, with the defaults of ``harli submit --help``; ``batch_size``: rows of
+    a micro-batch, of which a step has ``gradient_accumulation_steps``."""
 
     n_epochs: Annotated[int, Meta(ge=1, le=10_000)] = 3
     learning_rate: Annotated[float, Meta(gt=0, le=10)] = 2e-4
@@ -97,10 +93,7 @@ _HYPERPARAMETERS = {f.name: f.type for f in msgspec.structs.fields(Hyperparamete
 
 def parse_hyperparameters(pairs: dict[str, Any]) -> Hyperparameters:
     """Hyperparameters from ``key=value`` strings (command line) or JSON values (wire).
-
-    Raises:
-        ConfigError: unknown key (the known ones are listed) or a value out of bounds.
-    """
+    ConfigError: unknown key (the known ones are listed) or a value out of bounds."""
     for name in pairs:
         if name not in _HYPERPARAMETERS:
             raise ConfigError(
@@ -233,9 +226,8 @@ class Reply(Struct, kw_only=True):
 
 
 class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
-    """``submit``: raw frames with the JSONL file follow the header; none where ``upload`` names an
-    upload that holds it, or ``resume_from`` a job whose data is taken (``sha256`` is empty
-    then)."""
+    """``submit``: raw frames with the JSONL file follow the header; none with ``upload``, which
+    names an upload, or ``resume_from``, a job whose data is taken (``sha256`` is empty then)."""
 
     filename: Annotated[str, Meta(max_length=1024)] = ""
     size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)] = 0
@@ -249,8 +241,7 @@ class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class CheckArgs(Struct, kw_only=True, forbid_unknown_fields=True):
-    """``check``: as a ``submit``, of which no job is made; the answer says what would become of the
-    data."""
+    """``check``: as a ``submit`` that makes no job; the answer is what would become of its data."""
 
     filename: Annotated[str, Meta(max_length=1024)] = ""
     size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)] = 0
@@ -276,8 +267,7 @@ class UploadAnswer(Struct, kw_only=True):
 
 
 class EventsArgs(Struct, kw_only=True, forbid_unknown_fields=True):
-    """``events``: those with id above ``after``; ``follow`` subscribes (renew within 30 s to keep
-    it)."""
+    """``events``: those with id above ``after``; ``follow`` subscribes (renew within 30 s)."""
 
     job: str
     after: Annotated[int, Meta(ge=0)] = 0
@@ -305,17 +295,16 @@ class ListArgs(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class SetArgs(Struct, kw_only=True, forbid_unknown_fields=True):
-    """``set``: live options; ``if_revision`` makes it conditional (stale if another came
-    between)."""
+    """``set``: live options; ``if_revision``: only at that revision (else stale)."""
 
     values: dict[str, float | str | None]  # milliseconds; a size such as "512MiB"; null clears one
     if_revision: int | None = None
 
 
 class SetAnswer(Struct, kw_only=True):
-    """``outcome``: applied, deferred (in force once the scheduler is up, or once training has given
-    back what is above ``max_train_mem``), stale (``if_revision`` is not the current one) or
-    conflict (the values contradict each other, or what runs); ``effective`` is what is in force."""
+    """``outcome``: applied, deferred (in force once the scheduler is up, or training has given back
+    what is above ``max_train_mem``), stale (``if_revision`` is not the current one) or conflict
+    (the values contradict each other, or what runs); ``effective`` is what is in force."""
 
     outcome: str
     revision: int
@@ -324,8 +313,7 @@ class SetAnswer(Struct, kw_only=True):
 
 
 class StatusAnswer(Struct, kw_only=True):
-    """``status``: the service, the scheduler's view of serving, training and memory, and the
-    queue."""
+    """``status``: the service, the queue, and the scheduler's view of serving, training, memory."""
 
     service: dict[str, Any]
     serving: dict[str, Any] | None
@@ -346,11 +334,7 @@ def encode(message: Any) -> bytes:
 
 
 def decode(data: bytes, kind: type[Any]) -> Any:
-    """JSON bytes as ``kind``.
-
-    Raises:
-        ProtocolError: not JSON, or not of that shape; the message names the path.
-    """
+    """JSON bytes as ``kind``; ProtocolError: not JSON, or not of that shape; it names the path."""
     if len(data) > MAX_HEADER_BYTES and kind is Request:
         raise ProtocolError(f"the header has {len(data)} bytes; at most {MAX_HEADER_BYTES} are accepted")
     try:

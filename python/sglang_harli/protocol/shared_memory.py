@@ -1,8 +1,8 @@
 """Slots: files in /dev/shm that carry tensors between processes without a copy through a socket.
 
-The maker (always the finetune service) creates and faults the pages in; the scheduler maps the file
-and copies tensor by tensor.  Plain mmap instead of multiprocessing.shared_memory, whose resource
-tracker would unlink a slot when any one process ends.
+The finetune service creates one and faults the pages in; the scheduler maps the file and copies
+tensor by tensor.  Plain mmap: the resource tracker of multiprocessing.shared_memory would unlink a
+slot when any one process ends.
 """
 
 from __future__ import annotations
@@ -37,13 +37,11 @@ def layout(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> tuple[li
 
 
 class SharedBufferError(OSError):
-    """A slot cannot be made or opened; the text says why, and what to do where it is not for lack
-    of room."""
+    """A slot cannot be made or opened: why, and what to do where it is not for lack of memory."""
 
 
 def passes(error: OSError | MemoryError) -> bool:
-    """Whether a slot that could not be made may be made later: not one that is larger than all of
-    shared memory."""
+    """Whether a slot may be made later: not one larger than all of shared memory."""
     return isinstance(error, MemoryError) or error.errno != errno.EFBIG
 
 
@@ -57,12 +55,8 @@ def refusal(what: str, error: OSError | MemoryError) -> str:
 
 
 class SharedBuffer:
-    """A mapped slot.  ``buffer`` is a writable memoryview over the whole file.
-
-    Raises:
-        SharedBufferError: shared memory is full (creating), the file is gone (opening), or it or
-            its folder is not this user's alone.
-    """
+    """A mapped slot; ``buffer`` is a writable memoryview over the file.  SharedBufferError: shared
+    memory is full (creating), the file is gone (opening), or it is not this user's alone."""
 
     def __init__(
         self, path: str, nbytes: int, *, create: bool, rest: Callable[[], None] = lambda: None
@@ -82,8 +76,7 @@ class SharedBuffer:
 
     @classmethod
     def create(cls, folder: Path, nbytes: int, rest: Callable[[], None] = lambda: None) -> SharedBuffer:
-        """A new slot in ``folder`` (made with mode 0700), its pages faulted in; ``rest`` is called
-        in between."""
+        """A new slot in ``folder`` (mode 0700), faulted in; ``rest`` is called in between."""
         try:
             failpoint(WriteFailpoint.SLOT)
             os.close(run_paths.open_private(folder, make=True))

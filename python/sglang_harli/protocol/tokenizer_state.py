@@ -1,8 +1,7 @@
 """The server's tokenizer and chat template as one file in the run directory.
 
-The HTTP process, which holds them, writes it before the server serves and names its fingerprint in
-``HttpHello``; the finetune service makes rows with it, so that training sees the ids that serving
-sees.
+The HTTP process writes it before the server serves and names its fingerprint in ``HttpHello``; the
+finetune service makes rows with it, so training sees the ids that serving sees.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ class ChatTemplate(Struct, frozen=True, kw_only=True):
 
 
 class Probe(Struct, frozen=True, kw_only=True):
-    """A text and the ids that the server's tokenizer gives it, with and without the special tokens
-    it adds."""
+    """A text and its ids from the server's tokenizer, with and without added special tokens."""
 
     text: str
     ids: list[int]
@@ -55,12 +53,10 @@ class TokenizerState(Struct, frozen=True, kw_only=True):
             by its path and has to give the ids of ``probes``.
         special_tokens: what templates see: bos_token, eos_token and so on.
         special_ids: control tokens.
-        chat_adds_special: whether a rendered chat is encoded with the special tokens that the
-            tokenizer adds.
+        chat_adds_special: a rendered chat is encoded with the tokenizer's own special tokens.
         split_special: special tokens within a text are encoded as plain text.
         stop_ids: tokens at which serving ends an answer; empty: not known.
-        chat_probe: what the template makes of a chat with ``probes[0].text``; None: it refuses that
-            chat.
+        chat_probe: the template's output for a chat with ``probes[0].text``; None: it refuses it.
         vocabulary: a digest, where there is no backend.
         refusal: why no row can be made with this server; None: rows can.
     """
@@ -102,11 +98,7 @@ def encode(state: TokenizerState) -> bytes:
 
 
 def write(run_dir: str | Path, content: bytes) -> None:
-    """Put an encoded state into the run directory, durably and at once.
-
-    Raises:
-        OSError: the disk refuses.
-    """
+    """Put an encoded state into the run directory, durably, at once; OSError: the disk refuses."""
     failpoint(WriteFailpoint.TOKENIZER)
     path = Path(run_dir) / FILE
     new = path.with_suffix(".new")

@@ -6,9 +6,8 @@ import errno
 
 from sglang_harli.errors import NotReadyError
 
-# Of files that are not there, or cannot be what was meant, and of what is larger than the whole
-# device: the same the next time.  (Without a number it is an error of ours about a file's
-# contents.)
+# Missing or wrong files, and what is larger than the device: the same the next time.  (Without a
+# number it is our own error about a file's contents.)
 _LASTING = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.EFBIG, errno.EINVAL, None),
@@ -19,8 +18,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
 
 
 def passes(error: BaseException) -> bool:
-    """Whether it is worth while to try the same again later: a full disk, no file descriptor or
-    memory left, an input or output error, a database that is locked."""
+    """Whether to try again later: a full disk, no file descriptor or memory left, an input or
+    output error, a locked database."""
     if isinstance(error, OSError):
         return error.errno not in _LASTING
     return isinstance(error, MemoryError | NotReadyError)

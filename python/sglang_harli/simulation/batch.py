@@ -1,7 +1,7 @@
 """The requests of a simulated server: waiting, running, finished.
 
-A request's clock starts with its first token.  On a decode-only instance that is when the instance
-takes it into its batch, at the next boundary between two steps; else at the end of its prefill.
+A request's clock starts with its first token: on a decode-only instance when the next step takes it
+into the batch, else at the end of its prefill.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class Batch:
         self._next = at
 
     def take(self, max_tokens: int | None) -> list[SimulatedRequest]:
-        """The next to run, in their order: as many as have room, and as prompts fit ``max_tokens``,
-        one at least."""
+        """The next to run, in order: as many as fit the batch and ``max_tokens``, one at least."""
         room = self.max_running - len(self.running)
         taken, tokens = 0, 0
         for request in self.waiting[:room]:

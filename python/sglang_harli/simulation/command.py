@@ -64,12 +64,7 @@ class Result:
 
 
 def simulate(options: SimulationOptions) -> Result:
-    """Every policy on every trace asked for.
-
-    Raises:
-        ConfigError: an option's value is not accepted.
-        DataError: the trace file cannot be read or has a bad row.
-    """
+    """Every policy on every trace; ConfigError: a bad option; DataError: a bad trace file."""
     _check(options)
     begin_s = time.monotonic()
     if options.trace:

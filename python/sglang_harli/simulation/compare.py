@@ -29,8 +29,8 @@ class Row:
 
     Attributes:
         outcomes: by policy; ``serve only`` and the best fixed rung among them.
-        oracle: the upper limit; None where prompts are prefilled here, which it does not know, or
-            far beyond the device.
+        oracle: the upper limit; None with prefill here, which it does not know, or far too much
+            load.
         simulated_s: simulated time of all of them.
     """
 
@@ -103,10 +103,7 @@ def compare(
     targets: Targets,
     rate_models: Sequence[str] = RATE_MODELS,
 ) -> Iterator[Row]:
-    """Every policy on one trace, a row for each rate model.
-
-    Policies other than ours do not look at the rate: they run the same under each model.
-    """
+    """Every policy on one trace, a row for each rate model, which our policies alone look at."""
     margin = None if device.noise.exact else 1.1
     for rate_model in rate_models:
         rates = tuple(finetune_rate(rate_model, rung.split) for rung in device.rungs)
@@ -137,8 +134,8 @@ def again(device: SpatialDevice) -> SpatialDevice:
 
 
 def _best_fixed(run: Callable[..., Outcome], rungs: int, attainment: float) -> Outcome:
-    """The fixed rung with the most training that keeps the ladder's attainment, chosen in
-    hindsight; the one with the most decode where none does."""
+    """The fixed rung with the most training that keeps the ladder's attainment, in hindsight; the
+    one with the most decode where none does."""
     outcome = None
     for rung in range(rungs - 1, 0, -1):
         outcome = run(lambda fresh, rung=rung: policies.FixedRung(fresh, rung))

@@ -1,12 +1,9 @@
-"""Latency models that a simulation runs on: what a decode step, a prefill and a training quantum
-take.
+"""Latency models that a simulation runs on: decode steps, prefills and training quanta, in seconds.
 
 The spatial model has the published form (Harli, two-stage latency predictor): at a rung with ``s``
 decode and ``f`` finetune SMs, a batch of ``b`` requests with ``x`` context tokens takes
 
     T2 = (c_s + beta_s * b + kappa_s * x) * (1 + rho_s * f)
-
-All times in seconds.
 """
 
 from __future__ import annotations
@@ -21,12 +18,8 @@ from sglang_harli.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """One rung of a ladder and the line of its decode step.
-
-    Attributes:
-        base_s, request_s, token_s: solo step: per step, per request, per context token.
-        stretch: co-run factor of the step, 1 without training.
-    """
+    """One rung of a ladder and its decode step, solo, per step, per request and per context token.
+    ``stretch``: co-run factor of the step, 1 without training."""
 
     split: SmSplit
     base_s: float
@@ -43,9 +36,9 @@ class Rung:
         return self.alone_s(batch, context_tokens) * self.stretch
 
 
-# The constants that the published prototype fitted for an RTX 6000 Ada (142 SMs) and a model of the
-# class of Llama-3-8B: decode SMs: c [ms], beta [ms per request], kappa [1e-4 ms per context token],
-# rho [1e-3 per finetune SM].
+# Fitted by the published prototype for an RTX 6000 Ada (142 SMs) and a model like Llama-3-8B:
+# decode SMs: c [ms], beta [ms per request], kappa [1e-4 ms per context token], rho [1e-3 per
+# finetune SM].
 _ADA = {
     16: (32.02, 0.0557, 2.213, 1.90),
     28: (19.73, 0.0976, 1.627, 2.35),
@@ -61,12 +54,11 @@ _ADA = {
 # Its ladder, from the most decode to the most training.
 _ADA_LADDER = ((128, 8), (116, 24), (100, 40), (84, 56), (72, 68), (56, 84), (44, 96), (28, 112))
 ADA_SMS = 142
-# Prefill on the whole device.  Not published: 2 FLOPs for each of 8e9 weights and each token, at
-# half of the card's 364 TFLOP/s in bf16, and 5 ms a batch.
+# Not published: 2 FLOPs for each of 8e9 weights and each token, at half of the card's 364 TFLOP/s
+# in bf16, and 5 ms a batch, on the whole device.
 ADA_PREFILL_TOKEN_S = 2 * 8e9 / (0.5 * 364e12)
 ADA_PREFILL_S = 5e-3
-# One layer's forward or backward over a few hundred tokens on some fifty SMs; not published, the
-# same arithmetic.
+# One layer's forward or backward over a few hundred tokens on some fifty SMs; not published.
 ADA_QUANTUM_S = 5e-3
 
 
@@ -99,12 +91,8 @@ def finetune_rate(model: str, split: SmSplit) -> float:
 # ------------------------------------------------------------------ devices
 @dataclass
 class Noise:
-    """What separates true times from the model's: a factor drawn for each step, and a steady one.
-
-    Attributes:
-        sigma: of the logarithm of the factor; 0: predictions hold exactly.
-        error: true times are this share above the predicted ones (below, if negative).
-    """
+    """What separates true times from the model's: ``sigma`` of the logarithm of each step's random
+    factor (0: none), and ``error``, a share of the predicted time on top of it."""
 
     sigma: float = 0.0
     error: float = 0.0
@@ -153,10 +141,8 @@ class SpatialDevice:
     max_prefill_tokens: int = 16384
 
     def predicted_s(self, rung: int, batch: int, context_tokens: int, train_s: float = math.inf) -> float:
-        """A decode step with so much training beside it, at most a whole step of it.
-
-        While training runs, decode advances at ``1 / stretch`` of its pace on the same SMs.
-        """
+        """A decode step with so much training beside it, at most a whole step of it.  While
+        training runs, decode advances at ``1 / stretch`` of its pace on the same SMs."""
         line = self.rungs[rung]
         alone_s = line.alone_s(batch, context_tokens)
         return alone_s + min(train_s, alone_s * line.stretch) * (1 - 1 / line.stretch)
@@ -171,13 +157,8 @@ class SpatialDevice:
 class TimeSharedDevice:
     """A device that decodes and trains by turns, such as a CPU.
 
-    The defaults have the shape of two CPU cores and a model of 25M parameters
-    (docs/internals/training-step.md): recomputation and backward of one layer for 256 tokens take
-    17 ms, for 4 times 256 take 56 ms.
-
-    Attributes:
-        solo: line of a decode step.
-        sizes: rows that a quantum may take.
+    The defaults have the shape of two CPU cores and a 25M model (docs/internals/training-step.md).
+    ``solo``: line of a decode step; ``sizes``: rows that a quantum may take.
     """
 
     solo: Rung = field(default_factory=lambda: Rung(SmSplit(1, 0), 9e-3, 0.6e-3, 0.5e-6, 1.0))

@@ -1,7 +1,4 @@
-"""The discrete-event simulator: a trace, a device and a policy; from step to step, no time between.
-
-A simulated second costs a few milliseconds, so hundreds of them pass in one.
-"""
+"""The discrete-event simulator: a trace, a device and a policy, from step to step."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ DRAIN = 3.0  # a run ends after this many windows, finished or not
 
 
 def window_s(trace: Trace, targets: Targets) -> float:
-    """The time over which training is counted: until the last request would be over at exactly its
-    target, and a second.  It depends on no policy."""
+    """The time in which training counts: until the last request would end exactly at its target,
+    and a second.  It depends on no policy."""
     return 1.0 + max(request.arrival_s + request.output_tokens * targets.tpot_s for request in trace.requests)
 
 
@@ -42,11 +39,9 @@ def run_spatial(
 ) -> Outcome:
     """Decode on the SMs of a rung, training on the others, a rung for each step.
 
-    While nothing is served every policy trains at the rung with the highest rate.  Changing the
-    rung takes no time: decode graphs exist for each (Harli, QoS scheduler).
-
-    Args:
-        rates: training throughput at each rung.
+    While nothing is served every policy trains at the highest of ``rates``.  Changing the rung
+    takes no time: decode graphs exist for each (Harli, QoS scheduler).  ``rates``: training
+    throughput at each rung.
     """
     tally = Tally(window_s(trace, targets))
     batch = Batch(trace, max_running)
@@ -137,8 +132,7 @@ def run_temporal(
 def _train(
     batch: Batch, device: TimeSharedDevice, policy: TemporalPolicy, tally: Tally, now_s: float
 ) -> float:
-    """Quanta until the policy wants none, or, while nothing is served, until one has run; when that
-    is."""
+    """Quanta until the policy wants none or, with nothing served, one has run; returns when."""
     begin_s = now_s
     while True:
         batch.arrive(now_s)

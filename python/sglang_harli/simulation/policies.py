@@ -1,8 +1,7 @@
-"""The policies that are compared: ours, driven as the scheduler drives it, and those known from the
-field.
+"""The policies that are compared: ours, driven as the scheduler drives it, and known ones.
 
 A spatial policy answers before each decode step with the index of a rung; a temporal one after each
-step, and again after each quantum, with the rows of the next quantum or 0.
+step and each quantum, with the rows of the next quantum or 0.
 """
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ class SpatialPolicy(Protocol):
 
 
 class RecentMargin:
-    """Upper bound over expectation: the 99th percentile of the recent ratios of measured to
-    predicted times."""
+    """Upper bound over expectation: 99th percentile of recent measured to predicted times."""
 
     def __init__(self, first: float, size: int = 200) -> None:
         self.ratio = first
@@ -68,13 +66,8 @@ class RecentMargin:
 
 
 class HarliSpatial:
-    """``qos_policy.choose_rung`` on the ledger's slack.
-
-    Args:
-        rates: training throughput at each rung of the device.
-        first_margin: upper bound over expectation until it has been measured; None: predictions
-            hold exactly.
-    """
+    """``qos_policy.choose_rung`` on the ledger's slack; ``rates`` of training at each rung, and
+    ``first_margin``, upper bound over expectation until measured (None: exact predictions)."""
 
     name = "harli"
 
@@ -135,13 +128,9 @@ class _Untaught:
 
 
 class OneRungLadder(_Untaught):
-    """The published prototype (Harli, QoS scheduler): before each step one rung toward decode when
-    the predicted co-run time is above the upper threshold, one toward training when it is below the
-    lower, else none.
-
-    Args:
-        lower_s, upper_s: its thresholds, 30 and 40 ms in the online loop.
-    """
+    """The published prototype (Harli, QoS scheduler): before each step one rung toward decode above
+    a predicted co-run time of ``upper_s`` (40 ms online), toward training below ``lower_s`` (30
+    ms)."""
 
     name = "one-rung ladder"
 
@@ -171,9 +160,8 @@ class FixedRung(_Untaught):
 
 
 class BatchThreshold(_Untaught):
-    """SMs for decode in proportion to the batch, as SGLang's PD multiplexing divides them (0.5.16,
-    its default ``decode_bs_divisor`` of 36): the most training at a batch of one, the most decode
-    from 36 on."""
+    """SMs for decode in proportion to the batch, as in SGLang 0.5.16's PD multiplexing
+    (``decode_bs_divisor`` 36): training has most at a batch of one, decode has most from 36 on."""
 
     name = "batch threshold"
 
@@ -201,8 +189,7 @@ class TemporalPolicy(Protocol):
 
 
 class _Quanta:
-    """Training in a simulation: always the same quantum to offer (``slotting.Training``).  The
-    engine runs it."""
+    """Always the same quantum to offer (``slotting.Training``).  The engine runs it."""
 
     queued_s, saving, barred = 0.0, False, None
 
@@ -225,11 +212,7 @@ class _Quanta:
 
 
 class HarliTemporal:
-    """The scheduler's own loop between two steps of serving (``Slotting``), on the ledger's slack.
-
-    Args:
-        margin: upper bound over expectation; 1: predictions hold exactly.
-    """
+    """The scheduler's own ``Slotting`` on the ledger's slack; ``margin`` 1: exact predictions."""
 
     name = "harli"
 
@@ -294,8 +277,7 @@ class HarliTemporal:
 
 
 class FixedQuantum:
-    """One quantum of a fixed size after each step, whatever is served, and back to back while
-    nothing is."""
+    """One quantum of a fixed size after each step, and back to back while nothing is served."""
 
     def __init__(self, rows: int) -> None:
         self.name = f"fixed {rows} rows"

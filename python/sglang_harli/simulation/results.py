@@ -13,7 +13,6 @@ class Outcome:
     """One policy on one trace.
 
     Attributes:
-        policy: its name.
         requests: in the trace; ``finished`` of them came to an end.
         tokens: given out, first tokens included.
         attainment: share of the requests whose mean time per output token met the target.
@@ -45,11 +44,7 @@ class Outcome:
 
 
 class Tally:
-    """Sums while a run goes on.
-
-    Args:
-        window_s: work after this time does not count.
-    """
+    """Sums while a run goes on; work after ``window_s`` does not count."""
 
     def __init__(self, window_s: float) -> None:
         self.window_s = window_s

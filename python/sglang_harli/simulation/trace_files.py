@@ -1,11 +1,8 @@
-"""Traces in files: the published CSV formats, and our own small one.
-
-Distinguished by their header:
+"""Traces in files: the published CSV formats, and our own small one, by their header.
 
 - Azure LLM inference traces: ``TIMESTAMP, ContextTokens, GeneratedTokens`` (times of day).
 - BurstGPT: ``Timestamp, Model, Request tokens, Response tokens, Total tokens, Log Type`` (seconds;
-  newer files have more columns).  Rows without a response are failures of the service and are left
-  out.
+  newer files have more columns).  Rows without a response are failures, left out.
 - ours: ``arrival_s, prompt_tokens, output_tokens``, comment lines with ``#`` before the header.
 """
 
@@ -28,15 +25,8 @@ LONGEST_TOKENS = 10_000_000
 
 
 def read(path: str | Path, *, limit: int | None = None) -> Trace:
-    """The requests of a trace file in the order of their arrival, the first at 0 s.
-
-    Args:
-        limit: at most so many rows from the file's beginning.
-
-    Raises:
-        DataError: the file cannot be read, its format is not known, or a row is bad; names file,
-            line and field.
-    """
+    """The requests of a trace file in the order of arrival, the first at 0 s; at most ``limit``
+    rows.  DataError names file, line and field of a bad row, or an unreadable or unknown file."""
     path = Path(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:

@@ -1,11 +1,9 @@
-"""Traces of requests: arrivals, prompt and output lengths; made from a seed, or read from published
-files.
+"""Traces of requests (arrivals, prompt and output lengths), from a seed or from published files.
 
 Three workloads, each with the source of its figures.  Lengths are drawn from tables of quantiles,
 interpolated in their logarithms; prompt and output independently (their correlation in the Azure
-files is -0.11 and 0.00). Arrivals are a Gamma renewal process whose rate swings.  Standard library
-only: ``random`` keeps its streams from version to version, so that a trace comes back from its
-seed.
+files is -0.11 and 0.00).  Arrivals are a Gamma renewal process whose rate swings.  Standard library
+only: ``random`` keeps its streams from version to version, so a seed always gives the same trace.
 """
 
 from __future__ import annotations
@@ -32,12 +30,7 @@ class TraceRequest:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Requests in the order of their arrival.
-
-    Attributes:
-        name: where it comes from, for tables.
-        requests: at least one.
-    """
+    """Requests (at least one) in the order of their arrival; ``name`` is for tables."""
 
     name: str
     requests: tuple[TraceRequest, ...]
@@ -60,9 +53,8 @@ class Workload:
     Attributes:
         gap_shape: shape of the Gamma distribution of the gaps between arrivals; 1 is Poisson, less
             is bursty (the coefficient of variation is ``shape ** -0.5``).
-        swing: amplitude of the sinusoid that the rate follows, as a share of its mean.
+        swing: amplitude of the rate's sinusoid, as a share of its mean.
         prompt, output: quantiles of the lengths in tokens.
-        source: where each figure comes from.
     """
 
     name: str
@@ -177,9 +169,8 @@ class Recipe:
         )
 
 
-# File by file, in the package's simulation/trace_data.  At a mean batch of 64 the peaks of the full
-# swing are more than the card of the published constants can serve alone within 40 ms per token; no
-# policy could keep the target there.
+# File by file, in simulation/trace_data.  At a mean batch of 64 the full swing's peaks are more
+# than the published card can serve alone within 40 ms per token.
 COMMITTED = {
     "conv-04": Recipe("azure-conv", 4),
     "conv-08": Recipe("azure-conv", 8),
@@ -193,9 +184,7 @@ COMMITTED = {
 
 
 def workload(name: str) -> Workload:
-    """Raises:
-    ConfigError: no workload of this name; the message lists those that are.
-    """
+    """The workload; ConfigError lists those that are known."""
     found = WORKLOADS.get(name)
     if found is None:
         raise ConfigError(
@@ -230,17 +219,12 @@ def generate(
     swing: float | None = None,
     swing_period_s: float | None = None,
 ) -> Trace:
-    """A trace with the workload's statistics.
+    """A trace with the workload's statistics; ConfigError: a value that is not accepted.
 
     Args:
         duration_s: about how long; the rate is what has to fit.
-        mean_batch: as ``Trace.mean_batch`` counts it, exactly.
-        tpot_s: the target that the mean batch refers to.
-        swing: amplitude in place of the workload's.
-        swing_period_s: of the sinusoid; default: the duration.
-
-    Raises:
-        ConfigError: a value that is not accepted.
+        mean_batch: as ``Trace.mean_batch`` counts it, exactly; ``tpot_s`` is its target.
+        swing: amplitude in place of the workload's; swing_period_s: default: the duration.
     """
     checks = {
         "duration-s": duration_s,
@@ -276,8 +260,7 @@ def generate(
 
 
 def _unswing(share: float, amplitude: float, period: float) -> float:
-    """When, of 0 to 1, this share of the arrivals has come, at a rate of
-    ``1 + amplitude * sin(2 pi t / period)``."""
+    """When a share (0 to 1) of arrivals has come, at rate ``1 + amplitude * sin(2πt / period)``."""
 
     def came(at: float) -> float:
         return at + amplitude * period / math.tau * (1 - math.cos(math.tau * at / period))

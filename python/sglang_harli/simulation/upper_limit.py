@@ -61,8 +61,8 @@ class Limit:
 
     Attributes:
         rate: work per second over the window, in the unit of the rates.
-        tpot_s: the time per token of the deadlines that it keeps: the ledger's, or the least
-            stretched one that the program finds possible.
+        tpot_s: the time per token of its deadlines: the ledger's, or the least feasible stretched
+            one.
     """
 
     rate: float
@@ -71,13 +71,12 @@ class Limit:
 
 @dataclass
 class Bounds:
-    """What every policy that keeps the deadlines has in common, per slot (arrays) or at the slots'
+    """What all policies that keep the deadlines have in common, per slot (arrays) or at slots'
     ends.
 
     Attributes:
         least_batch, most_batch, least_context, most_context: of any step in the slot.
-        shortest_s: no step that runs in the slot is shorter.
-        longest_s: no step is longer.
+        shortest_s, longest_s: bounds of any step in the slot.
         tokens_late, tokens_early, context_late, context_early: given out, and read, by the slot's
             end.
         surely: for each request, index of the last border at which it surely runs.
@@ -154,8 +153,7 @@ def bounds_of(trace: Trace, rungs: tuple[Rung, ...], step_s: float, slot_s: floa
 def with_pauses(
     rungs: tuple[Rung, ...], rates: tuple[float, ...]
 ) -> tuple[tuple[Rung, ...], tuple[float, ...]]:
-    """The rungs, and each rung's SMs without training, but for those that others are never slower
-    than."""
+    """The rungs, and each rung's SMs without training unless others are never slower."""
     alone = [dataclasses.replace(rung, stretch=1.0) for rung in rungs]
     lines = [(rung.base_s, rung.request_s, rung.token_s) for rung in alone]
     best = [
@@ -189,8 +187,7 @@ class _Program:
         self.most.append(most)
 
     def most_of(self, gain: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> float | None:
-        """The maximum of the gain over all variables within their bounds; None: no point is
-        feasible."""
+        """The maximum of the gain over all variables within their bounds; None: infeasible."""
         from scipy.optimize import LinearConstraint, milp
         from scipy.sparse import csr_array
 
@@ -214,13 +211,11 @@ def limit(
     """The most that can be trained on a decode-only device, per second of ``engine.window_s``.
 
     Args:
-        rates: work per second at each rung, and with the highest of them (or ``gap_rate``) while
-            nothing is served.
+        rates: work per second at each rung; the highest (or ``gap_rate``) while nothing is served.
         gap_rate: work per second of training between steps, where decode and training take turns.
         slot_s: shorter slots make a tighter limit and take longer.
 
-    Returns:
-        None where the load is so far beyond the device that there is no target to speak of.
+    None where the load is so far beyond the device that there is no target to speak of.
     """
     rungs, rates = with_pauses(rungs, rates)
     over_s = window_s(trace, targets)
@@ -242,8 +237,8 @@ def _solve(
     gap_rate: float,
     slot_s: float,
 ) -> float | None:
-    """The program's maximum over the window, per second; None: nothing was found that keeps these
-    deadlines (a stretched target is then tried, which makes the limit looser, never too tight)."""
+    """The program's maximum over the window, per second; None: these deadlines are infeasible (a
+    stretched target is then tried, which makes the limit looser, never too tight)."""
     slots = int(np.ceil(over_s / slot_s))
     slot_s = over_s / slots
     bounds = bounds_of(trace, rungs, step_s, slot_s, slots)
@@ -300,8 +295,7 @@ def _load_rows(program: _Program, bounds: Bounds, slot: int, steps: int, tokens:
 def _pace_rows(
     program: _Program, trace: Trace, bounds: Bounds, step_s: float, slot_s: float, sums: int
 ) -> None:
-    """Point 2: what each request asks of the steps between two borders; only the strictest of each
-    pair is kept."""
+    """Point 2: what each request asks of the steps between two borders, the strictest of a pair."""
     strictest: dict[tuple[int, int], float] = {}
     clock = np.concatenate([[0.0], np.cumsum(slot_s / bounds.shortest_s)])
     borders = slot_s * np.arange(len(clock))

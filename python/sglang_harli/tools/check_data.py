@@ -1,9 +1,5 @@
-"""Look at a data file the way the service will: rows, bad lines, lengths, what is learned
-(``harli check-data``).
-
-Uses the service's own code, so what passes here passes there (the served limits on rank and memory
-aside).
-"""
+"""``harli check-data``: rows, bad lines, lengths and what is learned of a data file.  Uses the
+service's own code, so the result is the same (but for limits on rank and memory)."""
 
 from __future__ import annotations
 
@@ -27,18 +23,11 @@ def check_data(
     max_seq_length: int | None = None,
     on_overflow: str = "error",
 ) -> dict[str, Any]:
-    """Validate a JSONL file against the tokenizer and chat template that a server with ``flags``
-    would have.
+    """Validate a JSONL file against the tokenizer and chat template of a server with ``flags``.
 
     Hides torch from this process, as the service does: call it from a process of its own.
-
-    Args:
-        data: the file.
-        flags: as the server gets them.
-        max_seq_length: longest row in tokens; default: the model's limit.
-
-    Returns:
-        See ``service.data.report.data_report``.
+    ``max_seq_length``: longest row in tokens; default: the model's limit.  Returns
+    ``service.data.report.data_report``.
 
     Raises:
         ConfigError: the model's tokenizer cannot be loaded, or an option is not accepted.

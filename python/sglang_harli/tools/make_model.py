@@ -1,7 +1,7 @@
 """A small model with tokenizer and chat template, for trying things out (``harli make-model``).
 
-The weights are pretrained in place on generated text (``toy_text``): a purely random base cannot be
-taught by LoRA alone.  The number of steps depends on the arguments only, never on the clock, so the
+The weights are pretrained in place on generated text (``toy_text``): LoRA alone cannot teach a
+purely random base.  The number of steps depends on the arguments only, never on the clock, so the
 same arguments give the same model on the same machine.
 """
 
@@ -86,9 +86,7 @@ def make_model(
 
     Args:
         directory: made if missing; must be empty.
-        arch: one of ``ARCHITECTURES``.
-        size: one of ``SIZES``.
-        dtype: of the saved weights, one of ``DTYPES`` (pretraining is in float32).
+        arch, size, dtype: of ``ARCHITECTURES``, ``SIZES``, ``DTYPES`` (pretraining is in float32).
         seed: of the text, the tokenizer, the weights and the order of the rows.
         seconds: about how long to pretrain on two cores (it sets a fixed number of steps; default:
             by size, 12 for tiny); 0 leaves the weights random.
@@ -97,12 +95,8 @@ def make_model(
         overrides: fields of the transformers configuration, for example ``intermediate_size``.
         report: called with a line of progress now and then.
 
-    Returns:
-        ``path, arch, size, dtype, parameters, vocab_size, steps, loss, seconds``; ``loss`` is None
-        without pretraining.
-
-    Raises:
-        ConfigError: an argument is not accepted, or the folder is not empty.
+    Returns ``path, arch, size, dtype, parameters, vocab_size, steps, loss, seconds``; ``loss`` is
+    None without pretraining.  ConfigError: a bad argument, or the folder is not empty.
     """
     _check(arch, size, dtype, seed, seconds, steps)
     path = _empty_folder(directory)
@@ -259,8 +253,7 @@ def _rows(facts: ToyFacts, tokenizer: Any, seed: int, count: int) -> list[list[i
 def _pretrain(
     model: Any, tokenizer: Any, facts: ToyFacts, steps: int, seed: int, say: Callable[[str], None]
 ) -> float:
-    """Plain causal-LM training in place; the loss counts every token.  Returns the last steps' mean
-    loss."""
+    """Causal-LM training in place; every token counts.  Returns the last steps' mean loss."""
     import torch
 
     threads = torch.get_num_threads()

@@ -1,9 +1,8 @@
-"""``harli profile``: sweeps a server with requests and writes what it measured of itself to a
-profile table.
+"""``harli profile``: has a server measure itself under a sweep of requests; writes a profile table.
 
-The server, a running one or one that is started for it, measures its own batches; this only makes
-it compute each size of batch for a few tokens, through SGLang's HTTP port.  Loads that are in the
-table already are left out, so that a sweep goes on where the last one ended.
+The server, a running one or one that is started for it, computes each size of batch for a few
+tokens, asked through SGLang's HTTP port.  Loads that are in the table already are left out, so that
+a sweep goes on where the last one ended.
 """
 
 from __future__ import annotations
@@ -33,12 +32,7 @@ NOT_FOUND = "not_found"
 
 @dataclass(frozen=True, slots=True)
 class ServerPort:
-    """A server's HTTP port.
-
-    Attributes:
-        url: of it.
-        api_key: what the server was given as ``--api-key``; None: nothing.
-    """
+    """A server's HTTP port; ``api_key``: its ``--api-key``, None where it has none."""
 
     url: str
     api_key: str | None = None
@@ -61,13 +55,8 @@ class ServerProfile:
 
 
 def ask(port: ServerPort) -> ServerProfile:
-    """What the server at ``port`` has measured.
-
-    Raises:
-        NotReadyError: it cannot be reached.
-        ConfigError: it wants another API key.
-        UnsupportedError: it is no server with finetuning.
-    """
+    """What the server at ``port`` has measured; NotReadyError: it is out of reach, ConfigError: it
+    wants another API key, UnsupportedError: it has no finetuning."""
     none = (
         f"the server at {port.url} says nothing of latencies that this harli understands: give the --url of a server "
         "of the same version that runs with finetuning"
@@ -90,21 +79,15 @@ def sweep(
     budget_s: float,
     progress: Callable[[list[Load]], Iterator[Load]],
 ) -> dict[str, Any]:
-    """Measure what is missing, and write the table: at the end, and on the way, so that a sweep
-    that is cut off goes on.
+    """Measure what is missing, and write the table: at the end, and on the way.
 
     Args:
-        port: of the server.
         output: the file; None: where the server looks for it.
         budget_s: no further load is begun after so many seconds.
         progress: shows the loads as they are taken.
 
-    Returns:
-        path, points, loads that were measured now, loads that are still missing.
-
-    Raises:
-        ConfigError: the server's folder is not on this machine, the file cannot be written, or the
-            API key is wrong.
+    Returns path, points, measured loads, missing loads.  ConfigError: the server's folder is not on
+    this machine, the file cannot be written, or the API key is wrong.
     """
     found = ask(port)
     path = _target(output, found.path)
@@ -154,16 +137,14 @@ def sweep_new(
     progress: Callable[[list[Load]], Iterator[Load]],
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """``sweep`` on a server that is started for it, in a run directory of its own, and ended
-    afterwards.
+    """``sweep`` on a server that is started for it, in a run directory of its own, and then ended.
 
     Args:
         model: as ``--model-path`` of the launcher.
         flags: further flags of the launcher; the table is good for a server with the same ones.
         report: gets a line before the server starts.
 
-    Raises:
-        HarliError: the server did not start; with the end of its log.
+    HarliError: the server did not start; with the end of its log.
     """
     with tempfile.TemporaryDirectory(prefix="harli-profile-") as folder:
         log = Path(folder) / "server.log"

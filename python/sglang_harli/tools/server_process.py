@@ -31,15 +31,8 @@ def free_port() -> int:
 class ServerProcess:
     """``with ServerProcess(...) as server`` waits until it serves, and leaves no process behind.
 
-    Args:
-        model: folder of the model.
-        run_dir: of the finetune service.
-        log: file that takes the output of all its processes.
-        flags: more flags of the launcher.
-
-    Attributes:
-        url: of the HTTP port.
-        endpoint: of the finetune service.
+    ``run_dir`` and ``endpoint`` are the finetune service's; ``log`` takes the output of all its
+    processes; ``flags`` are further ones of the launcher; ``url`` is the HTTP port's.
     """
 
     def __init__(self, model: Path, run_dir: Path, log: Path, *flags: str) -> None:

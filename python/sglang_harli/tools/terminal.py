@@ -1,9 +1,7 @@
-"""What the commands print, on terminals and pipes of any encoding: the only place that writes to
-them.
+"""The only place that writes what commands print, to terminals and pipes of any encoding.
 
-``prepare`` puts streams in place of ``sys.stdout`` and ``sys.stderr`` that escape what would steer
-a terminal and what cannot be encoded.  rich, which colours and moves the cursor, writes to
-``unescaped``: its texts are escaped before it gets them.
+``prepare`` replaces ``sys.stdout`` and ``sys.stderr`` by streams that escape what would steer a
+terminal and what cannot be encoded.  rich writes to ``unescaped``: its texts are escaped before.
 """
 
 from __future__ import annotations
@@ -31,9 +29,8 @@ class _Stream(io.TextIOBase):
     """A text stream that never fails on a character and never passes a control character on.
 
     Args:
-        inner: writes to the file.
-        escape: whether control characters are escaped here.
-        quiet: failures to write are passed over, not raised: there is nowhere left to tell of them.
+        escape: control characters are escaped here.
+        quiet: write failures are ignored: there is nothing left to report them to.
     """
 
     def __init__(self, inner: TextIO, *, escape: bool, quiet: bool) -> None:
@@ -74,8 +71,7 @@ class _Stream(io.TextIOBase):
 
 
 def _discard(inner: TextIO) -> None:
-    """What is left in the buffers goes nowhere: at its end Python would try once more to write it,
-    and complain."""
+    """Drop what is in the buffers: at its end Python would try to write it again, and complain."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, inner.fileno())
     os.close(nowhere)

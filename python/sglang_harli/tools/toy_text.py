@@ -1,7 +1,7 @@
 """Questions and answers about made-up places, from a seed: what small models are pretrained on.
 
-Standard library only.  The same seed gives the same text; ``unseen_questions`` gives questions
-about places that the pretraining text never mentions, which is what a finetune job can then teach.
+Standard library only.  ``unseen_questions`` are about places that the pretraining text never
+mentions, which a finetune job can then teach.
 """
 
 from __future__ import annotations
@@ -181,12 +181,7 @@ class ToyFacts:
         return out
 
     def unseen_facts(self, count: int) -> list[Fact]:
-        """Questions about places that pretraining never mentions, one place each, and their
-        answers.
-
-        Raises:
-            ValueError: more than there are unseen places.
-        """
+        """Facts about places that pretraining never mentions; ValueError: more than there are."""
         if count > len(self.unseen_places):
             raise ValueError(f"{count} unseen facts asked for; there are {len(self.unseen_places)} places")
         return [self.fact(x, i % len(RELATIONS)) for i, x in enumerate(self.unseen_places[:count])]

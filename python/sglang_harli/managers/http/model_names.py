@@ -1,14 +1,14 @@
 """HTTP process: which model a request's ``model`` names: an adapter, the served base, or nothing.
 
 SGLang reads an adapter only from ``base:adapter`` and serves every other name from the base,
-silently. Here the names of loaded adapters come first, then the served base's names; a name of the
-form that this server gives its adapters and that is neither is a 404; every other name does what
-SGLang does (clients rely on ``"model": "default"``).
+silently.  Here loaded adapters come first, then the served base's names; any other name of the form
+that this server gives adapters is a 404; the rest does what SGLang does (clients rely on ``"model":
+"default"``).
 
 Leans on SGLang's OpenAIServingBase (_resolve_lora_path, create_error_response, and handle_request,
-which turns an HTTPException into create_error_response(message=its detail)), OpenAIServingResponses
-.create_responses, AnthropicServing.handle_messages, TokenizerManager.lora_registry and
-.lora_ref_cache.
+which turns an HTTPException into create_error_response(message=its detail)),
+OpenAIServingResponses.create_responses, AnthropicServing.handle_messages,
+TokenizerManager.lora_registry and .lora_ref_cache.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ BAD_REQUEST = 400
 
 
 class MissingModelText(str):
-    """The message of a missing adapter; its type tells ``create_error_response`` which form to give
-    it."""
+    """The message of a missing adapter; its type selects the form of ``create_error_response``."""
 
 
 def missing_model_text(tokenizer_manager: Any, name: str) -> MissingModelText:
@@ -49,8 +48,7 @@ def _openai_error(status: int, message: str, code: str) -> JSONResponse:
 
 # ------------------------------------------------------------------ the rule
 def is_adapter(tokenizer_manager: Any, name: str) -> bool:
-    """Whether ``name`` is an adapter that answers: loaded, or evicted and loaded again when asked
-    for."""
+    """Whether the adapter ``name`` answers: loaded, or evicted and loaded again on demand."""
     if _other_base(tokenizer_manager, name):
         return False
     registered = tokenizer_manager.lora_registry.get_all_adapters()
@@ -68,8 +66,7 @@ def _is_base(tokenizer_manager: Any, name: str) -> bool:
 
 
 def find_adapter(tokenizer_manager: Any, model: str) -> tuple[str | None, bool]:
-    """The adapter that ``model`` names (None: the base answers), and whether it is one that is
-    missing."""
+    """The adapter that ``model`` names (None: the base answers), and whether it is missing."""
     if is_adapter(tokenizer_manager, model):
         return model, False
     if _is_base(tokenizer_manager, model):
@@ -86,11 +83,7 @@ def resolve_lora_path(
     serving: Any, request_model: str, explicit_lora_path: str | list[str | None] | None
 ) -> str | list[str | None] | None:
     """Replaces ``OpenAIServingBase._resolve_lora_path``: the adapter's name, or what the request
-    gave.
-
-    Raises:
-        HTTPException: 404, an adapter of ours that does not exist.
-    """
+    gave; HTTPException 404: an adapter of ours that does not exist."""
     adapter, missing = find_adapter(serving.tokenizer_manager, request_model)
     if missing:
         raise HTTPException(
@@ -102,8 +95,7 @@ def resolve_lora_path(
 def create_error_response(
     original: Callable[..., Any], serving: Any, message: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """Around ``OpenAIServingBase.create_error_response``: a missing adapter gets OpenAI's own
-    form."""
+    """Around ``OpenAIServingBase.create_error_response``: OpenAI's form for a missing adapter."""
     if isinstance(message, MissingModelText):
         return _openai_error(NOT_FOUND, message, "model_not_found")
     return original(serving, message, *args, **kwargs)
@@ -112,8 +104,7 @@ def create_error_response(
 async def create_responses(
     original: Callable[..., Awaitable[Any]], serving: Any, request: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Around ``OpenAIServingResponses.create_responses``, which knows no adapters and would answer
-    as the base."""
+    """Around ``OpenAIServingResponses.create_responses``, which knows no adapters."""
     adapter, missing = find_adapter(serving.tokenizer_manager, request.model)
     if missing:
         return missing_model_error(serving.tokenizer_manager, adapter or request.model)

@@ -1,11 +1,11 @@
-"""HTTP process: a finished adapter becomes servable under its name, and an evicted one comes back.
+"""HTTP process: makes a finished adapter servable under its name, and an evicted one again.
 
-SGLang's LoRA registry lives in this process, so publication goes through it.  One pair of tasks in
-the server's event loop: one reads what the finetune service sends, the other publishes, one adapter
-at a time. The scheduler loads the tensors from shared memory in slices between batches; only when
-it is done is the name registered, so no request ever meets half an adapter.  SGLang's
-``lora_update_lock`` is held while the loading begins and while the name is registered, not in
-between.  Every step may be repeated: a name that is served already answers ok.
+SGLang's LoRA registry lives in this process.  Two tasks in the server's event loop: one reads the
+finetune service's messages, the other publishes, one adapter at a time.  The scheduler loads the
+tensors from shared memory in slices between batches; the name is registered when all are there, so
+no request meets half an adapter.  SGLang's ``lora_update_lock`` is held while the loading begins
+and while the name is registered, not in between.  Every step may be repeated: a name that is served
+already answers ok.
 
 Leans on SGLang's TokenizerManager (lora_update_lock, lora_registry, lora_ref_cache, server_args),
 LoRARef and LoadLoRAAdapterReqOutput; mirrors the bookkeeping of
@@ -57,12 +57,9 @@ class AdapterPublisher:
         handover: of this server's tokenizer; None where it has none.
 
     Attributes:
-        was_ready: the service's socket was open and the scheduler's hello had reached it, at least
-            once.
-        state: the latest the service said of itself.
-        received: messages that have come from the service.
-        others: adapters of another base than the served one, and the sentence that says so: they
-            are not served.
+        was_ready: the service's socket has been open and the scheduler's hello had reached it.
+        state: the latest ServiceState; received: how many messages the service has sent.
+        others: adapters of another base, which are not served, and the sentence that says so.
         down: why there is no service any more; None while there is one, or will be again.
     """
 
@@ -109,8 +106,7 @@ class AdapterPublisher:
         self._task = self._socket = self._context = None
 
     async def _open(self) -> zmq.asyncio.Socket:
-        """Connect; where that is impossible (no descriptor is left) it is logged, and tried again
-        each second."""
+        """Connect; a failure (no descriptor is left) is logged, and tried again each second."""
         said = ""
         while True:
             socket = None
@@ -167,8 +163,7 @@ class AdapterPublisher:
     async def _publish_queued(self) -> None:
         while True:
             wanted = await self._queue.get()
-            # The slot of a question that was asked again, or by a service that is gone, may be gone
-            # too.
+            # The slot of a repeated question, or of a service that is gone, may be gone too.
             if self._newest.get(wanted.name) is wanted:
                 await self._publish(wanted)
                 if self._newest.get(wanted.name) is wanted:
@@ -218,8 +213,7 @@ class AdapterPublisher:
             await self._send(internal.AdapterWanted(name=name))
 
     def _remember(self, names: list[str]) -> None:
-        """Adapters of earlier runs of the server: loaded when first asked for, as if they were
-        evicted."""
+        """Adapters of earlier runs of the server: loaded on demand, like evicted ones."""
         if not names:
             return
         from sglang.srt.lora.lora_registry import LoRARef
@@ -229,8 +223,7 @@ class AdapterPublisher:
                 self._manager.lora_ref_cache[name] = LoRARef(lora_name=name, lora_path=TENSOR_PATH)
 
     def _note_others(self, others: dict[str, list[str]] | None) -> None:
-        """Adapters that belong to another base: after an update of the weights some of them may be
-        loaded."""
+        """Adapters of another base: after an update of the weights some may be loaded."""
         if others is None:
             return
         self.others = {name: text for text, names in others.items() for name in names}
@@ -291,13 +284,12 @@ class AdapterPublisher:
         return f"it is not loaded, and {self.down}: restart the server to have it back"
 
     async def _load(self, wanted: internal.PublishAdapter) -> None:
-        """Have the scheduler load the adapter, then register its name, unless the operator has
-        unloaded it by then.
+        """Have the scheduler load the adapter, then register its name, if not unloaded by then.
 
         Raises:
-            UnsupportedError: LoRA serving is off or full of pinned adapters, or the adapter does
-                not fit it.
-            NotReadyError: not now: the scheduler does not get on with it, or lacks memory.
+            UnsupportedError: LoRA is off or full of pinned adapters, or the adapter does not fit
+                it.
+            NotReadyError: not now: the scheduler makes no progress with it, or lacks memory.
             StateError: the scheduler does not answer as expected.
         """
         from sglang.srt.lora.lora_registry import LoRARef
@@ -341,12 +333,7 @@ class AdapterPublisher:
             raise StateError(f"it could not be put away: {result.error_message}", code="load_failed")
 
     async def _loaded(self, name: str, lora_id: str, status: dict[str, Any]) -> dict[str, Any]:
-        """The scheduler's last word on a loading that has begun.
-
-        Raises:
-            NotReadyError: not one slice was loaded for a minute; the scheduler has put away what it
-                had.
-        """
+        """The scheduler's last answer on a loading; NotReadyError: no slice for a minute."""
         wait_s, done, since_s = POLL_FIRST_S, status.get("slices"), time.monotonic()
         while status.get("state") == "loading":
             if status.get("slices") != done:
@@ -376,11 +363,8 @@ class AdapterPublisher:
             raise UnsupportedError(str(error), code="no_room") from error
 
     async def ask(self, method: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One remote call to the scheduler; to its end also where the caller is cancelled.
-
-        Raises:
-            StateError: the scheduler says that it went wrong, or does not answer as expected.
-        """
+        """One remote call to the scheduler; runs to its end also where the caller is cancelled.
+        StateError: the scheduler reports an error, or does not answer as expected."""
         answers = await call(self._manager, method, body)
         if len(answers) == 1 and not answers[0].success:
             raise StateError(f"{method}: {answers[0].error}", code="load_failed")
@@ -390,8 +374,7 @@ class AdapterPublisher:
 
     # ---------------------------------------------------------------- evicted adapters
     async def bring_back(self, name: str, timeout_s: float = BRING_BACK_S) -> str:
-        """Ask the service to publish an evicted adapter again and wait; returns what is wrong, or
-        ``""``."""
+        """Have the service publish an evicted adapter again; returns what failed, or ``""``."""
         if name in self.others:
             return self.others[name]
         if self.down is not None:
@@ -449,8 +432,7 @@ def _is_ours(publisher: AdapterPublisher | None, name: str, path: str | None) ->
 async def load_lora_adapter(
     original: Callable[..., Awaitable[Any]], manager: Any, obj: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Around ``TokenizerControlMixin.load_lora_adapter``: SGLang brings an evicted adapter back by
-    its path, which ours do not have."""
+    """Around ``TokenizerControlMixin.load_lora_adapter``: evicted ones of ours have no path."""
     from sglang.srt.managers.io_struct import LoadLoRAAdapterReqOutput
 
     publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
@@ -463,8 +445,8 @@ async def load_lora_adapter(
 async def unload_lora_adapter(
     original: Callable[..., Awaitable[Any]], manager: Any, obj: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Around ``TokenizerControlMixin.unload_lora_adapter`` (the operator's; evictions go another
-    way): an adapter of ours answers no more, one that is not loaded now included."""
+    """Around ``TokenizerControlMixin.unload_lora_adapter`` (the operator's, not an eviction): an
+    adapter of ours answers no more, also one that is not loaded now."""
     from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqOutput
 
     publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
@@ -479,12 +461,8 @@ async def unload_lora_adapter(
 
 
 async def refuse_another_base(original: Callable[..., Awaitable[None]], manager: Any, obj: Any) -> None:
-    """Around ``TokenizerManager._validate_and_resolve_lora``: no request gets an adapter on another
-    base's weights, also while it is still loaded.
-
-    Raises:
-        ValueError: with both bases; SGLang answers 400.
-    """
+    """Around ``TokenizerManager._validate_and_resolve_lora``: a ValueError (SGLang answers 400) for
+    an adapter of another base's weights, also while it is still loaded."""
     _check_base(manager, obj)
     await original(manager, obj)
     _check_base(manager, obj)  # the weights may have been updated while an adapter was brought back

@@ -1,11 +1,9 @@
-"""HTTP process: what is added to SGLang's FastAPI app, and the life of publisher and watchdog in
-its event loop.
+"""HTTP process: additions to SGLang's FastAPI app; publisher and watchdog live in its event loop.
 
 Routes of ours stand before SGLang's of the same path and end in SGLang's own functions; they pass
-the same ASGI middleware (API keys included), which wraps the router as a whole.
-
-Leans on SGLang's http_server (app, health_generate, available_models, retrieve_model), ModelCard,
-and on Starlette's ``router.lifespan_context``.
+the same ASGI middleware (API keys included), which wraps the router as a whole.  Leans on SGLang's
+http_server (app, health_generate, available_models, retrieve_model), ModelCard, and on Starlette's
+``router.lifespan_context``.
 """
 
 from __future__ import annotations
@@ -41,13 +39,8 @@ def install(
     """Add the health gate and the adapters' model routes, and tie the publisher to the app's
     lifespan.
 
-    Called once, before the app serves.
-
-    Args:
-        app: sglang.srt.entrypoints.http_server.app.
-        server_args: HarliServerArgs.
-        tokenizer_manager: SGLang's TokenizerManager; gets the attribute ``harli_publisher``.
-        handover: of its tokenizer to the finetune service.
+    Called once, before the app serves; ``app`` is sglang.srt.entrypoints.http_server.app, and
+    ``tokenizer_manager`` gets the attribute ``harli_publisher``.
     """
     options: HarliOptions = server_args.harli_options()
     if not options.enabled:
@@ -68,8 +61,7 @@ def install(
 def before_setup_and_run(
     server_args: Any, tokenizer_manager: Any, template_manager: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Hook before ``sglang.srt.entrypoints.http_server._setup_and_run_http_server``: no event loop
-    runs yet."""
+    """Hook before ``http_server._setup_and_run_http_server``: no event loop runs yet."""
     from sglang.srt.entrypoints import http_server
 
     options: HarliOptions = server_args.harli_options()
@@ -120,10 +112,10 @@ def routes(publisher: AdapterPublisher, tokenizer_manager: Any, startup: Startup
     @router.get("/health_generate")
     async def health_generate(request: Request) -> Response:
         """SGLang's answer, but 503 until the finetune service and the scheduler have met once (and,
-        with --harli-profile-budget-s, the start's profile is measured).
+        with --harli-profile-budget-s, the profile is measured).
 
-        Later trouble in finetuning is no trouble of serving: the gate never closes again, and a
-        service that is given up before they have met opens it.
+        The gate never closes again: trouble in finetuning is none of serving.  A service that is
+        given up before they have met opens it.
         """
         if not publisher.was_ready and publisher.down is None:
             return PlainTextResponse(not_ready_reason(publisher), status_code=503)
@@ -144,8 +136,7 @@ def routes(publisher: AdapterPublisher, tokenizer_manager: Any, startup: Startup
 
     @router.get("/v1/models")
     async def available_models() -> Any:
-        """SGLang's list (the base and the loaded adapters) and the adapters that load when asked
-        for."""
+        """SGLang's list (the base and the loaded adapters) and the adapters that load on demand."""
         models = await http_server.available_models()
         models.data = [model for model in models.data if model.id not in publisher.others]
         for name in publisher.dormant():

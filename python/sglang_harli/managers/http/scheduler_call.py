@@ -1,7 +1,5 @@
 """HTTP process: calls to the scheduler over the channel of SGLang's dumper, its only generic one.
-
-Leans on TokenizerManager.dumper_control and io_struct.DumperControlReqInput.
-"""
+Leans on TokenizerManager.dumper_control and io_struct.DumperControlReqInput."""
 
 from __future__ import annotations
 
@@ -12,11 +10,8 @@ _calls: set[asyncio.Future[Any]] = set()  # the event loop keeps none
 
 
 async def call(manager: Any, method: str, body: dict[str, Any]) -> list[Any]:
-    """The answers of the scheduler's ranks (DumperControlReqOutput).
-
-    A call is waited for to its end also where its caller is cancelled: SGLang would give the answer
-    that comes late to the next caller.
-    """
+    """The answers of the scheduler's ranks (DumperControlReqOutput).  Runs to its end also where
+    the caller is cancelled: SGLang would give the late answer to the next caller."""
     from sglang.srt.managers.io_struct import DumperControlReqInput
 
     answers = asyncio.ensure_future(manager.dumper_control(DumperControlReqInput(method=method, body=body)))

@@ -1,10 +1,9 @@
-"""HTTP process: the live tokenizer and chat template are handed to the finetune service, as a file
-in the run directory.
+"""HTTP process: hands the live tokenizer and chat template to the finetune service, as a file in
+the run directory.
 
-SGLang repairs tokenizers after loading and has several sources of templates, so what is live here
-is the only truth about the ids that serving computes.  The file is written before the server
-serves; its content stays in memory, so that a file that was lost can be written again without
-asking the tokenizer.
+SGLang repairs tokenizers after loading and has several sources of templates, so only what is live
+here gives the ids that serving computes.  The file is written before the server serves; its content
+stays in memory, so that a lost file can be written again without the tokenizer.
 
 Leans on SGLang's TokenizerManager (tokenizer, server_args, model_config), TemplateManager
 (chat_template_name, jinja_template_content_format, reasoning_config) and
@@ -27,15 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class TokenizerHandover:
-    """The server's tokenizer on its way to the service: what it is, and where it is written.
-
-    Args:
-        state: of the live tokenizer.
-        run_dir: where the service looks for it.
-
-    Attributes:
-        fingerprint: goes with HttpHello.
-    """
+    """The server's tokenizer for the service; ``fingerprint`` goes with HttpHello."""
 
     def __init__(self, state: TokenizerState, run_dir: str | Path) -> None:
         self.fingerprint = state.fingerprint
@@ -43,8 +34,7 @@ class TokenizerHandover:
         self._run_dir = run_dir
 
     def write(self) -> bool:
-        """Blocking.  Where the disk refuses (False) it is logged: the service says that it lacks
-        the file."""
+        """Blocking.  A failure (False) is logged: the service says that it lacks the file."""
         try:
             tokenizer_state.write(self._run_dir, self._content)
         except OSError as error:
@@ -57,8 +47,7 @@ class TokenizerHandover:
 
 
 def hand_over(tokenizer_manager: Any, template_manager: Any, run_dir: str | Path) -> TokenizerHandover | None:
-    """Write the live tokenizer's state; blocking, before the server serves.  None: this server has
-    no tokenizer."""
+    """Write the live tokenizer's state; blocking, before the server serves.  None: no tokenizer."""
     if tokenizer_manager.tokenizer is None:
         return None
     try:

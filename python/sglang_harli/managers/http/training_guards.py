@@ -1,11 +1,11 @@
-"""HTTP process: SGLang's own controls that training must follow, and that its scheduler does not
-hear of (in time).
+"""HTTP process: SGLang's own controls that training must follow and the scheduler hears of late, or
+never.
 
 AROUND hooks on sglang/srt/managers: TokenizerControlMixin.release_memory_occupation (the
-scheduler's answer has no room for a refusal) and flush_cache, and TokenizerManager.pause_generation
-(in mode ``abort``, the default, only the HTTP process holds requests back; ``continue_generation``
-reaches the scheduler in every mode).  All three want a server without requests, or end those there
-are: the one that training is compared by gives way.  AFTER hook on
+scheduler's answer has no field for a refusal) and flush_cache, and
+TokenizerManager.pause_generation (in mode ``abort``, the default, only the HTTP process holds
+requests back; ``continue_generation`` reaches the scheduler in every mode).  All three want a
+server without requests, or end those there are: the parity request gives way.  AFTER hook on
 tokenizer_manager.SignalHandler.sigterm_handler.
 """
 
@@ -25,10 +25,8 @@ SAVE_S = 8.0  # how long a state that is being saved is waited for
 
 
 async def refuse_while_training(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
-    """SGLang's own release of memory, unless a job trains (its weights and its pool would vanish
-    under it): then a ValueError, which SGLang's route answers as HTTP 400.  From that answer on no
-    run starts; when the memory is released, or is not, the scheduler knows by itself whether one
-    may."""
+    """SGLang's own release of memory, but a ValueError (its route answers HTTP 400) while a job
+    trains, which needs it.  No run starts from the answer on until the release has ended."""
     from sglang_harli.managers.scheduler.control import REFUSAL
 
     holder = f"release-{uuid.uuid4().hex}"
@@ -49,8 +47,7 @@ async def flush_while_idle(original: Callable[..., Any], manager: Any, *args: An
 
 
 async def pause_training_too(original: Callable[..., Any], manager: Any, obj: Any) -> Any:
-    """Training stops before SGLang holds requests back, and goes on with
-    ``/continue_generation``."""
+    """Training stops before SGLang holds requests back, and ``/continue_generation`` resumes it."""
     async with _quiet(manager):
         await _ask(manager, "harli/hold", {})
         return await original(manager, obj)
@@ -62,9 +59,8 @@ def _quiet(manager: Any) -> contextlib.AbstractAsyncContextManager[None]:
 
 
 def stop_training_to_end(_result: Any, handler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """After SIGTERM SGLang waits for the requests that it has, and looks for that every five
-    seconds; only then the scheduler hears of the end.  Training stops at once, so that its state is
-    saved by then."""
+    """Training stops at SIGTERM, so that its state is saved when the scheduler hears of the end:
+    SGLang first waits for its requests, and looks for that every five seconds."""
     supervisor.graceful_end()
     task = asyncio.get_running_loop().create_task(_ask(handler.tokenizer_manager, "harli/end", {}))
     _tasks.add(task)
@@ -72,11 +68,8 @@ def stop_training_to_end(_result: Any, handler: Any, *_args: Any, **_kwargs: Any
 
 
 async def end_training(manager: Any, limit_s: float = SAVE_S) -> None:
-    """The same where the app ends first, as by Ctrl-C: its requests are done, and nothing else
-    tells the scheduler.
-
-    Returns when the state is saved, or after ``limit_s`` seconds.
-    """
+    """The same where the app ends first, as by Ctrl-C, of which the scheduler hears nothing else.
+    Returns when the state is saved, or after ``limit_s`` seconds."""
 
     async def ended() -> None:
         await _ask(manager, "harli/end", {})

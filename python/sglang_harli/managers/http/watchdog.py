@@ -1,10 +1,8 @@
-"""HTTP process: watches the finetune service from the server's event loop, and keeps the figures on
-it.
+"""HTTP process: watches the finetune service from the server's event loop; keeps its metrics.
 
-A service that has said nothing for too long (stopped, hung, deadlocked) is killed, so that its
-supervisor starts another; one that is given up is replaced by an endpoint that says so.  Silence is
-counted in ticks of this loop, not in time: while the loop itself stands still nothing can be heard,
-and nothing is held against the service.
+A service that is silent for too long (stopped, hung, deadlocked) is killed, so that its supervisor
+starts another; one that is given up is replaced by an endpoint that says so.  Silence is counted in
+ticks of this loop, not in time: while the loop itself stands still nothing can be heard.
 """
 
 from __future__ import annotations
@@ -25,9 +23,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """``tick_s``: seconds between two looks.  ``silent``: looks without a word after which the
-    service is killed (it speaks every five seconds).  ``starting``: the same for one that has not
-    spoken yet."""
+    """How many looks, ``tick_s`` seconds apart, a service may be ``silent`` (it speaks every five
+    seconds), or ``starting`` without a first message, before it is killed."""
 
     tick_s: float = 1.0
     silent: int = 30
@@ -45,13 +42,8 @@ class SilenceCounter:
         self.looks = 0
 
     def look(self, pid: int | None, heard: int, speaker: int | None = None) -> bool:
-        """Whether the process with ``pid`` (None: there is none) has been silent for too long.
-
-        Args:
-            heard: number of messages that have come in all.
-            speaker: who named itself last; a process may speak for the first time before the first
-                look at it.
-        """
+        """Whether the process ``pid`` (None: none) has been silent for too long, after ``heard``
+        messages in all; ``speaker`` sent the latest, maybe before the first look at it."""
         if pid is None or pid != self._pid:
             self._pid, self._heard, self._spoken, self.looks = pid, heard, speaker == pid, 0
             return False
@@ -67,15 +59,8 @@ class SilenceCounter:
 
 
 class Watchdog:
-    """Restarts a service that is silent, and replaces one that is given up.
-
-    Args:
-        options: of this server.
-        keeper: the service's supervisor; None: somebody else runs the service, which is then not
-            watched.
-        publisher: what hears the service.
-        metrics: None without ``--enable-metrics``.
-    """
+    """Restarts a service that is silent, and replaces one that is given up.  ``keeper``: the
+    service's supervisor; None: started by somebody else, so not watched."""
 
     def __init__(
         self,

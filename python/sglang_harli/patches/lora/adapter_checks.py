@@ -1,9 +1,8 @@
-"""Runtime half of ``patches/05-lora-adapter-checks``: an adapter that is loaded answers as PEFT
-would.
+"""Runtime half of ``patches/05-lora-adapter-checks``: a loaded adapter answers as PEFT would.
 
-However it comes (``--lora-paths``, a path, tensors, a publication), its config and each of its
-weights are checked (``peft_adapter``) before SGLang takes them.  A load that fails leaves nothing
-behind, and never ends the scheduler.
+However it comes (``--lora-paths``, a path, tensors, a publication), its config and its weights are
+checked (``peft_adapter``) before SGLang takes them.  A failed load leaves nothing behind, and never
+ends the scheduler.
 
 Leans on: ``srt.lora.lora_config.LoRAConfig`` (``__init__``, ``get_lora_config``),
 ``srt.lora.lora.LoRAAdapter`` (``initialize_weights``, ``initialize_weights_from_tensors``),
@@ -113,16 +112,14 @@ def _load(original: Callable[..., Any], manager: Any, lora_ref: Any, *args: Any,
 
 
 def _unload(original: Callable[..., Any], manager: Any, lora_ref: Any) -> Any:
-    """Around the unload: an adapter that is not loaded is unloaded already (SGLang would end the
-    scheduler)."""
+    """Unloading an adapter that is not loaded is no error (SGLang would end the scheduler)."""
     if lora_ref.lora_id not in manager.lora_refs:
         return manager.create_lora_update_result(success=True)
     return original(manager, lora_ref)
 
 
 def _load_from_tensors(original: Callable[..., Any], worker: Any, request: Any) -> Any:
-    """Around the scheduler's handler: what cannot be deserialized is an error of this request
-    alone."""
+    """Around the scheduler's handler: failed deserialization is an error of this request alone."""
     from sglang.srt.managers.io_struct import LoRAUpdateOutput
 
     try:

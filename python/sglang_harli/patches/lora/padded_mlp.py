@@ -1,11 +1,9 @@
-"""Runtime half of ``patches/03-lora-padded-mlp``: an adapter that does not fit is found out when it
-is loaded.
+"""Runtime half of ``patches/03-lora-padded-mlp``: an adapter that does not fit fails at its load.
 
 On CPU SGLang rounds the model's ``intermediate_size`` up to a multiple of 32; an adapter has the
-model's own.  However an adapter is loaded, its ``gate_up`` B and ``down`` A get zeros for the rows
-and columns that the model itself does not have.  Every other weight whose shape or name the memory
-pool cannot take is refused at load: SGLang would find it at the first request that uses it, and end
-the server.
+model's own.  Here its ``gate_up`` B and ``down`` A get zeros for the added rows and columns.  Any
+other weight whose shape or name the memory pool cannot take is refused at load: SGLang would end
+the server at the first request that uses it.
 
 Leans on: ``srt.lora.lora.LoRAAdapter._normalize_weights``, ``srt.lora.lora_manager.LoRAManager``
 (``init_state``, ``load_lora_weights``, ``load_lora_weights_from_tensors``), ``srt.lora.utils`` and
@@ -36,8 +34,8 @@ def _after_normalize(result: None, adapter: Any) -> None:
 
 
 def pad_mlp(weights: dict[str, Any], base_config: Any) -> None:
-    """Pad one layer's stacked MLP weights in place from the model's own intermediate size to the
-    served one.
+    """Pad one layer's stacked MLP weights in place from the model's intermediate size to the served
+    one.
 
     Args:
         weights: ``…gate_up_proj.lora_B.weight`` [2·own, r] becomes [2·served, r] (each half
@@ -79,11 +77,8 @@ def _after_init_state(result: None, manager: Any, *args: Any, **kwargs: Any) -> 
 
 
 def check_adapter(manager: Any, lora_name: str, adapter: Any) -> None:
-    """Check that the memory pool can take every weight of a normalized adapter.
-
-    Raises:
-        ValueError: naming the adapter, the weight and what the served model needs.
-    """
+    """ValueError for a weight of a normalized adapter that the memory pool cannot take: names the
+    adapter, the weight and what the served model needs."""
     for layer_id, layer in enumerate(adapter.layers):
         for problem in layer_problems(manager, adapter.config.r, layer_id, layer.weights):
             raise ValueError(f"LoRA adapter {lora_name!r} cannot be served: {problem}")

@@ -1,10 +1,8 @@
-"""What a PEFT adapter says and holds, checked against the served model (pure: no torch, no sglang,
-no peft).
+"""A PEFT adapter checked against the served model (pure: no torch, no sglang, no peft).
 
-SGLang leaves out what it does not know: saved heads and norms, factors and ranks by module, weights
-of other layers.  Such an adapter would answer, and not as under PEFT.  Here it is either the same
-adapter for both, or refused by the name of the field or of the weight.  The rules are those of PEFT
-0.21.
+SGLang ignores what it does not know: saved heads and norms, factors and ranks by module, weights of
+other layers; such an adapter would not answer as under PEFT.  Here it is the same for both, or
+refused by the name of the field or weight.  The rules are those of PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -61,12 +59,8 @@ class Model:
 
 
 def model_of(config: Any) -> Model:
-    """What adapters may name.
-
-    Args:
-        config: the model's transformers config, as loaded or as SGLang padded it.  Of an
-            architecture that is not in our table SGLang's own names are checked.
-    """
+    """What adapters may name, from the model's transformers config, as loaded or as SGLang padded
+    it; of an architecture that is not in our table SGLang's own names are checked."""
     layers = int(config.num_hidden_layers)
     if next(iter(getattr(config, "architectures", None) or [""])) not in BY_NAME:
         return Model(layers=layers, linears={})
@@ -89,11 +83,8 @@ def model_of(config: Any) -> Model:
 
 # ------------------------------------------------------------------ adapter_config.json
 def checked_config(config: Any) -> dict[str, Any]:
-    """The config with a whole number as ``r``, where it is plain LoRA with one rank and one alpha.
-
-    Raises:
-        UnsupportedError: naming the field, its value and what is accepted.
-    """
+    """The config with a whole number as ``r``, if it is plain LoRA with one rank and one alpha.
+    UnsupportedError names the field, its value and what is accepted."""
     if not isinstance(config, dict):
         raise UnsupportedError(f"adapter_config.json holds a {type(config).__name__}, not an object")
     missing = [key for key in ("r", "lora_alpha", "target_modules", "peft_type") if config.get(key) is None]
@@ -162,11 +153,10 @@ def check_limits(config: Mapping[str, Any], max_rank: int | None, served: Iterab
     """Check a checked config against what this server takes.
 
     Args:
-        max_rank: of SGLang's memory pool; None: whatever the adapters given at start need.
+        max_rank: of SGLang's memory pool; None: what the adapters given at start need.
         served: modules that the pool holds, in PEFT's or SGLang's names; None as above.
 
-    Raises:
-        UnsupportedError: naming the value, the limit and the flag that raises it.
+    UnsupportedError names the value, the limit and the flag that raises it.
     """
     rank = config["r"]
     if max_rank is not None and rank > max_rank:
@@ -193,8 +183,7 @@ def _not_served(what: str, module: str, held: set[str]) -> str:
 
 # ------------------------------------------------------------------ the weights
 def plain_name(name: str) -> str:
-    """A weight's name without the adapter's, which PEFT takes off when it saves and understands all
-    the same."""
+    """A weight's name without the adapter's, which PEFT drops when it saves and accepts anyway."""
     for side in ("lora_A", "lora_B"):
         name = name.replace(f".{side}.default.weight", f".{side}.weight")
     return re.sub(r"\.lora_embedding_([AB])\.default$", r".lora_embedding_\1", name)
@@ -203,15 +192,8 @@ def plain_name(name: str) -> str:
 def check_weights(
     config: Mapping[str, Any], weights: Iterable[tuple[str, tuple[int, ...]]], model: Model
 ) -> None:
-    """Check that each weight is one that PEFT would use, and that SGLang can.
-
-    Args:
-        config: a checked one.
-        weights: (name, shape) of each tensor of the adapter's files.
-
-    Raises:
-        UnsupportedError: naming the weight and what the model has, takes or lacks.
-    """
+    """Check that PEFT would use and SGLang can take each weight, by (name, shape); ``config`` is a
+    checked one.  UnsupportedError names the weight and what the model has, takes or lacks."""
     sides: dict[str, set[str]] = {}
     names: set[str] = set()
     for name, shape in weights:
@@ -312,8 +294,7 @@ def _restrictions(config: Mapping[str, Any]) -> str:
 
 
 def targeted(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT gives ``module`` (a path such as ``model.layers.0.mlp.up_proj``) a LoRA under
-    this config."""
+    """Whether PEFT gives ``module`` (such as ``model.layers.0.mlp.up_proj``) a LoRA."""
     if any(module == name or module.endswith(f".{name}") for name in config.get("exclude_modules") or ()):
         return False
     targets = config["target_modules"]
@@ -344,11 +325,8 @@ def _layer_index(module: str, patterns: Any) -> int | None:
 
 # ------------------------------------------------------------------ files
 def safetensors_weights(path: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of each tensor of a safetensors file, from its header.
-
-    Raises:
-        UnsupportedError: it is not such a file, or names a tensor twice.
-    """
+    """(name, shape) of each tensor of a safetensors file, from its header.  UnsupportedError: it is
+    not such a file, or names a tensor twice."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = file.read(size) if 0 < size <= path.stat().st_size else b""

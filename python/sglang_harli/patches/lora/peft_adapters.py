@@ -1,5 +1,5 @@
-"""Runtime half of ``patches/04-lora-peft-adapters``: any adapter that PEFT writes for the seven
-linear layers.
+"""Runtime half of ``patches/04-lora-peft-adapters``: any adapter of PEFT for the seven linear
+layers.
 
 SGLang stacks q, k and v (gate and up) and takes for granted that q and v (gate) are there: without
 v it fails with a bare KeyError, and with only k, v or up the first request that uses the adapter
@@ -38,13 +38,8 @@ def _before_normalize(adapter: Any) -> None:
 
 
 def fill_missing(weights: dict[str, Any], base_config: Any, fused: frozenset[str]) -> None:
-    """Add zeros, in place, for the parts of one layer's fused modules that an adapter leaves out.
-
-    Args:
-        weights: PEFT names of one layer; A is [r, inputs], B is [outputs, r].
-        base_config: of the served model.
-        fused: which of ``qkv_proj`` and ``gate_up_proj`` the served model has.
-    """
+    """Add zeros, in place, for the parts of one layer's ``fused`` modules (``qkv_proj``,
+    ``gate_up_proj``) that an adapter leaves out.  A is [r, inputs], B is [outputs, r]."""
     groups: list[dict[str, int | None]] = []
     if "qkv_proj" in fused:
         groups.append(_qkv_rows(base_config))

@@ -1,8 +1,8 @@
 """Runtime half of ``patches/01-lora-pin-memory``: LoRA serving on the CPU engine.
 
-SGLang's LoRA layers ask for pinned memory inside method bodies, which raises where there is no
-accelerator to pin for.  On the CPU engine those modules get a ``torch`` of their own, whose
-factories give pageable tensors; the global ``torch`` stays as it is.
+SGLang's LoRA layers ask for pinned memory, which raises without an accelerator.  On the CPU engine
+those modules get a ``torch`` of their own, whose factories give pageable tensors; the global
+``torch`` stays as it is.
 
 Leans on: ``srt.lora.lora_manager.LoRAManager.__init__``, the global name ``torch`` in
 ``srt.lora.layers`` and ``srt.lora.backend.torch_backend``.
@@ -58,8 +58,7 @@ def pageable_torch() -> PageableTorch:
     import torch
 
     class Pageable(torch.Tensor):
-        """A plain tensor, as ``nn.Parameter`` is one; results of operations are ordinary
-        tensors."""
+        """A plain tensor, as ``nn.Parameter`` is one; operations return ordinary tensors."""
 
         __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -70,8 +69,7 @@ def pageable_torch() -> PageableTorch:
 
 
 class PageableTorch(ModuleType):
-    """``torch`` with factories that drop ``pin_memory=True`` and whose tensors ignore
-    ``.pin_memory()``."""
+    """``torch`` without ``pin_memory=True`` in factories and ``.pin_memory()`` of tensors."""
 
     def __init__(self, torch: ModuleType, tensor_class: type) -> None:
         super().__init__("torch")

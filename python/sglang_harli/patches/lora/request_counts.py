@@ -2,13 +2,12 @@
 nothing uses it.
 
 SGLang counts a request of an adapter when its name is looked up and takes it off at one of several
-ends, so n answers of one prompt take off more than was counted, and a request that is aborted while
-it waits nothing.  The adapter is then unloaded under a running request, or never.  Here two things
-hold an adapter, each exactly once: a call of ``generate_request`` from the look-up to its end, and
-a request from the moment it is sent to the scheduler until the scheduler has said that it ended.
-The call lets go when all of it has been sent: what is left of it is its reader, who may never read
-to the end.  And an id of a request that was never sent is forgotten when its call ends, however it
-ends.
+ends: n answers of one prompt take off more than was counted, and a request aborted while it waits
+takes off nothing.  The adapter is then unloaded under a running request, or never.  Here two things
+hold an adapter, each exactly once: a call of ``generate_request`` from the look-up until all of it
+has been sent (its reader may never read to the end), and a request from its sending to the
+scheduler until the scheduler has said that it ended.  The id of a request that was never sent is
+forgotten when its call ends.
 
 Leans on: ``srt.managers.tokenizer_manager.TokenizerManager`` (``init_lora``, ``generate_request``,
 ``_init_req_state``, ``_resolve_lora_path``, ``_dispatch_to_scheduler``, ``_handle_batch_output``,
@@ -50,8 +49,7 @@ class AdapterUses:
 
     Attributes:
         looked_up: names that some call is about to look up, with how many calls.
-        heard_s: adapter id -> when one of its requests last got a token or ended
-            (``time.monotonic``).
+        heard_s: adapter id -> ``time.monotonic()`` of its requests' last token or end.
         idle: called when the last use of an adapter has ended.
     """
 
@@ -181,11 +179,8 @@ def _parts(obj: Any) -> Iterator[Any]:
 
 
 def _end_sent(manager: Any, obj: Any) -> None:
-    """The call fails: nobody will read what the scheduler makes of the part that it has already.
-
-    The scheduler aborts every request whose id begins with the one given: where that is another
-    call's too, the part is left to run to its end.
-    """
+    """The call fails: nobody reads the results of what was sent.  SGLang aborts every request whose
+    id begins with the one given: where that is another call's too, the part runs on."""
     from sglang.srt.managers.io_struct import AbortReq
 
     uses = uses_of(manager)
@@ -197,8 +192,7 @@ def _end_sent(manager: Any, obj: Any) -> None:
 
 
 def _forget_unsent(manager: Any, obj: Any) -> None:
-    """What the scheduler has never got it will never end; where the reader went away SGLang keeps
-    its state."""
+    """The scheduler never ends what it never got; if the reader left SGLang keeps its state."""
     for part in _parts(obj):
         state = manager.rid_to_state.get(part.rid) if isinstance(part.rid, str) else None
         if state is not None and state.obj is part and not uses_of(manager).is_sent(part):
@@ -206,8 +200,8 @@ def _forget_unsent(manager: Any, obj: Any) -> None:
 
 
 def _before_req_state(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
-    """SGLang finds an id that is in use only when it has noted those before it in the batch, for
-    good; one that the scheduler still has, of a call that has ended, it does not find."""
+    """SGLang finds an id in use after it has noted, for good, those before it in the batch, and
+    never one of an ended call that the scheduler still has."""
     uses = uses_of(manager)
     for rid in [obj.rid] if isinstance(obj.rid, str) else obj.rid:
         if not rid:  # the scheduler aborts all requests whose id begins with that of an abort
@@ -229,8 +223,7 @@ async def _resolve_lora_path(original: Callable[..., Awaitable[None]], manager: 
 
 
 def _hold_for_call(uses: AdapterUses, obj: Any, lora_ids: list[str]) -> None:
-    """Hold adapters until all requests that SGLang makes of a call have been sent, or the call
-    ends."""
+    """Hold adapters until all requests of a call have been sent, or the call ends."""
     answers = getattr(obj, "parallel_sample_num", 1)
     each = (
         1 if answers == 1 else 1 + answers

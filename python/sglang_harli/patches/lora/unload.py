@@ -1,17 +1,15 @@
-"""Runtime half of ``patches/08-lora-unload``: an unload waits as long as its adapter's requests get
-on.
+"""Runtime half of ``patches/08-lora-unload``: an unload waits as long as its adapter's requests
+progress.
 
 SGLang holds its lock over LoRA updates until the last request of an adapter that is unloaded, or
-evicted, has ended: all loads behind it wait for one long answer, and for ever where that answer
-never comes.  Here
+evicted, has ended: all loads wait for one long answer, or for ever.  Here
 
-* an unload takes the name away, waits without the lock, and is given up when none of the requests
-  that it waits for has got a token for a minute: then the adapter is registered as before, and the
-  answer is an error;
+* an unload takes the name away and waits without the lock; when none of the requests has got a
+  token for a minute, the adapter is registered as before, and the answer is an error;
 * beyond ``--max-loaded-loras`` the least recently used adapter that no request uses is unloaded, at
   once or when requests end, so that nothing waits for an eviction.
 
-Loads and unloads end as they began even where their client goes away.
+Loads and unloads run to their end even where their client goes away.
 
 Leans on: ``srt.managers.tokenizer_control_mixin.TokenizerControlMixin`` (``load_lora_adapter``,
 ``load_lora_adapter_from_tensors``, ``unload_lora_adapter``, ``update_lora_adapter_communicator``),
@@ -47,12 +45,8 @@ def register(registry: Any) -> None:
 
 
 class AdapterUpdates:
-    """The unloads and evictions in progress of one tokenizer manager.
-
-    Attributes:
-        leaving: names that are being unloaded.
-        tasks: loads, unloads and evictions in progress.
-    """
+    """The unloads and evictions in progress of one tokenizer manager.  ``leaving``: names that are
+    being unloaded; ``tasks``: loads, unloads and evictions in progress."""
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
@@ -86,12 +80,8 @@ class AdapterUpdates:
         return None
 
     async def evict(self, result: Any = None) -> None:
-        """Unload what is beyond --max-loaded-loras and not in use; the rest goes when its requests
-        end.
-
-        Args:
-            result: of a load, whose list of loaded adapters is to be that afterwards.
-        """
+        """Unload what is beyond --max-loaded-loras and not in use; the rest when its requests end.
+        A load's ``result`` gets the list of adapters that are loaded afterwards."""
         if self._evicting:
             return
         self._evicting = True
@@ -132,11 +122,7 @@ class AdapterUpdates:
 
     # ---------------------------------------------------------------- the registry
     async def take_away(self, name: str) -> Any:
-        """No request finds the adapter any more; those that have found it go on.
-
-        Raises:
-            ValueError: it is not loaded.
-        """
+        """Hide the adapter from new requests; running ones go on.  ValueError: it is not loaded."""
         ref = self._manager.lora_registry.get_all_adapters().get(name)
         await self._manager.lora_registry.unregister(name)
         return ref
@@ -147,8 +133,7 @@ class AdapterUpdates:
             registry._registry[ref.lora_name] = ref  # with the counter that it has
 
     async def unload_now(self, ref: Any) -> Any:
-        """Have the scheduler unload an adapter that was taken away; where it does not, the name is
-        back."""
+        """Have the scheduler unload an adapter that was taken away; on failure the name is back."""
         from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
 
         request = UnloadLoRAAdapterReqInput(lora_name=ref.lora_name, lora_id=ref.lora_id)
@@ -160,8 +145,7 @@ class AdapterUpdates:
         return result
 
     async def quiet(self, ref: Any) -> bool:
-        """Wait until no request uses the adapter; False: some do, and none of them gets on any
-        more."""
+        """Wait until no request uses the adapter; False: some do, and none makes progress."""
         uses = uses_of(self._manager)
         since_s = time.monotonic()
         if uses.in_use(ref.lora_name, ref.lora_id):

@@ -1,8 +1,7 @@
 """The defaults of a server on SGLang's CPU engine, each with the reason that is logged.
 
-SGLang sizes its pools for a device that it has to itself; on a host that took 123 s and 19 GB for a
-tiny model.  Leans on SGLang 0.5.16: ``ModelConfig`` as ``ServerArgs.get_model_config()`` returns
-it.
+SGLang sizes its pools for a device that it has to itself: far too large for a host.  Leans on
+SGLang 0.5.16: ``ModelConfig`` as ``ServerArgs.get_model_config()`` returns it.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ GIB = 2**30
 MAX_RUNNING_REQUESTS = 32
 KV_POOL_BYTES = GIB
 KV_POOL_SHARE = 0.10
-# 32 requests of 4,096 tokens: a tiny model's cache of 1 GiB would hold millions of slots, each of
-# which costs SGLang's bookkeeping memory and time at start-up.
+# 32 requests of 4,096 tokens: a tiny model's 1 GiB would be millions of slots, each of which costs
+# SGLang's bookkeeping memory and time at start-up.
 KV_POOL_TOKENS = 131_072
 KV_POOL_MIN_TOKENS = 2_048
 
@@ -37,11 +36,8 @@ BEFORE_MODEL: tuple[tuple[str, Any, str], ...] = (
 
 
 def require_kernels() -> None:
-    """Make sure that ``sgl_kernel`` can be imported in this process.
-
-    Raises:
-        UnsupportedError: it cannot; only our launcher can put the stand-in on the path in time.
-    """
+    """UnsupportedError unless this process can import ``sgl_kernel``: only our launcher can put the
+    stand-in on the path in time."""
     try:
         importlib.import_module("sgl_kernel")
     except (ImportError, OSError) as error:
@@ -72,10 +68,8 @@ def kv_pool(server_args: Any) -> list[tuple[str, Any, str]]:
 
 
 def pool_tokens(budget_bytes: int, bytes_per_token: int, context_len: int) -> int:
-    """How many tokens' KV the pool holds: within the budget, and no more than a CPU can use.
-
-    One request of the model's full length fits wherever the budget allows it.
-    """
+    """How many tokens' KV the pool holds: within the budget, and no more than a CPU can use.  One
+    request of the model's full length fits wherever the budget allows it."""
     affordable = budget_bytes // max(bytes_per_token, 1)
     useful = max(KV_POOL_TOKENS, context_len + 1)
     return max(min(affordable, useful), KV_POOL_MIN_TOKENS)

@@ -1,8 +1,7 @@
 """Puts the stand-in for ``sgl_kernel`` on the path of the processes that run SGLang's CPU engine.
 
-SGLang's children import ``sgl_kernel`` before they load plugins, so the path has to be right when
-they start: it goes first both on ``sys.path`` (which multiprocessing hands to the children it
-spawns) and on PYTHONPATH.  Standard library only: this runs before torch and sglang are imported.
+SGLang's children import ``sgl_kernel`` before they load plugins: it goes first on ``sys.path``
+(which multiprocessing hands to spawned children) and on PYTHONPATH.  Standard library only.
 """
 
 from __future__ import annotations
@@ -23,13 +22,8 @@ def is_on(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def turn_on(environ: MutableMapping[str, str] = os.environ, path: list[str] | None = None) -> None:
-    """Select the CPU engine in this process and in those it starts: call it before importing
-    sglang.
-
-    Args:
-        environ: the environment that children inherit; changed in place.
-        path: the module search path (default: ``sys.path``); changed in place.
-    """
+    """Select the CPU engine in this process and its children; call it before importing sglang.
+    ``environ`` and ``path`` (default: ``sys.path``) are changed in place."""
     path = sys.path if path is None else path
     environ[CPU_ENGINE_ENV] = "1"
     # Where there is a CUDA device after all, SGLang would see it and mix both engines.

@@ -1,9 +1,8 @@
-"""Has glibc keep what training frees, instead of giving every large temporary back to the kernel
-and asking for it again.
+"""Has glibc keep what training frees, instead of giving large temporaries back to the kernel.
 
-By default glibc maps each allocation from 128 KiB (a limit that grows to 32 MiB) of its own and
-unmaps it when it is freed, and gives the heap's free end back: a training step then faults in the
-same megabytes again for every layer.  A sixth of training's time went there (benchmark/README.md).
+By default glibc maps each allocation from 128 KiB (a limit that grows to 32 MiB) of its own, unmaps
+it when it is freed, and gives the heap's free end back: a training step then faults in the same
+megabytes for every layer (benchmark/README.md).
 """
 
 from __future__ import annotations
@@ -21,17 +20,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
-    """Ask glibc for it in this process, for what is allocated from now on.
+    """Ask glibc for it in this process, for what is allocated from now on; whether it was done.
 
-    What the process holds then stays near the most that it used at once (docs/internals/seam.md),
-    also when a job is over.
-
-    Args:
-        environ: where it holds a setting of glibc's malloc (``MALLOC_*_``, ``GLIBC_TUNABLES``), the
-            operator's choice stays.
-
-    Returns:
-        Whether it was done: not with another C library, and not against the operator's setting.
+    The process then stays near its peak of memory, also when a job is over
+    (docs/internals/seam.md).  Not done with another C library, nor where ``environ`` holds the
+    operator's own setting of glibc's malloc (``MALLOC_*_``, ``GLIBC_TUNABLES``).
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in environ):
         return False

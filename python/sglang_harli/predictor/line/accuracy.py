@@ -1,9 +1,5 @@
-"""How good predictions were: error and coverage of the upper bound, of all steps and of the latest.
-Pure.
-
-Every prediction is judged by a step that it had not seen: it is counted before the step enters the
-fit.
-"""
+"""How good predictions were: error and coverage of the upper bound, of all steps and the latest.  A
+step is judged before it enters the fit.  Pure."""
 
 from __future__ import annotations
 
@@ -40,8 +36,7 @@ class Accuracy:
         self._recent: deque[tuple[float, bool]] = deque()
 
     def count(self, expected_s: float, upper_s: float, seconds: float) -> None:
-        """A step was predicted to take ``expected_s``, at most ``upper_s``, and took ``seconds``
-        (above 0)."""
+        """``expected_s``, at most ``upper_s``, were predicted of a step of ``seconds`` (> 0)."""
         error = abs(expected_s - seconds) / seconds
         covered = seconds <= upper_s
         self.steps += 1

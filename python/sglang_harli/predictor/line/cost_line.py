@@ -1,7 +1,4 @@
-"""One line of costs with everything that makes it fit for a promise: fit, margin and accuracy.
-
-Plain floats: an estimate takes about a microsecond, an observation some tens.
-"""
+"""One cost line with fit, margin and accuracy, in plain floats: a microsecond an estimate."""
 
 from __future__ import annotations
 
@@ -20,15 +17,13 @@ SETTLED = 16  # observations after which errors are not those of a bad first gue
 
 
 class CostLine:
-    """Expectation and upper bound of a time that is linear in two features, learnt from what is
-    measured.
+    """Expectation and upper bound of a time that is linear in two features, learnt by observing.
 
     Args:
         prior: the line before anything is observed.
         accuracy: counts this line's predictions; several lines of one phase share one.
-        forgetting: of the fit.
-        follows: how far the level of the line goes with each observation, and then back: for times
-            whose errors come in spells; 0: not at all.
+        follows: how far the line's level goes with each observation, and then back: for times whose
+            errors come in spells; 0: not at all.
     """
 
     def __init__(
@@ -74,11 +69,9 @@ class CostLine:
         return self.line.expected(x1, x2) * self._scale * (1.0 + above)
 
     def uppers(self, x1: float, x2: float, counts: Iterable[int]) -> list[float]:
-        """``upper(k * x1, k * x2)`` of each count ``k``, rising with it.
-
-        A part never takes longer than the whole: a bound that is wide because a small size was not
-        seen for long is cut to that of the larger one.
-        """
+        """``upper(k * x1, k * x2)`` of each ``k``, rising with it: a part never takes longer than
+        the whole, so a small size's bound, wide if not seen for long, is cut to the larger
+        one's."""
         a, b, c, d, e = self.line.along(x1, x2)
         above, scale = self.margin.ratio - 1.0, self._scale
         plain = 1.0 + above

@@ -1,8 +1,5 @@
-"""Lines through measured points: robust least squares whose terms are not negative (numpy).
-
-Used where a profile table is read, before serving begins; what is measured later goes through
-``recursive``.
-"""
+"""Lines through measured points: robust least squares with terms from 0 up (numpy).  For a profile
+table, before serving begins; later measurements go through ``recursive``."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ from sglang_harli.predictor.line.recursive import Prior
 HUBER = 1.345  # standard deviations; 95% efficient where residuals are normal
 ROUNDS = 50
 TOLERANCE = 1e-9
-# A term that the points do not show is given this share of the time at their mean, so that it may
-# still grow.
+# A term that the points do not show gets this share of the time at their mean, so it can grow.
 LEAST_SHARE = 0.02
 MEASURED_HEIGHT, MEASURED_SHAPE = 0.3, 0.1  # uncertainty of a line that was measured here, on another day
 
@@ -29,8 +25,7 @@ def line(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
         features: ``[points, terms]``; a column of ones is the base.
         seconds: ``[points]``, above 0.
 
-    Raises:
-        ValueError: no points, not finite, or times that are not above 0.
+    ValueError: no points, not finite, or times that are not above 0.
     """
     x, y = np.asarray(features, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
     if x.ndim != 2 or y.shape != x.shape[:1] or not len(y):
@@ -73,15 +68,8 @@ def _not_negative(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarr
 
 
 def measured_prior(x1: Sequence[float], x2: Sequence[float], seconds: Sequence[float], first: Prior) -> Prior:
-    """The prior of a line with points of its own.
-
-    Args:
-        x1, x2: features of the points.
-        first: the guess without points, whose shape is taken where the points do not show a term.
-
-    Raises:
-        ValueError: as ``line``.
-    """
+    """The prior of a line with points (``x1``, ``x2``) of its own; ValueError as ``line``.
+    ``first``, the guess without points, gives the shape where they do not show a term."""
     features = np.column_stack([np.ones(len(seconds)), x1, x2])
     terms = line(features, np.asarray(seconds, dtype=np.float64))
     mean = features.mean(axis=0)

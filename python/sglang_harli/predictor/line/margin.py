@@ -1,10 +1,9 @@
-"""How far an upper bound lies above the expectation: a quantile of what was measured lately.  Plain
-floats, pure.
+"""How far an upper bound lies above the expectation: a quantile of recent residuals.  Pure floats.
 
-Split conformal prediction on a sliding window: of the last residuals the one is taken that a new
-one exceeds with the wanted probability, whatever their distribution.  Where the distribution
-drifts, the probability itself is steered by hits and misses (adaptive conformal inference, Gibbs
-and Candès, NeurIPS 2021), so that coverage is held and not hoped for.
+Split conformal prediction on a sliding window: the residual is taken that a new one exceeds with
+the wanted probability, whatever the distribution.  Where that drifts, hits and misses steer the
+probability itself (adaptive conformal inference, Gibbs and Candès, NeurIPS 2021), so that coverage
+is held.
 """
 
 from __future__ import annotations
@@ -25,11 +24,7 @@ _ENOUGH = 99  # from here on the window has a residual for the wanted quantile
 
 
 class Margin:
-    """The ratio of upper bound to expectation of one phase.
-
-    Attributes:
-        ratio: to multiply an expectation with.
-    """
+    """``ratio`` of upper bound to expectation of one phase."""
 
     def __init__(self, prior_ratio: float = PRIOR_RATIO) -> None:
         self._prior = prior_ratio
@@ -44,8 +39,7 @@ class Margin:
         return len(self._recent)
 
     def observe(self, score: float) -> None:
-        """A step took ``score`` times what was expected of it (less what the bound had added for
-        doubt)."""
+        """A step took ``score`` times its expectation (less what the bound added for doubt)."""
         missed = score > self.ratio
         self._miss = min(max(self._miss + STEERING * (1.0 - COVERAGE - missed), LEAST_MISS), MOST_MISS)
         self._recent.append(score)
@@ -56,8 +50,7 @@ class Margin:
         self._set()
 
     def rescale(self, count: int, factor: float) -> None:
-        """The expectation has been corrected by ``factor`` in view of the latest ``count``
-        observations."""
+        """The expectation is corrected by ``factor``, from the latest ``count`` observations."""
         recent = list(self._recent)
         start = max(len(recent) - count, 0)
         recent[start:] = [score / factor for score in recent[start:]]

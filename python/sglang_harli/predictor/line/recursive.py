@@ -1,16 +1,14 @@
-"""Recursive least squares for one cost line: ``seconds = t0 + t1 * x1 + t2 * x2``.  Plain floats,
-pure.
+"""Recursive least squares for one cost line: ``seconds = t0 + t1 * x1 + t2 * x2``.  Pure floats.
 
-Step times scatter in proportion to their length, so residuals are relative, and every term is kept
-as a factor over what the prior says of it.  Beyond the textbook's recursion:
+Step times scatter in proportion to their length, so residuals are relative, and every term is a
+factor over its prior.  Beyond the textbook's recursion:
 
-*Directional forgetting* (Cao and Schwartz, Automatica 36, 2000): an observation makes only that
-part of the past fade that it says something about itself.  So nothing winds up while the load
-stands still, collinear data do no harm, and hours at batch 1 do not unlearn what batch 32 takes.
+*Directional forgetting* (Cao and Schwartz, Automatica 36, 2000): an observation lets only that part
+of the past fade that it says something about itself.  So nothing winds up while the load stands
+still, collinear data do no harm, and hours at batch 1 do not unlearn what batch 32 takes.
 
 *Abrupt changes* (another process takes a core): a run of residuals with the same sign, larger than
-the scatter before it, moves the height of the whole line at once, with its shape, and re-opens the
-covariance.
+the scatter before it, moves the height of the whole line at once, and re-opens the covariance.
 
 *Outliers* count with at most three times the usual scatter (Huber), and no term falls below 0.
 """
@@ -28,8 +26,7 @@ WARM_UP = 8  # observations after which outliers are distinguished from a bad fi
 FARTHEST = 3.0  # relative residual above which nothing counts, even of the first observations
 SCATTER_FLOOR = 0.005
 SCATTER_STEP = 0.05
-# A change: that many residuals of one sign in a row, whose median exceeds so many standard
-# deviations.
+# A change: so many residuals of one sign in a row, with a median above so many deviations.
 RUNS = ((8, 2.5), (16, 1.0))
 LEAST_CHANGE = 0.02  # relative; smaller ones are left to forgetting
 REOPENED_HEIGHT, REOPENED_SHAPE = 0.3, 0.15  # relative uncertainty added by a change
@@ -44,9 +41,8 @@ class Prior:
 
     Attributes:
         terms: seconds, seconds per unit of x1, of x2; a term of 0 stays 0.
-        height: relative uncertainty (standard deviation) that all terms share: how fast the machine
-            is.
-        shape: relative uncertainty of each term by itself.
+        height: relative standard deviation that all terms share: how fast the machine is.
+        shape: relative standard deviation of each term by itself.
     """
 
     terms: tuple[float, float, float]
@@ -58,15 +54,12 @@ class RecursiveLine:
     """A line that follows what is measured.
 
     Args:
-        prior: the line before anything is observed; its shape is kept where observations say
-            nothing.
-        forgetting: weight of the past per observation in the direction that the observation is
-            about.
+        prior: the line before anything is observed; keeps its shape where observations say nothing.
+        forgetting: weight of the past per observation in the observation's direction.
 
     Attributes:
-        seen: observations that entered.
+        seen: observations that entered; changes: abrupt changes that were found.
         scatter: mean absolute relative residual, recent.
-        changes: abrupt changes that were found.
     """
 
     def __init__(self, prior: Prior, *, forgetting: float = 0.99) -> None:
@@ -91,8 +84,7 @@ class RecursiveLine:
         return seconds if seconds > TINY_S else TINY_S
 
     def doubt(self, x1: float, x2: float) -> float:
-        """Relative standard deviation of the expectation itself: large where nothing like it was
-        observed."""
+        """Relative standard deviation of the expectation: large where nothing like it was seen."""
         z0, z1, z2 = self._t0, self._t1 * x1, self._t2 * x2
         p00, p01, p02, p11, p12, p22 = self._covariance
         expected = z0 * self._f0 + z1 * self._f1 + z2 * self._f2
@@ -104,11 +96,8 @@ class RecursiveLine:
         return math.sqrt(max(variance, 0.0)) / expected
 
     def along(self, x1: float, x2: float) -> tuple[float, float, float, float, float]:
-        """Of the loads ``k * (x1, x2)``: the expectation is ``a + b*k``, its variance
-        ``c + d*k + e*k*k``.
-
-        So many sizes of one quantum are priced for little more than one.
-        """
+        """Of loads ``k * (x1, x2)``: expectation ``a + b*k``, variance ``c + d*k + e*k*k``.  So
+        many sizes of one quantum are priced for little more than one."""
         z0, u1, u2 = self._t0, self._t1 * x1, self._t2 * x2
         p00, p01, p02, p11, p12, p22 = self._covariance
         return (
@@ -120,12 +109,9 @@ class RecursiveLine:
         )
 
     def observe(self, x1: float, x2: float, seconds: float) -> tuple[int, float] | None:
-        """``seconds`` were measured at this load; what is not a positive number is left out.
-
-        Returns:
-            (observations, factor) where a change was found: the line was multiplied by ``factor``,
-            and so many of the latest observations were made after the change.
-        """
+        """``seconds`` (left out if not above 0) were measured at this load; returns (n, factor)
+        where the line was multiplied by ``factor`` for a change before the latest n
+        observations."""
         if not 0.0 < seconds < math.inf:
             return None
         ratio = seconds / self.expected(x1, x2)
@@ -184,12 +170,9 @@ class RecursiveLine:
         self._covariance, self._information = covariance, inverse(covariance)
 
     def _spread(self, x1: float, x2: float, height: float, shape: float) -> Sym3:
-        """Covariance of the factors at this load: uncertain by ``height`` together, by ``shape``
-        each.
-
-        Whatever a term is believed to be, it may be a good part of what is measured: a first guess
-        may have taken all of the time for the one and none for the other.
-        """
+        """Covariance of the factors at this load: ``height`` together, ``shape`` each.  Any term
+        may be a good part of it: a first guess may have given one all of the time, the other
+        none."""
         part = GOOD_PART * self.expected(x1, x2)
         f = [self._f0, self._f1, self._f2]
         s = [

@@ -1,5 +1,4 @@
-"""Symmetric 3 x 3 matrices as six plain floats: at this size numpy's calls cost more than the
-arithmetic."""
+"""Symmetric 3 x 3 matrices as six plain floats: numpy's calls cost more than the arithmetic."""
 
 from __future__ import annotations
 
@@ -44,11 +43,8 @@ def plus_outer(m: Sym3, v: Vec3, weight: float) -> Sym3:
 
 
 def projected(f: Vec3, covariance: Sym3) -> Vec3:
-    """The nearest point whose components are not negative, in the metric of the inverse covariance.
-
-    One component after the other is put to 0 and the others move with it, as they are correlated;
-    what is left below 0 by then is cut.
-    """
+    """The nearest point with no negative component, in the metric of the inverse covariance: one
+    after the other is put to 0 and moves the others as they are correlated; then cut at 0."""
     p00, p01, p02, p11, p12, p22 = covariance
     columns = ((p00, p01, p02), (p01, p11, p12), (p02, p12, p22))
     values = list(f)

@@ -1,5 +1,4 @@
-"""The loads that were measured, a few of each: what a profile table is made of.  Bounded, plain
-Python."""
+"""The measured loads, a few of each, for a profile table.  Bounded, plain Python."""
 
 from __future__ import annotations
 

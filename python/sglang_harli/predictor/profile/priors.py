@@ -1,5 +1,4 @@
-"""What is believed before serving begins: cautious first guesses, or lines through a profile
-table's points."""
+"""What is believed before serving: first guesses, or lines through a profile table's points."""
 
 from __future__ import annotations
 
@@ -30,10 +29,8 @@ class Priors:
     """Lines of every phase.
 
     Attributes:
-        decode: by SM share.
-        corun: ``rho`` by SM share and kind of quantum, where it was measured.
-        measured: phases of serving (``decode`` on the whole device, ``prefill``) that come from a
-            profile.
+        decode: by SM share; corun: ``rho`` by SM share and kind of quantum, where measured.
+        measured: phases of serving (``decode`` on the whole device, ``prefill``) from a profile.
     """
 
     decode: Mapping[int, Prior]
@@ -55,11 +52,8 @@ def first_guess(
     """Without any measurement.
 
     Args:
-        token_s: one layer's forward for one token, a cautious guess.
-        pair_s: one layer's attention of one token to another.
-        layers: of the model.
-        base_s: what any quantum takes.
-        decode_s: a decode step of one request.
+        token_s, pair_s: one layer's forward for one token, and attention of one to another.
+        base_s, decode_s: what any quantum takes, and a decode step of one request.
         decode_shares: what a request more, and a token of context more, add to it.
     """
     quanta = {}
@@ -74,11 +68,8 @@ def first_guess(
 
 
 def from_table(table: ProfileTable, guess: Priors, padding: Padding | None = None) -> Priors:
-    """Lines through measured points; ``guess`` stands where there are none.
-
-    Args:
-        padding: as that of the predictor, so that both count the same batch sizes.
-    """
+    """Lines through measured points; ``guess`` stands where there are none.  ``padding`` is the
+    predictor's, so that both count the same batch sizes."""
     pad = Padding() if padding is None else padding
     decode, whole = {}, guess.decode.get(WHOLE, next(iter(guess.decode.values())))
     for share in sorted({point.share for point in table.decode}):

@@ -1,8 +1,7 @@
 """Measured points of one model on one device, in a file: what a predictor starts from.
 
-JSON with a version and a key.  A table is good for the model, device, dtype, SGLang version and
-flags that it was measured with and for no others: a foreign, stale or damaged file is left aside,
-with a sentence that says why. Written as a whole or not at all.
+JSON with a version and a key: model, device, dtype, SGLang version and flags.  A foreign, stale or
+damaged file is left aside, with a sentence that says why.  Written as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -32,13 +31,8 @@ def half_octave(count: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ProfileKey:
-    """What measured times depend on besides the load.
-
-    Attributes:
-        model: architecture and sizes; two models of one shape take the same time.
-        sglang: its version.
-        flags: SGLang's flags that change how long a batch takes.
-    """
+    """What measured times depend on besides the load: the ``model``'s architecture and sizes, and
+    those of SGLang's ``flags`` that change how long a batch takes."""
 
     model: str
     device: str
@@ -129,8 +123,7 @@ class ProfileTable:
         }
 
     def joined(self, newer: ProfileTable) -> ProfileTable:
-        """With the points of another table of the same key, which replace those of the same
-        load."""
+        """With the points of a newer table of the same key, which win for the same load."""
         lists = {}
         for name in _LISTS:
             points = {point.load: point for point in (*getattr(self, name), *getattr(newer, name))}
@@ -174,8 +167,7 @@ _LISTS: dict[str, type] = {
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a file holds for a key: a table, or none and why; ``text`` is one sentence for the
-    log."""
+    """What a file holds for a key: a table, or none; ``text`` is one sentence for the log."""
 
     table: ProfileTable | None
     text: str
@@ -211,11 +203,7 @@ _Point = TypeVar("_Point")
 
 
 def parse(document: Any) -> ProfileTable:
-    """A table from plain values.
-
-    Raises:
-        ValueError: it is none, or of another version; says what is wrong and where.
-    """
+    """A table from plain values; ValueError says what is wrong and where, or another version."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError("it is not a latency profile")
     if document.get("version") != VERSION:

@@ -1,8 +1,4 @@
-"""The loads of a profile: what a server is made to compute so that its batches of every size are
-measured.  Pure.
-
-The server measures its own batches; a sweep sends it each size of batch for a few tokens.
-"""
+"""The loads of a profile: a few tokens of each size of batch, which the server measures.  Pure."""
 
 from __future__ import annotations
 
@@ -63,8 +59,7 @@ def missing(loads: Sequence[Load], table: ProfileTable | None) -> list[Load]:
 
 
 def bodies(load: Load, vocab: int) -> dict[str, Any]:
-    """The request of a load: prompts of random tokens, other ones for each load, so that no prefix
-    is cached."""
+    """The request of a load: random tokens, others for each load, so that no prefix is cached."""
     rng = random.Random(f"{load.batch} {load.prompt_tokens}")
     prompts = [[rng.randrange(vocab) for _ in range(load.prompt_tokens)] for _ in range(load.batch)]
     return {

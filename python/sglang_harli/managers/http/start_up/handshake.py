@@ -1,5 +1,4 @@
-"""HTTP process: starts the service before SGLang's processes, and proves afterwards that the seam
-took.
+"""HTTP process: starts the service before SGLang's processes, and checks that the hooks took.
 
 SGLang only logs a hook that could not be applied and then serves plain; so each scheduler rank puts
 a hello into its init info, and a server without it stops.
@@ -20,19 +19,15 @@ _http_server = False
 
 
 def http_server_starts(*_args: Any, **_kwargs: Any) -> None:
-    """Before SGLang's ``http_server.launch_server``: what is launched next will have an HTTP
-    process."""
+    """Before SGLang's ``http_server.launch_server``: the next launch has an HTTP process."""
     global _http_server
     _http_server = True
 
 
 def launch(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
-    """Around ``Engine._launch_subprocesses``: the service first, the hello last.
-
-    Raises:
-        SystemExit: a rank did not say hello, or refuses the model; or this is the offline Engine,
-            which has no HTTP process to publish adapters.
-    """
+    """Around ``Engine._launch_subprocesses``: the service first, the hello last.  SystemExit: a
+    rank did not say hello, or refuses the model; or the offline Engine, which has no HTTP
+    process."""
     if not _http_server:
         raise SystemExit(
             "sglang-harli: finetuning needs a server, whose HTTP process publishes the adapters: start "
@@ -45,8 +40,7 @@ def launch(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -
     try:
         check_hello(schedulers.scheduler_infos)
     except SystemExit:
-        # At exit a zmq context of SGLang's that is collected waits for its messages to schedulers
-        # that are gone.
+        # At exit, collecting a zmq context of SGLang's waits for its messages to dead schedulers.
         gc.disable()
         if watchdog is not None:
             watchdog.stop()  # it would answer the end of the children by killing us before the sentence is out

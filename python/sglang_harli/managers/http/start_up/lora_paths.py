@@ -1,8 +1,8 @@
-"""Adapters given by ``--lora-paths``, checked before the model loads: a bad one is one sentence,
-not a traceback.
+"""Checks the adapters of ``--lora-paths`` before the model loads, so that a bad one is one
+sentence.
 
 The checks are those of every later load (``patches.lora.peft_adapter``), on the files' headers
-alone. Leans on SGLang's ServerArgs: lora_paths, enable_lora, max_lora_rank, lora_target_modules and
+alone.  Leans on ServerArgs: lora_paths, enable_lora, max_lora_rank, lora_target_modules and
 get_model_config.
 """
 
@@ -20,11 +20,7 @@ FLAG = "--lora-paths"
 
 
 def check_lora_paths(server_args: Any) -> None:
-    """Check each adapter's config and weights against the model and the flags.
-
-    Raises:
-        UnsupportedError: naming the entry, the field or weight, and what is accepted.
-    """
+    """Check each adapter; UnsupportedError names the entry, and the field or weight at fault."""
     entries = list(_entries(server_args.lora_paths))
     if not entries or server_args.enable_lora is False:
         return
@@ -100,8 +96,7 @@ def _weights(folder: Path) -> list[tuple[str, tuple[int, ...]]] | None:
 
 
 def _pickled(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of PEFT's older form, by PEFT's own reader: it takes tensors alone and runs
-    no code."""
+    """Names and shapes of PEFT's older form; PEFT's own reader takes tensors and runs no code."""
     from peft.utils.save_and_load import load_peft_weights
 
     try:

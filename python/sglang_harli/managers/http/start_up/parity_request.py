@@ -1,12 +1,10 @@
-"""HTTP process: what serving computes for one fixed prompt, for the scheduler to compare training
-with (``parity``).
+"""HTTP process: what serving computes for one fixed prompt, to compare training with (``parity``).
 
-One request to SGLang's TokenizerManager, as those of its HTTP routes are, once the server is
-healthy and other requests rest: 64 pseudo-random tokens, of which only the log-probabilities are
-wanted.  It counts in none of the metrics of requests, nothing is sampled, and its prefix, 64 slots
-under a key of its own, is evicted like any other. Again after an update of the served weights.
-
-It gives way to what SGLang does only while it serves nothing (``quiet``).
+One request to SGLang's TokenizerManager, as its HTTP routes make them, once the server is healthy
+and other requests rest, and again after an update of the weights: the log-probabilities of 64
+pseudo-random tokens.  It counts in no metrics of requests, samples nothing, and its prefix, 64
+slots under a key of its own, is evicted like any other.  It gives way to what SGLang does only
+while it serves nothing (``quiet``).
 
 Leans on TokenizerManager (server_status, is_pause, tokenizer, generate_request, abort_request,
 rid_to_state, context_len, max_req_input_len) and GenerateReqInput (input_ids, sampling_params, rid,
@@ -44,11 +42,7 @@ EXPECTED = (HarliError, OSError, ValueError, HTTPException)  # the last two are 
 
 
 class ParityRequest:
-    """Runs as a task of the HTTP process's loop.
-
-    Args:
-        startup: the quick profile at start-up, which comes first.
-    """
+    """A task of the HTTP process's loop; ``startup``, the profile at start-up, comes first."""
 
     def __init__(self, publisher: AdapterPublisher, manager: Any, startup: StartupProfile) -> None:
         self._publisher, self._manager, self._startup = publisher, manager, startup
@@ -68,8 +62,7 @@ class ParityRequest:
 
     @contextlib.asynccontextmanager
     async def quiet(self) -> AsyncIterator[None]:
-        """The server has no request of this, and gets none: for what SGLang does only while it
-        serves nothing."""
+        """No request of ours runs within: for what SGLang does only while it serves nothing."""
         self._quiet += 1
         self._quieted += 1
         try:
@@ -131,8 +124,7 @@ class ParityRequest:
         return prompt(min(TOKENS, asked["positions"], longest), vocabulary, special)
 
     async def _rest(self) -> None:
-        """A moment in which no other request runs: then it disturbs none, and none is batched with
-        it."""
+        """Wait until no other request runs: it disturbs none, and none is batched with it."""
         until_s = time.monotonic() + REST_S
         while self._manager.rid_to_state and time.monotonic() < until_s:
             await asyncio.sleep(POLL_S)
@@ -188,8 +180,7 @@ class ParityRequest:
         return [float(value) for value in values]
 
     async def _forget(self, name: str) -> None:
-        """A request that is not over is taken back, and SGLang's HTTP process does not wait for it
-        any more, even if the scheduler never had it."""
+        """Abort a request that is not over; nothing waits for it, even if it was never sent."""
         until_s = time.monotonic() + TAKE_BACK_S
         if name in self._manager.rid_to_state:
             self._manager.abort_request(name)
@@ -208,11 +199,7 @@ def _log_failure(task: asyncio.Task[None]) -> None:
 
 
 def prompt(length: int, vocabulary: int, special: Collection[int]) -> list[int]:
-    """The same pseudo-random ids for the same vocabulary, none of them special.
-
-    Raises:
-        NotReadyError: there are too few to choose from, or to be answered.
-    """
+    """Fixed pseudo-random ids, none of them special; NotReadyError: there are too few."""
     usual = [token for token in range(vocabulary) if token not in special]
     if length < 2 or not usual:
         raise NotReadyError(f"a prompt of {length} tokens out of {len(usual)} has no log-probabilities")

@@ -1,7 +1,4 @@
-"""What finetuning does not work with yet, refused by name at start-up.
-
-Each refusal is one sentence with the way out: ``--harli-finetune off`` serves without finetuning.
-"""
+"""What finetuning does not work with yet, refused at start-up in one sentence with the way out."""
 
 from __future__ import annotations
 
@@ -40,11 +37,7 @@ _FLAGS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 
 def refuse_flags(server_args: Any) -> None:
-    """Check SGLang's arguments as the operator gave them.
-
-    Raises:
-        UnsupportedError: naming the flag and the way out.
-    """
+    """Check SGLang's arguments as given; UnsupportedError names the flag and the way out."""
     for flag, what, asked in _FLAGS:
         if asked(server_args):
             raise UnsupportedError(
@@ -64,12 +57,8 @@ def refuse_flags(server_args: Any) -> None:
 
 
 def refuse_model(server_args: Any) -> None:
-    """Check the model behind SGLang's resolved arguments.
-
-    Raises:
-        UnsupportedError: naming the architecture, the quantisation or the config's field, and the
-            way out.
-    """
+    """Check the model behind SGLang's resolved arguments; UnsupportedError names the architecture,
+    the quantisation or the config's field, and the way out."""
     config = server_args.get_model_config().hf_config
     architectures = list(getattr(config, "architectures", None) or ["unknown"])
     if architectures[0] not in BY_NAME:

@@ -1,9 +1,9 @@
 """HTTP process: a quick profile of a server that has none, before it is healthy
 (``--harli-profile-budget-s``).
 
-The sweep's requests go to SGLang's TokenizerManager, as those of its HTTP routes do.  What the
-scheduler measures it learns from at once, and it is written to the profile for the next start.
-Leans on TokenizerManager (server_status, generate_request, abort_request), ServerStatus and
+The sweep's requests go to SGLang's TokenizerManager, as those of its HTTP routes do.  The scheduler
+learns from what it measures at once, and writes it to the profile for the next start.  Leans on
+TokenizerManager (server_status, generate_request, abort_request), ServerStatus and
 GenerateReqInput.
 """
 
@@ -25,14 +25,8 @@ POLL_S = 0.1
 
 
 class StartupProfile:
-    """Runs once, as a task of the HTTP process's loop.
-
-    Args:
-        budget_s: seconds from when the server is up; 0: there is nothing to do.
-
-    Attributes:
-        done: it is over, whatever became of it: serving does not depend on it.
-    """
+    """Runs once, as a task of the HTTP process's loop, for ``budget_s`` seconds (0: not at all);
+    ``done``, with or without success: serving does not depend on it."""
 
     def __init__(self, publisher: AdapterPublisher, manager: Any, budget_s: float) -> None:
         self._publisher, self._manager, self._budget_s = publisher, manager, budget_s

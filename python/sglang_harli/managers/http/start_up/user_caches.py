@@ -1,8 +1,8 @@
-"""Where libraries keep their caches when the user has no home that can be written, or no name.
+"""Places for libraries' caches when the user has no name, or no home that can be written.
 
-As in a container that runs under a bare uid (``docker run --user 12345``): torch asks for the
-user's name, and flashinfer, Triton and others make folders in his home, at import, and end in
-tracebacks.  The launcher gives them places before the first such import.  Standard library only.
+As in a container under a bare uid (``docker run --user 12345``): torch asks for the user's name;
+flashinfer, Triton and others make folders in the home at import, and end in tracebacks.  The
+launcher calls this before the first such import.  Standard library only.
 """
 
 from __future__ import annotations
@@ -30,13 +30,9 @@ _NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # where getpass.getuser looks
 
 
 def provide(environ: MutableMapping[str, str] = os.environ) -> list[str]:
-    """Set what is missing, for this process and its children, and say what and why: one line each.
-
-    What the operator has set stays, and so does a cache that can be written.
-
-    Raises:
-        ConfigError: there is no place for caches; the variables are named.
-    """
+    """Set what is missing, for this process and its children; returns what and why, one line each.
+    What the operator has set stays.  ConfigError names the variables where no place can be
+    written."""
     said = []
     try:
         entry = pwd.getpwuid(os.getuid())
@@ -62,8 +58,7 @@ def provide(environ: MutableMapping[str, str] = os.environ) -> list[str]:
 
 
 def _kept(name: str, home: str) -> bool:
-    """Whether the cache stays in the home: it can be made or written there, or it is one of
-    downloads to be read."""
+    """Whether the cache stays in the home: writable there, or one of downloads to be read."""
     if not home:
         return False
     path = os.path.abspath(os.path.join(home, CACHES[name][0]))

@@ -1,10 +1,10 @@
 """``python -m sglang_harli.managers.http.supervision.child_process PARENT_PID MODULE``: run MODULE,
 and die with the parent.
 
-The child asks for its parent-death signal itself, first thing, instead of by ``preexec_fn`` in the
-server: that would run Python between fork and exec in a process full of threads.  Linux sends the
-signal when the *thread* that forked ends, so this must be started from a thread that lives as
-long as the child should (supervisor.py does).  Standard library only.
+The child asks for its parent-death signal itself, not by ``preexec_fn``, which would run Python
+between fork and exec in a process full of threads.  Linux sends the signal when the *thread* that
+forked ends, so that thread must live as long as the child should (supervisor.py).  Standard library
+only.
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel SIGKILL this process when its parent's forking thread ends.
-
-    Raises:
-        SystemExit: the parent was gone before the request could be made.
-        OSError: the kernel refused.
-    """
+    """Have the kernel SIGKILL this process when its parent's forking thread ends.  SystemExit: the
+    parent was gone before the request; OSError: the kernel refused."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         number = ctypes.get_errno()

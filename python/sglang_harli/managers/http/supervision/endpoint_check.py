@@ -1,9 +1,4 @@
-"""Whether the finetune service will be able to bind its endpoint: asked at start-up, before the
-model loads.
-
-So an address that is in use, or is none of this host's, is one sentence, not a service that dies
-again and again.
-"""
+"""Whether the finetune service can bind its endpoint, so that a bad address is one sentence."""
 
 from __future__ import annotations
 
@@ -28,12 +23,7 @@ _REASONS = {
 
 
 def check_endpoint_free(endpoint: str, grace_s: float = PORT_GRACE_S) -> None:
-    """Bind the endpoint for a moment, as the service will.
-
-    Raises:
-        StateError: the address is in use, still so after ``grace_s`` seconds, or cannot be bound
-            here.
-    """
+    """Bind the endpoint as the service will; StateError: in use for ``grace_s`` s or impossible."""
     deadline = time.monotonic() + grace_s
     while True:
         reason, passing = _trouble(endpoint)

@@ -1,9 +1,9 @@
 """HTTP process: locks the run directory, starts the finetune service and keeps it up.
 
-The service is a child of SGLang's main process, outside SGLang's own watchdog of subprocesses
-(whose answer to a death is to end the server).  One daemon thread forks it, waits for it and forks
-it again: the parent-death signal that the child asks for (child_process.py) is tied to that thread,
-so it ends only when nothing is left to supervise.
+The service is outside SGLang's own watchdog of subprocesses, whose answer to a death is to end the
+server.  One daemon thread forks it, waits for it and forks it again: the parent-death signal that
+the child asks for (child_process.py) is tied to that thread, so it ends only when nothing is left
+to supervise.
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ from sglang_harli.protocol import curve_keys, shared_memory
 logger = logging.getLogger(__name__)
 
 SERVICE_MODULE = "sglang_harli.service.app"
-# The service is to end within this after SIGTERM: SGLang's own answer to an end is an immediate
-# SIGKILL.
+# For the service after SIGTERM: SGLang's own answer to an end is an immediate SIGKILL.
 STOP_GRACE_S = 5.0
-# SGLang ends by killing its children and then itself: a death is worth a line only if this process
-# lives on.
+# SGLang ends by killing its children, then itself: log a death only if this process lives on.
 _SETTLE_S = 0.3
 _STDERR = 2
 
@@ -43,11 +41,8 @@ class RunDirLock:
     """An exclusive flock on ``run_dir/lock``; the file holds the holder's pid, for the error of a
     second server.
 
-    The kernel gives the lock back when the holder ends, however it ends, so a file that was left
-    behind refuses nobody.
-
-    Args:
-        run_dir: made with its parents where it is missing.
+    The kernel gives the lock back when the holder ends, so a file left behind refuses nobody.
+    Missing folders are made.
 
     Raises:
         StateError: another server holds it (its pid is named).
@@ -92,12 +87,8 @@ class RunDirLock:
 # ------------------------------------------------------------------ the child
 @dataclass(frozen=True, kw_only=True)
 class RestartPolicy:
-    """Seconds to wait before a restart: ``first_s`` doubled at each death in a row, at most
-    ``longest_s``.
-
-    A child that lived for ``healthy_s`` starts a new row; after ``limit`` deaths in a row it stays
-    down.
-    """
+    """Wait ``first_s`` before a restart, doubled at each death in a row, at most ``longest_s``.  A
+    child that lived for ``healthy_s`` starts a new row; after ``limit`` deaths it stays down."""
 
     first_s: float = 0.5
     longest_s: float = 30.0
@@ -116,13 +107,10 @@ class Supervisor:
     ends.
 
     Args:
-        module: what to run.
         environment: variables of the child on top of this process's own.
-        policy: when to restart.
 
     Attributes:
-        pid: of the child, None while it is down.
-        starts: how often it was started.
+        pid: of the child, None while it is down; starts: how often it was started.
         gave_up: None, or why it is not (re)started any more.
     """
 
@@ -160,8 +148,7 @@ class Supervisor:
                 self._child.kill()  # nothing where it is gone already
 
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """SIGTERM, then SIGKILL after ``grace_s`` seconds (0: at once); returns when the child is
-        gone.  May be repeated."""
+        """SIGTERM, and SIGKILL after ``grace_s``; returns when the child is gone.  Repeatable."""
         with self._lock:
             self._stopping.set()
             child = self._child
@@ -256,15 +243,8 @@ def service_environment(options: HarliOptions, server_args: Any) -> dict[str, st
 
 
 def claim(options: HarliOptions) -> None:
-    """Lock the run directory if it is there, and check keys and endpoint: what another server is in
-    the way of.
-
-    The launcher asks before SGLang is imported, which takes a minute on a busy machine; ``start``
-    asks again.
-
-    Raises:
-        StateError, UnsupportedError, ConfigError: as in ``start``.
-    """
+    """Lock the run directory if it is there, and check keys and endpoint; errors as in ``start``.
+    The launcher asks before SGLang is imported, which takes a minute on a busy machine."""
     global _claimed
     if os.path.isdir(options.absolute_run_dir):  # else it is made only by a server that comes so far
         _claimed = RunDirLock(options.absolute_run_dir)
@@ -288,16 +268,8 @@ def _lock(run_dir: str) -> RunDirLock:
 
 
 def start(server_args: Any) -> None:
-    """Lock the run directory and start the finetune service; called before SGLang launches its
-    processes.
-
-    Args:
-        server_args: HarliServerArgs.
-
-    Raises:
-        SystemExit: the run directory or the endpoint is another's or cannot be used, or the keys
-            cannot.
-    """
+    """Lock the run directory and start the finetune service, before SGLang launches its processes.
+    SystemExit: run directory, endpoint or keys are unusable, or another server's."""
     global _running
     options: HarliOptions = server_args.harli_options()
     if not options.enabled or server_args.node_rank != 0:
@@ -336,14 +308,14 @@ def graceful_end() -> None:
 
 def stop_with_tree(parent_pid: int | None = None, *args: Any, **kwargs: Any) -> None:
     """Hook before SGLang's ``kill_process_tree``, by which a server ends: after SIGTERM, and when a
-    process of its tree has crashed, where the service has nothing to wait for."""
+    process of its tree has crashed; then the service has nothing to wait for."""
     if parent_pid in (None, os.getpid()):
         _end(STOP_GRACE_S if _graceful else 0.0)
 
 
 def stop(*args: Any, **kwargs: Any) -> None:
     """End the service and unlock the run directory: at exit, and hook before ``Engine.shutdown``,
-    which would otherwise kill the service as one of its children and see it come back."""
+    which would kill the service as one of its children and see it come back."""
     _end(STOP_GRACE_S)
 
 

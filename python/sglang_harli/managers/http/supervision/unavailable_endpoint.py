@@ -1,8 +1,7 @@
-"""HTTP process: who answers at the finetune endpoint when the service is given up.
+"""HTTP process: answers at the finetune endpoint when the service is given up.
 
-Its place is taken by one thread with the service's own socket (keys and limits included) and no
-service behind it: every verb is refused with the code ``finetune_down`` and what to do; ``status``
-says what happened.
+A thread with the service's own socket (keys and limits included) refuses every verb with the code
+``finetune_down`` and what to do; ``status`` says what happened.
 """
 
 from __future__ import annotations
@@ -31,14 +30,8 @@ BIND_AGAIN_S = 5.0  # while somebody else holds the endpoint
 
 
 class UnavailableEndpoint:
-    """The public socket of a server whose service was given up: every verb is refused with the
-    reason.
-
-    Args:
-        options: of this server.
-        why: what ended the service, one clause.
-        jobs: how many jobs there were by status, as the service last said.
-    """
+    """The public socket of a server whose service was given up.  ``why``: what ended the service,
+    one clause; ``jobs``: how many there were by status."""
 
     def __init__(self, options: HarliOptions, why: str, jobs: dict[str, int]) -> None:
         self._options = options

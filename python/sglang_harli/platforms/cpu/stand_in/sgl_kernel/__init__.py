@@ -1,13 +1,12 @@
 """A stand-in for ``sgl_kernel`` in processes that run SGLang's CPU engine.
 
-The published wheel loads a CUDA driver, so it cannot be imported without one, while SGLang's CPU
-engine imports its names.  Here every op that serving Llama, Mistral, Qwen2 or Qwen3 touches is a
-plain torch implementation with the wheel's signature; any other name is an op that raises
-NotImplementedError when it is called (not when it is imported: SGLang imports the ops of features
-that it then does not use).
+The published wheel loads a CUDA driver at import, while SGLang's CPU engine imports its names.
+Here every op that serving Llama, Mistral, Qwen2 or Qwen3 touches is a plain torch implementation
+with the wheel's signature; any other raises NotImplementedError when called, not when imported:
+SGLang imports the ops of features that it then does not use.
 
-``torch.ops.sgl_kernel`` stays empty on purpose: where it had ``convert_weight_packed``, a CPU with
-AMX tiles would make SGLang repack its weights, and training could no longer view them.
+``torch.ops.sgl_kernel`` stays empty on purpose: with its ``convert_weight_packed``, a CPU with AMX
+tiles would make SGLang repack its weights, and training could no longer view them.
 """
 
 from __future__ import annotations
@@ -44,11 +43,8 @@ def assign_req_to_token_pool_cpu(
     Args:
         req_pool_indices: row of each request, int, shape [requests].
         req_to_token: the table, int32, shape [rows, pool_len]; changed in place.
-        start_offset: first position to write, int, shape [requests].
-        end_offset: one past the last position, int, shape [requests].
-        out_cache_loc: the slots of all requests, one after the other, int, shape [sum(end -
-            start)].
-        pool_len: the table's width.
+        start_offset, end_offset: first position, and one past the last, int, shape [requests].
+        out_cache_loc: slots of all requests in a row, int, shape [sum(end - start)].
     """
     taken = 0
     for row, start, end in _spans(req_pool_indices, start_offset, end_offset, req_to_token, pool_len):
@@ -68,7 +64,7 @@ def assign_extend_cache_locs_cpu(
     other.
 
     The inverse of :func:`assign_req_to_token_pool_cpu`, with the same arguments; ``out_cache_loc``
-    is changed in place, and what lies behind the last span is left alone.
+    is changed in place; what lies behind the last span stays.
     """
     taken = 0
     for row, start, end in _spans(req_pool_indices, start_offset, end_offset, req_to_token, pool_len):
@@ -89,13 +85,12 @@ def copy_all_layer_kv_cache_cpu(
 ) -> None:
     """Copy KV rows ``src_loc`` onto rows ``tgt_loc`` in every layer's buffer.
 
-    All rows are read before any is written, so that sources and targets may overlap.
+    All rows are read before any is written, so that they may overlap.
 
     Args:
         data_ptrs: address of each buffer, uint64 or int64, shape [buffers].
         strides: bytes of one row of each buffer, int, shape [buffers].
-        tgt_loc: rows to write, int, shape [n].
-        src_loc: rows to read, int, shape [n].
+        tgt_loc, src_loc: rows, int, shape [n].
     """
     if tgt_loc.numel() != src_loc.numel():
         raise ValueError(f"CPU engine: {src_loc.numel()} rows to read but {tgt_loc.numel()} to write")
@@ -117,18 +112,8 @@ def rmsnorm(
     out: torch.Tensor | None = None,
     enable_pdl: bool | None = None,
 ) -> torch.Tensor:
-    """Root mean square normalisation of the last dimension, computed in fp32.
-
-    Args:
-        input: shape [tokens, hidden], any float dtype.
-        weight: shape [hidden].
-        eps: added to the mean square.
-        out: where the result goes, if given.
-        enable_pdl: a CUDA launch option; without meaning here.
-
-    Returns:
-        The normalised tensor, of ``input``'s shape and dtype (``out`` if given).
-    """
+    """Root mean square normalisation over ``hidden``, computed in fp32; ``input``: [tokens, hidden]
+    of any float dtype, as the result; ``weight``: [hidden]; ``enable_pdl``: ignored (CUDA's)."""
     x = input.float()
     normal = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
     return _into(out, normal.to(input.dtype))
@@ -141,8 +126,7 @@ def fused_add_rmsnorm(
     eps: float = 1e-6,
     enable_pdl: bool | None = None,
 ) -> None:
-    """``residual += input``, then ``input = rmsnorm(residual)``, both in place (shapes as in
-    rmsnorm)."""
+    """``residual += input``, ``input = rmsnorm(residual)``, in place (shapes as in rmsnorm)."""
     total = input.float() + residual.float()
     residual.copy_(total)
     normal = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * weight.float()
@@ -150,15 +134,13 @@ def fused_add_rmsnorm(
 
 
 def silu_and_mul(input: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``silu(input[..., :d]) * input[..., d:]`` with d half of the last dimension; shape [...,
-    d]."""
+    """``silu(input[..., :d]) * input[..., d:]``, d half of the last dimension; shape [..., d]."""
     gate, up = input.chunk(2, dim=-1)
     return _into(out, torch.nn.functional.silu(gate) * up)
 
 
 def gelu_and_mul(input: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``gelu(input[..., :d]) * input[..., d:]`` with d half of the last dimension; shape [...,
-    d]."""
+    """``gelu(input[..., :d]) * input[..., d:]``, d half of the last dimension; shape [..., d]."""
     gate, up = input.chunk(2, dim=-1)
     return _into(out, torch.nn.functional.gelu(gate) * up)
 
