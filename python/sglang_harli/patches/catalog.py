@@ -1,13 +1,12 @@
-"""All patches of SGLang: what each changes and the function that registers its runtime half.
+"""All patches of SGLang with the hooks of their runtime halves.
 
 Each has a page and an upstream-ready diff of the same name in the top-level folder ``patches/``.
-The patch modules import SGLang when they are registered.
+No patch module imports SGLang before a hook of it runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from sglang_harli.patches import (
@@ -31,100 +30,32 @@ from sglang_harli.patches.lora import (
     unload,
 )
 
+Hook = tuple[str, Callable[..., Any], str]  # what it hooks in SGLang, ours, and a HookType
 
-@dataclass(frozen=True)
-class Patch:
-    """One change to SGLang's own code; its page and its diff have its ``name``.
-
-    Attributes:
-        targets: the SGLang files that it changes, relative to the ``sglang`` package.
-        register: puts its hooks into a ``HookRegistry``; they take effect with ``apply_hooks``.
-    """
-
-    name: str
-    targets: tuple[str, ...]
-    register: Callable[[Any], None]
-
-
-ALL: tuple[Patch, ...] = (
-    Patch(
-        "01-lora-pin-memory",
-        ("srt/lora/layers.py", "srt/lora/backend/torch_backend.py", "srt/lora/utils.py"),
-        pin_memory.register,
-    ),
-    Patch(
-        "02-lora-gate",
-        (
-            "srt/lora/layers.py",
-            "srt/lora/lora_manager.py",
-            "srt/model_executor/runner/decode_cuda_graph_runner.py",
-        ),
-        gate.register,
-    ),
-    Patch("03-lora-padded-mlp", ("srt/lora/lora.py", "srt/lora/lora_manager.py"), padded_mlp.register),
-    Patch("04-lora-peft-adapters", ("srt/lora/lora.py", "srt/lora/lora_config.py"), peft_adapters.register),
-    Patch(
-        "05-lora-adapter-checks",
-        (
-            "srt/lora/lora.py",
-            "srt/lora/lora_config.py",
-            "srt/lora/lora_manager.py",
-            "srt/managers/tp_worker.py",
-        ),
-        adapter_checks.register,
-    ),
-    Patch(
-        "06-request-fields",
-        (
-            "srt/managers/io_struct.py",
-            "srt/managers/tokenizer_manager.py",
-            "srt/managers/tokenizer_manager_score_mixin.py",
-            "srt/sampling/sampling_params.py",
-        ),
-        request_fields.register,
-    ),
-    Patch(
-        "07-lora-request-counts",
-        ("srt/lora/lora_registry.py", "srt/managers/tokenizer_manager.py"),
-        request_counts.register,
-    ),
-    Patch(
-        "08-lora-unload",
-        (
-            "srt/lora/lora_registry.py",
-            "srt/managers/tokenizer_control_mixin.py",
-            "srt/managers/tokenizer_manager.py",
-        ),
-        unload.register,
-    ),
-    Patch("09-shutdown-drain", ("srt/managers/tokenizer_manager.py",), shutdown_drain.register),
-    Patch("10-idle-health-check", ("srt/managers/scheduler.py",), idle_health_check.register),
-    Patch("11-lora-cache-key", ("srt/managers/tokenizer_manager.py",), cache_key.register),
-    Patch("12-nan-sampling", ("srt/layers/sampler.py",), nan_sampling.register),
-    Patch(
-        "13-cpu-sampling",
-        (
-            "srt/constrained/xgrammar_backend.py",
-            "srt/layers/sampler.py",
-            "srt/sampling/penaltylib/repetition_penalty.py",
-        ),
-        cpu_sampling.register,
-    ),
-    Patch("14-session-replace", ("srt/session/session_controller.py",), session_replace.register),
-    Patch(
-        "15-control-requests",
-        (
-            "srt/managers/io_struct.py",
-            "srt/managers/scheduler_components/weight_updater.py",
-            "srt/managers/tokenizer_control_mixin.py",
-        ),
-        control_requests.register,
-    ),
-    Patch("16-stop-regex", ("srt/managers/schedule_batch.py",), stop_regex.register),
-)
+ALL: dict[str, tuple[Hook, ...]] = {
+    "01-lora-pin-memory": pin_memory.HOOKS,
+    "02-lora-gate": gate.HOOKS,
+    "03-lora-padded-mlp": padded_mlp.HOOKS,
+    "04-lora-peft-adapters": peft_adapters.HOOKS,
+    "05-lora-adapter-checks": adapter_checks.HOOKS,
+    "06-request-fields": request_fields.HOOKS,
+    "07-lora-request-counts": request_counts.HOOKS,
+    "08-lora-unload": unload.HOOKS,
+    "09-shutdown-drain": shutdown_drain.HOOKS,
+    "10-idle-health-check": idle_health_check.HOOKS,
+    "11-lora-cache-key": cache_key.HOOKS,
+    "12-nan-sampling": nan_sampling.HOOKS,
+    "13-cpu-sampling": cpu_sampling.HOOKS,
+    "14-session-replace": session_replace.HOOKS,
+    "15-control-requests": control_requests.HOOKS,
+    "16-stop-regex": stop_regex.HOOKS,
+}
 
 
 def register_all(registry: Any) -> None:
-    """Register every patch with SGLang's ``HookRegistry`` (the class, or one of its kind)."""
-    for patch in ALL:
-        patch.register(registry)
+    """Register every patch's hooks with SGLang's ``HookRegistry``; ``apply_hooks`` installs them."""
+    from sglang.srt.plugins.hook_registry import HookType
+
+    for hooks in ALL.values():
+        for target, hook, kind in hooks:
+            registry.register(target, hook, HookType(kind))

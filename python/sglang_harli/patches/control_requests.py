@@ -30,19 +30,6 @@ _UPDATES = {
 }
 
 
-def register(registry: Any) -> None:
-    """Register the hooks with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    for method, output in _UPDATES.items():
-        hook = functools.partial(_update, output)
-        registry.register(f"{_UPDATER}.{method}", hook, HookType.AROUND)
-    registry.register(f"{_UPDATER}.release_memory_occupation", _release, HookType.AROUND)
-    registry.register(f"{_UPDATER}.resume_memory_occupation", _resume, HookType.AROUND)
-    call = "sglang.srt.managers.communicator.FanOutCommunicator.__call__"
-    registry.register(call, _raise_refusals, HookType.AROUND)
-
-
 # ------------------------------------------------------------------ the scheduler
 def _update(output: str, original: Callable[..., Any], updater: Any, request: Any) -> Any:
     """An update flushes the cache, which a running request forbids: found before weights change."""
@@ -102,3 +89,14 @@ async def _raise_refusals(original: Callable[..., Awaitable[Any]], *args: Any, *
         if isinstance(answer, kinds) and answer.rid:
             raise ValueError(answer.rid)
     return answers
+
+
+HOOKS = (
+    *(
+        (f"{_UPDATER}.{method}", functools.partial(_update, output), "around")
+        for method, output in _UPDATES.items()
+    ),
+    (f"{_UPDATER}.release_memory_occupation", _release, "around"),
+    (f"{_UPDATER}.resume_memory_occupation", _resume, "around"),
+    ("sglang.srt.managers.communicator.FanOutCommunicator.__call__", _raise_refusals, "around"),
+)

@@ -17,21 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-_COMPILED = (
-    "sglang.srt.sampling.penaltylib.repetition_penalty.apply_scaling_penalties",
-    "sglang.srt.layers.sampler.multinomial_with_seed",
-)
 _GRAMMAR = "sglang.srt.constrained.xgrammar_backend"
-
-
-def register(registry: Any) -> None:
-    """Register the hooks with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    for target in _COMPILED:
-        registry.register(target, _uncompiled_on_cpu, HookType.AROUND)
-    for name, hook in (("XGrammarGrammar", _mask_of_one), ("XGrammarGrammarBackend", _mask)):
-        registry.register(f"{_GRAMMAR}.{name}.apply_vocab_mask", hook, HookType.AROUND)
 
 
 def _uncompiled_on_cpu(original: Callable[..., Any], tensor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,3 +36,15 @@ def _mask(original: Callable[..., None], logits: Any, vocab_mask: Any) -> None:
     from xgrammar import apply_token_bitmask_inplace
 
     apply_token_bitmask_inplace(logits, vocab_mask)
+
+
+HOOKS = (
+    (
+        "sglang.srt.sampling.penaltylib.repetition_penalty.apply_scaling_penalties",
+        _uncompiled_on_cpu,
+        "around",
+    ),
+    ("sglang.srt.layers.sampler.multinomial_with_seed", _uncompiled_on_cpu, "around"),
+    (f"{_GRAMMAR}.XGrammarGrammar.apply_vocab_mask", _mask_of_one, "around"),
+    (f"{_GRAMMAR}.XGrammarGrammarBackend.apply_vocab_mask", _mask, "around"),
+)

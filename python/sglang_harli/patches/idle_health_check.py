@@ -12,13 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def register(registry: Any) -> None:
-    """Register the hook with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    registry.register("sglang.srt.managers.scheduler.Scheduler.on_idle", _before_idle, HookType.BEFORE)
-
-
 def _before_idle(scheduler: Any) -> None:
     while scheduler.return_health_check_ipcs:
         scheduler.maybe_send_health_check_signal()
+
+
+HOOKS = (("sglang.srt.managers.scheduler.Scheduler.on_idle", _before_idle, "before"),)

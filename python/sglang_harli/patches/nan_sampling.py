@@ -19,14 +19,6 @@ logger = logging.getLogger(__name__)
 _SAMPLER = "sglang.srt.layers.sampler"
 
 
-def register(registry: Any) -> None:
-    """Register the hooks with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    for name in ("sampling_from_probs_torch", "top_k_top_p_min_p_sampling_from_probs_torch"):
-        registry.register(f"{_SAMPLER}.{name}", _sample, HookType.AROUND)
-
-
 def _sample(original: Callable[..., Any], probs: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return original(probs, *args, **kwargs)
@@ -46,3 +38,9 @@ def mend(probs: Any) -> tuple[Any, int]:
     first = torch.zeros_like(probs)
     first[:, 0] = 1
     return torch.where(bad.unsqueeze(-1), first, probs), int(bad.sum())
+
+
+HOOKS = (
+    (f"{_SAMPLER}.sampling_from_probs_torch", _sample, "around"),
+    (f"{_SAMPLER}.top_k_top_p_min_p_sampling_from_probs_torch", _sample, "around"),
+)

@@ -27,6 +27,7 @@ import regex
 # Whether a request is made by SGLang's scoring, which says itself where the items of a prompt end.
 _scoring: ContextVar[bool] = ContextVar("_scoring", default=False)
 _IO = "sglang.srt.managers.io_struct"
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 MOST_BIAS = 1e6  # beyond any logit; far beyond, probabilities are no numbers any more
 MOST_ANSWERS = 4096  # of one prompt: SGLang makes a request of each before the first is sent
 # Once for all prompts, or a list with an entry for each.
@@ -47,24 +48,6 @@ _EACH = (
     "bootstrap_pair_key",
     "decode_tp_size",
 )
-
-
-def register(registry: Any) -> None:
-    """Register the hooks with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    generate = f"{_IO}.GenerateReqInput"
-    registry.register(f"{generate}._determine_batch_size", _after_batch_size, HookType.AFTER)
-    registry.register(f"{generate}._normalize_rid", _normalize_rid, HookType.AROUND)
-    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
-    registry.register(f"{manager}._validate_one_request", _before_validate, HookType.BEFORE)
-    registry.register(f"{manager}.score_request", _score_request, HookType.AROUND)
-    registry.register(
-        "sglang.srt.sampling.sampling_params.SamplingParams.verify", _after_verify, HookType.AFTER
-    )
-    registry.register(
-        f"{_IO}.EmbeddingReqInput.normalize_batch_and_arguments", _before_embedding, HookType.BEFORE
-    )
 
 
 def _after_batch_size(result: None, request: Any) -> None:
@@ -272,3 +255,13 @@ def _typed(value: Any, kind: Any) -> Any:
 def _normalize_rid(original: Callable[..., None], request: Any, num: int) -> None:
     """One id a prompt: SGLang also makes one for each of n answers, which none of them uses."""
     original(request, request.batch_size)
+
+
+HOOKS = (
+    (f"{_IO}.GenerateReqInput._determine_batch_size", _after_batch_size, "after"),
+    (f"{_IO}.GenerateReqInput._normalize_rid", _normalize_rid, "around"),
+    (f"{_MANAGER}._validate_one_request", _before_validate, "before"),
+    (f"{_MANAGER}.score_request", _score_request, "around"),
+    ("sglang.srt.sampling.sampling_params.SamplingParams.verify", _after_verify, "after"),
+    (f"{_IO}.EmbeddingReqInput.normalize_batch_and_arguments", _before_embedding, "before"),
+)

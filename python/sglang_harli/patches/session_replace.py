@@ -16,14 +16,6 @@ from typing import Any
 _SESSION = "sglang.srt.session.session_controller"
 
 
-def register(registry: Any) -> None:
-    """Register the hooks with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    registry.register(f"{_SESSION}.Session.create_req", _before_create, HookType.BEFORE)
-    registry.register(f"{_SESSION}.SessionReqNode.clear", _clear, HookType.AROUND)
-
-
 def _before_create(session: Any, request: Any, *args: Any, **kwargs: Any) -> None:
     params = request.session_params
     if params.replace and params.rid is None and not session.streaming:
@@ -43,3 +35,9 @@ def _clear(original: Callable[..., None], node: Any, req_dict: dict[str, Any]) -
             node.req.to_finish = FINISH_ABORT()
         if req_dict.get(node.req.rid) is node:  # it may have gone before, or have lent its id to a later one
             del req_dict[node.req.rid]
+
+
+HOOKS = (
+    (f"{_SESSION}.Session.create_req", _before_create, "before"),
+    (f"{_SESSION}.SessionReqNode.clear", _clear, "around"),
+)

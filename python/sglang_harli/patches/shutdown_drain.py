@@ -28,16 +28,6 @@ QUIET_S = 60.0  # without a token of any request that is waited for
 LOOK_S = 1.0
 
 
-def register(registry: Any) -> None:
-    """Register the hooks with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    registry.register(f"{_MANAGER}.sigterm_watchdog", _sigterm_watchdog, HookType.AROUND)
-    registry.register(f"{_MANAGER}._init_req_state", _before_req_state, HookType.BEFORE)
-    registry.register(f"{_MANAGER}._handle_batch_output", _before_batch_output, HookType.BEFORE)
-    registry.register(f"{_MANAGER}._handle_abort_req", _before_abort, HookType.BEFORE)
-
-
 class Drain:
     """The requests that an ending server waits for, until ``over``; ``heard_s``: their last token
     or end, or the wait's beginning (``time.monotonic``)."""
@@ -104,3 +94,11 @@ async def _limit(manager: Any) -> None:
         logger.warning("the server ends without %d requests that came after SIGTERM", late)
     drain.over = True
     manager.rid_to_state.clear()
+
+
+HOOKS = (
+    (f"{_MANAGER}.sigterm_watchdog", _sigterm_watchdog, "around"),
+    (f"{_MANAGER}._init_req_state", _before_req_state, "before"),
+    (f"{_MANAGER}._handle_batch_output", _before_batch_output, "before"),
+    (f"{_MANAGER}._handle_abort_req", _before_abort, "before"),
+)

@@ -18,14 +18,6 @@ from typing import Any
 import regex
 
 SEARCH_S = 0.1  # of one pattern in one output; a search takes some microseconds
-_REQ = "sglang.srt.managers.schedule_batch.Req"
-
-
-def register(registry: Any) -> None:
-    """Register the hooks with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    registry.register(f"{_REQ}._check_str_based_finish", _check, HookType.AROUND)
 
 
 def _check(original: Callable[..., bool], req: Any, new_accepted_len: int = 1) -> bool:
@@ -74,3 +66,6 @@ def _give_up(req: Any, pattern: str) -> None:
     text = f"stop_regex {pattern!r:.100} takes longer than {SEARCH_S:g} s to search for: write it without nested repeats"
     req.finished_reason = FINISH_ABORT(text, 400, "BadRequestError")
     req.finished_len = len(req.output_ids)
+
+
+HOOKS = (("sglang.srt.managers.schedule_batch.Req._check_str_based_finish", _check, "around"),)

@@ -25,26 +25,6 @@ _ADAPTER = "sglang.srt.lora.lora.LoRAAdapter"
 _MANAGER = "sglang.srt.lora.lora_manager.LoRAManager"
 
 
-def register(registry: Any) -> None:
-    """Register the hooks with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    registry.register(f"{_CONFIG}.__init__", _before_config, HookType.BEFORE)
-    registry.register(f"{_CONFIG}.get_lora_config", _read_config, HookType.AROUND)
-    registry.register(f"{_ADAPTER}.initialize_weights", _initialize_weights, HookType.AROUND)
-    registry.register(f"{_ADAPTER}.initialize_weights_from_tensors", _before_tensors, HookType.BEFORE)
-    registry.register(f"{_MANAGER}.validate_new_adapter", _before_validate, HookType.BEFORE)
-    registry.register(f"{_MANAGER}.init_state", _after_init_state, HookType.AFTER)
-    for name in ("_load_lora_adapter", "_load_lora_adapter_from_tensors"):
-        registry.register(f"{_MANAGER}.{name}", _load, HookType.AROUND)
-    registry.register(f"{_MANAGER}._unload_lora_adapter", _unload, HookType.AROUND)
-    registry.register(
-        "sglang.srt.managers.tp_worker.BaseTpWorker.load_lora_adapter_from_tensors",
-        _load_from_tensors,
-        HookType.AROUND,
-    )
-
-
 # ------------------------------------------------------------------ config
 def _before_config(
     config: Any, path: str | None = None, config_dict: Any = None, *args: Any, **kwargs: Any
@@ -127,3 +107,21 @@ def _load_from_tensors(original: Callable[..., Any], worker: Any, request: Any) 
     except Exception as error:  # boundary: a client's bytes that cannot be unpickled are an error reply
         text = f"LoRA adapter {request.lora_name!r} cannot be read: {type(error).__name__}: {error}"
         return LoRAUpdateOutput(success=False, error_message=text)
+
+
+HOOKS = (
+    (f"{_CONFIG}.__init__", _before_config, "before"),
+    (f"{_CONFIG}.get_lora_config", _read_config, "around"),
+    (f"{_ADAPTER}.initialize_weights", _initialize_weights, "around"),
+    (f"{_ADAPTER}.initialize_weights_from_tensors", _before_tensors, "before"),
+    (f"{_MANAGER}.validate_new_adapter", _before_validate, "before"),
+    (f"{_MANAGER}.init_state", _after_init_state, "after"),
+    (f"{_MANAGER}._load_lora_adapter", _load, "around"),
+    (f"{_MANAGER}._load_lora_adapter_from_tensors", _load, "around"),
+    (f"{_MANAGER}._unload_lora_adapter", _unload, "around"),
+    (
+        "sglang.srt.managers.tp_worker.BaseTpWorker.load_lora_adapter_from_tensors",
+        _load_from_tensors,
+        "around",
+    ),
+)

@@ -13,18 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 
-def register(registry: Any) -> None:
-    """Register the hook with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    registry.register(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
-        _after_tokenized,
-        HookType.AFTER,
-    )
-
-
 def _after_tokenized(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
     key = getattr(tokenized, "extra_key", None)  # requests for embeddings have none
     if key and manager.enable_lora:
         tokenized.extra_key = f"{len(key)}:{key}"
+
+
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+HOOKS = ((f"{_MANAGER}._create_tokenized_object", _after_tokenized, "after"),)

@@ -21,16 +21,6 @@ _MANAGER = "sglang.srt.lora.lora_manager.LoRAManager"
 _RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 
 
-def register(registry: Any) -> None:
-    """Register the hooks with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    registry.register(f"{_MANAGER}.__init__", _before_manager, HookType.BEFORE)
-    registry.register(f"{_MANAGER}.prepare_lora_batch", _prepare_lora_batch, HookType.AROUND)
-    registry.register(f"{_MANAGER}.fetch_new_loras", _fetch_new_loras, HookType.AROUND)
-    registry.register(f"{_RUNNER}.capture", _capture, HookType.AROUND)
-
-
 # ------------------------------------------------------------------ the layers
 def _before_manager(manager: Any, *args: Any, **kwargs: Any) -> None:
     install()
@@ -128,3 +118,11 @@ def _capture(original: Callable[..., None], runner: Any) -> None:
     finally:
         capture_mode._set_capture_lora_variant(None)  # of no concern to the next capture
     runner.model_runner.lora_manager.has_nolora_graphs = True
+
+
+HOOKS = (
+    (f"{_MANAGER}.__init__", _before_manager, "before"),
+    (f"{_MANAGER}.prepare_lora_batch", _prepare_lora_batch, "around"),
+    (f"{_MANAGER}.fetch_new_loras", _fetch_new_loras, "around"),
+    (f"{_RUNNER}.capture", _capture, "around"),
+)

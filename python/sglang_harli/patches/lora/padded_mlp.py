@@ -17,16 +17,6 @@ from typing import Any
 _MANAGER = "sglang.srt.lora.lora_manager.LoRAManager"
 
 
-def register(registry: Any) -> None:
-    """Register the hooks with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    registry.register("sglang.srt.lora.lora.LoRAAdapter._normalize_weights", _after_normalize, HookType.AFTER)
-    registry.register(f"{_MANAGER}.load_lora_weights", _after_load, HookType.AFTER)
-    registry.register(f"{_MANAGER}.load_lora_weights_from_tensors", _after_load, HookType.AFTER)
-    registry.register(f"{_MANAGER}.init_state", _after_init_state, HookType.AFTER)
-
-
 # ------------------------------------------------------------------ padding
 def _after_normalize(result: None, adapter: Any) -> None:
     for layer in adapter.layers:
@@ -153,3 +143,11 @@ def _target(name: str, target_modules: set[str]) -> str | None:
 def _untargeted(manager: Any, name: str) -> str:
     served = ", ".join(sorted(manager.target_modules))
     return f"it has {name}, which is not a LoRA weight of the modules served here ({served})"
+
+
+HOOKS = (
+    ("sglang.srt.lora.lora.LoRAAdapter._normalize_weights", _after_normalize, "after"),
+    (f"{_MANAGER}.load_lora_weights", _after_load, "after"),
+    (f"{_MANAGER}.load_lora_weights_from_tensors", _after_load, "after"),
+    (f"{_MANAGER}.init_state", _after_init_state, "after"),
+)

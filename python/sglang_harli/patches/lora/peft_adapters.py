@@ -16,16 +16,6 @@ import math
 from typing import Any
 
 
-def register(registry: Any) -> None:
-    """Register the hooks with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    registry.register(
-        "sglang.srt.lora.lora.LoRAAdapter._normalize_weights", _before_normalize, HookType.BEFORE
-    )
-    registry.register("sglang.srt.lora.lora_config.LoRAConfig.__init__", _after_config, HookType.AFTER)
-
-
 def _after_config(result: None, config: Any, *args: Any, **kwargs: Any) -> None:
     if config.hf_config.get("use_rslora"):
         config.lora_alpha = config.lora_alpha * math.sqrt(config.r)
@@ -74,3 +64,9 @@ def _fused_modules(adapter: Any) -> frozenset[str]:
         leaves = {name.rpartition(".")[2] for name, _ in names}
         found = adapter.__dict__["_fused_modules"] = frozenset(leaves & {"qkv_proj", "gate_up_proj"})
     return found
+
+
+HOOKS = (
+    ("sglang.srt.lora.lora.LoRAAdapter._normalize_weights", _before_normalize, "before"),
+    ("sglang.srt.lora.lora_config.LoRAConfig.__init__", _after_config, "after"),
+)

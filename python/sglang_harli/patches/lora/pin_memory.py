@@ -32,13 +32,6 @@ _FACTORIES = (
 )
 
 
-def register(registry: Any) -> None:
-    """Register the hook with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    registry.register("sglang.srt.lora.lora_manager.LoRAManager.__init__", _before_manager, HookType.BEFORE)
-
-
 def _before_manager(manager: Any, base_model: Any, *args: Any, **kwargs: Any) -> None:
     if next(base_model.parameters()).device.type == "cpu":
         install()
@@ -93,3 +86,6 @@ def _pageable(factory: Callable[..., Any], plain: type, tensor_class: type) -> C
         return give(factory(*args, **kwargs))
 
     return call
+
+
+HOOKS = (("sglang.srt.lora.lora_manager.LoRAManager.__init__", _before_manager, "before"),)

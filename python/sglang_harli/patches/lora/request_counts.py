@@ -30,20 +30,6 @@ _REGISTRY = "sglang.srt.lora.lora_registry.LoRARegistry"
 HEALTH_CHECK = "HEALTH_CHECK"  # SGLang answers requests whose id begins so with any sign of life
 
 
-def register(registry: Any) -> None:
-    """Register the hooks with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    registry.register(f"{_MANAGER}.generate_request", _generate_request, HookType.AROUND)
-    registry.register(f"{_MANAGER}._init_req_state", _before_req_state, HookType.BEFORE)
-    registry.register(f"{_MANAGER}._resolve_lora_path", _resolve_lora_path, HookType.AROUND)
-    registry.register(f"{_MANAGER}._dispatch_to_scheduler", _after_dispatch, HookType.AFTER)
-    registry.register(f"{_MANAGER}._handle_batch_output", _before_batch_output, HookType.BEFORE)
-    registry.register(f"{_MANAGER}._handle_abort_req", _before_abort, HookType.BEFORE)
-    registry.register(f"{_REGISTRY}.acquire", _acquire, HookType.AROUND)
-    registry.register(f"{_REGISTRY}.release", _release, HookType.AROUND)
-
-
 class AdapterUses:
     """Which requests of one tokenizer manager use which adapter; all on its event loop.
 
@@ -297,3 +283,15 @@ def _before_batch_output(manager: Any, recv_obj: Any) -> None:
 
 def _before_abort(manager: Any, recv_obj: Any) -> None:
     uses_of(manager).ended(recv_obj.rid)
+
+
+HOOKS = (
+    (f"{_MANAGER}.generate_request", _generate_request, "around"),
+    (f"{_MANAGER}._init_req_state", _before_req_state, "before"),
+    (f"{_MANAGER}._resolve_lora_path", _resolve_lora_path, "around"),
+    (f"{_MANAGER}._dispatch_to_scheduler", _after_dispatch, "after"),
+    (f"{_MANAGER}._handle_batch_output", _before_batch_output, "before"),
+    (f"{_MANAGER}._handle_abort_req", _before_abort, "before"),
+    (f"{_REGISTRY}.acquire", _acquire, "around"),
+    (f"{_REGISTRY}.release", _release, "around"),
+)

@@ -35,15 +35,6 @@ QUIET_S = 60.0  # without a token of any request that is waited for
 LOOK_S = 0.1
 
 
-def register(registry: Any) -> None:
-    """Register the hooks with SGLang's ``HookRegistry``."""
-    from sglang.srt.plugins.hook_registry import HookType
-
-    registry.register(f"{_MIXIN}.load_lora_adapter", _load_from_path, HookType.AROUND)
-    registry.register(f"{_MIXIN}.load_lora_adapter_from_tensors", _load_from_tensors, HookType.AROUND)
-    registry.register(f"{_MIXIN}.unload_lora_adapter", _unload, HookType.AROUND)
-
-
 class AdapterUpdates:
     """The unloads and evictions in progress of one tokenizer manager.  ``leaving``: names that are
     being unloaded; ``tasks``: loads, unloads and evictions in progress."""
@@ -254,3 +245,10 @@ async def unload_when_idle(manager: Any, name: str) -> Any:
     )
     logger.error("%s", text)
     return UnloadLoRAAdapterReqOutput(success=False, error_message=text)
+
+
+HOOKS = (
+    (f"{_MIXIN}.load_lora_adapter", _load_from_path, "around"),
+    (f"{_MIXIN}.load_lora_adapter_from_tensors", _load_from_tensors, "around"),
+    (f"{_MIXIN}.unload_lora_adapter", _unload, "around"),
+)
