@@ -35,24 +35,23 @@ class Replacement:
     Attributes:
         target: what is replaced in SGLang, a dotted path.
         hook: ours, as ``module:name``, imported when it is installed.
+        why: why a replacement is needed.
         kind: a HookType: replace, before, after or around.
         main: for the main process (HTTP and tokenizer), else for the scheduler processes.
-        why: why a replacement is needed.
     """
 
     target: str
     hook: str
-    kind: str
-    main: bool
     why: str
+    kind: str = "around"
+    main: bool = True
 
 
 SERVER_ARGS = Replacement(
     "sglang.srt.server_args.ServerArgs",
     "sglang_harli.server_args:HarliServerArgs",
-    "replace",
-    True,
     "our options are flags like SGLang's own, and travel to each of its processes",
+    kind="replace",
 )
 
 # Only with the switch on and --harli-finetune on.  The patches (sglang_harli.patches.catalog) need
@@ -61,17 +60,16 @@ TABLE = (
     Replacement(
         "sglang.srt.managers.scheduler.Scheduler",
         "sglang_harli.managers.scheduler.scheduler:HarliScheduler",
-        "replace",
-        False,
         "training quanta run between batches, on the scheduler's thread",
+        kind="replace",
+        main=False,
     ),
     *(
         Replacement(
             f"sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.{method}",
             f"sglang_harli.managers.scheduler.memory.pool_setup:{hook}",
-            "around",
-            False,
             why,
+            main=False,
         )
         for method, hook, why in (
             (
@@ -90,73 +88,59 @@ TABLE = (
     Replacement(
         "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.release_memory_occupation",
         "sglang_harli.managers.http.training_guards:refuse_while_training",
-        "around",
-        True,
         "the scheduler's answer to a release has no room for a refusal",
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.flush_cache",
         "sglang_harli.managers.http.training_guards:flush_while_idle",
-        "around",
-        True,
         "SGLang refuses it while a request runs, also one of ours",
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.pause_generation",
         "sglang_harli.managers.http.training_guards:pause_training_too",
-        "around",
-        True,
         "its default mode holds requests back in the HTTP process alone; training pauses too",
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler",
         "sglang_harli.managers.http.training_guards:stop_training_to_end",
-        "after",
-        True,
         "the scheduler hears of the end only when all requests are done: training stops for them at once",
+        kind="after",
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_manager.kill_process_tree",
         "sglang_harli.managers.http.supervision.supervisor:stop_with_tree",
-        "before",
-        True,
         "it kills the service and this process at once: what is written is finished first, shared memory given back",
+        kind="before",
     ),
     Replacement(
         "sglang.srt.entrypoints.http_server.launch_server",
         "sglang_harli.managers.http.start_up.handshake:http_server_starts",
-        "before",
-        True,
         "the offline Engine launches the same processes, and has none that could publish an adapter",
+        kind="before",
     ),
     Replacement(
         "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
         "sglang_harli.managers.http.start_up.handshake:launch",
-        "around",
-        True,
         "the finetune service is up before the model is; the schedulers' hello proves this table",
     ),
     Replacement(
         "sglang.srt.entrypoints.engine.Engine.shutdown",
         "sglang_harli.managers.http.supervision.supervisor:stop",
-        "before",
-        True,
         "it kills the service as one of its children, which would be restarted",
+        kind="before",
     ),
     Replacement(
         "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
         "sglang_harli.managers.http.routes:before_setup_and_run",
-        "before",
-        True,
         "publication of adapters, the health gate and /v1/models/{id} live in the HTTP process",
+        kind="before",
     ),
     *(
         Replacement(
             f"sglang.srt.entrypoints.{handler}",
             f"sglang_harli.managers.http.model_names:{hook}",
-            kind,
-            True,
             "a bare adapter name as model is the adapter; a missing one is a 404, never the base's answer",
+            kind=kind,
         )
         for handler, hook, kind in (
             ("openai.serving_base.OpenAIServingBase._resolve_lora_path", "resolve_lora_path", "replace"),
@@ -176,22 +160,16 @@ TABLE = (
     Replacement(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.load_lora_adapter",
         "sglang_harli.managers.http.publisher:load_lora_adapter",
-        "around",
-        True,
         "an adapter of ours that SGLang evicted has no path to be loaded from again",
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.unload_lora_adapter",
         "sglang_harli.managers.http.publisher:unload_lora_adapter",
-        "around",
-        True,
         "an adapter that the operator unloads is not brought back at its next request",
     ),
     Replacement(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_and_resolve_lora",
         "sglang_harli.managers.http.publisher:refuse_another_base",
-        "around",
-        True,
         "an adapter of another base is loaded until its unload has had its turn, and answers no more",
     ),
 )
