@@ -198,10 +198,8 @@ class HarliServerArgs(_HarliFields, ServerArgs):
     def _loaded_loras(self) -> int:
         """Room for what is given at start and as many again as a batch takes."""
         twice = 2 * self.max_loras_per_batch  # with overlap loading SGLang takes no more
-        return twice if self.enable_lora_overlap_loading else max(twice, self._given_loras() + twice // 2)
-
-    def _given_loras(self) -> int:
-        return len(self.lora_paths or ())
+        given = len(self.lora_paths or ())
+        return twice if self.enable_lora_overlap_loading else max(twice, given + twice // 2)
 
     # ---- while it does
     def _handle_gpu_memory_settings(self, gpu_mem: float | None) -> None:

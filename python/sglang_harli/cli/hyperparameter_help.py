@@ -45,10 +45,6 @@ def _default(name: str, value: Any) -> str:
         return "all of them, separated by commas"
     if name == "max_seq_length":
         return "the model's limit"
-    return (
-        str(value).lower()
-        if isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -8,7 +8,7 @@ between two steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from sglang_harli.core import LatencyEstimate, QuantumKind
 from sglang_harli.predictor.line.accuracy import Accuracy
@@ -84,12 +84,3 @@ class CoRun:
         beside = self.estimate(solo, share, finetune_sms, kind)
         self.accuracy[kind].count(beside.expected_s, beside.upper_s, seconds)
         self.slowdown(share, kind).observe(solo.expected_s, finetune_sms, seconds)
-
-
-def in_turns(solo: LatencyEstimate, quanta: Iterable[LatencyEstimate]) -> LatencyEstimate:
-    """Temporal slotting: the step and the quanta before it, one after the other."""
-    expected, upper = solo.expected_s, solo.upper_s
-    for quantum in quanta:
-        expected += quantum.expected_s
-        upper += quantum.upper_s
-    return LatencyEstimate(expected, upper)

@@ -42,14 +42,11 @@ def difference(one: BasePrint, other: BasePrint) -> str:
     the coarser one's rounding: bfloat16, float16 or float32 of one checkpoint are the same base."""
     if one is other:
         return ""
-    fields = sorted(
-        name for name in one.math.keys() | other.math.keys() if _field(one, name) != _field(other, name)
-    )
+    mine, theirs = one.math, other.math
+    fields = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
     if fields:
         more = f" and {len(fields) - _FIELDS_SHOWN} more" if len(fields) > _FIELDS_SHOWN else ""
-        shown = (
-            f"{name} {_field(one, name)!r} and {_field(other, name)!r}" for name in fields[:_FIELDS_SHOWN]
-        )
+        shown = (f"{name} {mine.get(name)!r} and {theirs.get(name)!r}" for name in fields[:_FIELDS_SHOWN])
         return f"their configs differ: {', '.join(shown)}{more}"
     unlike = sorted(one.weights.keys() ^ other.weights.keys())
     if unlike:
@@ -61,10 +58,6 @@ def difference(one: BasePrint, other: BasePrint) -> str:
         if not all(_same(a, one.dtype, b, other.dtype) for a, b in pairs):
             return f"their weights differ, those of {name} for one"
     return ""
-
-
-def _field(base: BasePrint, name: str) -> Any:
-    return base.math.get(name)
 
 
 def _same(a: float, a_dtype: str, b: float, b_dtype: str) -> bool:

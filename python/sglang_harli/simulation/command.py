@@ -75,19 +75,16 @@ def simulate(options: SimulationOptions) -> Result:
     max_itl_s = None if options.max_itl_ms is None else options.max_itl_ms / 1e3
     targets = engine.targets_of(options.tpot_ms / 1e3, max_itl_s)
     noise = Noise(options.noise, options.error, options.seed)
+    decode_only = not options.prefill
+    models = RATE_MODELS if options.rate == "both" else (options.rate,)
     rows: list[Row] = []
     for trace in traces:
         if options.mode == "temporal":
-            rows.append(
-                temporal.compare(
-                    trace, TimeSharedDevice(noise=noise, decode_only=not options.prefill), targets
-                )
-            )
-            continue
-        models = RATE_MODELS if options.rate == "both" else (options.rate,)
-        rows += compare.compare(
-            trace, SpatialDevice(noise=noise, decode_only=not options.prefill), targets, models
-        )
+            device = TimeSharedDevice(noise=noise, decode_only=decode_only)
+            rows.append(temporal.compare(trace, device, targets))
+        else:
+            spatial = SpatialDevice(noise=noise, decode_only=decode_only)
+            rows += compare.compare(trace, spatial, targets, models)
     simulated_s = sum(row.simulated_s for row in rows)
     return Result(options.mode, rows, simulated_s, time.monotonic() - begin_s)
 

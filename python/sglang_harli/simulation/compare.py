@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang_harli.managers.scheduler.policy.slo_ledger import Targets
 from sglang_harli.simulation import engine, policies, trace_files
-from sglang_harli.simulation.devices import RATE_MODELS, Noise, SpatialDevice, finetune_rate
+from sglang_harli.simulation.devices import RATE_MODELS, SpatialDevice, finetune_rate
 from sglang_harli.simulation.results import Outcome
 from sglang_harli.simulation.traces import Trace
 from sglang_harli.simulation.upper_limit import Limit, limit
@@ -130,7 +130,7 @@ def compare(
 
 def again(device: SpatialDevice) -> SpatialDevice:
     """The same device with its noise at the beginning."""
-    return replace(device, noise=Noise(device.noise.sigma, device.noise.error, device.noise.seed))
+    return replace(device, noise=replace(device.noise))
 
 
 def _best_fixed(run: Callable[..., Outcome], rungs: int, attainment: float) -> Outcome:

@@ -8,7 +8,7 @@ from sglang_harli.managers.scheduler.policy.slo_ledger import Targets
 from sglang_harli.simulation import compare as compare_spatial
 from sglang_harli.simulation import engine, policies
 from sglang_harli.simulation.compare import Row
-from sglang_harli.simulation.devices import Noise, TimeSharedDevice
+from sglang_harli.simulation.devices import TimeSharedDevice
 from sglang_harli.simulation.results import Outcome
 from sglang_harli.simulation.traces import Trace
 from sglang_harli.simulation.upper_limit import limit
@@ -22,7 +22,7 @@ def compare(trace: Trace, device: TimeSharedDevice, targets: Targets) -> Row:
     margin = 1.0 if device.noise.exact else 1.1
 
     def run(policy: policies.TemporalPolicy) -> Outcome:
-        fresh = replace(device, noise=Noise(device.noise.sigma, device.noise.error, device.noise.seed))
+        fresh = replace(device, noise=replace(device.noise))  # which begins anew
         return engine.run_temporal(trace, fresh, policy, targets)
 
     most = max(device.sizes)

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_harli.core import LatencyEstimate, QuantumKind, QuantumOffer, StepLoad
+from sglang_harli.core import QuantumKind, QuantumOffer, StepLoad
 from sglang_harli.managers.scheduler.policy import qos_policy
 from sglang_harli.managers.scheduler.policy.slo_ledger import Slack, Targets
 from sglang_harli.managers.scheduler.policy.waiting_pays import WaitingPays
-from sglang_harli.predictor.corun import in_turns
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.predictor.line.recursive import Prior
 from sglang_harli.predictor.profile.priors import Priors, first_guess
@@ -371,11 +370,6 @@ def test_beside_training_a_step_is_slower_and_the_slowdown_is_learnt():
     assert share(covered) >= 0.98
     other = predictor.corun(4, 2000, WHOLE, 40, QuantumKind.FORWARD)  # each kind by itself
     assert other.expected_s > beside.expected_s
-
-
-def test_in_turns_is_a_sum():
-    total = in_turns(LatencyEstimate(0.01, 0.012), [LatencyEstimate(0.005, 0.007)] * 2)
-    assert total.expected_s == pytest.approx(0.02) and total.upper_s == pytest.approx(0.026)
 
 
 def test_the_summary_says_how_good_each_phase_is():

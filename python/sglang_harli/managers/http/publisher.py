@@ -425,10 +425,6 @@ def _log_failure(task: asyncio.Task[None]) -> None:
 
 
 # ------------------------------------------------------------------ in SGLang's tokenizer manager
-def _is_ours(publisher: AdapterPublisher | None, name: str, path: str | None) -> bool:
-    return publisher is not None and path == TENSOR_PATH and looks_like_adapter(name)
-
-
 async def load_lora_adapter(
     original: Callable[..., Awaitable[Any]], manager: Any, obj: Any, *args: Any, **kwargs: Any
 ) -> Any:
@@ -436,7 +432,7 @@ async def load_lora_adapter(
     from sglang.srt.managers.io_struct import LoadLoRAAdapterReqOutput
 
     publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
-    if publisher is None or not _is_ours(publisher, obj.lora_name, obj.lora_path):
+    if publisher is None or obj.lora_path != TENSOR_PATH or not looks_like_adapter(obj.lora_name):
         return await original(manager, obj, *args, **kwargs)
     wrong = await publisher.bring_back(obj.lora_name)
     return LoadLoRAAdapterReqOutput(success=not wrong, error_message=wrong)

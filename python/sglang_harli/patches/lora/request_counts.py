@@ -211,9 +211,7 @@ async def _resolve_lora_path(original: Callable[..., Awaitable[None]], manager: 
 def _hold_for_call(uses: AdapterUses, obj: Any, lora_ids: list[str]) -> None:
     """Hold adapters until all requests of a call have been sent, or the call ends."""
     answers = getattr(obj, "parallel_sample_num", 1)
-    each = (
-        1 if answers == 1 else 1 + answers
-    )  # of several answers the prefix that they share is a request, too
+    each = 1 if answers == 1 else 1 + answers  # the prefix that several answers share is a request too
     unsent = getattr(obj, "batch_size", 1) * each
     # Of a plain class: SGLang's dumps pickle requests, and are read where there is no sglang_harli.
     call = SimpleNamespace(lora_ids=lora_ids, unsent=unsent)
