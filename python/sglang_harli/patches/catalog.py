@@ -53,7 +53,7 @@ ALL: dict[str, tuple[Hook, ...]] = {
 
 
 def register_all(registry: Any) -> None:
-    """Register every patch's hooks with SGLang's ``HookRegistry``; ``apply_hooks`` installs them."""
+    """Register all hooks with SGLang's ``HookRegistry``, whose ``apply_hooks`` installs them."""
     from sglang.srt.plugins.hook_registry import HookType
 
     for hooks in ALL.values():

@@ -2,8 +2,7 @@
 
 ``/release_memory_occupation`` while a request runs, ``/resume_memory_occupation`` of what was not
 released, an update of the weights while requests run, or one whose content cannot be read raises on
-the scheduler's thread, which ends the server.  Here each is answered with what is wrong, and
-nothing changes.
+the scheduler's thread, which ends the server.  Here each is an error answer, and nothing changes.
 
 Leans on: ``srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager`` (its
 requests' handlers, ``is_fully_idle``, ``offload_tags``),

@@ -1,5 +1,4 @@
-"""Runtime half of ``patches/06-request-fields``: a field that no scheduler can take is an error of
-its request.
+"""Runtime half of ``patches/06-request-fields``: a bad field is an error of its request.
 
 SGLang takes many fields of a request once or as a list, one entry a prompt, and sends them on
 unchecked: one prompt with a list of one ends the server, and so does a token beyond the vocabulary.

@@ -1,5 +1,4 @@
-"""Runtime half of ``patches/16-stop-regex``: a stop pattern takes a bounded time of the decode
-loop.
+"""Runtime half of ``patches/16-stop-regex``: a stop pattern takes bounded time of decode.
 
 SGLang searches the output for ``stop_regex`` after every token, on the scheduler's thread, by
 ``re``, which backtracks without limit: one request with ``(.+.+)+x`` stops all serving.  Here

@@ -2,8 +2,7 @@
 
 ``T2 = T1 * (1 + rho_{s,phase} * f)`` with ``f`` the SMs that training has, as published, and one
 ``rho`` for each kind of quantum: forward and backward press the memory bus differently.  Where
-training takes turns with decode (temporal slotting) the co-run is a sum: the step, and the quanta
-between two steps.
+training takes turns with decode (temporal slotting) the co-run is the sum of step and quanta.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ _FORMATS = {"float32": (23, -126), "bfloat16": (7, -126), "float16": (10, -14)}
 
 
 class BasePrint(Struct, frozen=True, kw_only=True):
-    """The print of a served base; the same for every way to name, place, fuse or pad the same
-    weights.
+    """The print of a served base; the same however its weights are named, placed, fused or padded.
 
     Attributes:
         model, path: the served name, and absolute folder or hub id: shown, never compared.

@@ -122,12 +122,11 @@ class RunStarted(Message):
 
 
 class StepDone(Message):
-    """Kept by the scheduler in a bounded ring until acknowledged, as are RunStarted, SnapshotReady,
+    """Kept in the scheduler's bounded ring until acknowledged, as are RunStarted, SnapshotReady,
     RunStopped and RunFailed.
 
     ``after``, here and in those: the step of the StepDone sent before.  A service that lacks that
-    one drops this message without an Ack, and gets both again.  ``total_tokens``: of the run so
-    far.
+    one drops this message without an Ack, and gets both again.  ``total_tokens``: so far.
     """
 
     job: str
@@ -218,8 +217,7 @@ class Welcome(Message):
 
 
 class StartRun(Message):
-    """``restore``: the state of checkpoint ``step`` in a slot; the scheduler unmaps it after
-    RunStarted.
+    """``restore``: checkpoint ``step`` in a slot, which the scheduler unmaps after RunStarted.
 
     ``scheduler``: pid of the answered hello; another process drops the message (0: none does), and
     so does that one after an update of its weights (``updates``).
@@ -303,8 +301,7 @@ class HttpHello(Message):
 
 
 class ServiceState(Message):
-    """From the service, on change, in answer to HttpHello, and every few seconds as its sign of
-    life.
+    """From the service: on change, in answer to HttpHello, and every few seconds, a sign of life.
 
     ``endpoint_bound``: the public socket is bound.  ``scheduler_seen``: a hello has been read; both
     gate /health_generate.  ``adapters``: names of the succeeded jobs' adapters, loaded on demand

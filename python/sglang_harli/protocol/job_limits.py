@@ -14,8 +14,7 @@ class MemoryLayout(Struct, frozen=True, kw_only=True):
     Attributes:
         parameter_bytes: of each tensor of a layer's adapter state, per trainable parameter.
         accumulated_bytes: of one tensor more, where a step has several micro-batches.
-        inputs, input_bytes: tensors of a micro-batch with a value per token and hidden unit, and
-            bytes of such a value.
+        inputs, input_bytes: micro-batch tensors of a value per token and hidden unit; its bytes.
         logit_bytes: of each tensor of logits, per token and word of the vocabulary.
         head_tokens: most target tokens that have logits at once.
     """

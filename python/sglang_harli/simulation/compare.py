@@ -29,8 +29,7 @@ class Row:
 
     Attributes:
         outcomes: by policy; ``serve only`` and the best fixed rung among them.
-        oracle: the upper limit; None with prefill here, which it does not know, or far too much
-            load.
+        oracle: the upper limit; None with prefill here, or with far too much load.
         simulated_s: simulated time of all of them.
     """
 

@@ -39,9 +39,8 @@ def run_spatial(
 ) -> Outcome:
     """Decode on the SMs of a rung, training on the others, a rung for each step.
 
-    While nothing is served every policy trains at the highest of ``rates``.  Changing the rung
-    takes no time: decode graphs exist for each (Harli, QoS scheduler).  ``rates``: training
-    throughput at each rung.
+    While nothing is served every policy trains at the highest of ``rates`` (throughput by rung).
+    Changing the rung takes no time: decode graphs exist for each (Harli, QoS scheduler).
     """
     tally = Tally(window_s(trace, targets))
     batch = Batch(trace, max_running)

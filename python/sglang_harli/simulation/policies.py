@@ -128,9 +128,8 @@ class _Untaught:
 
 
 class OneRungLadder(_Untaught):
-    """The published prototype (Harli, QoS scheduler): before each step one rung toward decode above
-    a predicted co-run time of ``upper_s`` (40 ms online), toward training below ``lower_s`` (30
-    ms)."""
+    """The published prototype (Harli, QoS scheduler): before each step one rung toward decode if it
+    predicts more than ``upper_s`` (40 ms online), toward training below ``lower_s`` (30 ms)."""
 
     name = "one-rung ladder"
 

@@ -61,8 +61,7 @@ class Limit:
 
     Attributes:
         rate: work per second over the window, in the unit of the rates.
-        tpot_s: the time per token of its deadlines: the ledger's, or the least feasible stretched
-            one.
+        tpot_s: time per token of its deadlines: the ledger's, or the least feasible above it.
     """
 
     rate: float
@@ -71,14 +70,12 @@ class Limit:
 
 @dataclass
 class Bounds:
-    """What all policies that keep the deadlines have in common, per slot (arrays) or at slots'
-    ends.
+    """What all policies that keep the deadlines have in common: arrays by slot, or by slots' ends.
 
     Attributes:
         least_batch, most_batch, least_context, most_context: of any step in the slot.
         shortest_s, longest_s: bounds of any step in the slot.
-        tokens_late, tokens_early, context_late, context_early: given out, and read, by the slot's
-            end.
+        tokens_late, tokens_early, context_late, context_early: given out, and read, by its end.
         surely: for each request, index of the last border at which it surely runs.
     """
 

@@ -45,8 +45,7 @@ class ServerProfile:
     Attributes:
         path: where it looks for its profile when it starts.
         measured: the loads that it has measured since it started.
-        limits: of loads: ``requests``, ``row_tokens``, ``slots``, ``vocab``; one batch in
-            ``sampled`` is measured.
+        limits: of loads: requests, row_tokens, slots, vocab; one batch in ``sampled`` is measured.
     """
 
     path: str

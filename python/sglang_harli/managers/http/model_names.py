@@ -1,9 +1,8 @@
 """HTTP process: which model a request's ``model`` names: an adapter, the served base, or nothing.
 
 SGLang reads an adapter only from ``base:adapter`` and serves every other name from the base,
-silently.  Here loaded adapters come first, then the served base's names; any other name of the form
-that this server gives adapters is a 404; the rest does what SGLang does (clients rely on ``"model":
-"default"``).
+silently.  Here loaded adapters come first, then the served base's names; other names in the form of
+our adapters are a 404; the rest does what SGLang does (clients rely on ``"model": "default"``).
 
 Leans on SGLang's OpenAIServingBase (_resolve_lora_path, create_error_response, and handle_request,
 which turns an HTTPException into create_error_response(message=its detail)),

@@ -4,8 +4,7 @@ SGLang's LoRA registry lives in this process.  Two tasks in the server's event l
 finetune service's messages, the other publishes, one adapter at a time.  The scheduler loads the
 tensors from shared memory in slices between batches; the name is registered when all are there, so
 no request meets half an adapter.  SGLang's ``lora_update_lock`` is held while the loading begins
-and while the name is registered, not in between.  Every step may be repeated: a name that is served
-already answers ok.
+and while the name is registered, not in between.  Steps may be repeated: a served name answers ok.
 
 Leans on SGLang's TokenizerManager (lora_update_lock, lora_registry, lora_ref_cache, server_args),
 LoRARef and LoadLoRAAdapterReqOutput; mirrors the bookkeeping of
@@ -287,8 +286,7 @@ class AdapterPublisher:
         """Have the scheduler load the adapter, then register its name, if not unloaded by then.
 
         Raises:
-            UnsupportedError: LoRA is off or full of pinned adapters, or the adapter does not fit
-                it.
+            UnsupportedError: LoRA is off, full of pinned adapters, or does not fit the adapter.
             NotReadyError: not now: the scheduler makes no progress with it, or lacks memory.
             StateError: the scheduler does not answer as expected.
         """

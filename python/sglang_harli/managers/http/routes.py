@@ -36,8 +36,7 @@ logger = logging.getLogger(__name__)
 def install(
     app: FastAPI, server_args: Any, tokenizer_manager: Any, handover: TokenizerHandover | None = None
 ) -> None:
-    """Add the health gate and the adapters' model routes, and tie the publisher to the app's
-    lifespan.
+    """Add the health gate and model routes for adapters, and tie the publisher to the lifespan.
 
     Called once, before the app serves; ``app`` is sglang.srt.entrypoints.http_server.app, and
     ``tokenizer_manager`` gets the attribute ``harli_publisher``.

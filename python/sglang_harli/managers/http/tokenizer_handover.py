@@ -1,5 +1,4 @@
-"""HTTP process: hands the live tokenizer and chat template to the finetune service, as a file in
-the run directory.
+"""HTTP process: writes the live tokenizer and chat template to a file for the finetune service.
 
 SGLang repairs tokenizers after loading and has several sources of templates, so only what is live
 here gives the ids that serving computes.  The file is written before the server serves; its content

@@ -1,5 +1,4 @@
-"""HTTP process: SGLang's own controls that training must follow and the scheduler hears of late, or
-never.
+"""HTTP process: SGLang's controls that training must follow, of which the scheduler hears late.
 
 AROUND hooks on sglang/srt/managers: TokenizerControlMixin.release_memory_occupation (the
 scheduler's answer has no field for a refusal) and flush_cache, and

@@ -24,8 +24,7 @@ def _after_normalize(result: None, adapter: Any) -> None:
 
 
 def pad_mlp(weights: dict[str, Any], base_config: Any) -> None:
-    """Pad one layer's stacked MLP weights in place from the model's intermediate size to the served
-    one.
+    """Pad one layer's stacked MLP weights in place from the model's intermediate size to SGLang's.
 
     Args:
         weights: ``…gate_up_proj.lora_B.weight`` [2·own, r] becomes [2·served, r] (each half

@@ -1,5 +1,4 @@
-"""Runtime half of ``patches/04-lora-peft-adapters``: any adapter of PEFT for the seven linear
-layers.
+"""Runtime half of ``patches/04-lora-peft-adapters``: PEFT's adapters of all seven linear layers.
 
 SGLang stacks q, k and v (gate and up) and takes for granted that q and v (gate) are there: without
 v it fails with a bare KeyError, and with only k, v or up the first request that uses the adapter

@@ -1,5 +1,4 @@
-"""Runtime half of ``patches/07-lora-request-counts``: an adapter's counter is zero exactly when
-nothing uses it.
+"""Runtime half of ``patches/07-lora-request-counts``: each use of an adapter counts once.
 
 SGLang counts a request of an adapter when its name is looked up and takes it off at one of several
 ends: n answers of one prompt take off more than was counted, and a request aborted while it waits

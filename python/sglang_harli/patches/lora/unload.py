@@ -1,5 +1,4 @@
-"""Runtime half of ``patches/08-lora-unload``: an unload waits as long as its adapter's requests
-progress.
+"""Runtime half of ``patches/08-lora-unload``: unloads wait for requests that make progress.
 
 SGLang holds its lock over LoRA updates until the last request of an adapter that is unloaded, or
 evicted, has ended: all loads wait for one long answer, or for ever.  Here

@@ -70,8 +70,7 @@ class CostLine:
 
     def uppers(self, x1: float, x2: float, counts: Iterable[int]) -> list[float]:
         """``upper(k * x1, k * x2)`` of each ``k``, rising with it: a part never takes longer than
-        the whole, so a small size's bound, wide if not seen for long, is cut to the larger
-        one's."""
+        the whole, so a small size's bound, wide when long unseen, is cut to the larger's."""
         a, b, c, d, e = self.line.along(x1, x2)
         above, scale = self.margin.ratio - 1.0, self._scale
         plain = 1.0 + above

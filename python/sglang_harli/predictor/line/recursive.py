@@ -171,8 +171,7 @@ class RecursiveLine:
 
     def _spread(self, x1: float, x2: float, height: float, shape: float) -> Sym3:
         """Covariance of the factors at this load: ``height`` together, ``shape`` each.  Any term
-        may be a good part of it: a first guess may have given one all of the time, the other
-        none."""
+        may be a good part of it: a first guess may have given one all, another none."""
         part = GOOD_PART * self.expected(x1, x2)
         f = [self._f0, self._f1, self._f2]
         s = [

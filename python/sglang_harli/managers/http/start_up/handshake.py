@@ -26,8 +26,7 @@ def http_server_starts(*_args: Any, **_kwargs: Any) -> None:
 
 def launch(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
     """Around ``Engine._launch_subprocesses``: the service first, the hello last.  SystemExit: a
-    rank did not say hello, or refuses the model; or the offline Engine, which has no HTTP
-    process."""
+    rank says no hello, or refuses the model; or this is the offline Engine, without HTTP."""
     if not _http_server:
         raise SystemExit(
             "sglang-harli: finetuning needs a server, whose HTTP process publishes the adapters: start "

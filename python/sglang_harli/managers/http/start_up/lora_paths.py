@@ -1,9 +1,7 @@
-"""Checks the adapters of ``--lora-paths`` before the model loads, so that a bad one is one
-sentence.
+"""Checks ``--lora-paths`` before the model loads, so that a bad adapter is one sentence.
 
-The checks are those of every later load (``patches.lora.peft_adapter``), on the files' headers
-alone.  Leans on ServerArgs: lora_paths, enable_lora, max_lora_rank, lora_target_modules and
-get_model_config.
+As every later load does (``patches.lora.peft_adapter``), on the files' headers.  Leans on
+ServerArgs: lora_paths, enable_lora, max_lora_rank, lora_target_modules and get_model_config.
 """
 
 from __future__ import annotations

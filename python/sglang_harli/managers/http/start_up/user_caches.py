@@ -31,8 +31,7 @@ _NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # where getpass.getuser looks
 
 def provide(environ: MutableMapping[str, str] = os.environ) -> list[str]:
     """Set what is missing, for this process and its children; returns what and why, one line each.
-    What the operator has set stays.  ConfigError names the variables where no place can be
-    written."""
+    What the operator has set stays.  ConfigError names the variables: no place can be written."""
     said = []
     try:
         entry = pwd.getpwuid(os.getuid())

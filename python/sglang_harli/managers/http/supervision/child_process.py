@@ -3,8 +3,7 @@ and die with the parent.
 
 The child asks for its parent-death signal itself, not by ``preexec_fn``, which would run Python
 between fork and exec in a process full of threads.  Linux sends the signal when the *thread* that
-forked ends, so that thread must live as long as the child should (supervisor.py).  Standard library
-only.
+forked ends, so that thread must outlive the child (supervisor.py).  Standard library only.
 """
 
 from __future__ import annotations

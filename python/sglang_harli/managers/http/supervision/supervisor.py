@@ -2,8 +2,7 @@
 
 The service is outside SGLang's own watchdog of subprocesses, whose answer to a death is to end the
 server.  One daemon thread forks it, waits for it and forks it again: the parent-death signal that
-the child asks for (child_process.py) is tied to that thread, so it ends only when nothing is left
-to supervise.
+the child asks for (child_process.py) is tied to that thread, so it ends last.
 """
 
 from __future__ import annotations
@@ -38,11 +37,10 @@ _STDERR = 2
 
 # ------------------------------------------------------------------ one server per run directory
 class RunDirLock:
-    """An exclusive flock on ``run_dir/lock``; the file holds the holder's pid, for the error of a
-    second server.
+    """An exclusive flock on ``run_dir/lock``; the file holds the pid, for a second server's error.
 
-    The kernel gives the lock back when the holder ends, so a file left behind refuses nobody.
-    Missing folders are made.
+    The kernel gives the lock back when the holder ends, so an old file does not matter.  Missing
+    folders are made.
 
     Raises:
         StateError: another server holds it (its pid is named).
@@ -103,8 +101,7 @@ class RestartPolicy:
 
 
 class Supervisor:
-    """Runs ``python -m module`` as a child that dies with this process, and restarts it when it
-    ends.
+    """Runs ``python -m module`` as a child that dies with this process, and restarts it.
 
     Args:
         environment: variables of the child on top of this process's own.

@@ -60,8 +60,7 @@ def assign_extend_cache_locs_cpu(
     out_cache_loc: torch.Tensor,
     pool_len: int,
 ) -> None:
-    """Gather each request's KV slots out of its row of the token table, one request after the
-    other.
+    """Gather each request's KV slots out of its row of the token table, in the requests' order.
 
     The inverse of :func:`assign_req_to_token_pool_cpu`, with the same arguments; ``out_cache_loc``
     is changed in place; what lies behind the last span stays.
