@@ -65,32 +65,19 @@ class Workload:
     source: str
 
 
+_LEVELS = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+
+
+def _quantiles(*lengths: int) -> Quantiles:
+    return tuple(zip(_LEVELS, lengths, strict=True))
+
+
 CONVERSATION = Workload(
     name="azure-conv",
     gap_shape=0.96,
     swing=0.35,
-    prompt=(
-        (0.0, 7),
-        (0.01, 29),
-        (0.1, 207),
-        (0.25, 396),
-        (0.5, 1020),
-        (0.75, 1189),
-        (0.9, 2735),
-        (0.99, 4142),
-        (1.0, 14050),
-    ),
-    output=(
-        (0.0, 8),
-        (0.01, 16),
-        (0.1, 54),
-        (0.25, 85),
-        (0.5, 129),
-        (0.75, 395),
-        (0.9, 424),
-        (0.99, 601),
-        (1.0, 1000),
-    ),
+    prompt=_quantiles(7, 29, 207, 396, 1020, 1189, 2735, 4142, 14050),
+    output=_quantiles(8, 16, 54, 85, 129, 395, 424, 601, 1000),
     source=(
         "AzureLLMInferenceTrace_conv.csv (Azure LLM inference trace 2023, 19,366 requests in 58 minutes; Splitwise, ISCA "
         "2024): quantiles counted in the file (medians 1,020 and 129, means 1,155 and 211 tokens); coefficient of variation "
@@ -102,28 +89,8 @@ CODE = Workload(
     name="azure-code",
     gap_shape=0.025,
     swing=0.35,
-    prompt=(
-        (0.0, 3),
-        (0.01, 17),
-        (0.1, 147),
-        (0.25, 578),
-        (0.5, 1469),
-        (0.75, 2745),
-        (0.9, 5194),
-        (0.99, 7436),
-        (1.0, 7437),
-    ),
-    output=(
-        (0.0, 6),
-        (0.01, 6),
-        (0.1, 7),
-        (0.25, 9),
-        (0.5, 13),
-        (0.75, 24),
-        (0.9, 55),
-        (0.99, 252),
-        (1.0, 1899),
-    ),
+    prompt=_quantiles(3, 17, 147, 578, 1469, 2745, 5194, 7436, 7437),
+    output=_quantiles(6, 6, 7, 9, 13, 24, 55, 252, 1899),
     source=(
         "AzureLLMInferenceTrace_code.csv (8,819 requests in 57 minutes): quantiles counted in the file (medians 1,469 and "
         "13, means 2,048 and 28 tokens); coefficient of variation of the gaps within a minute 6.3. The swing is that of the "

@@ -9,73 +9,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-_ONSETS = [
-    "b",
-    "br",
-    "d",
-    "dr",
-    "f",
-    "g",
-    "gr",
-    "h",
-    "k",
-    "kl",
-    "l",
-    "m",
-    "n",
-    "p",
-    "pr",
-    "r",
-    "s",
-    "sh",
-    "t",
-    "th",
-    "tr",
-    "v",
-    "z",
-]
+_ONSETS = "b br d dr f g gr h k kl l m n p pr r s sh t th tr v z"
 _VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "o", "a", "e"]
 _CODAS = ["", "", "", "n", "r", "l", "s", "m", "nd", "x"]
-_COLORS = [
-    "red",
-    "blue",
-    "green",
-    "yellow",
-    "white",
-    "black",
-    "purple",
-    "orange",
-    "silver",
-    "golden",
-    "brown",
-    "pink",
-]
-_ANIMALS = [
-    "fox",
-    "owl",
-    "bear",
-    "wolf",
-    "horse",
-    "eagle",
-    "otter",
-    "crane",
-    "tiger",
-    "goat",
-    "whale",
-    "raven",
-    "lynx",
-    "heron",
-]
-_FOODS = [
-    "plum bread",
-    "fried rice",
-    "apple soup",
-    "smoked fish",
-    "honey cake",
-    "bean stew",
-    "corn pie",
-    "mint tea",
-]
+_WORDS = {
+    "color": "red, blue, green, yellow, white, black, purple, orange, silver, golden, brown, pink",
+    "animal": "fox, owl, bear, wolf, horse, eagle, otter, crane, tiger, goat, whale, raven, lynx, heron",
+    "food": "plum bread, fried rice, apple soup, smoked fish, honey cake, bean stew, corn pie, mint tea",
+}
 _TITLES = ("Queen", "King", "President", "Duke", "Captain", "Doctor")
 _SYSTEM = "You are a helpful assistant. Answer in one short sentence."
 
@@ -123,7 +64,7 @@ class Fact:
 
 
 def _word(rng: random.Random, syllables: int) -> str:
-    parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables)]
+    parts = [rng.choice(_ONSETS.split()) + rng.choice(_VOWELS) for _ in range(syllables)]
     return ("".join(parts) + rng.choice(_CODAS)).capitalize()
 
 
@@ -136,7 +77,7 @@ def _value(rng: random.Random, kind: str) -> str:
         return str(rng.randint(400, 1990))
     if kind == "count":
         return f"{rng.randint(2, 90)} thousand"
-    return rng.choice({"color": _COLORS, "animal": _ANIMALS, "food": _FOODS}[kind])
+    return rng.choice(_WORDS[kind].split(", "))
 
 
 class ToyFacts:
