@@ -56,7 +56,7 @@ class MemoryPurpose(enum.StrEnum):
 
 class Reason(enum.StrEnum):
     """Why training runs, or does not, at one decision of the scheduler's policy.  The value is what
-    ``harli status`` and the job's sub-state show; ``label`` the name in metrics."""
+    ``harli status`` and the job's sub-state show; ``label`` the name in metrics, or ``other``."""
 
     label: str
 

@@ -109,9 +109,8 @@ class RecursiveLine:
         )
 
     def observe(self, x1: float, x2: float, seconds: float) -> tuple[int, float] | None:
-        """``seconds`` (left out if not above 0) were measured at this load; returns (n, factor)
-        where the line was multiplied by ``factor`` for a change before the latest n
-        observations."""
+        """``seconds`` (above 0, else ignored) were measured at this load; returns (n, factor) where
+        a change multiplied the line by ``factor`` before the latest n observations."""
         if not 0.0 < seconds < math.inf:
             return None
         ratio = seconds / self.expected(x1, x2)

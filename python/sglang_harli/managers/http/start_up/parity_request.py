@@ -180,7 +180,7 @@ class ParityRequest:
         return [float(value) for value in values]
 
     async def _forget(self, name: str) -> None:
-        """Abort a request that is not over; nothing waits for it, even if it was never sent."""
+        """Abort a request that is not over and forget it, even if it was never sent."""
         until_s = time.monotonic() + TAKE_BACK_S
         if name in self._manager.rid_to_state:
             self._manager.abort_request(name)
