@@ -1,9 +1,7 @@
-"""The finetune service: ``python -m sglang_harli.service.app``, started by the server's HTTP
-process.
+"""The finetune service, ``python -m sglang_harli.service.app``: started by the HTTP process.
 
-Its configuration is one JSON document in the environment (``config.SERVICE_ENV``).  It imports
-neither torch nor sglang.  What it owns: the job store, the data, the checkpoints, the event log and
-the public socket.
+It owns the job store, the data, the checkpoints, the event log and the public socket, and imports
+neither torch nor sglang.  Its configuration is JSON in the environment (``config.SERVICE_ENV``).
 """
 
 from __future__ import annotations
@@ -45,20 +43,14 @@ from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
 
 logger = logging.getLogger("harli.service")
 
-# After SIGTERM: how long the state of a run is waited for, which the scheduler saves at its own end
-# (the supervisor kills after five seconds).
-SETTLE_S = 4.0
+SETTLE_S = 4.0  # after SIGTERM, for a run's state; the supervisor kills after five seconds
 
 
 class App:
-    """The parts of the service and how they hang together; made inside the running event loop.
+    """The parts of the service, wired together; made inside the running event loop.
 
-    Args:
-        config: what the supervisor says.
-
-    Raises:
-        HarliError: the store cannot be opened or the endpoint cannot be bound.
-        OSError, zmq.ZMQError: a folder cannot be made, or no socket opened.
+    Raises HarliError: the store cannot be opened or the endpoint bound; OSError or zmq.ZMQError: a
+    folder cannot be made, or no socket opened.
     """
 
     def __init__(self, config: ServiceConfig) -> None:
@@ -68,8 +60,7 @@ class App:
         run_paths.make_ipc_dir(str(run_dir))
         shm = run_paths.shm_dir(str(run_dir))
         self._context = zmq.asyncio.Context()
-        # Threads: files of submits one after the other, politely; the server's tokenizer;
-        # checkpoints and slots; reads of events.
+        # Threads: files of submits, one by one; the tokenizer; checkpoints and slots; event reads.
         self._worker = ThreadPoolExecutor(1, "data", initializer=lower_priority, initargs=(10,))
         self._loader = ThreadPoolExecutor(1, "tokenizer")
         self._disk = ThreadPoolExecutor(3, "disk", initializer=lower_priority, initargs=(19,))
@@ -203,7 +194,7 @@ class App:
         self._publication.want_name(name)
 
     def _take_tokenizer(self, fingerprint: str) -> None:
-        """At each hello of the HTTP process; what it names is read by a thread."""
+        """At each hello of the HTTP process: a thread reads the tokenizer that it names."""
         self._named_tokenizer = fingerprint
         if self._taking is not None and not self._taking.done():
             return
@@ -275,8 +266,7 @@ async def _main(config: ServiceConfig) -> None:
 
 
 class _Formatter(logging.Formatter):
-    """Lines of the log quote data and names of clients: none of them steers the server's
-    terminal."""
+    """Log lines quote data and names of clients: escaped, they cannot steer the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escaped(super().format(record), lines=True)

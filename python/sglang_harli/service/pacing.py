@@ -11,8 +11,7 @@ REST = 4.0  # times as long as the burst before it
 
 
 def lower_priority(niceness: int) -> None:
-    """This thread gives way to others: 10 for work that somebody waits for, 19 for what has
-    time."""
+    """Lower this thread's priority: 10 for work that somebody waits for, 19 for what has time."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 

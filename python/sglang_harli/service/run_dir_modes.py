@@ -1,8 +1,7 @@
 """Who may read the run directory: this user alone.
 
-What the service makes is closed to others by its umask.  A run directory that was there before (a
-volume, ``mkdir runs``) keeps its mode, which may be meant: what lies in it is closed, and the log
-says what to do.
+The umask closes what the service makes.  A run directory that was there before (a volume, ``mkdir
+runs``) keeps its mode, which may be meant: what lies in it is closed, and the log says what to do.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ _PATTERNS = ("harli.db*", "ftjob-*", "lock")  # the job store, and the folders o
 
 
 def close_to_others(run_dir: Path) -> None:
-    """Close what an earlier version left open in a run directory that others may enter, and say
-    so."""
+    """Close what an earlier version left open in a run directory that others may enter; log it."""
     mode = stat.S_IMODE(run_dir.stat().st_mode)
     if not mode & _OTHERS:
         return
@@ -40,5 +38,4 @@ def close_to_others(run_dir: Path) -> None:
 
 
 def keep_to_ourselves() -> None:
-    """Files and folders of this process are its user's alone from now on."""
     os.umask(UMASK)

@@ -1,5 +1,4 @@
-"""``state`` checkpoints (to resume a run) and the ``adapter`` folder (to serve it): two things,
-both atomic.
+"""``state`` checkpoints (to resume a run) and the ``adapter`` folder (to serve it), both atomic.
 
 ::
 
@@ -53,14 +52,8 @@ class CheckpointError(HarliError):
 def save_state(
     checkpoints: Path, step: int, slot: SlotRef, run: dict[str, Any], tokens: int, *, rush: bool = False
 ) -> Path:
-    """Write the tensors in ``slot`` as the checkpoint of ``step``; durable on return.
-
-    Args:
-        rush: without regard for serving, which is about to end.
-
-    Raises:
-        OSError: the slot is gone, or the disk is full.
-    """
+    """Write the tensors in ``slot`` as the checkpoint of ``step``; durable on return.  ``rush``:
+    without pauses for serving.  Raises OSError: the slot is gone or the disk full."""
     final = checkpoints / f"step-{step}"
     temporary = checkpoints / f"step-{step}.tmp"
     _make_anew(temporary)
@@ -99,12 +92,8 @@ def steps(checkpoints: Path) -> list[int]:
 
 
 def prune(checkpoints: Path, keep: int = 2) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and older ones that were put aside as
-    damaged.
-
-    ``step-0`` stays: it is where a job began that carries on another one's adapter.  What a crash
-    left half-written goes too.
-    """
+    """Remove all but the newest ``keep`` checkpoints, older ``.bad`` ones, and ``.tmp`` ones.
+    ``step-0`` stays: a job that carries on another one's adapter began there."""
     found = [step for step in steps(checkpoints) if step]
     for step in found[:-keep]:
         shutil.rmtree(checkpoints / f"step-{step}", ignore_errors=True)
@@ -117,12 +106,8 @@ def prune(checkpoints: Path, keep: int = 2) -> None:
 
 
 def save_beginning(source: Path, target: Path, seed: int) -> None:
-    """The adapter of checkpoint ``source`` as a state at which no step was taken: moments zero, for
-    a job of this ``seed``.  The caller makes ``target`` durable.
-
-    Raises:
-        OSError: the disk is full.
-    """
+    """The adapter of checkpoint ``source`` as the state of step 0 of a job of ``seed``, moments
+    zero.  The caller makes ``target`` durable.  Raises OSError."""
     target.mkdir(parents=True)
     failpoint(WriteFailpoint.STATE)
     with safe_open(source / STATE_FILE, framework="np") as file:
@@ -144,9 +129,7 @@ def load_state(
 ) -> tuple[shared_memory.SharedBuffer, SlotRef, dict[str, Any], int]:
     """The checkpoint of ``step`` in a new slot, the run's plain values and its trained tokens.
 
-    Raises:
-        CheckpointError: it is missing, torn or altered.
-        OSError: shared memory is full, or the files cannot be read now.
+    Raises CheckpointError: missing, torn or altered; OSError: shared memory full, or a read failed.
     """
     meta = check_state(checkpoints, step)
     folder = checkpoints / f"step-{step}"
@@ -156,8 +139,8 @@ def load_state(
 
 
 def check_state(checkpoints: Path, step: int) -> dict[str, Any]:
-    """The meta.json of a checkpoint whose files have the checksums in it; CheckpointError
-    otherwise, OSError where they cannot be read now."""
+    """The meta.json of a checkpoint, the checksums in it compared with its files.  Raises
+    CheckpointError: they differ; OSError: a read failed."""
     folder = checkpoints / f"step-{step}"
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
@@ -172,12 +155,8 @@ def check_state(checkpoints: Path, step: int) -> dict[str, Any]:
 
 # ------------------------------------------------------------------ adapter
 def save_adapter(adapter: Path, checkpoints: Path, step: int, config: dict[str, Any]) -> None:
-    """Write the adapter of a checkpoint in PEFT's format; durable on return.
-
-    Raises:
-        CheckpointError: the checkpoint is not whole.
-        OSError: the disk is full.
-    """
+    """Write the adapter of a checkpoint in PEFT's format; durable on return.  Raises
+    CheckpointError: the checkpoint is not whole; OSError: the disk is full."""
     check_state(checkpoints, step)
     temporary = adapter.with_name("adapter.tmp")
     _make_anew(temporary)
@@ -198,12 +177,8 @@ def save_adapter(adapter: Path, checkpoints: Path, step: int, config: dict[str, 
 
 
 def load_adapter(adapter: Path, shm: Path) -> tuple[shared_memory.SharedBuffer, SlotRef, dict[str, Any]]:
-    """The saved adapter's tensors in a new slot, and its configuration.
-
-    Raises:
-        CheckpointError: the folder is missing or is not what was written.
-        OSError: shared memory is full, or the files cannot be read now.
-    """
+    """The saved adapter's tensors in a new slot, and its configuration.  Raises CheckpointError:
+    the folder is missing or altered; OSError: shared memory is full, or a read failed."""
     try:
         if (adapter / ADAPTER_META).exists():  # else it was saved by harli 0.1.0
             digests = json.loads((adapter / ADAPTER_META).read_bytes())["sha256"]
@@ -221,8 +196,7 @@ def load_adapter(adapter: Path, shm: Path) -> tuple[shared_memory.SharedBuffer, 
 
 # ------------------------------------------------------------------ shared by both
 def _sources(file: Any, names: dict[str, str], load: Callable[[str], np.ndarray]) -> list[Source]:
-    """Tensors of an open state, float32 as all that is trained; ``names``: theirs, and those to
-    write."""
+    """The tensors ``names`` (stored name: new name) of an open state; all are float32."""
     return [
         Source(new, "float32", tuple(file.get_slice(old).get_shape()), lambda old=old: load(old))
         for old, new in names.items()

@@ -1,10 +1,8 @@
-"""Tensor files (safetensors) written, read and checked piece by piece, at a pace that leaves the
-cores to serving.
+"""Safetensors files written, read and checked piece by piece, slowly enough for serving.
 
-A decode step runs on all cores and waits for its slowest thread, so a hundred megabytes that are
-hashed and written in one go show as a gap between tokens (docs/internals/run-protocol.md). The
-library writes a file whole and holds it in memory twice, hence the writing here; reading is the
-library's.
+A decode step runs on all cores and waits for its slowest thread, so hashing and writing much at
+once shows as a gap between tokens (docs/internals/run-protocol.md).  The library writes a file
+whole and holds it in memory twice, hence the writing here; reading is the library's.
 """
 
 from __future__ import annotations
@@ -31,8 +29,7 @@ _DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int32": "I32",
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A tensor to be written: dtype by numpy's name, and where its bytes come from when it is its
-    turn."""
+    """A tensor to be written: its dtype by numpy's name, its bytes by ``load`` at its turn."""
 
     name: str
     dtype: str
@@ -45,14 +42,7 @@ class Source:
 
 
 def write(path: Path, sources: Sequence[Source], pace: Pace) -> str:
-    """Write a safetensors file; its data is on the disk on return (the folder's entry is not).
-
-    Returns:
-        The sha256 of what was written.
-
-    Raises:
-        OSError: the disk is full or cannot be written.
-    """
+    """Write a safetensors file, durable but for the folder's entry; its sha256.  Raises OSError."""
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
         dirty = 0
@@ -104,12 +94,8 @@ def digest(path: Path, pace: Pace) -> str:
 
 
 def into_slot(path: Path, folder: Path, pace: Pace) -> tuple[shared_memory.SharedBuffer, SlotRef]:
-    """The tensors of a file in a new slot in ``folder``.
-
-    Raises:
-        OSError: shared memory is full, or the file is gone.
-        safetensors.SafetensorError: not a safetensors file.
-    """
+    """The tensors of a file in a new slot in ``folder``.  Raises OSError: shared memory is full, or
+    the file is gone; safetensors.SafetensorError."""
     with safe_open(path, framework="np") as file:
         names = list(file.keys())
         slices = {name: file.get_slice(name) for name in names}

@@ -1,8 +1,7 @@
-"""Which rows come when: the order of micro-batches over a whole run, computed where it is asked
-for.
+"""The order of micro-batches over a whole run, computed on demand.
 
-Each epoch is a permutation of the rows drawn from (seed, epoch); micro-batches are cut from it, and
-optimizer steps from those.  A step never spans two epochs.  Only one epoch's order is in memory.
+Each epoch is a permutation of the rows drawn from (seed, epoch), cut into micro-batches and
+optimizer steps.  A step never spans two epochs.  Only one epoch's order is in memory.
 """
 
 from __future__ import annotations
@@ -42,12 +41,7 @@ class Batch:
 
 
 class BatchOrder:
-    """The micro-batches of a job in the order in which they are trained.
-
-    Args:
-        tokens: the job's rows.
-        hp: its hyperparameters (seed, epochs, batch size, accumulation).
-    """
+    """The micro-batches of a job in the order in which they are trained."""
 
     def __init__(self, tokens: TokenReader, hp: Hyperparameters) -> None:
         self._tokens = tokens

@@ -1,7 +1,4 @@
-"""From a JSONL file to token rows, or to one report of every line that is not accepted.
-
-The file is streamed: neither it nor its tokens are ever in memory as a whole.
-"""
+"""From a streamed JSONL file to token rows, or to one report of every line that is not accepted."""
 
 from __future__ import annotations
 
@@ -85,15 +82,10 @@ def scan(
 ) -> DataSummary:
     """Check every line of a JSONL file and, with a ``writer``, store its rows.
 
-    Args:
-        path: the file; ``name`` is what messages call it.
-        max_length: longest row in tokens (None: no limit).
-        on_overflow: ``error``, ``truncate`` or ``drop`` for longer rows.
-        stop: asked at every line and answer; true ends the scan with NotReadyError.
-
-    Raises:
-        DataError: lines that are not accepted (``details``: line, field, reason of each), no row at
-            all, or a file that is not JSONL.
+    ``name``: the file in messages; ``max_length``: longest row in tokens; ``on_overflow``:
+    ``error``, ``truncate`` or ``drop`` for longer ones; ``stop``: asked at every line and answer,
+    true ends the scan with NotReadyError.  Raises DataError: lines that are not accepted
+    (``details``: line, field, reason of each), no row at all, or a file that is not JSONL.
     """
     summary, error = look(
         path, tokenizer, name=name, max_length=max_length, on_overflow=on_overflow, writer=writer, stop=stop
@@ -148,14 +140,7 @@ def look(
 
 
 class _LineRows:
-    """The rows of each line of one file.
-
-    Args:
-        name: of the file.
-
-    Attributes:
-        ignored: fields that were passed over.
-    """
+    """The rows of each line of one file; ``ignored``: fields that were passed over."""
 
     def __init__(self, name: str, reader: RowReader, tokenizer: RowEncoder, reading: Reading) -> None:
         self._name = name
@@ -166,8 +151,7 @@ class _LineRows:
         self.ignored: set[str] = set()
 
     def rows(self, line: Line) -> Iterator[Row]:
-        """Raises RowError, and what is no fault of the line: trouble of the environment, and the
-        end of the scan."""
+        """Raises RowError; trouble of the environment and the end of the scan pass through."""
         try:
             record = self._reader.read(line)
             foreign.check(record)
@@ -184,8 +168,7 @@ class _LineRows:
 
 
 def _named(field: str) -> str:
-    """A field's name as it is stored and shown: names of any length and of no text come with
-    data."""
+    """A field's name as it is stored and shown: data may have names of any length or no text."""
     name = field.encode("utf-8", "backslashreplace").decode()
     return name if len(name) <= 64 else name[:64] + "..."
 

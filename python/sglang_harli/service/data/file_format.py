@@ -1,7 +1,6 @@
 """What a file is that is not JSONL: one sentence that names it and says how to make JSONL of it.
 
-Found from the beginning of the file, before its lines are read: each of them would be refused with
-a reason of its own, and none of these would say it.
+Found from the file's beginning: its lines would each be refused with a reason that says less.
 """
 
 from __future__ import annotations
@@ -65,23 +64,14 @@ _FIRST_FIELD = re.compile(r'\{\s*"([^"\\]{1,100})"\s*:\s*\[\s*[\[{]')
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A training file before its lines are read.
-
-    Attributes:
-        coding: how its lines are written.
-        refusal: what it is, and what to do; None: it may be JSONL.
-    """
+    """The coding of a training file; ``refusal``: why it cannot be JSONL, None: it may be."""
 
     coding: Coding
     refusal: str | None = None
 
 
 def look_at(path: Path) -> DataFile:
-    """Read the beginning of a file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Read the beginning of a file; raises OSError."""
     head = read_head(path)
     named = _archive(head)
     if named is not None:
@@ -129,8 +119,7 @@ def _text_format(text: str, coding: Coding, whole: bool) -> str | None:
 
 
 def _lines(text: str, coding: Coding, whole: bool) -> Iterator[tuple[int, str]]:
-    """The first two lines that are not blank, as far as they are there in full, and at least the
-    first."""
+    """The first two lines that are not blank; the second only where it is there in full."""
     found = 0
     for number, line in enumerate(re.split(r"\r\n|\r|\n" if coding.lone_cr else r"\n", text), 1):
         stripped = line.strip("\ufeff \t\r\n\x0b\x0c\x1e")
@@ -172,8 +161,7 @@ def _object(text: str, number: int, first: str, second: str | None, whole: bool)
 
 
 def _goes_on(text: str) -> bool:
-    """Whether the value that begins on the first line is JSON up to somewhere behind the second
-    line's start."""
+    """Whether the first line's value is JSON to somewhere behind the second line's start."""
     try:
         _, end = json.JSONDecoder().raw_decode(text)
     except (json.JSONDecodeError, RecursionError) as error:

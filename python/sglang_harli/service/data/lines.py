@@ -31,13 +31,7 @@ _WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """How a file is written.
-
-    Attributes:
-        name: of the encoding, as Python calls it.
-        lone_cr: a carriage return without a line feed ends a line, as in texts of the classic Mac
-            OS.
-    """
+    """A file's encoding, by Python's name; ``lone_cr``: CR alone ends a line (classic Mac OS)."""
 
     name: str = "utf-8"
     lone_cr: bool = False
@@ -49,13 +43,10 @@ class Coding:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line that is not blank.
+    """A line that is not blank: its ``number`` from 1 and its UTF-8 ``text``.
 
-    Attributes:
-        number: from 1.
-        text: UTF-8, without line end, byte order marks and white space around it; None: it is too
-            long.
-        lead: characters before it on the line.
+    Line end, byte order marks and white space around the text are taken off; None: it is too long.
+    ``lead``: characters before it on the line.
     """
 
     number: int
@@ -64,8 +55,7 @@ class Line:
 
 
 def coding_of(head: bytes) -> Coding:
-    """By the byte order mark, or by where the zero bytes of the first characters lie (they are
-    ASCII in JSON)."""
+    """By the byte order mark, or by the zero bytes of the first characters (ASCII in JSON)."""
     name = next((name for mark, name in _MARKS if head.startswith(mark)), None)
     if name is None:
         name = next((name for name in _WIDE if _is_json(head[:64], name)), "utf-8")
@@ -117,9 +107,8 @@ def _utf8(file: BinaryIO, coding: Coding) -> io.BufferedIOBase | BinaryIO:
 class _Recoded(io.RawIOBase):
     """A file's bytes as UTF-8 with line feeds at the ends of lines.
 
-    What is broken stays broken, so that the line is refused and not read as something else: bytes
-    that are no UTF-8 come through as they are, halves of surrogate pairs in a form that UTF-8 does
-    not allow.
+    What is broken stays broken, so that its line is refused: bytes that are no UTF-8 come through
+    as they are, halves of surrogate pairs in a form that UTF-8 does not allow.
     """
 
     def __init__(self, file: BinaryIO, coding: Coding) -> None:

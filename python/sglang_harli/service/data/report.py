@@ -1,5 +1,4 @@
-"""What is worth seeing of a data file before a job is made of it: lengths, what is learned, bad
-lines, notes."""
+"""What to see of a data file before it makes a job: lengths, what is learned, bad lines, notes."""
 
 from __future__ import annotations
 
@@ -30,18 +29,11 @@ def data_report(
     on_overflow: str,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Read a file as a submit does.
+    """Read a file as a submit does; raises OSError.
 
-    Returns:
-        ``ok``, ``file``, ``rows``, ``tokens``, ``target_tokens``, ``loss_share``,
-        ``longest_row``, ``truncated``, ``dropped``, ``summary`` (a sentence, or None), ``notes``
-        (each: code, text, names, line), ``max_seq_length``, ``bad_lines`` (each: line, field,
-        reason), ``message`` (of the first trouble, or None), ``histogram`` (each: from, to, rows;
-        lengths in tokens, ends included) and ``examples`` (each: line, parts; each part: text,
-        learned).
-
-    Raises:
-        OSError: the file cannot be read.
+    Lists in the result: ``notes`` (code, text, names, line), ``bad_lines`` (line, field, reason),
+    ``histogram`` (from, to, rows; lengths in tokens, ends included) and ``examples`` (line, parts;
+    each part: text, learned).  ``summary`` and ``message`` (the first trouble) may be None.
     """
     seen = _Collector()
     summary, error = look(
@@ -67,7 +59,7 @@ def data_report(
 
 
 class _Collector:
-    """Stands where the service's writer of rows stands."""
+    """Takes the place of TokenWriter."""
 
     def __init__(self) -> None:
         self.lengths = array("I")

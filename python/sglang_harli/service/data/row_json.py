@@ -1,8 +1,7 @@
-"""One line of a training file as its JSON value, or the reason why it is not JSON, in words and
-with the column.
+"""One line of a training file as its JSON value, or in words, with the column, why it is no JSON.
 
-More is read than JSON allows where it does no harm: NaN and Infinity, and numbers of any size, in
-fields that are not used.  A field that stands twice is reported.
+More than JSON is read where it does no harm, in fields that are not used: NaN, Infinity, numbers of
+any size.  A field that stands twice is reported.
 """
 
 from __future__ import annotations
@@ -28,11 +27,7 @@ MAX_DOUBLED = 1000  # objects of a line that have a field twice
 
 
 class RowReader:
-    """Reads the lines of one file.
-
-    Attributes:
-        twice: of the line that was read last: the fields that stand twice in their object.
-    """
+    """Reads the lines of a file; ``twice``: fields that stand twice in the last one's objects."""
 
     def __init__(self, coding: Coding) -> None:
         self._coding = coding
@@ -41,11 +36,7 @@ class RowReader:
         self.twice: list[str] = []
 
     def read(self, line: Line) -> Any:
-        """The line's value.
-
-        Raises:
-            RowError: with the reason.
-        """
+        """The line's value; raises RowError."""
         if line.text is None:
             raise RowError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
         self._doubled.clear()

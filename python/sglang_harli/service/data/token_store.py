@@ -1,8 +1,7 @@
 """A job's tokens on disk: written row by row, read by offset.
 
-``ids.npy`` int32 and ``targets.npy`` bool, both flat over all rows; ``rows.npz`` with ``offsets``
-(int64, rows + 1 values), ``target_tokens`` (int32, after the shift) and ``lines`` (int32) of each
-row.
+``ids.npy`` int32 and ``targets.npy`` bool are flat over all rows; ``rows.npz`` has ``offsets``
+(int64, rows + 1), ``target_tokens`` (int32, after the shift) and ``lines`` (int32).
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from sglang_harli.service.rows.row import Row
 
 
 class _FlatFile:
-    """A one-dimensional .npy of a length that is known at the end only (numpy pads the header for
-    it)."""
+    """A 1-D .npy whose length is known at the end only (numpy pads the header for it)."""
 
     def __init__(self, path: Path, dtype: Any) -> None:
         self._dtype = np.dtype(dtype)
@@ -47,11 +45,7 @@ class _FlatFile:
 
 
 class TokenWriter:
-    """Rows into ``folder``; a context manager.
-
-    Raises:
-        OSError: the disk is full.
-    """
+    """Context manager that writes rows into ``folder``; raises OSError: the disk is full."""
 
     def __init__(self, folder: Path) -> None:
         failpoint(WriteFailpoint.TOKENS)
@@ -88,10 +82,8 @@ class TokenWriter:
 
 
 class _FlatReader:
-    """Reads slices of what ``_FlatFile`` wrote, from a descriptor.
-
-    Not by a memory map: a file that is cut off under one kills the process by SIGBUS.
-    """
+    """Reads slices of what ``_FlatFile`` wrote by ``pread``.  Not by a memory map: a file that is
+    cut off under one kills the process by SIGBUS."""
 
     def __init__(self, path: Path, dtype: Any) -> None:
         self._path = path
@@ -128,12 +120,8 @@ class _FlatReader:
 
 
 class TokenReader:
-    """Random access to the rows in ``folder``; its two files stay open until ``close``.
-
-    Raises:
-        OSError, ValueError: a file is missing, cut off, or is not what TokenWriter wrote (also at
-            ``row``).
-    """
+    """Random access to the rows in ``folder``; its two files stay open until ``close``.  Raises
+    OSError or ValueError, also at ``row``: a file is missing, cut off or not of TokenWriter."""
 
     def __init__(self, folder: Path) -> None:
         with ExitStack() as opened:
@@ -158,8 +146,7 @@ class TokenReader:
         return np.diff(self.offsets)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels (-100 where nothing is learned) of a row, int32, each at its own
-        position."""
+        """Ids and labels (-100 where nothing is learned) of a row, int32, not shifted."""
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         ids = self._ids.slice(start, end)
         return ids, np.where(self._targets.slice(start, end), ids, np.int32(-100))

@@ -1,4 +1,4 @@
-"""CURVE at the public socket: who has a key in the folder may connect, and nobody else."""
+"""CURVE at the public socket: only clients with a key in the folder may connect."""
 
 from __future__ import annotations
 
@@ -20,16 +20,9 @@ DOMAIN = "harli"
 class ClientAuthenticator:
     """Answers libzmq's question about each client's key (ZAP); made inside the running event loop.
 
-    The clients' files are read at each connection, by a thread: a file that is added, replaced or
-    removed counts from the next connection on, wherever a link to it leads, and a disk that hangs
-    keeps only new clients waiting.
-
-    Args:
-        context: of the sockets that it guards.
-        folder: ``--harli-curve-keys``.
-
-    Raises:
-        ConfigError: the server's key is missing, or its file is open to others.
+    A thread reads the clients' files at each connection: a file that is added, replaced or removed
+    counts from the next one on, and a disk that hangs delays only new clients.  Raises ConfigError:
+    the server's key is missing, or its file is open to others.
     """
 
     def __init__(self, context: zmq.asyncio.Context, folder: str) -> None:
@@ -47,7 +40,7 @@ class ClientAuthenticator:
         self._keys.apply(socket)
 
     async def callback(self, _domain: str, key: bytes) -> bool:
-        """zmq.auth's question: may the client with this public key (Z85) connect?"""
+        """For zmq.auth: may the client with this public key (Z85) connect?"""
         allowed, trouble = await asyncio.get_running_loop().run_in_executor(self._reader, self._look, key)
         if trouble and trouble != self._logged:
             logger.warning("a client's key cannot be used, and admits nobody: %s", trouble)

@@ -1,4 +1,4 @@
-"""``set``: the live options, which the scheduler owns; kept for it while it is not there."""
+"""``set``: the live options, which the scheduler owns; kept for it while it is away."""
 
 from __future__ import annotations
 
@@ -23,17 +23,11 @@ ANSWER_S = 5.0
 
 
 class LiveOptions:
-    """The options that ``harli set`` changes: the scheduler owns them, and gets them when it is
-    there.
+    """The live options: sent to the scheduler, or kept until it is there.
 
-    Args:
-        options: as the server was started.
-        link: the pair to the scheduler.
-        pending: what an earlier service deferred (JSON of ``{name: value}``), or None.
-        keep: stores ``pending`` durably (NotReadyError: not yet).
-
-    Attributes:
-        effective, revision: in force, as far as this service knows.
+    ``options``: as the server was started.  ``pending``: what an earlier service deferred (JSON of
+    ``{name: value}``), or None; ``keep`` stores it durably (NotReadyError: not yet).
+    ``effective``, ``revision``: in force, as far as this service knows.
     """
 
     def __init__(
@@ -52,7 +46,7 @@ class LiveOptions:
         self.revision = 0
 
     async def set(self, args: SetArgs) -> SetAnswer:
-        """Raises ConfigError for a name that cannot be set or a value that is no option's."""
+        """Raises ConfigError for a name that cannot be set or a value that is not accepted."""
         check(args.values)
         if self._link.hello is None:
             return await self._defer(args)
@@ -89,9 +83,7 @@ class LiveOptions:
         self._take(answer)
         logger.info("deferred options %s: %s %s", values, answer.outcome, answer.text)
         self._pending = {k: v for k, v in self._pending.items() if k not in values}
-        with contextlib.suppress(
-            NotReadyError
-        ):  # it is written when the store can be; setting twice is harmless
+        with contextlib.suppress(NotReadyError):  # written when the store can be; twice is harmless
             await self._keep(msgspec.json.encode(self._pending).decode())
 
     def _take(self, answer: internal.OptionsSet) -> None:

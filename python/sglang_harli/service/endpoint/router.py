@@ -1,5 +1,4 @@
-"""The public ROUTER: limits, frames and routes.  What a request means is the business of
-``handle``."""
+"""The public ROUTER: limits, frames and routes; ``handle`` gives requests their meaning."""
 
 from __future__ import annotations
 
@@ -30,12 +29,8 @@ UNREAD_S = 10.0  # how long an answer waits for a client that does not read
 
 @dataclass(slots=True)
 class _InFlightLimit:
-    """How many requests of a kind, and bytes of theirs, are in work at once; more are refused, to
-    be tried again.
-
-    One for each kind, so that a thousand submits that wait for their check do not keep ``status``
-    waiting.
-    """
+    """How many requests of a kind, and bytes of theirs, are in work at once; more are refused.  One
+    for each kind, so that submits that wait for their check do not keep ``status`` waiting."""
 
     what: str
     most: int
@@ -62,14 +57,9 @@ class _InFlightLimit:
 class PublicRouter:
     """The public ZMQ ROUTER socket: checks each message, has it handled, and sends the reply.
 
-    Args:
-        context: the process's.
-        endpoint: tcp://127.0.0.1:PORT or ipc://PATH.
-        handle: (caller, header, data frames) to the reply.
-        keys: folder of CURVE keys; None: everyone who can reach the endpoint may connect.
-
-    Raises:
-        HarliError: the endpoint cannot be bound, or the keys cannot be used.
+    ``endpoint``: tcp://127.0.0.1:PORT or ipc://PATH; ``handle``: (caller, header, data frames) to
+    the reply; ``keys``: folder of CURVE keys, None: everyone who can reach the endpoint may
+    connect.  Raises HarliError: the endpoint cannot be bound, or the keys cannot be used.
     """
 
     def __init__(
@@ -203,7 +193,7 @@ def _encoded(reply: public.Reply) -> bytes:
 
 
 def peek(header: bytes) -> tuple[str, str]:
-    """Id and verb in a header, however broken the rest is; "" for what is not there."""
+    """Id and verb in a header, however broken the rest is; "" for what is missing."""
     if len(header) > public.MAX_HEADER_BYTES:
         return "", ""
     try:

@@ -1,6 +1,6 @@
 """Followers of a job's events: pushed from the store, under a lease, at the follower's own pace.
 
-Nothing is queued for a follower: it is a cursor into the store.  One that does not read stays where
+A follower is a cursor into the store, nothing is queued for it.  One that does not read stays where
 it is until its lease ends; one that vanished is forgotten at the next push.
 """
 
@@ -29,8 +29,7 @@ MAX_FOLLOWERS = 1000
 
 @dataclass(slots=True)
 class Follower:
-    """``route``: the frames before the header of what is sent to it; ``behind``: its queue was
-    full."""
+    """``route``: frames before the header of what is sent to it; ``behind``: its queue was full."""
 
     route: tuple[bytes, ...]
     request: str
@@ -43,13 +42,8 @@ class Follower:
 class Subscriptions:
     """Followers of jobs' events, each with a lease that it renews.
 
-    Args:
-        store: where events are read (in ``readers``).
-        push: sends an event to (route, request id): True sent, False its queue is full, None it is
-            gone.
-
-    Attributes:
-        trouble: why events cannot be read at the moment.
+    ``push`` sends an event to (route, request id): True sent, False its queue is full, None it is
+    gone.  ``trouble``: why events cannot be read at the moment.
     """
 
     def __init__(
@@ -67,11 +61,7 @@ class Subscriptions:
         self.trouble: str | None = None
 
     def follow(self, route: tuple[bytes, ...], request: str, job: str, after: int) -> None:
-        """Begin or renew: a follower is known by its route and the id of its request.
-
-        Raises:
-            NotReadyError: there are too many.
-        """
+        """Begin or renew: the key is the route and the request's id.  NotReadyError: too many."""
         key = (route, request)
         if key not in self._followers and len(self._followers) >= MAX_FOLLOWERS:
             raise NotReadyError(f"there are {MAX_FOLLOWERS} followers already: poll `events` without follow")
@@ -107,7 +97,7 @@ class Subscriptions:
                     await self._try(key, follower)
 
     async def _try(self, key: tuple[tuple[bytes, ...], str], follower: Follower) -> None:
-        """One follower's events; whatever goes wrong with them is no matter of the others."""
+        """One follower's events; what goes wrong with them does not concern the others."""
         try:
             await self._deliver(key, follower)
         except NotReadyError as error:

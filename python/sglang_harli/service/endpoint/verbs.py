@@ -1,5 +1,4 @@
-"""What each verb of the public wire does (docs/jobs.md).  Errors are HarliErrors; the router turns
-them into replies."""
+"""The verbs of the public wire (docs/jobs.md); the router turns their HarliErrors into replies."""
 
 from __future__ import annotations
 
@@ -28,9 +27,7 @@ from sglang_harli.service.links.scheduler_link import SchedulerLink
 from sglang_harli.service.publish.publication import PublicationQueue
 from sglang_harli.service.submit.submission import Submission
 
-# Pausing a running job saves its state first.  The answer waits this long for it; after that it
-# shows the job as it is (still running, reason "pausing"), and the job becomes paused when the
-# state is saved.
+# A pause saves the run's state first: an answer after this time shows the job still running.
 TAKE_S = 2.0
 STATUS_S = 1.0
 UNREADABLE_SHOWN = 20  # jobs that `status` names
@@ -45,12 +42,7 @@ class Caller:
 
 
 class Verbs:
-    """The verbs of the public wire, by name.
-
-    Args:
-        about: fixed facts for ``status``.
-        others: the parts of this service that verbs speak to.
-    """
+    """The verbs of the public wire, by name; ``about``: fixed facts for ``status``."""
 
     def __init__(
         self,
@@ -90,11 +82,7 @@ class Verbs:
         }
 
     async def do(self, caller: Caller, request: public.Request, frames: Sequence[bytes]) -> Any:
-        """The result of one request.
-
-        Raises:
-            HarliError: the refusal.
-        """
+        """The result of one request; raises HarliError: the refusal."""
         if request.v != public.VERSION:
             raise ProtocolError(
                 f"protocol version {request.v} is not spoken here, this service speaks {public.VERSION}",
@@ -145,8 +133,7 @@ class Verbs:
         return {"events": events, "last": last, "lease_s": LEASE_S if args.follow else None}
 
     async def _unsubscribe(self, caller: Caller, raw: dict[str, Any]) -> Any:
-        """``id``: of the request that subscribed; without it all subscriptions of this connection
-        end."""
+        """``id``: of the request that subscribed; without it all of this connection's end."""
         request = raw.get("id")
         if request is not None and not isinstance(request, str):
             raise ProtocolError("id must be the id of an events request", param="id")

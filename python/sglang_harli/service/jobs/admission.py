@@ -1,7 +1,6 @@
 """Whether a job fits the served model: asked at submission, and again at its start.
 
-The limits come with the scheduler's hello.  A job accepted before that is checked when it starts,
-and fails with the same message.
+The limits come with the scheduler's hello; a job accepted before it is checked when it starts.
 """
 
 from __future__ import annotations
@@ -13,11 +12,7 @@ from sglang_harli.protocol.public import Hyperparameters
 
 
 def check_hyperparameters(hp: Hyperparameters, limits: ServedLimits) -> None:
-    """Rank, target modules and row length against what is served.
-
-    Raises:
-        ConfigError: names the hyperparameter, its value and what is served.
-    """
+    """Raise ConfigError unless rank, target modules and row length fit what is served."""
     if hp.lora_r > limits.max_lora_rank:
         raise ConfigError(
             f"lora_r={hp.lora_r} is not accepted: this server serves adapters of rank at most "
@@ -45,11 +40,7 @@ def check_length(hp: Hyperparameters, longest: int) -> None:
 def check_data(
     hp: Hyperparameters, longest_row: int, longest_line: int, rows: int, limits: ServedLimits
 ) -> None:
-    """The longest row against the model's limit, and the job against what training can ever have.
-
-    Raises:
-        ConfigError: says what to lower, and the largest batch_size that fits.
-    """
+    """Raise ConfigError unless the longest row fits the model, and the job its training memory."""
     if longest_row > limits.max_seq_length:
         mend = (
             "shorten it, or submit with on_overflow=truncate or on_overflow=drop"
@@ -76,8 +67,7 @@ def check_data(
 
 
 def check_vocabulary(largest_id: int, limits: ServedLimits) -> None:
-    """The data's ids against the served model: a run directory may have been used with another
-    model."""
+    """The data's ids against the served model: a run directory may come from another model."""
     if largest_id >= limits.vocab_size:
         raise UnsupportedError(
             f"the data was tokenized with ids up to {largest_id}, the served model has {limits.vocab_size}: "

@@ -1,5 +1,4 @@
-"""The disk that a run directory takes, for ``status``: counted in a thread, seldom, and never
-waited for long."""
+"""The disk that a run directory takes, for ``status``: counted seldom, by a thread."""
 
 from __future__ import annotations
 
@@ -19,11 +18,7 @@ _PARTS = {"data": "data_bytes", "checkpoints": "checkpoint_bytes", "adapter": "a
 
 
 class DiskUsage:
-    """Bytes on disk of a run directory, counted now and then.
-
-    Args:
-        run_dir: the run directory.
-    """
+    """Bytes on disk of a run directory, counted now and then."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -35,8 +30,7 @@ class DiskUsage:
         self._next_at = 0.0
 
     async def report(self) -> dict[str, Any]:
-        """Bytes of the last count by kind, and free bytes now; ``counting`` where there is no count
-        yet."""
+        """The last count's bytes by kind and free bytes now; ``counting`` before a first count."""
         now = time.monotonic()
         if self._counting is None and now >= self._next_at:
             self._counting = asyncio.get_running_loop().run_in_executor(self._thread, self._count)
@@ -71,12 +65,8 @@ def _free(run_dir: Path) -> int:
 
 
 def count(run_dir: Path) -> dict[str, int]:
-    """Bytes on disk under ``run_dir``: of data, checkpoints, adapters, the job store, and of all
-    together.
-
-    A file that two jobs share (one that was continued) counts once; what vanishes meanwhile counts
-    nothing.
-    """
+    """Bytes on disk under ``run_dir``: of data, checkpoints, adapters, the job store, and in all. A
+    file that two jobs share (one was continued) counts once; one that vanishes counts nothing."""
     found = dict.fromkeys((*_PARTS.values(), "store_bytes"), 0)
     total, seen = 0, set()
     stack: list[tuple[str, int, str | None]] = [(str(run_dir), 0, None)]  # folder, depth, its part

@@ -1,7 +1,7 @@
-"""A job's folder: what stands where, and the readable copies of the store in it.
+"""A job's folder: its paths, and the readable copies of the store in it.
 
-``job.json``, ``events.jsonl`` and ``metrics.jsonl`` follow the store, which is the truth: whatever
-a crash leaves out or tears is completed at the next write.
+``job.json``, ``events.jsonl`` and ``metrics.jsonl`` follow the store, which is the truth: what a
+crash leaves out or tears is completed at the next write.
 """
 
 from __future__ import annotations
@@ -54,13 +54,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 class JobMirror:
-    """Writes the readable copies.
-
-    Args:
-        run_dir: the run directory.
-        missing: reads events (job, after, limit) from the store, to complete a copy that fell
-            behind.
-    """
+    """Writes the readable copies; ``missing`` reads events (job, after, limit) from the store."""
 
     def __init__(self, run_dir: Path, missing: Callable[[str, int, int], list[Event]]) -> None:
         self._run_dir = run_dir
@@ -76,11 +70,7 @@ class JobMirror:
         self._written.pop(job, None)
 
     def job(self, job: Job) -> None:
-        """Bring job.json up to date.
-
-        Raises:
-            OSError: the disk is full or the folder is gone; the next call tries again.
-        """
+        """Bring job.json up to date; after an OSError the next call tries again."""
         path = JobPaths(self._run_dir, job.id).job
         content = orjson.dumps(msgspec.to_builtins(job), option=orjson.OPT_INDENT_2)
         if _content(path) == content:
@@ -91,12 +81,8 @@ class JobMirror:
         os.replace(temporary, path)
 
     def events(self, job: str, upto: int) -> None:
-        """Bring both files to event ``upto``.
-
-        Raises:
-            OSError: the disk is full or the folder is gone; the next call tries again.
-            NotReadyError: the store cannot be read.
-        """
+        """Bring both files to event ``upto``.  Raises OSError (the next call tries again);
+        NotReadyError: the store cannot be read."""
         paths = JobPaths(self._run_dir, job)
         last = self._written.pop(job, None)
         shown = measured = last or 0
@@ -129,10 +115,8 @@ def _content(path: Path) -> bytes | None:
 
 
 def _repair(path: Path, key: str) -> int:
-    """Cut off a line that a crash has torn; returns the id in the last whole line (0: none).
-
-    A file that does not end like one of ours is emptied: the store has it all.
-    """
+    """Cut off a line that a crash has torn; returns the id in the last whole line (0: none). A file
+    that does not end like one of ours is emptied: the store has it all."""
     try:
         file = path.open("r+b")
     except FileNotFoundError:

@@ -1,5 +1,4 @@
-"""One writer thread between the event loop and the job store: ordered, in groups, never lost
-silently.
+"""The writer thread between the event loop and the job store: ordered, grouped, never silent.
 
 The loop decides in memory and hands each decision over; a caller that must not answer before it is
 durable awaits the future.  What the store holds is always a prefix of what was decided.
@@ -30,10 +29,8 @@ COPY_AGAIN_S = 5.0  # after a readable copy could not be written
 class Journal:
     """Writes changes of jobs in order, several in one transaction, and says when they are durable.
 
-    Args:
-        store, mirror: what is written, in this order.
-        public: the job object of a record (for job.json).
-        loop: where futures are resolved and ``on_commit`` (the ids of jobs written) is called.
+    The store is written first, then the mirror.  ``public`` makes a record's job.json.  Futures are
+    resolved, and ``on_commit`` called with the ids of jobs written, on ``loop``.
     """
 
     def __init__(
@@ -88,8 +85,7 @@ class Journal:
         return future
 
     def check(self, records: Iterable[JobRecord]) -> None:
-        """Complete the readable copies of these jobs, one at a time, when nothing else is to be
-        written."""
+        """Complete these jobs' readable copies, one by one, when there is nothing else to write."""
         with self._wake:
             self._behind |= {record.id: record for record in records}
             self._wake.notify()
@@ -149,11 +145,8 @@ class Journal:
     def _write(
         self, records: dict[str, JobRecord], events: list[Event], settings: dict[str, str]
     ) -> dict[str, str] | None:
-        """Try until it is written; None when the service ends before that.
-
-        Returns:
-            The jobs of which the store will take nothing, and why: what is about others is written.
-        """
+        """Try until it is written; None when the service ends before that.  Returns jobs whose
+        changes the store will never take, and why; others' are written."""
         refused: dict[str, str] = {}
         try:
             return refused if self._try(records.values(), events, settings) else None
@@ -170,8 +163,7 @@ class Journal:
         return refused if self._try([], [], settings) else None
 
     def _try(self, records: Iterable[JobRecord], events: list[Event], settings: dict[str, str]) -> bool:
-        """Try until it is written; False when the service ends before that.  Raises
-        UnwritableError."""
+        """As ``_write``: False when the service ends before that.  Raises UnwritableError."""
         while True:
             try:
                 self._store.write(records, events, settings)
@@ -234,8 +226,7 @@ class Journal:
                 self._copy_at = time.monotonic() + COPY_AGAIN_S
 
     def _complete(self, record: JobRecord) -> None:
-        """All that the store has of a job, in its copies; a folder that somebody removed stays
-        away."""
+        """Bring a job's copies up to the store; a folder that somebody removed stays away."""
         try:
             if self._mirror.has(record.id):
                 self._mirror.events(record.id, record.last_event)

@@ -15,12 +15,9 @@ _Place = tuple[int, int, str]  # (-priority, number, id)
 class QueueOrder:
     """Higher priority first, then the order of creation; a job that comes back finds its old place.
 
-    Args:
-        other_base: why a job's base is not the one that is served, "" where it is; asked at each
-            ``update``.
-
     A sorted list that follows each change: the next job is found at once, a place by bisection.  A
-    job that is held keeps its place and is passed over: the jobs behind it do not wait for it.
+    held job keeps its place and is passed over.  ``other_base`` says why a job's base is not served
+    ("": it is), asked at each ``update``.
     """
 
     def __init__(self, other_base: Callable[[JobRecord], str] = lambda record: "") -> None:
@@ -49,8 +46,7 @@ class QueueOrder:
             self._training.pop(record.id, None)
 
     def hold(self, job: str, reason: str, *, lasting: bool = False) -> None:
-        """Pass the job over, for a reason that is shown; ``""`` ends that.  ``lasting``: it does
-        not end by itself."""
+        """Pass the job over for a shown reason, "" ends that; ``lasting``: not by itself."""
         place = self._places.get(job)
         self._remove(job)
         _set(self._holds, job, reason)
@@ -75,8 +71,7 @@ class QueueOrder:
         return self._ready[0][2] if self._ready else None
 
     def lasting(self, job: str) -> str:
-        """What keeps a queued job until another base or another server comes; ``""``: nothing
-        does."""
+        """What keeps a queued job until another base or server comes; "": nothing does."""
         if job not in self._places:
             return ""
         return self._others.get(job) or (self._holds[job] if job in self._lasting else "")

@@ -23,11 +23,8 @@ class DesiredState(enum.StrEnum):
 
 
 class Asked(Struct, frozen=True, kw_only=True):
-    """What a submit asked for: what must be the same where it is repeated with the same idempotency
-    key.
-
-    ``hyperparameters``: those that it named.
-    """
+    """What a submit asked for; one with the same idempotency key must ask the same.
+    ``hyperparameters``: those that it named."""
 
     sha256: str
     suffix: str | None = None
@@ -39,23 +36,14 @@ class Asked(Struct, frozen=True, kw_only=True):
 class JobRecord(Struct, frozen=True, kw_only=True):
     """A job as the store keeps it: the public fields and what only the service needs.
 
-    Attributes:
-        number: order of creation; the queue's order.
-        publishing: the run is over and its state is saved; the adapter's publication remains.
-        checkpoint_step, checkpoint_tokens: of the last durable ``state`` checkpoint (0: none).
-        last_event: id of the job's newest event.
-        metrics_attempt, metrics_step: the newest step whose metrics are stored; an attempt's first
-            one is the step that it starts from.
-        priority: higher ones leave the queue first; equal ones in the order of ``number``.
-        resumed_from: the job whose checkpoint this one began with.
-        carried: that was its adapter only, as this job's ``step-0`` checkpoint: without it there is
-            no start.
-        data_sha256: of the data.
-        asked: to tell a repeated submit from another one; None of a job of version 0.1, or without
-            a key.
-        base: what it is trained on.  None until a server's first hello: of a record of version 0.1,
-            and of a job that was accepted before that.
-        admitted: its size was checked against a server's limits.
+    ``number``: order of creation.  ``publishing``: trained and saved, the adapter's publication
+    remains.  ``checkpoint_step``, ``checkpoint_tokens``: of the last durable ``state`` checkpoint
+    (0: none).  ``last_event``: id of the newest event.  ``metrics_attempt``, ``metrics_step``: the
+    newest step whose metrics are stored; at an attempt's start the step that it starts from.
+    ``resumed_from``: the job whose checkpoint it began with; ``carried``: only its adapter, as
+    ``step-0``, without which there is no start.  ``asked``: to recognise a repeated submit; None:
+    no key, or version 0.1.  ``base``: what it is trained on; None: of version 0.1, or accepted
+    before a server's first hello.  ``admitted``: its size was checked against a server's limits.
     """
 
     id: str
@@ -83,9 +71,7 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     step_s: float | None = None
     attempt: int = 0
     error: JobError | None = None
-    desired: DesiredState = msgspec.field(
-        default=DesiredState.RUN, name="wish"
-    )  # its name in the store since 0.1
+    desired: DesiredState = msgspec.field(default=DesiredState.RUN, name="wish")  # in the store since 0.1
     publishing: bool = False
     checkpoint_step: int = 0
     checkpoint_tokens: int = 0

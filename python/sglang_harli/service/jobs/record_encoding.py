@@ -1,8 +1,7 @@
-"""A job's record for each of its readers: the store, the readable copies, clients and the
-scheduler.
+"""A job's record for its readers: the store, the readable copies, clients and the scheduler.
 
-What one of them could not take later is found before the job is accepted, and again where a record
-is read: so no record that is kept can end the journal, a reply or the start of a run.
+What one of them cannot take is found before the job is accepted, and where a record is read: no
+record that is kept can end the journal, a reply or the start of a run.
 """
 
 from __future__ import annotations
@@ -18,16 +17,11 @@ from sglang_harli.service.jobs.record import JobRecord, public
 
 
 class RecordError(ValueError):
-    """A record that a reader of it cannot take, or that is none; the text says which field of it
-    and why."""
+    """A record that one of its readers cannot take, or that is none: the field and why."""
 
 
 def record_body(record: JobRecord) -> str:
-    """For the store.
-
-    Raises:
-        RecordError: it cannot be stored as it is.
-    """
+    """For the store; raises RecordError."""
     return _body(record)
 
 
@@ -44,8 +38,8 @@ def _body(value: Any) -> str:
 
 
 def check(record: JobRecord) -> None:
-    """Raise RecordError unless every reader can take the record, and the store gives back what it
-    was given."""
+    """Raise RecordError unless every reader can take the record and the store returns it
+    unchanged."""
     body = record_body(record)
     try:
         back = msgspec.json.decode(body, type=JobRecord)
@@ -58,8 +52,7 @@ def check(record: JobRecord) -> None:
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: a tuple is a list.  What was read from the store is compared with what was
-    not in this form."""
+    """As JSON has it (a tuple is a list): the form in which stored and new values are compared."""
     if isinstance(value, dict):
         return {name: plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -79,11 +72,7 @@ def _check_readers(record: JobRecord) -> None:
 
 
 def read_record(body: Any) -> JobRecord:
-    """A record of the store.
-
-    Raises:
-        RecordError: it is none, or one that a reader could not take.
-    """
+    """A record of the store; raises RecordError: it is none, or a reader could not take it."""
     try:
         record = msgspec.json.decode(body, type=JobRecord)
     except CODING_ERRORS as error:

@@ -33,16 +33,10 @@ DURABLE_S = 30.0  # a command waits so long for a store that cannot be written
 class JobRegistry:
     """Loads the store, re-queues what a crash left running, and keeps the records.
 
-    Args:
-        why_none_starts: why no queued job can start at the moment, or None; given what the job
-            itself waits for (``QueueOrder.lasting``) and why the store cannot be written.
-
-    Attributes:
-        journal: the writer behind it.
-        keep_checkpoints: how many ``state`` checkpoints of each job stay.
-        unreadable: jobs of the store whose records cannot be read, by id.
-        listeners: called with a record after each change (on the loop, before it is durable).
-        committed: called with the ids of jobs whose changes have become durable.
+    ``why_none_starts`` (why no queued job can start now, or None) gets what the job itself waits
+    for (``QueueOrder.lasting``) and why the store cannot be written.  ``unreadable``: jobs whose
+    records cannot be read, by id.  ``listeners`` get a record after each change (on the loop,
+    before it is durable); ``committed`` get the ids of jobs whose changes have become durable.
     """
 
     def __init__(
@@ -111,8 +105,7 @@ class JobRegistry:
         return self._records.get(job)
 
     def by_key(self, key: str) -> JobRecord | None:
-        """The job of an idempotency key; raises HarliError where that is one whose record cannot be
-        read."""
+        """The job of an idempotency key; raises HarliError where its record cannot be read."""
         for found in self.unreadable.values():
             if found.idempotency_key == key:
                 self.get(found.id)
@@ -136,13 +129,11 @@ class JobRegistry:
         return None if job is None else self._records[job]
 
     def hold(self, job: str, reason: str, *, lasting: bool = False) -> None:
-        """Pass a queued job over, for a reason that is shown; ``""`` ends that.  ``lasting``: it
-        does not end by itself."""
+        """See ``QueueOrder.hold``."""
         self._queue.hold(job, reason, lasting=lasting)
 
     def serve(self, base: BasePrint | None) -> None:
-        """This base is served from now on: jobs of others wait; all do where it is not known any
-        more (None)."""
+        """This base is served from now on, None: which one is not known; jobs of others wait."""
         self._served.serve(base)
         for record in self._records.values():
             self._queue.update(record)
@@ -156,8 +147,8 @@ class JobRegistry:
         return self._served.other(record)
 
     def public(self, record: JobRecord) -> Job:
-        """The job as clients see it; a queued one with the reason it waits, and none as over that
-        is not so in the store: a crash would take it back."""
+        """The job as clients see it, a queued one with the reason it waits.  It is not over before
+        that is durable: a crash would take it back."""
         job = self._shown(self._before_end[record.id][0] if record.id in self._before_end else record)
         if record.status == JobStatus.QUEUED:
             waits = self._why_none_starts(self._queue.lasting(record.id), self.journal.trouble)
@@ -222,8 +213,7 @@ class JobRegistry:
         return future
 
     def _keep(self, record: JobRecord) -> None:
-        """The record and what is looked up by: constant work per change, however many jobs there
-        are."""
+        """The record and its indexes: constant work per change, however many jobs there are."""
         record = self._served.shared(record)
         old = self._records.get(record.id)
         if old is not None:
@@ -245,12 +235,8 @@ class JobRegistry:
         self._queue.update(msgspec.structs.replace(record, status=JobStatus.CANCELLED))
 
     async def durable(self, future: asyncio.Future[None] | None = None) -> None:
-        """Wait for a change (None: all changes so far) to be durable.
-
-        Raises:
-            NotReadyError: it is not after DURABLE_S; it will be, if this service lives that long.
-            UnwritableError: it never will be.
-        """
+        """Wait for a change (None: all changes so far) to be durable.  NotReadyError: not within
+        DURABLE_S, later perhaps; UnwritableError: never."""
         future = future or self.journal.put()
         done, _ = await asyncio.wait({future}, timeout=DURABLE_S)
         if done:
@@ -262,12 +248,8 @@ class JobRegistry:
             )
 
     async def wait_until(self, job: str, done: Callable[[JobRecord], bool], timeout_s: float) -> JobRecord:
-        """The record once ``done`` holds, or as it is after ``timeout_s``; the end of a job counts
-        when it is durable.
-
-        Raises:
-            NotReadyError, UnwritableError: see ``durable``.
-        """
+        """The record once ``done`` holds (an end of the job: durably), or after ``timeout_s``.
+        Raises as ``durable``."""
         record = await self.wait_in_memory(job, done, timeout_s)
         if job not in self._before_end:
             return record
@@ -277,8 +259,7 @@ class JobRegistry:
     async def wait_in_memory(
         self, job: str, done: Callable[[JobRecord], bool], timeout_s: float
     ) -> JobRecord:
-        """The same for who need not know that it is durable: a store that cannot be written is not
-        waited for."""
+        """The same without durability: a store that cannot be written is not waited for."""
         end = time.monotonic() + timeout_s
         while not done(self.get(job)):
             left = end - time.monotonic()

@@ -11,11 +11,10 @@ UNKNOWN = "it is not known which weights this server serves since their last upd
 
 
 class ServedBase:
-    """The base of the scheduler's latest hello, and what differs of the bases that jobs have.
+    """The base of the scheduler's latest hello, compared with the bases that jobs have.
 
-    Attributes:
-        base: None before a hello; then every job counts as one of it.
-        unknown: the scheduler does not know since an update of the weights; then no job does.
+    ``base``: None before a hello; then every job counts as one of it.  ``unknown``: the scheduler
+    does not know since an update of the weights; then no job does.
     """
 
     def __init__(self) -> None:
@@ -25,7 +24,7 @@ class ServedBase:
         self._unlike: dict[tuple[str, ...], str] = {}  # what was compared with ``base``
 
     def serve(self, base: BasePrint | None) -> None:
-        """What is served from now on; None: that is not known any more."""
+        """What is served from now on; None: not known any more."""
         self.base, self.unknown = base, base is None
         self._unlike.clear()
 
@@ -54,8 +53,7 @@ def _key(base: BasePrint) -> tuple[str, ...]:
 
 
 def other_base(own: BasePrint | None, served: BasePrint | None) -> str:
-    """The sentence that names a job's base and the served one; "": they are the same, or not
-    known."""
+    """The sentence that names a job's base and the served one; "": the same, or not known."""
     unlike = difference(own, served) if own is not None and served is not None else ""
     if not unlike or own is None or served is None:
         return ""

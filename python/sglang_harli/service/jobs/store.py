@@ -1,9 +1,8 @@
 """The job store: jobs, their events and a few settings in one database (SQLAlchemy).
 
-SQLite in write-ahead mode by default; any other SQLAlchemy URL works too.  Only two threads use it:
-the journal's writer, and readers of events.  A commit is durable when ``write`` returns.  A
-database that is locked, full or away is a NotReadyError each time it is asked, and works again when
-it is back.
+SQLite in write-ahead mode by default; any other SQLAlchemy URL works too.  Only the journal's
+writer and readers of events use it, each in a thread.  A commit is durable when ``write`` returns.
+A database that is locked, full or away is a NotReadyError until it is back.
 """
 
 from __future__ import annotations
@@ -77,9 +76,7 @@ _settings = Table(
 
 
 def sqlite_url(path: Path) -> URL:
-    return URL.create(
-        "sqlite", database=str(path)
-    )  # a path may hold what means something in the text of a URL
+    return URL.create("sqlite", database=str(path))  # as text the path might be parsed
 
 
 class UnwritableError(HarliError):
@@ -99,17 +96,8 @@ class Unreadable:
 
 
 class JobStore:
-    """The jobs and their events in a SQL database.
-
-    Args:
-        url: SQLAlchemy URL.
-
-    Attributes:
-        unreadable: what ``jobs`` has left out.
-
-    Raises:
-        HarliError: the database cannot be opened, or is of another version of harli.
-    """
+    """The jobs and their events in a SQL database; ``unreadable``: what ``jobs`` has left out.
+    Raises HarliError: the database cannot be opened, or is of another version of harli."""
 
     def __init__(self, url: str | URL) -> None:
         address = make_url(url)
@@ -145,12 +133,8 @@ class JobStore:
         events: Iterable[Event] = (),
         settings: dict[str, str] | None = None,
     ) -> None:
-        """All of it in one transaction; repeating a write changes nothing.
-
-        Raises:
-            NotReadyError: it cannot be written now; nothing of it was.
-            UnwritableError: it never can; nothing of it was.
-        """
+        """All of it in one transaction; repeating a write changes nothing.  Raises NotReadyError:
+        not now; UnwritableError: never.  Nothing of it was written then."""
         with _trouble("written"), self._engine.begin() as db:
             try:
                 failpoint(WriteFailpoint.STORE)
@@ -175,8 +159,7 @@ class JobStore:
 
     # ---- reading (NotReadyError where it cannot be read now)
     def jobs(self) -> list[JobRecord]:
-        """All jobs in the order of their creation; those whose record cannot be read are
-        ``unreadable``."""
+        """All jobs in the order of their creation; unreadable records go to ``unreadable``."""
         columns = (_jobs.c.id, _jobs.c.number, _jobs.c.idempotency_key, _jobs.c.body)
         with _trouble("read"), self._engine.connect() as db:
             rows = db.execute(select(*columns).order_by(_jobs.c.number)).all()
@@ -233,8 +216,7 @@ def _put(db: Connection, table: Table, key: dict[str, Any], values: dict[str, An
 
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:
-    # A text that was damaged is read too, so that it is one record that cannot be used and not the
-    # whole table.
+    # A damaged text is read too: it makes one record unusable, and not the whole table.
     connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout={LOCKED_MS}")

@@ -8,8 +8,8 @@ r"""The state machine of a job: pure functions from a record to the next record 
       |           v     |
       `--resume-- paused<-' (stopped, where pause was wished)
 
-What is *wanted* of a running job is its ``desired`` state; what *is* stays as it is until the
-scheduler says so.
+What the user wants of a running job is its ``desired`` state; its status changes when the scheduler
+says so.
 """
 
 from __future__ import annotations
@@ -90,8 +90,7 @@ def take_base(record: JobRecord, base: BasePrint) -> Transition:
 
 
 def tokenized_again(record: JobRecord, data: dict[str, Any], total_steps: int) -> Transition:
-    """Its rows were made again: the server has another tokenizer, chat template or limit than at
-    its submission."""
+    """Its rows were made again: the server's tokenizer, chat template or limit has changed."""
     text = (
         "the rows were made again with this server's tokenizer, chat template and limit: "
         f"{data['rows']} rows, {data['tokens']} tokens, {total_steps} steps"
@@ -102,11 +101,7 @@ def tokenized_again(record: JobRecord, data: dict[str, Any], total_steps: int) -
 
 
 def fell_back(record: JobRecord, step: int, tokens: int, damage: str) -> Transition:
-    """Newer checkpoints than that of ``step`` cannot be read (``damage``): the work since is done
-    again.
-
-    ``step`` 0: there is none at all.
-    """
+    """Checkpoints after ``step`` (0: all) cannot be read: the work since is done again."""
     where = f"the checkpoint of step {step}" if step else "the beginning"
     return _change(
         record,
@@ -125,8 +120,7 @@ def fell_back(record: JobRecord, step: int, tokens: int, damage: str) -> Transit
 
 
 def train_again(record: JobRecord, why: str) -> Transition:
-    """The last checkpoint turned out to be damaged when it was to be published: what it held is
-    trained again."""
+    """The last checkpoint turned out damaged at its publication: what it held is trained again."""
     _require(record, "trained again", JobStatus.RUNNING)
     return _change(
         record,
@@ -140,8 +134,7 @@ def train_again(record: JobRecord, why: str) -> Transition:
 
 
 def adopt(record: JobRecord, step: int) -> Transition:
-    """The scheduler still holds this job's run: go on with it instead of starting another
-    attempt."""
+    """The scheduler still holds this job's run: it goes on, without another attempt."""
     _require(record, "adopted", JobStatus.QUEUED)
     return _change(
         record,
@@ -155,8 +148,7 @@ def adopt(record: JobRecord, step: int) -> Transition:
 
 
 def step_done(record: JobRecord, step: int, tokens: int, metrics: dict[str, Any]) -> Transition:
-    """One optimizer step was applied; ``metrics`` are its plain values (loss, learning_rate,
-    seconds...)."""
+    """One optimizer step was applied; ``metrics``: plain values such as loss and seconds."""
     seconds = metrics["seconds"]
     step_s = seconds if record.step_s is None else 0.8 * record.step_s + 0.2 * seconds
     rate = metrics["tokens"] / seconds if seconds > 0 else None
@@ -179,8 +171,7 @@ def step_done(record: JobRecord, step: int, tokens: int, metrics: dict[str, Any]
 
 
 def late_step(record: JobRecord, step: int, metrics: dict[str, Any]) -> Transition:
-    """Metrics of a step that come when the job does not run any more, or not yet again: they are
-    history."""
+    """A step's metrics that come while the job does not run: they are history."""
     return _change(
         record,
         EventDraft(
@@ -247,8 +238,7 @@ def stopped(record: JobRecord, now: float) -> Transition:
 
 
 def interrupted(record: JobRecord, why: str, now: float) -> Transition:
-    """The run is gone without having been asked to stop; the job starts again from its
-    checkpoint."""
+    """The run is gone unasked; the job starts again from its checkpoint."""
     if record.desired != DesiredState.RUN:
         return stopped(record, now)
     draft = EventDraft("queued", f"{why}; goes on from step {record.checkpoint_step}", level="warn")
@@ -323,8 +313,8 @@ def ask_resume(record: JobRecord) -> Transition:
 
 
 def ask_cancel(record: JobRecord, now: float, *, in_flight: bool) -> Transition:
-    """``in_flight``: the HTTP process has been asked to publish and has not answered.  Its answer
-    decides then: published means succeeded, anything else cancelled."""
+    """``in_flight``: a publication was asked for and has no answer yet, which then decides:
+    published means succeeded, anything else cancelled."""
     if record.status == JobStatus.CANCELLED:
         return Transition(record)
     if record.status in (JobStatus.QUEUED, JobStatus.PAUSED) or (record.publishing and not in_flight):

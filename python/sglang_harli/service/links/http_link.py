@@ -15,25 +15,18 @@ from sglang_harli.service.links.peer_link import PeerLink
 
 logger = logging.getLogger(__name__)
 
-# An HTTP process that knows no service says hello by itself, within a second; one that knew an
-# earlier service waits for the state of the new one.  A state that came before its hello was read
-# would pass for the answer to it.
+# An HTTP process that knows no service says hello within a second, one that knew another waits for
+# this one's state.  A state sent before a hello was read would pass for the answer to it.
 STATE_AFTER_S = 2.0
-# The sign of life: the HTTP process has a service that is silent for long killed and started again.
-BEAT_S = 5.0
+BEAT_S = 5.0  # the HTTP process restarts a service that is silent for long
 
 
 class HttpLink:
     """The service's end of the ipc pair to the HTTP process.
 
-    Args:
-        context, endpoint: see PeerLink.
-        state: builds the ServiceState that is sent to the HTTP process.
-        on_wanted: called with the name of an adapter that has to be published again.
-        on_tokenizer: called at each hello with the fingerprint of the server's tokenizer.
-
-    Attributes:
-        ready: set while an HTTP process that can publish is there.
+    ``state`` builds the ServiceState to send.  ``on_wanted`` gets the name of an adapter to publish
+    again, ``on_tokenizer`` the fingerprint of the server's tokenizer at each hello.  ``ready`` is
+    set while an HTTP process that can publish is there.
     """
 
     def __init__(
@@ -109,7 +102,7 @@ class HttpLink:
         slot: internal.SlotRef,
         timeout_s: float,
     ) -> internal.AdapterPublished | None:
-        """Ask for a publication and wait; None where no answer came (it may be repeated)."""
+        """Ask for a publication and wait; None: no answer came (it may be repeated)."""
         number = next(self._requests)
         message = internal.PublishAdapter(request=number, job=job, name=name, config=config, slot=slot)
         answer = self._published[number] = asyncio.get_running_loop().create_future()

@@ -20,17 +20,10 @@ _WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
 class PeerLink:
-    """The service's end of an ipc pair: a bound DEALER socket, and whether a peer is connected to
-    it.
+    """The service's end of an ipc pair: a bound DEALER socket, and whether a peer is connected.
 
-    Args:
-        context: the process's.
-        endpoint: what to bind (ipc).
-        source: whose messages come, as ``internal.decode`` names it.
-
-    Attributes:
-        connected: a peer is there.
-        trouble: the last message that went wrong, and how; None: none has.
+    ``source``: the peer, as ``internal.decode`` names it.  ``trouble``: the last message that went
+    wrong, and how; None: none has.
     """
 
     def __init__(self, context: zmq.asyncio.Context, endpoint: str, source: str) -> None:
@@ -47,8 +40,7 @@ class PeerLink:
         self.trouble: str | None = None
 
     def send(self, message: internal.Message, *frames: Any) -> bool:
-        """Hand a message to the socket; False where no peer is there to take it (it is not
-        kept)."""
+        """Hand a message to the socket; False, and not kept, where no peer is there to take it."""
         self._seq += 1
         message.seq = self._seq
         sent: Any = self._socket.send_multipart(
@@ -64,12 +56,7 @@ class PeerLink:
     async def run(
         self, on_message: Callable[[Any, list[bytes]], None], on_connect: Callable[[], None]
     ) -> None:
-        """Receive until cancelled.
-
-        Args:
-            on_message: called with each message and its raw frames.
-            on_connect: called when a peer has connected.
-        """
+        """Receive until cancelled: ``on_message`` gets each message and its raw frames."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch(on_connect))
             group.create_task(self._receive(on_message))

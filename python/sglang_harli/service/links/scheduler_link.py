@@ -1,5 +1,4 @@
-"""The service's end of the pair to the scheduler: hello, acknowledgements, questions and
-answers."""
+"""The service's end of the pair to the scheduler: hello, acknowledgements, questions, answers."""
 
 from __future__ import annotations
 
@@ -18,20 +17,13 @@ from sglang_harli.service.links.peer_link import PeerLink
 
 logger = logging.getLogger(__name__)
 
-# A scheduler that knew an earlier service waits for a Welcome; one that knows none says hello by
-# itself, within a second.  So the first word is left to it for this long.
+# A scheduler that knows no service says hello within a second, one that knew another waits for a
+# Welcome: it is sent after this time.
 WELCOME_AFTER_S = 1.5
 
 
 class SchedulerLink:
-    """The service's end of the ipc pair to the scheduler.
-
-    Args:
-        context, endpoint: see PeerLink.
-
-    Attributes:
-        hello: the scheduler's latest hello; None until one has been read.
-    """
+    """The service's end of the ipc pair to the scheduler; ``hello``: its latest, or None."""
 
     def __init__(self, context: zmq.asyncio.Context, endpoint: str) -> None:
         self.peer = PeerLink(context, endpoint, "scheduler")
@@ -46,7 +38,7 @@ class SchedulerLink:
 
     @property
     def refusal(self) -> str | None:
-        """Why this server cannot train; None where it can, or where nobody has said so yet."""
+        """Why this server cannot train; None where it can, or where it is not known yet."""
         if self.hello is None or self.hello.limits is not None:
             return None
         return self.hello.refusal or "the scheduler gives no reason"
@@ -59,10 +51,8 @@ class SchedulerLink:
     ) -> None:
         """Receive until cancelled.
 
-        Args:
-            on_hello: called with each hello that was welcomed.
-            on_run_message: called with messages about a run; what of them is taken over durably
-                goes to ``acknowledge``.
+        ``on_hello`` gets each hello that was welcomed, ``on_run_message`` messages about a run;
+        what of them is taken over durably goes to ``acknowledge``.
         """
 
         def receive(message: Any, _frames: list[bytes]) -> None:
@@ -83,8 +73,7 @@ class SchedulerLink:
         asyncio.get_running_loop().call_later(WELCOME_AFTER_S, self._welcome_unread)
 
     def _welcome_unread(self) -> None:
-        """Until a hello has been read: it, or this, may have been lost with an earlier
-        connection."""
+        """Until a hello is read: it, or this, may be lost with an earlier connection."""
         if self.hello is None and self.peer.connected:
             self.ask_hello()
             self._greet()
@@ -106,8 +95,7 @@ class SchedulerLink:
         return True
 
     def acknowledge(self, seq: int) -> None:
-        """Tell the scheduler that a message is taken over; one Ack for all that became durable
-        together."""
+        """A message is taken over; one Ack for all that became durable together."""
         if not self._acks:
             asyncio.get_running_loop().call_soon(self._ack)
         self._acks.append(seq)

@@ -1,6 +1,6 @@
 """PEFT's adapter_config.json for a finished adapter, as a pure function (no torch, no peft).
 
-The finetune service writes it beside the saved adapter and sends it with a publication; SGLang and
+It stands beside the saved adapter and goes with a publication; SGLang and
 ``PeftModel.from_pretrained`` both read it.
 """
 
@@ -12,16 +12,11 @@ from sglang_harli.protocol.public import Hyperparameters
 
 
 def adapter_config(hyperparameters: Hyperparameters, base_model_path: str) -> dict[str, Any]:
-    """The document that names rank, alpha and targets of an adapter trained with
-    ``hyperparameters``.
+    """The configuration of an adapter trained with ``hyperparameters``.
 
     SGLang scales by ``lora_alpha / r`` and does not know rank-stabilised LoRA (alpha / sqrt(r));
-    PEFT knows both.  So an rsLoRA adapter is written as a plain one with the equivalent alpha,
-    ``alpha * sqrt(r)``: one folder that means the same to every reader.
-
-    Args:
-        hyperparameters: the job's.
-        base_model_path: folder or hub id of the base model; informative.
+    PEFT knows both.  So rsLoRA is written as plain LoRA with the equivalent alpha, ``alpha *
+    sqrt(r)``.  ``base_model_path``: folder or hub id of the base model; informative.
     """
     alpha = hyperparameters.scaling * hyperparameters.lora_r
     return {

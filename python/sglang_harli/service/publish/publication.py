@@ -1,5 +1,4 @@
-"""From a finished run's last checkpoint to an adapter that answers: one at a time, every step
-repeatable."""
+"""From a run's last checkpoint to a served adapter: one at a time, every step repeatable."""
 
 from __future__ import annotations
 
@@ -36,28 +35,19 @@ ANSWER_S = 120.0  # an adapter's slices are loaded between decode batches, so th
 
 
 class _GivenUpError(HarliError):
-    """What was tried often enough; the message is for the job."""
+    """It was tried often enough; the message is for the job."""
 
 
 class _PutOffError(HarliError):
-    """Trouble of the environment while a job's adapter is published first: it is tried again later,
-    and those of other jobs come before."""
+    """Trouble of the environment at a first publication: other jobs' come before the next try."""
 
 
 class PublicationQueue:
     """Trained adapters on their way to being served, one at a time.
 
-    Args:
-        registry: the jobs.
-        http: the pair to the HTTP process.
-        disk: where blocking work runs.
-        shm: folder of slots.
-        model_path: of the served base, for the adapter_config.json of a job whose base is not
-            recorded.
-
-    Attributes:
-        in_flight: the job whose publication the HTTP process has been asked for and has not
-            answered.
+    ``model_path``: of the served base, for the adapter_config.json of a job whose base is not
+    recorded.  ``in_flight``: the job whose publication was asked of the HTTP process, until the
+    answer.
     """
 
     def __init__(
@@ -92,7 +82,7 @@ class PublicationQueue:
             self._queue.put_nowait(job)
 
     def want_name(self, name: str) -> None:
-        """The HTTP process misses an adapter that it had (or that an earlier server had)."""
+        """The HTTP process misses an adapter that it or an earlier server had."""
         job = self._names.get(name)
         if job is not None:
             if other := self._registry.other_base(self._registry.get(job)):
@@ -114,8 +104,7 @@ class PublicationQueue:
         ]
 
     def others(self) -> dict[str, list[str]] | None:
-        """The other adapters, by the sentence that says which base they belong to; None before that
-        is known."""
+        """The other adapters, by the sentence on their base; None before a base is known."""
         if not self._base_known:
             return None
         found: dict[str, list[str]] = {}
@@ -125,7 +114,7 @@ class PublicationQueue:
         return found
 
     def base_known(self) -> None:
-        """The scheduler has said what it serves: what waited for that is published."""
+        """The scheduler has said which base it serves: publish what waited for that."""
         self._base_known = True
         waiting, self._waiting = self._waiting, set()
         for job in waiting:
@@ -185,7 +174,7 @@ class PublicationQueue:
         return (record.publishing or record.status == JobStatus.SUCCEEDED) and not self._other_base(job)
 
     def _other_base(self, job: str) -> bool:
-        """Whether the job's base is not served, or that is not known; then it waits for that."""
+        """Whether the job's base is not served or not known; then the job waits for it."""
         other = not self._base_known or bool(self._registry.other_base(self._registry.get(job)))
         if other:
             self._waiting.add(job)
@@ -193,12 +182,8 @@ class PublicationQueue:
 
     # ---------------------------------------------------------------- files
     async def _save(self, job: str, paths: JobPaths) -> None:
-        """Write the adapter's folder from the run's last checkpoint.
-
-        Raises:
-            CheckpointError: that is not whole.
-            _PutOffError, _GivenUpError: the disk refuses.
-        """
+        """Write the adapter's folder from the run's last checkpoint.  Raises CheckpointError: that
+        is not whole; _PutOffError, _GivenUpError: the disk refuses."""
         record = self._registry.get(job)
         base = record.base.path if record.base is not None else self._model_path
         config = adapter_config(record.hyperparameters, base)
@@ -217,12 +202,10 @@ class PublicationQueue:
         await self._registry.apply(transitions.Transition(self._registry.get(job), drafts))
 
     async def _share(self, job: str, paths: JobPaths) -> tuple[SharedBuffer, SlotRef, dict[str, Any]]:
-        """The adapter's tensors in a slot; a folder that is missing or damaged is saved again,
-        once.
+        """The adapter's tensors in a slot; a missing or damaged folder is saved again, once.
 
-        Raises:
-            CheckpointError: neither the folder nor the checkpoint is whole.
-            _PutOffError, _GivenUpError: the disk or shared memory refuses.
+        Raises CheckpointError: neither folder nor checkpoint is whole; _PutOffError, _GivenUpError:
+        the disk or shared memory refuses.
         """
         fresh = not await self._off(paths.adapter.is_dir)
         if fresh:
@@ -252,11 +235,8 @@ class PublicationQueue:
     ) -> _T:
         """Try a write until it succeeds, with pauses, as long as the job's adapter is wanted.
 
-        ``explain``: what is wrong and what to do, one sentence.
-
-        Raises:
-            _PutOffError: it does not, and the adapter has not been published yet.
-            _GivenUpError: it does not, and a request for the adapter waits; or it never will.
+        ``explain`` makes a sentence: what is wrong, what to do.  Raises _PutOffError at a first
+        publication; _GivenUpError: a request for the adapter waits, or no write can succeed.
         """
         for wait_s in (*PAUSES_S, None):
             try:
@@ -278,8 +258,7 @@ class PublicationQueue:
 
     # ---------------------------------------------------------------- the HTTP process
     async def _publish(self, job: str, paths: JobPaths) -> str | None:
-        """Ask until there is an answer; None when the adapter answers (or is not wanted any more),
-        else why it does not."""
+        """Ask until there is an answer; None: served, or not wanted any more; else why not."""
         if self._wanted(job) and not await self._off(paths.adapter.is_dir):
             await self._save(job, paths)  # whether or not anybody is there to serve it
         refused = 0
@@ -331,8 +310,7 @@ class PublicationQueue:
         return True
 
     def _put_off(self, job: str, text: str) -> None:
-        """Try again after a pause that grows; a request that waits for the adapter gets the reason
-        at once."""
+        """Try again after a growing pause; a request that waits for the adapter is refused now."""
         record = self._registry.get(job)
         if not record.publishing:
             self._give_up(job, "adapter_failed", text)

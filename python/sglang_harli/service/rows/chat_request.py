@@ -1,11 +1,9 @@
-"""A conversation as serving reads it from a request: what is accepted, and what of it reaches the
-chat template.
+"""A conversation as serving reads it from a request, and what of it reaches the chat template.
 
-Follows SGLang 0.5.16 line by line without importing it (the service has neither sglang nor torch):
-the models ChatCompletionMessageGenericParam, ChatCompletionMessageUserParam, ToolCall and Tool of
+Follows SGLang 0.5.16 without importing it (test/sglang/test_rows_as_served.py compares): the models
+ChatCompletionMessageGenericParam, ChatCompletionMessageUserParam, ToolCall and Tool of
 ``openai/protocol.py``, ``OpenAIServingChat._validate_request`` and ``_apply_jinja_template``, and
-``jinja_template_utils.process_content_for_template_format``.  test/sglang/test_rows_as_served.py
-compares the two.
+``jinja_template_utils.process_content_for_template_format``.
 """
 
 from __future__ import annotations
@@ -28,12 +26,8 @@ _TRUE, _FALSE = ("1", "true", "t", "yes", "y", "on"), ("0", "false", "f", "no", 
 
 # ------------------------------------------------------------------ messages
 def read_messages(raw: Any) -> list[dict[str, Any]]:
-    """The messages as serving's request model dumps them: known fields alone, null where one is
-    absent.
-
-    Raises:
-        RowError: names the message (counted from 1), the field and what is accepted.
-    """
+    """The messages as serving's request model dumps them: known fields, null where one is absent.
+    Raises RowError: the message (counted from 1), the field and what is accepted."""
     if not isinstance(raw, list) or not raw:
         raise RowError("field 'messages' must be a list of at least one message", "messages")
     return [_message(message, f"message {number}") for number, message in enumerate(raw, 1)]
@@ -149,11 +143,7 @@ def _parsed(arguments: str, where: str) -> dict[str, Any]:
 
 # ------------------------------------------------------------------ tools
 def read_tools(raw: Any) -> list[dict[str, Any]] | None:
-    """The tools as the template gets them; None where there are none.
-
-    Raises:
-        RowError: serving answers 400 to them.
-    """
+    """The tools as the template gets them, None: no tools; RowError where serving answers 400."""
     if raw is not None and not isinstance(raw, list):
         raise RowError(f"field 'tools' must be a list, it is {kind(raw)}", "tools")
     if not raw:
@@ -204,8 +194,8 @@ def without_wrapper(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] 
 
 # ------------------------------------------------------------------ what the template gets
 def for_template(message: dict[str, Any], content_format: str) -> dict[str, Any]:
-    """A read message as the template gets it: without what is null, an absent content as an empty
-    one, parts of a content joined or kept as the template wants them."""
+    """A read message as the template gets it: nulls left out, an absent content empty, parts joined
+    or kept by ``content_format``."""
     content = "" if message["content"] is None else message["content"]
     kept = {name: value for name, value in message.items() if value is not None}
     kept["content"] = content
@@ -275,9 +265,7 @@ def _integer(value: Any, where: str, field: str) -> int | None:
     if isinstance(value, str) and value.strip().isdecimal():
         try:
             return int(value)
-        except (
-            ValueError
-        ) as error:  # Python reads no integer of more than 4,300 digits, and serving none either
+        except ValueError as error:  # over 4,300 digits: neither Python nor serving reads it
             problem = f"must be an integer, it is a text of {len(value.strip())} digits"
             raise RowError(f"{where}: field '{field}' {problem}", "messages") from error
     raise RowError(f"{where}: field '{field}' must be an integer, it is {value!r}", "messages")

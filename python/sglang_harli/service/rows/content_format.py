@@ -1,7 +1,6 @@
 """Whether a chat template takes a message's content as a text or as a list of parts.
 
-Follows SGLang 0.5.16's ``jinja_template_utils.detect_jinja_template_content_format`` without
-importing it.
+As SGLang 0.5.16's ``jinja_template_utils.detect_jinja_template_content_format``, not imported.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ _MESSAGE_NAMES = ("message", "msg", "m")
 
 
 def detect(source: str) -> str:
-    """``openai`` where the template loops over a message's content, or mentions media; else
-    ``string``."""
+    """``openai`` where the template loops over a content or mentions media; else ``string``."""
     if any(word in source for word in _MEDIA):
         return OPENAI
     try:
@@ -34,8 +32,7 @@ def _environment(source: str) -> jinja2.Environment:
 
 
 def _is_content(node: nodes.Node | None) -> bool:
-    """Whether it is ``message.content`` or ``message['content']``, through filters, tests and
-    slices too."""
+    """Whether it is ``message.content`` or ``message['content']``, also filtered or sliced."""
     if isinstance(node, nodes.Filter | nodes.Test):
         return _is_content(node.node)
     if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):

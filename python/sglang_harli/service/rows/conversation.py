@@ -1,5 +1,4 @@
-"""One line of messages on its way to rows: each learned answer behind the prompt that serving
-builds for it."""
+"""A line of messages as rows: each learned answer behind the prompt that serving builds for it."""
 
 from __future__ import annotations
 
@@ -17,14 +16,8 @@ MAX_ANSWERS = 2048  # learned in one conversation: each has a prompt of its own 
 
 
 class Conversation:
-    """One chat row: its messages as serving renders them, and which tokens are learned.
-
-    Args:
-        served, record, reading: see RowEncoder.each_row; the record has messages.
-
-    Raises:
-        RowError: they are not accepted.
-    """
+    """One chat row: its messages as serving renders them, and which tokens are learned.  ``record``
+    has messages; see RowEncoder.each_row.  Raises RowError: they are not accepted."""
 
     def __init__(self, served: ServedTokenizer, record: dict[str, Any], reading: Reading) -> None:
         raw = record["messages"]
@@ -58,11 +51,10 @@ class Conversation:
         yield self._row
 
     def _turn(self, at: int) -> Row | None:
-        """Put into the row the ids that serving sees before answer ``at``, and the answer's with
-        its end of turn. Returns the row before, where these ids do not go on from it."""
+        """Append the ids that serving sees before answer ``at``, and the answer's to its end of
+        turn.  Returns the row before, where these ids do not go on from it."""
         before, tools = self._prompt(at)
-        # An empty list of calls is none; as history, where serving gives it so, some templates
-        # refuse it.
+        # An empty list of calls is none; some templates refuse it.
         answered = {name: value for name, value in self._given[at].items() if name != "tool_calls" or value}
         after = self._render([*self._given[:at], answered], tools, opened=False)
         if not after.startswith(before):
@@ -103,8 +95,7 @@ class Conversation:
 
     # ---- rendering
     def _prompt(self, at: int) -> tuple[str, list[dict[str, Any]] | None]:
-        """The text that serving makes of the messages before ``at``, and the tools in the form that
-        did it."""
+        """Serving's text of the messages before ``at``, and the tools in the form that made it."""
         try:
             return self._render(self._given[:at], self._tools, opened=True), self._tools
         except RowError:
@@ -138,9 +129,8 @@ class Conversation:
     def _answer(self, whole_text: str, answer_text: str) -> list[int]:
         """The ids of an answer behind its prompt, which the row ends in.
 
-        Encoded together with its prompt where that leaves the prompt's ids as they are (some
-        tokenizers mark the beginning of a text, which an answer is not); alone where tokens would
-        melt at the seam.
+        Encoded with its prompt where the prompt's ids stay as they are (some tokenizers mark the
+        beginning of a text, which an answer is not); alone where tokens would span the seam.
         """
         if self._continues(whole_text):
             return self._text.ids[len(self._row.ids) :]
@@ -150,7 +140,7 @@ class Conversation:
     def _check_rendered(
         self, at: int, answer_text: str, tools: list[dict[str, Any]] | None, after: str
     ) -> None:
-        """Raise RowError where the template renders nothing of the answer, or of its tool calls."""
+        """Raise RowError where the template renders nothing of the answer, or of its calls."""
         message = self._messages[at]
         content, calls = chat_request.text_of(message).strip(), message["tool_calls"]
         beside = answer_text.replace(content, "", 1) if content else answer_text
@@ -170,8 +160,7 @@ class Conversation:
     def _same(
         self, at: int, other: dict[str, Any], tools: list[dict[str, Any]] | None, after: str
     ) -> bool | None:
-        """Whether the chat up to ``at`` looks the same with ``other`` in the place of that message;
-        None where the template refuses that."""
+        """Whether ``other`` in place of message ``at`` renders the same; None: it is refused."""
         try:
             return self._render([*self._given[:at], other], tools, opened=False) == after
         except RowError:
@@ -239,11 +228,8 @@ def _nothing(at: int, of_what: str, why: str) -> RowError:
 
 
 def _learned(raw: list[dict[str, Any]], messages: list[dict[str, Any]]) -> list[int]:
-    """Which messages are learned: the assistant's, unless their weight is 0.
-
-    Raises:
-        RowError: there is none, or serving cannot be asked for one of them.
-    """
+    """Which messages are learned: the assistant's, unless their weight is 0. Raises RowError: there
+    is none, or serving cannot be asked for one of them."""
     if messages[-1]["role"] != "assistant":
         raise RowError(
             f"the last message has role {messages[-1]['role']!r}: it must be 'assistant'", "messages"

@@ -1,9 +1,9 @@
 """One line of data as token ids and the mask of what is learned.
 
-The rule at every seam: the ids before an answer are exactly those that serving computes for the
-same prompt (``/v1/chat/completions`` renders the template with its generation prompt and encodes
-that, ``/v1/completions`` encodes the prompt), and the answer's ids follow.  The end-of-turn token
-is learned, what a template writes behind it is not.
+The ids before an answer are exactly those that serving computes for the same prompt
+(``/v1/chat/completions`` encodes the template rendered with its generation prompt,
+``/v1/completions`` encodes the prompt), and the answer's follow.  The end-of-turn token is learned,
+what a template writes behind it is not.
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ FIELDS = ("messages", "tools", "prompt", "completion")
 
 
 class RowEncoder:
-    """Makes token ids and a loss mask of a row.
-
-    Args:
-        tokenizer: a transformers tokenizer with its own chat template, or the served one.
-    """
+    """Makes token ids and a loss mask of a row, with a served or a transformers tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         if not isinstance(tokenizer, ServedTokenizer):
@@ -39,19 +35,15 @@ class RowEncoder:
         return self.served.fingerprint
 
     def rows(self, record: Any, reading: Reading | None = None) -> list[Row]:
-        """The training rows of one line's JSON value.
+        """The training rows of one line's JSON value, almost always one; raises RowError.
 
-        Almost always one.  A template that renders earlier answers differently once a conversation
-        goes on (Qwen3 drops their reasoning) gives one row per answer, so that each prompt is what
-        serving saw.
-
-        Raises:
-            RowError: with the reason.
+        A template that renders earlier answers differently as a conversation goes on (Qwen3 drops
+        their reasoning) gives one row per answer, so that each prompt is what serving saw.
         """
         return list(self.each_row(record, reading or Reading()))
 
     def each_row(self, record: Any, reading: Reading) -> Iterator[Row]:
-        """The same one after the other: together they may be far longer than the line."""
+        """The rows one after the other: together they may be far longer than the line."""
         if self.served.refusal is not None:
             raise RowError(self.served.refusal)
         if not isinstance(record, dict):
@@ -97,8 +89,7 @@ class RowEncoder:
 
 
 def of_transformers(tokenizer: Any) -> ServedTokenizer:
-    """A transformers tokenizer with its own chat template, as a server without flags would use
-    it."""
+    """A transformers tokenizer with its own chat template, as a server without flags uses it."""
     source = getattr(tokenizer, "chat_template", None)
     if isinstance(source, dict):
         source = next(iter(source.values()), None)
@@ -108,6 +99,6 @@ def of_transformers(tokenizer: Any) -> ServedTokenizer:
 
 
 def unused_fields(record: dict[str, Any]) -> set[str]:
-    """Keys of an accepted line that are passed over; one that is null says nothing."""
+    """Keys of an accepted line that are passed over; one that is null is not counted."""
     used = FIELDS[:2] if record.get("messages") is not None else FIELDS[2:]
     return {key for key, value in record.items() if key not in used and value is not None}

@@ -1,5 +1,4 @@
-"""Rows in the forms of other tools, recognised by their fields, with the form that is accepted
-here."""
+"""Rows in the forms of other tools, known by their fields, and the accepted form of each."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ _FORMS: tuple[tuple[tuple[str, ...], str, str], ...] = (
 
 
 def check(record: Any) -> None:
-    """Raise RowError where a row has none of the accepted fields and another tool's form is seen in
-    it."""
+    """Raise RowError for a row without an accepted field that has another tool's form."""
     if isinstance(record, list) and record and all(isinstance(part, dict) for part in record):
         if all("role" in part for part in record):
             raise RowError(

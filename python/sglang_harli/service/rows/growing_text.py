@@ -1,9 +1,8 @@
 """Ids of a text that grows: what was encoded before is not encoded again.
 
-The turns of a conversation are texts of which each begins with the one before, so encoding each
-whole would take quadratic time.  A special token that the tokenizer takes out of a text before all
-else separates what stands before it from what stands behind it: what a text has in common with an
-earlier one up to such a token keeps its ids.
+A conversation's turns are texts that each begin with the one before: encoding each whole would take
+quadratic time.  A special token that the tokenizer takes out of the raw text first separates what
+is on its two sides: up to such a token, what is common with an earlier text keeps its ids.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from sglang_harli.service.rows.served_tokenizer import BackendEncoder, ServedTok
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A beginning of the text, of ``length`` characters, that ends in the border ``token``; its ids
-    are the first ``count``."""
+    """The text's first ``length`` characters, ending in the border ``token``: ``count`` ids."""
 
     length: int
     count: int
@@ -25,14 +23,8 @@ class _Known:
 
 
 class GrowingText:
-    """The rendered text of a conversation, message by message, and its token ids.
-
-    Args:
-        tokenizer: its chats are encoded.
-
-    Attributes:
-        ids: of the text encoded last: those that ``ServedTokenizer.encode_chat`` gives.
-    """
+    """The rendered text of a conversation, message by message.  ``ids``: of the text encoded last,
+    as ``ServedTokenizer.encode_chat`` gives them."""
 
     def __init__(self, tokenizer: ServedTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -58,8 +50,7 @@ class GrowingText:
         return kept
 
     def _add(self, text: str, start: int) -> None:
-        """Encode ``text`` from ``start`` on, where it begins or a border stands, and keep the last
-        border in it."""
+        """Encode ``text`` from ``start`` (its beginning, or a border); note its last border."""
         encoder = self._tokenizer.encoder
         assert isinstance(encoder, BackendEncoder)
         before = len(self.ids)
@@ -89,8 +80,8 @@ def _common(old: str, new: str) -> int:
 
 
 def _borders(tokenizer: ServedTokenizer) -> dict[int, str]:
-    """Tokens that are taken out of the raw text, take nothing of their surroundings with them, and
-    are no part of another such token; none where a chat is not encoded piece by piece alike."""
+    """Tokens taken out of the raw text that take nothing around them along and are part of no other
+    such token; none where a chat is encoded differently piece by piece."""
     encoder = tokenizer.encoder
     if not isinstance(encoder, BackendEncoder) or encoder.backend.encode_special_tokens:
         return {}

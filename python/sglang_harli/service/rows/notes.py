@@ -1,5 +1,4 @@
-"""What is worth knowing about a data file that is accepted: said once per file, beside its
-figures."""
+"""Remarks on a data file that is accepted: said once per file, beside its figures."""
 
 from __future__ import annotations
 
@@ -15,14 +14,7 @@ MAX_NAME = 64
 
 
 class Note(Struct, frozen=True, kw_only=True):
-    """One remark.
-
-    Attributes:
-        code: what it is about, fixed.
-        text: the sentence.
-        names: the fields, roles or tokens concerned.
-        line: where it was met first.
-    """
+    """A remark by its fixed ``code``: the fields, roles or tokens concerned, and the first line."""
 
     code: str
     text: str

@@ -36,13 +36,8 @@ def over_limit(tokens: int, limit: int, *, at_least: bool = False) -> RowError:
 
 @dataclass(slots=True)
 class Reading:
-    """How a file's lines are read.
-
-    Attributes:
-        notes: what is noticed.
-        limit: a row of more tokens is refused at once; None: rows may have any length.
-        stop: asked before each answer; what it raises ends the reading.
-    """
+    """How a file's lines are read.  ``limit``: longer rows (in tokens) are refused at once, None:
+    any length; ``stop``: asked before each answer, what it raises ends the reading."""
 
     notes: RowNotes = field(default_factory=RowNotes)
     limit: int | None = None

@@ -1,5 +1,4 @@
-"""The ``parameters`` of a tool as serving passes them on: names of types made JSON Schema's, and
-the schema checked.
+"""A tool's ``parameters`` as serving passes them on: type names made JSON Schema's, and checked.
 
 Follows SGLang 0.5.16's ``function_call.utils.normalize_json_schema_types`` without importing it.
 """
@@ -20,8 +19,7 @@ _ALIASES = {
     **dict.fromkeys(("arr", "tuple", "set"), "array"),
     "map": "object",
 }
-# A prefix counts where it is the whole name or is followed by one of _BEHIND: int32, list[str], not
-# internal.
+# A prefix is the whole name or is followed by one of _BEHIND: int32, list[str], not internal.
 _PREFIXES = (
     (("int", "uint", "long", "short", "unsigned"), "integer"),
     (("num", "float"), "number"),
@@ -38,11 +36,7 @@ _SCHEMAS = (
 
 
 def checked(schema: Any, where: str) -> Any:
-    """The schema as the template gets it.
-
-    Raises:
-        RowError: serving answers 400 to it.
-    """
+    """The schema as the template gets it; RowError where serving answers 400."""
     from jsonschema import Draft202012Validator, SchemaError  # half a second, for rows with tools alone
 
     try:

@@ -44,11 +44,7 @@ class Encoder(Protocol):
 
 
 class BackendEncoder:
-    """Encodes with a tokenizer of the tokenizers library.
-
-    Args:
-        backend: a ``tokenizers.Tokenizer``.
-    """
+    """Encodes with a ``tokenizers.Tokenizer``."""
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
@@ -61,11 +57,7 @@ class BackendEncoder:
 
 
 class LoadedEncoder:
-    """Encodes with a tokenizer of transformers that has no backend.
-
-    Args:
-        tokenizer: one of transformers' without a backend.
-    """
+    """Encodes with a transformers tokenizer that has no backend."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -80,18 +72,9 @@ class LoadedEncoder:
 class ServedTokenizer:
     """The server's tokenizer and chat template, rebuilt from its description.
 
-    Args:
-        state: what the tokenizer and the template are.
-        loaded: the transformers tokenizer that ``state`` describes; needed where that has no
-            backend.
-
-    Attributes:
-        fingerprint: differs where a row's ids would.
-        chat: how chats are rendered.
-        special_ids: control tokens.
-
-    Raises:
-        ValueError: the tokenizer does not give the ids that the state names.
+    ``loaded``: the transformers tokenizer that ``state`` describes, needed where it has no backend.
+    ``fingerprint``: differs where a row's ids would.  Raises ValueError: the tokenizer does not
+    give the ids that the state names.
     """
 
     def __init__(self, state: TokenizerState, loaded: Any = None) -> None:
@@ -153,14 +136,10 @@ class ServedTokenizer:
         opened: bool,
         now: Callable[[str], str] | None = None,
     ) -> str:
-        """The chat as text.
+        """The chat as text; raises one of TEMPLATE_ERRORS.
 
-        Args:
-            opened: with the beginning of an answer, as serving asks for one.
-            now: in the place of ``strftime_now``, which templates ask for the date.
-
-        Raises:
-            one of TEMPLATE_ERRORS.
+        ``opened``: with the beginning of an answer, as serving asks for one.  ``now``: replaces
+        ``strftime_now``, which templates ask for the date.
         """
         clock: dict[str, Any] = {"strftime_now": now or today}
         if self._loaded is not None:
@@ -193,17 +172,12 @@ def today(pattern: str) -> str:
 
 # ------------------------------------------------------------------ of a loaded tokenizer
 def describe(tokenizer: Any, chat: ChatTemplate, stop_ids: list[int]) -> TokenizerState:
-    """What a transformers tokenizer is, with the chat template that serving uses with it.
-
-    Args:
-        stop_ids: see TokenizerState.
-    """
+    """The state of a transformers tokenizer with serving's chat template for it."""
     chat = checked_kwargs(chat)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = set(getattr(tokenizer, "all_special_ids", ())) | {i for i, t in added.items() if t.special}
     try:
-        # As SGLang asks: where nothing is added to nothing, it lets the tokenizer add what it
-        # would.
+        # As SGLang asks: where nothing is added to an empty text, it lets the tokenizer add.
         adds_special = not _encode(tokenizer, "", True)
         texts = (*_PROBES, *(f"{t} a {t}b {t}\n{t}" for t in _some_special(tokenizer, special)))
         probes = [
@@ -257,8 +231,7 @@ def checked_kwargs(chat: ChatTemplate) -> ChatTemplate:
 
 
 def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
-    # Without the keyword where it changes nothing: SGLang does not give it either, and some classes
-    # are slower.
+    # The keyword is left out where it changes nothing, as in SGLang: some classes are slower with it.
     return list(tokenizer.encode(text) if special else tokenizer.encode(text, add_special_tokens=False))
 
 

@@ -1,7 +1,6 @@
 """Carries out what the run machine decides: sockets, disk, shared memory, the store.
 
-Messages, finished work, changed jobs and a tick a second go into ``RunMachine``; what comes out is
-done here.
+Messages, finished work, changed jobs and a tick a second go into ``RunMachine``; effects come out.
 """
 
 from __future__ import annotations
@@ -43,14 +42,8 @@ TICK_S = 1.0
 
 
 class RunDriver:
-    """Does what the run machine decides: prepares, feeds, stores, and speaks to the scheduler.
-
-    Args:
-        registry, publication: the jobs, and where a trained one goes.
-        disk: where blocking work runs.
-        shm: folder of slots.
-        tokenizer: no job starts before it is known which one serves.
-    """
+    """Does what the run machine decides: prepares, feeds, stores, and speaks to the scheduler.  No
+    job starts before ``tokenizer`` knows which one serves."""
 
     def __init__(
         self,
@@ -69,9 +62,7 @@ class RunDriver:
         self._link = link
         self._writer = SnapshotWriter(registry, disk)
         self._wake = asyncio.Event()
-        # One thread that reads rows: they stay in order, and training never waits behind a
-        # checkpoint's files.
-        self._reader = ThreadPoolExecutor(1, "feeder")
+        self._reader = ThreadPoolExecutor(1, "feeder")  # rows in order, never behind a checkpoint
         self._hungry = asyncio.Event()
         self._ending = threading.Event()
         self._tasks: asyncio.TaskGroup | None = None
@@ -103,7 +94,7 @@ class RunDriver:
             self._tasks = None
 
     def stop(self) -> None:
-        """The service ends soon: rows that are being made again are given up."""
+        """The service ends soon: making rows again is given up."""
         self._ending.set()
 
     def wake(self) -> None:
@@ -200,7 +191,7 @@ class RunDriver:
         return self._machine.not_prepared(job, attempt, code, f"{text}: submit it again", _now())
 
     def _passes(self, error: Exception) -> bool:
-        """Whether it is trouble of the environment: a run directory that is away is, too."""
+        """Whether it is trouble of the environment, such as a run directory that is away."""
         return trouble.passes(error) or not (self._registry.run_dir / STORE_FILE).exists()
 
     def _is_unwanted(self, job: str) -> bool:
@@ -230,8 +221,7 @@ class RunDriver:
 
     # ------------------------------------------------------------ feeding
     async def _feed(self) -> None:
-        """Beside everything else: a disk that hangs keeps the run waiting for data, and nobody who
-        asks."""
+        """Its own task: a disk that hangs delays the run's data, and no answers."""
         while True:
             await self._hungry.wait()
             self._hungry.clear()
@@ -313,7 +303,7 @@ def _refused(durable: asyncio.Future[None]) -> bool:
 
 
 def _remove(path: str | Path) -> None:
-    """A file in shared memory; one that stays there is removed at the next start."""
+    """A file in shared memory; one that stays is removed at the next start."""
     try:
         Path(path).unlink(missing_ok=True)
     except OSError as error:

@@ -1,9 +1,9 @@
 """The run machine's part for jobs that cannot run now, through no fault of their own (pure).
 
-Such a job goes back to the queue and is *held*: it is passed over, with a reason that is shown, and
-the jobs behind it do not wait.  Trouble of the environment (a full disk, no file descriptor left)
-ends by itself: the job is tried again after a pause, longer each time.  What only another server
-can change is held until the scheduler is another process, or has other limits or weights.
+Such a job goes back to the queue and is *held*: passed over, with a reason that is shown.  Trouble
+of the environment (a full disk, no file descriptor left) ends by itself: the job is tried again
+after a growing pause.  What only another server can change is held until the scheduler is another
+process, or has other limits or weights.
 """
 
 from __future__ import annotations
@@ -37,19 +37,15 @@ MEMORY_TRIES = 3  # of a step that runs out of memory
 
 @dataclass(frozen=True, slots=True)
 class NotNow:
-    """Why a run does not go on, where that is no verdict on its job.
-
-    ``passing``: it ends by itself, and is tried again after a pause; else another server has to
-    come.
-    """
+    """Why a run does not go on, where that is no verdict on its job.  ``passing``: it ends by
+    itself, and is tried again after a pause; else only by another server."""
 
     reason: str
     passing: bool = True
 
 
 def put_off(state: State, run: Run, why: NotNow, now: Now) -> list[Effect]:
-    """End the run; its job goes back to the queue and waits.  The last applied step is saved first
-    where a slot for it is there."""
+    """End the run; its job waits in the queue.  The last step is saved first if a slot is there."""
     record = state.running(run)
     effects: list[Effect] = []
     if record is not None:
@@ -62,8 +58,7 @@ def put_off(state: State, run: Run, why: NotNow, now: Now) -> list[Effect]:
 
 
 def put_back(state: State, record: JobRecord, why: NotNow, now: Now) -> tuple[Transition, list[Effect]]:
-    """A job's change back to the queue if it runs, and its hold there; one that was to stop has
-    stopped."""
+    """A running job's change back to the queue, and its hold there unless it was to stop."""
     change = Transition(record)
     if record.status == JobStatus.RUNNING:
         change = transitions.interrupted(record, why.reason, now.wall)
@@ -72,8 +67,8 @@ def put_back(state: State, record: JobRecord, why: NotNow, now: Now) -> tuple[Tr
 
 
 def may_be_tried_again(state: State, failed: internal.RunFailed) -> bool:
-    """Whether a run that failed for what may pass is no verdict on its job.  Memory that is lacking
-    again and again at the same step is: then it is the job that is too large."""
+    """Whether a failed run is no verdict on its job.  Memory that is lacking again and again at the
+    same step is one: the job is too large."""
     if not failed.passing:
         return False
     if failed.code != "out_of_memory":
@@ -120,8 +115,7 @@ def _lift(state: State, held: list[str]) -> list[Effect]:
 
 
 def still_held(state: State, now: Now) -> list[Effect]:
-    """The hello that lifts the scheduler's hold may have been lost: it is asked for now and
-    then."""
+    """Ask for a hello now and then: the one that lifts the scheduler's hold may be lost."""
     if not state.hold or state.run is not None or now.s - state.asked_at_s < SILENT_S:
         return []
     state.asked_at_s = now.s
@@ -134,8 +128,8 @@ def why_not_now(state: State, record: JobRecord) -> str:
 
 
 def serve(state: State, message: internal.Hello) -> list[Effect]:
-    """Take over which base a hello is about; a job that has none gets it.  After an update without
-    a base in the hello what is served is not known: it is no job's base."""
+    """Take over the base of a hello; jobs that have none get it.  No base in a hello after an
+    update: what is served is not known, and is no job's base."""
     base = message.base
     state.updates = message.updates
     if base is None:
@@ -154,5 +148,5 @@ def serve(state: State, message: internal.Hello) -> list[Effect]:
 
 
 def forget(state: State, job: str) -> None:
-    """The job got further: its next trouble is the first one again."""
+    """The job got further: its next trouble counts as the first."""
     state.troubles.pop(job, None)

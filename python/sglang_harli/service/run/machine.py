@@ -1,8 +1,8 @@
 """The one run in progress as a machine without IO: inputs and the time in, effects out.
 
-The scheduler is right about work applied; the store is right about what is wanted.  Inputs are the
-scheduler's messages, what became of earlier effects, and the passing of time; ``run_driver``
-carries the effects out.  What is known here dies with the process; the jobs' records outlive it.
+The scheduler is right about work applied, the store about what is wanted.  Inputs are the
+scheduler's messages, what became of earlier effects, and time; ``run_driver`` carries the effects
+out.  What is known here dies with the process; the jobs' records outlive it.
 """
 
 from __future__ import annotations
@@ -38,17 +38,12 @@ from sglang_harli.service.run.state import (
 )
 
 STEPS_AHEAD = 2  # optimizer steps fed beyond the last one applied
-MAX_UNSTORED = (
-    512  # steps whose metrics the store does not have yet: beyond it (the disk is full) training waits
-)
+MAX_UNSTORED = 512  # steps whose metrics are not stored: beyond it (a full disk) training waits
 
 
 class RunMachine:
-    """The run in progress as a function of messages, finished work and time.
-
-    Args:
-        book: the jobs' records; a change is in them as soon as its ``Apply`` is carried out.
-    """
+    """The run in progress as a function of messages, finished work and time.  ``book``: the jobs'
+    records; a change is in them as soon as its ``Apply`` is carried out."""
 
     def __init__(self, book: JobLookup) -> None:
         self.state = State(book)
@@ -71,8 +66,7 @@ class RunMachine:
 
     # ------------------------------------------------------------ what is wanted, and time
     def advance(self, now: Now) -> list[Effect]:
-        """Do what the store wants next: start the next job, or tell the run of a pause or a
-        cancel."""
+        """What the store wants next: start a job, or tell the run of a pause or cancel."""
         state = self.state
         run = state.run
         lifted = holds.lift_unqueued(state)
@@ -94,7 +88,7 @@ class RunMachine:
         return []
 
     def tick(self, now: Now) -> list[Effect]:
-        """Time has passed: say again what has no answer, and end the pauses that are over."""
+        """Time has passed: send again what has no answer, and end pauses that are over."""
         run = self.state.run
         effects = holds.lift_due(self.state, now) + holds.still_held(self.state, now)
         if run is None or run.phase is Phase.PREPARING:
@@ -214,8 +208,7 @@ class RunMachine:
         return effects + (self.state.unwanted(run, now) if run.adopting else self.state.end())
 
     def put_off(self, job: str, attempt: int, why: NotNow, now: Now) -> list[Effect]:
-        """The run cannot be prepared, its snapshots have no slot or its data cannot be read, and
-        that is no verdict on the job: it waits in the queue."""
+        """The run cannot be prepared, has no slot or no data now: its job waits in the queue."""
         run = self.state.run
         if run is None or (run.job, run.attempt) != (job, attempt):
             return []
@@ -250,8 +243,7 @@ class RunMachine:
 
     # ------------------------------------------------------------ feeding
     def next_batch(self) -> BatchCursor | None:
-        """The micro-batch to send now: up to STEPS_AHEAD optimizer steps beyond the last one
-        applied, and no more of them than the scheduler may hold."""
+        """The micro-batch to send now: within STEPS_AHEAD of the last step applied."""
         run = self.state.run
         if run is None or run.phase is not Phase.TRAINING or run.asked != DesiredState.RUN:
             return None

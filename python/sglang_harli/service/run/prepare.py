@@ -44,12 +44,10 @@ def prepare(
     shm: Path | None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Preparation:
-    """The job's data and, with ``shm``, its checkpoint in a slot there; see ``open_feeder`` and
-    ``restore``.
+    """The job's data and, with ``shm``, its checkpoint in a slot there; raises as the two below.
 
-    Its rows are made again where they are not those that serving would see; a run that the
-    scheduler holds already (no ``shm``) goes on with those that it began with.  What takes long,
-    the checkpoint, comes last, unless it may turn out that nothing is left to train.
+    Rows that serving would see otherwise are made again, but not for a run that the scheduler holds
+    (no ``shm``).  The checkpoint, which takes long, comes last unless nothing may be left to train.
     """
     perhaps_trained = record.checkpoint_step == record.total_steps
     found = restore(record, paths, shm) if shm is not None and perhaps_trained else Preparation(None)
@@ -71,10 +69,8 @@ def prepare(
 def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits) -> BatchOrder:
     """The job's data, checked against what is served once more.
 
-    Raises:
-        NotHereError: it was accepted by a server with other limits.
-        HarliError: the job fits no such model, or its data is not readable.
-        OSError, MemoryError: it cannot be read now.
+    Raises NotHereError: another server's limits admitted it; HarliError: it fits no such model, or
+    its data is not readable; OSError, MemoryError: a read failed.
     """
     data = record.data
     try:
@@ -104,17 +100,11 @@ def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits) -> Bat
 
 
 def restore(record: JobRecord, paths: JobPaths, shm: Path) -> Preparation:
-    """The job's newest checkpoint that is whole, in a slot; a damaged one is put aside as
-    ``step-N.bad``.
+    """The job's newest whole checkpoint in a slot; a damaged one is put aside as ``step-N.bad``.
 
-    With none at all the run starts from nothing; ``plan`` is left open.
-
-    Raises:
-        CheckpointError: none is whole and the job cannot begin without one (it carries another's
-            adapter).
-        NotReadyError: shared memory is full.
-        HarliError: shared memory is too small.
-        OSError, MemoryError: what is there cannot be read now.
+    With none at all the run starts from nothing; ``plan`` is left open.  Raises CheckpointError:
+    none is whole, and the job carries another's adapter; NotReadyError: shared memory is full;
+    HarliError: it is too small; OSError, MemoryError: a read failed.
     """
     damage: list[str] = []
     newest = record.checkpoint_step
@@ -159,7 +149,7 @@ def _restore_one(record: JobRecord, paths: JobPaths, shm: Path, step: int) -> Pr
 
 
 def _put_aside(folder: Path, step: int) -> None:
-    """Out of the way, so that the step can be written again; one is kept, to be looked at."""
+    """Rename it, so that the step can be written again; one is kept, to be looked at."""
     for old in folder.glob("step-*.bad"):
         shutil.rmtree(old, ignore_errors=True)
     try:

@@ -1,8 +1,7 @@
-"""The run machine's part for the messages of a run: what each changes, and when it is acknowledged
-(pure).
+"""The run machine's part for a run's messages: what each changes, when it is acknowledged (pure).
 
-Every kept message is acknowledged exactly when what it says is durable, or of no use any more; one
-that came too early is dropped without it, and comes again.
+A kept message is acknowledged once what it says is durable or of no use any more; one that came too
+early is dropped without an Ack, and comes again.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def take(state: State, message: Any, now: Now) -> list[Effect]:
 
 
 def _too_early(record: JobRecord, message: Any) -> bool:
-    """Whether a step before it is missing; it comes first when both are sent again."""
+    """Whether a step before it is missing; sent again, that comes first."""
     if record.status.final or record.metrics_attempt != message.attempt:
         return False
     return record.metrics_step < message.after
@@ -191,8 +190,7 @@ def snapshot_written(
         return _given_up(state, record, message, found, acks, now) + _freed(state, writing)
     change, after = _checkpointed(state, record, message, now)
     after = [Saved(record.id), Send(saved(message, message.step, ok=True)), *acks, *after]
-    # A service that is killed before the commit hears of the snapshot again, and reads the slot
-    # again.
+    # A service killed before the commit hears of the snapshot again, and reads the slot again.
     return [Apply(change, then=(*after, *_freed(state, writing)))]
 
 

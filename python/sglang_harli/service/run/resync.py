@@ -1,5 +1,4 @@
-"""The run machine's part for hello and pulse: which run the scheduler holds, and what of it was
-lost (pure)."""
+"""The run machine's part for hello and pulse: which run is held, and what was lost (pure)."""
 
 from __future__ import annotations
 
@@ -10,14 +9,12 @@ from sglang_harli.service.jobs.transitions import JobRecord
 from sglang_harli.service.run.holds import lift_all, serve
 from sglang_harli.service.run.state import Apply, Effect, Now, Phase, Prepare, RemoveStale, Run, Send, State
 
-# A pulse may have left before what was sent a moment ago came: only what an older word misses is
-# said again.
-PULSE_GRACE_S = 1.5
+PULSE_GRACE_S = 1.5  # what was sent later than this a pulse may not know yet
 
 
 def hello(state: State, message: internal.Hello, now: Now) -> list[Effect]:
-    """Compare the scheduler's run with ours: adopt it, stop it, or start ours again.  One that is
-    older than the last, of this scheduler or of one before it, is out of date."""
+    """Compare the scheduler's run with ours: adopt it, stop it, or start ours again.  A hello older
+    than the last, of this scheduler or one before, is out of date."""
     if message.seq < state.hello_seq:
         return []
     state.hello_seq = message.seq
@@ -90,8 +87,7 @@ def pulse(state: State, message: internal.Pulse, now: Now) -> list[Effect]:
 
 
 def _answer_snapshot(state: State, message: internal.Pulse) -> list[Effect]:
-    """The scheduler waits for a SnapshotSaved that was lost, or whose writer died before it was
-    sent."""
+    """The SnapshotSaved that the scheduler waits for was lost or never sent."""
     key = (message.job, message.attempt, message.snapshot)
     if message.snapshot < 0 or key in state.writing:
         return []
@@ -102,8 +98,7 @@ def _answer_snapshot(state: State, message: internal.Pulse) -> list[Effect]:
 
 
 def _rewind(run: Run, message: internal.Pulse) -> list[Effect]:
-    """Two pulses in a row are behind our cursor at the same place: the micro-batch there was
-    lost."""
+    """Two pulses in a row behind our cursor at the same place: its micro-batch was lost."""
     theirs, ours = message.next_cursor, run.next_cursor
     place = (theirs.step, theirs.index)
     behind = ours is not None and place < (ours.step, ours.index)
@@ -116,8 +111,7 @@ def _rewind(run: Run, message: internal.Pulse) -> list[Effect]:
 
 
 def at(run: Run, cursor: internal.BatchCursor) -> internal.BatchCursor:
-    """The scheduler's cursor with the epoch that its step is in (the scheduler knows that of the
-    last one fed)."""
+    """The cursor with its step's epoch (the scheduler only knows that of the last one fed)."""
     assert run.plan is not None
     epoch = run.plan.cursor_after(cursor.step - 1).epoch
     return internal.BatchCursor(epoch=epoch, step=cursor.step, index=cursor.index)

@@ -17,18 +17,12 @@ from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.run.prepare import UNREADABLE
 from sglang_harli.service.run.state import Unwritten
 
-# A snapshot in passing is given up soon: the next one comes.  That of a run that stops or ends is
-# all that there is of its last steps: it is tried for as long as the trouble lasts.
+# Of a snapshot in passing: the next one comes.  That of a run that stops or ends is tried for ever.
 TRIES_IN_PASSING = 3
 
 
 class SnapshotWriter:
-    """Makes a snapshot in shared memory a durable checkpoint.
-
-    Args:
-        registry: the jobs.
-        disk: where blocking work runs.
-    """
+    """Makes a snapshot in shared memory a durable checkpoint."""
 
     def __init__(self, registry: JobRegistry, disk: Executor) -> None:
         self._registry = registry
@@ -38,11 +32,8 @@ class SnapshotWriter:
     async def write(
         self, message: internal.SnapshotReady, delayed: Callable[[str], None]
     ) -> Unwritten | None:
-        """Write a snapshot; None where it is durable, else why it was given up.
-
-        Args:
-            delayed: called with why it is not written yet.
-        """
+        """Write a snapshot; None: it is durable, else why it was given up.  ``delayed`` is called
+        with why it is not written yet."""
         tries = 0
         while True:
             try:
@@ -61,8 +52,7 @@ class SnapshotWriter:
             again = f"{text}: trying again in {trouble.pause_s(tries):g} s"
             self._warn(message.job, again)
             delayed(again)
-            # The queue waits for this: a job that was cancelled does not keep it waiting for the
-            # rest of the pause.
+            # The queue waits for this: a cancelled job ends the pause.
             if _is_over(await self._registry.wait_in_memory(message.job, _is_over, trouble.pause_s(tries))):
                 break
         self._warn(message.job, f"{text}: given up")
@@ -88,8 +78,7 @@ class SnapshotWriter:
         self._registry.apply(transitions.warn(self._registry.get(job), text))
 
     async def prune(self, job: str) -> None:
-        """Remove older checkpoints than are kept; what cannot be removed now goes with the next
-        ones."""
+        """Remove older checkpoints than are kept; what cannot be removed goes with the next."""
         folder = JobPaths(self._registry.run_dir, job).checkpoints
         async with self._turn:
             try:
@@ -102,7 +91,7 @@ class SnapshotWriter:
 
 
 def _is_over(record: JobRecord) -> bool:
-    """Whether nobody needs its snapshots any more."""
+    """Whether its snapshots are not needed any more."""
     return record.status.final
 
 

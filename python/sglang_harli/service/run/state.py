@@ -15,8 +15,7 @@ from sglang_harli.service.jobs import transitions
 from sglang_harli.service.jobs.transitions import DesiredState, JobRecord, Transition
 
 SAY_AGAIN_S = 5.0  # a StartRun or StopRun without an answer
-# Micro-batches that were sent and are not done, the one in training included: at most so many, and
-# so many bytes unless they are fewer than LEAST_AHEAD.
+# Micro-batches sent and not done: at most so many, and BYTES_AHEAD bytes unless under LEAST_AHEAD.
 LEAST_AHEAD, MOST_AHEAD = 2, 32
 BYTES_AHEAD = 16 << 20
 SILENT_S = 10.0  # nothing was heard of a run for so long: the scheduler is asked for a hello
@@ -78,8 +77,7 @@ class Acknowledge:
 
 @dataclass(frozen=True, slots=True)
 class HoldJob:
-    """Pass a job over while it is queued, for a reason that is shown; ``""`` ends that.
-    ``lasting``: it does not end by itself."""
+    """Pass a job over while it is queued, for a reason that is shown; see ``QueueOrder.hold``."""
 
     job: str
     reason: str
@@ -88,8 +86,7 @@ class HoldJob:
 
 @dataclass(frozen=True, slots=True)
 class ServeBase:
-    """The served base is another one, or the first one, or not known any more (None): which jobs
-    may start changes."""
+    """The served base changed; None: it is not known.  Which jobs may start changes with it."""
 
     base: BasePrint | None
 
@@ -101,7 +98,7 @@ class AskHello:
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """Read the job's data and, with ``restore``, its checkpoint; answered by ``prepared``,
+    """Read the job's data and, with ``restore``, its checkpoint.  Answered by ``prepared``,
     ``not_prepared`` or ``put_off``."""
 
     job: str
@@ -171,13 +168,10 @@ Effect = (
 class Preparation:
     """What ``Prepare`` found.
 
-    Attributes:
-        plan: None where nothing is left to train (``trained``).
-        step, tokens, restore, meta: of the checkpoint to go on from, in a slot; 0 and None: from
-            nothing.
-        damage: why newer checkpoints cannot be used ("": there is no newer one).
-        trained: the checkpoint of the last step is there and whole.
-        data, total_steps: of the job, where its rows were made again; None: they are as they were.
+    ``plan``: None where nothing is left to train (``trained``: the last step's checkpoint is
+    whole). ``step``, ``tokens``, ``restore``, ``meta``: of the checkpoint to go on from, in a slot;
+    0 and None: from nothing.  ``damage``: why newer checkpoints cannot be used.  ``data``,
+    ``total_steps``: of the job, where its rows were made again; None: as they were.
     """
 
     plan: Plan | None
@@ -204,17 +198,13 @@ class Unwritten:
 class Run:
     """What the service knows of the run in progress.
 
-    Attributes:
-        adopting: it is a run that the scheduler already held.
-        applied: the last optimizer step that the scheduler is known to have applied.
-        taken: the first micro-batch, by step and index, that the scheduler is not known to be done
-            with.
-        ahead: the micro-batches from there on, up to ``next_cursor``, with their bytes.
-        asked: the desired state that the scheduler was sent last.
-        start, stop: the last StartRun and StopRun, to be said again at ``sent_at_s`` + SAY_AGAIN_S.
-        heard_at_s: the last word of the scheduler about it.
-        slot: of its snapshots; the scheduler's, or ours between SnapshotReady and SnapshotSaved.
-        seen_behind: the cursor of the last pulse that was behind ours.
+    ``adopting``: the scheduler already held it.  ``applied``: the last optimizer step known to be
+    applied.  ``taken``: step and index of the first micro-batch that the scheduler is not known to
+    be done with; ``ahead``: those from there up to ``next_cursor``, with their bytes.  ``asked``:
+    the desired state sent last.  ``start``, ``stop``: sent last, and again at ``sent_at_s`` +
+    SAY_AGAIN_S. ``heard_at_s``: the scheduler's last message.  ``slot``: of its snapshots; ours
+    between SnapshotReady and SnapshotSaved, else the scheduler's.  ``seen_behind``: a pulse's
+    cursor behind ours.
     """
 
     job: str
@@ -263,8 +253,8 @@ class Run:
             self.ahead.pop()
 
     def go_on(self, cursor: BatchCursor) -> None:
-        """The scheduler has what another process sent it before ``cursor``: how many bytes is not
-        known, so each counts as all that are allowed."""
+        """The scheduler has what another process sent it before ``cursor``.  Their bytes are not
+        known: each counts as all that are allowed."""
         assert self.plan is not None
         step, index = self.taken
         held, self.next_cursor = BatchCursor(epoch=cursor.epoch, step=step, index=index), cursor
@@ -295,8 +285,10 @@ class Hold:
 
 @dataclass
 class Writing:
-    """``path``: the slot it lies in; ``seqs``: the messages that announced it; ``orphaned``: its
-    run is over, and the slot goes when it is written; ``delayed``: why it is not written yet."""
+    """A snapshot on its way to disk: its slot, and the messages (``seqs``) that announced it.
+
+    ``orphaned``: its run is over, the slot goes when it is written; ``delayed``: why it is not yet.
+    """
 
     path: str
     seqs: set[int]
@@ -308,18 +300,13 @@ class Writing:
 class State:
     """What the run machine knows between two inputs.
 
-    Attributes:
-        greeted: a hello has been read, and the scheduler has not said that it ends; ``hello_seq``:
-            of the newest.
-        base, updates: what it serves, and after how many updates of the weights; ``base_unknown``:
-            it does not know since the last of them.
-        hold: why the scheduler takes no run now, "" where it does; ``asked_at_s``: when that was
-            last asked.
-        holds, troubles: queued jobs that are passed over, and how often in a row each met trouble.
-        lacking: of jobs that ran out of memory: the step, and how often in a row.
-        writing: snapshots on their way to disk, by job, attempt and step.
-        given_up: the last snapshot that could not be written.
-        unstored: numbers of StepDones that are not durable yet.
+    ``greeted``: a hello was read, and the scheduler has not said that it ends; ``hello_seq``: of
+    the newest.  ``base``, ``updates``: what it serves, after how many weight updates;
+    ``base_unknown``: not known since the last.  ``hold``: why the scheduler takes no run now, or
+    ""; ``asked_at_s``: when that was asked last.  ``holds``, ``troubles``: queued jobs passed over,
+    and their troubles in a row.  ``lacking``: a job's step without memory, times in a row.
+    ``writing``, ``given_up``: snapshots by job, attempt and step.  ``unstored``: numbers of
+    StepDones not durable yet.
     """
 
     book: JobLookup
@@ -341,8 +328,7 @@ class State:
     unstored: set[int] = field(default_factory=set)
 
     def named(self, message: Any) -> Run | None:
-        """The run in progress, if the message is about it and not about an older attempt or another
-        job."""
+        """The run in progress, if the message is about this job and attempt."""
         run = self.run
         return run if run and (run.job, run.attempt) == (message.job, message.attempt) else None
 

@@ -7,24 +7,14 @@ from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
 
 
 class WhyNoneStarts:
-    """The reason, in one sentence; called with what one job itself waits for.
-
-    Args:
-        scheduler: whose hello says whether runs may start.
-        tokenizer: without which no row can be made.
-    """
+    """The reason, in one sentence, by the scheduler's hello, the store and the tokenizer."""
 
     def __init__(self, scheduler: SchedulerLink, tokenizer: ModelTokenizer) -> None:
         self._scheduler, self._tokenizer = scheduler, tokenizer
 
     def __call__(self, own: str, trouble: str | None) -> str | None:
-        """None: one may start.
-
-        Args:
-            own: what keeps this job until another base or server comes, which says more than what
-                passes by itself.
-            trouble: why the store cannot be written.
-        """
+        """None: one may start; ``trouble``: why the store cannot be written.  ``own``: what keeps
+        this job until another base or server comes; says more than what passes."""
         if self._scheduler.refusal is not None:
             return f"this server cannot train: {self._scheduler.refusal}"
         if trouble is not None:

@@ -1,7 +1,6 @@
 """Whether a submit whose idempotency key is known asks for the same job again.
 
-As at other APIs with such keys: everything that makes the job must be the same, the file's name
-apart, which is only shown.  Defaults may be left out or named.
+All that makes the job must be the same, but the file's name; defaults may be left out or named.
 """
 
 from __future__ import annotations
@@ -44,10 +43,8 @@ def differences(
 ) -> list[str]:
     """What the second submit asks for otherwise, in words.
 
-    Args:
-        has: what the job of the first one has; None: there is none yet.
-        left_out: what a submit gets that does not name it; None: that is not known any more, and
-            what only the first submit names is no difference.
+    ``has``: what the first one's job has, None: there is none yet.  ``left_out``: what a submit
+    gets unnamed; None: not known any more, then what only the first submit names is no difference.
     """
     found = [DATA] if first.sha256 != again.sha256 else []
     for name in ("resume_from", "suffix", "priority"):
@@ -57,8 +54,7 @@ def differences(
     for name in dict.fromkeys([*first.hyperparameters, *again.hyperparameters]):
         old, new = first.hyperparameters, again.hyperparameters
         if (name in old or name in job) and (name in new or name in rest):
-            # Records of the store hold what JSON makes of a value, or what another version took for
-            # one.
+            # A stored value is what JSON makes of it, or what another version accepted.
             values = (
                 _typed_value(name, old[name] if name in old else job[name]),
                 new.get(name, rest.get(name)),

@@ -1,8 +1,8 @@
 """``submit --resume-from JOB``: what a new job takes over from one that is over.
 
 Without data the training itself goes on: data, hyperparameters, and the newest whole checkpoint
-with the optimizer's state and the position in the schedule and in the data.  With data it is a new
-course: only the adapter's weights carry over, as the new job's ``step-0`` checkpoint.
+with the optimizer's state and the position in schedule and data.  With data it is a new course:
+only the adapter's weights carry over, as the new job's ``step-0`` checkpoint.
 """
 
 from __future__ import annotations
@@ -38,11 +38,8 @@ SHAPE = ("lora_r", "lora_alpha", "use_rslora", "target_modules")  # of an adapte
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The job that is continued, and the hyperparameters of the new one.
-
-    Attributes:
-        new_course: there are other data; only the adapter carries over.
-    """
+    """The job that is continued, and the new one's hyperparameters. ``new_course``: there are other
+    data; only the adapter carries over."""
 
     record: JobRecord
     paths: JobPaths
@@ -52,12 +49,8 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a new job begins: its first checkpoint, or nothing.
-
-    Attributes:
-        carried: a ``step-0`` checkpoint is there, and needed.
-        damage: newer checkpoints of the old job that cannot be used, and why.
-    """
+    """The checkpoint where a new job begins; 0: from nothing.  ``carried``: ``step-0`` is there and
+    needed; ``damage``: why no newer one was taken."""
 
     step: int = 0
     tokens: int = 0
@@ -66,12 +59,8 @@ class Start:
 
 
 def find(registry: JobRegistry, args: SubmitArgs) -> Origin:
-    """The job that ``args.resume_from`` names, checked as far as its record says.
-
-    Raises:
-        HarliError: there is none, it is not over, its base is not the served one, or what was asked
-            cannot follow it.
-    """
+    """The job that ``args.resume_from`` names, checked as far as its record says.  Raises
+    HarliError: there is none, it is not over, its base is not served, or it cannot go on so."""
     assert args.resume_from is not None
     record = registry.get(args.resume_from)
     if not record.status.final:
@@ -119,7 +108,7 @@ def _check_same(record: JobRecord, hp: Hyperparameters, names: tuple[str, ...], 
 
 
 def _check_left(origin: Origin) -> None:
-    """Something is left to do, as far as the record tells (the checkpoint itself is read later)."""
+    """Something is left to do, as far as the record tells (the checkpoint is read later)."""
     record, total = origin.record, total_steps(origin)
     if record.status == JobStatus.SUCCEEDED and total == record.total_steps:
         raise ConfigError(
@@ -167,12 +156,8 @@ def with_origin(change: Transition, start: Start) -> Transition:
 
 # ------------------------------------------------------------------ in the worker thread
 def take_data(origin: Origin, folder: Path) -> DataSummary:
-    """The data of the old job as that of a new one in ``folder``; either may be removed afterwards.
-
-    Raises:
-        HarliError: the files are gone or are not what they were.
-        OSError: the disk is full.
-    """
+    """The old job's data for a new one in ``folder``; either may be removed afterwards.  Raises
+    HarliError: the files are gone or altered; OSError: the disk is full."""
     record = origin.record
     try:
         stored = rows_folder(record.data, origin.paths)
@@ -198,12 +183,8 @@ def _summary(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_checkpoint(origin: Origin, folder: Path) -> Start:
-    """The newest whole checkpoint of the old job as the first one of the new job in ``folder``.
-
-    Raises:
-        HarliError: there is none; the message says what is there.
-        OSError: the disk is full.
-    """
+    """The old job's newest whole checkpoint as the first one of the new job in ``folder``.  Raises
+    HarliError: there is none, and what is there; OSError: the disk is full."""
     found, tokens, damage = _newest_whole(origin)
     source, new = origin.paths.checkpoints, folder / "checkpoints"
     if origin.new_course:
@@ -238,8 +219,7 @@ def _newest_whole(origin: Origin) -> tuple[int, int, str]:
 
 
 def _link_files(source: Path, target: Path, pattern: str = "*") -> None:
-    """The files of ``source`` in a new folder: hard links (they are never written again), or
-    copies."""
+    """The files of ``source`` in a new folder: hard links (never written again), or copies."""
     target.mkdir(parents=True, exist_ok=True)
     for path in source.glob(pattern):
         if path.is_dir():

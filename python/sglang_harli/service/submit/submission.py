@@ -1,5 +1,4 @@
-"""``submit``: from a request's frames to a durable job, or to a refusal that leaves nothing
-behind."""
+"""``submit``: from a request's frames to a durable job, or to a refusal without a trace."""
 
 from __future__ import annotations
 
@@ -53,13 +52,8 @@ SETTLERS = 8
 
 
 class Submission:
-    """Takes a submit from its arguments to a durable job.
-
-    Args:
-        registry, link, tokenizer, config: of this service.
-        worker: one thread; files are looked at one after the other.
-        uploads: files that were sent before the submit that names them.
-    """
+    """Takes a submit from its arguments to a durable job.  ``worker``: one thread, files are looked
+    at one after the other; ``uploads``: files sent before the submit that names them."""
 
     def __init__(
         self,
@@ -93,11 +87,7 @@ class Submission:
         return await self._uploads.add(args, frames)
 
     async def submit(self, args: SubmitArgs, frames: Sequence[bytes]) -> Job:
-        """The job, durable.  A repeated key gives the job that the first submit made.
-
-        Raises:
-            HarliError: a refusal; no job was created.
-        """
+        """The job, durable; a repeated key gives the first one.  HarliError: none was created."""
         _check_frames(args, frames)
         with self._answered(args.upload):
             return await self._submit(args, frames)
@@ -168,11 +158,8 @@ class Submission:
         return record
 
     async def check(self, asked: CheckArgs, frames: Sequence[bytes]) -> dict[str, Any]:
-        """What would become of the data (see ``data_report``); nothing of it stays.
-
-        Raises:
-            HarliError: a hyperparameter is not accepted, or the data did not come whole.
-        """
+        """What would become of the data (see ``data_report``); nothing of it stays.  Raises
+        HarliError: a hyperparameter is not accepted, or the data did not come whole."""
         args = SubmitArgs(filename=asked.filename, size=asked.size, sha256=asked.sha256, upload=asked.upload)
         _check_frames(args, frames)
         with self._answered(args.upload):
@@ -200,8 +187,7 @@ class Submission:
     async def _incoming(
         self, args: SubmitArgs, frames: Sequence[bytes], job: str
     ) -> AsyncIterator[tuple[Path | Sequence[bytes], Path]]:
-        """The data, an uploaded file or frames, and a folder for it, which is removed afterwards
-        where it is still there."""
+        """The data (an uploaded file or frames) and a folder for it, removed if left at the end."""
         incoming = self._registry.run_dir / f"{INCOMING}{job}"
         uploaded = None
         if args.upload:
@@ -221,8 +207,7 @@ class Submission:
                         await loop.run_in_executor(self._settlers, _remove, folder)
 
     def _longest(self, hp: Hyperparameters) -> int | None:
-        """The longest row that is accepted; by the model's own files where no hello has come
-        yet."""
+        """The longest row accepted; by the model's own files before a hello."""
         limits = self._link.limits
         if limits is not None:
             admission.check_hyperparameters(hp, limits)
@@ -265,8 +250,7 @@ class Submission:
         longest: int | None,
         origin: Origin | None,
     ) -> tuple[DataSummary, Start]:
-        """The folder of a job to be: the file, an uploaded one or frames, and what ``origin``
-        left."""
+        """The folder of a job to be: its file, and what ``origin`` left."""
         start = resume_from.take_checkpoint(origin, folder) if origin is not None else Start()
         if origin is not None and not origin.new_course:
             summary = resume_from.take_data(origin, folder)

@@ -1,9 +1,7 @@
-"""Files on their way in: chunks are written as they come, hashed, and handed to the submit that
-names them.
+"""Uploaded files: chunks are written as they come, hashed, and handed to the submit.
 
 Memory holds the chunks that wait for the disk (the public socket bounds them), never a file.  An
-upload lives in a folder of its own until a submit takes it; one that stands still, and whatever a
-crash left, is removed.
+upload has a folder of its own until a submit takes it; idle ones and a crash's leftovers go.
 """
 
 from __future__ import annotations
@@ -34,11 +32,8 @@ KEEP_FREE = 64 << 20  # bytes of the disk that uploads leave for checkpoints and
 
 @dataclass
 class _Upload:
-    """``queued`` and ``received``: bytes handed to the disk's thread, and written by it.
-
-    ``spoken_for``: bytes of the disk that other uploads were promised before it.  ``whole``: all
-    bytes are there, and are those that were announced.
-    """
+    """``queued``, ``received``: bytes handed to the disk's thread, and written by it.
+    ``spoken_for``: bytes of disk promised before it; ``whole``: complete and as announced."""
 
     filename: str
     size: int
@@ -59,11 +54,7 @@ class _Upload:
 
 
 class Uploads:
-    """Files that clients send in pieces, until a submit takes them.
-
-    Args:
-        run_dir: where they lie; leftovers of an earlier service are removed.
-    """
+    """Files that clients send in pieces, until a submit takes them; leftovers are removed."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -73,12 +64,8 @@ class Uploads:
             shutil.rmtree(path, ignore_errors=True)
 
     async def add(self, args: UploadArgs, frames: Sequence[bytes]) -> UploadAnswer:
-        """One chunk; the answer says how far the file has come.  A chunk that is not the next one
-        is dropped.
-
-        Raises:
-            HarliError: a refusal; the upload is forgotten, except where the service is only busy.
-        """
+        """One chunk, dropped if not the next one; the answer says how far the file has come. Raises
+        HarliError: a refusal; the upload is forgotten, unless the service is only busy."""
         if len(frames) != 1 or not 0 < len(frames[0]) <= MAX_FRAME_BYTES:
             raise ProtocolError(f"upload takes one frame of 1 to {MAX_FRAME_BYTES} bytes behind the header")
         upload = self._uploads.get(args.upload)
@@ -111,12 +98,8 @@ class Uploads:
         return UploadAnswer(offset=upload.received)
 
     async def take(self, upload: str, size: int, sha256: str) -> Path:
-        """The whole file, of which the caller is now the owner, its folder included.
-
-        Raises:
-            NotFoundError: there is no such upload (any more).
-            ProtocolError: it is not whole, or another file.
-        """
+        """The whole file, of which the caller is now the owner, its folder included.  Raises
+        NotFoundError: no such upload (any more); ProtocolError: not whole, or another file."""
         found = self._uploads.get(upload)
         if found is not None and found.writing is not None:  # a submit may come right behind the last chunk
             await asyncio.wait([found.writing])

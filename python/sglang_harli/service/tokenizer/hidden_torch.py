@@ -1,8 +1,7 @@
 """Hide torch from this process.
 
-transformers imports torch wherever it is installed (8.4 s and 651 MB for a tokenizer that never
-uses it), and asks ``importlib.util.find_spec`` whether it is.  Call ``hide`` before the first
-import of transformers.
+transformers imports torch wherever ``importlib.util.find_spec`` finds it, which takes seconds and
+hundreds of MB for a tokenizer that never uses it.  Call ``hide`` before transformers is imported.
 """
 
 from __future__ import annotations
@@ -28,19 +27,17 @@ def hide() -> None:
     importlib.util.find_spec = _without_torch
     # transformers says "PyTorch was not found" at its first import; here that is meant to be.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # It warns of rows over its own limit, "will result in indexing errors": rows are checked
-    # against the model's.
+    # It warns of rows over its own limit ("indexing errors"): the model's is checked elsewhere.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Bars of a download move a terminal's cursor; here they would come into a log, or between a
-    # report's lines.
+    # A download's progress bars would break up a log, or a report's lines.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Rust threads of the tokenizer would compete with decode steps for cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def import_transformers() -> None:
-    """Hide torch, and import what is used of transformers: by one thread at a time, since a second
-    one would find it half made (or wait for the first for ever)."""
+    """Hide torch, and import what is used of transformers.  By one thread at a time: a second one
+    would find it half made, or wait for the first for ever."""
     with _importing:
         hide()
         import huggingface_hub  # noqa: F401

@@ -22,8 +22,7 @@ LENGTH_KEYS = (
 
 
 def find(model: str, name: str, revision: str | None = None) -> Path | None:
-    """A file of the model in ``model`` (a folder or a hub id), None where it is not on this
-    machine."""
+    """A file of ``model`` (a folder or a hub id), None where it is not on this machine."""
     folder = Path(os.path.expanduser(model))
     if folder.is_dir() or model.startswith(("/", ".", "~")):
         return folder / name if (folder / name).is_file() else None
@@ -39,11 +38,8 @@ def find(model: str, name: str, revision: str | None = None) -> Path | None:
 
 
 def read_json(model: str, name: str, revision: str | None = None) -> dict[str, Any] | None:
-    """Its content; None where the file is not on this machine.
-
-    Raises:
-        HarliError: it cannot be read, or is not a JSON object.
-    """
+    """A file's content, None where it is not on this machine; HarliError: not a readable JSON
+    object."""
     path: Path | str = os.path.join(model, name)
     try:
         found = find(model, name, revision)
@@ -63,8 +59,7 @@ def read_json(model: str, name: str, revision: str | None = None) -> dict[str, A
 
 
 def context_length(model: str, revision: str | None = None) -> int | None:
-    """The longest row by the model's own config.json, as SGLang derives it; None where that is not
-    here."""
+    """The longest row by config.json, as SGLang derives it; None where the file is not here."""
     config = read_json(model, "config.json", revision)
     if config is None:
         return None
@@ -98,12 +93,7 @@ def _is_count(value: Any) -> bool:
 
 
 def model_length(flags: TokenizerFlags) -> int | None:
-    """The longest row, where no hello has said it: ``--context-length``, or the model's own
-    config.json; None where that is not on this machine.
-
-    Raises:
-        HarliError: it cannot be read.
-    """
+    """The longest row by ``--context-length``, else ``context_length``; raises HarliError."""
     if flags.context_length is not None:
         return flags.context_length
     return context_length(flags.model_path, flags.revision)

@@ -1,5 +1,4 @@
-"""The served model's tokenizer: the server's own once it was handed over, one loaded by its path
-before that."""
+"""The served model's tokenizer: the server's own once handed over, before that by its path."""
 
 from __future__ import annotations
 
@@ -22,16 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class ModelTokenizer:
-    """The tokenizer that makes rows: the server's own once it is known, one loaded by its path
-    before.
+    """The tokenizer that makes rows.
 
-    Args:
-        flags: as the server has them.
-        run_dir: where the server's own tokenizer is handed over.
-
-    Attributes:
-        expected: fingerprint of the server's own; "": the server has none; None: it has not said.
-        lost: it was said and could not be read.
+    The server's own is handed over in ``run_dir``.  ``expected``: its fingerprint, "": the server
+    has none, None: not said yet; ``lost``: it was said and could not be read.
     """
 
     def __init__(self, flags: TokenizerFlags, run_dir: Path) -> None:
@@ -45,15 +38,11 @@ class ModelTokenizer:
 
     @property
     def known(self) -> bool:
-        """Whether what serves is known: only then are rows trained on."""
+        """Whether it is known what serves: only then are rows trained on."""
         return self.expected == "" or (self._served is not None and self.expected is not None)
 
     def get(self) -> RowEncoder:
-        """Blocking where it has to be loaded.
-
-        Raises:
-            HarliError: it cannot be loaded.
-        """
+        """Blocking where it has to be loaded; raises HarliError: it cannot be."""
         served = self._served
         if served is not None:
             return served
@@ -63,18 +52,11 @@ class ModelTokenizer:
             return self._own
 
     def longest_row(self) -> int | None:
-        """By the flags and the model's own files, None where they do not say.  Blocking.
-
-        Raises:
-            HarliError: a file cannot be read.
-        """
+        """See ``model_files.model_length``.  Blocking."""
         return model_files.model_length(self._flags)
 
     def take(self, fingerprint: str) -> bool:
-        """Read the server's own tokenizer, whose fingerprint the HTTP process has said.  Blocking.
-
-        Returns whether something changed: ``known`` or ``lost``.
-        """
+        """Read the server's own tokenizer; whether ``known`` or ``lost`` changed.  Blocking."""
         before = self.expected, self.lost
         if fingerprint == "" or (self._served is not None and self.expected == fingerprint):
             self.expected, self.lost = fingerprint, False

@@ -1,5 +1,4 @@
-"""The tokenizer and chat template as a server with the same flags would have them, loaded by their
-path.
+"""The tokenizer and chat template that a server with the same flags has, loaded by their path.
 
 For what is asked before the server has handed over its own (tokenizer_state.py), and without a
 server.  Follows SGLang 0.5.16 without importing it: ``hf_transformers/tokenizer.py``,
@@ -24,8 +23,7 @@ from sglang_harli.service.tokenizer import hidden_torch, model_files
 # Tokens at which SGLang stops with any model that has them.
 _MORE_STOPS = ("<|eom_id|>", "<|content_model_end_sampling|>")
 _FILES = (".json", ".txt", ".j2", ".jinja2")  # endings by which --chat-template names a file
-# Paths for which SGLang takes a conversation template of its own, of the kinds of model that can be
-# trained.
+# Paths of trainable models for which SGLang takes a conversation template of its own.
 _OWN_TEMPLATES = (
     (r"\bpoints\b", "points-v15-chat"),
     (r"moss.*vl|moss-vl", "moss-vl"),
@@ -42,8 +40,7 @@ _OWN_TEMPLATES = (
     (r"paddleocr", "paddle-ocr"),
     (r"whisper", "whisper"),
 )
-# Classes whose tokenizer_config.json says whether a beginning of text is added; transformers 5
-# drops it.
+# Classes whose tokenizer_config.json has add_bos_token, which transformers 5 drops.
 _BOS_CLASSES = (
     *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"),
     *("GemmaTokenizer", "GemmaTokenizerFast", "CohereTokenizerFast"),
@@ -52,11 +49,7 @@ _LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, TypeError, Attribute
 
 
 def load(flags: TokenizerFlags) -> ServedTokenizer:
-    """Blocking: the first call imports transformers (about 2 s) and reads the files.
-
-    Raises:
-        HarliError: a file is missing or is not what it should be.
-    """
+    """Blocking: the first call imports transformers and reads the files.  Raises HarliError."""
     tokenizer = load_tokenizer(flags)
     chat = chat_template(flags, tokenizer)
     stops = model_files.stop_ids(flags.model_path, flags.revision)
@@ -68,11 +61,7 @@ def load(flags: TokenizerFlags) -> ServedTokenizer:
 
 
 def load_tokenizer(flags: TokenizerFlags) -> Any:
-    """A transformers tokenizer, as SGLang loads and repairs it.
-
-    Raises:
-        HarliError: it cannot be loaded.
-    """
+    """A transformers tokenizer, as SGLang loads and repairs it; raises HarliError."""
     hidden_torch.import_transformers()
     from transformers import AutoTokenizer
 
@@ -97,8 +86,7 @@ def load_tokenizer(flags: TokenizerFlags) -> Any:
 
 
 def _restore_components(tokenizer: Any, path: str, revision: str | None) -> None:
-    """Put back what tokenizer.json says of splitting, where transformers 5 rebuilt it for the
-    class."""
+    """Put back tokenizer.json's splitting, which transformers 5 rebuilds for the class."""
     backend, file = getattr(tokenizer, "_tokenizer", None), model_files.find(path, "tokenizer.json", revision)
     if backend is None or file is None:
         return
@@ -131,8 +119,7 @@ def _restore_bos(tokenizer: Any, path: str, revision: str | None) -> None:
 
 # ------------------------------------------------------------------ the chat template
 def chat_template(flags: TokenizerFlags, tokenizer: Any) -> ChatTemplate:
-    """Raises HarliError: the file of --chat-template cannot be read, or there is no template of
-    that name."""
+    """Raises HarliError: --chat-template's file cannot be read, or no template has that name."""
     kwargs = dict(flags.chat_template_kwargs)
     name = conversation_template(flags)
     if name is not None:

@@ -1,5 +1,4 @@
-"""A job's rows made again from its kept data file, where another tokenizer, template or limit
-serves than at its submission."""
+"""A job's rows made again from its data file, where another tokenizer, template or limit serves."""
 
 from __future__ import annotations
 
@@ -42,16 +41,11 @@ def as_served(
     tokenizer: ModelTokenizer,
     stop: Callable[[], bool],
 ) -> JobRecord:
-    """The job with rows that serving would see: itself, or with new ones, which are durable; the
-    old ones stay.
+    """The job with the rows that serving would see: itself, or with new, durable ones.  Blocking.
 
-    Blocking.
-
-    Raises:
-        NotHereError: its file is not accepted by this server or is gone, or the rows of steps that
-            are trained would be others.
-        NotReadyError: the tokenizer cannot be loaded now, or it was stopped.
-        OSError, MemoryError: the new rows cannot be stored.
+    The old ones stay.  Raises NotHereError: its file is not accepted here or is gone, or rows of
+    trained steps would be others; NotReadyError: no tokenizer now, or stopped; OSError,
+    MemoryError: the new rows cannot be stored.
     """
     try:
         rows = tokenizer.get()
