@@ -110,32 +110,10 @@ class Transition:
     drafts: tuple[EventDraft, ...] = ()
 
 
+_PUBLIC = set(Job.__struct_fields__) - {"object", "run_dir", "base"}  # of the record as they are
+
+
 def public(record: JobRecord, run_dir: str) -> Job:
     """The job object that clients see; ``run_dir`` is the job's own folder."""
-    return Job(
-        id=record.id,
-        created_at=record.created_at,
-        started_at=record.started_at,
-        finished_at=record.finished_at,
-        status=record.status,
-        sub_state=record.sub_state,
-        reason=record.reason,
-        model=record.model,
-        suffix=record.suffix,
-        fine_tuned_model=record.fine_tuned_model,
-        step=record.step,
-        total_steps=record.total_steps,
-        trained_tokens=record.trained_tokens,
-        loss=record.loss,
-        learning_rate=record.learning_rate,
-        tokens_per_s=record.tokens_per_s,
-        eta_s=record.eta_s,
-        attempt=record.attempt,
-        hyperparameters=record.hyperparameters,
-        data=record.data,
-        error=record.error,
-        run_dir=run_dir,
-        priority=record.priority,
-        resumed_from=record.resumed_from,
-        base=record.base.shown if record.base is not None else None,
-    )
+    base = record.base.shown if record.base is not None else None
+    return Job(**{name: getattr(record, name) for name in _PUBLIC}, run_dir=run_dir, base=base)
