@@ -20,17 +20,8 @@ class RecordError(ValueError):
     """A record that one of its readers cannot take, or that is none: the field and why."""
 
 
-def record_body(record: JobRecord) -> str:
-    """For the store; raises RecordError."""
-    return _body(record)
-
-
-def event_body(event: Event) -> str:
-    """For the store; see ``record_body``."""
-    return _body(event)
-
-
-def _body(value: Any) -> str:
+def stored(value: JobRecord | Event) -> str:
+    """A record or an event for the store; raises RecordError."""
     try:
         return msgspec.json.encode(value).decode()
     except CODING_ERRORS as error:
@@ -40,7 +31,7 @@ def _body(value: Any) -> str:
 def check(record: JobRecord) -> None:
     """Raise RecordError unless every reader can take the record and the store returns it
     unchanged."""
-    body = record_body(record)
+    body = stored(record)
     try:
         back = msgspec.json.decode(body, type=JobRecord)
     except CODING_ERRORS as error:

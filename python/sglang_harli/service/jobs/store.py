@@ -34,13 +34,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalErr
 from sglang_harli.errors import HarliError, NotReadyError
 from sglang_harli.failpoints import WriteFailpoint, failpoint
 from sglang_harli.protocol.public import CODING_ERRORS, Event
-from sglang_harli.service.jobs.record_encoding import (
-    RecordError,
-    event_body,
-    read_event,
-    read_record,
-    record_body,
-)
+from sglang_harli.service.jobs.record_encoding import RecordError, read_event, read_record, stored
 from sglang_harli.service.jobs.transitions import JobRecord
 
 logger = logging.getLogger(__name__)
@@ -149,11 +143,11 @@ class JobStore:
                         "number": record.number,
                         "status": str(record.status),
                         "idempotency_key": record.idempotency_key,
-                        "body": record_body(record),
+                        "body": stored(record),
                     },
                 )
             for e in events:
-                _put(db, _events, {"job": e.job, "id": e.id}, {"type": e.type, "body": event_body(e)})
+                _put(db, _events, {"job": e.job, "id": e.id}, {"type": e.type, "body": stored(e)})
             for key, value in (settings or {}).items():
                 _put(db, _settings, {"key": key}, {"value": value})
 

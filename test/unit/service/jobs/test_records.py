@@ -101,7 +101,7 @@ def test_a_plain_record_passes() -> None:
         record(asked=Asked(sha256="", hyperparameters={"target_modules": ("q_proj", "v_proj")}))
     )
     record_encoding.check(record(data={"rows": 4, "notes": ("a", ["b", ("c",)]), "none": None}))
-    assert record_encoding.read_record(record_encoding.record_body(record())) == record()
+    assert record_encoding.read_record(record_encoding.stored(record())) == record()
 
 
 # ------------------------------------------------------------------ what a store already holds

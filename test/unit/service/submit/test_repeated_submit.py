@@ -16,7 +16,7 @@ from sglang_harli.errors import ConfigError
 from sglang_harli.failpoints import FAULT_POINTS_ENV, WriteFailpoint
 from sglang_harli.protocol.public import Hyperparameters, Job, SubmitArgs
 from sglang_harli.service.jobs.record import JobRecord
-from sglang_harli.service.jobs.record_encoding import read_record, record_body
+from sglang_harli.service.jobs.record_encoding import read_record, stored
 from sglang_harli.service.submit import repeated_submit
 from support.service.service_fixture import pairs, until
 
@@ -203,7 +203,7 @@ def differences(first: SubmitArgs, again: SubmitArgs, **defaults: Any) -> list[s
     record = msgspec.structs.replace(
         job_record(), asked=repeated_submit.asked(first), hyperparameters=hyperparameters
     )
-    kept = read_record(record_body(record))
+    kept = read_record(stored(record))
     assert kept.asked is not None
     asked = repeated_submit.asked(again)
     return repeated_submit.differences(kept.asked, asked, kept.hyperparameters, Hyperparameters())
