@@ -29,6 +29,10 @@ from sglang_harli.service.jobs.record import JobRecord as JobRecord
 from sglang_harli.service.jobs.record import Transition as Transition
 from sglang_harli.service.jobs.record import public as public
 
+_QUEUED = EventDraft("queued", "waiting for its turn")
+# In each record whose job is over.
+_ENDED: dict[str, Any] = {"publishing": False, "desired": DesiredState.RUN, "sub_state": None, "reason": None}
+
 
 def then(change: Transition, *steps: Callable[[JobRecord], Transition]) -> Transition:
     """Several transitions as one: all of their events, and the record after the last."""
@@ -59,7 +63,7 @@ def created(record: JobRecord, summary: str) -> Transition:
         record,
         EventDraft("job_created", text, data=data),
         EventDraft("data_validated", summary, data=dict(record.data)),
-        EventDraft("queued", "waiting for its turn"),
+        _QUEUED,
     )
 
 
@@ -125,7 +129,7 @@ def train_again(record: JobRecord, why: str) -> Transition:
     return _change(
         record,
         EventDraft("warning", f"{why}: the last steps are trained again", level="warn"),
-        EventDraft("queued", "waiting for its turn"),
+        _QUEUED,
         status=JobStatus.QUEUED,
         publishing=False,
         sub_state=None,
@@ -156,9 +160,7 @@ def step_done(record: JobRecord, step: int, tokens: int, metrics: dict[str, Any]
         rate = 0.8 * record.tokens_per_s + 0.2 * rate
     return _change(
         record,
-        EventDraft(
-            "step_metrics", f"step {step}/{record.total_steps}, loss {metrics['loss']:.4f}", data=metrics
-        ),
+        _metrics_event(record, step, metrics),
         step=max(record.step, step),
         trained_tokens=max(record.trained_tokens, tokens),
         loss=metrics["loss"],
@@ -170,16 +172,15 @@ def step_done(record: JobRecord, step: int, tokens: int, metrics: dict[str, Any]
     )
 
 
+def _metrics_event(record: JobRecord, step: int, metrics: dict[str, Any]) -> EventDraft:
+    text = f"step {step}/{record.total_steps}, loss {metrics['loss']:.4f}"
+    return EventDraft("step_metrics", text, data=metrics)
+
+
 def late_step(record: JobRecord, step: int, metrics: dict[str, Any]) -> Transition:
     """A step's metrics that come while the job does not run: they are history."""
-    return _change(
-        record,
-        EventDraft(
-            "step_metrics", f"step {step}/{record.total_steps}, loss {metrics['loss']:.4f}", data=metrics
-        ),
-        metrics_attempt=record.attempt,
-        metrics_step=step,
-    )
+    draft = _metrics_event(record, step, metrics)
+    return _change(record, draft, metrics_attempt=record.attempt, metrics_step=step)
 
 
 def progress(
@@ -234,7 +235,7 @@ def stopped(record: JobRecord, now: float) -> Transition:
     if record.desired == DesiredState.PAUSE:
         draft = EventDraft("paused", f"paused at step {record.checkpoint_step}")
         return _change(record, draft, status=JobStatus.PAUSED, desired=DesiredState.RUN, **back)
-    return _change(record, EventDraft("queued", "waiting for its turn"), status=JobStatus.QUEUED, **back)
+    return _change(record, _QUEUED, status=JobStatus.QUEUED, **back)
 
 
 def interrupted(record: JobRecord, why: str, now: float) -> Transition:
@@ -257,10 +258,7 @@ def published(record: JobRecord, now: float) -> Transition:
         finished_at=now,
         fine_tuned_model=record.adapter_name,
         step=record.total_steps,
-        publishing=False,
-        desired=DesiredState.RUN,
-        sub_state=None,
-        reason=None,
+        **_ENDED,
     )
 
 
@@ -273,10 +271,7 @@ def fail(record: JobRecord, code: str, message: str, now: float, param: str | No
         status=JobStatus.FAILED,
         finished_at=now,
         error=JobError(code, message, param),
-        publishing=False,
-        desired=DesiredState.RUN,
-        sub_state=None,
-        reason=None,
+        **_ENDED,
     )
 
 
@@ -301,7 +296,7 @@ def ask_resume(record: JobRecord) -> Transition:
     if record.status == JobStatus.QUEUED:
         return Transition(record)
     if record.status == JobStatus.PAUSED:
-        return _change(record, EventDraft("queued", "waiting for its turn"), status=JobStatus.QUEUED)
+        return _change(record, _QUEUED, status=JobStatus.QUEUED)
     _require(record, "resumed", JobStatus.RUNNING)
     if record.desired == DesiredState.CANCEL:
         raise StateError(f"job {record.id} cannot be resumed: it is being cancelled")
@@ -350,10 +345,7 @@ def _cancelled(record: JobRecord, now: float) -> Transition:
         EventDraft("cancelled", f"cancelled at step {record.step}"),
         status=JobStatus.CANCELLED,
         finished_at=now,
-        publishing=False,
-        desired=DesiredState.RUN,
-        sub_state=None,
-        reason=None,
+        **_ENDED,
     )
 
 
