@@ -190,17 +190,7 @@ class Journal:
             self._copy_one(record, upto.get(record.id), show)
 
     def _copy_one(self, record: JobRecord, upto: int | None, show: bool) -> None:
-        try:
-            if upto is not None:
-                self._mirror.events(record.id, upto)
-            if show:
-                self._mirror.job(self._public(record))
-        except (OSError, NotReadyError) as error:
-            logger.warning("the copies in job %s's folder cannot be written now: %s", record.id, error)
-            self._put_off(record)
-            return
-        except CODING_ERRORS as error:
-            self._leave_out(record, error)
+        if not self._copied(record, upto, show):
             return
         if show:
             self._shown[record.id] = (record.status, time.monotonic())
@@ -209,6 +199,22 @@ class Journal:
                 self._shown.pop(record.id, None)
         if record.id in self._behind:
             self._put_off(record, soon=True)  # what was missing before this record
+
+    def _copied(self, record: JobRecord, upto: int | None, show: bool, *, anew: bool = True) -> bool:
+        """Write copies, into a folder that is gone only with ``anew``; False: not now, or never."""
+        try:
+            if anew or self._mirror.has(record.id):
+                if upto is not None:
+                    self._mirror.events(record.id, upto)
+                if show:
+                    self._mirror.job(self._public(record))
+            return True
+        except (OSError, NotReadyError) as error:
+            logger.warning("the copies in job %s's folder cannot be written now: %s", record.id, error)
+            self._put_off(record)
+        except CODING_ERRORS as error:
+            self._leave_out(record, error)
+        return False
 
     def _leave_out(self, record: JobRecord, error: Exception) -> None:
         """The copies of this job cannot be written, now or later: the store has it all."""
@@ -227,19 +233,10 @@ class Journal:
 
     def _complete(self, record: JobRecord) -> None:
         """Bring a job's copies up to the store; a folder that somebody removed stays away."""
-        try:
-            if self._mirror.has(record.id):
-                self._mirror.events(record.id, record.last_event)
-                self._mirror.job(self._public(record))
-                if record.status.final:
-                    self._mirror.forget(record.id)
-        except (OSError, NotReadyError) as error:
-            logger.warning("the copies in job %s's folder cannot be written now: %s", record.id, error)
-            self._put_off(record)
+        if not self._copied(record, record.last_event, True, anew=False):
             return
-        except CODING_ERRORS as error:
-            self._leave_out(record, error)
-            return
+        if record.status.final:
+            self._mirror.forget(record.id)
         with self._wake:
             if self._behind.get(record.id) is record:
                 del self._behind[record.id]
