@@ -187,11 +187,6 @@ def _tool(raw: Any, where: str) -> dict[str, Any]:
     return {"type": type_, "function": described, "defer_loading": deferred}
 
 
-def without_wrapper(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """The form that serving tries where the template refuses the other one."""
-    return [tool["function"] for tool in tools] if tools else None
-
-
 # ------------------------------------------------------------------ what the template gets
 def for_template(message: dict[str, Any], content_format: str) -> dict[str, Any]:
     """A read message as the template gets it: nulls left out, an absent content empty, parts joined

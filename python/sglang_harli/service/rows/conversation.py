@@ -101,7 +101,7 @@ class Conversation:
         except RowError:
             if not self._tools:
                 raise
-            tools = chat_request.without_wrapper(self._tools)
+            tools = [tool["function"] for tool in self._tools]  # as serving tries next
             return self._render(self._given[:at], tools, opened=True), tools
 
     def _render(

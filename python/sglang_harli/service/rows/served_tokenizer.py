@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 import jinja2
+import msgspec
 
 from sglang_harli.protocol.tokenizer_state import ChatTemplate, Probe, TokenizerState
 
@@ -179,7 +180,8 @@ def describe(tokenizer: Any, chat: ChatTemplate, stop_ids: list[int]) -> Tokeniz
     try:
         # As SGLang asks: where nothing is added to an empty text, it lets the tokenizer add.
         adds_special = not _encode(tokenizer, "", True)
-        texts = (*_PROBES, *(f"{t} a {t}b {t}\n{t}" for t in _some_special(tokenizer, special)))
+        some = (tokenizer.decode([i]) for i in sorted(special)[:4])
+        texts = (*_PROBES, *(f"{t} a {t}b {t}\n{t}" for t in some))
         probes = [
             Probe(text=t, ids=_encode(tokenizer, t, True), plain=_encode(tokenizer, t, False)) for t in texts
         ]
@@ -206,14 +208,8 @@ def describe(tokenizer: Any, chat: ChatTemplate, stop_ids: list[int]) -> Tokeniz
         try:
             ServedTokenizer(state, tokenizer)
         except ValueError:  # a class that renders chats in its own way
-            return _without_backend(state, tokenizer)
+            return msgspec.structs.replace(state, backend=None, vocabulary=_vocabulary(tokenizer))
     return state
-
-
-def _without_backend(state: TokenizerState, tokenizer: Any) -> TokenizerState:
-    import msgspec
-
-    return msgspec.structs.replace(state, backend=None, vocabulary=_vocabulary(tokenizer))
 
 
 def checked_kwargs(chat: ChatTemplate) -> ChatTemplate:
@@ -225,18 +221,12 @@ def checked_kwargs(chat: ChatTemplate) -> ChatTemplate:
         why = f"--default-chat-template-kwargs has {', '.join(taken)}, which serving itself sets"
     else:
         return chat
-    return ChatTemplate(
-        source=chat.source, content_format=chat.content_format, kwargs=chat.kwargs, refusal=why
-    )
+    return msgspec.structs.replace(chat, refusal=why)
 
 
 def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
     # The keyword is left out where it changes nothing, as in SGLang: some classes are slower with it.
     return list(tokenizer.encode(text) if special else tokenizer.encode(text, add_special_tokens=False))
-
-
-def _some_special(tokenizer: Any, special: set[int]) -> list[str]:
-    return [tokenizer.decode([i]) for i in sorted(special)[:4]]
 
 
 def _backend_text(tokenizer: Any, probes: list[Probe]) -> str | None:
