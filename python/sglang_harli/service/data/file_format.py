@@ -37,26 +37,15 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"%PDF-", "a PDF", "give rows of text"),
     (b"\x89HDF", "an HDF5 file", "write it as JSONL"),
     (b"\x93NUMPY", "a NumPy array", "give rows of text"),
-    (b"\x80\x02", "a Python pickle", "write it as JSONL (a pickle is never opened)"),
-    (b"\x80\x03", "a Python pickle", "write it as JSONL (a pickle is never opened)"),
-    (b"\x80\x04", "a Python pickle", "write it as JSONL (a pickle is never opened)"),
-    (b"\x80\x05", "a Python pickle", "write it as JSONL (a pickle is never opened)"),
+    *(
+        (bytes((0x80, protocol)), "a Python pickle", "write it as JSONL (a pickle is never opened)")
+        for protocol in (2, 3, 4, 5)
+    ),
 )
 _CELL = re.compile(r'\s*"?[\w .:/-]{1,64}"?\s*\Z')
 _COLUMNS = {
-    *(
-        "prompt",
-        "completion",
-        "messages",
-        "text",
-        "question",
-        "answer",
-        "instruction",
-        "input",
-        "output",
-        "role",
-    ),
-    *("content", "response", "query", "source", "target", "label", "id"),
+    *("prompt", "completion", "messages", "text", "question", "answer", "instruction", "input", "output"),
+    *("role", "content", "response", "query", "source", "target", "label", "id"),
 }
 _WRAPPERS = {"data", "rows", "examples", "items", "records", "samples", "train", "dataset", "instances"}
 _FIRST_FIELD = re.compile(r'\{\s*"([^"\\]{1,100})"\s*:\s*\[\s*[\[{]')
