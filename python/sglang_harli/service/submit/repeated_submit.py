@@ -22,16 +22,12 @@ def asked(args: SubmitArgs) -> Asked:
         suffix=args.suffix,
         resume_from=args.resume_from,
         priority=args.priority,
-        hyperparameters=_typed(args.hyperparameters),
+        hyperparameters={name: _typed(name, value) for name, value in args.hyperparameters.items()},
     )
 
 
-def _typed(given: dict[str, Any]) -> dict[str, Any]:
-    """As they are stored: ``"3"`` and ``3`` are the same, and so are a list and the text of it."""
-    return {name: _typed_value(name, value) for name, value in given.items()}
-
-
-def _typed_value(name: str, given: Any) -> Any:
+def _typed(name: str, given: Any) -> Any:
+    """As it is stored: ``"3"`` and ``3`` are the same, and so are a list and the text of it."""
     try:
         return plain(getattr(parse_hyperparameters({name: given}), name))
     except ConfigError:  # accepted once, by another version
@@ -55,11 +51,8 @@ def differences(
         old, new = first.hyperparameters, again.hyperparameters
         if (name in old or name in job) and (name in new or name in rest):
             # A stored value is what JSON makes of it, or what another version accepted.
-            values = (
-                _typed_value(name, old[name] if name in old else job[name]),
-                new.get(name, rest.get(name)),
-            )
-            found += _difference(name, *values)
+            before = _typed(name, old[name] if name in old else job[name])
+            found += _difference(name, before, new.get(name, rest.get(name)))
     return found
 
 

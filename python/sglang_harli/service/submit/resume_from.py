@@ -76,24 +76,21 @@ def find(registry: JobRegistry, args: SubmitArgs) -> Origin:
     new_course = bool(args.sha256)
     values = msgspec.to_builtins(record.hyperparameters) | args.hyperparameters
     hp = parse_hyperparameters(values)
-    _check_same(record, hp, SHAPE if new_course else _fixed(), new_course)
+    _check_same(record, hp, new_course)
     origin = Origin(record, JobPaths(registry.run_dir, record.id), hp, new_course)
     if not new_course:
         _check_left(origin)
     return origin
 
 
-def _fixed() -> tuple[str, ...]:
-    return tuple(name for name in Hyperparameters.__struct_fields__ if name not in MAY_DIFFER)
-
-
-def _check_same(record: JobRecord, hp: Hyperparameters, names: tuple[str, ...], new_course: bool) -> None:
+def _check_same(record: JobRecord, hp: Hyperparameters, new_course: bool) -> None:
     def shown(values: Hyperparameters, name: str) -> str:
         value = getattr(values, name)
         return f"{name}={','.join(value) if isinstance(value, tuple) else value}"
 
     old = record.hyperparameters
-    changed = [name for name in names if getattr(old, name) != getattr(hp, name)]
+    fixed = SHAPE if new_course else [n for n in Hyperparameters.__struct_fields__ if n not in MAY_DIFFER]
+    changed = [name for name in fixed if getattr(old, name) != getattr(hp, name)]
     if not changed:
         return
     if new_course:
@@ -175,11 +172,8 @@ def take_data(origin: Origin, folder: Path) -> DataSummary:
     _link_files(stored, folder / "data")
     if stored != origin.paths.data:
         _link_files(origin.paths.data, folder / "data", "train.jsonl")
-    return msgspec.convert(_summary(record.data), DataSummary)
-
-
-def _summary(data: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in data.items() if name in DataSummary.__struct_fields__}
+    known = {name: value for name, value in record.data.items() if name in DataSummary.__struct_fields__}
+    return msgspec.convert(known, DataSummary)
 
 
 def take_checkpoint(origin: Origin, folder: Path) -> Start:

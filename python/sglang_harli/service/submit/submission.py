@@ -43,7 +43,7 @@ from sglang_harli.service.jobs.transitions import JobRecord
 from sglang_harli.service.links.scheduler_link import SchedulerLink
 from sglang_harli.service.submit import repeated_submit, resume_from
 from sglang_harli.service.submit.resume_from import Origin, Start
-from sglang_harli.service.submit.uploads import Uploads
+from sglang_harli.service.submit.uploads import Uploads, storage_error
 from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
 
 logger = logging.getLogger(__name__)
@@ -195,10 +195,7 @@ class Submission:
         try:
             yield uploaded or frames, incoming
         except OSError as error:
-            raise HarliError(
-                f"the data cannot be stored in {self._registry.run_dir} ({error}): make room, then submit again",
-                code="storage",
-            ) from error
+            raise storage_error(self._registry.run_dir, error) from error
         finally:
             loop = asyncio.get_running_loop()
             for folder in (incoming, uploaded.parent if uploaded is not None else None):

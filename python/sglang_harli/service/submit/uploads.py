@@ -53,6 +53,11 @@ class _Upload:
         return self.folder / "data"
 
 
+def storage_error(run_dir: Path, error: OSError) -> HarliError:
+    text = f"the data cannot be stored in {run_dir} ({error}): make room, then submit again"
+    return HarliError(text, code="storage")
+
+
 class Uploads:
     """Files that clients send in pieces, until a submit takes them; leftovers are removed."""
 
@@ -94,7 +99,7 @@ class Uploads:
                 await asyncio.shield(upload.writing)
             except (OSError, HarliError) as error:
                 self.forget(args.upload)
-                raise self._storage(error) if isinstance(error, OSError) else error from error
+                raise storage_error(self._run_dir, error) if isinstance(error, OSError) else error from error
         return UploadAnswer(offset=upload.received)
 
     async def take(self, upload: str, size: int, sha256: str) -> Path:
@@ -171,12 +176,6 @@ class Uploads:
             f"there is no upload {upload} (any more): begin again at offset 0",
             code="upload_unknown",
             param="upload",
-        )
-
-    def _storage(self, error: OSError) -> HarliError:
-        return HarliError(
-            f"the data cannot be stored in {self._run_dir} ({error}): make room, then submit again",
-            code="storage",
         )
 
     # ---- in the disk's thread
