@@ -83,7 +83,7 @@ class App:
             self._context,
             run_paths.http_endpoint(str(run_dir)),
             self._state,
-            self._wanted,
+            lambda name: self._publication.want_name(name),
             self._take_tokenizer,
         )
         self._publication = PublicationQueue(self._registry, self._http, self._disk, shm, config.model_path)
@@ -190,9 +190,6 @@ class App:
             tokenizer_lost=self._tokenizer.lost,
         )
 
-    def _wanted(self, name: str) -> None:
-        self._publication.want_name(name)
-
     def _take_tokenizer(self, fingerprint: str) -> None:
         """At each hello of the HTTP process: a thread reads the tokenizer that it names."""
         self._named_tokenizer = fingerprint
@@ -273,7 +270,7 @@ class _Formatter(logging.Formatter):
 
 
 def main() -> None:
-    run_dir_modes.keep_to_ourselves()
+    os.umask(run_dir_modes.UMASK)
     hidden_torch.hide()
     log = logging.StreamHandler(sys.stderr)
     log.setFormatter(_Formatter("[%(asctime)s] finetune service: %(message)s", "%Y-%m-%d %H:%M:%S"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import stat
 from pathlib import Path
 
@@ -35,7 +34,3 @@ def close_to_others(run_dir: Path) -> None:
         "%s is open to other users (mode %04o): they cannot read the jobs in it, but %s: chmod 700 %s",
         *(run_dir, mode, "replace them" if replace else "see their names", run_dir),
     )
-
-
-def keep_to_ourselves() -> None:
-    os.umask(UMASK)

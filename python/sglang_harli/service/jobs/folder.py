@@ -33,23 +33,23 @@ class JobPaths:
         self.metrics = self.folder / "metrics.jsonl"
 
 
-def fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _fsync(path: Path, flags: int = os.O_RDONLY) -> None:
+    fd = os.open(path, flags)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
+def fsync_folder(folder: Path) -> None:
+    _fsync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
 def fsync_tree(folder: Path) -> None:
     """Every file and folder under ``folder`` reaches the disk."""
     for root, _folders, files in os.walk(folder):
         for name in files:
-            fd = os.open(Path(root) / name, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            _fsync(Path(root) / name)
         fsync_folder(Path(root))
 
 

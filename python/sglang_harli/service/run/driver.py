@@ -252,7 +252,7 @@ class RunDriver:
             rows=batch.data.positions,
             step_target_tokens=batch.step_target_tokens,
         )
-        if not self._send(message, *(array.data for array in batch.data.arrays)):
+        if not self._link.send(message, *(array.data for array in batch.data.arrays)):
             return False  # nobody is there: tried again at the next tick
         failpoint(Failpoint.MICRO_BATCH_FED)
         self._machine.fed(cursor, batch.data.nbytes)
@@ -277,12 +277,9 @@ class RunDriver:
         self._reader.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------ short hands
-    def _send(self, message: internal.Message, *frames: Any) -> bool:
-        return self._link.send(message, *frames)
-
     def _say(self, message: internal.Message) -> None:
         try:
-            self._send(message)
+            self._link.send(message)
         except CODING_ERRORS as error:
             if not isinstance(message, internal.StartRun):
                 raise

@@ -184,11 +184,8 @@ class RunMachine:
         return [Apply(change, then=(start,))] if change.drafts else [start]
 
     def _memory_bytes(self, record: JobRecord) -> int:
-        limits, longest, rows = (
-            self.state.limits,
-            record.data.get("longest_row", 0),
-            record.data.get("rows", 0),
-        )
+        limits = self.state.limits
+        longest, rows = record.data.get("longest_row", 0), record.data.get("rows", 0)
         return limits.job_memory_bytes(record.hyperparameters, longest, rows) if limits and longest else 0
 
     def cannot_start(self, job: str, attempt: int, text: str, now: Now) -> list[Effect]:

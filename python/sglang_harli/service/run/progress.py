@@ -235,8 +235,6 @@ def _given_up(
     # The state is lost: it is trained again from the checkpoint before.
     change, held = put_back(state, record, NotNow(found.why), now)
     if found.lasting and record.status == JobStatus.RUNNING:
-        change, held = (
-            transitions.fail(record, "checkpoint_failed", f"{found.why}: submit it again", now.wall),
-            [],
-        )
+        text = f"{found.why}: submit it again"
+        change, held = transitions.fail(record, "checkpoint_failed", text, now.wall), []
     return [*held, Apply(change, then=acks), *state.unwanted(run, now)]
