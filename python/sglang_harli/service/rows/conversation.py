@@ -161,8 +161,14 @@ class Conversation:
         self, at: int, other: dict[str, Any], tools: list[dict[str, Any]] | None, after: str
     ) -> bool | None:
         """Whether ``other`` in place of message ``at`` renders the same; None: it is refused."""
+        return self._renders([*self._given[:at], other], tools, after, opened=False)
+
+    def _renders(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str, *, opened: bool
+    ) -> bool | None:
+        """Whether the messages become ``text``; None: the template refuses them."""
         try:
-            return self._render([*self._given[:at], other], tools, opened=False) == after
+            return self._render(messages, tools, opened=opened) == text
         except RowError:
             return None
 
@@ -194,19 +200,11 @@ class Conversation:
             if role != "assistant" and notes.worth_a_look(role):
                 text = chat_request.text_of(message).strip()
                 others = [*self._given[:i], self._given[i] | {"content": "harli?"}, *self._given[i + 1 : at]]
-                if text and text not in before and self._unchanged(others, before, tools):
+                if text and text not in before and self._renders(others, tools, before, opened=True):
                     notes.add("role_not_rendered", [role])
-        if tools and notes.worth_a_look("tools") and self._unchanged(self._given[:at], before, None):
-            notes.add("field_not_rendered", ["tools"])
-
-    def _unchanged(
-        self, messages: list[dict[str, Any]], before: str, tools: list[dict[str, Any]] | None
-    ) -> bool:
-        """Whether other messages or tools make the prompt ``before`` as well."""
-        try:
-            return self._render(messages, tools, opened=True) == before
-        except RowError:
-            return False
+        if tools and notes.worth_a_look("tools"):
+            if self._renders(self._given[:at], None, before, opened=True):
+                notes.add("field_not_rendered", ["tools"])
 
     def _note_end(self, at: int, answer: list[int], *, own_end: bool) -> None:
         served = self._served
