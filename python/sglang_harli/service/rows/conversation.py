@@ -202,9 +202,9 @@ class Conversation:
                 others = [*self._given[:i], self._given[i] | {"content": "harli?"}, *self._given[i + 1 : at]]
                 if text and text not in before and self._renders(others, tools, before, opened=True):
                     notes.add("role_not_rendered", [role])
-        if tools and notes.worth_a_look("tools"):
-            if self._renders(self._given[:at], None, before, opened=True):
-                notes.add("field_not_rendered", ["tools"])
+        given = self._given[:at]
+        if tools and notes.worth_a_look("tools") and self._renders(given, None, before, opened=True):
+            notes.add("field_not_rendered", ["tools"])
 
     def _note_end(self, at: int, answer: list[int], *, own_end: bool) -> None:
         served = self._served
