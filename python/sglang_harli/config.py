@@ -314,6 +314,13 @@ def parse_live(name: str, text: str) -> tuple[str, LiveValue]:
     return key, value
 
 
+def contradiction(max_itl_ms: float | None, tpot_slo_ms: float) -> str | None:
+    """Why these options cannot be in force together, or None."""
+    if max_itl_ms is not None and max_itl_ms < tpot_slo_ms:
+        return f"max-itl-ms={max_itl_ms:g} is below tpot-slo-ms={tpot_slo_ms:g}: every token would miss it"
+    return None
+
+
 def _is_number(value: Any) -> bool:
     """Finite; values also come over the wire, where a text may stand."""
     if isinstance(value, bool):

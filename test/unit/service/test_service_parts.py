@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_harli.config import LIVE, LIVE_MS
+from sglang_harli.config import LIVE, LIVE_MS, contradiction
 from sglang_harli.errors import ConfigError, UnsupportedError
 from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.service.endpoint import live_options, router
@@ -84,8 +84,8 @@ def test_what_cannot_be_set(values):
 def test_what_can_be_set_and_what_contradicts_itself():
     live_options.check(dict.fromkeys(LIVE_MS, 25.0) | {"max_train_mem": "1GiB"})
     live_options.check(dict.fromkeys(LIVE[1:]))
-    assert live_options.contradiction({"tpot_slo_ms": 50.0, "max_itl_ms": 40.0})
-    assert live_options.contradiction({"tpot_slo_ms": 50.0, "max_itl_ms": None}) is None
+    assert contradiction(max_itl_ms=40.0, tpot_slo_ms=50.0)
+    assert contradiction(max_itl_ms=None, tpot_slo_ms=50.0) is None
 
 
 @given(st.binary(max_size=100))

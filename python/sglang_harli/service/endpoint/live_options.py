@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from sglang_harli.config import LIVE, HarliOptions, LiveValue
+from sglang_harli.config import LIVE, HarliOptions, LiveValue, contradiction
 from sglang_harli.errors import SHOWN, ConfigError, NotReadyError, shown
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.public import SetAnswer, SetArgs
@@ -37,7 +37,6 @@ class LiveOptions:
         pending: str | None,
         keep: Callable[[str], Awaitable[None]],
     ) -> None:
-        self._options = options
         self._link = link
         self._keep = keep
         self._pending = _read(pending)
@@ -61,8 +60,8 @@ class LiveOptions:
     async def _defer(self, args: SetArgs) -> SetAnswer:
         if args.if_revision is not None and args.if_revision != self.revision:
             return self._answer("stale", f"the revision is {self.revision}, not {args.if_revision}")
-        wanted = self.effective | self._pending | args.values
-        text = contradiction(wanted)
+        wanted: dict[str, Any] = self.effective | self._pending | args.values
+        text = contradiction(wanted.get("max_itl_ms"), wanted["tpot_slo_ms"])
         if text is not None:
             return self._answer("conflict", text)
         self._pending |= args.values
@@ -104,24 +103,11 @@ def _read(pending: str | None) -> dict[str, LiveValue]:
 def check(values: Mapping[str, LiveValue]) -> None:
     """Raise ConfigError naming the option and what is accepted."""
     if not values:
-        raise ConfigError("nothing to set: give one or more of " + _names(), param="values")
+        raise ConfigError("nothing to set: give one or more of " + ", ".join(LIVE), param="values")
     for name, value in values.items():
         if name not in LIVE:
-            raise ConfigError(
-                f"{shown(name)} cannot be set while the server runs; accepted: {_names()}", param=name[:SHOWN]
-            )
+            text = f"{shown(name)} cannot be set while the server runs; accepted: {', '.join(LIVE)}"
+            raise ConfigError(text, param=name[:SHOWN])
         if value is None and name == "tpot_slo_ms":
             raise ConfigError("tpot_slo_ms cannot be cleared: give a number of milliseconds", param=name)
         HarliOptions(**{name: value})  # type: ignore[arg-type]
-
-
-def contradiction(values: dict[str, Any]) -> str | None:
-    """Why the values cannot be in force together, or None (the scheduler's own rule)."""
-    gap, target = values.get("max_itl_ms"), values["tpot_slo_ms"]
-    if gap is not None and gap < target:
-        return f"max-itl-ms={gap:g} is below tpot-slo-ms={target:g}: every token would miss it"
-    return None
-
-
-def _names() -> str:
-    return ", ".join(LIVE)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sglang_harli.config import LIVE, HarliOptions
+from sglang_harli.config import LIVE, HarliOptions, contradiction
 from sglang_harli.core import StepLoad
 from sglang_harli.errors import ConfigError
 from sglang_harli.managers.scheduler.policy.explanation import CONSEQUENCE, impossible
@@ -262,11 +262,8 @@ class ServingState:
             options = self.options.replace(**message.values)
         except ConfigError as error:
             return answer("conflict", error.message)
-        itl, tpot = options.max_itl_ms, options.tpot_slo_ms
-        if itl is not None and itl < tpot:
-            return answer(
-                "conflict", f"max-itl-ms={itl:g} is below tpot-slo-ms={tpot:g}: every token would miss it"
-            )
+        if text := contradiction(options.max_itl_ms, options.tpot_slo_ms):
+            return answer("conflict", text)
         memory = self.memory if "max_train_mem" in message.values else None
         if memory is not None and (text := memory.limit_conflict(options.max_train_bytes)):
             return answer("conflict", text)
