@@ -140,11 +140,6 @@ class TokenReader:
     def __len__(self) -> int:
         return len(self.lines)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row, int64."""
-        return np.diff(self.offsets)
-
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels (-100 where nothing is learned) of a row, int32, not shifted."""
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])

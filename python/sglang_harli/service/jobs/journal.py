@@ -90,11 +90,6 @@ class Journal:
             self._behind |= {record.id: record for record in records}
             self._wake.notify()
 
-    @property
-    def backlog(self) -> int:
-        """Events that wait to be written."""
-        return len(self._events)
-
     def close(self) -> None:
         """Write what is left and end the thread (waits for it)."""
         with self._wake:
