@@ -52,7 +52,10 @@ class RowReader:
         except ValueError as error:  # Python reads no integer of more than 4,300 digits
             raise RowError("it holds a number of thousands of digits") from error
         if _ODD.search(line.text) or line.text.count(b"[") + line.text.count(b"{") > MAX_DEPTH:
-            _check(value)
+            found = odd_value(value)
+            if found is not None:
+                path, problem = found
+                raise RowError(f"{place(path)} {problem}", str(path[0]) if path else None)
         self.twice = list(self._find_doubled(value)) if self._doubled else []
         return value
 
@@ -87,13 +90,6 @@ class RowReader:
             raise RowError(
                 f"not UTF-8: byte {byte:#04x}{hint} at column {column}: save the file as UTF-8"
             ) from error
-
-
-def _check(value: Any) -> None:
-    found = odd_value(value)
-    if found is not None:
-        path, problem = found
-        raise RowError(f"{place(path)} {problem}", str(path[0]) if path else None)
 
 
 # ------------------------------------------------------------------ why a text is no JSON

@@ -73,8 +73,3 @@ def check_vocabulary(largest_id: int, limits: ServedLimits) -> None:
             f"the data was tokenized with ids up to {largest_id}, the served model has {limits.vocab_size}: "
             "it is another model's job; submit it again"
         )
-
-
-def require_trainable(refusal: str | None) -> None:
-    if refusal is not None:
-        raise UnsupportedError(f"this server cannot train: {refusal}")

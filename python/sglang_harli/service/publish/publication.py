@@ -194,12 +194,9 @@ class PublicationQueue:
             "adapter_failed",
             lambda error: f"the adapter cannot be saved in {paths.adapter} ({error}): make room on the disk",
         )
-        drafts = (
-            EventDraft(
-                "adapter_saved", f"adapter saved in {paths.adapter}", data={"path": str(paths.adapter)}
-            ),
-        )
-        await self._registry.apply(transitions.Transition(self._registry.get(job), drafts))
+        path = str(paths.adapter)
+        saved = EventDraft("adapter_saved", f"adapter saved in {path}", data={"path": path})
+        await self._registry.apply(transitions.Transition(self._registry.get(job), (saved,)))
 
     async def _share(self, job: str, paths: JobPaths) -> tuple[SharedBuffer, SlotRef, dict[str, Any]]:
         """The adapter's tensors in a slot; a missing or damaged folder is saved again, once.

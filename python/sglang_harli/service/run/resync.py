@@ -145,15 +145,6 @@ def _meet(state: State, message: internal.Hello | internal.Pulse, now: Now) -> l
     if record is None or record.status != JobStatus.QUEUED or state.limits is None:
         keep = record is not None and record.status in (JobStatus.QUEUED, JobStatus.PAUSED)
         return state.unwanted(run, now, snapshot=keep)
-    return _adopt(run, record, message, state.limits)
-
-
-def _adopt(
-    run: Run,
-    record: JobRecord,
-    message: internal.Hello | internal.Pulse,
-    limits: internal.ServedLimits,
-) -> list[Effect]:
     run.adopting, run.next_cursor = True, message.next_cursor
-    prepare = Prepare(run.job, run.attempt, limits, restore=False)
+    prepare = Prepare(run.job, run.attempt, state.limits, restore=False)
     return [Apply(transitions.adopt(record, message.step), then=(prepare,))]

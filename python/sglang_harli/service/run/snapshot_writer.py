@@ -62,17 +62,9 @@ class SnapshotWriter:
         paths = JobPaths(self._registry.run_dir, message.job)
         counted = message.meta.get("tokens")
         tokens = counted if isinstance(counted, int) else self._registry.get(message.job).trained_tokens
-        save = functools.partial(
-            checkpoints.save_state,
-            paths.checkpoints,
-            message.step,
-            message.slot,
-            message.meta,
-            tokens,
-            rush=message.reason == "shutdown",
-        )
+        save = functools.partial(checkpoints.save_state, rush=message.reason == "shutdown")
         async with self._turn:
-            await self._off(save)
+            await self._off(save, paths.checkpoints, message.step, message.slot, message.meta, tokens)
 
     def _warn(self, job: str, text: str) -> None:
         self._registry.apply(transitions.warn(self._registry.get(job), text))

@@ -16,7 +16,7 @@ from typing import Any
 
 from sglang_harli.config import ServiceConfig
 from sglang_harli.core import JobStatus
-from sglang_harli.errors import ConfigError, NotReadyError, ProtocolError
+from sglang_harli.errors import ConfigError, NotReadyError, ProtocolError, UnsupportedError
 from sglang_harli.failpoints import Failpoint, WriteFailpoint, failpoint
 from sglang_harli.names import adapter_name
 from sglang_harli.protocol.public import (
@@ -128,7 +128,8 @@ class Submission:
     async def _create(self, args: SubmitArgs, frames: Sequence[bytes]) -> JobRecord:
         if self._registry.journal.trouble:
             raise NotReadyError(self._registry.journal.trouble)
-        admission.require_trainable(self._link.refusal)
+        if self._link.refusal is not None:
+            raise UnsupportedError(f"this server cannot train: {self._link.refusal}")
         origin = None
         if args.resume_from is not None:
             origin = resume_from.find(self._registry, args)
