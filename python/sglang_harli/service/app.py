@@ -7,6 +7,7 @@ neither torch nor sglang.  Its configuration is JSON in the environment (``confi
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -35,7 +36,7 @@ from sglang_harli.service.links.scheduler_link import SchedulerLink
 from sglang_harli.service.pacing import lower_priority
 from sglang_harli.service.publish.publication import PublicationQueue
 from sglang_harli.service.run.driver import RunDriver
-from sglang_harli.service.run.why_none_starts import WhyNoneStarts
+from sglang_harli.service.run.why_none_starts import why_none_starts
 from sglang_harli.service.submit.submission import Submission, remove_leftovers
 from sglang_harli.service.submit.uploads import Uploads
 from sglang_harli.service.tokenizer import hidden_torch
@@ -72,7 +73,7 @@ class App:
             self._store,
             run_dir,
             config.options.keep_checkpoints,
-            WhyNoneStarts(self._scheduler, self._tokenizer),
+            functools.partial(why_none_starts, self._scheduler, self._tokenizer),
         )
         remove_leftovers(
             run_dir, {record.id for record in self._registry.all()} | set(self._registry.unreadable)

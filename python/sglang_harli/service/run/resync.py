@@ -5,7 +5,6 @@ from __future__ import annotations
 from sglang_harli.core import JobStatus
 from sglang_harli.protocol import internal
 from sglang_harli.service.jobs import transitions
-from sglang_harli.service.jobs.transitions import JobRecord
 from sglang_harli.service.run.holds import lift_all, serve
 from sglang_harli.service.run.state import Apply, Effect, Now, Phase, Prepare, RemoveStale, Run, Send, State
 
