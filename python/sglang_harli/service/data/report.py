@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,10 +104,5 @@ def histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
 
 def parts(row: Row, tokenizer: ServedTokenizer) -> list[dict[str, Any]]:
     """The row's text in runs of equal mask."""
-    found: list[dict[str, Any]] = []
-    start = 0
-    for at in range(1, len(row.ids) + 1):
-        if at == len(row.ids) or row.targets[at] != row.targets[start]:
-            found.append({"text": tokenizer.decode(row.ids[start:at]), "learned": row.targets[start]})
-            start = at
-    return found
+    runs = groupby(zip(row.targets, row.ids, strict=True), key=itemgetter(0))
+    return [{"text": tokenizer.decode([i for _, i in run]), "learned": learned} for learned, run in runs]

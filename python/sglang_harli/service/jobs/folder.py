@@ -73,7 +73,7 @@ class JobMirror:
         """Bring job.json up to date; after an OSError the next call tries again."""
         path = JobPaths(self._run_dir, job.id).job
         content = orjson.dumps(msgspec.to_builtins(job), option=orjson.OPT_INDENT_2)
-        if _content(path) == content:
+        if path.exists() and path.read_bytes() == content:
             return
         temporary = path.with_suffix(".tmp")
         failpoint(WriteFailpoint.MIRROR)
@@ -105,13 +105,6 @@ def _append(path: Path, rows: list[dict]) -> None:
         failpoint(WriteFailpoint.MIRROR)
         with path.open("ab") as file:
             file.write(b"".join(orjson.dumps(row) + b"\n" for row in rows))
-
-
-def _content(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
 
 
 def _repair(path: Path, key: str) -> int:

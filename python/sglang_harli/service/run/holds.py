@@ -145,8 +145,3 @@ def serve(state: State, message: internal.Hello) -> list[Effect]:
         effects += lift_all(state)
     state.base = base
     return effects + [Apply(transitions.take_base(r, base), urgent=False) for r in state.book.without_base()]
-
-
-def forget(state: State, job: str) -> None:
-    """The job got further: its next trouble counts as the first."""
-    state.troubles.pop(job, None)

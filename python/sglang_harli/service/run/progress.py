@@ -13,7 +13,7 @@ from sglang_harli.core import JobStatus, SubState
 from sglang_harli.protocol import internal
 from sglang_harli.service.jobs import transitions
 from sglang_harli.service.jobs.transitions import DesiredState, JobRecord, Transition
-from sglang_harli.service.run.holds import NotNow, forget, may_be_tried_again, put_back
+from sglang_harli.service.run.holds import NotNow, may_be_tried_again, put_back
 from sglang_harli.service.run.resync import pulse, saved
 from sglang_harli.service.run.state import (
     Acknowledge,
@@ -89,7 +89,7 @@ def _started(state: State, run: Run | None, message: internal.RunStarted) -> lis
 def _step_done(state: State, run: Run | None, record: JobRecord, message: internal.StepDone) -> list[Effect]:
     if run is not None:
         run.has_applied(message.step)
-        forget(state, run.job)
+        state.troubles.pop(run.job, None)  # the next one counts as the first
     known = (message.attempt, message.step) <= (record.metrics_attempt, record.metrics_step)
     if record.status.final or (known and message.seq not in state.unstored):
         return [Acknowledge(message.seq)]

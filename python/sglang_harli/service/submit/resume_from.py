@@ -106,7 +106,8 @@ def _check_same(record: JobRecord, hp: Hyperparameters, new_course: bool) -> Non
 
 def _check_left(origin: Origin) -> None:
     """Something is left to do, as far as the record tells (the checkpoint is read later)."""
-    record, total = origin.record, total_steps(origin)
+    record = origin.record
+    total = batches.total_steps(record.data["rows"], origin.hyperparameters)
     if record.status == JobStatus.SUCCEEDED and total == record.total_steps:
         raise ConfigError(
             f"job {record.id} has done all of its {total} steps: raise n_epochs (now "
@@ -119,10 +120,6 @@ def _check_left(origin: Origin) -> None:
             f"{record.checkpoint_step}: raise n_epochs",
             param="n_epochs",
         )
-
-
-def total_steps(origin: Origin) -> int:
-    return batches.total_steps(origin.record.data["rows"], origin.hyperparameters)
 
 
 def follow(record: JobRecord, origin: Origin, start: Start) -> JobRecord:
