@@ -14,20 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import (
-    Column,
-    Connection,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    create_engine,
-    event,
-    insert,
-    select,
-    update,
-)
+import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.engine import URL, Engine, make_url
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
 
@@ -43,29 +31,29 @@ STORE_FILE = "harli.db"
 SCHEMA = "1"
 LOCKED_MS = 2000  # a database that another process has locked is waited for; then the caller says so
 
-_metadata = MetaData()
-_jobs = Table(
+_metadata = sa.MetaData()
+_jobs = sa.Table(
     "jobs",
     _metadata,
-    Column("id", String(64), primary_key=True),
-    Column("number", Integer, nullable=False, unique=True),
-    Column("status", String(32), nullable=False, index=True),
-    Column("idempotency_key", String(128), unique=True),
-    Column("body", Text, nullable=False),
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("number", sa.Integer, nullable=False, unique=True),
+    sa.Column("status", sa.String(32), nullable=False, index=True),
+    sa.Column("idempotency_key", sa.String(128), unique=True),
+    sa.Column("body", sa.Text, nullable=False),
 )
-_events = Table(
+_events = sa.Table(
     "events",
     _metadata,
-    Column("job", String(64), primary_key=True),
-    Column("id", Integer, primary_key=True),
-    Column("type", String(32), nullable=False),
-    Column("body", Text, nullable=False),
+    sa.Column("job", sa.String(64), primary_key=True),
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("type", sa.String(32), nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
 )
-_settings = Table(
+_settings = sa.Table(
     "settings",
     _metadata,
-    Column("key", String(64), primary_key=True),
-    Column("value", Text, nullable=False),
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
 )
 
 
@@ -96,7 +84,7 @@ class JobStore:
     def __init__(self, url: str | URL) -> None:
         address = make_url(url)
         where = address.database if address.get_backend_name() == "sqlite" else address
-        self._engine: Engine = create_engine(address)
+        self._engine: Engine = sa.create_engine(address)
         if address.get_backend_name() == "sqlite":
             event.listen(self._engine, "connect", _tune_sqlite)
         try:
@@ -156,7 +144,7 @@ class JobStore:
         """All jobs in the order of their creation; unreadable records go to ``unreadable``."""
         columns = (_jobs.c.id, _jobs.c.number, _jobs.c.idempotency_key, _jobs.c.body)
         with _trouble("read"), self._engine.connect() as db:
-            rows = db.execute(select(*columns).order_by(_jobs.c.number)).all()
+            rows = db.execute(sa.select(*columns).order_by(_jobs.c.number)).all()
         found, self.unreadable = [], []
         for job, number, key, body in rows:
             try:
@@ -171,7 +159,7 @@ class JobStore:
     def events(self, job: str, after: int, limit: int) -> list[Event]:
         """The job's events with an id above ``after``, oldest first."""
         query = (
-            select(_events.c.id, _events.c.body)
+            sa.select(_events.c.id, _events.c.body)
             .where(_events.c.job == job, _events.c.id > after)
             .order_by(_events.c.id)
             .limit(limit)
@@ -181,7 +169,7 @@ class JobStore:
 
     def setting(self, key: str) -> str | None:
         with _trouble("read"), self._engine.connect() as db:
-            return db.execute(select(_settings.c.value).where(_settings.c.key == key)).scalar_one_or_none()
+            return db.execute(sa.select(_settings.c.value).where(_settings.c.key == key)).scalar_one_or_none()
 
     def close(self) -> None:
         self._engine.dispose()
@@ -202,11 +190,11 @@ def _why(error: SQLAlchemyError) -> str:
     return str(error.orig) if isinstance(error, DBAPIError) and error.orig is not None else str(error)
 
 
-def _put(db: Connection, table: Table, key: dict[str, Any], values: dict[str, Any]) -> None:
+def _put(db: sa.Connection, table: sa.Table, key: dict[str, Any], values: dict[str, Any]) -> None:
     """Update or insert (one writer, so nothing comes between)."""
     match = [table.c[name] == value for name, value in key.items()]
-    if db.execute(update(table).where(*match).values(**values)).rowcount == 0:
-        db.execute(insert(table).values(**key, **values))
+    if db.execute(sa.update(table).where(*match).values(**values)).rowcount == 0:
+        db.execute(sa.insert(table).values(**key, **values))
 
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:
