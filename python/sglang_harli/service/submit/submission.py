@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang_harli.config import ServiceConfig
 from sglang_harli.core import JobStatus
@@ -49,6 +49,16 @@ from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
 logger = logging.getLogger(__name__)
 
 SETTLERS = 8
+
+
+class _Incoming(NamedTuple):
+    """The data of a submit or a check, an uploaded file or frames, on its way to ``folder``."""
+
+    args: SubmitArgs
+    hp: Hyperparameters
+    longest: int | None
+    source: Path | Sequence[bytes]
+    folder: Path
 
 
 class Submission:
@@ -138,13 +148,10 @@ class Submission:
             hp = parse_hyperparameters(args.hyperparameters)
         admitted = self._link.limits is not None
         loop = asyncio.get_running_loop()
-        longest = await loop.run_in_executor(self._settlers, self._longest, hp)
         job = self._registry.new_id()
-        async with self._incoming(args, frames, job) as (source, folder):
-            summary, start = await loop.run_in_executor(
-                self._worker, self._take_in, args, source, folder, hp, longest, origin
-            )
-            await loop.run_in_executor(self._settlers, self._settle, folder, job)
+        async with self._incoming(args, hp, frames, job) as incoming:
+            summary, start = await loop.run_in_executor(self._worker, self._take_in, incoming, origin)
+            await loop.run_in_executor(self._settlers, self._settle, incoming.folder, job)
         failpoint(Failpoint.DATA_STORED)
         record = self._record(job, args, hp, summary, admitted=admitted)
         if origin is not None:
@@ -165,10 +172,8 @@ class Submission:
         _check_frames(args, frames)
         with self._answered(args.upload):
             hp = parse_hyperparameters(asked.hyperparameters)
-            loop = asyncio.get_running_loop()
-            longest = await loop.run_in_executor(self._settlers, self._longest, hp)
-            async with self._incoming(args, frames, self._registry.new_id()) as (source, folder):
-                return await loop.run_in_executor(self._worker, self._look, args, source, folder, hp, longest)
+            async with self._incoming(args, hp, frames, self._registry.new_id()) as incoming:
+                return await asyncio.get_running_loop().run_in_executor(self._worker, self._look, incoming)
 
     @contextlib.contextmanager
     def _answered(self, upload: str | None) -> Iterator[None]:
@@ -186,19 +191,20 @@ class Submission:
 
     @contextlib.asynccontextmanager
     async def _incoming(
-        self, args: SubmitArgs, frames: Sequence[bytes], job: str
-    ) -> AsyncIterator[tuple[Path | Sequence[bytes], Path]]:
-        """The data (an uploaded file or frames) and a folder for it, removed if left at the end."""
+        self, args: SubmitArgs, hp: Hyperparameters, frames: Sequence[bytes], job: str
+    ) -> AsyncIterator[_Incoming]:
+        """The data and a folder for it, which is removed at the end if it is still there."""
+        loop = asyncio.get_running_loop()
+        longest = await loop.run_in_executor(self._settlers, self._longest, hp)
         incoming = self._registry.run_dir / f"{INCOMING}{job}"
         uploaded = None
         if args.upload:
             uploaded = await self._uploads.take(args.upload, args.size, args.sha256)
         try:
-            yield uploaded or frames, incoming
+            yield _Incoming(args, hp, longest, uploaded or frames, incoming)
         except OSError as error:
             raise storage_error(self._registry.run_dir, error) from error
         finally:
-            loop = asyncio.get_running_loop()
             for folder in (incoming, uploaded.parent if uploaded is not None else None):
                 if folder is not None:
                     with contextlib.suppress(RuntimeError):  # the service ends; its next start removes it
@@ -239,67 +245,46 @@ class Submission:
         )
 
     # ---- in the worker thread
-    def _take_in(
-        self,
-        args: SubmitArgs,
-        source: Path | Sequence[bytes],
-        folder: Path,
-        hp: Hyperparameters,
-        longest: int | None,
-        origin: Origin | None,
-    ) -> tuple[DataSummary, Start]:
+    def _take_in(self, incoming: _Incoming, origin: Origin | None) -> tuple[DataSummary, Start]:
         """The folder of a job to be: its file, and what ``origin`` left."""
-        start = resume_from.take_checkpoint(origin, folder) if origin is not None else Start()
+        start = resume_from.take_checkpoint(origin, incoming.folder) if origin is not None else Start()
         if origin is not None and not origin.new_course:
-            summary = resume_from.take_data(origin, folder)
+            summary = resume_from.take_data(origin, incoming.folder)
         else:
-            summary = self._scan(args, source, folder, hp, longest)
+            summary = self._scan(incoming)
         limits = self._link.limits  # they may have come meanwhile
         if limits is not None:
-            admission.check_data(hp, summary.longest_row, summary.longest_line, summary.rows, limits)
+            longest, line = summary.longest_row, summary.longest_line
+            admission.check_data(incoming.hp, longest, line, summary.rows, limits)
         return summary, start
 
-    def _scan(
-        self,
-        args: SubmitArgs,
-        source: Path | Sequence[bytes],
-        folder: Path,
-        hp: Hyperparameters,
-        longest: int | None,
-    ) -> DataSummary:
-        file = _keep(args, source, folder)
-        summary = self._tokens(args, file, hp, longest)
+    def _scan(self, incoming: _Incoming) -> DataSummary:
+        file = _keep(incoming)
+        summary = self._tokens(incoming, file, incoming.longest)
         limits = self._link.limits
         if limits is not None and summary.longest_row > limits.max_seq_length:
-            summary = self._tokens(args, file, hp, limits.max_seq_length)  # the limit came meanwhile
+            summary = self._tokens(incoming, file, limits.max_seq_length)  # the limit came meanwhile
         return summary
 
-    def _tokens(self, args: SubmitArgs, file: Path, hp: Hyperparameters, longest: int | None) -> DataSummary:
+    def _tokens(self, incoming: _Incoming, file: Path, longest: int | None) -> DataSummary:
         with TokenWriter(file.parent) as writer:
             return dataset.scan(
                 file,
                 self._tokenizer.get(),
-                name=args.filename,
+                name=incoming.args.filename,
                 max_length=longest,
-                on_overflow=hp.on_overflow,
+                on_overflow=incoming.hp.on_overflow,
                 writer=writer,
                 stop=self._stopping.is_set,
             )
 
-    def _look(
-        self,
-        args: SubmitArgs,
-        source: Path | Sequence[bytes],
-        folder: Path,
-        hp: Hyperparameters,
-        longest: int | None,
-    ) -> dict[str, Any]:
+    def _look(self, incoming: _Incoming) -> dict[str, Any]:
         return data_report(
-            _keep(args, source, folder),
+            _keep(incoming),
             self._tokenizer.get(),
-            name=args.filename,
-            max_length=longest,
-            on_overflow=hp.on_overflow,
+            name=incoming.args.filename,
+            max_length=incoming.longest,
+            on_overflow=incoming.hp.on_overflow,
             stop=self._stopping.is_set,
         )
 
@@ -347,15 +332,15 @@ def _check_frames(args: SubmitArgs, frames: Sequence[bytes]) -> None:
         )
 
 
-def _keep(args: SubmitArgs, source: Path | Sequence[bytes], folder: Path) -> Path:
+def _keep(incoming: _Incoming) -> Path:
     """The data as a file in its folder."""
-    data = folder / "data"
+    source, data = incoming.source, incoming.folder / "data"
     data.mkdir(parents=True)
     file = data / "train.jsonl"
     if isinstance(source, Path):
         source.replace(file)
     else:
-        _store(args, source, file)
+        _store(incoming.args, source, file)
         if isinstance(source, list):
             source.clear()  # it is on the disk: memory need not hold it while it is looked at
     return file
