@@ -43,15 +43,11 @@ class Coding:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line that is not blank: its ``number`` from 1 and its UTF-8 ``text``.
+    """One line that is not blank."""
 
-    Line end, byte order marks and white space around the text are taken off; None: it is too long.
-    ``lead``: characters before it on the line.
-    """
-
-    number: int
-    text: bytes | None
-    lead: int = 0
+    number: int  # from 1
+    text: bytes | None  # UTF-8, without marks and white space around it; None: it is too long
+    lead: int = 0  # characters before the text
 
 
 def coding_of(head: bytes) -> Coding:

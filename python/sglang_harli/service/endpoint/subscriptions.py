@@ -29,14 +29,14 @@ MAX_FOLLOWERS = 1000
 
 @dataclass(slots=True)
 class Follower:
-    """``route``: frames before the header of what is sent to it; ``behind``: its queue was full."""
+    """A cursor into a job's events."""
 
-    route: tuple[bytes, ...]
+    route: tuple[bytes, ...]  # frames before the header of what is sent to it
     request: str
     job: str
     cursor: int
     until: float
-    behind: bool = False
+    behind: bool = False  # its queue was full
 
 
 class Subscriptions:

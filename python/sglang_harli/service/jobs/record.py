@@ -23,31 +23,20 @@ class DesiredState(enum.StrEnum):
 
 
 class Asked(Struct, frozen=True, kw_only=True):
-    """What a submit asked for; one with the same idempotency key must ask the same.
-    ``hyperparameters``: those that it named."""
+    """What a submit asked for; one with the same idempotency key must ask the same."""
 
     sha256: str
     suffix: str | None = None
     resume_from: str | None = None
     priority: int = 0
-    hyperparameters: dict[str, Any] = msgspec.field(default_factory=dict)
+    hyperparameters: dict[str, Any] = msgspec.field(default_factory=dict)  # those named
 
 
 class JobRecord(Struct, frozen=True, kw_only=True):
-    """A job as the store keeps it: the public fields and what only the service needs.
-
-    ``number``: order of creation.  ``publishing``: trained and saved, the adapter's publication
-    remains.  ``checkpoint_step``, ``checkpoint_tokens``: of the last durable ``state`` checkpoint
-    (0: none).  ``last_event``: id of the newest event.  ``metrics_attempt``, ``metrics_step``: the
-    newest step whose metrics are stored; at an attempt's start the step that it starts from.
-    ``resumed_from``: the job whose checkpoint it began with; ``carried``: only its adapter, as
-    ``step-0``, without which there is no start.  ``asked``: to recognise a repeated submit; None:
-    no key, or version 0.1.  ``base``: what it is trained on; None: of version 0.1, or accepted
-    before a server's first hello.  ``admitted``: its size was checked against a server's limits.
-    """
+    """A job as the store keeps it: the public fields and what only the service needs."""
 
     id: str
-    number: int
+    number: int  # order of creation; the order of the queue among equal priorities
     created_at: float
     status: JobStatus
     hyperparameters: Hyperparameters
@@ -72,18 +61,18 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     attempt: int = 0
     error: JobError | None = None
     desired: DesiredState = msgspec.field(default=DesiredState.RUN, name="wish")  # in the store since 0.1
-    publishing: bool = False
-    checkpoint_step: int = 0
-    checkpoint_tokens: int = 0
-    last_event: int = 0
-    metrics_attempt: int = 0
-    metrics_step: int = 0
-    priority: int = 0
-    resumed_from: str | None = None
-    carried: bool = False
-    asked: Asked | None = None
-    base: BasePrint | None = None
-    admitted: bool = True
+    publishing: bool = False  # trained and saved; the adapter's publication remains
+    checkpoint_step: int = 0  # of the last durable ``state`` checkpoint (0: none)
+    checkpoint_tokens: int = 0  # trained tokens in it
+    last_event: int = 0  # id of the newest event
+    metrics_attempt: int = 0  # with the next one: the newest step whose metrics are stored
+    metrics_step: int = 0  # at an attempt's start the step that it starts from
+    priority: int = 0  # higher ones leave the queue first
+    resumed_from: str | None = None  # the job whose checkpoint this one began with
+    carried: bool = False  # only its adapter, as ``step-0``, without which there is no start
+    asked: Asked | None = None  # to recognise a repeated submit; None: no key, or version 0.1
+    base: BasePrint | None = None  # None: version 0.1, or accepted before a server's first hello
+    admitted: bool = True  # its size was checked against a server's limits
 
     @property
     def eta_s(self) -> float | None:

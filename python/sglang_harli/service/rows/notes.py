@@ -14,12 +14,12 @@ MAX_NAME = 64
 
 
 class Note(Struct, frozen=True, kw_only=True):
-    """A remark by its fixed ``code``: the fields, roles or tokens concerned, and the first line."""
+    """One remark on a data file."""
 
-    code: str
+    code: str  # what it is about, fixed
     text: str
-    names: list[str] = []
-    line: int | None = None
+    names: list[str] = []  # fields, roles or tokens
+    line: int | None = None  # where it was met first
 
 
 class RowNotes:

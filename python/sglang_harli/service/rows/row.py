@@ -36,12 +36,11 @@ def over_limit(tokens: int, limit: int, *, at_least: bool = False) -> RowError:
 
 @dataclass(slots=True)
 class Reading:
-    """How a file's lines are read.  ``limit``: longer rows (in tokens) are refused at once, None:
-    any length; ``stop``: asked before each answer, what it raises ends the reading."""
+    """How a file's lines are read."""
 
     notes: RowNotes = field(default_factory=RowNotes)
-    limit: int | None = None
-    stop: Callable[[], None] = lambda: None
+    limit: int | None = None  # a longer row (in tokens) is refused at once
+    stop: Callable[[], None] = lambda: None  # asked before each answer; may raise
 
 
 def end_of_text(served: ServedTokenizer) -> int:

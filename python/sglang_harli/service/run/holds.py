@@ -37,11 +37,10 @@ MEMORY_TRIES = 3  # of a step that runs out of memory
 
 @dataclass(frozen=True, slots=True)
 class NotNow:
-    """Why a run does not go on, where that is no verdict on its job.  ``passing``: it ends by
-    itself, and is tried again after a pause; else only by another server."""
+    """Why a run does not go on, where that is no verdict on its job."""
 
     reason: str
-    passing: bool = True
+    passing: bool = True  # it ends by itself; else another server has to come
 
 
 def put_off(state: State, run: Run, why: NotNow, now: Now) -> list[Effect]:

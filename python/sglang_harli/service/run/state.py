@@ -166,66 +166,51 @@ Effect = (
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """What ``Prepare`` found.
+    """What ``Prepare`` found: rows, and the checkpoint to go on from (0 and None: from nothing)."""
 
-    ``plan``: None where nothing is left to train (``trained``: the last step's checkpoint is
-    whole). ``step``, ``tokens``, ``restore``, ``meta``: of the checkpoint to go on from, in a slot;
-    0 and None: from nothing.  ``damage``: why newer checkpoints cannot be used.  ``data``,
-    ``total_steps``: of the job, where its rows were made again; None: as they were.
-    """
-
-    plan: Plan | None
+    plan: Plan | None  # None: nothing is left to train
     step: int = 0
     tokens: int = 0
-    restore: SlotRef | None = None
+    restore: SlotRef | None = None  # the checkpoint's slot
     meta: dict[str, Any] = field(default_factory=dict)
-    damage: str = ""
-    trained: bool = False
-    data: dict[str, Any] | None = None
+    damage: str = ""  # why newer checkpoints cannot be used
+    trained: bool = False  # the last step's checkpoint is there and whole
+    data: dict[str, Any] | None = None  # with total_steps: of rows that were made again
     total_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Unwritten:
-    """Why a snapshot was given up; ``lasting``: it would be the next time, too."""
+    """Why a snapshot was given up."""
 
     why: str
-    lasting: bool = False
+    lasting: bool = False  # it would be the next time, too
 
 
 # ------------------------------------------------------------------ what is known
 @dataclass
 class Run:
-    """What the service knows of the run in progress.
-
-    ``adopting``: the scheduler already held it.  ``applied``: the last optimizer step known to be
-    applied.  ``taken``: step and index of the first micro-batch that the scheduler is not known to
-    be done with; ``ahead``: those from there up to ``next_cursor``, with their bytes.  ``asked``:
-    the desired state sent last.  ``start``, ``stop``: sent last, and again at ``sent_at_s`` +
-    SAY_AGAIN_S. ``heard_at_s``: the scheduler's last message.  ``slot``: of its snapshots; ours
-    between SnapshotReady and SnapshotSaved, else the scheduler's.  ``seen_behind``: a pulse's
-    cursor behind ours.
-    """
+    """What the service knows of the run in progress."""
 
     job: str
     attempt: int
     phase: Phase
     scheduler_pid: int
-    adopting: bool = False
+    adopting: bool = False  # the scheduler already held it
     plan: Plan | None = None
     next_cursor: BatchCursor | None = None
-    applied: int = 0
-    taken: tuple[int, int] = (0, 0)
-    ahead: deque[tuple[tuple[int, int], int]] = field(default_factory=deque)
-    asked: DesiredState = DesiredState.RUN
-    start: internal.StartRun | None = None
-    stop: internal.StopRun | None = None
+    applied: int = 0  # the last optimizer step that is known to be applied
+    taken: tuple[int, int] = (0, 0)  # step and index of the first micro-batch not known to be done
+    ahead: deque[tuple[tuple[int, int], int]] = field(default_factory=deque)  # from there on, with bytes
+    asked: DesiredState = DesiredState.RUN  # the desired state that was sent last
+    start: internal.StartRun | None = None  # sent last; again at sent_at_s + SAY_AGAIN_S
+    stop: internal.StopRun | None = None  # as ``start``
     sent_at_s: float = 0.0
-    heard_at_s: float = 0.0
-    slot: SlotRef | None = None
+    heard_at_s: float = 0.0  # of the scheduler's last message about it
+    slot: SlotRef | None = None  # of snapshots; ours between SnapshotReady and SnapshotSaved
     making_slot: bool = False
     restore: SlotRef | None = None
-    seen_behind: tuple[int, int] | None = None
+    seen_behind: tuple[int, int] | None = None  # the last pulse's cursor, if behind ours
     told_sub_state: str = ""
     told_at_s: float = float("-inf")
 
@@ -285,47 +270,35 @@ class Hold:
 
 @dataclass
 class Writing:
-    """A snapshot on its way to disk: its slot, and the messages (``seqs``) that announced it.
+    """A snapshot on its way to disk."""
 
-    ``orphaned``: its run is over, the slot goes when it is written; ``delayed``: why it is not yet.
-    """
-
-    path: str
-    seqs: set[int]
-    orphaned: bool = False
-    delayed: str = ""
+    path: str  # the slot it lies in
+    seqs: set[int]  # of the messages that announced it
+    orphaned: bool = False  # its run is over: the slot goes when it is written
+    delayed: str = ""  # why it is not written yet
 
 
 @dataclass
 class State:
-    """What the run machine knows between two inputs.
-
-    ``greeted``: a hello was read, and the scheduler has not said that it ends; ``hello_seq``: of
-    the newest.  ``base``, ``updates``: what it serves, after how many weight updates;
-    ``base_unknown``: not known since the last.  ``hold``: why the scheduler takes no run now, or
-    ""; ``asked_at_s``: when that was asked last.  ``holds``, ``troubles``: queued jobs passed over,
-    and their troubles in a row.  ``lacking``: a job's step without memory, times in a row.
-    ``writing``, ``given_up``: snapshots by job, attempt and step.  ``unstored``: numbers of
-    StepDones not durable yet.
-    """
+    """What the run machine knows between two inputs."""
 
     book: JobLookup
     run: Run | None = None
-    greeted: bool = False
-    hello_seq: int = 0
+    greeted: bool = False  # a hello was read, and the scheduler has not said that it ends
+    hello_seq: int = 0  # of the newest hello
     scheduler_pid: int = 0
     limits: ServedLimits | None = None
-    base: BasePrint | None = None
-    base_unknown: bool = False
-    updates: int = 0
-    hold: str = ""
-    asked_at_s: float = float("-inf")
-    holds: dict[str, Hold] = field(default_factory=dict)
-    troubles: dict[str, int] = field(default_factory=dict)
-    lacking: dict[str, tuple[int, int]] = field(default_factory=dict)
-    writing: dict[tuple[str, int, int], Writing] = field(default_factory=dict)
-    given_up: tuple[str, int, int] | None = None
-    unstored: set[int] = field(default_factory=set)
+    base: BasePrint | None = None  # what the scheduler serves
+    base_unknown: bool = False  # since an update of the weights
+    updates: int = 0  # of the weights so far
+    hold: str = ""  # why the scheduler takes no run now
+    asked_at_s: float = float("-inf")  # when ``hold`` was asked last
+    holds: dict[str, Hold] = field(default_factory=dict)  # queued jobs that are passed over
+    troubles: dict[str, int] = field(default_factory=dict)  # in a row, by job
+    lacking: dict[str, tuple[int, int]] = field(default_factory=dict)  # step without memory, times in a row
+    writing: dict[tuple[str, int, int], Writing] = field(default_factory=dict)  # job, attempt, step
+    given_up: tuple[str, int, int] | None = None  # the last snapshot that was not written
+    unstored: set[int] = field(default_factory=set)  # StepDones that are not durable
 
     def named(self, message: Any) -> Run | None:
         """The run in progress, if the message is about this job and attempt."""

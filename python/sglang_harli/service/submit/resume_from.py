@@ -38,24 +38,22 @@ SHAPE = ("lora_r", "lora_alpha", "use_rslora", "target_modules")  # of an adapte
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The job that is continued, and the new one's hyperparameters. ``new_course``: there are other
-    data; only the adapter carries over."""
+    """The job that is continued, and the new one's hyperparameters."""
 
     record: JobRecord
     paths: JobPaths
     hyperparameters: Hyperparameters
-    new_course: bool
+    new_course: bool  # there are other data; only the adapter carries over
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The checkpoint where a new job begins; 0: from nothing.  ``carried``: ``step-0`` is there and
-    needed; ``damage``: why no newer one was taken."""
+    """The checkpoint where a new job begins; step 0: from nothing."""
 
     step: int = 0
     tokens: int = 0
-    carried: bool = False
-    damage: str = ""
+    carried: bool = False  # a ``step-0`` checkpoint is there, and needed
+    damage: str = ""  # why newer checkpoints were not taken
 
 
 def find(registry: JobRegistry, args: SubmitArgs) -> Origin:

@@ -32,18 +32,17 @@ KEEP_FREE = 64 << 20  # bytes of the disk that uploads leave for checkpoints and
 
 @dataclass
 class _Upload:
-    """``queued``, ``received``: bytes handed to the disk's thread, and written by it.
-    ``spoken_for``: bytes of disk promised before it; ``whole``: complete and as announced."""
+    """A file on its way in."""
 
     filename: str
     size: int
     sha256: str
     folder: Path
     touched: float
-    queued: int = 0
-    received: int = 0
-    spoken_for: int = 0
-    whole: bool = False
+    queued: int = 0  # bytes handed to the disk's thread
+    received: int = 0  # bytes written by it
+    spoken_for: int = 0  # bytes of the disk that others were promised before it
+    whole: bool = False  # all bytes are there, and are those announced
     file: BinaryIO | None = None
     digest: Any = field(default_factory=hashlib.sha256)
     writing: asyncio.Future[None] | None = None
