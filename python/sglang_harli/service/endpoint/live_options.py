@@ -25,9 +25,8 @@ ANSWER_S = 5.0
 class LiveOptions:
     """The live options: sent to the scheduler, or kept until it is there.
 
-    ``options``: as the server was started.  ``pending``: what an earlier service deferred (JSON of
-    ``{name: value}``), or None; ``keep`` stores it durably (NotReadyError: not yet).
-    ``effective``, ``revision``: in force, as far as this service knows.
+    ``pending``: what an earlier service deferred (JSON of ``{name: value}``), or None; ``keep``
+    stores it durably (NotReadyError: not yet).
     """
 
     def __init__(
@@ -41,6 +40,7 @@ class LiveOptions:
         self._keep = keep
         self._pending = _read(pending)
         self._applying: asyncio.Task[None] | None = None
+        # In force, as far as this service knows.
         self.effective: dict[str, Any] = {name: getattr(options, name) for name in LIVE}
         self.revision = 0
 

@@ -40,11 +40,8 @@ class Follower:
 
 
 class Subscriptions:
-    """Followers of jobs' events, each with a lease that it renews.
-
-    ``push`` sends an event to (route, request id): True sent, False its queue is full, None it is
-    gone.  ``trouble``: why events cannot be read at the moment.
-    """
+    """Followers of jobs' events, each with a lease that it renews.  ``push`` sends an event to
+    (route, request id): True sent, False its queue is full, None it is gone."""
 
     def __init__(
         self,
@@ -58,7 +55,7 @@ class Subscriptions:
         self._followers: dict[tuple[tuple[bytes, ...], str], Follower] = {}
         self._due: set[str] = set()
         self._wake = asyncio.Event()
-        self.trouble: str | None = None
+        self.trouble: str | None = None  # why events cannot be read at the moment
 
     def follow(self, route: tuple[bytes, ...], request: str, job: str, after: int) -> None:
         """Begin or renew: the key is the route and the request's id.  NotReadyError: too many."""

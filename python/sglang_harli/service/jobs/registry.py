@@ -34,9 +34,7 @@ class JobRegistry:
     """Loads the store, re-queues what a crash left running, and keeps the records.
 
     ``why_none_starts`` (why no queued job can start now, or None) gets what the job itself waits
-    for (``QueueOrder.lasting``) and why the store cannot be written.  ``unreadable``: jobs whose
-    records cannot be read, by id.  ``listeners`` get a record after each change (on the loop,
-    before it is durable); ``committed`` get the ids of jobs whose changes have become durable.
+    for (``QueueOrder.lasting``) and why the store cannot be written.
     """
 
     def __init__(
@@ -63,8 +61,8 @@ class JobRegistry:
         for found in store.unreadable:  # its number, short id and key stay its own
             self._number = max(self._number, found.number)
             self._short_ids.add(short_id(found.id))
-        self.listeners: list[Callable[[JobRecord], None]] = []
-        self.committed: list[Callable[[set[str]], None]] = []
+        self.listeners: list[Callable[[JobRecord], None]] = []  # after each change, before it is durable
+        self.committed: list[Callable[[set[str]], None]] = []  # with the jobs whose changes are durable
         self.journal = Journal(
             store,
             JobMirror(run_dir, store.events),

@@ -11,15 +11,11 @@ UNKNOWN = "it is not known which weights this server serves since their last upd
 
 
 class ServedBase:
-    """The base of the scheduler's latest hello, compared with the bases that jobs have.
-
-    ``base``: None before a hello; then every job counts as one of it.  ``unknown``: the scheduler
-    does not know since an update of the weights; then no job does.
-    """
+    """The base of the scheduler's latest hello, compared with the bases that jobs have."""
 
     def __init__(self) -> None:
-        self.base: BasePrint | None = None
-        self.unknown = False
+        self.base: BasePrint | None = None  # None before a hello: then every job counts as one of it
+        self.unknown = False  # since an update of the weights: then no job does
         self._known: dict[tuple[str, ...], BasePrint] = {}  # one object for the many records that have it
         self._unlike: dict[tuple[str, ...], str] = {}  # what was compared with ``base``
 

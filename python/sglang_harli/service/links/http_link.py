@@ -25,8 +25,7 @@ class HttpLink:
     """The service's end of the ipc pair to the HTTP process.
 
     ``state`` builds the ServiceState to send.  ``on_wanted`` gets the name of an adapter to publish
-    again, ``on_tokenizer`` the fingerprint of the server's tokenizer at each hello.  ``ready`` is
-    set while an HTTP process that can publish is there.
+    again, ``on_tokenizer`` the fingerprint of the server's tokenizer at each hello.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class HttpLink:
         # By the number of the question: the answer to an older one must not count for this one.
         self._published: dict[int, asyncio.Future[internal.AdapterPublished | None]] = {}
         self._requests = itertools.count(1)
-        self.ready = asyncio.Event()
+        self.ready = asyncio.Event()  # an HTTP process that can publish is there
         self.pid: int | None = None
 
     async def run(self) -> None:

@@ -20,11 +20,8 @@ _WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
 class PeerLink:
-    """The service's end of an ipc pair: a bound DEALER socket, and whether a peer is connected.
-
-    ``source``: the peer, as ``internal.decode`` names it.  ``trouble``: the last message that went
-    wrong, and how; None: none has.
-    """
+    """The service's end of an ipc pair: a DEALER bound for the ``source`` that ``internal.decode``
+    names."""
 
     def __init__(self, context: zmq.asyncio.Context, endpoint: str, source: str) -> None:
         self._socket: zmq.asyncio.Socket = context.socket(zmq.DEALER)
@@ -37,7 +34,7 @@ class PeerLink:
         self._source = source
         self._seq = 0
         self.connected = False
-        self.trouble: str | None = None
+        self.trouble: str | None = None  # the last message that went wrong, and how
 
     def send(self, message: internal.Message, *frames: Any) -> bool:
         """Hand a message to the socket; False, and not kept, where no peer is there to take it."""

@@ -43,12 +43,8 @@ class _PutOffError(HarliError):
 
 
 class PublicationQueue:
-    """Trained adapters on their way to being served, one at a time.
-
-    ``model_path``: of the served base, for the adapter_config.json of a job whose base is not
-    recorded.  ``in_flight``: the job whose publication was asked of the HTTP process, until the
-    answer.
-    """
+    """Trained adapters on their way to being served, one at a time.  ``model_path``: of the served
+    base, for the adapter_config.json of a job whose base is not recorded."""
 
     def __init__(
         self, registry: JobRegistry, http: HttpLink, disk: Executor, shm: Path, model_path: str
@@ -60,7 +56,7 @@ class PublicationQueue:
         self._model_path = model_path
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._queued: set[str] = set()
-        self.in_flight: str | None = None
+        self.in_flight: str | None = None  # the job whose publication was asked for, until the answer
         self._base_known = False  # a hello of the scheduler has been read
         self._waiting: set[str] = set()  # jobs whose base is not served
         self._troubles: dict[str, int] = {}  # in a row, of jobs that were put off

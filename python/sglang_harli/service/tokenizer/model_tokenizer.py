@@ -21,11 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class ModelTokenizer:
-    """The tokenizer that makes rows.
-
-    The server's own is handed over in ``run_dir``.  ``expected``: its fingerprint, "": the server
-    has none, None: not said yet; ``lost``: it was said and could not be read.
-    """
+    """The tokenizer that makes rows; the server's own is handed over in ``run_dir``."""
 
     def __init__(self, flags: TokenizerFlags, run_dir: Path) -> None:
         self._flags = flags
@@ -33,8 +29,8 @@ class ModelTokenizer:
         self._lock = threading.Lock()
         self._own: RowEncoder | None = None
         self._served: RowEncoder | None = None
-        self.expected: str | None = None
-        self.lost = False
+        self.expected: str | None = None  # its fingerprint; "": the server has none; None: not said yet
+        self.lost = False  # it was said and could not be read
 
     @property
     def known(self) -> bool:
