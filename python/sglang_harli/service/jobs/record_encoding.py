@@ -29,7 +29,7 @@ def stored(value: JobRecord | Event) -> str:
 
 
 def check(record: JobRecord) -> None:
-    """Raise RecordError unless every reader can take the record and the store returns it
+    """Raise RecordError unless each reader can take the record and the store returns it
     unchanged."""
     body = stored(record)
     try:

@@ -20,8 +20,7 @@ _WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
 class PeerLink:
-    """The service's end of an ipc pair: a DEALER bound for the ``source`` that ``internal.decode``
-    names."""
+    """The service's end of an ipc pair: a bound DEALER; ``source`` as in ``internal.decode``."""
 
     def __init__(self, context: zmq.asyncio.Context, endpoint: str, source: str) -> None:
         self._socket: zmq.asyncio.Socket = context.socket(zmq.DEALER)

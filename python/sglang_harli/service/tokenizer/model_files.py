@@ -38,8 +38,7 @@ def find(model: str, name: str, revision: str | None = None) -> Path | None:
 
 
 def read_json(model: str, name: str, revision: str | None = None) -> dict[str, Any] | None:
-    """A file's content, None where it is not on this machine; HarliError: not a readable JSON
-    object."""
+    """A file's content, None where it is not on this machine; HarliError: it is no JSON object."""
     path: Path | str = os.path.join(model, name)
     try:
         found = find(model, name, revision)
