@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from sglang_harli.config import ServiceConfig
 from sglang_harli.core import JobStatus
-from sglang_harli.errors import ConfigError, NotReadyError, ProtocolError, UnsupportedError
+from sglang_harli.errors import ConfigError, HarliError, NotReadyError, ProtocolError, UnsupportedError
 from sglang_harli.failpoints import Failpoint, WriteFailpoint, failpoint
 from sglang_harli.names import adapter_name
 from sglang_harli.protocol.public import (

@@ -125,11 +125,7 @@ def chat_template(flags: TokenizerFlags, tokenizer: Any) -> ChatTemplate:
     if name is not None:
         if os.sep in name or Path(name).suffix in _FILES:
             _read(name)  # a conversation template in a file: an error where it cannot be read
-        why = (
-            f"the server renders chats by SGLang's own template {name!r}, which training does not know: use 'prompt' "
-            "and 'completion', or start the server with --chat-template FILE.jinja"
-        )
-        return ChatTemplate(kwargs=kwargs, refusal=why)
+        return ChatTemplate(kwargs=kwargs, refusal=own_template(name))
     if flags.chat_template:
         raw = _read(flags.chat_template)
         source: str | None = raw.replace("\\n", "\n")  # as SGLang reads it; it looks for the format before
@@ -137,6 +133,14 @@ def chat_template(flags: TokenizerFlags, tokenizer: Any) -> ChatTemplate:
         raw = source = _of_tokenizer(tokenizer, flags.hf_chat_template_name)
     found = content_format.detect(raw) if raw else content_format.STRING
     return ChatTemplate(source=source or None, content_format=found, kwargs=kwargs)
+
+
+def own_template(name: str) -> str:
+    """Why chats cannot be trained on where SGLang renders them by one of its own templates."""
+    return (
+        f"the server renders chats by SGLang's own template {name!r}, which training does not know: use 'prompt' and "
+        "'completion', or start the server with --chat-template FILE.jinja"
+    )
 
 
 def conversation_template(flags: TokenizerFlags) -> str | None:
