@@ -6,20 +6,20 @@ first is 0) goes out by ``first token + n * T - KEPT_S``, with ``T`` the target 
 and true latencies. (A policy that lets tokens come late may train more; it is not bounded by this.)
 
 **Why it is a bound.** Every run of such a policy gives a point of the program with the run's own
-work as the objective, so the program's maximum is at least that work. Time is cut into slots. The
-variables are, for each slot and rung, how many steps ran (``K``, counted in parts where a step
-spans two slots), how many tokens they gave out (``N``, the sum of their batches) and how many
-context tokens they read (``X``), and for each slot the idle time. The program holds because:
+work as the objective, so the program's maximum is at least that work. Time is cut into periods. The
+variables are, for each period and rung, how many steps ran (``K``, counted in parts where a step
+spans two periods), how many tokens they gave out (``N``, the sum of their batches) and how many
+context tokens they read (``X``), and for each period the idle time. The program holds because:
 
-1. A step takes ``(c + beta * batch + kappa * context) * stretch``, which is linear: the slot's
+1. A step takes ``(c + beta * batch + kappa * context) * stretch``, which is linear: the period's
    steps at a rung take ``(c * K + beta * N + kappa * X) * stretch``. These times and the idle time
-   fill the slot. A step with training beside a part of it counts in parts, as one with training
+   fill the period. A step with training beside a part of it counts in parts, as one with training
    throughout and one without (stretch 1).
 2. Let ``S(t)`` be the steps done by time ``t``, linear within a step. At the end of its n-th step
    after its first token (at ``f``) a request is on time, ``t <= f + n * T - KEPT_S``; both sides
    are linear in between, so from the end of the first step ``S(t) - S(f) >= (t - f + KEPT_S) / T``
    as long as it runs, and without ``KEPT_S`` before. ``f`` lies at most the longest step ``D``
-   after the arrival ``a``, the first step ends at most ``2 * D`` after. A slot's border ``u`` after
+   after the arrival ``a``, the first step ends at most ``2 * D`` after. A period's border ``u`` after
    ``a + D`` has ``S(u) - S(f) <= (u - a) / s`` with ``s`` the shortest step, so at every border
    ``t`` at which the request surely still runs
    ``S(t) - S(u) >= (t - u) / T - (u - a) * (1 / s - 1 / T)``, and ``KEPT_S / T`` more after
@@ -27,14 +27,14 @@ context tokens they read (``X``), and for each slot the idle time. The program h
 3. By time ``t`` a request has ``min(all, (t - a - D) / T)`` tokens at least and
    ``min(all, steps at the shortest time since a)`` at most, so all tokens and all context read by
    each border lie between two sums.
-4. Which requests surely run during a slot, and which may, follows from 3; that bounds the batch and
+4. Which requests surely run during a period, and which may, follows from 3; that bounds the batch and
    the context of each of its steps from both sides, hence ``N`` and ``X`` by multiples of ``K``.
-   The shortest step ``s`` of a slot is that of the least load at the fastest rung. Less load makes
+   The shortest step ``s`` of a period is that of the least load at the fastest rung. Less load makes
    shorter steps, which leave fewer requests surely running: the bounds are found by repeating from
    no load at all, and hold after each round.
 5. While a request surely runs the device is not idle.
 
-What is given away: steps and tokens in fractions, the load within a slot spread over the rungs as
+What is given away: steps and tokens in fractions, the load within a period spread over the rungs as
 suits, bank of up to ``(u - a) / s`` steps for each new request.
 """
 
@@ -51,7 +51,9 @@ from sglang_harli.simulation.engine import window_s
 from sglang_harli.simulation.traces import Trace
 
 ROUNDS = 12
-CELLS = 5e6  # requests times slots: more would take gigabytes, so slots are longer and the limit is looser
+CELLS = (
+    5e6  # requests times periods: more would take gigabytes, so periods are longer and the limit is looser
+)
 STRETCHES = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5)  # of the target, where not even serving alone keeps it
 
 
@@ -70,11 +72,11 @@ class Limit:
 
 @dataclass
 class Bounds:
-    """What all policies that keep the deadlines have in common: arrays by slot, or by slots' ends.
+    """What all policies that keep the deadlines have in common: arrays by period, or by periods' ends.
 
     Attributes:
-        least_batch, most_batch, least_context, most_context: of any step in the slot.
-        shortest_s, longest_s: bounds of any step in the slot.
+        least_batch, most_batch, least_context, most_context: of any step in the period.
+        shortest_s, longest_s: bounds of any step in the period.
         tokens_late, tokens_early, context_late, context_early: given out, and read, by its end.
         surely: for each request, index of the last border at which it surely runs.
     """
@@ -92,12 +94,12 @@ class Bounds:
     surely: np.ndarray
 
 
-def bounds_of(trace: Trace, rungs: tuple[Rung, ...], step_s: float, slot_s: float, slots: int) -> Bounds:
+def bounds_of(trace: Trace, rungs: tuple[Rung, ...], step_s: float, period_s: float, periods: int) -> Bounds:
     """``step_s``: time per token of the deadlines."""
     arrival = np.array([request.arrival_s for request in trace.requests])
     steps = np.array([request.output_tokens - 1 for request in trace.requests], dtype=float)
     prompt = np.array([request.prompt_tokens for request in trace.requests], dtype=float)
-    borders = slot_s * np.arange(slots + 1)
+    borders = period_s * np.arange(periods + 1)
     fastest = [(r.base_s * r.stretch, r.request_s * r.stretch, r.token_s * r.stretch) for r in rungs]
 
     def shortest(batch: np.ndarray, context: np.ndarray) -> np.ndarray:
@@ -119,11 +121,11 @@ def bounds_of(trace: Trace, rungs: tuple[Rung, ...], step_s: float, slot_s: floa
             break
         longest_s = longest
     assert late is not None
-    shortest_s = shortest(np.ones(slots), np.zeros(slots))
-    least_batch = least_context = np.zeros(slots)
+    shortest_s = shortest(np.ones(periods), np.zeros(periods))
+    least_batch = least_context = np.zeros(periods)
     early = late
     for _ in range(ROUNDS):
-        clock = np.concatenate([[0.0], np.cumsum(slot_s / shortest_s)])  # steps by each border, at most
+        clock = np.concatenate([[0.0], np.cumsum(period_s / shortest_s)])  # steps by each border, at most
         since = np.interp(arrival, borders, clock)
         early = np.clip(clock[None, :] - since[:, None], 0.0, steps[:, None])
         runs = (arrival[:, None] + longest_s <= borders[None, :-1]) & (early[:, 1:] < steps[:, None])
@@ -131,7 +133,7 @@ def bounds_of(trace: Trace, rungs: tuple[Rung, ...], step_s: float, slot_s: floa
         least_context = (runs * (prompt[:, None] + 1 + late[:, :-1])).sum(axis=0)
         shortest_s = shortest(np.maximum(least_batch, 1.0), least_context)
     after = (arrival[:, None] <= borders[None, :]) & (early < steps[:, None])
-    surely = np.where(after.any(axis=1), slots - np.argmax(after[:, ::-1], axis=1), -1)
+    surely = np.where(after.any(axis=1), periods - np.argmax(after[:, ::-1], axis=1), -1)
     return Bounds(
         least_batch=least_batch,
         most_batch=most_batch,
@@ -203,23 +205,23 @@ def limit(
     targets: Targets,
     *,
     gap_rate: float = 0.0,
-    slot_s: float = 0.25,
+    period_s: float = 0.25,
 ) -> Limit | None:
     """The most that can be trained on a decode-only device, per second of ``engine.window_s``.
 
     Args:
         rates: work per second at each rung; the highest (or ``gap_rate``) while nothing is served.
         gap_rate: work per second of training between steps, where decode and training take turns.
-        slot_s: shorter slots make a tighter limit and take longer.
+        period_s: shorter periods make a tighter limit and take longer.
 
     None where the load is so far beyond the device that there is no target to speak of.
     """
     rungs, rates = with_pauses(rungs, rates)
     over_s = window_s(trace, targets)
-    slot_s = max(slot_s, over_s * len(trace.requests) / CELLS)
+    period_s = max(period_s, over_s * len(trace.requests) / CELLS)
     for stretch in STRETCHES:
         step_s = targets.tpot_s * (1 - KEPT_SHARE) * stretch
-        rate = _solve(trace, rungs, rates, over_s, step_s, gap_rate, slot_s)
+        rate = _solve(trace, rungs, rates, over_s, step_s, gap_rate, period_s)
         if rate is not None:
             return Limit(rate, step_s)
     return None
@@ -232,24 +234,24 @@ def _solve(
     over_s: float,
     step_s: float,
     gap_rate: float,
-    slot_s: float,
+    period_s: float,
 ) -> float | None:
     """The program's maximum over the window, per second; None: these deadlines are infeasible (a
     stretched target is then tried, which makes the limit looser, never too tight)."""
-    slots = int(np.ceil(over_s / slot_s))
-    slot_s = over_s / slots
-    bounds = bounds_of(trace, rungs, step_s, slot_s, slots)
+    periods = int(np.ceil(over_s / period_s))
+    period_s = over_s / periods
+    bounds = bounds_of(trace, rungs, step_s, period_s, periods)
     wide = 3 * len(rungs) + 2  # K, N, X of each rung, then idle time and training between steps
-    sums = slots * wide  # behind: S, tokens and context by the end of each slot
-    gain = np.zeros(sums + 3 * slots)
+    sums = periods * wide  # behind: S, tokens and context by the end of each period
+    gain = np.zeros(sums + 3 * periods)
     lower, upper = np.zeros_like(gain), np.full_like(gain, np.inf)
     program = _Program()
     idle_rate = max(*rates, gap_rate)
-    for slot in range(slots):
-        base = slot * wide
+    for period in range(periods):
+        base = period * wide
         filled: list[tuple[int, float]] = [(base + wide - 2, 1.0), (base + wide - 1, 1.0)]
         gain[base + wide - 2], gain[base + wide - 1] = idle_rate, gap_rate
-        if bounds.least_batch[slot] >= 1:
+        if bounds.least_batch[period] >= 1:
             upper[base + wide - 2] = 0.0
         if not gap_rate:
             upper[base + wide - 1] = 0.0
@@ -258,8 +260,8 @@ def _solve(
             for column, seconds in ((steps, rung.base_s), (tokens, rung.request_s), (context, rung.token_s)):
                 filled.append((column, seconds * rung.stretch))
                 gain[column] = rate * seconds * rung.stretch
-            _load_rows(program, bounds, slot, steps, tokens, context)
-        program.row(filled, slot_s, slot_s)
+            _load_rows(program, bounds, period, steps, tokens, context)
+        program.row(filled, period_s, period_s)
         for kind, (late, early) in enumerate(
             (
                 (None, None),
@@ -267,44 +269,44 @@ def _solve(
                 (bounds.context_late, bounds.context_early),
             )
         ):
-            so_far = sums + 3 * slot + kind
+            so_far = sums + 3 * period + kind
             terms = [(base + 3 * place + kind, 1.0) for place in range(len(rungs))]
-            if slot:
+            if period:
                 terms.append((so_far - 3, 1.0))
             program.row([*terms, (so_far, -1.0)], 0.0, 0.0)
             if late is not None and early is not None:
-                lower[so_far], upper[so_far] = late[slot] - 1e-6, early[slot] + 1e-6
-    _pace_rows(program, trace, bounds, step_s, slot_s, sums)
+                lower[so_far], upper[so_far] = late[period] - 1e-6, early[period] + 1e-6
+    _pace_rows(program, trace, bounds, step_s, period_s, sums)
     most = program.most_of(gain, lower, upper)
     return None if most is None else most / over_s
 
 
-def _load_rows(program: _Program, bounds: Bounds, slot: int, steps: int, tokens: int, context: int) -> None:
-    """Point 4: batch and context of each step of a slot."""
+def _load_rows(program: _Program, bounds: Bounds, period: int, steps: int, tokens: int, context: int) -> None:
+    """Point 4: batch and context of each step of a period."""
     for column, least, most in (
-        (tokens, max(bounds.least_batch[slot], 1.0), bounds.most_batch[slot]),
-        (context, bounds.least_context[slot], bounds.most_context[slot]),
+        (tokens, max(bounds.least_batch[period], 1.0), bounds.most_batch[period]),
+        (context, bounds.least_context[period], bounds.most_context[period]),
     ):
         program.row([(column, 1.0), (steps, -least)], 0.0, np.inf)
         program.row([(column, 1.0), (steps, -most)], -np.inf, 0.0)
 
 
 def _pace_rows(
-    program: _Program, trace: Trace, bounds: Bounds, step_s: float, slot_s: float, sums: int
+    program: _Program, trace: Trace, bounds: Bounds, step_s: float, period_s: float, sums: int
 ) -> None:
     """Point 2: what each request asks of the steps between two borders, the strictest of a pair."""
     strictest: dict[tuple[int, int], float] = {}
-    clock = np.concatenate([[0.0], np.cumsum(slot_s / bounds.shortest_s)])
-    borders = slot_s * np.arange(len(clock))
+    clock = np.concatenate([[0.0], np.cumsum(period_s / bounds.shortest_s)])
+    borders = period_s * np.arange(len(clock))
     for request, last in zip(trace.requests, bounds.surely, strict=True):
-        first = int(np.ceil((request.arrival_s + bounds.longest_s) / slot_s))
+        first = int(np.ceil((request.arrival_s + bounds.longest_s) / period_s))
         if first >= last:
             continue
         since = float(clock[first] - np.interp(request.arrival_s, borders, clock))
         banked = since - (borders[first] - request.arrival_s) / step_s
         for border in range(first + 1, int(last) + 1):
             kept_s = KEPT_S if borders[border] >= request.arrival_s + 2 * bounds.longest_s else 0.0
-            least = ((border - first) * slot_s + kept_s) / step_s - banked
+            least = ((border - first) * period_s + kept_s) / step_s - banked
             if least > strictest.get((first, border), 0.0):
                 strictest[first, border] = least
     for (first, border), least in strictest.items():

@@ -206,7 +206,7 @@ def test_temporal_runs_conserve_too(trace, which, decode_only, max_running):
 @settings(max_examples=25, deadline=None)
 def test_nobody_who_keeps_the_deadlines_beats_the_upper_limit(trace, model, seed):
     rig = SpatialDevice()
-    most = upper_limit.limit(trace, RUNGS, rates(model), TARGETS, slot_s=0.5)
+    most = upper_limit.limit(trace, RUNGS, rates(model), TARGETS, period_s=0.5)
     for policy in (policies.HarliSpatial(rig, TARGETS, rates(model)), RandomOnTime(seed)):
         outcome = engine.run_spatial(trace, rig, policy, rates(model), TARGETS)
         assert outcome.rate <= most.rate * (1 + 1e-6), policy.name

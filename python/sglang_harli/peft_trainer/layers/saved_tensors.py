@@ -1,4 +1,4 @@
-"""What a layer's backward needs of its forward, by name, in slots whose tensors may be moved.
+"""What a layer's backward needs of its forward, by name; the tensors may be moved.
 
 Most of a layer is differentiated by hand (``decoder_layer``, ``lora_linear``, ``attention``). What
 is not is a piece: a function that autograd differentiates, entered and left by plain tensors.
@@ -27,40 +27,40 @@ class SavedTensors:
     """One layer's forward over a range of tokens. ``kept``: it lives long: dropout masks are drawn
     again, for which their rows must be set."""
 
-    __slots__ = ("kept", "masks", "pieces", "slots")
+    __slots__ = ("kept", "masks", "pieces", "saved")
 
     def __init__(self, *, kept: bool = False) -> None:
         self.kept = kept
-        self.slots: dict[str, SavedTensor] = {}
+        self.saved: dict[str, SavedTensor] = {}
         self.masks: dict[str, list[Tensor]] = {}
         self.pieces: dict[str, AutogradSegment] = {}
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self.slots[name] = SavedTensor(tensor)
+        self.saved[name] = SavedTensor(tensor)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.slots[name].tensor
+        return self.saved[name].tensor
 
     def __contains__(self, name: str) -> bool:
-        return name in self.slots
+        return name in self.saved
 
     def run(self, name: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """``function(*inputs)``, remembered as a piece."""
         piece = self.pieces[name] = AutogradSegment()
         return piece.run(function, *inputs)
 
-    def all_slots(self) -> list[SavedTensor]:
+    def all_saved(self) -> list[SavedTensor]:
         """Of everything that is held, masks excepted."""
-        return [*self.slots.values(), *(slot for piece in self.pieces.values() for slot in piece.slots)]
+        return [*self.saved.values(), *(one for piece in self.pieces.values() for one in piece.saved)]
 
 
 class AutogradSegment:
-    """A function that autograd differentiates; its graph holds memory through ``slots`` alone."""
+    """A function that autograd differentiates; its graph holds memory through ``saved`` alone."""
 
-    __slots__ = ("_edge", "_entries", "slots")
+    __slots__ = ("_edge", "_entries", "saved")
 
     def __init__(self) -> None:
-        self.slots: list[SavedTensor] = []
+        self.saved: list[SavedTensor] = []
 
     def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         with torch.enable_grad(), saved_tensors_hooks(self._pack, _unpack):
@@ -76,13 +76,13 @@ class AutogradSegment:
         return torch.autograd.grad([self._edge], self._entries, [grad])
 
     def _pack(self, tensor: Tensor) -> SavedTensor:
-        slot = SavedTensor(tensor)
-        self.slots.append(slot)
-        return slot
+        saved = SavedTensor(tensor)
+        self.saved.append(saved)
+        return saved
 
 
-def _unpack(slot: SavedTensor) -> Tensor:
-    return slot.tensor
+def _unpack(saved: SavedTensor) -> Tensor:
+    return saved.tensor
 
 
 class _Enter(torch.autograd.Function):

@@ -4,7 +4,7 @@ Where memory can be had for a layer and a range of rows, the forward's trace sta
 into a lease of training's memory and the allocator's own memory is freed, so that the pool knows
 every byte; weights, rotary tables and saved inputs stay references (docs/internals/memory.md).
 
-    forward    trace ── its slots ──► references (layer input, weights, tables), copies in the lease (the rest)
+    forward    trace ── its tensors ► references (layer input, weights, tables), copies in the lease (the rest)
     backward   exactly the same rows, from the trace; once dropped: recomputed, in any split
 """
 
@@ -76,11 +76,14 @@ class KeptActivations:
         trace = SavedTensors(kept=True)
         out = program.forward(x, rotary, trace)
         references = self._references | {_storage(t) for t in (*program.references, *rotary)}
-        slots = trace.all_slots()
         sources = _sources(
-            [s for s in slots if s.tensor.nbytes >= _SMALL and _storage(s.tensor) not in references]
+            [
+                saved
+                for saved in trace.all_saved()
+                if saved.tensor.nbytes >= _SMALL and _storage(saved.tensor) not in references
+            ]
         )
-        needs = tuple((slots[0].tensor.numel(), slots[0].tensor.dtype) for slots in sources)
+        needs = tuple((same[0].tensor.numel(), same[0].tensor.dtype) for same in sources)
         if needs != known:  # the first of its shape
             self._remember(key, needs)
             lease = self._obtain(needs)
@@ -166,13 +169,13 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _sources(saved: list[SavedTensor]) -> list[list[SavedTensor]]:
-    """The slots by the memory that they name; all is alive, so each address has one meaning."""
+    """Grouped by the memory that they name; all is alive, so each address has one meaning."""
     found: dict[tuple[object, ...], list[SavedTensor]] = {}
-    for number, slot in enumerate(saved):
-        tensor = slot.tensor
+    for number, one in enumerate(saved):
+        tensor = one.tensor
         own = None if _dense(tensor) else number
         key = (_storage(tensor), tensor.storage_offset(), tensor.numel(), tensor.dtype, own)
-        found.setdefault(key, []).append(slot)
+        found.setdefault(key, []).append(one)
     return list(found.values())
 
 
@@ -190,11 +193,11 @@ def _dense(tensor: Tensor) -> bool:
 def _move(sources: list[list[SavedTensor]], places: list[Tensor]) -> None:
     """Copy each memory once to its place; from there the graph reads, in the same layout."""
     with torch.no_grad():
-        for slots, flat in zip(sources, places, strict=True):
-            first = slots[0].tensor
+        for same, flat in zip(sources, places, strict=True):
+            first = same[0].tensor
             if not _dense(first):
-                slots[0].tensor = flat.view(first.shape).copy_(first)
+                same[0].tensor = flat.view(first.shape).copy_(first)
                 continue
             flat.copy_(first.as_strided((first.numel(),), (1,)))
-            for slot in slots:
-                slot.tensor = flat.as_strided(slot.tensor.shape, slot.tensor.stride())
+            for saved in same:
+                saved.tensor = flat.as_strided(saved.tensor.shape, saved.tensor.stride())
