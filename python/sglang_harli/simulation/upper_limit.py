@@ -19,19 +19,19 @@ context tokens they read (``X``), and for each period the idle time. The program
    after its first token (at ``f``) a request is on time, ``t <= f + n * T - KEPT_S``; both sides
    are linear in between, so from the end of the first step ``S(t) - S(f) >= (t - f + KEPT_S) / T``
    as long as it runs, and without ``KEPT_S`` before. ``f`` lies at most the longest step ``D``
-   after the arrival ``a``, the first step ends at most ``2 * D`` after. A period's border ``u`` after
-   ``a + D`` has ``S(u) - S(f) <= (u - a) / s`` with ``s`` the shortest step, so at every border
-   ``t`` at which the request surely still runs
+   after the arrival ``a``, the first step ends at most ``2 * D`` after. A period's border ``u``
+   after ``a + D`` has ``S(u) - S(f) <= (u - a) / s`` with ``s`` the shortest step, so at every
+   border ``t`` at which the request surely still runs
    ``S(t) - S(u) >= (t - u) / T - (u - a) * (1 / s - 1 / T)``, and ``KEPT_S / T`` more after
    ``a + 2 * D``.
 3. By time ``t`` a request has ``min(all, (t - a - D) / T)`` tokens at least and
    ``min(all, steps at the shortest time since a)`` at most, so all tokens and all context read by
    each border lie between two sums.
-4. Which requests surely run during a period, and which may, follows from 3; that bounds the batch and
-   the context of each of its steps from both sides, hence ``N`` and ``X`` by multiples of ``K``.
-   The shortest step ``s`` of a period is that of the least load at the fastest rung. Less load makes
-   shorter steps, which leave fewer requests surely running: the bounds are found by repeating from
-   no load at all, and hold after each round.
+4. Which requests surely run during a period, and which may, follows from 3; that bounds the batch
+   and the context of each of its steps from both sides, hence ``N`` and ``X`` by multiples of
+   ``K``. The shortest step ``s`` of a period is that of the least load at the fastest rung. Less
+   load makes shorter steps, which leave fewer requests surely running: the bounds are found by
+   repeating from no load at all, and hold after each round.
 5. While a request surely runs the device is not idle.
 
 What is given away: steps and tokens in fractions, the load within a period spread over the rungs as
@@ -72,7 +72,7 @@ class Limit:
 
 @dataclass
 class Bounds:
-    """What all policies that keep the deadlines have in common: arrays by period, or by periods' ends.
+    """What all policies that keep the deadlines share: arrays by period, or by periods' ends.
 
     Attributes:
         least_batch, most_batch, least_context, most_context: of any step in the period.

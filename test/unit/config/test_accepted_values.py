@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_harli import architectures
-from sglang_harli.client import exchange
+from sglang_harli.client import messages
 from sglang_harli.errors import ConfigError, ProtocolError
 from sglang_harli.protocol import accepted, public
 from sglang_harli.protocol.public import Hyperparameters, parse_hyperparameters
@@ -133,7 +133,7 @@ def test_jobs_stored_with_values_beyond_the_bounds_of_today_stay_readable():
 )
 def test_a_client_and_the_service_refuse_an_argument_with_the_same_words(kind, values, says):
     with pytest.raises(ConfigError) as before_sending:
-        exchange.header("verb", kind(**values))
+        messages.header("verb", kind(**values))
     with pytest.raises(ProtocolError) as at_the_service:
         public.convert_args(values, kind)
     assert before_sending.value.message == at_the_service.value.message
