@@ -5,6 +5,7 @@
 #   make demo      a model, a server under load, a finetune job, and the taught answer
 #   make test      the tests; those that need a GPU are skipped with a reason where there is none
 #   make test-long those that are slow and rarely break: kills, faults of the disk, crashes, load, profiles
+#   make seams     whether the installed SGLang has everything that is leaned on (docs/sglang-versions.md)
 #   make lint      ruff, the formatter's check and pyright
 #   make bench     the benchmarks that run on a CPU; results under benchmark/results/
 #   make wheel     dist/sglang_harli-*.whl
@@ -16,7 +17,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 .DEFAULT_GOAL := install
-.PHONY: install demo test test-long lint bench wheel lock
+.PHONY: install demo test test-long lint seams bench wheel lock
 
 VENV := $(abspath $(or $(HARLI_VENV),.venv))
 BIN := $(VENV)/bin
@@ -68,6 +69,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+seams: $(STAMP)
+	$(BIN)/python -W ignore -m sglang_harli.tools.seam_check --problems
 
 bench: $(STAMP)
 	$(RUN_ENV) $(BIN)/python benchmark/bench_start.py $(BENCH_ARGS)

@@ -33,8 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     "managers": INSIDE,
     "client": BASE,
     "simulation": BASE | {"managers"},
-    "tools": INSIDE | {"client"},
-    "plugin": INSIDE | {"tools"},
+    "plugin": INSIDE,
+    "seams": INSIDE | {"plugin"},
+    "tools": INSIDE | {"client", "seams"},
     "launch_server": INSIDE | {"tools", "plugin"},
     "cli": BASE | {"client", "simulation", "tools"},
 }
@@ -53,6 +54,7 @@ SGLANG = (
     "patches",
     "peft_trainer.base.frozen_base",
     "platforms.cpu",
+    "seams.called_checks",
 )
 
 # Must import without torch, sglang or transformers: `harli --help` and the pure folders.

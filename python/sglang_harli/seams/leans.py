@@ -1,0 +1,145 @@
+"""What the package leans on in SGLang: found in its own sources, and listed where it is read by
+attribute."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_harli import plugin
+from sglang_harli.patches import catalog
+from sglang_harli.seams.source import Function, is_super
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Lean:
+    """One thing of SGLang that ours needs.
+
+    Attributes:
+        name: a dotted path in SGLang.
+        what: ``import``, ``hook``, ``override`` or ``member``.
+        ours: where we need it, a path in the package.
+        kind: of a hook: a HookType.
+        hook: of a hook or an override: ours, as ``module:qualified.name``.
+        given: how many of the hook's first arguments are given already (``functools.partial``).
+    """
+
+    name: str
+    what: str
+    ours: str
+    kind: str = ""
+    hook: str = ""
+    given: int = 0
+
+
+# Read by attribute, in the modules named (which say so too).
+MEMBERS: dict[tuple[str, str], str] = {
+    ("sglang.srt.managers.scheduler.Scheduler", "managers/scheduler/scheduler.py"): (
+        "waiting_queue ipc_channels weight_updater server_args"
+    ),
+    ("sglang.srt.managers.scheduler.Scheduler", "managers/scheduler/serving_view.py"): (
+        "running_batch max_prefill_tokens chunked_prefill_size chunked_req enable_overlap "
+        "get_num_allocatable_reqs"
+    ),
+    ("sglang.srt.managers.scheduler.Scheduler", "managers/scheduler/co_serving.py"): (
+        "device forward_stream idle_sleeper _engine_paused max_running_requests max_req_len "
+        "max_total_num_tokens"
+    ),
+    ("sglang.srt.managers.scheduler.Scheduler", "managers/scheduler/trainer_setup.py"): (
+        "token_to_kv_pool_allocator tree_cache tp_worker"
+    ),
+    ("sglang.srt.managers.schedule_batch.Req", "managers/scheduler/policy/waiting_prompts.py"): (
+        "origin_input_ids output_ids prefix_indices extend_range time_stats sampling_params finished lora_id"
+    ),
+    ("sglang.srt.managers.schedule_batch.ScheduleBatch", "managers/scheduler/step_timer.py"): (
+        "reqs forward_mode batch_is_full is_empty"
+    ),
+    ("sglang.srt.mem_cache.allocator.BaseTokenToKVPoolAllocator", "mem_cache/kv/slot_allocator.py"): (
+        "free_pages release_pages need_sort is_not_in_free_group free_group available_size free clear"
+    ),
+    ("sglang.srt.mem_cache.radix_cache.RadixCache", "mem_cache/kv/prefix_eviction.py"): (
+        "evictable_leaves _delete_leaf _record_remove_event token_to_kv_pool_allocator"
+    ),
+    ("sglang.srt.server_args.ServerArgs", "server_args.py"): (
+        "__post_init__ get_model_config device disable_overlap_schedule "
+        "enable_lora lora_paths lora_backend max_loaded_loras max_lora_rank lora_target_modules "
+        "max_total_tokens page_size kv_cache_dtype dtype served_model_name tokenizer_path model_path "
+        "enable_metrics torchao_config"
+    ),
+    ("sglang.srt.managers.tokenizer_manager.TokenizerManager", "managers/http/publisher.py"): (
+        "lora_registry lora_update_lock lora_ref_cache server_args server_status"
+    ),
+}
+
+
+@functools.cache
+def leans() -> list[Lean]:
+    """All of them; names that several modules import stand once."""
+    found = {lean.name: lean for lean in _imports()}
+    return [*found.values(), *_hooks(), *_overrides(), *_members()]
+
+
+def _imports() -> Iterator[Lean]:
+    for path, tree in _sources():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sglang":
+                yield from (Lean(f"{node.module}.{alias.name}", "import", path) for alias in node.names)
+            elif isinstance(node, ast.Import):
+                yield from (
+                    Lean(alias.name, "import", path)
+                    for alias in node.names
+                    if alias.name.split(".")[0] == "sglang"
+                )
+
+
+def _hooks() -> Iterator[Lean]:
+    for row in (plugin.SERVER_ARGS, *plugin.TABLE):
+        yield Lean(row.target, "hook", "plugin.py", row.kind, row.hook)
+    for name, hooks in catalog.ALL.items():
+        for target, hook, kind in hooks:
+            ours, given = getattr(hook, "func", hook), len(getattr(hook, "args", ()))
+            path = f"{ours.__module__}:{ours.__qualname__}"
+            yield Lean(target, "hook", f"patches: {name}", kind, path, given)
+
+
+def _overrides() -> Iterator[Lean]:
+    """Methods that call SGLang's of the same name by ``super()``."""
+    for path, tree in _sources():
+        bases = {
+            alias.asname or alias.name: f"{node.module}.{alias.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sglang"
+            for alias in node.names
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                named = (bases.get(base.id) for base in node.bases if isinstance(base, ast.Name))
+                for base in filter(None, named):
+                    for method in _supers(node):
+                        hook = f"{_module(path)}:{node.name}.{method}"
+                        yield Lean(f"{base}.{method}", "override", path, hook=hook)
+
+
+def _supers(node: ast.ClassDef) -> Iterator[str]:
+    for method in node.body:
+        if isinstance(method, Function) and any(is_super(call, method.name) for call in ast.walk(method)):
+            yield method.name
+
+
+def _members() -> Iterator[Lean]:
+    for (owner, ours), names in MEMBERS.items():
+        yield from (Lean(f"{owner}.{name}", "member", ours) for name in names.split())
+
+
+def _sources() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_bytes())
+
+
+def _module(path: str) -> str:
+    return "sglang_harli." + path.removesuffix(".py").replace("/", ".")

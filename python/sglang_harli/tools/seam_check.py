@@ -1,0 +1,121 @@
+"""Whether an SGLang has everything that ours leans on: ``python -m sglang_harli.tools.seam_check``.
+
+One line for each name, signature and assumption; exits with 1 when one does not hold.  Without
+``--sglang`` it is the installed SGLang: read, and called.  An unpacked wheel is read only, never
+imported.  ``--table`` compares several (docs/sglang-versions.md).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sglang_harli.errors import ConfigError, HarliError
+from sglang_harli.platforms.cpu.engine import CPU_ENGINE_ENV, STAND_IN
+from sglang_harli.seams import read_checks
+from sglang_harli.seams.assumptions import ASSUMPTIONS
+from sglang_harli.seams.leans import leans
+from sglang_harli.seams.source import SourceTree
+
+Line = tuple[str, str | None]  # what, and why it does not hold
+
+
+def read(folder: Path) -> list[Line]:
+    """Of the SGLang whose package lies in ``folder``."""
+    if not (folder / "sglang" / "srt").is_dir():
+        raise ConfigError(
+            f"{folder} holds no sglang/srt: give the folder of an unpacked wheel", param="--sglang"
+        )
+    tree = SourceTree(folder)
+    lines = [
+        (f"{c.lean.what} {c.lean.name} ({c.lean.ours})", c.problem) for c in read_checks.check(tree, leans())
+    ]
+    return lines + [(f"assumption: {name}", holds(tree)) for name, holds in ASSUMPTIONS.items()]
+
+
+def call() -> list[Line]:
+    """Of the installed SGLang, on its CPU engine.  What breaks is a problem and no traceback."""
+    os.environ[CPU_ENGINE_ENV] = "1"
+    sys.path.insert(0, str(STAND_IN))
+    lines: list[Line] = []
+    from sglang_harli.seams.called_checks import CALLS
+
+    for name, check in CALLS.items():
+        try:
+            lines.append((f"called: {name}", check()))
+        except Exception as error:  # boundary: another SGLang may raise anything
+            lines.append((f"called: {name}", f"{type(error).__name__}: {error}"))
+    return lines
+
+
+def version_of(folder: Path) -> str:
+    """Of an unpacked wheel, by the name of its metadata; else that of the folder."""
+    found = re.search(
+        r"sglang-([\w.]+)\.dist-info", " ".join(p.name for p in folder.glob("sglang-*.dist-info"))
+    )
+    return found[1] if found else folder.name
+
+
+def installed() -> Path:
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            "no sglang is installed here: give --sglang FOLDER of an unpacked wheel", param="--sglang"
+        )
+    return Path(spec.origin).parents[1]
+
+
+def table(folders: list[Path]) -> str:
+    """What does not hold in some of them, in Markdown: a row a seam, a column a version."""
+    columns = {version_of(folder): dict(read(folder)) for folder in folders}
+    rows = dict.fromkeys(name for column in columns.values() for name, problem in column.items() if problem)
+    head = ["| seam | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    return "\n".join(
+        [
+            *head,
+            *(
+                f"| {name} | {' | '.join(column[name] or '' for column in columns.values())} |"
+                for name in rows
+            ),
+        ]
+    )
+
+
+def main(
+    sglang: Annotated[
+        list[Path] | None, typer.Option(help="Folder of an unpacked wheel; may be repeated.")
+    ] = None,
+    problems: Annotated[bool, typer.Option("--problems", help="Show what does not hold alone.")] = False,
+    as_table: Annotated[bool, typer.Option("--table", help="One table over all folders.")] = False,
+) -> None:
+    """Check what sglang-harli leans on in SGLang."""
+    try:
+        folders = sglang or [installed()]
+        if as_table:
+            print(table(folders))
+            raise typer.Exit
+        failed = 0
+        for folder in folders:
+            version = version_of(folder) if sglang else importlib.metadata.version("sglang")
+            lines = read(folder) + ([] if sglang else call())
+            for name, problem in lines:
+                if problem or not problems:
+                    print(f"{'FAILS' if problem else 'ok   '} {name}{f': {problem}' if problem else ''}")
+            bad = sum(problem is not None for _, problem in lines)
+            print(f"sglang {version}: {len(lines) - bad} hold, {bad} do not")
+            failed += bad
+    except HarliError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    raise typer.Exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
