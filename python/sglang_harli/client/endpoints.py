@@ -20,8 +20,7 @@ _TCP = re.compile(
 
 
 def check_endpoint(endpoint: str) -> None:
-    """Raise ConfigError where no service can be reached at such an address; names the form that is
-    meant."""
+    """Raise ConfigError, with the form that is meant, for an address that can be no service's."""
     problem = _problem(endpoint)
     if problem is not None:
         raise ConfigError(f"endpoint {shown(endpoint)} is not accepted: give {problem}", param="endpoint")

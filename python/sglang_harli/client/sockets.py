@@ -111,8 +111,7 @@ class Wire:
             self._close()
 
     def _read(self) -> tuple[str, Any]:
-        """What there is, without waiting; an answer precedes the news that the peer left after
-        it."""
+        """What there is, without waiting; an answer comes before the news that the peer left."""
         event = None
         if not self._lost:
             with contextlib.suppress(zmq.Again):

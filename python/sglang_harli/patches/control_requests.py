@@ -1,9 +1,5 @@
 """Runtime half of ``patches/15-control-requests``: a control request at a wrong moment is an error.
 
-``/release_memory_occupation`` while a request runs, ``/resume_memory_occupation`` of what was not
-released, an update of the weights while requests run, or one whose content cannot be read raises on
-the scheduler's thread, which ends the server.  Here each is an error answer, and nothing changes.
-
 Leans on: ``srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager`` (its
 requests' handlers, ``is_fully_idle``, ``offload_tags``),
 ``srt.managers.communicator.FanOutCommunicator.__call__``, ``srt.managers.io_struct`` (the outputs;

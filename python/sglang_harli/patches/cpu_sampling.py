@@ -1,11 +1,5 @@
 """Runtime half of ``patches/13-cpu-sampling``: a request's sampling options work on the CPU engine.
 
-SGLang compiles two small functions of sampling at their first call.  On a CPU that starts a C++
-compiler on the scheduler's thread: all requests wait for minutes, and the server ends where there
-is no compiler.  Here they run uncompiled on a CPU.  And a grammar's mask (a JSON schema, a regular
-expression) has kernels for accelerators only, so its first use ends the server.  Here xgrammar's
-own kernel for CPUs applies it.
-
 Leans on: ``srt.sampling.penaltylib.repetition_penalty.apply_scaling_penalties``,
 ``srt.layers.sampler.multinomial_with_seed``, ``torch.compile``'s ``_torchdynamo_orig_callable``,
 ``srt.constrained.xgrammar_backend`` (``XGrammarGrammar.apply_vocab_mask``,

@@ -1,8 +1,5 @@
 """Runtime half of ``patches/10-idle-health-check``: a check that meets a batch's end is answered.
 
-SGLang answers a check that comes while something runs with the next batch's result.  Where that
-batch was the last, the check waits 20 seconds in vain, and a healthy server is called unhealthy.
-
 Leans on: ``srt.managers.scheduler.Scheduler`` (``on_idle``, ``maybe_send_health_check_signal``,
 ``return_health_check_ipcs``).
 """

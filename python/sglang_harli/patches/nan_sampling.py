@@ -1,9 +1,5 @@
 """Runtime half of ``patches/12-nan-sampling``: NaN probabilities spoil one answer, not the server.
 
-A repetition penalty near zero, or an adapter with infinite weights, makes logits NaN; sampling from
-them raises in ``torch.multinomial``, and an exception in a batch ends the scheduler.  Here such
-rows get their first token, and the batch's other requests their own.
-
 Leans on: ``srt.layers.sampler.sampling_from_probs_torch`` and
 ``top_k_top_p_min_p_sampling_from_probs_torch``.
 """

@@ -1,10 +1,5 @@
 """Runtime half of ``patches/06-request-fields``: a bad field is an error of its request.
 
-SGLang takes many fields of a request once or as a list, one entry a prompt, and sends them on
-unchecked: one prompt with a list of one ends the server, and so does a token beyond the vocabulary.
-Here, before anything is sent, a list must have an entry for each prompt, a single prompt takes its
-one entry, and numbers have types and bounds that the scheduler computes with.
-
 Leans on: ``srt.managers.io_struct`` (``GenerateReqInput._determine_batch_size`` and
 ``_normalize_rid``, ``EmbeddingReqInput.normalize_batch_and_arguments``, ``PositionalEmbeds``,
 ``SessionParams``), ``srt.managers.tokenizer_manager.TokenizerManager`` (``_validate_one_request``,

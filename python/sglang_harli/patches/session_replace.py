@@ -1,9 +1,5 @@
 """Runtime half of ``patches/14-session-replace``: replacing a session's requests is safe.
 
-``"session_params": {"id": ..., "replace": true}`` changes a dict that SGLang iterates over, which
-raises on the scheduler's thread; so does an id that two requests of the session have had, and a
-conversation of a thousand turns, by recursion.
-
 Leans on: ``srt.session.session_controller`` (``Session.create_req``, ``SessionReqNode.clear``;
 ``streaming``, ``req_nodes``).
 """

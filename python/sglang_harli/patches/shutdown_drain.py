@@ -1,9 +1,5 @@
 """Runtime half of ``patches/09-shutdown-drain``: after SIGTERM a server does not wait for ever.
 
-SGLang waits until no request is left, those that come later included.  Here it waits for those that
-it had, as long as one of them gets a token, or ends, within a minute; then it takes no more.
-SGLang looks every five seconds whether one is there.
-
 Leans on: ``srt.managers.tokenizer_manager.TokenizerManager`` (``sigterm_watchdog``,
 ``_init_req_state``, ``_handle_batch_output``, ``_handle_abort_req``; ``gracefully_exit``,
 ``rid_to_state``).

@@ -1,9 +1,5 @@
 """Runtime half of ``patches/16-stop-regex``: a stop pattern takes bounded time of decode.
 
-SGLang searches the output for ``stop_regex`` after every token, on the scheduler's thread, by
-``re``, which backtracks without limit: one request with ``(.+.+)+x`` stops all serving.  Here
-``regex`` searches, with a limit; a request that exceeds it ends with an error.
-
 Leans on: ``srt.managers.schedule_batch`` (``Req._check_str_based_finish``,
 ``_locate_str_stop_finished_len``, ``tail_str``, ``_stop_match_tail_len``;
 ``FINISHED_MATCHED_REGEX``, ``FINISH_ABORT``).

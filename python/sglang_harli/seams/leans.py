@@ -1,5 +1,4 @@
-"""What the package leans on in SGLang: found in its own sources, and listed where it is read by
-attribute."""
+"""What the package leans on in SGLang: found in its sources; listed if it is read by attribute."""
 
 from __future__ import annotations
 

@@ -53,8 +53,7 @@ def _is_field(tree: SourceTree, name: str) -> bool:
 
 
 def _misfit(target: Function, hook: Function, lean: Lean) -> str | None:
-    """Why calls of ``target`` do not fit the parameters of ours, or ours do not fit the
-    target's."""
+    """Why calls of ``target`` do not fit ours, or calls by ours do not fit the target."""
     takes = _Parameters.of(hook.args, skip=lean.given + (lean.kind in ("around", "after")))
     has = _Parameters.of(target.args)
     missing = [name for name in has.keywords if name not in takes.names and not takes.any_keyword]

@@ -14,8 +14,7 @@ _DEPTH = 12  # re-exports and bases followed
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a dotted path names: ``node`` is a class, a function, an assignment, or None (a
-    module)."""
+    """What a dotted path names: a class, a function, an assignment, or a module (``node`` None)."""
 
     module: str
     node: ast.AST | None
@@ -63,8 +62,7 @@ class SourceTree:
         return None
 
     def member(self, owner: Found, name: str, depth: int = _DEPTH) -> Found | None:
-        """A method, a field, or an attribute that a method of the class or of a base sets on
-        self."""
+        """A method, a field, or what a method sets on self; of the class or of a base."""
         for place in self.lineage(owner, depth):
             assert isinstance(place.node, ast.ClassDef)
             node = _members(place.node).get(name)

@@ -1,9 +1,5 @@
 """Runtime half of ``patches/05-lora-adapter-checks``: a loaded adapter answers as PEFT would.
 
-However it comes (``--lora-paths``, a path, tensors, a publication), its config and its weights are
-checked (``peft_adapter``) before SGLang takes them.  A failed load leaves nothing behind and
-never ends the scheduler.
-
 Leans on: ``srt.lora.lora_config.LoRAConfig`` (``__init__``, ``get_lora_config``),
 ``srt.lora.lora.LoRAAdapter`` (``initialize_weights``, ``initialize_weights_from_tensors``),
 ``srt.lora.lora_manager.LoRAManager`` (``validate_new_adapter``, ``init_state``,

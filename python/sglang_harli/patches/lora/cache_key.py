@@ -1,9 +1,5 @@
 """Runtime half of ``patches/11-lora-cache-key``: no client's ``extra_key`` is an adapter's key.
 
-SGLang's prefix cache is divided by a string: the client's ``extra_key`` with the adapter's id
-behind it.  A client that gives an adapter's id as ``extra_key`` gets answers of the base from the
-adapter's keys and values.  Here the client's part is preceded by its length.
-
 Leans on: ``srt.managers.tokenizer_manager.TokenizerManager`` (``_create_tokenized_object``,
 ``enable_lora``).
 """

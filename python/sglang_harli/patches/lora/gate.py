@@ -1,10 +1,5 @@
 """Runtime half of ``patches/02-lora-gate``: LoRA costs nothing while no request uses an adapter.
 
-The dense wrappers of SGLang's LoRA layers run their two extra products in every forward.  Here they
-run only if the batch has an adapter; a batch without one skips its LoRA bookkeeping too.  CUDA
-graphs are captured twice per size, with LoRA and without, by variants that SGLang's runner has but
-does not switch on; the batch chooses between them at replay.
-
 Leans on: ``srt.lora.layers.BaseLayerWithLoRA.set_lora``, ``srt.lora.lora_manager.LoRAManager``
 (``__init__``, ``prepare_lora_batch``, ``fetch_new_loras``), ``srt.lora.utils.LoRABatchInfo``,
 ``srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture`` and

@@ -1,10 +1,5 @@
 """Runtime half of ``patches/03-lora-padded-mlp``: an adapter that does not fit fails at its load.
 
-On CPU SGLang rounds the model's ``intermediate_size`` up to a multiple of 32; an adapter has the
-model's own.  Here its ``gate_up`` B and ``down`` A get zeros for the added rows and columns.  Any
-other weight whose shape or name the memory pool cannot take is refused at load: SGLang would end
-the server at the first request that uses it.
-
 Leans on: ``srt.lora.lora.LoRAAdapter._normalize_weights``, ``srt.lora.lora_manager.LoRAManager``
 (``init_state``, ``load_lora_weights``, ``load_lora_weights_from_tensors``), ``srt.lora.utils`` and
 the ``original_…`` values of ``srt.configs.update_config``.

@@ -1,10 +1,5 @@
 """Runtime half of ``patches/04-lora-peft-adapters``: PEFT's adapters of all seven linear layers.
 
-SGLang stacks q, k and v (gate and up) and takes for granted that q and v (gate) are there: without
-v it fails with a bare KeyError, and with only k, v or up the first request that uses the adapter
-ends the server.  Missing parts become zeros here.  And SGLang scales by alpha / r whatever
-``use_rslora`` says: the config gets the alpha for which that is PEFT's alpha / sqrt(r).
-
 Leans on: ``srt.lora.lora.LoRAAdapter._normalize_weights`` and
 ``srt.lora.lora_config.LoRAConfig.__init__``.
 """

@@ -1,9 +1,5 @@
 """Runtime half of ``patches/01-lora-pin-memory``: LoRA serving on the CPU engine.
 
-SGLang's LoRA layers ask for pinned memory, which raises without an accelerator.  On the CPU engine
-those modules get a ``torch`` of their own, whose factories give pageable tensors; the global
-``torch`` stays as it is.
-
 Leans on: ``srt.lora.lora_manager.LoRAManager.__init__``, the global name ``torch`` in
 ``srt.lora.layers`` and ``srt.lora.backend.torch_backend``.
 """

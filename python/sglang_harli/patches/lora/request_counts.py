@@ -1,13 +1,5 @@
 """Runtime half of ``patches/07-lora-request-counts``: each use of an adapter counts once.
 
-SGLang counts a request of an adapter when its name is looked up and takes it off at one of several
-ends: n answers of one prompt take off more than was counted, and a request aborted while it waits
-takes off nothing.  The adapter is then unloaded under a running request, or never.  Here two things
-hold an adapter, each exactly once: a call of ``generate_request`` from the look-up until all of it
-has been sent (its reader may never read to the end), and a request from its sending to the
-scheduler until the scheduler has said that it ended.  The id of a request that was never sent is
-forgotten when its call ends.
-
 Leans on: ``srt.managers.tokenizer_manager.TokenizerManager`` (``init_lora``, ``generate_request``,
 ``_init_req_state``, ``_resolve_lora_path``, ``_dispatch_to_scheduler``, ``_handle_batch_output``,
 ``_handle_abort_req``; ``rid_to_state``, ``lora_registry``), ``srt.lora.lora_registry.LoRARegistry``

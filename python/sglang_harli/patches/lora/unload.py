@@ -1,15 +1,5 @@
 """Runtime half of ``patches/08-lora-unload``: unloads wait for requests that make progress.
 
-SGLang holds its lock over LoRA updates until the last request of an adapter that is unloaded, or
-evicted, has ended: all loads wait for one long answer, or for ever.  Here
-
-* an unload takes the name away and waits without the lock; when none of the requests has got a
-  token for a minute, the adapter is registered as before, and the answer is an error;
-* beyond ``--max-loaded-loras`` the least recently used adapter that no request uses is unloaded, at
-  once or when requests end, so that nothing waits for an eviction.
-
-Loads and unloads run to their end even where their client goes away.
-
 Leans on: ``srt.managers.tokenizer_control_mixin.TokenizerControlMixin`` (``load_lora_adapter``,
 ``load_lora_adapter_from_tensors``, ``unload_lora_adapter``, ``update_lora_adapter_communicator``),
 ``TokenizerManager`` (``lora_update_lock``, ``lora_registry``, ``lora_ref_cache``, ``server_args``),

@@ -29,8 +29,7 @@ def stored(value: JobRecord | Event) -> str:
 
 
 def check(record: JobRecord) -> None:
-    """Raise RecordError unless each reader can take the record and the store returns it
-    unchanged."""
+    """Raise RecordError unless all readers can take the record, and the store gives it back."""
     body = stored(record)
     try:
         back = msgspec.json.decode(body, type=JobRecord)
