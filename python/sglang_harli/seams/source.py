@@ -21,7 +21,7 @@ class Found:
 
 
 class SourceTree:
-    """Python sources of packages below ``folder``; a missing or unreadable module is None."""
+    """Python sources of packages below ``folder``; a module that is missing or cannot be parsed is None."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -125,8 +125,11 @@ class SourceTree:
 
 
 @functools.cache
-def _parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_bytes())
+def _parsed(path: Path) -> ast.Module | None:
+    try:
+        return ast.parse(path.read_bytes())
+    except SyntaxError:  # of a newer Python
+        return None
 
 
 def is_super(node: ast.AST, name: str) -> bool:

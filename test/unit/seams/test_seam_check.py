@@ -199,6 +199,11 @@ def test_names_are_followed(small, name, kind):
     assert found is not None and isinstance(found.node, kind)
 
 
+def test_a_module_that_cannot_be_parsed_has_no_names(small):
+    (small.folder / "pkg" / "newer.py").write_text("match = type X = int\n")
+    assert small.find("pkg.newer.X") is None
+
+
 @pytest.mark.parametrize("name", ["pkg.Nobody", "pkg.Renamed.nothing", "pkg.nowhere.Base", "missing.x"])
 def test_names_that_are_not_there(small, name):
     assert small.find(name) is None
