@@ -170,7 +170,7 @@ def prediction_lines(phases: dict[str, dict[str, Any]] | None) -> Iterator[str]:
     yield "  prediction (of the latest 200 of each; upper bound as a multiple of what is expected):"
     for name, score in phases.items():
         yield (
-            f"    {name:<16}error {100 * score['mape']:.1f}%, within the upper bound {100 * score['coverage']:.1f}%, "
+            f"    {name:<20}error {100 * score['mape']:.1f}%, within the upper bound {100 * score['coverage']:.1f}%, "
             f"upper bound {score['upper_ratio']:.2f}, steps {score['steps']}"
         )
 

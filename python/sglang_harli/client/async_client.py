@@ -119,6 +119,7 @@ class AsyncFinetuneClient:
             DataError: the file cannot be read, or lines are at fault; no job was created.
             ConfigError: a hyperparameter or the suffix is not accepted.
         """
+        pairs = _hyperparameters(hyperparameters)
         if data is None and resume_from is None:
             raise ConfigError(
                 "nothing to train on: give data (--data), or resume_from (--resume-from) with a job that is over",
@@ -127,7 +128,7 @@ class AsyncFinetuneClient:
         args = public.SubmitArgs(
             filename=(filename or "")[:1024],
             suffix=suffix,
-            hyperparameters=_hyperparameters(hyperparameters),
+            hyperparameters=pairs,
             idempotency_key=idempotency_key or uuid.uuid4().hex,
             priority=priority,
             resume_from=resume_from,

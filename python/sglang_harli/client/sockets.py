@@ -171,7 +171,8 @@ class AsyncWire(Wire):
             readable = self._lost or self._readable()
         if not readable:
             await self._wait_for_news(seconds)
-        return self._read()
+        with self._in_use():
+            return self._read()
 
     async def sleep(self, seconds: float) -> None:
         await _wait(self._end_of_sleep, seconds)

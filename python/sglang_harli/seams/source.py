@@ -21,7 +21,7 @@ class Found:
 
 
 class SourceTree:
-    """Python sources of packages below ``folder``; a module that is missing or cannot be parsed is None."""
+    """Python sources below ``folder``; a module that is missing or cannot be parsed is None."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

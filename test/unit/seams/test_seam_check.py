@@ -163,6 +163,7 @@ def test_the_command_reads_an_unpacked_wheel_and_says_what_is_none(tmp_path, cap
     assert seam_check.version_of(tmp_path / "copy") == "9.9.9"
     page = seam_check.table([tmp_path / "copy", SGLANG])
     assert "| seam | 9.9.9 |" in page and "Engine._launch_subprocesses (plugin.py) | is gone |  |" in page
+    assert seam_check.table([SGLANG]) == f"All seams hold in {seam_check.version_of(SGLANG)}."
     with pytest.raises(Exception, match="holds no sglang/srt"):
         seam_check.read(tmp_path)
 

@@ -6,6 +6,7 @@ crash leaves out or tears is completed at the next write.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -73,8 +74,9 @@ class JobMirror:
         """Bring job.json up to date; after an OSError the next call tries again."""
         path = JobPaths(self._run_dir, job.id).job
         content = orjson.dumps(msgspec.to_builtins(job), option=orjson.OPT_INDENT_2)
-        if path.exists() and path.read_bytes() == content:
-            return
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_bytes() == content:
+                return
         temporary = path.with_suffix(".tmp")
         failpoint(WriteFailpoint.MIRROR)
         temporary.write_bytes(content)

@@ -168,7 +168,8 @@ class Uploads:
         """Remove an upload, if it is there."""
         upload = self._uploads.pop(name or "", None)
         if upload is not None:
-            self._disk.submit(_remove, upload)  # behind the chunks that are being written
+            with contextlib.suppress(RuntimeError):  # the service ends: close removes them all
+                self._disk.submit(_remove, upload)  # behind the chunks that are being written
 
     def _unknown(self, upload: str) -> HarliError:
         return NotFoundError(
