@@ -68,8 +68,8 @@ def _iterated(calls: AsyncGenerator[T]) -> Iterator[T]:
 
 @contextlib.contextmanager
 def _of_no_loop() -> Iterator[None]:
-    """Async generators begun within are not taken in by the event loop of this thread, which would
-    close them at its own end."""
+    """Keeps async generators begun within from this thread's event loop, which would close them at
+    its end."""
     hooks = sys.get_asyncgen_hooks()
     sys.set_asyncgen_hooks(None, None)
     try:

@@ -137,19 +137,39 @@ def test_an_assumption_that_no_longer_holds_is_named(tmp_path, file, old, new, n
     assert name in problems(broken(tmp_path / "copy", file, old, new))
 
 
-def test_every_assumption_can_fail():
-    """Sources that say the contrary; nothing but the file in question is there."""
-    nothing = SourceTree(Path("/nonexistent"))
-    silent = [name for name, holds in assumptions.ASSUMPTIONS.items() if holds(nothing) is None]
-    absent = {  # of these the presence of a name is the problem
-        "ServerArgs() resolves its values",
-        "KV slots are freed by free alone",
-        "the paged allocator's frees are release_pages",
-        "the HTTP server is Python's",
-        "readiness is /health_generate",
-        "a prefill may follow each decode step",
-    }
-    assert set(silent) == absent
+# Sources in which a name is there whose absence is assumed.
+PRESENT = {
+    "ServerArgs() resolves its values": (
+        "srt/server_args.py",
+        "class ServerArgs:\n    def resolve_once(self): ...",
+    ),
+    "KV slots are freed by free alone": (
+        "srt/mem_cache/allocator.py",
+        "class BaseTokenToKVPoolAllocator:\n    def free_segment(self): ...",
+    ),
+    "the paged allocator's frees are release_pages": (
+        "srt/mem_cache/allocator.py",
+        "class PagedTokenToKVPoolAllocator:\n    num_staged_pages = 0",
+    ),
+    "the HTTP server is Python's": ("srt/environ.py", "class Envs:\n    SGLANG_RUST_SERVER = False"),
+    "readiness is /health_generate": ("srt/entrypoints/http_server.py", "app.get('/ready')"),
+    "a prefill may follow each decode step": (
+        "srt/arg_groups/fields/schedule.py",
+        "class Fields:\n    prefill_decode_interval: int = 1",
+    ),
+}
+
+
+def test_every_assumption_can_fail(tmp_path):
+    """Those of a name that is there fail without any sources, the others with the name."""
+    nothing = SourceTree(tmp_path / "nothing")
+    silent = {name for name, holds in assumptions.ASSUMPTIONS.items() if holds(nothing) is None}
+    assert silent == PRESENT.keys()
+    for number, (name, (file, text)) in enumerate(PRESENT.items()):
+        path = tmp_path / str(number) / "sglang" / file
+        path.parent.mkdir(parents=True)
+        path.write_text(text + "\n")
+        assert assumptions.ASSUMPTIONS[name](SourceTree(tmp_path / str(number))), name
 
 
 def test_the_command_reads_an_unpacked_wheel_and_says_what_is_none(tmp_path, capsys):
