@@ -3,7 +3,9 @@ SGLang's."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import mmap
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,13 @@ import torch
 
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import MemoryPurpose
-from support.model_runner import build_runner, server_args
+from sglang_harli.mem_cache.backing.cuda import CudaBacking
+from sglang_harli.mem_cache.backing.host import HostBacking
+from sglang_harli.mem_cache.backing.interface import Backing
+from sglang_harli.mem_cache.backing.static import StaticBacking
+from sglang_harli.mem_cache.geometry import PoolGeometry
+from support.cuda.cuda_driver_double import DriverDouble
+from support.model_runner import NEWEST, build_runner, server_args
 
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 HOOKS = {
@@ -93,6 +101,64 @@ def test_capacity_buffers_and_answers_are_sglangs(
     assert all(not pool.backing.kv_bytes(n)[-page_size * 256 :].any() for n in range(4)), "zeros come back"
 
 
+def backings(geometry: PoolGeometry) -> dict[str, Backing]:
+    """One of each kind; CUDA's on the driver's double."""
+    driver = DriverDouble(granularity=mmap.PAGESIZE)
+    return {
+        "host": HostBacking(geometry),
+        "static": StaticBacking(geometry, "cpu"),
+        "cuda": CudaBacking(geometry, torch.device("cpu"), driver, lambda: [1]),
+    }
+
+
+@pytest.mark.skipif(not NEWEST, reason="0.5.16 has no such check")
+@pytest.mark.parametrize("kind", ["host", "static", "cuda"])
+@pytest.mark.parametrize(
+    ("page_size", "heads", "head_dim", "slots"), [(16, 2, 16, 1040), (1, 3, 80, 1024), (64, 1, 72, 64 * 33)]
+)
+def test_trtllm_reaches_values_from_the_keys_of_their_layer(kind, page_size, heads, head_dim, slots):
+    """SGLang's own check, on our buffers: else each prefill would copy its batch's pages, as it
+    does of values in an allocation of their own, below the keys or not whole pages behind them."""
+    from sglang.srt.layers.attention.trtllm_mha_backend import TRTLLMHAAttnBackend
+
+    def inputs_of(keys: torch.Tensor, values: torch.Tensor, pages: torch.Tensor) -> Any:
+        metadata = SimpleNamespace(fmha_v2_block_tables=None, fmha_v2_copy_rows=None)
+        seen = SimpleNamespace(forward_metadata=metadata)
+        seen._fmha_v2_paged_kv = functools.partial(TRTLLMHAAttnBackend._fmha_v2_paged_kv, seen)
+        return TRTLLMHAAttnBackend._fmha_v2_paged_inputs(seen, torch.zeros(1), keys, values, pages)  # type: ignore[arg-type]
+
+    row_bytes = 2 * heads * head_dim
+    geometry = PoolGeometry.plan(
+        slots=slots, row_bytes=row_bytes, buffers=4, page_size=page_size, granularity=mmap.PAGESIZE
+    )
+    backing = backings(geometry)[kind]
+    try:
+        for layer in range(2):
+            keys, values = (
+                backing.kv_bytes(2 * layer + part).view(torch.bfloat16).view(-1, page_size, heads, head_dim)
+                for part in (0, 1)
+            )
+            marks = torch.arange(slots // page_size).to(torch.bfloat16)
+            values[:, 0, 0, 0] = marks
+            pages = torch.tensor([[3, 1], [0, slots // page_size - 1]], dtype=torch.int32)
+            inputs, tables = inputs_of(keys, values, pages)
+            assert inputs[1][0] is keys and inputs[1][1] is values, "no copy"
+            assert torch.equal(tables[:, 0], pages)
+            base, size = keys.data_ptr(), page_size * row_bytes
+            for page, block in zip(pages.flatten(), tables[:, 1].flatten(), strict=True):
+                mark = (ctypes.c_uint16).from_address(base + int(block) * size).value
+                assert torch.tensor(mark, dtype=torch.uint16).view(torch.bfloat16) == marks[page]
+            below, above = sorted((values.clone(), values.clone()), key=torch.Tensor.data_ptr)
+            both = torch.empty(2 * values.numel() + 8, dtype=values.dtype)
+            parts = both[: values.numel()], both[values.numel() + 8 :]
+            for apart in ((above, below), tuple(part.view_as(values) for part in parts)):
+                (_, copy), tables = inputs_of(*apart, pages)
+                assert isinstance(copy, torch.Tensor) and copy.shape[1] == 2, "a copy of both"
+                assert tables is pages
+    finally:
+        backing.close()
+
+
 def configurator(**changes: Any) -> Any:
     """A configurator's fields, as for a plain model on a CPU."""
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -101,9 +167,7 @@ def configurator(**changes: Any) -> Any:
         tp_size=1,
         pp_size=1,
         dcp_size=1,
-        page_size=1,
         disaggregation_mode="null",
-        kv_cache_dtype="auto",
         radix_cache_backend=None,
         **dict.fromkeys(
             (
@@ -115,6 +179,7 @@ def configurator(**changes: Any) -> Any:
                 "enable_hisparse",
                 "enable_lmcache",
                 "enable_flexkv",
+                "enable_unified_cache_external_linker",
             ),
             False,
         ),
@@ -131,6 +196,9 @@ def configurator(**changes: Any) -> Any:
         "mambaish_config": None,
         "post_capture_kv_active": False,
         "kv_cache_dtype": torch.bfloat16,
+        "kv_cache_dtype_str": "auto",
+        "kv_shard_rank": None,
+        "page_size": 1,
         "model_config": SimpleNamespace(head_dim=16, v_head_dim=16, hf_config=hf_config),
     }
     for name, value in changes.items():
@@ -138,6 +206,7 @@ def configurator(**changes: Any) -> Any:
             values[name] = value
         else:
             setattr(args, name, value)
+    args.kv_cache_dtype = values["kv_cache_dtype_str"]
     return SimpleNamespace(**values)
 
 
@@ -159,6 +228,15 @@ def configurator(**changes: Any) -> Any:
         ({"radix_cache_backend": "flexkv"}, "--radix-cache-backend"),
         ({"post_capture_kv_active": True}, "graph capture"),
         ({"device": "xpu"}, "cuda and cpu"),
+        ({"kv_cache_dtype_str": "mxfp8"}, "MXFP8"),
+        *(
+            [
+                ({"kv_shard_rank": 0}, "--enable-kv-cache-sharding"),
+                ({"enable_unified_cache_external_linker": True}, "external-linker"),
+            ]
+            if NEWEST
+            else []
+        ),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_stays_sglangs_with_one_sentence(changes, what, caplog):
@@ -176,6 +254,31 @@ def test_what_is_not_supported_stays_sglangs_with_one_sentence(changes, what, ca
     assert result == "SGLang's own" and asked == [{"max_total_num_tokens": 64, "mha_pool_class": object}]
     (record,) = caplog.records
     assert what in record.getMessage() and "fixed memory" in record.getMessage()
+
+
+def test_what_is_read_of_a_real_configurator_is_in_force(tiny_model, sglang_runner, unify, monkeypatch):
+    """Each row asks a real configurator, and the page size is the pool's own."""
+    from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+
+    from sglang_harli.managers.scheduler.memory import pool_setup
+
+    unify()
+    seen: list[tuple[Any, dict[str, bool]]] = []
+    build = KVCacheConfigurator._build_mha_kv_pool
+
+    def note(self: Any, **kwargs: Any) -> Any:
+        pool = build.__get__(self)(**kwargs)
+        seen.append((pool, {what: has(self) for what, has in pool_setup._PLAIN}))
+        assert self.page_size == pool.page_size == pool.harli_backing.geometry.page_size
+        geometry = pool_setup._geometry(self, kwargs["max_total_num_tokens"], None)
+        assert geometry == pool.harli_backing.geometry
+        return pool
+
+    monkeypatch.setattr(KVCacheConfigurator, "_build_mha_kv_pool", note)
+    build_runner(server_args(tiny_model(), page_size=16, max_total_tokens=1024))
+    ((pool, answers),) = seen
+    assert pool.page_size == 16
+    assert not any(answers.values()), answers
 
 
 def test_a_layout_that_the_environment_chooses_stays_sglangs(monkeypatch):

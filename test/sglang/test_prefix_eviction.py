@@ -3,8 +3,10 @@ agree."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,12 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_harli.core import MemoryPurpose
-from support.prefix_fixture import SEEDS, STRIPE, PrefixCacheUnderTest
+from support.model_runner import NEWEST
+from support.pool_parts import all_free_pages
+from support.prefix_fixture import KINDS, SEEDS, STRIPE, PrefixCacheUnderTest, under_test
+
+MakeRig = Callable[..., PrefixCacheUnderTest]
+
+
+@pytest.fixture(params=KINDS)
+def rig_of(request: pytest.FixtureRequest) -> MakeRig:
+    return functools.partial(under_test, kind=request.param)
 
 
 @pytest.mark.parametrize("page", [1, 4])
-def test_the_least_valuable_entries_go_and_what_is_kept_stays(page):
-    rig = PrefixCacheUnderTest(page=page)
+def test_the_least_valuable_entries_go_and_what_is_kept_stays(page, rig_of):
+    rig = rig_of(page=page)
     entries = [rig.cache(STRIPE) for _ in range(9)]  # all but the last 7 pages
     assert rig.slots.available_size() == 7 * page
     hot = entries[0]
@@ -33,21 +44,21 @@ def test_the_least_valuable_entries_go_and_what_is_kept_stays(page):
     assert len(rig.slots.free_stripes()) == freed
 
 
-def test_entries_that_came_since_the_last_count_can_go():
+def test_entries_that_came_since_the_last_count_can_go(rig_of):
     """Nothing was freed since, so nothing makes the counts anew: they must follow what was
     taken."""
-    rig = PrefixCacheUnderTest()
+    rig = rig_of()
     assert len(rig.slots.free_stripes()) == 9
     for _ in range(9):
         rig.cache(STRIPE)
-    assert len(rig.slots.release_pages) == 0
+    assert rig.slots.waiting_pages() == 0
     assert rig.evict(3) == 3
     assert len(rig.slots.free_stripes()) == 3
     rig.check()
 
 
-def test_a_stripe_that_costs_least_goes_first():
-    rig = PrefixCacheUnderTest(stripes=6)
+def test_a_stripe_that_costs_least_goes_first(rig_of):
+    rig = rig_of(stripes=6)
     rig.use(STRIPE - 1)  # stripe 0
     long = rig.cache(2 * STRIPE)  # stripes 1, 2
     short = rig.cache(STRIPE)  # stripe 3
@@ -58,8 +69,8 @@ def test_a_stripe_that_costs_least_goes_first():
     rig.check()
 
 
-def test_old_entries_go_before_new_ones_of_the_same_cost():
-    rig = PrefixCacheUnderTest(stripes=24)
+def test_old_entries_go_before_new_ones_of_the_same_cost(rig_of):
+    rig = rig_of(stripes=24)
     rig.use(STRIPE - 1)
     entries = [rig.cache(STRIPE) for _ in range(20)]
     for entry in entries[:4]:
@@ -73,8 +84,8 @@ def test_old_entries_go_before_new_ones_of_the_same_cost():
     rig.check()
 
 
-def test_children_go_with_their_parent_and_not_the_other_way():
-    rig = PrefixCacheUnderTest(stripes=6)
+def test_children_go_with_their_parent_and_not_the_other_way(rig_of):
+    rig = rig_of(stripes=6)
     rig.use(STRIPE - 1)
     root = rig.cache(STRIPE)  # stripe 1
     child = rig.cache(STRIPE, after=root)  # took stripes 2 and 3, gave 2 back as duplicates
@@ -88,26 +99,26 @@ def test_children_go_with_their_parent_and_not_the_other_way():
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "priority"])
-def test_what_is_in_use_keeps_its_whole_stripe(policy):
-    rig = PrefixCacheUnderTest(stripes=4, policy=policy)
+def test_what_is_in_use_keeps_its_whole_stripe(policy, rig_of):
+    rig = rig_of(stripes=4, policy=policy)
     rig.use(STRIPE - 1)
     locked = rig.cache(2)
-    rig.tree.inc_lock_ref(rig.node(locked))
+    rig.lock(locked)
     beside = rig.cache(STRIPE - 2)  # fills stripe 1
     rig.use(1)
     other = rig.cache(STRIPE - 1)  # fills stripe 2
     assert rig.evict(3) == 0
     assert rig.cached(beside) and rig.cached(other), "no entry is evicted for nothing"
-    rig.tree.dec_lock_ref(rig.node(locked))
+    rig.unlock(locked)
     assert rig.evict(3) == 1
     assert not rig.cached(beside) and not rig.cached(locked) and rig.cached(other)
     rig.check()
 
 
-def test_removed_entries_are_told_to_routers():
+def test_removed_entries_are_told_to_routers(rig_of):
     from sglang.srt.disaggregation.kv_events import BlockRemoved
 
-    rig = PrefixCacheUnderTest(stripes=4)
+    rig = rig_of(stripes=4)
     rig.use(STRIPE - 1)
     rig.cache(STRIPE)
     rig.tree.take_events()
@@ -127,9 +138,9 @@ class Late:
         return lambda: self.generation > asked
 
 
-def late_rig() -> tuple[PrefixCacheUnderTest, Late, list[list[int]]]:
+def late_rig(rig_of: MakeRig) -> tuple[PrefixCacheUnderTest, Late, list[list[int]]]:
     late = Late()
-    rig = PrefixCacheUnderTest(stripes=6, fence=late.fence)
+    rig = rig_of(stripes=6, fence=late.fence)
     rig.use(STRIPE - 1)
     entries = [rig.cache(STRIPE) for _ in range(3)]
     assert rig.evict(1) == 0, "asked for, not here yet"
@@ -138,8 +149,8 @@ def late_rig() -> tuple[PrefixCacheUnderTest, Late, list[list[int]]]:
     return rig, late, entries
 
 
-def test_on_a_device_it_happens_one_call_later():
-    rig, late, entries = late_rig()
+def test_on_a_device_it_happens_one_call_later(rig_of):
+    rig, late, entries = late_rig(rig_of)
     assert rig.evict(1) == 1
     assert [rig.cached(entry) for entry in entries].count(0) == 1
     assert rig.slots.free_stripes() == []
@@ -149,9 +160,9 @@ def test_on_a_device_it_happens_one_call_later():
 
 
 @pytest.mark.parametrize("late", [None, Late()], ids=["host", "device"])
-def test_training_grows_into_the_prefix_cache_down_to_what_is_kept(late):
+def test_training_grows_into_the_prefix_cache_down_to_what_is_kept(late, rig_of):
     now_s = itertools.count(step=1000.0)
-    rig = PrefixCacheUnderTest(stripes=20, fence=late.fence if late else None, clock=lambda: next(now_s))
+    rig = rig_of(stripes=20, fence=late.fence if late else None, clock=lambda: next(now_s))
     rig.use(STRIPE - 1)
     entries = [rig.cache(STRIPE) for _ in range(15)]  # 4 stripes are free
     keep = 6 * STRIPE
@@ -171,9 +182,9 @@ def test_training_grows_into_the_prefix_cache_down_to_what_is_kept(late):
     rig.check()
 
 
-def test_an_entry_that_changed_meanwhile_is_left_alone():
-    rig, _, (first, second, third) = late_rig()
-    rig.tree.inc_lock_ref(rig.node(first))  # in use now
+def test_an_entry_that_changed_meanwhile_is_left_alone(rig_of):
+    rig, _, (first, second, third) = late_rig(rig_of)
+    rig.lock(first)  # in use now
     rig.node(second[:3])  # split
     rig.cache(2, after=third)  # has a child now
     assert rig.evict(3) == 0
@@ -181,8 +192,8 @@ def test_an_entry_that_changed_meanwhile_is_left_alone():
     rig.check()
 
 
-def test_a_flush_meanwhile_ends_the_look():
-    rig, _, _ = late_rig()
+def test_a_flush_meanwhile_ends_the_look(rig_of):
+    rig, _, _ = late_rig(rig_of)
     rig.tree.reset()
     rig.slots.clear()
     rig.held = 0
@@ -190,14 +201,15 @@ def test_a_flush_meanwhile_ends_the_look():
     rig.check()
 
 
-def test_caches_without_a_plain_tree_have_nothing_to_evict():
+@pytest.mark.skipif(NEWEST, reason="other classes")
+def test_caches_without_a_plain_tree_have_nothing_to_evict(rig_of):
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.chunk_cache import ChunkCache
     from sglang.srt.session.streaming_session import StreamingSession
 
     from sglang_harli.mem_cache.kv.prefix_eviction import evict_stripes
 
-    rig = PrefixCacheUnderTest(stripes=4)
+    rig = rig_of(stripes=4)
     rig.use(STRIPE - 1)
     rig.cache(STRIPE)
     params = CacheInitParams(
@@ -217,10 +229,136 @@ def test_caches_without_a_plain_tree_have_nothing_to_evict():
     assert evict_stripes(StreamingSession(rig.tree), rig.slots, 1, 0) == 1
 
 
-@given(data=st.data(), page=st.sampled_from([1, 4]), keep=st.integers(0, 60), wanted=st.integers(1, 8))
+@pytest.mark.skipif(not NEWEST, reason="other classes")
+def test_caches_without_a_tree_of_one_kind_have_nothing_to_evict(rig_of):
+    rig = rig_of(stripes=4)
+    rig.use(STRIPE - 1)
+    rig.cache(STRIPE)
+
+    class OtherTree(type(rig.tree)):
+        pass
+
+    rig.tree.__class__ = OtherTree
+    assert rig.evict(1) == 0
+    rig.tree.__class__ = OtherTree.__bases__[0]
+    for name, value in (("disable", True), ("cache_controller", object()), ("linker", object())):
+        before = getattr(rig.tree, name)
+        setattr(rig.tree, name, value)
+        assert rig.evict(1) == 0, name
+        setattr(rig.tree, name, before)
+    assert rig.evict(1) == 1
+
+
+@pytest.mark.skipif(not NEWEST, reason="entries can be cut")
+def test_a_long_entry_goes_whole_once_nobody_uses_it(rig_of):
+    rig = rig_of()
+    tokens = rig.cache(9 * STRIPE)
+    keep = 3 * STRIPE
+    assert rig.evict(8, keep=keep) == 0 and rig.cached(tokens) == len(tokens)
+    rig.age(tokens, by_s=120.0)
+    assert rig.evict(8, keep=keep, unused_since_s=time.monotonic() - 60.0) >= 8
+    assert rig.cached(tokens) == 0
+    rig.check()
+
+
+def test_a_cold_conversation_goes_before_a_hot_prompt(rig_of):
+    """Its earlier turns hang above the last one; they are as old, and come before what was used
+    since."""
+    rig = rig_of(stripes=12)
+    rig.use(STRIPE - 1)
+    turns: list[int] = []
+    for _ in range(3):
+        turns = rig.cache(STRIPE, after=turns)
+    hot = rig.cache(STRIPE)
+    rig.node(hot)
+    assert rig.evict(9, keep=len(hot)) >= 1
+    assert rig.cached(hot) == len(hot) and rig.cached(turns) == 0
+    rig.check()
+
+
+def test_a_prefix_used_by_itself_is_as_hot_as_that(rig_of):
+    rig = rig_of(stripes=12)
+    rig.use(STRIPE - 1)
+    shared = rig.cache(STRIPE)
+    tail = rig.cache(STRIPE, after=shared)
+    other = rig.cache(STRIPE)
+    rig.node(shared)  # asked for without the tail
+    assert rig.evict(9, keep=STRIPE) >= 1
+    assert rig.cached(shared) == len(shared) and rig.cached(other) == 0
+    assert rig.cached(tail) == len(shared)
+    rig.check()
+
+
+@given(data=st.data(), kind=st.sampled_from(KINDS))
+@settings(deadline=None, max_examples=60)
+def test_entries_come_in_the_order_in_which_sglang_would_evict_them(data, kind):
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    from sglang_harli.sglang_versions.current import prefix_tree
+
+    rig = under_test(kind=kind, stripes=40)
+    prefixes: list[list[int]] = [[]]
+    for _ in range(data.draw(st.integers(1, 20))):
+        before = data.draw(st.sampled_from(prefixes))
+        if data.draw(st.booleans()):
+            cut = data.draw(st.integers(0, len(before)))
+            prefixes.append(rig.cache(data.draw(st.integers(1, 6)), after=before[:cut]))
+        elif before:
+            rig.node(before)
+    tree = prefix_tree.of(rig.tree)
+    assert tree is not None
+    entries = tree.expendable(10**6, 10**6, 512, None)
+    expected: list[list[int]] = []
+    while rig.tree.evictable_size():
+        freed = len(all_free_pages(rig.slots))
+        rig.tree.evict(EvictParams(num_tokens=1))
+        expected.append(sorted(all_free_pages(rig.slots)[freed:]))
+    assert [sorted(entry.value.tolist()) for entry in entries] == expected
+
+
+@pytest.mark.skipif(not NEWEST, reason="its tree keeps the uses itself")
+def test_uses_of_entries_that_are_gone_are_forgotten(rig_of, monkeypatch):
+    from sglang_harli.sglang_versions.newest import prefix_tree
+
+    monkeypatch.setattr(prefix_tree, "_MOST_USES", 8)
+    rig = rig_of()
+    for _ in range(40):
+        whole = rig.cache(8)
+        rig.cache(4, after=whole[:4])  # cuts it in two: nothing ends with the entry above both
+        tree = prefix_tree.of(rig.tree)
+        assert tree is not None
+        tree.evict(tree.expendable(10**6, 10**6, 512, None))
+        assert tree.cached() == 0 and len(tree._uses._last) <= 8
+    rig.check()
+
+
+def test_one_look_is_bounded(rig_of, monkeypatch):
+    from sglang_harli.mem_cache.kv import prefix_eviction
+
+    rig = rig_of(stripes=400)
+    for _ in range(1500):
+        rig.cache(2)
+    looks: list[Any] = []
+    table = prefix_eviction._table
+    monkeypatch.setattr(
+        prefix_eviction, "_table", lambda values, *more: looks.append(values) or table(values, *more)
+    )
+    assert rig.evict(1) == 1
+    ((values),) = looks
+    assert len(values) == min(prefix_eviction.MAX_ENTRIES, prefix_eviction.MAX_CELLS // 399)
+    rig.check()
+
+
+@given(
+    data=st.data(),
+    page=st.sampled_from([1, 4]),
+    keep=st.integers(0, 60),
+    wanted=st.integers(1, 8),
+    kind=st.sampled_from(KINDS),
+)
 @settings(deadline=None, max_examples=80)
-def test_any_tree(data, page, keep, wanted):
-    rig = PrefixCacheUnderTest(stripes=data.draw(st.integers(3, 12)), page=page)
+def test_any_tree(data, page, keep, wanted, kind):
+    rig = under_test(kind=kind, stripes=data.draw(st.integers(3, 12)), page=page)
     prefixes: list[list[int]] = [[]]
     in_use: list[torch.Tensor] = []
     locked: list[list[int]] = []
@@ -237,10 +375,9 @@ def test_any_tree(data, page, keep, wanted):
             rig.held -= len(slots)
             rig.slots.free(slots)
         elif kind == "lock":
-            locked.append(data.draw(st.sampled_from(prefixes)))
-            node = rig.node(locked[-1])
-            rig.tree.inc_lock_ref(node)
-            locked[-1] = locked[-1][: rig.cached(locked[-1])]
+            chosen = data.draw(st.sampled_from(prefixes))
+            rig.lock(chosen)
+            locked.append(chosen[: rig.cached(chosen)])
         elif kind == "lend":
             rig.pool.lease(MemoryPurpose.STATE, f"lease-{next(SEEDS)}", data.draw(st.integers(1, 3)))
     rig.check()
@@ -259,9 +396,10 @@ def test_any_tree(data, page, keep, wanted):
     rig.check()
 
 
+@pytest.mark.skipif(NEWEST, reason="its tree cannot be asked to cut an entry")
 @pytest.mark.parametrize("page", [1, 4])
-def test_of_one_long_entry_the_end_goes_and_its_beginning_still_matches(page):
-    rig = PrefixCacheUnderTest(stripes=10, page=page)
+def test_of_one_long_entry_the_end_goes_and_its_beginning_still_matches(page, rig_of):
+    rig = rig_of(stripes=10, page=page)
     tokens = rig.cache(9 * STRIPE)
     keep = 3 * STRIPE * page
     freed = rig.evict(8, keep=keep)
@@ -273,14 +411,13 @@ def test_of_one_long_entry_the_end_goes_and_its_beginning_still_matches(page):
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "slru"])
-def test_the_share_is_kept_for_prefixes_in_use_only_where_memory_cannot_be_done_without(policy):
-    rig = PrefixCacheUnderTest(policy=policy)
+def test_the_share_is_kept_for_prefixes_in_use_only_where_memory_cannot_be_done_without(policy, rig_of):
+    rig = rig_of(policy=policy)
     entries = [rig.cache(STRIPE) for _ in range(9)]
     for entry in entries[:5]:
         rig.age(entry, by_s=120.0)
-    locked = rig.node(entries[0])
-    rig.tree.inc_lock_ref(locked)
-    locked.last_access_time -= 120.0
+    rig.lock(entries[0])
+    rig.age(entries[0], by_s=120.0)
     keep, minute_ago = rig.size, time.monotonic() - 60.0
     assert rig.evict(9, keep) == 0, "the share is kept"
     assert rig.evict(9, keep, unused_since_s=minute_ago - 120.0) == 0, "none is unused for so long"
@@ -292,8 +429,8 @@ def test_the_share_is_kept_for_prefixes_in_use_only_where_memory_cannot_be_done_
     assert rig.evict(9, keep, unused_since_s=minute_ago) == 0
 
 
-def test_unused_entries_beyond_the_share_are_not_taken_with_the_used_ones_above_it():
-    rig = PrefixCacheUnderTest()
+def test_unused_entries_beyond_the_share_are_not_taken_with_the_used_ones_above_it(rig_of):
+    rig = rig_of()
     entries = [rig.cache(STRIPE) for _ in range(9)]
     rig.age(entries[0], by_s=120.0)
     keep = rig.tree.evictable_size() - 3 * STRIPE  # three may go as it is
@@ -302,8 +439,9 @@ def test_unused_entries_beyond_the_share_are_not_taken_with_the_used_ones_above_
     rig.check()
 
 
-def test_a_cut_entry_is_as_old_as_it_was():
-    rig = PrefixCacheUnderTest(stripes=10)
+@pytest.mark.skipif(NEWEST, reason="its tree cannot be asked to cut an entry")
+def test_a_cut_entry_is_as_old_as_it_was(rig_of):
+    rig = rig_of(stripes=10)
     old, new = rig.cache(5 * STRIPE), rig.cache(3 * STRIPE)
     rig.evict(1, keep=7 * STRIPE)
     rig.evict(8, keep=3 * STRIPE)

@@ -17,11 +17,15 @@ from sglang_harli.core import MemoryPurpose
 from sglang_harli.mem_cache.backing.host import HostBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
+from support.model_runner import NEWEST
+from support.pool_parts import all_free_pages
 
 PAGE = 4
 ROW_BYTES = 512
 DTYPE = torch.float32
 NAMES = itertools.count(1)
+# How SGLang gives a request's slots back.
+WAYS = ("free", "free_segment", "free_page_ids") if NEWEST else ("free",)
 
 
 class Ticks:
@@ -120,17 +124,36 @@ class Machine(RuleBasedStateMachine):
             self.use(slots.tolist())
             self.held.append(slots.tolist())
 
-    @precondition(lambda self: self.held)
-    @rule(data=st.data(), grouped=st.booleans())
-    def free(self, data: st.DataObject, grouped: bool) -> None:
-        slots = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+    def give(self, slots: list[int], way: str) -> None:
         for slot in slots:
             assert set(self.rows[slot].tolist()) == {self.stamps.pop(slot)}, "a row in use was overwritten"
-        if grouped:
-            self.slots.free_group_begin()
-        self.slots.free(torch.tensor(slots))
-        if grouped:
-            self.slots.free_group_end()
+        if way == "free_segment":
+            self.slots.free_segment(torch.tensor(slots), start_pos=0)
+        elif way == "free_page_ids":
+            self.slots.free_page_ids(torch.tensor(slots[:: self.page]) // self.page)
+        else:
+            self.slots.free(torch.tensor(slots))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), way=st.sampled_from(WAYS))
+    def free(self, data: st.DataObject, way: str) -> None:
+        self.give(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))), way)
+
+    @precondition(lambda self: self.held)
+    @rule(
+        data=st.data(),
+        ways=st.lists(st.sampled_from(WAYS), min_size=1, max_size=3),
+        stripes=st.integers(0, 6),
+    )
+    def free_group(self, data: st.DataObject, ways: list[str], stripes: int) -> None:
+        before = self.slots.available_size()
+        self.slots.free_group_begin()
+        for way in ways[: len(self.held)]:
+            self.give(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))), way)
+        assert self.slots.available_size() == before, "a group is free at its end"
+        if stripes:
+            lend(self.pool, stripes)
+        self.slots.free_group_end()
 
     # ---- training
     @rule(stripes=st.integers(1, 6))
@@ -156,6 +179,7 @@ class Machine(RuleBasedStateMachine):
     def flush(self) -> None:
         self.slots.clear()
 
+    @precondition(lambda self: not NEWEST)
     @rule(pages=st.integers(1, 50), stripes=st.integers(0, 3), back=st.booleans())
     def roll_back(self, pages: int, stripes: int, back: bool) -> None:
         state = self.slots.backup_state()
@@ -170,12 +194,11 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def capacity_is_sglangs(self) -> None:
         assert self.slots.available_size() == self.room() * self.page
-        free_pages = len(self.slots.free_pages) + len(self.slots.release_pages)
-        assert self.pool.free_slots == free_pages * self.page
+        assert self.pool.free_slots == len(all_free_pages(self.slots)) * self.page
 
     @invariant()
     def every_page_is_in_one_place(self) -> None:
-        free = torch.cat((self.slots.free_pages, self.slots.release_pages)).tolist()
+        free = all_free_pages(self.slots)
         stripe_pages = self.pool.geometry.stripe_pages
         lent = {s * stripe_pages + i for s in self.pool.ledger.lent() for i in range(stripe_pages)}
         assert self.slots.free_pages.tolist() == sorted(self.slots.free_pages.tolist())
@@ -254,9 +277,53 @@ def test_pages_are_filled_as_sglang_fills_them(requests, data):
     assert slots.free_pages.tolist() == order[new_pages:]
 
     slots.free_pages = torch.tensor(order)
+    expected = torch.empty(len(requests), dtype=torch.int64)
     alloc_extend_naive(after, after + 1, last, slots.free_pages, expected, PAGE, "cpu")
     decoded = slots.alloc_decode(after + 1, after + 1, last.to(torch.int32))
-    assert decoded.tolist() == expected[: len(requests)].tolist()
+    assert decoded.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("page", [1, PAGE])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_frees_of_every_kind_are_counted_in(way, grouped, page):
+    pool, slots = make(page, 100 * page, 8 * page)
+    held = slots.alloc(100 * page)
+    assert slots.free_stripes() == []
+    if grouped:
+        slots.free_group_begin()
+    part = held[7 * page : 39 * page]  # stripes 1 to 4
+    if way == "free_segment":
+        slots.free_segment(part, start_pos=7 * page)
+    elif way == "free_page_ids":
+        slots.free_page_ids(part[::page] // page)
+    else:
+        slots.free(part)
+    if grouped:
+        assert slots.free_stripes() == []
+        slots.free_group_end()
+    assert slots.available_size() == 32 * page
+    assert slots.free_stripes() == [4, 3, 2, 1]
+    assert lend(pool, 3).stripes == (4, 3, 2)
+
+
+def test_an_upper_bound_on_the_pages_of_a_prompt_takes_nothing_back():
+    """SGLang's ``alloc_extend`` sorts freed pages in by a bound on the new pages; only what is
+    really short may cost training its memory, and the counts must follow."""
+    pool, slots = make(PAGE, 40 * PAGE, 8 * PAGE)
+    lease = lend(pool, 3)  # 24 of 40 pages
+    held = slots.alloc(15 * PAGE)  # one page is left
+    ends, starts = torch.tensor([3, 3, 3]), torch.tensor([1, 1, 1])
+    last = torch.tensor([4, 8, 12])
+    taken = slots.alloc_extend(starts, starts, ends, ends, last, 6)
+    assert taken.tolist() == [5, 6, 9, 10, 13, 14], "each goes on in its own page"
+    assert not lease.revoked and pool.reclaims == 0
+    slots.free(held)
+    assert slots.available_size() == 40 * PAGE
+    assert lend(pool, 1).stripes == (1,), "those that were freed are counted in"
+    one, none = torch.tensor([17 * PAGE]), torch.tensor([0])
+    assert slots.alloc_extend(none, none, one, one, none - 1, 17 * PAGE) is not None
+    assert pool.reclaims == 1
 
 
 @pytest.mark.parametrize("page", [1, PAGE])

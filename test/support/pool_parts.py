@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.errors import ConfigError
@@ -150,3 +151,12 @@ def obtain(pool: UnifiedPool, purpose: MemoryPurpose, specs: Specs) -> PoolLease
     except ConfigError:
         assert not arena_of(pool).could_ever_obtain(specs)
         return None
+
+
+def all_free_pages(slots: Any) -> list[int]:
+    """Pages in the lists of one of SGLang's allocators, those that were freed since included."""
+    from support.model_runner import NEWEST
+
+    if NEWEST:
+        return slots.get_all_free_pages().tolist()
+    return [*slots.free_pages.tolist(), *slots.release_pages.tolist()]

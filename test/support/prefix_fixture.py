@@ -1,4 +1,5 @@
-"""A pool of memory with SGLang's slot allocator and a real radix tree over it, without a model."""
+"""A pool of memory with SGLang's slot allocator and a real prefix cache over it, without a
+model."""
 
 from __future__ import annotations
 
@@ -13,13 +14,24 @@ import torch
 from sglang_harli.mem_cache.backing.host import HostBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
+from support.model_runner import NEWEST
+from support.pool_parts import all_free_pages
 
 STRIPE = 8  # pages
 SEEDS = itertools.count(1_000_000)  # token ids that no other entry has
+# The trees that SGLang has: the first is its default.
+KINDS = ("rust", "python") if NEWEST else ("radix",)
+
+
+def under_test(*args: Any, **options: Any) -> PrefixCacheUnderTest:
+    """One for the installed SGLang."""
+    return (UnifiedCacheUnderTest if NEWEST else RadixCacheUnderTest)(*args, **options)
 
 
 class PrefixCacheUnderTest:
-    """A pool with its allocator and a radix tree over it."""
+    """A pool with its allocator and SGLang's default prefix cache over it."""
+
+    tree: Any
 
     def __init__(
         self,
@@ -28,10 +40,8 @@ class PrefixCacheUnderTest:
         fence: Any = None,
         policy: str = "lru",
         clock: Any = time.monotonic,
+        kind: str = KINDS[0],
     ) -> None:
-        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-        from sglang.srt.mem_cache.radix_cache import RadixCache
-
         from sglang_harli.mem_cache.kv.slot_allocator import HarliPagedAllocator, HarliTokenAllocator
 
         self.page, self.size = page, (stripes * STRIPE - 1) * page
@@ -43,30 +53,41 @@ class PrefixCacheUnderTest:
         else:
             self.slots = HarliPagedAllocator(self.size, page, torch.float32, "cpu", None, make_pool, fence)
         self.pool: UnifiedPool = self.slots.pool
-        params = CacheInitParams(
+        self.held = 0  # slots of requests
+        self._make_tree(policy, kind)
+
+    def _params(self, policy: str, **more: Any) -> Any:
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+
+        return CacheInitParams(
             disable=False,
             req_to_token_pool=None,  # type: ignore[arg-type]
             token_to_kv_pool_allocator=self.slots,
-            page_size=page,
+            page_size=self.page,
             eviction_policy=policy,
             enable_kv_cache_events=True,
+            **more,
         )
-        self.tree = RadixCache(params)
-        self.held = 0  # slots of requests
+
+    def _make_tree(self, policy: str, kind: str) -> None:
+        raise NotImplementedError
 
     def cache(self, pages: int, after: list[int] | None = None) -> list[int]:
         """Cache a prefix of so many new pages behind another one; its token ids."""
-        from sglang.srt.mem_cache.base_prefix_cache import InsertParams
-        from sglang.srt.mem_cache.radix_cache import RadixKey
-
         before = list(after or [])
         tokens = before + [next(SEEDS) for _ in range(pages * self.page)]
         slots = self.slots.alloc(len(tokens))
         if slots is None:
             return before
-        found = self.tree.insert(InsertParams(key=RadixKey(array("q", tokens)), value=slots)).prefix_len
-        self.slots.free(slots[:found])
+        self._insert(tokens, slots)
         return tokens
+
+    def _insert(self, tokens: list[int], slots: torch.Tensor) -> int:
+        """How many of the tokens were cached already."""
+        from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
+        return self.tree.insert(InsertParams(key=RadixKey(array("q", tokens)), value=slots)).prefix_len
 
     def node(self, tokens: list[int]) -> Any:
         """The last entry of a prefix; looking refreshes it, as a request would."""
@@ -77,14 +98,14 @@ class PrefixCacheUnderTest:
 
     def cached(self, tokens: list[int]) -> int:
         """How many of these tokens are cached, without a look."""
-        node, left = self.tree.root_node, tokens
-        while left:
-            key = next((k for k in node.children if k in (left[0], tuple(left[: self.page]))), None)
-            if key is None:
-                break
-            node = node.children[key]
-            left = left[len(node.key) :]
-        return len(tokens) - len(left)
+        raise NotImplementedError
+
+    def lock(self, tokens: list[int]) -> None:
+        """As a request that uses the prefix does."""
+        raise NotImplementedError
+
+    def unlock(self, tokens: list[int]) -> None:
+        raise NotImplementedError
 
     def evict(self, wanted: int, keep: int = 0, unused_since_s: float | None = None) -> int:
         from sglang_harli.mem_cache.kv.prefix_eviction import evict_stripes
@@ -93,10 +114,7 @@ class PrefixCacheUnderTest:
 
     def age(self, tokens: list[int], by_s: float) -> None:
         """The entries of a prefix were last used so much earlier."""
-        node = self.node(tokens)
-        while node is not self.tree.root_node:
-            node.last_access_time -= by_s
-            node = node.parent
+        raise NotImplementedError
 
     def use(self, pages: int) -> torch.Tensor | None:
         """A request's slots."""
@@ -109,6 +127,52 @@ class PrefixCacheUnderTest:
         tree = self.tree
         total = self.slots.available_size() + tree.evictable_size() + tree.protected_size() + self.held
         assert total == self.size
+        values = self._check_tree()
+        free = all_free_pages(self.slots)
+        assert not {slot // self.page for slot in values} & set(free) and len(values) == len(set(values))
+
+    def _check_tree(self) -> list[int]:
+        """The slots of all entries."""
+        raise NotImplementedError
+
+
+class RadixCacheUnderTest(PrefixCacheUnderTest):
+    """SGLang 0.5.16."""
+
+    def _make_tree(self, policy: str, kind: str) -> None:
+        from sglang.srt.mem_cache.radix_cache import RadixCache
+
+        self.tree = RadixCache(self._params(policy))
+
+    def _insert(self, tokens: list[int], slots: torch.Tensor) -> int:
+        found = super()._insert(tokens, slots)
+        self.slots.free(slots[:found])
+        return found
+
+    def cached(self, tokens: list[int]) -> int:
+        node, left = self.tree.root_node, tokens
+        while left:
+            key = next((k for k in node.children if k in (left[0], tuple(left[: self.page]))), None)
+            if key is None:
+                break
+            node = node.children[key]
+            left = left[len(node.key) :]
+        return len(tokens) - len(left)
+
+    def lock(self, tokens: list[int]) -> None:
+        self.tree.inc_lock_ref(self.node(tokens))
+
+    def unlock(self, tokens: list[int]) -> None:
+        self.tree.dec_lock_ref(self.node(tokens))
+
+    def age(self, tokens: list[int], by_s: float) -> None:
+        node = self.node(tokens)
+        while node is not self.tree.root_node:
+            node.last_access_time -= by_s
+            node = node.parent
+
+    def _check_tree(self) -> list[int]:
+        tree = self.tree
         nodes, stack = [], [tree.root_node]
         while stack:
             node = stack.pop()
@@ -119,6 +183,48 @@ class PrefixCacheUnderTest:
         assert tree.evictable_leaves - {tree.root_node} == {
             n for n in nodes if not n.children and not n.lock_ref
         }
-        values = [slot for n in nodes for slot in n.value.tolist()]
-        free = torch.cat((self.slots.free_pages, self.slots.release_pages)).tolist()
-        assert not {slot // self.page for slot in values} & set(free) and len(values) == len(set(values))
+        return [slot for n in nodes for slot in n.value.tolist()]
+
+
+class UnifiedCacheUnderTest(PrefixCacheUnderTest):
+    """SGLang 0.5.23, over its tree in Rust or in Python."""
+
+    def _make_tree(self, policy: str, kind: str) -> None:
+        from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+        from sglang_harli.sglang_versions.newest import prefix_tree
+
+        self.tree = UnifiedRadixCache(
+            self._params(policy, tree_components=(ComponentType.FULL,), tree_core_backend=kind)
+        )
+        assert kind in type(self.tree.tree_core).__name__.lower() or kind == "python"
+        prefix_tree.watch(self.tree)
+        self.locks: dict[tuple[int, ...], Any] = {}
+
+    def _match(self, tokens: list[int]) -> tuple[int, int]:
+        """(tokens found, entry), and no entry is used by it."""
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
+        found, node, _ = self.tree.tree_core.match_full_device_prefix(RadixKey(array("q", tokens)))
+        return found, node
+
+    def cached(self, tokens: list[int]) -> int:
+        return self._match(tokens)[0]
+
+    def lock(self, tokens: list[int]) -> None:
+        self.locks[tuple(tokens)] = self.tree.inc_lock_ref(self.node(tokens)).to_dec_params()
+
+    def unlock(self, tokens: list[int]) -> None:
+        params = self.locks.pop(tuple(tokens))
+        self.tree.dec_lock_ref(params.node_id, params)
+
+    def age(self, tokens: list[int], by_s: float) -> None:
+        core = self.tree.tree_core
+        uses = core.harli_uses
+        for node in core.collect_path_info([self._match(tokens)[1]])[0]:
+            uses._last[node.node_id] = uses.used_s(node.node_id) - by_s
+
+    def _check_tree(self) -> list[int]:
+        self.tree.sanity_check()
+        return self.tree.all_values_flatten().tolist()

@@ -1,13 +1,14 @@
 """How the pool is cut: slots, chunks and stripes. Pure arithmetic (docs/internals/memory.md).
 
-    buffer 0 (K of layer 0)   | chunk | chunk | chunk | ... | tail |
-    buffer 1 (V of layer 0)   | chunk | chunk | chunk | ... | tail |
-      ...
-                               stripe0 stripe1 stripe2
+    layer 0: | chunk | chunk | chunk | ... | tail |   | chunk | chunk | chunk | ... | tail |
+              buffer 0: K                              buffer 1: V
+      ...     stripe0 stripe1 stripe2                  stripe0 stripe1 stripe2
 
 A stripe, the unit in which memory moves, is an aligned range of token slots: one chunk of each
 buffer. Stripe 0 holds slot 0, where SGLang writes padded tokens, and the tail does not fill a
-stripe: both stay with the KV cache for ever, so that its capacity is exactly SGLang's.
+stripe: both stay with the KV cache for ever, so that its capacity is exactly SGLang's. K and V of a
+layer lie in one range of addresses, V whole pages of SGLang's behind K: attention kernels that are
+given one base address reach V by numbers of pages.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class PoolGeometry:
 
     Attributes:
         slots: rows of each buffer, SGLang's padded page included (``size + page_size``).
-        row_bytes: one slot in one buffer, alike in all; buffers: K and V of each layer.
+        row_bytes: one slot in one buffer, alike in all; buffers: K and V of each layer in turn.
         page_size: SGLang's, in slots; stripe_slots: slots of a stripe, which holds whole pages.
     """
 
@@ -97,6 +98,12 @@ class PoolGeometry:
     @property
     def lendable_bytes(self) -> int:
         return len(self.lendable) * self.stripe_bytes
+
+    def value_offset(self, granularity: int = 1) -> int:
+        """Bytes from a layer's K to its V: one buffer, in whole pages of SGLang's and in multiples
+        of ``granularity``."""
+        unit = math.lcm(granularity, self.page_size * self.row_bytes)
+        return -(-self.buffer_bytes // unit) * unit
 
     def slots_of(self, stripe: int) -> range:
         return range(stripe * self.stripe_slots, (stripe + 1) * self.stripe_slots)

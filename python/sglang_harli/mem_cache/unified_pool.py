@@ -88,6 +88,7 @@ class UnifiedPool:
         self._clock = clock
         self._evict_again_s = 0.0  # not before
         self._evict_pause_s = EVICT_AGAIN_S
+        self._evicted_nothing = 0  # times in a row
 
     def lend_to(self, relieve: Relieve, evict: Evict | None) -> None:
         """Training may ask for leases from now on.
@@ -186,9 +187,16 @@ class UnifiedPool:
             self._evict_pause_s = EVICT_AGAIN_S
         if freed < stripes:
             self._evict_again_s = now_s + self._evict_pause_s
+        self._evicted_nothing = 0 if freed else self._evicted_nothing + 1
         if not freed:
             self._evict_pause_s = min(2 * self._evict_pause_s, EVICT_AGAIN_MOST_S)
         return freed
+
+    @property
+    def nothing_to_evict(self) -> bool:
+        """Whether no cached prefix could make way when that was tried last: once is no answer, as
+        on a device a try gives nothing while the prefixes are being counted."""
+        return self.evict is not None and self._evicted_nothing >= 2
 
     def release(self, lease: PoolLease) -> None:
         """End a lease: memory to the KV cache, slots to the allocator. May be repeated."""

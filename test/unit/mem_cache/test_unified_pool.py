@@ -307,6 +307,21 @@ def test_an_eviction_that_gave_too_little_is_not_repeated_at_once():
     assert lease_of(pool, BATCH, 3) is None and asked == [2, 1]
 
 
+def test_it_is_told_when_no_prefix_can_make_way():
+    pool, slots, clock = small_pool()
+    evict, asked = cache_of(slots, [])
+    pool.lend_to(pool.relieve, evict)
+    slots.free.clear()
+    assert lease_of(pool, BATCH, 3) is None
+    assert len(asked) == 1 and not pool.nothing_to_evict, "the prefixes may still be being counted"
+    clock.now_s += 3 * EVICT_AGAIN_S
+    assert lease_of(pool, BATCH, 3) is None and pool.nothing_to_evict
+    evict, _ = cache_of(slots, [9])
+    pool.lend_to(pool.relieve, evict)
+    clock.now_s += EVICT_AGAIN_MOST_S
+    assert lease_of(pool, BATCH, 3) is None and not pool.nothing_to_evict
+
+
 def test_looks_at_prefixes_that_give_nothing_become_seldom():
     pool, slots, clock = small_pool()
     evict, asked = cache_of(slots, [])

@@ -1,12 +1,12 @@
 """The pool's memory on CUDA: physical chunks mapped here or there (docs/internals/memory.md).
 
-    KV buffer   | chunk 0 | chunk 1 | scratch | scratch | chunk 4 | tail |      one address range per buffer
-    window      | ... 2 of K0 | 2 of V0 | ... 3 of K0 | 3 of V0 | ...    |      one address range for training
+    layer       | K: chunk 0 | chunk 1 | scratch | scratch | chunk 4 | tail | V: ...   one range per layer
+    window      | ... 2 of K0 | 2 of V0 | ... 3 of K0 | 3 of V0 | ...             one range for training
 
-Ranges are reserved and handles created once. Lending maps a stripe's chunks one behind the other
-into training's window, and in their place one scratch chunk that all lent rows share: a stray read
-past a sequence's end finds finite numbers and never faults. No address changes, so CUDA graphs and
-attention kernels stay valid.
+Ranges of addresses are reserved and handles created once. Lending maps a stripe's chunks one behind
+the other into training's window, and in their place one scratch chunk that all lent rows share: a
+stray read past a sequence's end finds finite numbers and never faults. No address changes, so CUDA
+graphs and attention kernels stay valid.
 
 The driver's map and unmap are not ordered with streams: both ways the host first waits for the
 events of every stream that may touch the range (at most the rest of one batch or quantum; the
@@ -92,10 +92,12 @@ class CudaBacking:
         geometry, driver = self.geometry, self._driver
         self._scratch = self._create(geometry.chunk_bytes)
         tail = tail_bytes(geometry, driver.granularity)
-        for _ in range(geometry.buffers):
+        to_value = geometry.value_offset(driver.granularity)
+        nbytes = geometry.stripes * geometry.chunk_bytes + tail
+        for buffer in range(geometry.buffers):
             chunks = [self._create(geometry.chunk_bytes) for _ in range(geometry.stripes)]
-            nbytes = geometry.stripes * geometry.chunk_bytes + tail
-            base = self._reserve(nbytes)
+            is_value = buffer % 2 == 1
+            base = self._bases[-1] + to_value if is_value else self._reserve(2 * to_value)
             self._map(base, chunks, self._teardown)
             if tail:
                 self._map(base + nbytes - tail, [self._create(tail)], self._teardown, size=tail)

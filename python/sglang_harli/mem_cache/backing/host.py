@@ -45,7 +45,7 @@ class HostBacking:
                 f"plan the geometry with granularity={mmap.PAGESIZE}"
             )
         self.geometry, self.debug = geometry, debug
-        self._stride = -(-geometry.buffer_bytes // mmap.PAGESIZE) * mmap.PAGESIZE  # from buffer to buffer
+        self._stride = geometry.value_offset(mmap.PAGESIZE)  # from buffer to buffer
         lendable = len(geometry.lendable)
         self._kv = _Region(self._stride * geometry.buffers)
         self._kv.populate()

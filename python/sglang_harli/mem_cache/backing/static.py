@@ -39,10 +39,12 @@ class StaticBacking:
         self.device = torch.device(device)
         self.stream = stream
         self._lent: set[int] = set()
-        self._buffers = [
-            torch.zeros(geometry.buffer_bytes, dtype=torch.uint8, device=self.device)
-            for _ in range(geometry.buffers)
+        to_value, nbytes = geometry.value_offset(), geometry.buffer_bytes
+        layers = [
+            torch.zeros(2 * to_value, dtype=torch.uint8, device=self.device)
+            for _ in range(geometry.buffers // 2)
         ]
+        self._buffers = [layer.narrow(0, start, nbytes) for layer in layers for start in (0, to_value)]
 
     @property
     def lent(self) -> set[int]:

@@ -6,9 +6,8 @@ allocation that finds too little takes it back before it answers. Requests get o
 plain SGLang (low ones first, so that high stripes drain); what is computed is the same: attention
 reads the same rows through the same table, so greedy decisions are equal.
 
-Leans on SGLang 0.5.16: ``mem_cache.allocator`` (``free_pages``, ``release_pages`` and
-``need_sort``: frees go to ``release_pages``, and are merged and sorted when ``free_pages`` is too
-short).
+Leans on SGLang: ``mem_cache.allocator`` (``free_pages`` and ``need_sort``: frees wait elsewhere,
+``sglang_versions.*.slots``, and are merged and sorted when ``free_pages`` is too short).
 """
 
 from __future__ import annotations
@@ -17,32 +16,28 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.allocator import (
-    BaseTokenToKVPoolAllocator,
-    PagedTokenToKVPoolAllocator,
-    TokenToKVPoolAllocator,
-)
+from sglang.srt.mem_cache.allocator import BaseTokenToKVPoolAllocator
 from sglang.srt.utils import get_num_new_pages
 from torch import Tensor
 
 from sglang_harli.mem_cache.geometry import runs_of
 from sglang_harli.mem_cache.kv.stripe_counts import Fence, StripeCounts, event_fence
 from sglang_harli.mem_cache.unified_pool import SlotSource, UnifiedPool
+from sglang_harli.sglang_versions.current import slots
 
 MakePool = Callable[[SlotSource], UnifiedPool]
-# Both lists and the stripes that were lent then.
-State = tuple[Tensor, Tensor, frozenset[int]]
 
 
 class StripedFreeList(BaseTokenToKVPoolAllocator):
     """The pages of a slot allocator, and its lent stripes (``unified_pool.SlotSource``).
 
-    ``free_pages`` is sorted ascending and taken from its head; ``release_pages`` holds what was
-    freed since. Only ``restore_state`` across a change of leases synchronises with the device.
+    ``free_pages`` is sorted ascending and taken from its head; what was freed since waits beside
+    it. Before one of ``slots``' classes in the bases.
     """
 
     free_pages: Tensor
-    release_pages: Tensor
+    waiting_pages: Callable[[], int]
+    put_back: Callable[..., None]
     prefix_scan: Any = None  # of prefix_eviction: a look at the prefix cache whose figures are on their way
 
     def _prepare(self, make_pool: MakePool, device: str | torch.device, fence: Fence | None) -> None:
@@ -60,10 +55,10 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
     # ------------------------------------------------------------------ SGLang's side
     def available_size(self) -> int:
         """Slots that requests may count on: free ones, and those that training holds on call."""
-        return (len(self.free_pages) + len(self.release_pages) + self.lent_pages) * self.page_size
+        return super().available_size() + self.lent_pages * self.page_size
 
     def merge_and_sort_free(self) -> None:
-        if len(self.release_pages) > 0:
+        if self.waiting_pages():
             self.counts.forget()
         super().merge_and_sort_free()
 
@@ -71,26 +66,13 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
         """Everything is free but what is lent; the rest is SGLang's (page 0 is the padded one)."""
         self.counts.forget()
         self.prefix_scan = None
-        stop, first, pieces = self.size // self.page_size + 1, 1, list[Tensor]()
+        super().clear()  # type: ignore[safe-super]  # gives pages 1, 2, ... in order
+        pages, kept, start = self.pool.geometry.stripe_pages, list[Tensor](), 0
         for run in runs_of(self.lent_stripes):
-            pieces.append(self._range(first, run.start * self.pool.geometry.stripe_pages))
-            first = run.stop * self.pool.geometry.stripe_pages
-        self.free_pages = torch.cat([*pieces, self._range(first, stop)])
-        self.release_pages = self._range(0, 0)
-        self.is_not_in_free_group, self.free_group = True, []
-
-    def backup_state(self) -> State:
-        return (self.free_pages, self.release_pages, frozenset(self.lent_stripes))
-
-    def restore_state(self, state: State) -> None:
-        """Undo allocations; leases taken or given back in between stay as they are now."""
-        self.free_pages, self.release_pages, lent = state
-        self.counts.forget()
-        if taken := self.lent_stripes - lent:
-            self.free_pages = self._without(self.free_pages, taken)
-            self.release_pages = self._without(self.release_pages, taken)
-        if returned := lent - self.lent_stripes:
-            self.release_pages = torch.cat((self.release_pages, *self._pages_of(returned)))
+            kept.append(self.free_pages[start : run.start * pages - 1])
+            start = run.stop * pages - 1
+        if kept:
+            self.free_pages = torch.cat([*kept, self.free_pages[start:]])
 
     def _make_room(self, pages: int) -> None:
         """Get ``pages`` into ``free_pages``, from training where its lent ones suffice."""
@@ -114,7 +96,7 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
 
     def count_stripes(self) -> bool:
         """Whether the counts are known and as new as they can be; else starts a count."""
-        stale = len(self.release_pages) > 0 and (self._offered or self.counts.fence is None)
+        stale = self.waiting_pages() > 0 and (self._offered or self.counts.fence is None)
         if (stale or not self.counts.known()) and not self.counts.pending:
             self.merge_and_sort_free()
             self.counts.start(self.free_pages)
@@ -143,22 +125,20 @@ class StripedFreeList(BaseTokenToKVPoolAllocator):
         """
         if stray := set(stripes) - self.lent_stripes:
             raise ValueError(f"stripes {sorted(stray)} are not lent: the pool gives each back once")
-        self.release_pages = torch.cat((self.release_pages, *self._pages_of(stripes)))
+        self.put_back(*self.pages_of(stripes))
         self.lent_stripes.difference_update(stripes)
 
     # ------------------------------------------------------------------ helpers
-    def _pages_of(self, stripes: Iterable[int]) -> list[Tensor]:
+    def pages_of(self, stripes: Iterable[int]) -> list[Tensor]:
+        """The pages of each run of adjacent stripes."""
         pages = self.pool.geometry.stripe_pages
         return [self._range(run.start * pages, run.stop * pages) for run in runs_of(stripes)]
 
     def _range(self, start: int, stop: int) -> Tensor:
         return torch.arange(start, stop, dtype=torch.int64, device=self.device)
 
-    def _without(self, pages: Tensor, stripes: set[int]) -> Tensor:
-        return pages[~torch.isin(pages, torch.cat(self._pages_of(stripes)))]
 
-
-class HarliTokenAllocator(StripedFreeList, TokenToKVPoolAllocator):
+class HarliTokenAllocator(StripedFreeList, slots.TokenSlots):
     """``TokenToKVPoolAllocator`` (page size 1) over the unified pool.
 
     Args:
@@ -185,8 +165,8 @@ class HarliTokenAllocator(StripedFreeList, TokenToKVPoolAllocator):
         return super().alloc(need_size)
 
 
-class HarliPagedAllocator(StripedFreeList, PagedTokenToKVPoolAllocator):
-    """``PagedTokenToKVPoolAllocator``, on a host without Triton; see ``HarliTokenAllocator``."""
+class HarliPagedAllocator(StripedFreeList, slots.PagedSlots):
+    """``PagedTokenToKVPoolAllocator``; see ``HarliTokenAllocator``."""
 
     def __init__(
         self,
@@ -199,7 +179,6 @@ class HarliPagedAllocator(StripedFreeList, PagedTokenToKVPoolAllocator):
         fence: Fence | None = None,
     ) -> None:
         self._prepare(make_pool, device, fence)
-        self._on_host = torch.device(device).type == "cpu"
         super().__init__(size, page_size, dtype, device, kvcache, need_sort=True)
 
     def alloc(self, need_size: int) -> Tensor | None:
@@ -228,8 +207,6 @@ class HarliPagedAllocator(StripedFreeList, PagedTokenToKVPoolAllocator):
             self._make_room(num_new_pages)
             if num_new_pages > len(self.free_pages):
                 return None  # before a kernel would read past the list
-        if self._on_host:
-            return self._extend_on_host(prefix_lens, seq_lens, last_loc, extend_num_tokens, num_new_pages)
         return super().alloc_extend(
             prefix_lens,
             prefix_lens_cpu,
@@ -242,35 +219,10 @@ class HarliPagedAllocator(StripedFreeList, PagedTokenToKVPoolAllocator):
 
     def alloc_decode(self, seq_lens: Tensor, seq_lens_cpu: Tensor, last_loc: Tensor) -> Tensor | None:
         """One slot for each request; ``seq_lens`` counts the new token."""
-        if len(seq_lens) > len(self.free_pages) or self._on_host:  # each may need a page
+        if len(seq_lens) > len(self.free_pages):  # each may need a page
             pages = int(get_num_new_pages(seq_lens=seq_lens_cpu, page_size=self.page_size, decode=True))
             if pages > len(self.free_pages):
                 self._make_room(pages)
                 if pages > len(self.free_pages):
                     return None
-            if self._on_host:
-                return self._extend_on_host(seq_lens - 1, seq_lens, last_loc, len(seq_lens), pages)
         return super().alloc_decode(seq_lens, seq_lens_cpu, last_loc)
-
-    def _extend_on_host(
-        self, prefix_lens: Tensor, seq_lens: Tensor, last_loc: Tensor, total: int, new_pages: int
-    ) -> Tensor:
-        """What SGLang's Triton kernel computes (``kernels/ops/memory/allocator.py``), in torch.
-
-        ``free_pages`` holds at least ``new_pages``. Returns int64 ``[total]``, request by request.
-        """
-        page = self.page_size
-        first_new = (prefix_lens + page - 1) // page  # index of each request's first new page, among its own
-        news = (seq_lens + page - 1) // page - first_new
-        lens = seq_lens - prefix_lens
-        # Positions of each request's tokens in its sequence.
-        owner = torch.repeat_interleave(torch.arange(len(lens)), lens, output_size=total)
-        position = torch.arange(total) - (torch.cumsum(lens, 0) - lens - prefix_lens)[owner]
-        begun = position < (first_new * page)[owner]  # these go on in the page that the request has
-        taken = self.free_pages[:new_pages]
-        slot = last_loc.to(torch.int64)[owner] + 1 + position - prefix_lens[owner]
-        number = (torch.cumsum(news, 0) - news - first_new)[owner] + position // page
-        fresh = ~begun
-        slot[fresh] = taken[number[fresh]] * page + position[fresh] % page
-        self.free_pages = self.free_pages[new_pages:]
-        return slot

@@ -190,6 +190,8 @@ class MemoryPressure:
                 f"{UNUSED_S:.0f} s{growth}: lower --harli-prefix-keep or batch_size, flush the cache, or give the KV "
                 "cache more memory"
             )
+        elif pool.nothing_to_evict:
+            text += "; no cached prefix can make way for it now: flush the cache, or wait until requests end"
         return text
 
     # ---------------------------------------------------------------- the cap

@@ -4,7 +4,7 @@ AROUND hooks on KVCacheConfigurator (sglang/srt/mem_cache/kv_cache_configurator.
 size, its class, and its slot allocator. A pool of a kind that is not supported yet stays SGLang's
 own: one sentence is logged, and training has a memory of its own beside it.
 
-Leans on SGLang 0.5.16 for the configurator's fields, ``environ``, ``platforms`` and the classes
+Leans on SGLang for the configurator's fields, ``environ``, ``platforms`` and the classes
 that it names.
 """
 
@@ -35,6 +35,7 @@ from sglang_harli.mem_cache.geometry import PoolGeometry
 from sglang_harli.mem_cache.kv.kv_pool import HarliMHATokenToKVPool
 from sglang_harli.mem_cache.kv.slot_allocator import HarliPagedAllocator, HarliTokenAllocator
 from sglang_harli.mem_cache.unified_pool import SlotSource, UnifiedPool
+from sglang_harli.sglang_versions.current import arguments, kv_pool
 
 logger = logging.getLogger(__name__)
 
@@ -44,25 +45,26 @@ POOL_STATIC, POOL_OFF = "static", "off"
 
 # (what, whether this configurator's server has it): SGLang's own pool serves these.
 _PLAIN: tuple[tuple[str, Callable[[Any], bool]], ...] = (
-    ("several devices", lambda c: c.server_args.tp_size > 1 or c.server_args.pp_size > 1),
+    ("several devices", lambda c: _args(c).tp_size > 1 or _args(c).pp_size > 1),
     ("speculative decoding", lambda c: c.is_draft_worker or not c.spec_algorithm.is_none()),
-    ("disaggregation", lambda c: c.server_args.disaggregation_mode != "null"),
-    ("decode context parallelism", lambda c: c.server_args.dcp_size > 1),
+    ("disaggregation", lambda c: _args(c).disaggregation_mode != "null"),
+    ("decode context parallelism", lambda c: _args(c).dcp_size > 1),
     ("latent attention (MLA)", lambda c: c.use_mla_backend or is_deepseek_v4(c.model_config.hf_config)),
     ("sliding-window layers", lambda c: c.is_hybrid_swa),
     ("state-space layers", lambda c: c.mambaish_config is not None),
     ("sparse attention", lambda c: is_minimax_sparse(c.model_config.hf_config)),
     ("keys and values of different sizes", lambda c: c.model_config.head_dim != c.model_config.v_head_dim),
     ("a KV cache in FP4 or MXFP8", lambda c: _is_quantised(c)),
-    ("--prefill-only-disable-kv-cache", lambda c: c.server_args.prefill_only_disable_kv_cache),
-    ("--enable-page-major-kv-layout", lambda c: c.server_args.enable_page_major_kv_layout),
-    ("--enable-unified-memory", lambda c: c.server_args.enable_unified_memory),
-    ("--enable-memory-saver", lambda c: c.server_args.enable_memory_saver),
-    ("--enable-hierarchical-cache", lambda c: c.server_args.enable_hierarchical_cache),
-    ("--enable-hisparse", lambda c: c.server_args.enable_hisparse),
-    ("--enable-lmcache", lambda c: c.server_args.enable_lmcache),
-    ("--enable-flexkv", lambda c: c.server_args.enable_flexkv),
-    ("--radix-cache-backend", lambda c: c.server_args.radix_cache_backend is not None),
+    ("--prefill-only-disable-kv-cache", lambda c: _args(c).prefill_only_disable_kv_cache),
+    ("--enable-page-major-kv-layout", lambda c: _args(c).enable_page_major_kv_layout),
+    ("--enable-unified-memory", lambda c: _args(c).enable_unified_memory),
+    ("--enable-memory-saver", lambda c: _args(c).enable_memory_saver),
+    ("--enable-hierarchical-cache", lambda c: _args(c).enable_hierarchical_cache),
+    ("--enable-hisparse", lambda c: _args(c).enable_hisparse),
+    ("--enable-lmcache", lambda c: _args(c).enable_lmcache),
+    ("--enable-flexkv", lambda c: _args(c).enable_flexkv),
+    ("--radix-cache-backend", lambda c: _args(c).radix_cache_backend is not None),
+    *kv_pool.OTHER_KINDS,
     ("sizing of the KV cache after graph capture", lambda c: c.post_capture_kv_active),
     ("SGLANG_USE_HND_KVCACHE", lambda c: envs.SGLANG_USE_HND_KVCACHE.get()),
     ("SGLANG_AITER_KV_CACHE_LAYOUT", lambda c: envs.SGLANG_AITER_KV_CACHE_LAYOUT.get().lower() != "nhd"),
@@ -73,15 +75,17 @@ _PLAIN: tuple[tuple[str, Callable[[Any], bool]], ...] = (
 )
 
 
+def _args(configurator: Any) -> Any:
+    return arguments.in_force(configurator.server_args)
+
+
 def why_plain(configurator: Any) -> str | None:
     """What keeps the unified pool out of this server; None: nothing does."""
     return next((what for what, has in _PLAIN if has(configurator)), None)
 
 
 def _is_quantised(configurator: Any) -> bool:
-    return configurator.server_args.kv_cache_dtype == "mxfp8" or is_float4_e2m1fn_x2(
-        configurator.kv_cache_dtype
-    )
+    return kv_pool.dtype_name(configurator) == "mxfp8" or is_float4_e2m1fn_x2(configurator.kv_cache_dtype)
 
 
 # ------------------------------------------------------------------ how large
@@ -126,7 +130,7 @@ def build_kv_pool(original: Callable[..., Any], configurator: Any, *args: Any, *
 
 def _geometry(configurator: Any, tokens: int, static: str | None) -> PoolGeometry:
     """As ``HarliMHATokenToKVPool`` will ask for it."""
-    model, page_size = configurator.model_config, configurator.server_args.page_size
+    model, page_size = configurator.model_config, configurator.page_size
     heads = model.get_num_kv_heads(get_parallel().attn_tp_size)
     row_bytes = heads * model.head_dim * configurator.kv_cache_dtype.itemsize
     buffers = 2 * configurator.layer_info.num_effective_layers
@@ -173,7 +177,7 @@ def _backing_of(configurator: Any, static: str | None, geometry: PoolGeometry) -
     if static is None:
         streams = functools.partial(_streams, configurator, device)
         return CudaBacking(geometry, device, CudaDriver(configurator.gpu_id), streams, debug=debug)
-    overlaps = device.type == "cuda" and not configurator.server_args.disable_overlap_schedule
+    overlaps = device.type == "cuda" and not _args(configurator).disable_overlap_schedule
     stream = configurator.forward_stream if overlaps else None
     return StaticBacking(geometry, device, stream=stream, debug=debug)
 
@@ -189,7 +193,7 @@ def _streams(configurator: Any, device: torch.device) -> Sequence[int]:
     """Streams that may touch KV rows or leases, the one that forwards run on first."""
     current = torch.cuda.current_stream(device)
     forward = configurator.forward_stream
-    first = current if configurator.server_args.disable_overlap_schedule else forward
+    first = current if _args(configurator).disable_overlap_schedule else forward
     streams = (first, forward, current, torch.cuda.default_stream(device))
     return list(dict.fromkeys(stream.cuda_stream for stream in streams))
 
@@ -197,10 +201,10 @@ def _streams(configurator: Any, device: torch.device) -> Sequence[int]:
 # ------------------------------------------------------------------ who hands out its slots
 def build_allocator(original: Callable[..., Any], configurator: Any, *args: Any, **kwargs: Any) -> Any:
     """SGLang's allocator, ours over a pool of ours."""
-    kv_pool = kwargs.get("token_to_kv_pool")
-    if not isinstance(kv_pool, HarliMHATokenToKVPool) or kwargs.get("token_to_kv_pool_allocator") is not None:
+    buffers = kwargs.get("token_to_kv_pool")
+    if not isinstance(buffers, HarliMHATokenToKVPool) or kwargs.get("token_to_kv_pool_allocator") is not None:
         return original(configurator, *args, **kwargs)
-    backing, options = kv_pool.harli_backing, configurator.server_args.harli_options()
+    backing, options = buffers.harli_backing, configurator.server_args.harli_options()
     size, page_size = kwargs["sizes"].max_total_num_tokens, backing.geometry.page_size
     dtype, device = configurator.kv_cache_dtype, configurator.device
 
@@ -209,5 +213,5 @@ def build_allocator(original: Callable[..., Any], configurator: Any, *args: Any,
         return UnifiedPool(backing.geometry, backing, slots, **limits)
 
     if page_size == 1:
-        return HarliTokenAllocator(size, dtype, device, kv_pool, make_pool)
-    return HarliPagedAllocator(size, page_size, dtype, device, kv_pool, make_pool)
+        return HarliTokenAllocator(size, dtype, device, buffers, make_pool)
+    return HarliPagedAllocator(size, page_size, dtype, device, buffers, make_pool)
