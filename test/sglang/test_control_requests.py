@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from support.model_runner import NEWEST
+
 TAGS = ("kv_cache", "weights", "cuda_graph")
 
 
@@ -17,30 +19,50 @@ class Scheduler:
     """SGLang's handlers around a worker that notes what reaches it.
 
     Attributes:
-        idle: what the handlers find.
+        idle: whether no request runs.
+        waiting: whether one waits, without KV.
         done: what was released, brought back or updated, in order.
         broken: what an update raises.
     """
 
     def __init__(self) -> None:
+        from sglang.srt.disaggregation.utils import DisaggregationMode
         from sglang.srt.managers.scheduler_components import weight_updater
 
         self.idle, self.done, self.broken = True, [], None
+        self.waiting = False
         saver = SimpleNamespace(
             pause=lambda tag: self.done.append(f"-{tag}"), resume=lambda tag: self.done.append(f"+{tag}")
         )
+        self.scheduler = SimpleNamespace(
+            _engine_paused=False,
+            disaggregation_mode=DisaggregationMode.NULL,
+            record_weight_version_change=lambda new_version: None,
+        )
         self.updater = weight_updater.SchedulerWeightUpdaterManager(
-            tp_worker=SimpleNamespace(
-                update_weights_from_disk=self._update, update_weights_from_tensor=self._update
-            ),
+            tp_worker=self._worker(),
             draft_worker=None,
-            tp_cpu_group=None,
             memory_saver_adapter=saver,
             flush_cache=lambda **_: self.idle,
-            is_fully_idle=lambda: self.idle,
+            is_fully_idle=self._is_idle,
+            **({"scheduler": self.scheduler} if NEWEST else {"tp_cpu_group": None}),
         )
+        if NEWEST:
+            self.updater._session = weight_updater._WeightUpdateSession(selector="all")
 
-    def _update(self, _request: Any) -> tuple[bool, str]:
+    def _is_idle(self, ignore_waiting: bool = False) -> bool:
+        return self.idle and (ignore_waiting or not self.waiting)
+
+    def _worker(self) -> Any:
+        if not NEWEST:
+            return SimpleNamespace(
+                update_weights_from_disk=self._update, update_weights_from_tensor=self._update
+            )
+        updates = SimpleNamespace(update_weights_from_disk=self._update)
+        runners = [("target", SimpleNamespace(weight_updater=updates))]
+        return SimpleNamespace(weight_update_runners=lambda: runners, deserialize_own_rank=self._update)
+
+    def _update(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
         if self.broken is not None:
             raise self.broken
         self.done.append("updated")
@@ -48,7 +70,12 @@ class Scheduler:
 
 
 @pytest.fixture
-def scheduler(sglang_patches: None) -> Scheduler:
+def scheduler(sglang_patches: None, monkeypatch: pytest.MonkeyPatch) -> Scheduler:
+    if NEWEST:  # it asks for the group itself
+        from sglang.srt.managers.scheduler_components import weight_updater
+
+        alone = SimpleNamespace(tp_group=SimpleNamespace(cpu_group=None))
+        monkeypatch.setattr(weight_updater, "get_parallel", lambda: alone)
     return Scheduler()
 
 
@@ -112,6 +139,22 @@ def test_memory_is_not_released_under_a_request(scheduler, memory):
     assert memory("release", "kv_cache") == ""
 
 
+@pytest.mark.skipif(not NEWEST, reason="0.5.16 frees nothing under a request that waits")
+def test_memory_is_released_under_requests_that_wait_while_it_is_paused(scheduler, memory):
+    scheduler.waiting = True
+    assert memory("release", "kv_cache").startswith("memory was not released: requests are running")
+    scheduler.scheduler._engine_paused = True
+    assert memory("release", "kv_cache") == ""
+
+
+def test_a_release_that_fails_half_way_is_an_error(scheduler, memory):
+    def fail() -> bool:
+        raise RuntimeError("the cache could not be flushed")
+
+    scheduler.updater.flush_cache = fail
+    assert memory("release", "kv_cache") == "the release failed: RuntimeError: the cache could not be flushed"
+
+
 def test_weights_are_not_updated_under_a_request_that_holds_the_cache(scheduler):
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 
@@ -130,6 +173,6 @@ def test_tensors_that_cannot_be_read_are_an_answer(scheduler):
     from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
     scheduler.broken = RuntimeError("not a tensor")
-    request = UpdateWeightsFromTensorReqInput(serialized_named_tensors=["x"])
+    request = UpdateWeightsFromTensorReqInput(serialized_named_tensors=[b"x" if NEWEST else "x"])
     answer = scheduler.updater.update_weights_from_tensor(request)
     assert (answer.success, answer.message) == (False, "the update failed: RuntimeError: not a tensor")

@@ -3,6 +3,8 @@ too."""
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import sgl_kernel
 import torch
@@ -19,11 +21,23 @@ def test_the_stand_in_is_what_is_imported():
 
 
 def test_sglang_sees_the_cpu_engine_without_amx():
-    from sglang.srt.utils.common import cpu_has_amx_support, is_cpu
+    from sglang.srt.utils import common
 
-    assert is_cpu()
-    assert not cpu_has_amx_support(), "AMX would repack the weights that training views"
-    assert not hasattr(torch.ops.sgl_kernel, "convert_weight_packed")
+    assert common.is_cpu()
+    assert not common.cpu_has_amx_support(), "AMX would repack the weights that training views"
+    if not common.is_host_cpu_arm64():
+        assert not common.is_shm_available(torch.float32, 2, 2), (
+            "ranks would reduce by an op that is not there"
+        )
+    for name in ("convert_weight_packed", "shm_allreduce", "init_cpu_threads_env", "silu_and_mul_cpu"):
+        assert not hasattr(torch.ops.sgl_kernel, name)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "mistral", "qwen2"])
+def test_what_sglangs_models_import_can_be_imported(name):
+    """Whatever of it the stand-in has not raises when it is called, not before."""
+    importlib.import_module(f"sglang.srt.models.{name}")
+    importlib.import_module("sglang.srt.managers.scheduler")
 
 
 # ------------------------------------------------------------------ the token table

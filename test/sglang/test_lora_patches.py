@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -9,14 +10,18 @@ import subprocess
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
 from sglang_harli.patches import catalog
 from sglang_harli.patches.lora import gate, pin_memory
+from sglang_harli.sglang_versions import supported
+from sglang_harli.sglang_versions.current import lora_gate
+from support.model_runner import NEWEST
 
-ROOT = Path(__file__).parents[2]
+PATCHES = Path(__file__).parents[2] / "patches"
 PROMPTS = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -31,12 +36,16 @@ def load(runner, adapter) -> tuple[str, object]:
 
 
 # ------------------------------------------------------------------ the diffs
+def diffs(version: str) -> list[str]:
+    return sorted(path.stem for path in (PATCHES / version).glob("*.diff"))
+
+
 @pytest.mark.parametrize("patch", catalog.ALL)
 def test_diff_applies_to_the_installed_sglang(patch, tmp_path):
     import sglang
 
     source = Path(sglang.__file__).parent
-    diff = (ROOT / "patches" / f"{patch}.diff").read_text()
+    diff = (PATCHES / supported.installed() / f"{patch}.diff").read_text()
     targets = re.findall(r"^\+\+\+ b/python/sglang/(\S+)", diff, re.MULTILINE)
     assert targets
     for target in targets:
@@ -50,15 +59,24 @@ def test_diff_applies_to_the_installed_sglang(patch, tmp_path):
         compile(changed, target, "exec")
 
 
-@pytest.mark.parametrize("patch", catalog.ALL)
-def test_page_says_version_reason_and_end(patch):
-    page = (ROOT / "patches" / f"{patch}.md").read_text()
-    for heading in ("SGLang 0.5.16", "## Why a hook is not enough", "## When it can go"):
-        assert heading in page
+@pytest.mark.parametrize("page", sorted(PATCHES.glob("*.md")), ids=lambda path: path.stem)
+def test_page_says_versions_reason_and_end(page):
+    text = page.read_text()
+    versions = re.search(r"- \*\*Version:\*\* SGLang ([\d., and]*[\d])[ :,(]", text)
+    needed = [version for version in supported.SUPPORTED if page.stem in diffs(version)]
+    assert versions and sorted(re.findall(r"[\d.]+\d", versions[1])) == sorted(needed)
+    for heading in ("## Why a hook is not enough", "## When it can go"):
+        assert heading in text
 
 
-def test_every_page_is_in_the_catalog():
-    assert sorted(path.stem for path in (ROOT / "patches").glob("*.diff")) == list(catalog.ALL)
+def test_every_patch_of_the_installed_sglang_has_its_diff():
+    assert diffs(supported.installed()) == list(catalog.ALL)
+
+
+def test_every_page_has_a_diff_and_every_diff_a_page():
+    assert sorted(path.name for path in PATCHES.iterdir() if path.is_dir()) == sorted(supported.SUPPORTED)
+    pages = {path.stem for path in PATCHES.glob("*.md")}
+    assert pages == {name for version in supported.SUPPORTED for name in diffs(version)}
 
 
 # ------------------------------------------------------------------ 01 pinned memory
@@ -124,22 +142,61 @@ def test_batch_without_adapter_runs_the_operations_of_plain_serving(sglang_runne
     assert recorded[0] == recorded[1]
 
 
-def test_gate_is_open_while_graphs_with_lora_are_captured(sglang_runner, tiny_model, greedy_tokens):
+def capture_variant(name: str) -> Any:
     from sglang.srt.model_executor.runner_utils import capture_mode
+
+    if NEWEST:
+        return capture_mode.capture_lora_variant(name)
+    stack = contextlib.ExitStack()
+    capture_mode._set_capture_lora_variant(name)
+    stack.callback(capture_mode._set_capture_lora_variant, None)
+    return stack
+
+
+def test_gate_is_open_while_graphs_with_lora_are_captured(sglang_runner, tiny_model, greedy_tokens):
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    from sglang.srt.model_executor.runner_utils import capture_mode
+
+    def is_idle(*lora_ids: str | None) -> bool:
+        return gate._is_idle(
+            runner.lora_manager, SimpleNamespace(lora_ids=list(lora_ids), forward_mode=ForwardMode.DECODE)
+        )
 
     runner = sglang_runner(tiny_model(), enable_lora=True)
     greedy_tokens(runner, PROMPTS, 2)
     wrapper = next(iter(runner.lora_manager.lora_modules[0].values()))
-    assert wrapper.set_lora is False
+    assert not lora_gate.is_active(wrapper)
     assert vars(wrapper)["base_layer"] is wrapper.get_submodule("base_layer")
+    runner.lora_manager.lora_backend.batch_info = SimpleNamespace(has_active_lora=False)  # of a capture
     with capture_mode.model_capture_mode():
-        assert wrapper.set_lora is True
-        assert not gate._is_idle(runner.lora_manager, [None])
-        capture_mode._set_capture_lora_variant("nolora")
-        assert wrapper.set_lora is False
-        capture_mode._set_capture_lora_variant(None)
-    assert gate._is_idle(runner.lora_manager, [None, None])
-    assert not gate._is_idle(runner.lora_manager, [None, "some"])
+        assert lora_gate.is_active(wrapper)
+        assert not is_idle(None)
+        with capture_variant("nolora"):
+            assert not lora_gate.is_active(wrapper)
+    assert not lora_gate.is_active(wrapper)
+    assert is_idle(None, None)
+    assert not is_idle(None, "some")
+
+
+class Stop(Exception):
+    """A capture has begun."""
+
+
+def test_decode_graphs_are_captured_with_and_without_lora(sglang_runner, tiny_model):
+    from sglang.srt.model_executor.runner import decode_cuda_graph_runner
+    from sglang.srt.model_executor.runner_utils import capture_mode
+
+    def stop() -> None:
+        raise Stop
+
+    runner = sglang_runner(tiny_model(), enable_lora=True)
+    if NEWEST:
+        assert decode_cuda_graph_runner._lora_backend_skips_inactive(runner)
+        return
+    graphs = SimpleNamespace(model_runner=runner, warmup=stop, record_nolora_graph=False)
+    with pytest.raises(Stop):
+        decode_cuda_graph_runner.DecodeCudaGraphRunner.capture(graphs)
+    assert graphs.record_nolora_graph and capture_mode.get_capture_lora_variant() is None
 
 
 # ------------------------------------------------------------------ 03 padded MLP
@@ -340,9 +397,11 @@ def test_tensors_that_cannot_be_read_are_an_error_of_the_request(sglang_runner, 
 
     runner = sglang_runner(tiny_model(), enable_lora=True)
     worker = SimpleNamespace(model_runner=runner, tp_rank=0)
+    worker.deserialize_own_rank = lambda payloads: BaseTpWorker.deserialize_own_rank(worker, payloads)
     for junk in ("", "AAAA", "no base64 at all: \u00e9"):
-        request = LoadLoRAAdapterFromTensorsReqInput(
-            lora_name="x", lora_id="x", config_dict={}, serialized_tensors=junk
-        )
+        tensors: dict[str, Any] = {"serialized_tensors": junk}
+        if NEWEST:
+            tensors = {"serialized_named_tensors": [junk.encode()]}
+        request = LoadLoRAAdapterFromTensorsReqInput(lora_name="x", lora_id="x", config_dict={}, **tensors)
         result = BaseTpWorker.load_lora_adapter_from_tensors(worker, request)
         assert not result.success and "'x' cannot be" in result.error_message

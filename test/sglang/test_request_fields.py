@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
+from sglang_harli.sglang_versions.current import arguments
+from support.model_runner import NEWEST
 from support.models import make_model
 from support.tokenizer_side import Side, Sides
 
@@ -95,7 +98,7 @@ def test_a_field_that_does_not_fit_is_refused_by_its_name(request_, message, dri
         ({"max_new_tokens": "5"}, "max_new_tokens is '5'"),
         ({"top_k": 1.5}, "top_k is 1.5"),
         ({"top_p": [0.5]}, r"top_p is \[0.5\]"),
-        ({"sampling_seed": 2**63}, "sampling_seed is"),
+        ({"sampling_seed": 2**63}, "sampling_seed (is|must be in)"),
         ({"sampling_seed": "x"}, "sampling_seed is 'x'"),
         ({"stream_interval": "x"}, "stream_interval is 'x'"),
         ({"logit_bias": {"3": "x"}}, "logit_bias is"),
@@ -106,7 +109,10 @@ def test_a_field_that_does_not_fit_is_refused_by_its_name(request_, message, dri
         ({"stop_token_ids": [10**6], "min_new_tokens": 1}, "stop_token_ids has 1000000"),
         ({"is_normalized": True}, "is_normalized is not a sampling parameter"),
         ({"stop_strs": ["x"]}, "stop_strs is not a sampling parameter"),
-        ({"max_tokens": 5}, "max_tokens is not a sampling parameter; those are custom_params,"),
+        (
+            {"max_tokens": 5},
+            r"max_tokens is not a sampling parameter; those are (beam_width, )?custom_params,",
+        ),
         ({"stop_token_ids": ["x"]}, "stop_token_ids is"),
         ({"skip_special_tokens": "x"}, "skip_special_tokens is 'x'"),
         ({"no_stop_trim": [1]}, r"no_stop_trim is \[1\]"),
@@ -228,14 +234,31 @@ def test_health_checks_pass(drive):
     drive(scenario)
 
 
+@contextlib.contextmanager
+def overridden(args: Any, **values: Any) -> Iterator[None]:
+    """Other values of the arguments in force in this process."""
+    before = {name: getattr(arguments.in_force(args), name) for name in values}
+
+    def put(values: dict[str, Any]) -> None:
+        if NEWEST:
+            from sglang.srt.runtime_context import get_context
+
+            get_context().override("test", **values)
+        else:
+            vars(args).update(values)
+
+    put(values)
+    yield
+    put(before)
+
+
 def test_scoring_says_where_the_items_end(drive, monkeypatch):
     from sglang.srt.managers import tokenizer_manager_score_mixin
 
     monkeypatch.setattr(tokenizer_manager_score_mixin, "MIS_DELIMITER_TOKEN_ID", 9)  # in this vocabulary
 
     async def scenario(side: Side) -> None:
-        side.server_args.enable_mis = True
-        try:
+        with overridden(side.server_args, enable_mis=True):
             asked = asyncio.create_task(
                 side.score_request(query=[5], items=[[6], [7]], label_token_ids=[8], apply_softmax=False)
             )
@@ -245,7 +268,5 @@ def test_scoring_says_where_the_items_end(drive, monkeypatch):
             await asyncio.gather(asked, return_exceptions=True)  # what it makes of an abort is its own affair
             with pytest.raises(ValueError, match="the server's own"):
                 await side.ask(text="a b", multi_item_delimiter_indices=[1])
-        finally:
-            side.server_args.enable_mis = False
 
     drive(scenario)

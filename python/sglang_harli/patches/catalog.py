@@ -1,6 +1,7 @@
-"""All patches of SGLang with the hooks of their runtime halves.
+"""The patches of the installed SGLang with the hooks of their runtime halves.
 
-Each has a page and an upstream-ready diff of the same name in the top-level folder ``patches/``.
+Each has a page of the same name in the top-level folder ``patches/``, and an upstream-ready diff in
+the folder there of each version that needs it.
 No patch module imports SGLang before a hook of it runs.
 """
 
@@ -29,10 +30,11 @@ from sglang_harli.patches.lora import (
     request_counts,
     unload,
 )
+from sglang_harli.sglang_versions import supported
 
 Hook = tuple[str, Callable[..., Any], str]  # what it hooks in SGLang, ours, and a HookType
 
-ALL: dict[str, tuple[Hook, ...]] = {
+_ROWS: dict[str, tuple[Hook, ...]] = {
     "01-lora-pin-memory": pin_memory.HOOKS,
     "02-lora-gate": gate.HOOKS,
     "03-lora-padded-mlp": padded_mlp.HOOKS,
@@ -42,7 +44,7 @@ ALL: dict[str, tuple[Hook, ...]] = {
     "07-lora-request-counts": request_counts.HOOKS,
     "08-lora-unload": unload.HOOKS,
     "09-shutdown-drain": shutdown_drain.HOOKS,
-    "10-idle-health-check": idle_health_check.HOOKS,
+    "10-idle-health-check": supported.only("pinned", idle_health_check.HOOKS),
     "11-lora-cache-key": cache_key.HOOKS,
     "12-nan-sampling": nan_sampling.HOOKS,
     "13-cpu-sampling": cpu_sampling.HOOKS,
@@ -50,6 +52,7 @@ ALL: dict[str, tuple[Hook, ...]] = {
     "15-control-requests": control_requests.HOOKS,
     "16-stop-regex": stop_regex.HOOKS,
 }
+ALL = {name: hooks for name, hooks in _ROWS.items() if hooks}
 
 
 def register_all(registry: Any) -> None:

@@ -1,7 +1,7 @@
 """Runtime half of ``patches/15-control-requests``: a control request at a wrong moment is an error.
 
 Leans on: ``srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager`` (its
-requests' handlers, ``is_fully_idle``, ``offload_tags``),
+requests' handlers, ``offload_tags``),
 ``srt.managers.communicator.FanOutCommunicator.__call__``, ``srt.managers.io_struct`` (the outputs;
 ``BaseReq.rid``) and ``srt.constants``.
 """
@@ -12,6 +12,8 @@ import functools
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
+
+from sglang_harli.sglang_versions import current
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ def _update(output: str, original: Callable[..., Any], updater: Any, request: An
     from sglang.srt.managers import io_struct
 
     answer = getattr(io_struct, output)
-    if request.flush_cache and not updater.is_fully_idle():
+    if request.flush_cache and not current.weight_updates.is_idle(updater):
         return answer(success=False, message=f"the weights were not updated: {_BUSY}")
     try:
         return original(updater, request)
@@ -44,12 +46,18 @@ def _release(original: Callable[..., Any], updater: Any, request: Any) -> Any:
     from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqOutput
 
     tags, wrong = _tags(request)
-    if not wrong and not updater.is_fully_idle():
+    if not wrong and not current.weight_updates.is_idle(updater):
         wrong = f"memory was not released: {_BUSY}"
     request.tags = [tag for tag in tags if tag not in updater.offload_tags]
     if wrong or not request.tags:  # none left: it was released before
         return ReleaseMemoryOccupationReqOutput(rid=wrong)
-    return original(updater, request)
+    try:
+        return original(updater, request)
+    except Exception as error:  # boundary: one release is an error; the scheduler's loop goes on
+        if current.weight_updates.is_released(error):
+            return ReleaseMemoryOccupationReqOutput()
+        logger.exception("a release of memory failed")
+        return ReleaseMemoryOccupationReqOutput(rid=f"the release failed: {type(error).__name__}: {error}")
 
 
 def _resume(original: Callable[..., Any], updater: Any, request: Any) -> Any:

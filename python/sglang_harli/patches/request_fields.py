@@ -18,6 +18,8 @@ from typing import Any
 import msgspec
 import regex
 
+from sglang_harli.sglang_versions import current
+
 # Whether a request is made by SGLang's scoring, which says itself where the items of a prompt end.
 _scoring: ContextVar[bool] = ContextVar("_scoring", default=False)
 _IO = "sglang.srt.managers.io_struct"
@@ -36,6 +38,9 @@ _EACH = (
     "return_hidden_states",
     "custom_logit_processor",
     "extra_key",
+    "cache_salt",
+    "sampling_logprobs_mode",
+    "watermark",
     "bootstrap_host",
     "bootstrap_port",
     "bootstrap_room",
@@ -153,8 +158,9 @@ def _before_validate(manager: Any, request: Any, input_ids: list[int] | None) ->
     if start is not None and start < -1:
         raise ValueError(f"logprob_start_len is {start}; accepted: -1 (none of the prompt) or a place in it")
     labels = getattr(request, "custom_labels", None)
-    if labels and manager.server_args.enable_metrics:
-        allowed = manager.server_args.tokenizer_metrics_allowed_custom_labels or []
+    args = current.arguments.in_force(manager.server_args)
+    if labels and args.enable_metrics:
+        allowed = args.tokenizer_metrics_allowed_custom_labels or []
         if unknown := sorted(set(labels) - set(allowed)):
             raise ValueError(
                 f"custom_labels has {', '.join(unknown)}; accepted: {', '.join(allowed) or 'none'}"

@@ -12,6 +12,8 @@ from typing import Any
 
 import regex
 
+from sglang_harli.sglang_versions.current import stop_regex as versions
+
 SEARCH_S = 0.1  # of one pattern in one output; a search takes some microseconds
 
 
@@ -31,11 +33,12 @@ def _check(original: Callable[..., bool], req: Any, new_accepted_len: int = 1) -
     text = req.tail_str(new_accepted_len)
     for pattern in patterns:
         try:
-            if _found(pattern, text):
-                _finish(req, pattern, new_accepted_len)
-                return True
+            finished_len = _finished_len(req, pattern, text, new_accepted_len)
         except TimeoutError:
             _give_up(req, pattern)
+            return True
+        if finished_len is not None:
+            _finish(req, pattern, finished_len)
             return True
     return False
 
@@ -44,15 +47,25 @@ def _found(pattern: str, text: str) -> bool:
     return regex.search(pattern, text, timeout=SEARCH_S) is not None
 
 
-def _finish(req: Any, pattern: str, new_accepted_len: int) -> None:
-    """End the output with the first newly accepted token behind which the pattern is found."""
-    from sglang.srt.managers.schedule_batch import FINISHED_MATCHED_REGEX
-
+def _finished_len(req: Any, pattern: str, text: str, new_accepted_len: int) -> int | None:
+    """Of the output, up to the first newly accepted token behind which the pattern is found; None:
+    it is not."""
+    found = _found(pattern, text)
+    if not found and (new_accepted_len == 1 or not versions.BEHIND_EACH_TOKEN):
+        return None
     window = req.output_ids[len(req.output_ids) - req._stop_match_tail_len(new_accepted_len) :]
     ends = range(max(1, len(window) - new_accepted_len + 1), len(window))
-    behind = next((end for end in ends if _found(pattern, req.tokenizer.decode(window[:end]))), len(window))
+    behind = next((end for end in ends if _found(pattern, req.tokenizer.decode(window[:end]))), None)
+    if behind is None:
+        return len(req.output_ids) if found else None
+    return len(req.output_ids) - len(window) + behind
+
+
+def _finish(req: Any, pattern: str, finished_len: int) -> None:
+    from sglang.srt.managers.schedule_batch import FINISHED_MATCHED_REGEX
+
     req.finished_reason = FINISHED_MATCHED_REGEX(matched=pattern)
-    req.finished_len = len(req.output_ids) - len(window) + behind
+    req.finished_len = finished_len
 
 
 def _give_up(req: Any, pattern: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_harli.patches.lora import peft_adapter
+from sglang_harli.sglang_versions import supported
 
 _CONFIG = "sglang.srt.lora.lora_config.LoRAConfig"
 _ADAPTER = "sglang.srt.lora.lora.LoRAAdapter"
@@ -114,7 +115,7 @@ HOOKS = (
     (f"{_MANAGER}.init_state", _after_init_state, "after"),
     (f"{_MANAGER}._load_lora_adapter", _load, "around"),
     (f"{_MANAGER}._load_lora_adapter_from_tensors", _load, "around"),
-    (f"{_MANAGER}._unload_lora_adapter", _unload, "around"),
+    *supported.only("pinned", ((f"{_MANAGER}._unload_lora_adapter", _unload, "around"),)),
     (
         "sglang.srt.managers.tp_worker.BaseTpWorker.load_lora_adapter_from_tensors",
         _load_from_tensors,

@@ -2,9 +2,9 @@
 
 Leans on: ``srt.managers.tokenizer_manager.TokenizerManager`` (``init_lora``, ``generate_request``,
 ``_init_req_state``, ``_resolve_lora_path``, ``_dispatch_to_scheduler``, ``_handle_batch_output``,
-``_handle_abort_req``; ``rid_to_state``, ``lora_registry``), ``srt.lora.lora_registry.LoRARegistry``
-(``acquire``, ``release``, ``_registry``, ``_counters``, ``_registry_lock``) and the requests of
-``srt.managers.io_struct``.
+``_handle_abort_req``, and on 0.5.23 ``_release_req_states_on_failure``; ``rid_to_state``,
+``lora_registry``), ``srt.lora.lora_registry.LoRARegistry`` (``acquire``, ``release``,
+``_registry``, ``_counters``, ``_registry_lock``) and the requests of ``srt.managers.io_struct``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
+
+from sglang_harli.sglang_versions import supported
+from sglang_harli.sglang_versions.current import lora_requests
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _REGISTRY = "sglang.srt.lora.lora_registry.LoRARegistry"
@@ -141,7 +144,8 @@ async def _generate_request(
         async for answer in answers:
             yield answer
     except Exception:
-        _end_sent(manager, obj)
+        if not lora_requests.ABORTS_SENT:
+            _end_sent(manager, obj)
         raise
     finally:
         _let_go_of_call(manager, obj)
@@ -156,16 +160,28 @@ def _parts(obj: Any) -> Iterator[Any]:
 
 
 def _end_sent(manager: Any, obj: Any) -> None:
-    """The call fails: nobody reads the results of what was sent.  SGLang aborts every request whose
-    id begins with the one given: where that is another call's too, the part runs on."""
+    """The call fails: nobody reads the results of what was sent."""
     from sglang.srt.managers.io_struct import AbortReq
 
     uses = uses_of(manager)
-    sent = [part.rid for part in _parts(obj) if isinstance(part.rid, str) and uses.is_sent(part)]
-    others = uses.sent_ids().difference(sent)
-    for rid in sent:
-        if not any(other.startswith(rid) for other in others):
-            manager._dispatch_to_scheduler(AbortReq(rid=rid))
+    sent = {part.rid for part in _parts(obj) if isinstance(part.rid, str) and uses.is_sent(part)}
+    for rid in sorted(sent - _begin_as_others(uses, sent)):
+        manager._dispatch_to_scheduler(AbortReq(rid=rid))
+
+
+def _release_states(original: Callable[..., None], manager: Any, states: dict[str, Any]) -> None:
+    """Around SGLang's own cleanup of a call that fails, which aborts what it has sent."""
+    kept = _begin_as_others(uses_of(manager), set(states))
+    original(
+        manager, {rid: state for rid, state in states.items() if not state.dispatched or rid not in kept}
+    )
+
+
+def _begin_as_others(uses: AdapterUses, rids: set[str]) -> set[str]:
+    """Of a call's ids, those that an abort cannot name: SGLang aborts every request whose id begins
+    with the one given, also another call's.  Such a request runs on."""
+    others = uses.sent_ids() - rids
+    return {rid for rid in rids if any(other.startswith(rid) for other in others)}
 
 
 def _forget_unsent(manager: Any, obj: Any) -> None:
@@ -275,6 +291,7 @@ def _before_abort(manager: Any, recv_obj: Any) -> None:
 
 
 HOOKS = (
+    *supported.only("newest", ((f"{_MANAGER}._release_req_states_on_failure", _release_states, "around"),)),
     (f"{_MANAGER}.generate_request", _generate_request, "around"),
     (f"{_MANAGER}._init_req_state", _before_req_state, "before"),
     (f"{_MANAGER}._resolve_lora_path", _resolve_lora_path, "around"),

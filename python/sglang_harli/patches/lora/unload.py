@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from sglang_harli.patches.lora.request_counts import uses_of
+from sglang_harli.sglang_versions import current
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class AdapterUpdates:
 
     # ---------------------------------------------------------------- eviction
     def _excess(self) -> int:
-        most = self._manager.server_args.max_loaded_loras
+        most = current.arguments.in_force(self._manager.server_args).max_loaded_loras
         return 0 if most is None else self._manager.lora_registry.num_registered_loras - most
 
     def _evictable(self) -> str | None:
@@ -85,11 +86,11 @@ class AdapterUpdates:
                 "%d LoRA adapters are loaded, more than --max-loaded-loras %d: all are in use or pinned, and the "
                 "least recently used goes when its requests have ended",
                 self._manager.lora_registry.num_registered_loras,
-                self._manager.server_args.max_loaded_loras,
+                current.arguments.in_force(self._manager.server_args).max_loaded_loras,
             )
 
     async def _evict_one(self, name: str) -> bool:
-        most = self._manager.server_args.max_loaded_loras
+        most = current.arguments.in_force(self._manager.server_args).max_loaded_loras
         logger.info("unloading the least recently used LoRA adapter %s (--max-loaded-loras %d)", name, most)
         ref = await self.take_away(name)
         if uses_of(self._manager).in_use(name, ref.lora_id):  # a request came meanwhile
@@ -117,7 +118,7 @@ class AdapterUpdates:
         from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
 
         request = UnloadLoRAAdapterReqInput(lora_name=ref.lora_name, lora_id=ref.lora_id)
-        result = (await self._manager.update_lora_adapter_communicator(request))[0]
+        result = current.lora_updates.merged(await self._manager.update_lora_adapter_communicator(request))
         if result.success:
             self._manager.lora_registry._counters.pop(ref.lora_id, None)
         else:
@@ -162,9 +163,9 @@ async def _unload(original: Callable[..., Any], manager: Any, obj: Any, *args: A
 
 
 def _check(manager: Any, name: Any) -> None:
-    if not manager.server_args.enable_lora:
+    if not current.arguments.in_force(manager.server_args).enable_lora:
         raise ValueError("LoRA is not enabled. Please set `--enable-lora` to enable LoRA.")
-    if manager.server_args.dp_size != 1:
+    if current.arguments.in_force(manager.server_args).dp_size != 1:
         raise ValueError("dp_size must be 1 for dynamic lora loading")
     if not name:
         raise ValueError("lora_name is missing: it names the adapter")
@@ -174,7 +175,7 @@ def _check(manager: Any, name: Any) -> None:
 
 async def _load(manager: Any, obj: Any, path: str) -> Any:
     from sglang.srt.lora.lora_registry import LoRARef
-    from sglang.srt.managers.io_struct import LoadLoRAAdapterReqOutput
+    from sglang.srt.managers.io_struct import LoadLoRAAdapterReqOutput, UnloadLoRAAdapterReqInput
 
     manager.auto_create_handle_loop()
     updates = updates_of(manager)
@@ -185,10 +186,19 @@ async def _load(manager: Any, obj: Any, path: str) -> Any:
             logger.info("Start load Lora adapter. Lora name=%s, path=%s", obj.lora_name, path)
             ref = LoRARef(lora_name=obj.lora_name, lora_path=path, pinned=obj.pinned)
             obj.lora_id = ref.lora_id
-            result = (await manager.update_lora_adapter_communicator(obj))[0]
+            current.lora_updates.prepare(obj)
+            results = await manager.update_lora_adapter_communicator(obj)
+            result = current.lora_updates.merged(results)
             if result.success:
                 await manager.lora_registry.register(ref)
                 manager.lora_ref_cache[obj.lora_name] = ref
+            elif (
+                obj.lora_name not in manager.lora_registry.get_all_adapters()
+                and current.lora_updates.is_partly_loaded(results, obj.lora_name)
+            ):
+                await manager.update_lora_adapter_communicator(
+                    UnloadLoRAAdapterReqInput(lora_name=obj.lora_name, lora_id=ref.lora_id)
+                )
     except ValueError as error:
         return LoadLoRAAdapterReqOutput(success=False, error_message=str(error))
     with uses_of(manager).looking_up([obj.lora_name]):  # what has just come is not the first to go
@@ -198,7 +208,7 @@ async def _load(manager: Any, obj: Any, path: str) -> Any:
 
 def refuse_when_all_are_pinned(manager: Any) -> None:
     """Raises ValueError where no place under --max-loaded-loras can become free."""
-    most = manager.server_args.max_loaded_loras
+    most = current.arguments.in_force(manager.server_args).max_loaded_loras
     pinned = sum(bool(ref.pinned) for ref in manager.lora_registry.get_all_adapters().values())
     if most is not None and pinned >= most:
         raise ValueError(

@@ -1,13 +1,14 @@
 """The defaults of a server on SGLang's CPU engine, each with the reason that is logged.
 
 SGLang sizes its pools for a device that it has to itself: far too large for a host.  Leans on
-SGLang 0.5.16: ``ModelConfig`` as ``ServerArgs.get_model_config()`` returns it.
+SGLang's ``ModelConfig``.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,14 @@ def is_float32(model: Any) -> bool:
     return str(getattr(model.hf_config, "dtype", None)).removeprefix("torch.") == "float32"
 
 
-def kv_pool(server_args: Any) -> list[tuple[str, Any, str]]:
-    """The size of the KV pool: (argument, value, reason) for those that the operator left open."""
+def kv_pool(server_args: Any, model_config: Callable[[], Any]) -> list[tuple[str, Any, str]]:
+    """The size of the KV pool: (argument, value, reason) for those that the operator left open.
+    ``server_args``: as in force; ``model_config``: gives SGLang's ModelConfig."""
     if server_args.mem_fraction_static is not None:
         return []  # the operator sizes the pool by it, or by --max-total-tokens as well
     chosen: list[tuple[str, Any, str]] = []
     if server_args.max_total_tokens is None:
-        model = server_args.get_model_config()
+        model = model_config()
         memory = host_memory_bytes()
         budget = min(int(memory * KV_POOL_SHARE), KV_POOL_BYTES)
         tokens = pool_tokens(budget, token_bytes(model), int(model.context_len))

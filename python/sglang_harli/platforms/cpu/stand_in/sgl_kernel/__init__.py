@@ -6,7 +6,8 @@ with the wheel's signature; any other raises NotImplementedError when called, no
 SGLang imports the ops of features that it then does not use.
 
 ``torch.ops.sgl_kernel`` stays empty on purpose: with its ``convert_weight_packed``, a CPU with AMX
-tiles would make SGLang repack its weights, and training could no longer view them.
+tiles would make SGLang repack its weights, and training could no longer view them, and ranks would
+reduce by ``shm_allreduce``.  It serves SGLang 0.5.23 and 0.5.16, which call the same ops alike.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = [
     "rmsnorm",
     "silu_and_mul",
 ]
-__version__ = "0.4.5+harli.cpu"
+__version__ = "0+harli.cpu"  # of no wheel; SGLang compares the wheel's on CUDA alone
 
 
 def assign_req_to_token_pool_cpu(
