@@ -336,7 +336,7 @@ def ends_gracefully(server: Server, client: FinetuneClient, job: Job) -> None:
     saved meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(generate, server.url, PROMPTS[0], tokens=900)
-        until(lambda: get(server.url, "/get_load")[1][0]["num_reqs"])
+        until(lambda: get(server.url, "/v1/loads")[1]["loads"][0]["num_running_reqs"])
         server.process.send_signal(signal.SIGTERM)
         step = client.get(job.id).step
         queued = until(lambda: (j := client.get(job.id)).status is JobStatus.QUEUED and j)

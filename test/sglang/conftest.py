@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from sglang_harli.platforms.cpu.engine import CPU_ENGINE_ENV, STAND_IN
-from support.model_runner import ALL_MODULES, build_runner
+from support.model_runner import ALL_MODULES, NEWEST, build_runner, publish
 from support.model_runner import server_args as make_server_args
 
 # SGLang decides at import which engine it is; the stand-in for sgl_kernel has to come first on the
@@ -147,9 +147,8 @@ def _requests(
     """On empty pools."""
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.sampling.sampling_params import SamplingParams
-    from sglang.srt.server_args import set_global_server_args_for_scheduler
 
-    set_global_server_args_for_scheduler(runner.server_args)
+    publish(runner.server_args)
     runner.req_to_token_pool.clear()
     runner.token_to_kv_pool_allocator.clear()
     requests = []
@@ -164,7 +163,10 @@ def _requests(
         )
         request.full_untruncated_fill_ids = request.origin_input_ids
         request.logprob_start_len = -1
-        request.set_extend_range(0, len(prompt))
+        if NEWEST:
+            request.extend_end = len(prompt)
+        else:
+            request.set_extend_range(0, len(prompt))
         requests.append(request)
     return requests
 

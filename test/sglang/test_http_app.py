@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
+import functools
 import importlib
 import pkgutil
 import time
@@ -22,12 +22,13 @@ from fastapi import FastAPI, Response
 from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
+from sglang.srt.entrypoints.openai.protocol import MessageProcessingResult
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
 from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
 from sglang.srt.lora.lora_registry import LoRARef, LoRARegistry
+from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
 from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
-from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.auth import add_api_key_middleware
 
 from sglang_harli import FinetuneClient, plugin
@@ -38,6 +39,8 @@ from sglang_harli.managers.http.publisher import TENSOR_PATH
 from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
 from sglang_harli.managers.http.supervision import supervisor
 from sglang_harli.managers.http.supervision.supervisor import RestartPolicy, Supervisor
+from support.model_runner import NEWEST
+from support.plain_arguments import plain_arguments, read_arguments
 
 LOADED, EVICTED, MISSING = "base-ft-a-00000001", "base-ft-b-00000002", "base-ft-c-00000003"
 FOREIGN = "pirate"
@@ -50,8 +53,8 @@ def manager() -> Any:
     made = MagicMock()
     made.served_model_name = "base"
     made.model_path = "/models/base-ft-of-another-time"
-    defaults = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
-    made.server_args = SimpleNamespace(**{**defaults, "enable_lora": True})
+    made.server_args = plain_arguments(enable_lora=True)
+    read_arguments(made)
     refs = [LoRARef(lora_name=LOADED, lora_path=TENSOR_PATH), LoRARef(lora_name=FOREIGN, lora_path="/p")]
     made.lora_registry = LoRARegistry(refs)
     evicted = LoRARef(lora_name=EVICTED, lora_path=TENSOR_PATH)
@@ -106,10 +109,9 @@ def app(hooks: None, manager: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     routes.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
     templates = MagicMock(completion_template_name=None, chat_template_name=None)
     completion, chat = OpenAIServingCompletion(manager, templates), OpenAIServingChat(manager, templates)
-    messages = SimpleNamespace(
-        prompt="x", prompt_ids=[1], image_data=None, audio_data=None, video_data=None, modalities=[], stop=[],
-        tool_call_constraint=None,
-    )  # fmt: skip
+    messages = MessageProcessingResult(
+        prompt="x", prompt_ids=[1], image_data=None, audio_data=None, video_data=None, modalities=[], stop=[]
+    )
     monkeypatch.setattr(chat, "_process_messages", lambda *_: messages)
     responses = OpenAIServingResponses.__new__(OpenAIServingResponses)
     responses.tokenizer_manager = manager
@@ -269,6 +271,31 @@ def test_health_is_sglangs_own_once_the_service_is_given_up(
     assert client.get("/health_generate").status_code == 200
 
 
+@pytest.mark.skipif(not NEWEST, reason="SGLang 0.5.16 has no /ready")
+def test_ready_waits_as_health_does_and_is_sglangs_own_afterwards(client: TestClient, manager: Any) -> None:
+    manager.is_pause, manager.server_status = False, ServerStatus.Up
+    manager.is_ready = functools.partial(TokenizerManager.is_ready, manager)
+    manager.is_healthy = functools.partial(TokenizerManager.is_healthy, manager)
+    answer = client.get("/ready")
+    assert answer.status_code == 503 and "waiting for the finetune service" in answer.text
+    manager.harli_publisher.was_ready = True
+    assert client.get("/ready").status_code == 200
+    for name, value in (("is_pause", True), ("gracefully_exit", True)):
+        before = getattr(manager, name)
+        setattr(manager, name, value)
+        assert client.get("/ready").status_code == 503
+        setattr(manager, name, before)
+    manager.harli_publisher.was_ready = False
+    assert client.get("/ready").status_code == 503
+    manager.harli_publisher.go_down("the finetune service ended 8 times in a row")
+    assert client.get("/ready").status_code == 200
+
+
+@pytest.mark.skipif(NEWEST, reason="SGLang 0.5.23 has /ready")
+def test_where_sglang_has_no_ready_neither_have_we(client: TestClient) -> None:
+    assert client.get("/ready").status_code == 404
+
+
 def test_health_waits_for_a_profile_that_the_start_measures(
     app: FastAPI, manager: Any, healthy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,7 +355,8 @@ def test_api_key_guards_our_routes(app: FastAPI) -> None:
     add_api_key_middleware(app, api_key="secret", admin_api_key=None)
     client = TestClient(app)
     ours = {route.path for route in routes.routes(MagicMock(), MagicMock(), MagicMock()).routes}  # type: ignore[attr-defined]
-    assert ours == {"/health_generate", "/harli/profile", "/v1/models", "/v1/models/{model:path}"}
+    ready = {"/ready"} if NEWEST else set()  # open to all, as /health_generate is
+    assert ours == {"/health_generate", "/harli/profile", "/v1/models", "/v1/models/{model:path}"} | ready
     assert client.get("/harli/profile").status_code == 401
     for path in ("/v1/models", f"/v1/models/{LOADED}", "/v1/models/base"):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
@@ -341,9 +369,10 @@ def test_what_sglang_leaves_open_stays_open(
 ) -> None:
     add_api_key_middleware(app, api_key="secret", admin_api_key="admin")
     client = TestClient(app)
-    assert client.get("/health_generate").status_code == 503
+    open_to_all = ["/health_generate", *(["/ready"] if NEWEST else [])]
+    assert [client.get(path).status_code for path in open_to_all] == [503] * len(open_to_all)
     manager.harli_publisher.was_ready = True
-    assert client.get("/health_generate").status_code == 200
+    assert [client.get(path).status_code for path in open_to_all] == [200] * len(open_to_all)
     for path in ("/v1/models", f"/v1/models/{LOADED}"):  # the other key does not open them, as with SGLang's
         assert client.get(path, headers={"Authorization": "Bearer admin"}).status_code == 401
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from sglang_harli.config import SWITCH_ENV, HarliOptions
@@ -23,8 +24,20 @@ from sglang_harli.managers.http.start_up import refusals
 from sglang_harli.managers.http.start_up.handshake import check_hello
 from sglang_harli.managers.http.start_up.lora_paths import check_lora_paths
 from sglang_harli.platforms.cpu import engine
+from sglang_harli.sglang_versions import supported
+from sglang_harli.sglang_versions.current import arguments
+from support.model_runner import NEWEST
 
 installed: list[str] = []
+in_force, resolve = arguments.in_force, arguments.resolve
+
+
+def field_names(kind: Any) -> list[str]:
+    return list(kind.__struct_fields__) if NEWEST else [field.name for field in dataclasses.fields(kind)]
+
+
+def copy_of(args: Any, **changes: Any) -> Any:
+    return (msgspec.structs.replace if NEWEST else dataclasses.replace)(args, **changes)
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +49,8 @@ def switch_off() -> Iterator[None]:
 
 @pytest.fixture
 def make_args(tiny_model: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """``make_args(model_path=..., **values)`` -> HarliServerArgs, with the plugin's part recorded
-    only."""
+    """``make_args(model_path=..., **values)`` -> HarliServerArgs, resolved, with the plugin's part
+    recorded only."""
     from sglang_harli.server_args import HarliServerArgs, Seam
 
     installed.clear()
@@ -47,7 +60,13 @@ def make_args(tiny_model: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(HarliServerArgs, "seam", seam)
     monkeypatch.setattr(HarliServerArgs, "_announced", set())
     defaults = {"model_path": tiny_model(), "skip_tokenizer_init": True, "random_seed": 1}
-    return lambda **values: HarliServerArgs(**(defaults | values))
+
+    def make(**values: Any) -> Any:
+        args = HarliServerArgs(**(defaults | values))
+        resolve(args)
+        return args
+
+    return make
 
 
 def from_command_line(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -57,7 +76,9 @@ def from_command_line(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang_harli.server_args import HarliServerArgs
 
     monkeypatch.setattr(sglang_args, "ServerArgs", HarliServerArgs)
-    return sglang_args.prepare_server_args(argv)
+    args = sglang_args.prepare_server_args(argv)
+    resolve(args)
+    return args
 
 
 # ------------------------------------------------------------------ the switch
@@ -72,8 +93,9 @@ def test_without_an_option_everything_is_sglangs(make_args, tiny_model):
         device="cpu",
         attention_backend="torch_native",
     )
-    for field in dataclasses.fields(ServerArgs):
-        assert repr(getattr(ours, field.name)) == repr(getattr(theirs, field.name)), field.name
+    resolve(theirs)
+    for name in field_names(ServerArgs):
+        assert repr(getattr(in_force(ours), name)) == repr(getattr(in_force(theirs), name)), name
     assert not ours.harli_on
     assert not installed
     assert SWITCH_ENV not in os.environ
@@ -99,7 +121,7 @@ def test_the_switch_alone_turns_it_on(make_args):
 
 
 def test_finetuning_off_leaves_serving_alone_but_for_the_cpu(make_args):
-    args = make_args(harli_finetune="off", tp_size=2)
+    args = in_force(make_args(harli_finetune="off", tp_size=2))
     assert os.environ[SWITCH_ENV] == "serve"
     assert not args.enable_lora
     assert (args.attention_backend, args.max_total_tokens) == ("torch_native", 131_072)
@@ -151,7 +173,7 @@ def test_arguments_travel_and_can_be_made_anew(make_args):
     child = pickle.loads(pickle.dumps(args))
     assert child.harli_options() == args.harli_options()
     assert type(child) is type(args)
-    assert dataclasses.replace(args, port=1).harli_options() == args.harli_options()
+    assert copy_of(args, port=1).harli_options() == args.harli_options()
     json.dumps([getattr(args, f"harli_{field.name}") for field in dataclasses.fields(HarliOptions)])
 
 
@@ -163,7 +185,7 @@ def test_values_stay_guarded_after_they_are_resolved(make_args, monkeypatch):
     with pytest.raises(AttributeError, match="assigned after resolution"):
         args.max_running_requests = 3
     args.check_server_args()
-    assert args.lora_target_modules == set(ALL_LINEAR)
+    assert in_force(args).lora_target_modules == set(ALL_LINEAR)
 
 
 # ------------------------------------------------------------------ defaults
@@ -180,7 +202,7 @@ def unread_adapters(make_args, monkeypatch) -> None:
 def test_cpu_defaults_are_filled_in_and_each_is_logged_once(make_args, caplog):
     with caplog.at_level("INFO"):
         args = make_args(harli_tpot_slo_ms=25.0)
-        dataclasses.replace(args)
+        resolve(copy_of(args))
     expected = {
         "device": "cpu",
         "attention_backend": "torch_native",
@@ -194,7 +216,7 @@ def test_cpu_defaults_are_filled_in_and_each_is_logged_once(make_args, caplog):
         "max_loaded_loras": 16,
     }
     for name, value in expected.items():
-        assert getattr(args, name) == value
+        assert getattr(in_force(args), name) == value
         lines = [line for line in caplog.messages if f"--{name.replace('_', '-')}" in line.split(" (")[0]]
         assert len([line for line in lines if line.startswith("harli default:")]) == 1, name
     resolved = [line for line in caplog.messages if line.startswith("harli options:")]
@@ -215,8 +237,8 @@ def test_as_many_adapters_stay_loaded_as_are_given_and_as_a_batch_takes(
     make_args, unread_adapters, given, loaded
 ):
     args = make_args(harli_finetune="on", max_lora_rank=8, lora_target_modules=["q_proj"], **given)
-    assert args.max_loaded_loras == loaded
-    assert make_args(harli_finetune="off").max_loaded_loras is None
+    assert in_force(args).max_loaded_loras == loaded
+    assert in_force(make_args(harli_finetune="off")).max_loaded_loras is None
 
 
 def test_the_operators_values_stand(make_args):
@@ -229,18 +251,18 @@ def test_the_operators_values_stand(make_args):
         "max_loaded_loras": 9,
         "lora_target_modules": ["q_proj", "v_proj"],
     }
-    args = make_args(harli_finetune="on", **given)
+    args = in_force(make_args(harli_finetune="on", **given))
     assert {name: getattr(args, name) for name in given} == given
 
 
 def test_start_up_adapters_size_the_slots_as_sglang_does(make_args, unread_adapters):
-    args = make_args(harli_finetune="on", lora_paths=["a=/some/adapter"])
+    args = in_force(make_args(harli_finetune="on", lora_paths=["a=/some/adapter"]))
     assert (args.enable_lora, args.max_lora_rank, args.lora_target_modules) == (True, None, None)
 
 
 @pytest.mark.parametrize(("overlap", "disabled"), [("auto", True), ("off", True), ("on", False)])
 def test_overlap(make_args, overlap, disabled):
-    assert make_args(harli_overlap=overlap).disable_overlap_schedule is disabled
+    assert in_force(make_args(harli_overlap=overlap)).disable_overlap_schedule is disabled
 
 
 def test_overlap_that_contradicts_itself(make_args):
@@ -270,7 +292,7 @@ def test_the_cpu_without_its_engine_names_the_launcher(make_args, monkeypatch):
         ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm"),
         ({"disaggregation_mode": "decode"}, "--disaggregation-mode"),
         ({"quantization": "fp8"}, "--quantization"),
-        ({"torchao_config": "int8wo"}, "--torchao-config"),
+        *([] if NEWEST else [({"torchao_config": "int8wo"}, "--torchao-config")]),
         ({"enable_pdmux": True}, "--enable-pdmux"),
         ({"nnodes": 2}, "--nnodes"),
         ({"enable_dp_attention": True}, "--enable-dp-attention"),
@@ -301,10 +323,24 @@ def test_unknown_architectures_are_refused_by_name(make_args, tiny_model, tmp_pa
     assert not make_args(harli_finetune="off", model_path=path).harli_options().enabled
 
 
+@pytest.mark.skipif(not NEWEST, reason="SGLang 0.5.16 resolves in the constructor, which gives none")
+@pytest.mark.usefixtures("make_args")
+def test_refused_arguments_are_never_resolved(tiny_model, tmp_path):
+    from sglang_harli.server_args import HarliServerArgs
+
+    path = changed_config(tiny_model(), tmp_path, architectures=["Olmo2ForCausalLM"], model_type="olmo2")
+    args = HarliServerArgs(harli_finetune="on", model_path=path, skip_tokenizer_init=True)
+    with pytest.raises(SystemExit, match="Olmo2ForCausalLM"):
+        resolve(args)
+    with pytest.raises(RuntimeError, match="already failed"):
+        resolve(args)
+
+
 def test_quantised_weights_are_refused_by_name():
     model = SimpleNamespace(architectures=["LlamaForCausalLM"], quantization_config={"quant_method": "awq"})
+    config = SimpleNamespace(hf_config=model)
     args = SimpleNamespace(
-        model_path="/m", quantization=None, get_model_config=lambda: SimpleNamespace(hf_config=model)
+        model_path="/m", quantization=None, get_model_config=lambda: config, _model_config=config
     )
     with pytest.raises(UnsupportedError, match=r"/m has quantised weights \(awq\).*--harli-finetune off"):
         refusals.refuse_model(args)
@@ -335,7 +371,7 @@ def test_another_sglang_is_refused_where_harli_was_asked_for(monkeypatch, caplog
     for argv, env in ((["serve", "--harli-run-dir", "x"], ""), (["serve"], "1")):
         monkeypatch.setattr(sys, "argv", ["sglang", *argv])
         monkeypatch.setenv(SWITCH_ENV, env)
-        with pytest.raises(SystemExit, match=r"supports sglang 0\.5\.16, and this is 0\.5\.99"):
+        with pytest.raises(SystemExit, match=r"supports sglang 0\.5\.23 and 0\.5\.16, and this is 0\.5\.99"):
             plugin.activate()
     monkeypatch.setattr(sys, "argv", ["sglang", "serve"])
     monkeypatch.delenv(SWITCH_ENV)
@@ -411,3 +447,23 @@ def test_the_whole_table_is_applied(tiny_model):
     assert "sglang.srt.managers.scheduler.Scheduler" in seen["elsewhere"]
     assert len(seen["all"]) == seen["hooks"], "some hook could not be applied"
     assert (seen["scheduler"], seen["args"]) == ("HarliScheduler", "HarliServerArgs")
+
+
+def test_the_launcher_refuses_another_sglang_in_one_sentence(tiny_model, tmp_path):
+    """Before anything that another version may not have is imported."""
+    environment = dict(os.environ) | {supported.VERSION_ENV: "0.5.99"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_harli.launch_server", "--model-path", tiny_model(), "--device", "cpu"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert (
+        "harli supports sglang 0.5.23 and 0.5.16, and this is 0.5.99: pip install sglang==0.5.23"
+        in done.stderr
+    )
+    assert "Traceback" not in done.stderr

@@ -6,92 +6,30 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import zmq
-import zmq.asyncio
-from sglang.srt.lora.lora_registry import LoRARef, LoRARegistry
+from sglang.srt.lora.lora_registry import LoRARef
 from sglang.srt.managers.io_struct import (
-    DumperControlReqInput,
-    DumperControlReqOutput,
     GenerateReqInput,
     LoadLoRAAdapterReqInput,
-    LoRAUpdateOutput,
     UnloadLoRAAdapterReqInput,
 )
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from sglang.utils import TypeBasedDispatcher
 
 from sglang_harli.managers.http import publisher as publisher_module
-from sglang_harli.managers.http.publisher import TENSOR_PATH, AdapterPublisher
+from sglang_harli.managers.http.publisher import TENSOR_PATH
 from sglang_harli.managers.http.tokenizer_handover import TokenizerHandover
 from sglang_harli.patches.lora.request_counts import uses_of
 from sglang_harli.patches.lora.unload import updates_of
 from sglang_harli.protocol import internal, tokenizer_state
 from sglang_harli.protocol.tokenizer_state import ChatTemplate, TokenizerState
+from sglang_harli.sglang_versions.current import lora_unloads
+from support.publication import connected, publish, run, state, until
 
 NAME, OTHER, THIRD = "base-ft-first-00000001", "base-ft-second-00000002", "base-ft-third-00000003"
-
-
-class Manager(TokenizerManager):
-    """SGLang's TokenizerManager, its LoRA and control parts only; ``requests``: what it sends."""
-
-    def __init__(self, **arguments: Any) -> None:
-        values = {"enable_lora": True, "max_loaded_loras": None, "dp_size": 1, "lora_paths": None}
-        self.server_args = SimpleNamespace(**{**values, **arguments})  # type: ignore[assignment]
-        self.served_model_name = "base"
-        self.enable_lora = True
-        self._result_dispatcher = TypeBasedDispatcher([])
-        self.init_lora()
-        self.init_communicators(self.server_args)  # type: ignore[arg-type]
-        assert isinstance(self.lora_registry, LoRARegistry)  # SGLang's own
-        self.rid_to_state = {}
-        self.requests: list[Any] = []
-        self.stuck: set[str] = set()  # names of which not one slice is loaded
-        self.stuck_ids: set[str] = set()
-        self.abandoned: list[str] = []
-        self.polls_left = 2
-        self.load_error = ""
-        self.passing = False
-        self.response: Any = ...  # instead of the scheduler's answer
-
-    def auto_create_handle_loop(self) -> None:
-        pass
-
-    def _dispatch_to_scheduler(self, obj: Any) -> None:
-        self.requests.append(obj)
-        asyncio.get_running_loop().call_soon(self._result_dispatcher, self._scheduler_answers(obj))
-
-    def _scheduler_answers(self, obj: Any) -> Any:
-        if isinstance(obj, LoadLoRAAdapterReqInput | UnloadLoRAAdapterReqInput):
-            return LoRAUpdateOutput(success=True, loaded_adapters={})
-        assert isinstance(obj, DumperControlReqInput)
-        if obj.method == "harli/load_adapter" and obj.body["lora_name"] in self.stuck:
-            self.stuck_ids.add(obj.body["lora_id"])
-        if obj.body["lora_id"] in self.stuck_ids:
-            if obj.method == "harli/abandon_adapter":
-                self.abandoned.append(obj.body["lora_id"])
-            return DumperControlReqOutput(success=True, response=[{"state": "loading", "slices": 7}])
-        if self.load_error:
-            status = {"state": "failed", "error": self.load_error, "passing": self.passing}
-        elif obj.method == "harli/load_status" and self.polls_left == 0:
-            status = {"state": "loaded"}
-        else:
-            self.polls_left -= obj.method == "harli/load_status"
-            status = {"state": "loading"}
-        response = [status] if self.response is ... else self.response
-        return DumperControlReqOutput(success=True, response=response)
-
-    def loads(self) -> list[str]:
-        """Names of the adapters that the scheduler was asked to load."""
-        return [
-            r.body["lora_name"] for r in self.requests if getattr(r, "method", "") == "harli/load_adapter"
-        ]
 
 
 @pytest.fixture(autouse=True)
@@ -104,73 +42,6 @@ def hooks(sglang_patches: None, monkeypatch: pytest.MonkeyPatch) -> None:
             return await _hook(_original, self, *args)
 
         monkeypatch.setattr(TokenizerManager, name, around)
-
-
-class Service:
-    """The finetune service's end of the pair."""
-
-    def __init__(self, socket: zmq.asyncio.Socket, manager: Manager, publisher: AdapterPublisher) -> None:
-        self.socket, self.manager, self.publisher = socket, manager, publisher
-
-    async def receive(self, kind: type[Any]) -> Any:
-        async with asyncio.timeout(20):
-            while True:
-                header, *_ = await self.socket.recv_multipart()
-                message = internal.decode(header, "http")
-                if isinstance(message, kind):
-                    return message
-
-    async def send(self, message: internal.Message) -> None:
-        await self.socket.send(internal.encode(message))
-
-    async def publish(self, name: str) -> internal.AdapterPublished:
-        await self.send(publish(name))
-        return await self.receive(internal.AdapterPublished)
-
-
-def publish(name: str, request: int = 1) -> internal.PublishAdapter:
-    slot = internal.SlotRef(
-        path="/dev/shm/slot",
-        nbytes=64,
-        tensors=[internal.TensorRef("a.lora_A.weight", "float32", (2, 8), 0, 64)],
-    )
-    return internal.PublishAdapter(
-        request=request, job="ftjob-1", name=name, config={"r": 2, "lora_alpha": 4}, slot=slot
-    )
-
-
-@asynccontextmanager
-async def connected(
-    folder: Path, handover: TokenizerHandover | None = None, **arguments: Any
-) -> AsyncIterator[Service]:
-    endpoint = f"ipc://{folder}/http.sock"
-    manager = Manager(**arguments)
-    manager.harli_publisher = publisher = AdapterPublisher(manager, endpoint, handover)  # type: ignore[attr-defined]
-    context = zmq.asyncio.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.bind(endpoint)
-    publisher.start()
-    try:
-        yield Service(socket, manager, publisher)
-    finally:
-        await publisher.stop()
-        socket.close()
-        context.term()
-
-
-def run(test: Callable[..., Any]) -> Callable[[Path], None]:
-    def sync(tmp_path: Path) -> None:
-        asyncio.run(test(tmp_path))
-
-    sync.__name__ = test.__name__
-    return sync
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 # ------------------------------------------------------------------ publication
@@ -459,6 +330,47 @@ async def test_an_adapter_that_the_operator_unloads_while_it_comes_back_stays_aw
 
 
 @run
+async def test_an_unload_that_failed_is_done_before_the_name_is_loaded_again(folder: Path) -> None:
+    async with connected(folder) as service:
+        manager = service.manager
+        unfinished = lora_unloads.unfinished(manager)
+        unfinished[NAME] = "the-old-id"
+        manager.unload_error = "the device is gone"
+        answer = await service.publish(NAME)
+        assert (answer.ok, answer.code) == (False, "load_failed")
+        assert "could not be put away: the device is gone" in answer.text
+        assert manager.loads() == [] and unfinished == {NAME: "the-old-id"}
+        manager.unload_error = ""
+        assert (await service.publish(NAME)).ok
+        assert manager.unloads() == ["the-old-id"] * 2 and unfinished == {}
+        assert NAME in manager.lora_registry.get_all_adapters()
+
+
+@run
+async def test_an_adapter_that_could_not_be_put_away_goes_when_the_operator_unloads_it_again(
+    folder: Path,
+) -> None:
+    async with connected(folder) as service:
+        manager = service.manager
+        unload = UnloadLoRAAdapterReqInput(lora_name=NAME)
+        await service.send(state(7, adapters=[NAME]))
+        await until(lambda: service.publisher.dormant() == [NAME])
+        manager.polls_left = 10**6
+        await service.send(publish(NAME))
+        await until(lambda: manager.loads() == [NAME])
+        assert (await manager.unload_lora_adapter(unload)).success  # while it is being loaded
+        manager.unload_error, manager.polls_left = "the device is gone", 0
+        answer = await service.receive(internal.AdapterPublished)
+        assert not answer.ok and "could not be put away" in answer.text
+        again = await manager.unload_lora_adapter(unload)
+        assert not again.success and "the device is gone" in again.error_message
+        manager.unload_error = ""
+        assert (await manager.unload_lora_adapter(unload)).success
+        assert len(set(manager.unloads())) == 1 and lora_unloads.unfinished(manager) == {}
+        assert "does not exist" in (await manager.unload_lora_adapter(unload)).error_message
+
+
+@run
 async def test_others_adapters_go_sglangs_way(folder: Path) -> None:
     async with connected(folder) as service:
         request = LoadLoRAAdapterReqInput(lora_name="mine", lora_path="/adapters/mine")
@@ -468,10 +380,6 @@ async def test_others_adapters_go_sglangs_way(folder: Path) -> None:
 
 
 # ------------------------------------------------------------------ the service
-def state(pid: int, **values: Any) -> internal.ServiceState:
-    return internal.ServiceState(pid=pid, **{"endpoint_bound": True, "scheduler_seen": True, **values})
-
-
 @run
 async def test_health_opens_once_the_service_and_the_scheduler_have_met(folder: Path) -> None:
     async with connected(folder) as service:

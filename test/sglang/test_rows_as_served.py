@@ -160,6 +160,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "strict as text": row(ASK, YES, tools=[{"function": {"name": "lamp", "strict": "Yes"}}]),
     "strict of null": row(ASK, YES, tools=[{"function": {"name": "lamp", "strict": None}}]),
     "strict of two": row(ASK, YES, tools=[{"function": {"name": "lamp", "strict": 2}}]),
+    "a tool in an order of its own": row(
+        ASK,
+        YES,
+        tools=[{"function": {"parameters": {}, "strict": False, "x": 1, "name": "f", "description": None}}],
+    ),
     "a deferred tool": row(ASK, YES, tools=[LAMP | {"defer_loading": True}]),
     "a deferred function": row(ASK, YES, tools=[{"function": {"name": "lamp", "defer_loading": True}}]),
     "parameters that are no schema": row(
@@ -234,6 +239,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "reasoning that is a number": row(ASK, {**YES, "reasoning_content": 3}),
     "names": row({**SYSTEM, "name": "s"}, {**ASK, "name": "bob"}, {**YES, "name": "keeper"}),
     "a name that is a number": row({**SYSTEM, "name": 3}, ASK, YES),
+    "a phase": row(ASK, {**YES, "phase": "commentary"}, AGAIN, {**YES, "phase": "final_answer"}),
+    "a phase that is none": row(ASK, {**YES, "phase": "final"}, AGAIN, YES),
+    "a prefix": row(ASK, {**YES, "prefix": True}, AGAIN, {**YES, "prefix": "no"}),
+    "a prefix that is none": row(ASK, {**YES, "prefix": "maybe"}, AGAIN, YES),
+    "a root": row({"role": "root", "content": "x"}, ASK, YES),
     "unknown fields": row(ASK | {"thinking": "hm"}, YES | {"train": False, "loss": 1}),
     "blanks around": row(
         {"role": "user", "content": " x \n"}, {"role": "assistant", "content": "  y\n\n"}, AGAIN, YES

@@ -4,6 +4,7 @@ the real scheduler's trainer."""
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from sglang.srt.managers.communicator import FanOutCommunicator
 
 from sglang_harli.managers.http.publisher import AdapterPublisher
+from sglang_harli.managers.http.supervision import supervisor
 from sglang_harli.managers.http.training_guards import end_training, refuse_while_training
 from sglang_harli.managers.scheduler import control
 from sglang_harli.protocol import internal
@@ -124,3 +126,15 @@ def test_the_answer_to_a_call_that_was_given_up_is_not_given_to_the_next_caller(
         assert await asyncio.wait_for(asked, 5) == {"wanted": False}
 
     asyncio.run(scenario())
+
+
+def test_the_end_of_the_app_does_not_wait_for_a_scheduler_that_has_ended(server, monkeypatch):
+    monkeypatch.setattr(supervisor, "_tree_ended", False)
+    assert server.start_run(1)
+    server.late = True
+    asyncio.run(end_training(server.manager, limit_s=0.05))
+    assert len(server._calls) == 1  # a scheduler that may be there is asked
+    supervisor.stop_with_tree(os.getpid())
+    since = time.monotonic()
+    asyncio.run(end_training(server.manager, limit_s=20))
+    assert len(server._calls) == 1 and time.monotonic() - since < 10

@@ -49,6 +49,7 @@ from sglang_harli.managers.scheduler import control, trainer_setup  # noqa: E402
 from sglang_harli.patches import catalog  # noqa: E402
 from sglang_harli.plugin import TABLE  # noqa: E402
 from support import model_runner  # noqa: E402
+from support.plain_arguments import init_control  # noqa: E402
 
 SERVED_NAME = "org/tiny"
 POOL_TOKENS = 65_536  # training's memory is lent by the KV pool
@@ -84,7 +85,7 @@ class Manager(TokenizerManager):
         self._result_dispatcher = TypeBasedDispatcher([])
         self.init_lora()
         self.lora_registry = LoggedRegistry(registrations)
-        self.init_communicators(args)
+        init_control(self)
         self.requests: queue.SimpleQueue[tuple[Any, asyncio.AbstractEventLoop]] = queue.SimpleQueue()
 
     def auto_create_handle_loop(self) -> None:
@@ -108,7 +109,7 @@ def host(options: HarliOptions, model: str, registrations: str) -> None:
     args = model_runner.server_args(
         model, enable_lora=True, served_model_name=SERVED_NAME, max_total_tokens=POOL_TOKENS
     )
-    object.__setattr__(args, "harli_options", lambda: options)  # as HarliServerArgs answers it
+    vars(args)["harli_options"] = lambda: options  # as HarliServerArgs answers it
     runner = model_runner.build_runner(args)
     scheduler = SimpleNamespace(
         server_args=args,

@@ -4,7 +4,6 @@ validation, its template manager, its tokenizer and ``OpenAIServingChat``."""
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +15,11 @@ from sglang.srt.entrypoints.openai.serving_chat import (
     normalize_assistant_tool_call_arguments,
 )
 from sglang.srt.parser.template_manager import TemplateManager
-from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 from transformers import AutoConfig
+
+from sglang_harli.sglang_versions.current import arguments
+from support.plain_arguments import plain_arguments, read_arguments
 
 
 class RefusedError(Exception):
@@ -37,11 +38,11 @@ class Serving:
     """
 
     def __init__(self, folder: Path, **server_args: Any) -> None:
-        defaults = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
-        args = SimpleNamespace(
-            **{**defaults, "model_path": str(folder), "tokenizer_path": str(folder)} | server_args
+        args = plain_arguments(**{"model_path": str(folder), "tokenizer_path": str(folder)} | server_args)
+        given = arguments.in_force(args)
+        self.tokenizer = get_tokenizer(
+            given.tokenizer_path, trust_remote_code=given.trust_remote_code or False
         )
-        self.tokenizer = get_tokenizer(args.tokenizer_path, trust_remote_code=args.trust_remote_code or False)
         config = AutoConfig.from_pretrained(folder)
         eos = config.eos_token_id
         model = SimpleNamespace(
@@ -59,8 +60,9 @@ class Serving:
             served_model_name="base",
             request_logger=SimpleNamespace(log_requests=False),
         )
+        read_arguments(self.manager)
         self.templates = TemplateManager()
-        self.templates.load_chat_template(self.manager, args.chat_template, args.model_path)
+        self.templates.load_chat_template(self.manager, given.chat_template, given.model_path)
         self.chat = OpenAIServingChat(self.manager, self.templates)
 
     def prompt(self, messages: list[Any], tools: Any = None, **fields: Any) -> list[int]:

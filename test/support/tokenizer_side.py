@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchStrOutput,
@@ -28,7 +29,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import PortArgs
 
-from support.model_runner import server_args
+from support.model_runner import publish, server_args
 
 LOGPROBS = [
     "input_token_logprobs_val",
@@ -44,16 +45,6 @@ LOGPROBS = [
     "output_token_ids_logprobs_val",
     "output_token_ids_logprobs_idx",
 ]
-NOTHING = [
-    "output_token_entropy_val",
-    "output_token_sampling_mask",
-    "output_token_sampling_logprobs",
-    "output_hidden_states",
-    "routed_experts",
-    "indexer_topk",
-    "placeholder_tokens_idx",
-    "placeholder_tokens_val",
-]
 
 
 class Sides:
@@ -63,6 +54,7 @@ class Sides:
         self._model = model
         self._runner = asyncio.Runner()
         self._made: dict[str, Side] = {}
+        self._all: list[Side] = []
 
     def drive(self, scenario: Callable[[Side], Coroutine[Any, Any, None]], **options: Any) -> None:
         """Run a scenario on a side that has the adapters one and two; afterwards nothing is in use
@@ -75,7 +67,9 @@ class Sides:
         key = repr(sorted(options.items()))
         if key not in self._made:
             self._made[key] = Side(self._model, **options)
+            self._all.append(self._made[key])
         side = self._made.pop(key)  # of a scenario that fails no other one is to hear
+        publish(side.server_args, role="tokenizer")
         side.sent.clear()
         for name in set(side.adapters) - {"one", "two"}:
             assert (await side.unload(name)).success
@@ -88,7 +82,13 @@ class Sides:
         self._made[key] = side
 
     def close(self) -> None:
+        self._runner.run(self._close_sockets())
         self._runner.close()
+
+    async def _close_sockets(self) -> None:
+        """A context that is collected together with a socket of its own waits for it for ever."""
+        for side in self._all:
+            side.recv_from_detokenizer.context.destroy(linger=0)
 
 
 async def settled() -> None:
@@ -120,6 +120,7 @@ class Side(TokenizerManager):
         args = server_args(
             model, enable_lora=True, skip_tokenizer_init=False, max_total_tokens=2048, **options
         )
+        publish(args, role="tokenizer")
         super().__init__(args, PortArgs.init_new(args))
         self.send_to_scheduler.close()
         self.send_to_scheduler = Socket(self._to_scheduler)  # type: ignore[assignment]
@@ -196,19 +197,22 @@ class Side(TokenizerManager):
 
     async def _say(self, rids: Any, reason: Any) -> None:
         count = len(rids)
-        output = BatchStrOutput(
-            rids=list(rids),
-            finished_reasons=[reason] * count,
-            output_strs=["x"] * count,
-            output_ids=[array("q", [5])] * count,
-            prompt_tokens=[1] * count,
-            completion_tokens=[1] * count,
-            reasoning_tokens=[0] * count,
-            cached_tokens=[0] * count,
-            retraction_counts=[0] * count,
-            **dict.fromkeys(NOTHING),
-            **{name: [] for name in LOGPROBS},
-        )
+        said: dict[str, Any] = {
+            "rids": list(rids),
+            "finished_reasons": [reason] * count,
+            "output_strs": ["x"] * count,
+            "output_ids": [array("q", [5])] * count,
+            "prompt_tokens": [1] * count,
+            "completion_tokens": [1] * count,
+            "reasoning_tokens": [0] * count,
+            "cached_tokens": [0] * count,
+            "retraction_counts": [0] * count,
+        }
+        needed = [field.name for field in msgspec.structs.fields(BatchStrOutput) if field.required]
+        unsaid: dict[str, Any] = {
+            name: [] if name in LOGPROBS else None for name in needed if name not in said
+        }
+        output = BatchStrOutput(**said, **unsaid)
         await self._handle_batch_output(output)
 
     # ---- what a test asks

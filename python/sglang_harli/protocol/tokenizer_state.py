@@ -29,12 +29,14 @@ class ChatTemplate(Struct, frozen=True, kw_only=True):
         content_format: ``string`` or ``openai`` (see content_format.py).
         kwargs: what every request's template gets (``--default-chat-template-kwargs``).
         refusal: why chats cannot be trained on with this server; None: they can.
+        form: of what a template gets of a request (``chat_fields.FORM`` of sglang_versions).
     """
 
     source: str | None = None
     content_format: str = "string"
     kwargs: dict[str, Any] = {}
     refusal: str | None = None
+    form: str = ""
 
 
 class Probe(Struct, frozen=True, kw_only=True):
@@ -89,6 +91,7 @@ class TokenizerState(Struct, frozen=True, kw_only=True):
             *(self.chat.source, self.chat.content_format, self.chat.refusal),
             msgspec.json.encode(self.chat.kwargs, order="sorted"),
             [] if self.backend else [(p.text, p.ids, p.plain) for p in self.probes],
+            *([self.chat.form] if self.chat.form else ()),
         )
         return hashlib.sha256(msgspec.msgpack.encode(parts)).hexdigest()[:32]
 

@@ -15,7 +15,11 @@ from transformers import AutoConfig
 
 from sglang_harli.errors import UnsupportedError
 from sglang_harli.peft_trainer.base import model_math
+from sglang_harli.sglang_versions import supported
 
+NEWEST = supported.folder() == "newest"
+# Fields that the newest SGLang, or its transformers, reads and the other does not.
+NEWEST_ALONE = {"per_layer_config", "vision_config", "enable_lm_head_fp32", "enable_lm_head_output_fp32"}
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
@@ -80,7 +84,8 @@ def test_every_field_that_sglang_or_transformers_reads_is_known() -> None:
     assert read - known == set()
     # The other way round, what these files do not read is read where SGLang chooses an attention or
     # a weight.
-    assert known - read == {"attention_chunk_size", "is_hybrid_swa", "quantization_config"}
+    elsewhere = {"attention_chunk_size", "is_hybrid_swa", "quantization_config"}
+    assert known - read - elsewhere == (set() if NEWEST else NEWEST_ALONE)
 
 
 def test_every_rotary_parameter_that_is_read_is_known() -> None:
@@ -89,7 +94,7 @@ def test_every_rotary_parameter_that_is_read_is_known() -> None:
     read = {*keys_read(factory, ("rope_scaling",)), *keys_read(utilities, ("rope_parameters_dict",))}
     known = {*model_math.ROPE_COMPUTED, *model_math.ROPE_REFUSED, *model_math.ROPE_HARMLESS}
     assert read - known == set()
-    assert known - read <= {"partial_rotary_factor"}
+    assert known - read <= {"partial_rotary_factor"} | (set() if NEWEST else {"video_rope"})
 
 
 def config(arch: str = "llama", **changes: Any) -> Any:
@@ -118,6 +123,12 @@ def test_a_plain_config_passes_and_its_fields_are_plain_values(arch: str) -> Non
         ("qwen3", {"is_hybrid_swa": True}, "is_hybrid_swa True"),
         ("qwen3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
         ("llama", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "video_rope": True}}, "video_rope True"),
+        *(
+            [("qwen3", {"per_layer_config": {0: {"intermediate_size": 8}}}, "per_layer_config {")]
+            if NEWEST
+            else []
+        ),
         ("llama", {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type 'spiral'"),
         (
             "qwen2",

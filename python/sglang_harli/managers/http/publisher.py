@@ -6,9 +6,10 @@ tensors from shared memory in slices between batches; the name is registered whe
 no request meets half an adapter.  SGLang's ``lora_update_lock`` is held while the loading begins
 and while the name is registered, not in between.  Steps may be repeated: a served name answers ok.
 
-Leans on SGLang's TokenizerManager (lora_update_lock, lora_registry, lora_ref_cache, server_args),
-LoRARef and LoadLoRAAdapterReqOutput; mirrors the bookkeeping of
-TokenizerControlMixin.load_lora_adapter_from_tensors.  Evictions are patches/08-lora-unload's.
+Leans on SGLang's TokenizerManager (lora_update_lock, lora_registry, lora_ref_cache,
+update_lora_adapter_communicator, server_args), LoRARef, LoadLoRAAdapterReqOutput and
+sglang_versions' lora_unloads; mirrors the bookkeeping of
+TokenizerControlMixin.load_lora_adapter_from_tensors. Evictions are patches/08-lora-unload's.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from sglang_harli.patches.lora.request_counts import uses_of
 from sglang_harli.patches.lora.unload import refuse_when_all_are_pinned, unload_when_idle, updates_of
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.trouble import passes
+from sglang_harli.sglang_versions.current import arguments, lora_unloads
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +245,8 @@ class AdapterPublisher:
         answer = internal.AdapterPublished(request=wanted.request, job=wanted.job, name=wanted.name, ok=True)
         try:
             loaded = self._manager.lora_registry.get_all_adapters()
+            if wanted.name not in loaded:
+                await self.finish_unload(wanted.name)
             if wanted.name not in self._dropped and wanted.name not in loaded:
                 await self._load(wanted)
             if wanted.name in self._dropped:
@@ -312,23 +316,35 @@ class AdapterPublisher:
         failpoint(Failpoint.LOADED)
         async with self._manager.lora_update_lock:
             if wanted.name in self._dropped:  # meanwhile
-                await self._put_away(ref)
+                lora_unloads.unfinished(self._manager)[wanted.name] = ref.lora_id
+                await self._put_away(wanted.name, ref.lora_id)
                 return
             await self._manager.lora_registry.register(ref)
             self._manager.lora_ref_cache[wanted.name] = ref
         failpoint(Failpoint.REGISTERED)
         logger.info("harli: adapter %s is served (loaded in %.2f s)", wanted.name, time.monotonic() - since)
 
-    async def _put_away(self, ref: Any) -> None:
-        """Have the scheduler unload what was loaded and is not registered."""
+    async def finish_unload(self, name: str) -> bool:
+        """Have the scheduler unload what an earlier unload left there; False: there was none.
+        StateError: it fails again, and the name is not loaded until it has been done."""
+        async with self._manager.lora_update_lock:
+            lora_id = lora_unloads.unfinished(self._manager).get(name)
+            if lora_id is None or name in updates_of(self._manager).leaving:  # requests may use it
+                return False
+            await self._put_away(name, lora_id)
+            return True
+
+    async def _put_away(self, name: str, lora_id: str) -> None:
+        """Have the scheduler unload what has no name; under ``lora_update_lock``."""
         from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
 
-        request = UnloadLoRAAdapterReqInput(lora_name=ref.lora_name, lora_id=ref.lora_id)
-        result = (await self._manager.update_lora_adapter_communicator(request))[0]
-        if result.success:
-            logger.info("harli: adapter %s is put away: the operator unloaded it", ref.lora_name)
-        else:
-            raise StateError(f"it could not be put away: {result.error_message}", code="load_failed")
+        request = UnloadLoRAAdapterReqInput(lora_name=name, lora_id=lora_id)
+        results = await self._manager.update_lora_adapter_communicator(request)
+        wrong = [str(result.error_message) for result in results if not result.success]
+        if wrong:
+            raise StateError(f"it could not be put away: {'; '.join(wrong)}", code="load_failed")
+        lora_unloads.unfinished(self._manager).pop(name, None)
+        logger.info("harli: adapter %s is put away: it was unloaded while it was being loaded", name)
 
     async def _loaded(self, name: str, lora_id: str, status: dict[str, Any]) -> dict[str, Any]:
         """The scheduler's last answer on a loading; NotReadyError: no slice for a minute."""
@@ -349,7 +365,7 @@ class AdapterPublisher:
         return status
 
     def _check_room(self, name: str) -> None:
-        if not self._manager.server_args.enable_lora:
+        if not arguments.in_force(self._manager.server_args).enable_lora:
             raise UnsupportedError(
                 "LoRA serving is off: start the server with --enable-lora", code="lora_disabled"
             )
@@ -448,6 +464,12 @@ async def unload_lora_adapter(
         if publisher is not None and obj.lora_name in publisher.dormant():
             publisher.drop(obj.lora_name)
             return UnloadLoRAAdapterReqOutput(success=True)
+    if publisher is not None and obj.lora_name not in manager.lora_registry.get_all_adapters():
+        try:
+            if await publisher.finish_unload(obj.lora_name):
+                return UnloadLoRAAdapterReqOutput(success=True)
+        except HarliError as error:
+            return UnloadLoRAAdapterReqOutput(success=False, error_message=str(error))
     result = await original(manager, obj, *args, **kwargs)
     if result.success and publisher is not None and looks_like_adapter(obj.lora_name):
         publisher.drop(obj.lora_name)

@@ -2,8 +2,8 @@
 
 Routes of ours stand before SGLang's of the same path and end in SGLang's own functions; they pass
 the same ASGI middleware (API keys included), which wraps the router as a whole.  Leans on SGLang's
-http_server (app, health_generate, available_models, retrieve_model), ModelCard, and on Starlette's
-``router.lifespan_context``.
+http_server (app, health_generate, available_models, retrieve_model), ModelCard, sglang_versions'
+endpoints, and on Starlette's ``router.lifespan_context``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from sglang_harli.managers.http.supervision import supervisor
 from sglang_harli.managers.http.tokenizer_handover import TokenizerHandover, hand_over
 from sglang_harli.managers.http.training_guards import end_training
 from sglang_harli.managers.http.watchdog import Watchdog
+from sglang_harli.sglang_versions.current import arguments, endpoints
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def install(
         tokenizer_manager, run_paths.http_endpoint(options.absolute_run_dir), handover
     )
     tokenizer_manager.harli_publisher = publisher
-    metrics = MetricsCollector() if server_args.enable_metrics else None
+    metrics = MetricsCollector() if arguments.in_force(server_args).enable_metrics else None
     profile = StartupProfile(publisher, tokenizer_manager, options.profile_budget_s)
     watchdog = Watchdog(options, supervisor.running, publisher, metrics)
     parity = ParityRequest(publisher, tokenizer_manager, profile) if options.parity != "off" else None
@@ -101,6 +102,20 @@ def _follow_lifespan(
     app.router.lifespan_context = lifespan
 
 
+def gated(publisher: AdapterPublisher, startup: StartupProfile) -> Response | None:
+    """503 until the finetune service and the scheduler have met once (and, with
+    --harli-profile-budget-s, the profile is measured).
+
+    The gate never closes again: trouble in finetuning is none of serving.  A service that is
+    given up before they have met opens it.
+    """
+    if not publisher.was_ready and publisher.down is None:
+        return PlainTextResponse(not_ready_reason(publisher), status_code=503)
+    if not startup.done:
+        return PlainTextResponse("sglang-harli: measuring a latency profile\n", status_code=503)
+    return None
+
+
 def routes(publisher: AdapterPublisher, tokenizer_manager: Any, startup: StartupProfile) -> APIRouter:
     """The routes that stand before SGLang's."""
     from sglang.srt.entrypoints import http_server
@@ -108,19 +123,20 @@ def routes(publisher: AdapterPublisher, tokenizer_manager: Any, startup: Startup
 
     router = APIRouter()
 
+    def gate() -> Response | None:
+        return gated(publisher, startup)
+
     @router.get("/health_generate")
     async def health_generate(request: Request) -> Response:
-        """SGLang's answer, but 503 until the finetune service and the scheduler have met once (and,
-        with --harli-profile-budget-s, the profile is measured).
+        """SGLang's answer behind the gate."""
+        return gate() or await http_server.health_generate(request)
 
-        The gate never closes again: trouble in finetuning is none of serving.  A service that is
-        given up before they have met opens it.
-        """
-        if not publisher.was_ready and publisher.down is None:
-            return PlainTextResponse(not_ready_reason(publisher), status_code=503)
-        if not startup.done:
-            return PlainTextResponse("sglang-harli: measuring a latency profile\n", status_code=503)
-        return await http_server.health_generate(request)
+    if (sglang_ready := endpoints.ready()) is not None:
+
+        @router.get("/ready")
+        async def ready() -> Response:
+            """SGLang's answer behind the gate."""
+            return gate() or await sglang_ready()
 
     @router.get(PROFILE_ROUTE)
     async def profile() -> Response:

@@ -20,6 +20,7 @@ from sglang_harli.protocol import tokenizer_state
 from sglang_harli.protocol.tokenizer_state import ChatTemplate, TokenizerState
 from sglang_harli.service.rows.served_tokenizer import describe
 from sglang_harli.service.tokenizer.own_tokenizer import own_template
+from sglang_harli.sglang_versions.current import arguments
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def state_of(tokenizer_manager: Any, template_manager: Any) -> TokenizerState:
 def _chat_template(tokenizer_manager: Any, template_manager: Any) -> ChatTemplate:
     from sglang.srt.entrypoints.openai.chat_encoding import resolve_chat_encoding_spec
 
-    tokenizer, server_args = tokenizer_manager.tokenizer, tokenizer_manager.server_args
+    tokenizer, server_args = tokenizer_manager.tokenizer, arguments.in_force(tokenizer_manager.server_args)
     kwargs = _template_kwargs(server_args, template_manager)
     if template_manager.chat_template_name is not None:
         return ChatTemplate(kwargs=kwargs, refusal=own_template(template_manager.chat_template_name))

@@ -68,13 +68,16 @@ def stop_training_to_end(_result: Any, handler: Any, *_args: Any, **_kwargs: Any
 
 async def end_training(manager: Any, limit_s: float = SAVE_S) -> None:
     """The same where the app ends first, as by Ctrl-C, of which the scheduler hears nothing else.
-    Returns when the state is saved, or after ``limit_s`` seconds."""
+    Returns when the state is saved, or after ``limit_s`` seconds; at once where the scheduler has
+    ended already (SGLang 0.5.23 ends the app last after SIGTERM)."""
 
     async def ended() -> None:
         await _ask(manager, "harli/end", {})
         while await _ask(manager, "harli/training", {}):
             await asyncio.sleep(0.1)
 
+    if supervisor.tree_ended():
+        return
     supervisor.graceful_end()
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(ended(), limit_s)

@@ -1,8 +1,8 @@
 """What is done beside SGLang's scheduler at each step: measure, learn, take messages, train.
 
-Leans on these names of SGLang 0.5.16's Scheduler: device, forward_stream,
-server_args.enable_metrics, idle_sleeper, weight_updater.offload_tags, _engine_paused,
-max_running_requests, max_req_len, max_total_num_tokens; and on those of ``serving_view``.
+Leans on these names of SGLang's Scheduler: device, forward_stream, server_args.enable_metrics,
+idle_sleeper, weight_updater.offload_tags, _engine_paused, max_running_requests, max_req_len,
+max_total_num_tokens; and on those of ``serving_view`` and of sglang_versions' weight_updates.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.serving_view import ServingView
 from sglang_harli.managers.scheduler.step_timer import BatchLoad, load_of, make_timer
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
+from sglang_harli.sglang_versions.current import arguments, weight_updates
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,10 @@ class CoServing:
         self._quanta = 0  # that had run before the latest batch
         self._last_poll_s = 0.0  # of the sockets, with a TTFT target and something to train
         self._housekeeping_at = 0.0
+        self._served = True  # since the last turn without a batch
         self._logged = ""  # what a hook raised last, outside of a quantum
         self._metrics: tuple[Any, ...] = ()
-        if scheduler.server_args.enable_metrics:
+        if arguments.in_force(scheduler.server_args).enable_metrics:
             self._metrics = (
                 PoolMetrics(trainer.pressure),
                 PredictorMetrics(side.predictor),
@@ -85,6 +87,11 @@ class CoServing:
         """SGLang has released memory, or has it again."""
         self.trainer.memory_released(bool(self._scheduler.weight_updater.offload_tags))
 
+    def weights_updated(self) -> None:
+        """SGLang has written to the served weights, or has begun to."""
+        unfinished = weight_updates.unfinished(self._scheduler.weight_updater)
+        self.guarded(self.trainer.weights_change if unfinished else self.trainer.weights_updated)
+
     # ---------------------------------------------------------------- a batch
     def begin(self, batch: Any) -> BatchLoad | None:
         """Before a batch: its load; None: it is not measured."""
@@ -104,6 +111,7 @@ class CoServing:
 
     def processed(self, batch: Any, result: Any) -> None:
         """The batch's tokens are out."""
+        self._served = True
         self.guarded(self._after_batch, batch, result)
         self._timer.turn()
 
@@ -134,9 +142,12 @@ class CoServing:
 
     # ---------------------------------------------------------------- while nothing is served
     def idle(self) -> bool:
-        """A turn without a batch: quanta back to back. Returns whether SGLang's own part is due."""
+        """A turn without a batch: quanta back to back. Returns whether SGLang's own part is due: at
+        once behind a batch (it publishes that nothing is running), then ``HOUSEKEEPING_S``
+        apart."""
         self._timer.drop()
-        if not self.trainer.busy:
+        served, self._served = self._served, False
+        if served or not self.trainer.busy:
             return True
         begin_s, quanta = time.perf_counter(), self.trainer.quanta
         housekeeping = begin_s - self._housekeeping_at > HOUSEKEEPING_S

@@ -2,8 +2,8 @@
 
 ``DumperControlReqInput`` is SGLang's generic call (a method name and a plain dict); ours begin with
 ``harli/`` and never raise: an exception in a handler would end the server. Leans on io_struct:
-DumperControlReqOutput, UpdateWeight…ReqInput and their outputs, ResumeMemoryOccupationReqInput; and
-on srt.constants.
+DumperControlReqOutput, ReleaseMemoryOccupationReqInput, ResumeMemoryOccupationReqInput and those of
+sglang_versions' weight_updates; and on srt.constants.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sglang.srt.managers import io_struct
 
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol.internal import SlotRef
+from sglang_harli.sglang_versions.current import weight_updates
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +28,6 @@ REFUSAL = (
     "a finetune job is training on these weights: pause it first (harli pause JOB, or wait for it to end), "
     "then try again"
 )
-
-_WEIGHT_UPDATES = {
-    io_struct.UpdateWeightFromDiskReqInput: io_struct.UpdateWeightFromDiskReqOutput,
-    io_struct.UpdateWeightsFromDistributedReqInput: io_struct.UpdateWeightsFromDistributedReqOutput,
-    io_struct.UpdateWeightsFromTensorReqInput: io_struct.UpdateWeightsFromTensorReqOutput,
-    io_struct.UpdateWeightsFromIPCReqInput: io_struct.UpdateWeightsFromIPCReqOutput,
-}
 
 
 def follow_memory(dispatcher: Any, changed: Callable[[], None]) -> None:
@@ -60,11 +54,12 @@ def guard_weight_updates(
 
     Args:
         released: the kinds of memory that are released now.
-        updated: called after each update that was tried, and after memory of weights came back (its
-            contents are undefined then): they may be another base now.
+        updated: called after each update that was tried, the begin and the end of one in several
+            requests too, and after memory of weights came back (its contents are undefined then):
+            they may be another base now.
     """
     mapping = dispatcher._mapping
-    for request, output in _WEIGHT_UPDATES.items():
+    for request, output in weight_updates.ANSWERS.items():
         mapping[request] = functools.partial(_guard, mapping[request], output, training, updated)
     resume = mapping[io_struct.ResumeMemoryOccupationReqInput]
 

@@ -7,7 +7,6 @@ SGLang's ServerArgs: the flags of ``_FLAGS``.
 from __future__ import annotations
 
 import logging
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from sglang_harli.predictor.profile.priors import Priors, from_table
 from sglang_harli.predictor.profile.profile_table import ProfileKey
 from sglang_harli.predictor.solo import Padding
 from sglang_harli.protocol.job_limits import ServedLimits
+from sglang_harli.sglang_versions import supported
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def profile_key(limits: ServedLimits, args: Any) -> ProfileKey:
         model=f"{limits.architecture} layers={limits.num_layers} vocab={limits.vocab_size} {sizes}",
         device=device_name(limits.device),
         dtype=limits.dtype,
-        sglang=metadata.version("sglang"),
+        sglang=supported.installed(),
         flags=" ".join(flags),
     )
 

@@ -1,6 +1,6 @@
 """SGLang's scheduler with training quanta slotted in: overrides alone (docs/internals/policy.md).
 
-Leans on these names of SGLang 0.5.16 (sglang/srt/managers/scheduler.py): Scheduler.__init__,
+Leans on these names of SGLang (sglang/srt/managers/scheduler.py): Scheduler.__init__,
 init_request_dispatcher, get_init_info, process_input_requests, run_batch, process_batch_result,
 on_idle, maybe_sleep_on_idle, handle_dumper_control, continue_generation, handle_shutdown,
 get_internal_state; waiting_queue, ipc_channels.send_to_tokenizer, weight_updater.offload_tags; and
@@ -57,7 +57,7 @@ class HarliScheduler(Scheduler):
 
     def _harli_weights_updated(self) -> None:
         if self._harli is not None:
-            self._harli.guarded(self._harli.trainer.weights_updated)
+            self._harli.weights_updated()
 
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
         """Also takes what the finetune service has sent; runs every loop turn, paused or not."""

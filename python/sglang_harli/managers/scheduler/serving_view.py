@@ -1,8 +1,8 @@
 """What SGLang's scheduler serves now, read on its thread: no copies, no wait for a device.
 
-Leans on these names of SGLang 0.5.16's Scheduler: get_num_allocatable_reqs; running_batch,
-waiting_queue, max_prefill_tokens, chunked_prefill_size, chunked_req,
-ipc_channels.recv_from_tokenizer, enable_overlap.
+Leans on these names of SGLang's Scheduler: get_num_allocatable_reqs; running_batch, waiting_queue,
+max_prefill_tokens, chunked_prefill_size, chunked_req, ipc_channels.recv_from_tokenizer,
+enable_overlap, and those of sglang_versions' decode_rounds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from sglang_harli.managers.scheduler.policy.serving_state import Boundary, Servi
 from sglang_harli.managers.scheduler.policy.slo_ledger import Backlog
 from sglang_harli.managers.scheduler.service_link import has_arrived
 from sglang_harli.managers.scheduler.step_timer import with_adapters
+from sglang_harli.sglang_versions.current import decode_rounds, requests
 
 LOOK_AHEAD = 32  # prompts that wait, when it is estimated what the next prefill takes
 
@@ -60,7 +61,7 @@ class ServingView:
         scheduler, tokens = self._scheduler, 0
         full = scheduler.running_batch.batch_is_full
         for req in () if full else islice(scheduler.waiting_queue, LOOK_AHEAD):
-            tokens += len(req.origin_input_ids) + len(req.output_ids) - len(req.prefix_indices)
+            tokens += len(req.origin_input_ids) + len(req.output_ids) - requests.cached(req)
             if tokens >= scheduler.max_prefill_tokens:
                 return scheduler.max_prefill_tokens
         return tokens
@@ -79,28 +80,26 @@ class ServingView:
         """The prompts that wait, where their deadlines are known and leave training a chance; else
         None.
 
-        A prompt left waiting at a decode step had no place: it starts when the first request ends.
-        Where memory or an adapter's turn keeps it, or a place is free now, training stops.
+        A prompt left waiting at a decode step had no place, and starts when the first request ends,
+        or has to wait for more decode rounds (``--prefill-decode-interval``).  Where memory or an
+        adapter's turn keeps it, or a place is free now, training stops.
         """
         scheduler, side, waiting = self._scheduler, self._side, self._scheduler.waiting_queue
         if side.targets.ttft_s is None or not (waiting or scheduler.chunked_req is not None):
             return None
+        full = scheduler.running_batch.batch_is_full
+        rounds = self._rounds(reqs, context)
         seats_s: list[float] | None = None
-        if decoded:
-            full = scheduler.running_batch.batch_is_full and scheduler.chunked_req is None
-            if (
-                not full
-                or scheduler.get_num_allocatable_reqs(len(reqs)) > 0
-                or any(r.finished() for r in reqs)
-            ):
+        if decoded and full and scheduler.chunked_req is None:
+            if scheduler.get_num_allocatable_reqs(len(reqs)) > 0 or any(r.finished() for r in reqs):
                 return None
-            steps = waiting_prompts.batch_seat_waits(reqs, min(len(waiting), waiting_prompts.MOST))
-            longest = steps[-1] if steps else 0
-            step_s = side.predictor.decode(
-                len(reqs), context + longest * len(reqs), adapters=with_adapters(reqs), after_training=True
-            ).upper_s
+            most = min(len(waiting), waiting_prompts.MOST)
+            steps = rounds.spaced(waiting_prompts.batch_seat_waits(reqs, most))
+            step_s = rounds.step_s(steps[-1] if steps else 0)
             seats_s = [count * step_s for count in steps]
-        elif waiting and scheduler.running_batch.batch_is_full:
+        elif decoded and not rounds.left:
+            return None
+        elif waiting and full:
             return None  # a chunked prefill goes on, and the prompts behind it have no place
         return waiting_prompts.backlog_of(
             side.predictor,
@@ -109,4 +108,17 @@ class ServingView:
             chunk_tokens=scheduler.chunked_prefill_size or scheduler.max_prefill_tokens,
             in_flight=scheduler.enable_overlap,
             slots_s=seats_s,
+            rounds=rounds,
         )
+
+    def _rounds(self, reqs: list[Any], context: int) -> waiting_prompts.DecodeRounds:
+        """Decode rounds before and between prefills, with these requests."""
+
+        def step_s(rounds: int) -> float:
+            estimate = self._side.predictor.decode(
+                len(reqs), context + rounds * len(reqs), adapters=with_adapters(reqs), after_training=True
+            )
+            return estimate.upper_s
+
+        left, between = (count(self._scheduler) for count in (decode_rounds.left, decode_rounds.between))
+        return waiting_prompts.DecodeRounds(left, between, step_s)

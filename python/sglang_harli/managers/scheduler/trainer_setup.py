@@ -1,6 +1,6 @@
 """Builds the scheduler's trainer: binds the weights, states the limits, opens the link.
 
-Leans on SGLang 0.5.16: Scheduler.server_args, weight_updater.offload_tags,
+Leans on SGLang: Scheduler.server_args, weight_updater.offload_tags,
 token_to_kv_pool_allocator, tree_cache, tp_worker.model_runner (model, model_config, lora_manager,
 kv_cache_dtype, decode_cuda_graph_runner.capture_bs), ServerArgs (model_path, tokenizer_path,
 served_model_name, max_lora_rank, lora_target_modules, device).
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from sglang_harli.predictor.profile.profile_table import ProfileKey
 from sglang_harli.predictor.solo import Padding
 from sglang_harli.protocol import internal
 from sglang_harli.run_paths import scheduler_endpoint
+from sglang_harli.sglang_versions.current import arguments, prefix_tree, weight_updates
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
         UnsupportedError: finetuning is not possible here. It stops the server (it was asked for);
             ``--harli-finetune off`` serves without.
     """
-    args = scheduler.server_args
+    args = arguments.in_force(scheduler.server_args)
     runner = scheduler.tp_worker.model_runner
     try:
         base = bind_base(runner.model, runner.model_config.hf_config)
@@ -78,7 +80,7 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
         pressure,
         quantum_rows=options.quantum_rows,
         parity=_parity(scheduler, base, limits, options),
-        take_print=lambda: base_print.take(base, args.served_model_name, args.model_path),
+        take_print=_print_of(base, args, runner.model_config),
         make_hello=lambda: internal.Hello(
             pid=os.getpid(), rank=0, limits=None, options=side.effective(), revision=side.revision
         ),
@@ -98,6 +100,17 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
     return trainer, side
 
 
+def _print_of(base: FrozenBase, args: Any, model_config: Any) -> Callable[[], internal.BasePrint]:
+    """Takes the print of what is served; after an update from disk under the path of that."""
+    started = model_config.model_path  # SGLang's own copy of an object store's model, if it is one
+
+    def take() -> internal.BasePrint:
+        now = model_config.model_path
+        return base_print.take(base, args.served_model_name, args.model_path if now == started else now)
+
+    return take
+
+
 def training_memory(scheduler: Any, device: torch.device, options: HarliOptions) -> MemoryPressure:
     """Training's memory: lent by the KV pool if that is ours, else of its own beside it."""
     cpu = device.type == "cpu"
@@ -110,6 +123,7 @@ def training_memory(scheduler: Any, device: torch.device, options: HarliOptions)
         )
 
     pool = allocator.pool
+    prefix_tree.watch(cache)
 
     def evict(stripes: int, unused_since_s: float | None) -> int:
         return evict_stripes(cache, allocator, stripes, pool.quota.kept_prefix_slots(), unused_since_s)
@@ -150,12 +164,17 @@ def _parity(scheduler: Any, base: FrozenBase, limits: internal.ServedLimits, opt
     """The comparison of training with serving that is to be made."""
     token_bytes = limits.vocab_size * torch.promote_types(base.dtype, torch.float32).itemsize
     kv_bytes = scheduler.tp_worker.model_runner.kv_cache_dtype.itemsize
+
+    def released() -> bool:
+        updater = scheduler.weight_updater
+        return bool(updater.offload_tags) or weight_updates.unfinished(updater)
+
     return Parity(
         base,
         options.parity,
         head_tokens=max(1, limits.logits_bytes // token_bytes),
         rounds="a KV cache in 8 bits" if kv_bytes < base.dtype.itemsize else "",
-        released=lambda: bool(scheduler.weight_updater.offload_tags),
+        released=released,
     )
 
 

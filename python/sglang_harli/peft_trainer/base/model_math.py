@@ -46,6 +46,7 @@ _ALL = tuple(BY_NAME)
 _LLAMA = ("LlamaForCausalLM", "MistralForCausalLM")  # one file in SGLang
 # Field: (neutral values, architectures whose code reads it, what it asks for).
 REFUSED: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str]] = {
+    "per_layer_config": ((None,), _ALL, "layers that differ; SGLang computes them all alike"),
     "partial_rotary_factor": ((None, 1), _LLAMA, "rotates a part of each head"),
     "rope_is_neox_style": ((None, True), _LLAMA, "rotates neighbouring values"),
     "mlp_bias": ((None, False), ("LlamaForCausalLM",), "SGLang leaves these biases out"),
@@ -64,6 +65,11 @@ HARMLESS: dict[str, str] = {
     "target_hidden_size": "of a draft model",
     "original_num_attention_heads": "the number of heads before SGLang padded it",
     "_attn_implementation": "which kernel transformers takes",
+    "vision_config": "of the image models in SGLang's file of Mistral",
+    **dict.fromkeys(
+        ("enable_lm_head_fp32", "enable_lm_head_output_fp32"),
+        "how exactly serving computes the logits, as --enable-fp32-lm-head",
+    ),
 }
 # What SGLang pads on a CPU, and where it keeps the number before.
 _BEFORE_PADDING = {
@@ -90,7 +96,7 @@ ROPE_COMPUTED = (
     "mscale_all_dim",
     "truncate",
 )
-ROPE_REFUSED: dict[str, tuple[Any, ...]] = {"use_fope": (None, False)}
+ROPE_REFUSED: dict[str, tuple[Any, ...]] = {"use_fope": (None, False), "video_rope": (None, False)}
 ROPE_HARMLESS: dict[str, str] = {
     "attention_factor": "transformers' YaRN alone; SGLang reads attn_factor",
     "partial_rotary_factor": "here SGLang does not read it",
@@ -123,7 +129,7 @@ def check(config: Any) -> None:
     if name not in BY_NAME:
         raise refuse(f"architecture {name} is not supported (supported: {', '.join(BY_NAME)})")
     for field, (neutral, readers, what) in REFUSED.items():
-        value = getattr(config, field, None)
+        value = _given(config, field)
         if field == "final_logit_softcapping" and isinstance(value, int | float) and value < 0:
             value = None  # as SGLang reads it
         if name in readers and value not in neutral:
@@ -135,6 +141,13 @@ def check(config: Any) -> None:
     for field, neutral in ROPE_REFUSED.items():
         if rope.get(field) not in neutral:
             raise refuse(f"its rope_parameters have {field} {_shown(rope[field])}, which is not supported")
+
+
+def _given(config: Any, field: str) -> Any:
+    if field != "per_layer_config":
+        return getattr(config, field, None)
+    # In transformers 5.19 every config has a view of its layers; this one was given some.
+    return config.to_dict().get(field) if getattr(config, "is_heterogeneous", False) else None
 
 
 def math_fields(config: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One decoder layer of the supported architectures, written for short quanta.
 
-    x ─ norm ─ q,k,v ─ (head norms) ─ rotary ─ attention ─ o ─(+x)─ norm ─ gate,up ─ silu·mul ─ down ─(+)─
+    x ─ norm ─ q,k,v ─ (head norms) ─ rotary ─ attention ─ o ─(+x)─ norm ─ gate,up ─ silu·mul ─ down
+    ─(+)─
 
 Llama, Mistral, Qwen2 and Qwen3 differ here in biases, head norms and the window only, all of which
 are read off the transformers layer. The result is transformers' own (tests compare), in fewer

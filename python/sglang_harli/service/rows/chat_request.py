@@ -1,9 +1,10 @@
 """A conversation as serving reads it from a request, and what of it reaches the chat template.
 
-Follows SGLang 0.5.16 without importing it (test/sglang/test_rows_as_served.py compares): the models
+Follows SGLang without importing it (test/sglang/test_rows_as_served.py compares): the models
 ChatCompletionMessageGenericParam, ChatCompletionMessageUserParam, ToolCall and Tool of
 ``openai/protocol.py``, ``OpenAIServingChat._validate_request`` and ``_apply_jinja_template``, and
-``jinja_template_utils.process_content_for_template_format``.
+``jinja_template_utils.process_content_for_template_format``.  Where its versions differ:
+sglang_versions' chat_fields.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import orjson
 
 from sglang_harli.service.rows import schema_types
 from sglang_harli.service.rows.error import RowError, kind
+from sglang_harli.sglang_versions.current import chat_fields
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "latest_reminder")
 USER_FIELDS = ("role", "content")
-FIELDS = (*USER_FIELDS, "tool_call_id", "name", "reasoning_content", "tool_calls", "tools")
 TOOL_FIELDS = ("type", "function", "defer_loading")
 FUNCTION_FIELDS = ("description", "name", "parameters", "strict", "defer_loading")
 _MEDIA = ("image_url", "video_url", "audio_url", "input_image", "input_audio", "image", "video", "audio")
@@ -44,7 +44,7 @@ def _message(raw: Any, where: str) -> dict[str, Any]:
     tools = _items(raw.get("tools"), where, "tools")
     if tools:  # serving takes another form here than beside the messages
         raise RowError(f"{where}: field 'tools' is not accepted here: give it beside 'messages'", "messages")
-    return {
+    read = {
         "role": role,
         "content": content,
         "tool_call_id": _text(raw.get("tool_call_id"), where, "tool_call_id"),
@@ -53,15 +53,28 @@ def _message(raw: Any, where: str) -> dict[str, Any]:
         "tool_calls": calls and [_call(c, role, f"{where}: tool_calls[{i}]") for i, c in enumerate(calls)],
         "tools": tools,
     }
+    if "phase" in chat_fields.FIELDS:
+        read["phase"] = _phase(raw.get("phase"), where)
+    if "prefix" in chat_fields.FIELDS:
+        read["prefix"] = _boolean(raw.get("prefix"), where, "prefix", "messages")
+    return {name: read[name] for name in chat_fields.FIELDS}
+
+
+def _phase(phase: Any, where: str) -> str | None:
+    if phase is None or phase in chat_fields.PHASES:
+        return phase
+    accepted = ", ".join(chat_fields.PHASES)
+    raise RowError(f"{where}: field 'phase' is {phase!r}; accepted: {accepted}", "messages")
 
 
 def _role(role: Any, where: str) -> str:
     if role == "user":
         return role
-    if isinstance(role, str) and role.lower() in ROLES and role.lower() != "user":
+    if isinstance(role, str) and role.lower() in chat_fields.ROLES and role.lower() != "user":
         return role.lower()
     problem = "is missing" if role is None else f"is {role!r}"
-    raise RowError(f"{where}: field 'role' {problem}; accepted: {', '.join(ROLES)}", "messages")
+    accepted = ", ".join(chat_fields.ROLES)
+    raise RowError(f"{where}: field 'role' {problem}; accepted: {accepted}", "messages")
 
 
 def _content(raw: dict[str, Any], role: str, where: str) -> str | list[dict[str, Any]] | None:
@@ -173,17 +186,17 @@ def _tool(raw: Any, where: str) -> dict[str, Any]:
     deferred = _boolean(raw.get("defer_loading"), where, "defer_loading")
     own = _boolean(function.get("defer_loading"), at, "defer_loading")
     own = deferred if own is None else own
-    strict = _boolean(function.get("strict", False), at, "strict")
-    if strict is None:
+    strict = _boolean(function.get("strict"), at, "strict")
+    if strict is None and "strict" in function and not chat_fields.NULL_STRICT:
         raise RowError(f"{at}: field 'strict' is null; accepted: true, false", "tools")
-    described: dict[str, Any] = {
+    read: dict[str, Any] = {
         "description": _text(function.get("description"), at, "description", "tools"),
         "name": _needed_text(function, "name", at, "tools"),
         "parameters": function.get("parameters"),
         "strict": strict,
+        "defer_loading": own,
     }
-    if own is not None:
-        described["defer_loading"] = own
+    described = chat_fields.described(read, function)
     return {"type": type_, "function": described, "defer_loading": deferred}
 
 
@@ -217,7 +230,7 @@ def text_of(message: dict[str, Any]) -> str:
 
 def unknown_fields(message: dict[str, Any]) -> set[str]:
     """Keys of a raw message that serving drops; one that is null says nothing."""
-    known = USER_FIELDS if message.get("role") == "user" else FIELDS
+    known = USER_FIELDS if message.get("role") == "user" else chat_fields.FIELDS
     return {key for key, value in message.items() if value is not None and key not in known}
 
 
@@ -266,11 +279,11 @@ def _integer(value: Any, where: str, field: str) -> int | None:
     raise RowError(f"{where}: field '{field}' must be an integer, it is {value!r}", "messages")
 
 
-def _boolean(value: Any, where: str, field: str) -> bool | None:
+def _boolean(value: Any, where: str, field: str, about: str = "tools") -> bool | None:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
         return value.lower() in _TRUE
     if isinstance(value, int | float) and value in (0, 1):
         return bool(value)
-    raise RowError(f"{where}: field '{field}' is {value!r}; accepted: true, false", "tools")
+    raise RowError(f"{where}: field '{field}' is {value!r}; accepted: true, false", about)

@@ -1,6 +1,6 @@
 """Whether a chat template takes a message's content as a text or as a list of parts.
 
-As SGLang 0.5.16's ``jinja_template_utils.detect_jinja_template_content_format``, not imported.
+As SGLang's ``jinja_template_utils.detect_jinja_template_content_format``, not imported.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A tool's ``parameters`` as serving passes them on: type names made JSON Schema's, and checked.
 
-Follows SGLang 0.5.16's ``function_call.utils.normalize_json_schema_types`` without importing it.
+Follows SGLang's ``function_call.utils.normalize_json_schema_types`` without importing it.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import jinja2
 import msgspec
 
 from sglang_harli.protocol.tokenizer_state import ChatTemplate, Probe, TokenizerState
+from sglang_harli.sglang_versions.current import chat_fields
 
 # What a chat template can raise over what a client sent; serving answers 400 or 500 to it.
 TEMPLATE_ERRORS = (
@@ -174,7 +175,7 @@ def today(pattern: str) -> str:
 # ------------------------------------------------------------------ of a loaded tokenizer
 def describe(tokenizer: Any, chat: ChatTemplate, stop_ids: list[int]) -> TokenizerState:
     """The state of a transformers tokenizer with serving's chat template for it."""
-    chat = checked_kwargs(chat)
+    chat = msgspec.structs.replace(checked_kwargs(chat), form=chat_fields.FORM)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = set(getattr(tokenizer, "all_special_ids", ())) | {i for i, t in added.items() if t.special}
     try:

@@ -1,7 +1,7 @@
 """The tokenizer and chat template that a server with the same flags has, loaded by their path.
 
 For what is asked before the server has handed over its own (tokenizer_state.py), and without a
-server.  Follows SGLang 0.5.16 without importing it: ``hf_transformers/tokenizer.py``,
+server.  Follows SGLang without importing it: ``hf_transformers/tokenizer.py``,
 ``parser/template_manager.py`` and the guesses by path in ``parser/conversation.py``.
 """
 

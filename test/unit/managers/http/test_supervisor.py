@@ -22,6 +22,7 @@ from sglang_harli.managers.http.supervision import supervisor
 from sglang_harli.managers.http.supervision.endpoint_check import check_endpoint_free
 from sglang_harli.managers.http.supervision.supervisor import RestartPolicy, RunDirLock, Supervisor
 from sglang_harli.protocol.shared_memory import SharedBuffer
+from sglang_harli.sglang_versions import supported
 
 QUICK = RestartPolicy(first_s=0.05, longest_s=0.2, healthy_s=60.0, limit=3)
 
@@ -242,10 +243,10 @@ TOKENIZER_FLAGS = {
 }
 
 
-def server_args(run_dir: Path, **options: object) -> SimpleNamespace:
+def server_args(run_dir: Path, **options: object) -> tuple[HarliOptions, SimpleNamespace]:
+    """Our options and SGLang's arguments."""
     values = {"run_dir": str(run_dir), "finetune_endpoint": f"ipc://{run_dir}/endpoint", **options}
-    return SimpleNamespace(
-        harli_options=lambda: HarliOptions(**values),
+    args = SimpleNamespace(
         model_path="/models/small",
         tokenizer_path=None,
         served_model_name=None,
@@ -253,6 +254,7 @@ def server_args(run_dir: Path, **options: object) -> SimpleNamespace:
         node_rank=0,
         **TOKENIZER_FLAGS,
     )
+    return HarliOptions(**values), args  # type: ignore[arg-type]
 
 
 def test_start_gives_the_service_its_configuration_and_no_device(
@@ -260,16 +262,17 @@ def test_start_gives_the_service_its_configuration_and_no_device(
 ) -> None:
     told = tmp_path / "told"
     body = f"""import os
-open({str(told)!r}, 'w').write(os.environ[{SERVICE_ENV!r}] + chr(10) + repr(os.environ['CUDA_VISIBLE_DEVICES']))
+names = ('CUDA_VISIBLE_DEVICES', {supported.VERSION_ENV!r})
+open({str(told)!r}, 'w').write(os.environ[{SERVICE_ENV!r}] + chr(10) + repr([os.environ[name] for name in names]))
 import signal; signal.pause()
 """
     monkeypatch.setattr(supervisor, "SERVICE_MODULE", child_module(body))
     monkeypatch.chdir(tmp_path)
-    supervisor.start(server_args(Path("runs"), tpot_slo_ms=40.0))
+    supervisor.start(*server_args(Path("runs"), tpot_slo_ms=40.0))
     try:
         wait_until(lambda: told.exists() and told.read_text().count("\n") == 1)
-        config, devices = told.read_text().split("\n")
-        assert devices == "''"
+        config, others = told.read_text().split("\n")
+        assert others == repr(["", supported.installed()])
         told_config = ServiceConfig.from_json(config)
         assert told_config.options.run_dir == str(tmp_path / "runs")
         assert told_config.options.tpot_slo_ms == 40.0
@@ -277,7 +280,7 @@ import signal; signal.pause()
         with pytest.raises(
             SystemExit, match=rf"sglang-harli: .*in use by the server with pid {os.getpid()}\b"
         ):
-            supervisor.start(server_args(tmp_path / "runs"))
+            supervisor.start(*server_args(tmp_path / "runs"))
         keeper = supervisor.running()
         assert keeper is not None
         pid = keeper.pid
@@ -296,12 +299,12 @@ def test_the_slots_of_a_run_go_when_the_server_ends_and_before_the_next_one_star
     (tmp_path / "runs").mkdir()
     folder = run_paths.shm_dir(str(tmp_path / "runs"))
     killed = SharedBuffer.create(folder, 4096)  # what a killed server left behind
-    supervisor.start(server_args(tmp_path / "runs"))
+    supervisor.start(*server_args(tmp_path / "runs"))
     try:
         assert not Path(killed.path).exists()
         held = SharedBuffer.create(folder, 4096)
         with pytest.raises(SystemExit, match="in use by the server with pid"):  # and takes nothing away
-            supervisor.start(server_args(tmp_path / "runs"))
+            supervisor.start(*server_args(tmp_path / "runs"))
         assert Path(held.path).exists()
     finally:
         supervisor.stop()
@@ -327,7 +330,7 @@ while True: signal.pause()
 """
     monkeypatch.setattr(supervisor, "SERVICE_MODULE", child_module(body))
     monkeypatch.setattr(supervisor, "_graceful", False)
-    supervisor.start(server_args(tmp_path / "runs"))
+    supervisor.start(*server_args(tmp_path / "runs"))
     wait_until(up.exists)
     keeper = supervisor.running()
     assert keeper is not None and keeper.pid is not None
@@ -349,7 +352,7 @@ def test_without_a_folder_for_sockets_serving_goes_on_without_the_service(
     monkeypatch.setattr(supervisor, "SERVICE_MODULE", child_module(LIVES))
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(run_paths, "ipc_dir", lambda run_dir: tmp_path / "file" / "key")
-    supervisor.start(server_args(tmp_path / "runs"))
+    supervisor.start(*server_args(tmp_path / "runs"))
     try:
         keeper = supervisor.running()
         assert keeper is not None and keeper.starts == 0 and keeper.pid is None
@@ -361,6 +364,6 @@ def test_without_a_folder_for_sockets_serving_goes_on_without_the_service(
 
 
 def test_start_does_nothing_when_finetuning_is_off(tmp_path: Path) -> None:
-    supervisor.start(server_args(tmp_path / "runs", finetune="off"))
+    supervisor.start(*server_args(tmp_path / "runs", finetune="off"))
     assert supervisor.running() is None
     assert not (tmp_path / "runs").exists()

@@ -12,6 +12,7 @@ import zmq
 from sglang_harli.config import HarliOptions
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.serving_view import LOOK_AHEAD, ServingView
+from sglang_harli.sglang_versions import supported
 
 
 class Req(SimpleNamespace):
@@ -26,6 +27,8 @@ def req(prompt: int = 10, *, emitted: int = 0, cached: int = 0, done: bool = Fal
         output_ids=[1] * emitted,
         prefix_indices=[1] * cached,
         extend_range=SimpleNamespace(start=0, end=4),
+        prefix_len=cached,
+        extend_end=4,
         sampling_params=SimpleNamespace(max_new_tokens=most),
         time_stats=SimpleNamespace(
             scheduler_recv_time=1.0,
@@ -50,6 +53,8 @@ def view(
         max_prefill_tokens=64,
         enable_overlap=False,
         get_num_allocatable_reqs=lambda count: 0,
+        prefill_decode_interval=0,
+        _prefill_decode_interval_remaining=0,
         ipc_channels=SimpleNamespace(recv_from_tokenizer=context.socket(zmq.PULL)),
     )
     vars(scheduler).update(other)
@@ -101,3 +106,57 @@ def test_a_prompt_that_waits_for_a_seat_has_a_deadline_and_others_stop_training(
         SimpleNamespace(reqs=[req(8, emitted=1)]), decoded=False
     )
     assert between.backlog is not None and between.backlog.admitted
+
+
+# ------------------------------------------------------------------ decode rounds between prefills
+newest = pytest.mark.skipif(supported.folder() != "newest", reason="SGLang 0.5.16 always prefills first")
+ROUNDS: dict[str, Any] = {"prefill_decode_interval": 5, "_prefill_decode_interval_remaining": 3}
+
+
+@newest
+def test_a_prompt_that_waits_out_decode_rounds_has_a_deadline_that_counts_them():
+    running = [req(10, emitted=3), req(10, emitted=3)]
+    batch = SimpleNamespace(reqs=running)
+    held = view(waiting=[req(30)], running=running, **ROUNDS).behind(batch, decoded=True)
+    plain = view(waiting=[req(30)], running=running).behind(batch, decoded=True)
+    assert plain.backlog is None and plain.load().waiting == 1  # nobody knows what keeps it
+    assert held.backlog is not None and not held.backlog.admitted
+    assert (held.load().promised, held.load().waiting) == (1, 0)
+    step_s = held.side.predictor.decode(2, 26 + 3 * 2, after_training=True).upper_s
+    assert held.backlog.rounds_s == pytest.approx(3 * step_s)
+
+
+@newest
+def test_the_rounds_come_behind_a_prefill_too_and_between_its_chunks():
+    batch = SimpleNamespace(reqs=[req(8, emitted=1)])
+    found = view(waiting=[req(200)], running=[], **ROUNDS).behind(batch, decoded=False)  # 4 chunks of 64
+    assert found.backlog is not None and not found.backlog.admitted
+    rounds = 3 + 3 * 5
+    step_s = found.side.predictor.decode(1, 9 + rounds, after_training=True).upper_s
+    assert found.backlog.rounds_s == pytest.approx(rounds * step_s)
+
+
+@newest
+def test_prompts_that_take_places_one_by_one_are_as_many_rounds_apart():
+    running = [req(10, emitted=3, most=5), req(10, emitted=3, most=6)]  # 2 and 3 steps to go
+    batch = SimpleNamespace(reqs=running)
+    waiting = [req(30), req(30)]
+    near = view(waiting=waiting, running=running, full=True).behind(batch, decoded=True)
+    far = view(waiting=waiting, running=running, full=True, **ROUNDS).behind(batch, decoded=True)
+    assert near.backlog is not None and far.backlog is not None
+
+    def wait_s(found: Any, steps: int) -> float:
+        return steps * found.side.predictor.decode(2, 26 + steps * 2, after_training=True).upper_s
+
+    assert near.backlog.since_s == pytest.approx(1.0 - wait_s(near, 3))
+    assert far.backlog.since_s == pytest.approx(1.0 - wait_s(far, 3 + 5))
+
+
+@newest
+def test_a_chunked_prompt_that_waits_out_its_rounds_goes_on_and_full_places_behind_it_stop_training():
+    running = [req(10, emitted=3)]
+    batch = SimpleNamespace(reqs=running)
+    alone = view(waiting=[], running=running, chunked_req=req(90), **ROUNDS).behind(batch, decoded=True)
+    assert alone.backlog is not None and alone.load().promised == 1
+    behind = view(waiting=[req(9)], running=running, full=True, chunked_req=req(90), **ROUNDS)
+    assert behind.behind(batch, decoded=True).backlog is None

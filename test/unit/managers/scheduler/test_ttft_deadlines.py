@@ -37,12 +37,14 @@ TARGETS = targets_of(OPTIONS)
 def req(
     prompt: int, came_s: float = 0.0, *, emitted: int = 0, cached: int = 0, done: int = 0, most: int = 10
 ) -> Any:
-    """What is read of one of SGLang's requests."""
+    """What is read of one of SGLang's requests, of either version."""
     return SimpleNamespace(
         origin_input_ids=[1] * prompt,
         output_ids=[1] * emitted,
         prefix_indices=[0] * cached,
         extend_range=SimpleNamespace(start=done // 2, end=done),
+        prefix_len=done // 2 or cached,
+        extend_end=done,
         sampling_params=SimpleNamespace(max_new_tokens=most),
         time_stats=SimpleNamespace(scheduler_recv_time=came_s),
     )
@@ -104,6 +106,27 @@ def test_slack_before_a_first_token():
     assert slack.seconds == pytest.approx(0.2 * (1 - KEPT_SHARE) - KEPT_S - 0.1 - 0.05 - 0.01 - 0.03 - 0.02)
     none = backlog_slack(waits, targets_of(HarliOptions()), now_s=10.1, decode_upper_s=0.0, reserve_s=0.0)
     assert none.seconds == -math.inf
+
+
+def test_decode_rounds_before_a_first_token_take_of_its_slack():
+    waits = Backlog(2, since_s=10.0, prefill_upper_s=0.05, admitted=False, rounds_s=0.04)
+    plain = dataclasses.replace(waits, rounds_s=0.0)
+    with_rounds, without = (
+        backlog_slack(each, TARGETS, now_s=10.1, decode_upper_s=0.01, reserve_s=0.0)
+        for each in (waits, plain)
+    )
+    assert with_rounds.seconds == pytest.approx(without.seconds - 0.04)
+
+
+def test_rounds_are_those_before_the_last_prefill_each_as_long_as_the_last():
+    rounds = waiting_prompts.DecodeRounds(2, 3, lambda after: 0.01 * after)
+    assert rounds.seconds(1) == pytest.approx(2 * 0.02)
+    assert rounds.seconds(3) == pytest.approx(8 * 0.08)
+    assert rounds.spaced([1, 2, 9]) == [2, 5, 9]
+    assert waiting_prompts.NO_ROUNDS.seconds(7) == 0.0
+    assert waiting_prompts.NO_ROUNDS.spaced([0, 2, 7]) == [0, 2, 7]
+    found = backlog(req(100), chunk_tokens=40, rounds=rounds)
+    assert found is not None and (found.rounds_s, found.admitted) == (pytest.approx(8 * 0.08), False)
 
 
 def test_prompts_that_come_next_are_charged_to_requests_that_run_and_others_are_not():
@@ -197,6 +220,7 @@ class Loop:
         total, done = len(one.origin_input_ids), one.extend_range.end
         new = min(total - done, CHUNK)
         one.extend_range = SimpleNamespace(start=done, end=done + new)
+        one.prefix_len, one.extend_end = done, done + new
         self.now_s += self.side.predictor.prefill(new, new * total).upper_s
         self.chunked = one if done + new < total else None
         if self.chunked is None:

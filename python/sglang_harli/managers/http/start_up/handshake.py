@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sglang_harli.managers.http.supervision import supervisor
+from sglang_harli.sglang_versions.current import arguments
+from sglang_harli.sglang_versions.current import launch as launch_results
 
 KEY = "harli"  # in Scheduler.get_init_info(): {"version": str, "refusal": str | None}
 
@@ -33,9 +35,10 @@ def launch(original: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -
             "`python -m sglang_harli.launch_server`, or give Engine(harli_finetune='off')"
         )
     server_args = kwargs["server_args"] if "server_args" in kwargs else args[0]
-    supervisor.start(server_args)
+    arguments.resolve(server_args)  # a refusal comes before the service
+    supervisor.start(server_args.harli_options(), arguments.in_force(server_args))
     launched = original(cls, *args, **kwargs)
-    _, _, _, schedulers, watchdog = launched
+    schedulers, watchdog = launch_results.parts(launched)
     try:
         check_hello(schedulers.scheduler_infos)
     except SystemExit:

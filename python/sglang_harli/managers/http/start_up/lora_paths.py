@@ -13,16 +13,18 @@ from typing import Any
 
 from sglang_harli.errors import UnsupportedError
 from sglang_harli.patches.lora import peft_adapter
+from sglang_harli.sglang_versions.current import arguments
 
 FLAG = "--lora-paths"
 
 
 def check_lora_paths(server_args: Any) -> None:
     """Check each adapter; UnsupportedError names the entry, and the field or weight at fault."""
-    entries = list(_entries(server_args.lora_paths))
-    if not entries or server_args.enable_lora is False:
+    args = arguments.in_force(server_args)
+    entries = list(_entries(args.lora_paths))
+    if not entries or args.enable_lora is False:
         return
-    config = server_args.get_model_config().hf_config
+    config = arguments.model_config(server_args).hf_config
     model = peft_adapter.model_of(config.get_text_config() if hasattr(config, "get_text_config") else config)
     names: set[str] = set()
     for name, path in entries:
@@ -31,7 +33,7 @@ def check_lora_paths(server_args: Any) -> None:
             raise UnsupportedError(f"{where}: the name {name!r} is given twice", param=FLAG)
         names.add(name)
         try:
-            _check(_folder(path), model, server_args.max_lora_rank, server_args.lora_target_modules)
+            _check(_folder(path), model, args.max_lora_rank, args.lora_target_modules)
         except (OSError, ValueError, RuntimeError) as error:
             raise UnsupportedError(f"{where}: {_one_line(error)}", param=FLAG) from error
 

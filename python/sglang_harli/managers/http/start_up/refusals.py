@@ -9,10 +9,11 @@ from sglang_harli import names
 from sglang_harli.architectures import BY_NAME
 from sglang_harli.errors import UnsupportedError
 from sglang_harli.peft_trainer.base import model_math
+from sglang_harli.sglang_versions.current import arguments, refusals
 
 WAY_OUT = "drop it, or serve without finetuning by --harli-finetune off"
 
-# (flag, what it asks for, whether these arguments ask for it)
+# (flag, what it asks for, whether these arguments ask for it); of both versions of SGLang
 _FLAGS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("--dp-size", "data parallelism", lambda a: a.dp_size > 1),
     ("--tp-size", "tensor parallelism", lambda a: a.tp_size > 1),
@@ -26,7 +27,6 @@ _FLAGS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("--disaggregation-mode", "disaggregation", lambda a: a.disaggregation_mode != "null"),
     ("--encoder-only", "disaggregation", lambda a: bool(a.encoder_only)),
     ("--quantization", "quantised weights", lambda a: a.quantization not in (None, "unquant")),
-    ("--torchao-config", "quantised weights", lambda a: bool(a.torchao_config)),
     ("--enable-pdmux", "multiplexed prefill and decode", lambda a: bool(a.enable_pdmux)),
     ("--dllm-algorithm", "diffusion language models", lambda a: a.dllm_algorithm is not None),
     ("--cpu-offload-gb", "weights kept off the device", lambda a: a.cpu_offload_gb > 0),
@@ -38,7 +38,7 @@ _FLAGS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 def refuse_flags(server_args: Any) -> None:
     """Check SGLang's arguments as given; UnsupportedError names the flag and the way out."""
-    for flag, what, asked in _FLAGS:
+    for flag, what, asked in (*_FLAGS, *refusals.REFUSED):
         if asked(server_args):
             raise UnsupportedError(
                 f"{flag} ({what}) does not work with finetuning yet: {WAY_OUT}", param=flag
@@ -59,7 +59,7 @@ def refuse_flags(server_args: Any) -> None:
 def refuse_model(server_args: Any) -> None:
     """Check the model behind SGLang's resolved arguments; UnsupportedError names the architecture,
     the quantisation or the config's field, and the way out."""
-    config = server_args.get_model_config().hf_config
+    config = arguments.model_config(server_args).hf_config
     architectures = list(getattr(config, "architectures", None) or ["unknown"])
     if architectures[0] not in BY_NAME:
         raise UnsupportedError(
@@ -68,7 +68,7 @@ def refuse_model(server_args: Any) -> None:
             param="--model-path",
         )
     quantisation = getattr(config, "quantization_config", None)
-    method = server_args.quantization or _method(quantisation)
+    method = arguments.in_force(server_args).quantization or _method(quantisation)
     if method is not None:
         raise UnsupportedError(
             f"{server_args.model_path} has quantised weights ({method}), which cannot be finetuned yet: take "

@@ -24,6 +24,7 @@ from sglang_harli.errors import ConfigError, StateError, UnsupportedError
 from sglang_harli.managers.http.supervision.endpoint_check import check_endpoint_free
 from sglang_harli.platforms.cpu import engine
 from sglang_harli.protocol import curve_keys, shared_memory
+from sglang_harli.sglang_versions import supported
 
 logger = logging.getLogger(__name__)
 
@@ -219,24 +220,27 @@ class Supervisor:
 _claimed: RunDirLock | None = None  # taken before SGLang was imported
 _running: tuple[Supervisor, RunDirLock] | None = None
 _graceful = False  # a signal ended it, it did not crash
+_tree_ended = False
 
 
-def service_environment(options: HarliOptions, server_args: Any) -> dict[str, str]:
-    """What the service finds in its environment: its configuration, and no device."""
+def service_environment(options: HarliOptions, args: Any) -> dict[str, str]:
+    """What the service finds in its environment: its configuration, which SGLang this is, and no
+    device.  ``args``: SGLang's arguments in force."""
     config = ServiceConfig(
         options=options.replace(run_dir=options.absolute_run_dir),
-        served_model_name=server_args.served_model_name or server_args.model_path,
-        model_path=server_args.model_path,
-        tokenizer_path=server_args.tokenizer_path or server_args.model_path,
-        trust_remote_code=bool(server_args.trust_remote_code),
-        revision=server_args.revision,
-        tokenizer_mode=server_args.tokenizer_mode,
-        chat_template=server_args.chat_template,
-        hf_chat_template_name=server_args.hf_chat_template_name,
-        chat_template_kwargs=server_args.default_chat_template_kwargs or {},
-        context_length=server_args.context_length,
+        served_model_name=args.served_model_name or args.model_path,
+        model_path=args.model_path,
+        tokenizer_path=args.tokenizer_path or args.model_path,
+        trust_remote_code=bool(args.trust_remote_code),
+        revision=args.revision,
+        tokenizer_mode=args.tokenizer_mode,
+        chat_template=args.chat_template,
+        hf_chat_template_name=args.hf_chat_template_name,
+        chat_template_kwargs=args.default_chat_template_kwargs or {},
+        context_length=args.context_length,
     )
-    return {SERVICE_ENV: config.to_json(), "CUDA_VISIBLE_DEVICES": ""}
+    told = {SERVICE_ENV: config.to_json(), supported.VERSION_ENV: supported.installed()}
+    return {**told, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def claim(options: HarliOptions) -> None:
@@ -264,12 +268,12 @@ def _lock(run_dir: str) -> RunDirLock:
     return RunDirLock(run_dir)
 
 
-def start(server_args: Any) -> None:
+def start(options: HarliOptions, args: Any) -> None:
     """Lock the run directory and start the finetune service, before SGLang launches its processes.
-    SystemExit: run directory, endpoint or keys are unusable, or another server's."""
+    ``args``: SGLang's arguments in force.  SystemExit: run directory, endpoint or keys are
+    unusable, or another server's."""
     global _running
-    options: HarliOptions = server_args.harli_options()
-    if not options.enabled or server_args.node_rank != 0:
+    if not options.enabled or args.node_rank != 0:
         return
     run_dir = options.absolute_run_dir
     lock = None
@@ -280,7 +284,7 @@ def start(server_args: Any) -> None:
         if lock is not None:
             lock.release()
         raise SystemExit(f"sglang-harli: {error}") from error
-    supervisor = Supervisor(SERVICE_MODULE, service_environment(options, server_args))
+    supervisor = Supervisor(SERVICE_MODULE, service_environment(options, args))
     _running = supervisor, lock
     atexit.register(stop)
     shared_memory.remove_stale(run_paths.shm_dir(run_dir))
@@ -306,8 +310,15 @@ def graceful_end() -> None:
 def stop_with_tree(parent_pid: int | None = None, *args: Any, **kwargs: Any) -> None:
     """Hook before SGLang's ``kill_process_tree``, by which a server ends: after SIGTERM, and when a
     process of its tree has crashed; then the service has nothing to wait for."""
+    global _tree_ended
     if parent_pid in (None, os.getpid()):
+        _tree_ended = True
         _end(STOP_GRACE_S if _graceful else 0.0)
+
+
+def tree_ended() -> bool:
+    """Whether SGLang has killed this server's processes: no scheduler answers any more."""
+    return _tree_ended
 
 
 def stop(*args: Any, **kwargs: Any) -> None:

@@ -155,13 +155,15 @@ class Backlog:
     Attributes:
         since_s: arrival of the longest-waiting one, less what it may still wait for a place.
         prefill_upper_s: upper bound of computing all of them.
-        admitted: the next prefill takes them; otherwise no place is free: decode steps come first.
+        admitted: a prefill that takes them is next; otherwise decode steps come first.
+        rounds_s: upper bound of the decode rounds that SGLang puts before and between the prefills.
     """
 
     prompts: int
     since_s: float
     prefill_upper_s: float
     admitted: bool
+    rounds_s: float = 0.0
 
 
 def backlog_slack(
@@ -181,7 +183,8 @@ def backlog_slack(
     if targets.ttft_s is None:
         return Slack(float("-inf"), "ttft")
     due = backlog.since_s + targets.ttft_s * (1 - KEPT_SHARE) - KEPT_S
-    return Slack(due - now_s - backlog.prefill_upper_s - decode_upper_s - reserve_s - queued_s, "ttft")
+    takes_s = backlog.prefill_upper_s + backlog.rounds_s
+    return Slack(due - now_s - takes_s - decode_upper_s - reserve_s - queued_s, "ttft")
 
 
 class PrefillReserve:

@@ -42,6 +42,7 @@ SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 1024)  # rows of a quan
 _OF_NO_RUN = (QuantumKind.ADAPTER, QuantumKind.COPY, QuantumKind.CHECK)  # they show no sub-state
 ENDING = "the server is ending"
 NOT_KNOWN = "it is not known which weights are served since their last update"
+UPDATING = "the served weights are being updated (/end_weight_update has not come)"
 TAKE_PRINT_EVERY_S = 5.0  # while it fails
 KNOWN_RUNS = 1024  # jobs whose newest attempt is remembered, to tell a late StartRun
 
@@ -195,10 +196,16 @@ class CoTrainer:
         if self.hold != before:
             self.link.say_hello()
 
+    def weights_change(self) -> None:
+        """An update of the served weights in several requests has begun: no run starts until
+        ``weights_updated``, and what is served meanwhile has no print."""
+        self.hold_runs(UPDATING, by=UPDATING)
+
     def weights_updated(self) -> None:
         """SGLang has written to the served weights. A run goes on only where the print is the same
         (SGLang may have its memory back, though updates are refused)."""
         self.updates += 1
+        self._holds.pop(UPDATING, None)  # its reason follows with the print
         if self.parity is not None:
             self.parity.weights_updated()
         before, self.base_print = self.base_print, None  # where it cannot be taken no run starts

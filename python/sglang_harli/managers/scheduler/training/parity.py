@@ -37,7 +37,8 @@ class Parity:
         mode: ``refuse``, ``warn`` or ``off`` (``--harli-parity``).
         head_tokens: most tokens whose logits are computed at once.
         rounds: what serving alone rounds, so that a difference only warns; "": nothing.
-        released: whether SGLang has released its memory: nothing is asked for, or computed, then.
+        released: whether SGLang has released its memory, or is in the midst of an update of its
+            weights: nothing is asked for, or computed, then.
 
     Attributes:
         state: off, waiting (for the served values), computing, agrees, differs or failed.
