@@ -30,9 +30,10 @@ LORA_LIMITS = ("enable_lora", "max_lora_rank", "lora_target_modules", "max_loras
 # of its LoRA layers.  The baseline gets that one patch and nothing else of ours.
 BASELINE_PLUGIN = """
 def activate():
-    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang_harli.patches.lora import pin_memory
-    pin_memory.register(HookRegistry)
+    for target, hook, kind in pin_memory.HOOKS:
+        HookRegistry.register(target, hook, HookType(kind))
 """
 
 

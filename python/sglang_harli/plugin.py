@@ -16,13 +16,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sglang_harli.config import FLAG_PREFIX, SWITCH_ENV, SWITCH_SERVE
-from sglang_harli.managers.http.start_up.lora_paths import check_lora_paths
-from sglang_harli.managers.http.start_up.refusals import refuse_flags, refuse_model
 from sglang_harli.patches import catalog
+from sglang_harli.sglang_versions import supported
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_SGLANG = "0.5.16"
 DISTRIBUTION = "sglang-harli"
 
 PLUGIN_NAME = "harli"  # the entry point's name, as SGLANG_PLUGINS spells it
@@ -177,9 +175,12 @@ TABLE = (
 
 def activate() -> None:
     """SGLang's entry point: cheap, idempotent, without a touch of CUDA.  SystemExit: harli was
-    asked for, and this SGLang is not the supported one."""
+    asked for, and this SGLang is not a supported one."""
     if not supported_version(asked=is_on() or _flag_given()):
         return
+    # These import what this version of SGLang has.
+    from sglang_harli.managers.http.start_up.lora_paths import check_lora_paths
+    from sglang_harli.managers.http.start_up.refusals import refuse_flags, refuse_model
     from sglang_harli.server_args import HarliServerArgs, Seam
 
     HarliServerArgs.seam = Seam(refuse_flags, refuse_model, check_lora_paths, install)
@@ -221,16 +222,15 @@ def finetuning() -> bool:
 
 
 def supported_version(*, asked: bool) -> bool:
-    """Whether this is the SGLang that the table was written for.  ``asked``: by an option, the
+    """Whether this is an SGLang that the table was written for.  ``asked``: by an option, the
     launcher or a parent process; then another version is a SystemExit."""
-    from sglang.version import __version__
-
-    if __version__ == SUPPORTED_SGLANG:
+    if supported.is_supported():
         return True
-    sentence = f"harli supports sglang {SUPPORTED_SGLANG}, and this is {__version__}"
+    names = " and ".join(supported.SUPPORTED)
+    sentence = f"harli supports sglang {names}, and this is {supported.installed()}"
     if asked:
         raise SystemExit(
-            f"{sentence}: pip install sglang=={SUPPORTED_SGLANG}, or serve without any {FLAG_PREFIX} option"
+            f"{sentence}: pip install sglang=={supported.NEWEST}, or serve without any {FLAG_PREFIX} option"
         )
     if "version" not in _done:
         _done.add("version")

@@ -1,25 +1,25 @@
 """SGLang's arguments with ours added, and the defaults that finetuning and the CPU engine need.
 
-Leans on SGLang 0.5.16: ``server_args.ServerArgs`` (``__post_init__``, ``override``,
-``_handle_gpu_memory_settings``, ``get_model_config``), ``arg_groups.arg_utils`` (A, Arg) and
-``utils.common`` (get_device, kill_itself_when_parent_died).
+Leans on SGLang: ``server_args.ServerArgs`` through ``sglang_versions``, ``arg_groups.arg_utils``
+(A, Arg) and ``utils.common`` (get_device, kill_itself_when_parent_died).
 
 The plugin puts ``HarliServerArgs`` in the place of ``ServerArgs`` in every process.  SGLang's
-registry then rebinds ``ServerArgs`` here too: the base class is only reached through ``super()``.
+registry then rebinds ``ServerArgs`` everywhere: the base class is only reached through ``super()``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import multiprocessing
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from sglang.srt.arg_groups.arg_utils import A, Arg
-from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.common import get_device, kill_itself_when_parent_died
 
 from sglang_harli.architectures import ALL_LINEAR
@@ -27,11 +27,11 @@ from sglang_harli.config import SWITCH_ENV, SWITCH_SERVE, HarliOptions
 from sglang_harli.errors import ConfigError, HarliError, UnsupportedError
 from sglang_harli.platforms.cpu import defaults as cpu_defaults
 from sglang_harli.platforms.cpu import engine
+from sglang_harli.sglang_versions.current import arguments
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "harli_"
-_SENDER = "_sender_pid"  # in a pickle: of the process that made it
 # Twice to four times a job's default rank; each of SGLang's adapter slots has this rank.
 MAX_LORA_RANK_CPU = 32
 MAX_LORA_RANK_DEVICE = 64
@@ -62,14 +62,9 @@ def _bare_type(type_: Any) -> Any:
 
 
 _TYPES = typing.get_type_hints(HarliOptions)
-_HarliFields: Any = dataclasses.make_dataclass(
-    "_HarliFields",
-    [
-        (PREFIX + f.name, _annotation(f, _bare_type(_TYPES[f.name])), dataclasses.field(default=None))
-        for f in dataclasses.fields(HarliOptions)
-    ],
-    namespace={"__module__": __name__},
-)
+_FIELDS = [
+    (PREFIX + f.name, _annotation(f, _bare_type(_TYPES[f.name]))) for f in dataclasses.fields(HarliOptions)
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +84,7 @@ class Seam:
     install: Callable[[], None]
 
 
-@dataclasses.dataclass
-class HarliServerArgs(_HarliFields, ServerArgs):
+class HarliServerArgs(arguments.with_fields("HarliFields", __name__, _FIELDS)):
     """``ServerArgs`` with one field ``harli_x`` for each option ``x`` of ``HarliOptions``.
 
     With no such option given, and the switch off, it does nothing.  Any option turns the switch on
@@ -104,30 +98,9 @@ class HarliServerArgs(_HarliFields, ServerArgs):
     seam: ClassVar[Seam | None] = None
     _announced: ClassVar[set[str]] = set()
 
-    def __post_init__(self) -> None:
-        given = self._given()
-        if not given and not os.environ.get(SWITCH_ENV):
-            super().__post_init__()
-            return
-        try:
-            options = HarliOptions(**given)
-            os.environ[SWITCH_ENV] = "1" if options.enabled else SWITCH_SERVE
-            for field in dataclasses.fields(options):
-                setattr(self, PREFIX + field.name, getattr(options, field.name))
-            self._prepare(options)
-            super().__post_init__()
-            self._finish(options)
-        except HarliError as error:
-            raise SystemExit(f"sglang-harli: {error}") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, _SENDER: os.getpid()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def unpickled(self, parent: int) -> None:
         """A process that SGLang spawns has imported for seconds, and does not die with its parent
         yet: SystemExit if the server was killed meanwhile, or it would stay for good."""
-        parent = state.pop(_SENDER, None)
-        self.__dict__.update(state)
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             kill_itself_when_parent_died()
             if os.getppid() != parent:
@@ -140,14 +113,54 @@ class HarliServerArgs(_HarliFields, ServerArgs):
     @property
     def harli_on(self) -> bool:
         """Whether any option came, here or from the launcher, so that harli takes part."""
-        return self.harli_finetune is not None  # resolved for good by __post_init__
+        return self.harli_finetune is not None  # resolved for good by before_resolution
 
     def _given(self) -> dict[str, Any]:
         names = (field.name for field in dataclasses.fields(HarliOptions))
         values = {name: getattr(self, PREFIX + name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
-    # ---- before SGLang resolves its arguments
+    # ---- the steps of resolution (sglang_versions)
+    def before_resolution(self) -> None:
+        given = self._given()
+        if not given and not os.environ.get(SWITCH_ENV):
+            return
+        with _in_one_sentence():
+            options = HarliOptions(**given)
+            os.environ[SWITCH_ENV] = "1" if options.enabled else SWITCH_SERVE
+            for field in dataclasses.fields(options):
+                setattr(self, PREFIX + field.name, getattr(options, field.name))
+            self._prepare(options)
+
+    def before_memory(self) -> None:
+        # The first place where the device is known and the model's config may be read.
+        args = arguments.in_force(self)
+        if self.harli_on and args.device == "cpu":
+            self._keep_float32()
+            model = functools.partial(arguments.model_config, self)
+            for name, value, reason in cpu_defaults.kv_pool(args, model):
+                self._default(name, value, reason)
+
+    def after_resolution(self) -> None:
+        if not self.harli_on:
+            return
+        options = self.harli_options()
+        with _in_one_sentence():
+            if self.seam and options.enabled:
+                self.seam.refuse_model(self)
+            if self.seam:
+                self.seam.check_lora_paths(self)
+        values = ", ".join(f"{f.name}={getattr(options, f.name)!r}" for f in dataclasses.fields(options))
+        bounds = (
+            f"bound of a quantum (ms) busy: {options.busy_quantum_ms:g}, idle: {options.idle_quantum_ms:g}"
+        )
+        self._announce(f"harli options: {values}; {bounds}")
+
+    def ready(self) -> None:
+        if self.harli_on and self.seam:
+            self.seam.install()
+
+    # ---- what is chosen
     def _prepare(self, options: HarliOptions) -> None:
         self._choose_device()
         if self.seam and options.enabled:
@@ -201,38 +214,17 @@ class HarliServerArgs(_HarliFields, ServerArgs):
         given = len(self.lora_paths or ())
         return twice if self.enable_lora_overlap_loading else max(twice, given + twice // 2)
 
-    # ---- while it does
-    def _handle_gpu_memory_settings(self, gpu_mem: float | None) -> None:
-        # The first place where the device is known and the model's config may be read.
-        if self.harli_on and self.device == "cpu":
-            self._keep_float32()
-            for name, value, reason in cpu_defaults.kv_pool(self):
-                self._default(name, value, reason)
-        super()._handle_gpu_memory_settings(gpu_mem)
-
     def _keep_float32(self) -> None:
         """SGLang's ``--dtype auto`` serves a float32 model in float16."""
-        if self.dtype == "auto" and cpu_defaults.is_float32(self.get_model_config()):
+        auto = arguments.in_force(self).dtype == "auto"
+        if auto and cpu_defaults.is_float32(arguments.model_config(self)):
             self._default("dtype", "float32", cpu_defaults.KEEP_FLOAT32, unset="auto")
-            del self.model_config  # it was resolved for another dtype
-
-    # ---- after
-    def _finish(self, options: HarliOptions) -> None:
-        if self.seam and options.enabled:
-            self.seam.refuse_model(self)
-        if self.seam:
-            self.seam.check_lora_paths(self)
-            self.seam.install()
-        values = ", ".join(f"{f.name}={getattr(options, f.name)!r}" for f in dataclasses.fields(options))
-        bounds = (
-            f"bound of a quantum (ms) busy: {options.busy_quantum_ms:g}, idle: {options.idle_quantum_ms:g}"
-        )
-        self._announce(f"harli options: {values}; {bounds}")
+            arguments.forget_model_config(self)
 
     def _default(self, name: str, value: Any, reason: str, *, unset: Any = None) -> None:
         """Set an argument that the operator left at SGLang's own default, and say why."""
-        if getattr(self, name) == unset:
-            setattr(self, name, value)
+        if getattr(arguments.in_force(self), name) == unset:
+            arguments.set_default(self, name, value)
             flag = "--" + name.replace("_", "-")
             text = " ".join(value) if isinstance(value, list) else value
             self._announce(f"harli default: {flag}{'' if value is True else f' {text}'} ({reason})")
@@ -242,3 +234,11 @@ class HarliServerArgs(_HarliFields, ServerArgs):
         if line not in self._announced:
             self._announced.add(line)
             logger.info("%s", line)
+
+
+@contextlib.contextmanager
+def _in_one_sentence() -> Iterator[None]:
+    try:
+        yield
+    except HarliError as error:
+        raise SystemExit(f"sglang-harli: {error}") from error

@@ -7,7 +7,6 @@ imported.  ``--table`` compares several (docs/sglang-versions.md).
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -24,21 +23,33 @@ from sglang_harli.seams import read_checks
 from sglang_harli.seams.assumptions import ASSUMPTIONS
 from sglang_harli.seams.leans import leans
 from sglang_harli.seams.source import SourceTree
+from sglang_harli.sglang_versions import supported
 
 Line = tuple[str, str | None]  # what, and why it does not hold
 
 
-def read(folder: Path) -> list[Line]:
-    """Of the SGLang whose package lies in ``folder``."""
+def read(folder: Path, against: str | None = None) -> list[Line]:
+    """Of the SGLang whose package lies in ``folder``; ``against``: with the files for which
+    supported version, by default its own or those of the one before it."""
     if not (folder / "sglang" / "srt").is_dir():
         raise ConfigError(
             f"{folder} holds no sglang/srt: give the folder of an unpacked wheel", param="--sglang"
         )
-    tree = SourceTree(folder)
-    lines = [
-        (f"{c.lean.what} {c.lean.name} ({c.lean.ours})", c.problem) for c in read_checks.check(tree, leans())
-    ]
-    return lines + [(f"assumption: {name}", holds(tree)) for name, holds in ASSUMPTIONS.items()]
+    tree, files = SourceTree(folder), files_for(against or version_of(folder))
+    checked = read_checks.check(tree, leans(files))
+    lines = [(f"{c.lean.what} {c.lean.name} ({c.lean.ours})", c.problem) for c in checked]
+    return lines + [(f"assumption: {name}", holds(tree)) for name, holds in ASSUMPTIONS[files].items()]
+
+
+def files_for(version: str) -> str:
+    """Whose files a version is read against: its own, else those of the newest supported one before
+    it, so that the lines are what has to change."""
+    before = [known for known in supported.SUPPORTED if _parts(known) <= _parts(version)]
+    return supported.FOLDERS[max(before, key=_parts, default=supported.NEWEST)]
+
+
+def _parts(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
 def call() -> list[Line]:
@@ -59,6 +70,8 @@ def call() -> list[Line]:
 
 def version_of(folder: Path) -> str:
     """Of an unpacked wheel, by the name of its metadata; else that of the folder."""
+    if folder == installed():
+        return supported.installed()
     found = re.search(
         r"sglang-([\w.]+)\.dist-info", " ".join(p.name for p in folder.glob("sglang-*.dist-info"))
     )
@@ -74,13 +87,13 @@ def installed() -> Path:
     return Path(spec.origin).parents[1]
 
 
-def table(folders: list[Path]) -> str:
+def table(folders: list[Path], against: str | None = None) -> str:
     """What does not hold in some of them, in Markdown: a row a seam, a column a version."""
-    columns = {version_of(folder): dict(read(folder)) for folder in folders}
+    columns = {version_of(folder): dict(read(folder, against)) for folder in folders}
     rows = dict.fromkeys(name for column in columns.values() for name, problem in column.items() if problem)
     lines = ["| seam | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in rows:
-        lines.append(f"| {name} | {' | '.join(column[name] or '' for column in columns.values())} |")
+        lines.append(f"| {name} | {' | '.join(column.get(name) or '' for column in columns.values())} |")
     return "\n".join(lines) if rows else f"All seams hold in {', '.join(columns)}."
 
 
@@ -89,18 +102,24 @@ def main(
         list[Path] | None, typer.Option(help="Folder of an unpacked wheel; may be repeated.")
     ] = None,
     problems: Annotated[bool, typer.Option("--problems", help="Show what does not hold alone.")] = False,
+    against: Annotated[
+        str | None, typer.Option(help="Read with our files for this supported version.")
+    ] = None,
     as_table: Annotated[bool, typer.Option("--table", help="One table over all folders.")] = False,
 ) -> None:
     """Check what sglang-harli leans on in SGLang."""
     try:
         folders = sglang or [installed()]
+        if against not in (None, *supported.SUPPORTED):
+            accepted = ", ".join(supported.SUPPORTED)
+            raise ConfigError(f"--against {against} is not accepted: {accepted}", param="--against")
         if as_table:
-            print(table(folders))
+            print(table(folders, against))
             raise typer.Exit
         failed = 0
         for folder in folders:
-            version = version_of(folder) if sglang else importlib.metadata.version("sglang")
-            lines = read(folder) + ([] if sglang else call())
+            version = version_of(folder)
+            lines = read(folder, against) + ([] if sglang else call())
             for name, problem in lines:
                 if problem or not problems:
                     print(f"{'FAILS' if problem else 'ok   '} {name}{f': {problem}' if problem else ''}")

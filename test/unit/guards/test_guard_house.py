@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_harli.sglang_versions import supported
 from support.project_files import PACKAGE, ROOT, code_files, parse, project_files, relative
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -111,10 +112,19 @@ def test_changelog_has_the_version():
     )
 
 
-def test_constraints_are_exact_and_name_no_host():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+def test_each_supported_sglang_has_its_constraints():
+    files = {f"sglang-{version}.txt" for version in supported.SUPPORTED}
+    assert {p.name for p in (ROOT / "constraints").iterdir()} == files
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(rf"^SUPPORTED := {' '.join(supported.SUPPORTED)}$", makefile, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("version", supported.SUPPORTED)
+def test_constraints_are_exact_and_name_no_host(version):
+    lines = (ROOT / "constraints" / f"sglang-{version}.txt").read_text().splitlines()
+    assert f"sglang=={version}" in lines
     wrong = [line for line in lines if re.search(r"https?:|file:|@ |^-", line)]
-    assert not wrong, f"constraints.txt names places: {wrong[:3]}"
+    assert not wrong, f"names places: {wrong[:3]}"
     pins = [line for line in lines if line and not line.startswith("#")]
     inexact = [line for line in pins if not re.match(r"^[A-Za-z0-9._-]+==[^\s*]+( ; .+)?$", line)]
     assert not inexact, f"not exact: {inexact[:3]}"
@@ -180,7 +190,7 @@ def test_makefile_has_its_targets_and_ci_calls_them():
 
 def test_each_patch_has_its_page_its_diff_and_its_runtime_half():
     pages = {p.stem for p in (ROOT / "patches").glob("[0-9]*.md")}
-    diffs = {p.stem for p in (ROOT / "patches").glob("[0-9]*.diff")}
+    diffs = {p.stem for p in (ROOT / "patches").glob("*/[0-9]*.diff")}  # of each SGLang that needs it
     assert pages == diffs
     assert pages, "patches/ is empty"
     folder = PACKAGE / "patches"

@@ -17,7 +17,7 @@ from support.project_files import PACKAGE, module_name, package_files, parse, re
 GROUND = {"architectures", "core", "errors", "failpoints", "names", "run_paths", "train_memory"}
 BASE = GROUND | {"config", "protocol"}
 APART = {"predictor", "mem_cache", "peft_trainer", "service"}
-INSIDE = BASE | APART | {"managers", "server_args", "patches", "platforms"}
+INSIDE = BASE | APART | {"managers", "server_args", "patches", "platforms", "sglang_versions"}
 
 # Who may import whom: a top-level module or folder and the other folders that it may see.
 ALLOWED: dict[str, set[str]] = {
@@ -27,9 +27,12 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"core", "errors", "run_paths"},
     "protocol": GROUND,
     **dict.fromkeys(APART, BASE),
+    "mem_cache": BASE | {"sglang_versions"},
+    "service": BASE | {"sglang_versions"},  # chat_fields, which is pure
     "platforms": {"errors"},
-    "patches": BASE | {"platforms"},
-    "server_args": BASE | {"platforms"},
+    "sglang_versions": {"errors"},
+    "patches": BASE | {"platforms", "sglang_versions"},
+    "server_args": BASE | {"platforms", "sglang_versions"},
     "managers": INSIDE,
     "client": BASE,
     "simulation": BASE | {"managers"},
@@ -55,6 +58,7 @@ SGLANG = (
     "peft_trainer.base.frozen_base",
     "platforms.cpu",
     "seams.called_checks",
+    "sglang_versions",
 )
 
 # Must import without torch, sglang or transformers: `harli --help` and the pure folders.
@@ -81,6 +85,9 @@ LIGHT = (
     "managers.scheduler.policy.slotting",
     "managers.scheduler.step_timer",
     "managers.scheduler.policy.serving_state",
+    "managers.scheduler.policy.waiting_prompts",
+    "sglang_versions.supported",
+    "sglang_versions.current",
     "predictor.latency_predictor",
     "predictor.line.fit",
     "predictor.profile.profile_table",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
+from sglang_harli.sglang_versions import supported
 from support.project_files import PACKAGE, ROOT
 
 PARTS = ("pyproject.toml", "README.md", "LICENSE")
@@ -65,8 +69,32 @@ def test_wheel_names_its_entry_points_and_licence(wheel):
     assert entries["console_scripts"]["harli"] == "sglang_harli.cli.main:main"
     metadata = archive.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
-    assert "Requires-Dist: sglang==0.5.16" in metadata
     assert any(n.startswith(f"{info}/licenses/") and n.endswith("LICENSE") for n in archive.namelist())
+
+
+def test_the_metadata_accepts_the_supported_versions_of_sglang_alone(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (path,) = {n for n in archive.namelist() if n.endswith(".dist-info/METADATA")}
+    (needed,) = re.findall(r"^Requires-Dist: sglang([^;\n]*)$", archive.read(path).decode(), re.MULTILINE)
+    accepts = SpecifierSet(needed)
+    for version in supported.SUPPORTED:
+        assert version in accepts
+    between = {f"0.5.{number}" for number in range(10, 30)} - set(supported.SUPPORTED)
+    refused = [*between, "0.5.15.post1", "0.5.22.post1", "0.5.23.post1", "0.5.24rc1", "0.6.0", "1.0"]
+    assert [version for version in refused if version in accepts] == []
+
+
+def test_beside_a_supported_sglang_the_wheel_brings_none_and_no_torch(wheel, tmp_path):
+    report = tmp_path / "report.json"
+    run(
+        *(sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--quiet"),
+        *("--disable-pip-version-check", "--report", str(report), str(wheel)),
+        cwd=tmp_path,
+        env={**os.environ, "PIP_CONFIG_FILE": os.devnull},  # a machine may constrain what is there
+    )
+    listed = {item["metadata"]["name"] for item in json.loads(report.read_text())["install"]}
+    assert listed <= {"sglang-harli"}
+    assert supported.is_supported()
 
 
 def test_installed_wheel_runs_without_the_checkout(wheel, tmp_path):

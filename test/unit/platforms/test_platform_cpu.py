@@ -87,6 +87,8 @@ def test_the_kv_pool_is_bounded_by_memory_and_by_use(budget, per_token, context,
 
 
 def test_the_operators_own_limits_stand():
-    assert defaults.kv_pool(SimpleNamespace(mem_fraction_static=0.5, max_total_tokens=None)) == []
-    chosen = defaults.kv_pool(SimpleNamespace(mem_fraction_static=None, max_total_tokens=99))
+    unread = pytest.fail  # the model's config is not needed
+    given = SimpleNamespace(mem_fraction_static=0.5, max_total_tokens=None)
+    assert defaults.kv_pool(given, unread) == []
+    chosen = defaults.kv_pool(SimpleNamespace(mem_fraction_static=None, max_total_tokens=99), unread)
     assert [name for name, _, _ in chosen] == ["mem_fraction_static"]

@@ -13,9 +13,12 @@ import pytest
 from sglang_harli.seams import assumptions, read_checks
 from sglang_harli.seams.leans import Lean, leans
 from sglang_harli.seams.source import SourceTree
+from sglang_harli.sglang_versions import supported
 from sglang_harli.tools import seam_check
 
 SGLANG = seam_check.installed()
+FILES = supported.folder()
+ASSUMED_HERE = assumptions.ASSUMPTIONS[FILES]
 
 
 def broken(folder: Path, file: str, old: str, new: str, *, regex: bool = False) -> SourceTree:
@@ -37,8 +40,8 @@ def broken(folder: Path, file: str, old: str, new: str, *, regex: bool = False) 
 
 
 def problems(tree: SourceTree) -> dict[str, str]:
-    found = {checked.lean.name: checked.problem for checked in read_checks.check(tree, leans())}
-    found |= {name: holds(tree) for name, holds in assumptions.ASSUMPTIONS.items()}
+    found = {checked.lean.name: checked.problem for checked in read_checks.check(tree, leans(FILES))}
+    found |= {name: holds(tree) for name, holds in ASSUMED_HERE.items()}
     return {name: problem for name, problem in found.items() if problem}
 
 
@@ -115,8 +118,14 @@ def test_a_broken_seam_is_named(tmp_path, file, old, new, name, problem):
     assert problem in found[name]
 
 
+NEWEST = FILES == "newest"
 ASSUMED = [
-    ("srt/entrypoints/http_server.py", '"/health_generate"', '"/ready"', "readiness is /health_generate"),
+    (
+        "srt/entrypoints/http_server.py",
+        '"/health_generate"',
+        '"/alive"',
+        "readiness is /ready and /health_generate" if NEWEST else "readiness is /health_generate",
+    ),
     (
         "srt/managers/io_struct.py",
         "class CheckWeightsReqInput",
@@ -125,9 +134,9 @@ ASSUMED = [
     ),
     (
         "srt/mem_cache/registry.py",
-        "return RadixCache(",
-        "return UnifiedRadixCache(",
-        "the default prefix cache is RadixCache",
+        "return create_unified_radix_cache(" if NEWEST else "return RadixCache(",
+        "return AnotherRadixCache(",
+        f"the default prefix cache is {'UnifiedRadixCache' if NEWEST else 'RadixCache'}",
     ),
 ]
 
@@ -143,16 +152,11 @@ PRESENT = {
         "srt/server_args.py",
         "class ServerArgs:\n    def resolve_once(self): ...",
     ),
-    "KV slots are freed by free alone": (
-        "srt/mem_cache/allocator.py",
-        "class BaseTokenToKVPoolAllocator:\n    def free_segment(self): ...",
-    ),
     "the paged allocator's frees are release_pages": (
         "srt/mem_cache/allocator.py",
         "class PagedTokenToKVPoolAllocator:\n    num_staged_pages = 0",
     ),
     "the HTTP server is Python's": ("srt/environ.py", "class Envs:\n    SGLANG_RUST_SERVER = False"),
-    "readiness is /health_generate": ("srt/entrypoints/http_server.py", "app.get('/ready')"),
     "a prefill may follow each decode step": (
         "srt/arg_groups/fields/schedule.py",
         "class Fields:\n    prefill_decode_interval: int = 1",
@@ -160,16 +164,42 @@ PRESENT = {
 }
 
 
+def test_another_way_to_free_slots_is_named(tmp_path):
+    path = tmp_path / "sglang/srt/mem_cache/allocator.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "class BaseTokenToKVPoolAllocator:\n    def free(self): ...\n    def free_all(self): ...\n"
+    )
+    [name] = [name for name in ASSUMED_HERE if name.startswith("KV slots are freed")]
+    assert "free_all free too" in str(ASSUMED_HERE[name](SourceTree(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("version", "files"),
+    [
+        ("0.5.16", "pinned"),
+        ("0.5.17", "pinned"),
+        ("0.5.22.post1", "pinned"),
+        ("0.5.23", "newest"),
+        ("0.5.24", "newest"),
+        ("0.6.0", "newest"),
+        ("0.5.9", "newest"),
+    ],
+)
+def test_a_version_is_read_against_the_supported_one_before_it(version, files):
+    assert seam_check.files_for(version) == files
+
+
 def test_every_assumption_can_fail(tmp_path):
     """Those of a name that is there fail without any sources, the others with the name."""
     nothing = SourceTree(tmp_path / "nothing")
-    silent = {name for name, holds in assumptions.ASSUMPTIONS.items() if holds(nothing) is None}
-    assert silent == PRESENT.keys()
-    for number, (name, (file, text)) in enumerate(PRESENT.items()):
+    silent = {name for name, holds in ASSUMED_HERE.items() if holds(nothing) is None}
+    assert silent == PRESENT.keys() & ASSUMED_HERE.keys()
+    for number, (name, (file, text)) in enumerate((name, PRESENT[name]) for name in sorted(silent)):
         path = tmp_path / str(number) / "sglang" / file
         path.parent.mkdir(parents=True)
         path.write_text(text + "\n")
-        assert assumptions.ASSUMPTIONS[name](SourceTree(tmp_path / str(number))), name
+        assert ASSUMED_HERE[name](SourceTree(tmp_path / str(number))), name
 
 
 def test_the_command_reads_an_unpacked_wheel_and_says_what_is_none(tmp_path, capsys):
