@@ -7,6 +7,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -329,6 +330,24 @@ def test_uses_of_entries_that_are_gone_are_forgotten(rig_of, monkeypatch):
         assert tree is not None
         tree.evict(tree.expendable(10**6, 10**6, 512, None))
         assert tree.cached() == 0 and len(tree._uses._last) <= 8
+    rig.check()
+
+
+def test_uses_are_known_from_the_start_of_training_not_from_the_first_look(rig_of):
+    from sglang_harli.config import HarliOptions
+    from sglang_harli.managers.scheduler.trainer_setup import training_memory
+
+    rig = rig_of(watched=False)
+    scheduler = SimpleNamespace(token_to_kv_pool_allocator=rig.slots, tree_cache=rig.tree)
+    assert training_memory(scheduler, torch.device("cpu"), HarliOptions()).pool is rig.pool
+    old = [rig.cache(STRIPE) for _ in range(4)]
+    time.sleep(0.05)
+    since_s = time.monotonic()
+    new = [rig.cache(STRIPE) for _ in range(4)]
+    rig.node(old[0])
+    assert rig.evict(9, keep=rig.size, unused_since_s=since_s) >= 1
+    assert all(rig.cached(entry) for entry in (old[0], *new))
+    assert not all(rig.cached(entry) for entry in old[1:])
     rig.check()
 
 

@@ -41,8 +41,10 @@ class PrefixCacheUnderTest:
         policy: str = "lru",
         clock: Any = time.monotonic,
         kind: str = KINDS[0],
+        watched: bool = True,
     ) -> None:
         from sglang_harli.mem_cache.kv.slot_allocator import HarliPagedAllocator, HarliTokenAllocator
+        from sglang_harli.sglang_versions.current import prefix_tree
 
         self.page, self.size = page, (stripes * STRIPE - 1) * page
         geometry = PoolGeometry(self.size + page, 512, 2, page, STRIPE * page)
@@ -55,6 +57,8 @@ class PrefixCacheUnderTest:
         self.pool: UnifiedPool = self.slots.pool
         self.held = 0  # slots of requests
         self._make_tree(policy, kind)
+        if watched:
+            prefix_tree.watch(self.tree)
 
     def _params(self, policy: str, **more: Any) -> Any:
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -193,13 +197,10 @@ class UnifiedCacheUnderTest(PrefixCacheUnderTest):
         from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-        from sglang_harli.sglang_versions.newest import prefix_tree
-
         self.tree = UnifiedRadixCache(
             self._params(policy, tree_components=(ComponentType.FULL,), tree_core_backend=kind)
         )
         assert kind in type(self.tree.tree_core).__name__.lower() or kind == "python"
-        prefix_tree.watch(self.tree)
         self.locks: dict[tuple[int, ...], Any] = {}
 
     def _match(self, tokens: list[int]) -> tuple[int, int]:
