@@ -351,6 +351,24 @@ def test_uses_are_known_from_the_start_of_training_not_from_the_first_look(rig_o
     rig.check()
 
 
+@pytest.mark.skipif(not NEWEST, reason="its tree has no paths to copy")
+def test_one_look_copies_a_bounded_number_of_nodes(rig_of, monkeypatch):
+    """Paths that share their beginnings cost as much as others."""
+    from sglang_harli.sglang_versions.newest import prefix_tree
+
+    monkeypatch.setattr(prefix_tree, "_MOST_NODES", 14)
+    rig = rig_of()
+    shared: list[int] = []
+    for _ in range(4):
+        shared = rig.cache(1, after=shared)
+    for _ in range(6):
+        rig.cache(1, after=shared)
+    tree = prefix_tree.of(rig.tree)
+    assert tree is not None
+    assert len(tree.expendable(10**6, 10**6, 512, None)) == 2
+    rig.check()
+
+
 def test_one_look_is_bounded(rig_of, monkeypatch):
     from sglang_harli.mem_cache.kv import prefix_eviction
 

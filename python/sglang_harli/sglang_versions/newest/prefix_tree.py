@@ -176,13 +176,14 @@ class PrefixTree:
                     return False
             return True
 
-        latest_s = 0.0
+        latest_s, copied = 0.0, 0
         for leaf in self._lowest(most):
             path = self._core.collect_path_info([leaf])[0]
             nodes.update((node.node_id, node) for node in path)
+            copied += len(path)  # also those that an earlier path has held
             used_s = self._uses.used_s(leaf)
             latest_s = max(latest_s, used_s, self._cut_s(nodes[leaf]))
-            if not take_due(latest_s) or len(nodes) > _MOST_NODES or not take(leaf, used_s):
+            if not take_due(latest_s) or copied > _MOST_NODES or not take(leaf, used_s):
                 return found
         take_due(math.inf)
         return found
