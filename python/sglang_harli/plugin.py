@@ -224,6 +224,7 @@ def finetuning() -> bool:
 def supported_version(*, asked: bool) -> bool:
     """Whether this is an SGLang that the table was written for.  ``asked``: by an option, the
     launcher or a parent process; then another version is a SystemExit."""
+    os.environ.pop(supported.VERSION_ENV, None)  # it is for processes that cannot look
     if supported.is_supported():
         return True
     names = " and ".join(supported.SUPPORTED)

@@ -450,8 +450,13 @@ def test_the_whole_table_is_applied(tiny_model):
 
 
 def test_the_launcher_refuses_another_sglang_in_one_sentence(tiny_model, tmp_path):
-    """Before anything that another version may not have is imported."""
-    environment = dict(os.environ) | {supported.VERSION_ENV: "0.5.99"}
+    """Before anything that another version may not have is imported; whatever the environment
+    says."""
+    metadata = tmp_path / "sglang-0.5.99.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.99\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = dict(os.environ) | {supported.VERSION_ENV: "0.5.23", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-m", "sglang_harli.launch_server", "--model-path", tiny_model(), "--device", "cpu"],
         env=environment,
