@@ -119,7 +119,7 @@ def test_a_prompt_that_waits_out_decode_rounds_has_a_deadline_that_counts_them()
     batch = SimpleNamespace(reqs=running)
     held = view(waiting=[req(30)], running=running, **ROUNDS).behind(batch, decoded=True)
     plain = view(waiting=[req(30)], running=running).behind(batch, decoded=True)
-    assert plain.backlog is None and plain.load().waiting == 1  # nobody knows what keeps it
+    assert plain.backlog is None and plain.load().waiting == 1  # what keeps it is not known
     assert held.backlog is not None and not held.backlog.admitted
     assert (held.load().promised, held.load().waiting) == (1, 0)
     step_s = held.side.predictor.decode(2, 26 + 3 * 2, after_training=True).upper_s

@@ -239,8 +239,11 @@ def service_environment(options: HarliOptions, args: Any) -> dict[str, str]:
         chat_template_kwargs=args.default_chat_template_kwargs or {},
         context_length=args.context_length,
     )
-    told = {SERVICE_ENV: config.to_json(), supported.VERSION_ENV: supported.installed()}
-    return {**told, "CUDA_VISIBLE_DEVICES": ""}
+    return {
+        SERVICE_ENV: config.to_json(),
+        supported.VERSION_ENV: supported.installed(),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def claim(options: HarliOptions) -> None:
