@@ -52,14 +52,27 @@ def pairs(count: int = 20) -> list[dict[str, Any]]:
     ]
 
 
+_CLAIMS: list[socket.socket] = []  # held until this process ends
+
+
 def free_port() -> int:
-    for port in random.sample(PORTS, len(PORTS)):  # other test runs look for one too
+    """A TCP port that is free on the loopback address, and that no other test process is given.
+
+    A port is bound only when the service of a test has started: until then a probe of another test
+    process would find it free, and its client would speak with the wrong service. So each port is
+    claimed by an abstract socket of its number, which the kernel frees with the process.
+    """
+    for port in random.sample(PORTS, len(PORTS)):
+        claim = socket.socket(socket.AF_UNIX)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
+                claim.bind(f"\0sglang-harli-test-port-{port}")
                 probe.bind(("127.0.0.1", port))
             except OSError:
+                claim.close()
                 continue
+            _CLAIMS.append(claim)
             return port
     raise AssertionError(f"no free port in {PORTS}")
 
