@@ -155,6 +155,29 @@ def test_a_release_that_fails_half_way_is_an_error(scheduler, memory):
     assert memory("release", "kv_cache") == "the release failed: RuntimeError: the cache could not be flushed"
 
 
+def test_a_return_that_fails_half_way_is_an_error(scheduler, memory):
+    def fail(tag: str) -> None:
+        raise RuntimeError("the memory is gone")
+
+    assert memory("release", "kv_cache") == ""
+    scheduler.updater.memory_saver_adapter.resume = fail
+    assert memory("resume") == "the return failed: RuntimeError: the memory is gone"
+
+
+@pytest.mark.skipif(not NEWEST, reason="0.5.16 has no such cache")
+def test_weights_that_another_process_shares_are_refused_before_anything_is_released(
+    scheduler, memory, monkeypatch
+):
+    from sglang.srt.managers.scheduler_components import weight_updater
+
+    shared = SimpleNamespace(weight_cache_mode="client")
+    monkeypatch.setattr(weight_updater, "get_model", lambda: shared)
+    assert "--weight-cache-mode client" in memory("release")
+    assert "--weight-cache-mode client" in memory("release", "kv_cache", "weights")
+    assert scheduler.done == [] and scheduler.updater.offload_tags == set()
+    assert memory("release", "kv_cache") == "" and scheduler.done == ["-kv_cache"]
+
+
 def test_weights_are_not_updated_under_a_request_that_holds_the_cache(scheduler):
     from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 

@@ -13,6 +13,7 @@ from sglang.srt.managers.io_struct import (
     AbortReq,
     GenerateReqInput,
     LoadLoRAAdapterFromTensorsReqInput,
+    LoadLoRAAdapterReqInput,
     ShutdownReq,
 )
 from sglang.srt.utils import MultiprocessingSerializer
@@ -313,6 +314,38 @@ def test_an_unload_that_the_scheduler_refuses_leaves_the_name(drive):
         asked = side.ask(**body())
         await side.finish(*await side.came(1))
         await asked
+
+    drive(scenario)
+
+
+@pytest.mark.skipif(not NEWEST, reason="there the first rank answers for all")
+def test_an_unload_that_some_ranks_refuse_is_done_when_it_is_asked_for_again(drive):
+    async def scenario(side: Side) -> None:
+        lora_id, side.other_rank = side.adapters["one"], "the device is gone"
+        assert "the device is gone" in (await side.unload("one")).error_message
+        with pytest.raises(ValueError, match="one"):  # it would be wrong on one rank
+            await side.ask(**body())
+        assert side.pending_lora_unloads == {"one": lora_id}
+        load = LoadLoRAAdapterReqInput(lora_name="one", lora_path="/adapters/one")
+        assert "unload it again first" in (await side.load_lora_adapter(load)).error_message
+        side.adapters["one"], side.other_rank = lora_id, ""
+        assert (await side.unload("one")).success and side.pending_lora_unloads == {}
+        await side.load("one")
+
+    drive(scenario)
+
+
+@pytest.mark.skipif(not NEWEST, reason="there the first rank answers for all")
+def test_a_load_that_some_ranks_refuse_is_taken_back(drive):
+    async def scenario(side: Side) -> None:
+        load = LoadLoRAAdapterReqInput(lora_name="three", lora_path="/adapters/three")
+        side.other_rank = "out of memory"  # also when it is to be taken back
+        assert "out of memory" in (await side.load_lora_adapter(load)).error_message
+        assert list(side.pending_lora_unloads) == ["three"]
+        side.adapters["three"], side.other_rank = side.pending_lora_unloads["three"], ""
+        assert (await side.unload("three")).success and side.pending_lora_unloads == {}
+        await side.load("three")
+        assert "three" in side.lora_registry.get_all_adapters()
 
     drive(scenario)
 

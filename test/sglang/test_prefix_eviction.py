@@ -290,6 +290,27 @@ def test_a_prefix_used_by_itself_is_as_hot_as_that(rig_of):
     rig.check()
 
 
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_a_prefix_was_used_with_what_sglang_has_evicted_below_it(policy, rig_of):
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    rig = rig_of(stripes=12, policy=policy)
+    shared = rig.cache(STRIPE)
+    tails = [rig.cache(STRIPE, after=shared) for _ in range(2)]
+    rig.node(shared)
+    time.sleep(0.05)
+    since_s = time.monotonic()
+    for tail in tails:
+        rig.node(tail)
+    rig.tree.evict(EvictParams(num_tokens=2 * STRIPE))
+    assert rig.cached(tails[0]) == rig.cached(tails[1]) == rig.cached(shared) == len(shared)
+    assert rig.evict(9, keep=rig.size, unused_since_s=since_s) == 0
+    assert rig.cached(shared) == len(shared)
+    assert rig.evict(9, keep=rig.size, unused_since_s=time.monotonic()) >= 1
+    assert rig.cached(shared) == 0
+    rig.check()
+
+
 @given(data=st.data(), kind=st.sampled_from(KINDS))
 @settings(deadline=None, max_examples=60)
 def test_entries_come_in_the_order_in_which_sglang_would_evict_them(data, kind):
@@ -301,11 +322,14 @@ def test_entries_come_in_the_order_in_which_sglang_would_evict_them(data, kind):
     prefixes: list[list[int]] = [[]]
     for _ in range(data.draw(st.integers(1, 20))):
         before = data.draw(st.sampled_from(prefixes))
-        if data.draw(st.booleans()):
+        kind = data.draw(st.sampled_from(["cache", "cache", "match", "evict"]))
+        if kind == "cache":
             cut = data.draw(st.integers(0, len(before)))
             prefixes.append(rig.cache(data.draw(st.integers(1, 6)), after=before[:cut]))
-        elif before:
+        elif kind == "match":
             rig.node(before)
+        else:
+            rig.tree.evict(EvictParams(num_tokens=1))
     tree = prefix_tree.of(rig.tree)
     assert tree is not None
     entries = tree.expendable(10**6, 10**6, 512, None)

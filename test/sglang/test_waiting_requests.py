@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sglang_harli.sglang_versions.current import decode_rounds, requests
-from support.model_runner import NEWEST, publish
+from support.model_runner import NEWEST, publish, server_args
 
 PROMPT, CHUNK = 100, 40
 
@@ -29,14 +29,25 @@ def runner(sglang_runner: Callable[..., Any], tiny_model: Callable[..., str]) ->
 def tree(runner: Any) -> Any:
     """SGLang's prefix cache, which a chunk that is done goes to."""
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-    from sglang.srt.mem_cache.radix_cache import RadixCache
 
-    return RadixCache(
+    more: dict[str, Any] = {}
+    if NEWEST:
+        from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+        kind: Any = UnifiedRadixCache
+        more = {"tree_components": (ComponentType.FULL,)}
+    else:
+        from sglang.srt.mem_cache.radix_cache import RadixCache
+
+        kind = RadixCache
+    return kind(
         CacheInitParams(
             disable=False,
             req_to_token_pool=runner.req_to_token_pool,
             token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
             page_size=1,
+            **more,
         )
     )
 
@@ -161,11 +172,16 @@ def test_the_rounds_that_are_left_are_those_that_sglang_makes_a_prefill_wait() -
 
 
 def test_sglang_stops_at_the_rounds_of_its_arguments(runner: Any) -> None:
-    """What the scheduler keeps is the value in force."""
+    """What the scheduler keeps is the value in force, which may be another than was given."""
     from sglang.srt.managers.scheduler import Scheduler
 
-    scheduler = SimpleNamespace(
-        server_args=runner.server_args, model_config=runner.model_config, is_mixed_chunk=False
-    )
+    args = server_args(runner.server_args.model_path)
+    if NEWEST:
+        from sglang.srt.arg_groups.overrides import declare_resolution
+
+        declare_resolution(args, "another decision", prefill_decode_interval=3)
+        assert args.prefill_decode_interval != 3  # what was given
+    publish(args)
+    scheduler = SimpleNamespace(server_args=args, model_config=runner.model_config, is_mixed_chunk=False)
     Scheduler.init_chunked_prefill(scheduler)  # type: ignore[arg-type]
-    assert (decode_rounds.left(scheduler), decode_rounds.between(scheduler)) == (0, 0)
+    assert (decode_rounds.left(scheduler), decode_rounds.between(scheduler)) == (0, 3 if NEWEST else 0)

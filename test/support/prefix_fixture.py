@@ -224,7 +224,8 @@ class UnifiedCacheUnderTest(PrefixCacheUnderTest):
         core = self.tree.tree_core
         uses = core.harli_uses
         for node in core.collect_path_info([self._match(tokens)[1]])[0]:
-            uses._last[node.node_id] = uses.used_s(node.node_id) - by_s
+            used_s = uses._last[node.node_id] = uses.used_s(node.node_id) - by_s
+            uses._before_s = min(uses._before_s, used_s)
 
     def _check_tree(self) -> list[int]:
         self.tree.sanity_check()

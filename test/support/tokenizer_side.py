@@ -113,6 +113,7 @@ class Side(TokenizerManager):
     sent: every message to the scheduler.
     adapters: name -> id of what the scheduler has loaded.
     refusing: what it answers the next LoRA updates with; "" where it does them.
+    other_rank: what a second rank answers them with; None: there is none.
     slow: LoRA updates are answered when ``answer_updates`` is called, not at once.
     """
 
@@ -128,6 +129,7 @@ class Side(TokenizerManager):
         self.sent: list[Any] = []
         self.adapters: dict[str, str] = {}
         self.refusing = ""
+        self.other_rank: str | None = None
         self.slow = False
         self._updates: list[Any] = []
 
@@ -141,6 +143,7 @@ class Side(TokenizerManager):
                 self._to_scheduler(one)
             return
         self.sent.append(obj)
+        self.update_lora_adapter_communicator._fan_out = 1 if self.other_rank is None else 2
         loop = asyncio.get_running_loop()
         if isinstance(obj, TokenizedGenerateReqInput):
             assert obj.lora_id is None or obj.lora_id in self.adapters.values(), (
@@ -163,6 +166,9 @@ class Side(TokenizerManager):
         asked, self._updates = self._updates, []
         for obj in asked:
             self._result_dispatcher(self._update(obj))
+            if self.other_rank is not None:
+                error = self.other_rank
+                self._result_dispatcher(LoRAUpdateOutput(success=not error, error_message=error))
 
     def _update(self, obj: Any) -> LoRAUpdateOutput:
         error = self.refusing

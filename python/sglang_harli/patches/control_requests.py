@@ -48,6 +48,7 @@ def _release(original: Callable[..., Any], updater: Any, request: Any) -> Any:
     tags, wrong = _tags(request)
     if not wrong and not current.weight_updates.is_idle(updater):
         wrong = f"memory was not released: {_BUSY}"
+    wrong = wrong or current.weight_updates.refused_release(updater, tags)
     request.tags = [tag for tag in tags if tag not in updater.offload_tags]
     if wrong or not request.tags:  # none left: it was released before
         return ReleaseMemoryOccupationReqOutput(rid=wrong)
@@ -67,7 +68,11 @@ def _resume(original: Callable[..., Any], updater: Any, request: Any) -> Any:
     request.tags = [tag for tag in tags if tag in updater.offload_tags]
     if wrong or not request.tags:  # none left: it is there
         return ResumeMemoryOccupationReqOutput(rid=wrong)
-    return original(updater, request)
+    try:
+        return original(updater, request)
+    except Exception as error:  # boundary: one return is an error; the scheduler's loop goes on
+        logger.exception("a return of memory failed")
+        return ResumeMemoryOccupationReqOutput(rid=f"the return failed: {type(error).__name__}: {error}")
 
 
 def _tags(request: Any) -> tuple[list[str], str | None]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from pathlib import Path
 
+from sglang_harli import sglang_versions
 from sglang_harli.seams.source import SourceTree
 
 Holds = Callable[[SourceTree], str | None]  # why it does not hold, or None
@@ -13,16 +15,8 @@ Holds = Callable[[SourceTree], str | None]  # why it does not hold, or None
 ARGUMENTS = "sglang.srt.server_args.ServerArgs"
 ALLOCATORS = "sglang.srt.mem_cache.allocator"
 ENVIRONMENT = "sglang.srt.environ.Envs"
-# Requests that change the weights, or whether they are there: ours refuses the first four while a
-# job trains, and follows the last two.
-WEIGHT_UPDATES = {
-    "UpdateWeightFromDiskReqInput",
-    "UpdateWeightsFromDistributedReqInput",
-    "UpdateWeightsFromTensorReqInput",
-    "UpdateWeightsFromIPCReqInput",
-    "ReleaseMemoryOccupationReqInput",
-    "ResumeMemoryOccupationReqInput",
-}
+# Requests that change whether the weights are there: ours follows them.
+OCCUPATIONS = {"ReleaseMemoryOccupationReqInput", "ResumeMemoryOccupationReqInput"}
 # Requests with weights in their name that change none of the served ones.
 HARMLESS = {
     "InitWeightsSendGroupForRemoteInstanceReqInput",
@@ -99,14 +93,25 @@ def prefixes_are_in(made: str) -> Holds:
     return holds
 
 
-def weight_updates_are(guarded: set[str]) -> Holds:
+def weight_updates_are_guarded(folder: str) -> Holds:
+    """``ANSWERS`` of that folder's ``weight_updates`` has every request that changes weights."""
+
     def holds(tree: SourceTree) -> str | None:
+        source = Path(sglang_versions.__path__[0], folder, "weight_updates.py").read_text()
+        guarded = {
+            ast.unparse(key).removeprefix("io_struct.")
+            for node in ast.parse(source).body
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "ANSWERS"
+            if isinstance(node.value, ast.Dict)
+            for key in node.value.keys
+            if key is not None
+        }
         module = tree.module("sglang.srt.managers.io_struct")
         if module is None:
             return "io_struct is gone"
         pattern = re.compile(r"(Weight|MemoryOccupation)\w*ReqInput$")
         names = {n.name for n in module.body if isinstance(n, ast.ClassDef) and pattern.search(n.name)}
-        unknown = sorted(names - guarded - HARMLESS)
+        unknown = sorted(names - guarded - OCCUPATIONS - HARMLESS)
         return f"ours does not guard {', '.join(unknown)}" if unknown else None
 
     return holds
@@ -187,7 +192,7 @@ ASSUMPTIONS: dict[str, dict[str, Holds]] = {
         "the paged allocator's frees are release_pages": _without(
             f"{ALLOCATORS}.PagedTokenToKVPoolAllocator.num_staged_pages", "they are staged_pages now"
         ),
-        "requests that change weights are guarded": weight_updates_are(WEIGHT_UPDATES),
+        "requests that change weights are guarded": weight_updates_are_guarded("pinned"),
         "K and V of a layer are two allocations": keys_and_values_are(one=False),
         "the HTTP server is Python's": _without(
             f"{ENVIRONMENT}.SGLANG_RUST_SERVER", "SGLANG_RUST_SERVER has none of Python: not refused"
@@ -211,9 +216,7 @@ ASSUMPTIONS: dict[str, dict[str, Holds]] = {
         "the paged allocator's frees are staged_pages": _with(
             f"{ALLOCATORS}.PagedTokenToKVPoolAllocator.num_staged_pages", "they are staged no more"
         ),
-        "requests that change weights are guarded": weight_updates_are(
-            WEIGHT_UPDATES | {"BeginWeightUpdateReqInput", "EndWeightUpdateReqInput"}
-        ),
+        "requests that change weights are guarded": weight_updates_are_guarded("newest"),
         "K and V of a layer are halves of one allocation": keys_and_values_are(one=True),
         "SGLANG_RUST_SERVER names the HTTP server that is refused": _with(
             f"{ENVIRONMENT}.SGLANG_RUST_SERVER", "another name may turn it on"

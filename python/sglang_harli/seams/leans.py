@@ -116,7 +116,10 @@ OF_VERSION: dict[str, dict[tuple[str, str], str]] = {
             "tree_core tree_components cache_controller linker disable _evict_device_leaf "
             "token_to_kv_pool_allocator update_eviction_metrics evictable_size protected_size"
         ),
-        (_UPDATER, "sglang_versions/newest/weight_updates.py"): "_session is_fully_idle scheduler",
+        (
+            _UPDATER,
+            "sglang_versions/newest/weight_updates.py",
+        ): "_session is_fully_idle scheduler _assert_weight_cache_inactive",
         ("sglang.srt.managers.scheduler.Scheduler", "sglang_versions/newest/decode_rounds.py"): (
             "prefill_decode_interval _prefill_decode_interval_remaining"
         ),

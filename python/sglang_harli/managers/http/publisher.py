@@ -34,7 +34,7 @@ from sglang_harli.patches.lora.request_counts import uses_of
 from sglang_harli.patches.lora.unload import refuse_when_all_are_pinned, unload_when_idle, updates_of
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.trouble import passes
-from sglang_harli.sglang_versions.current import arguments, lora_unloads
+from sglang_harli.sglang_versions.current import arguments
 
 logger = logging.getLogger(__name__)
 
@@ -316,8 +316,8 @@ class AdapterPublisher:
         failpoint(Failpoint.LOADED)
         async with self._manager.lora_update_lock:
             if wanted.name in self._dropped:  # meanwhile
-                lora_unloads.unfinished(self._manager)[wanted.name] = ref.lora_id
-                await self._put_away(wanted.name, ref.lora_id)
+                updates_of(self._manager).unfinished[wanted.name] = ref.lora_id
+                await self._put_away(wanted.name)
                 return
             await self._manager.lora_registry.register(ref)
             self._manager.lora_ref_cache[wanted.name] = ref
@@ -328,22 +328,17 @@ class AdapterPublisher:
         """Have the scheduler unload what an earlier unload left there; False: there was none.
         StateError: it fails again, and the name is not loaded until it has been done."""
         async with self._manager.lora_update_lock:
-            lora_id = lora_unloads.unfinished(self._manager).get(name)
-            if lora_id is None or name in updates_of(self._manager).leaving:  # requests may use it
+            updates = updates_of(self._manager)
+            if name not in updates.unfinished or name in updates.leaving:  # requests may use it
                 return False
-            await self._put_away(name, lora_id)
+            await self._put_away(name)
             return True
 
-    async def _put_away(self, name: str, lora_id: str) -> None:
+    async def _put_away(self, name: str) -> None:
         """Have the scheduler unload what has no name; under ``lora_update_lock``."""
-        from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
-
-        request = UnloadLoRAAdapterReqInput(lora_name=name, lora_id=lora_id)
-        results = await self._manager.update_lora_adapter_communicator(request)
-        wrong = [str(result.error_message) for result in results if not result.success]
-        if wrong:
-            raise StateError(f"it could not be put away: {'; '.join(wrong)}", code="load_failed")
-        lora_unloads.unfinished(self._manager).pop(name, None)
+        result = await updates_of(self._manager).finish(name)
+        if not result.success:
+            raise StateError(f"it could not be put away: {result.error_message}", code="load_failed")
         logger.info("harli: adapter %s is put away: it was unloaded while it was being loaded", name)
 
     async def _loaded(self, name: str, lora_id: str, status: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Start-up: the latency profile that was measured for this server, if there is one.
 
 The file is read once, before serving begins; later only ``harli profile`` touches it. Leans on
-SGLang's ServerArgs: the flags of ``_FLAGS``.
+SGLang's ServerArgs: the flags of ``_FLAGS``, ``cuda_graph_config.decode.backend``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # SGLang's flags by which a batch takes longer or shorter.
 _FLAGS = (
     *("attention_backend", "decode_attention_backend", "prefill_attention_backend", "sampling_backend"),
-    *("lora_backend", "kv_cache_dtype", "page_size", "enable_torch_compile", "disable_cuda_graph", "tp_size"),
+    *("lora_backend", "kv_cache_dtype", "page_size", "enable_torch_compile", "tp_size"),
 )
 
 
@@ -32,6 +32,7 @@ def profile_key(limits: ServedLimits, args: Any) -> ProfileKey:
     """What measured times depend on besides the load."""
     sizes = ",".join(f"{name}={i}x{o}" for name, (i, o) in sorted(limits.linear_sizes.items()))
     flags = [f"{name}={getattr(args, name)}" for name in _FLAGS if getattr(args, name, None) is not None]
+    flags.append(f"decode_graphs={args.cuda_graph_config.decode.backend}")
     return ProfileKey(
         model=f"{limits.architecture} layers={limits.num_layers} vocab={limits.vocab_size} {sizes}",
         device=device_name(limits.device),

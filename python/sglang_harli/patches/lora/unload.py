@@ -114,16 +114,35 @@ class AdapterUpdates:
             registry._registry[ref.lora_name] = ref  # with the counter that it has
 
     async def unload_now(self, ref: Any) -> Any:
-        """Have the scheduler unload an adapter that was taken away; on failure the name is back."""
-        from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
-
-        request = UnloadLoRAAdapterReqInput(lora_name=ref.lora_name, lora_id=ref.lora_id)
-        result = current.lora_updates.merged(await self._manager.update_lora_adapter_communicator(request))
+        """Have the scheduler unload an adapter that was taken away; where no rank has, the name is
+        back."""
+        results, result = await self._ask_to_unload(ref.lora_name, ref.lora_id)
         if result.success:
             self._manager.lora_registry._counters.pop(ref.lora_id, None)
+        elif any(one.success for one in results):
+            self.unfinished[ref.lora_name] = ref.lora_id
         else:
             await self.put_back(ref)
         return result
+
+    @property
+    def unfinished(self) -> dict[str, str]:
+        """Name -> id of adapters that some rank may hold and that have no name."""
+        return current.lora_unloads.unfinished(self._manager)
+
+    async def finish(self, name: str) -> Any:
+        """Have the scheduler unload one of ``unfinished``, which no request uses."""
+        _, result = await self._ask_to_unload(name, self.unfinished[name])
+        if result.success:
+            self._manager.lora_registry._counters.pop(self.unfinished.pop(name), None)
+        return result
+
+    async def _ask_to_unload(self, name: str, lora_id: str) -> tuple[list[Any], Any]:
+        from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
+
+        request = UnloadLoRAAdapterReqInput(lora_name=name, lora_id=lora_id)
+        results = await self._manager.update_lora_adapter_communicator(request)
+        return results, current.lora_updates.merged(results)
 
     async def quiet(self, ref: Any) -> bool:
         """Wait until no request uses the adapter; False: some do, and none makes progress."""
@@ -175,13 +194,17 @@ def _check(manager: Any, name: Any) -> None:
 
 async def _load(manager: Any, obj: Any, path: str) -> Any:
     from sglang.srt.lora.lora_registry import LoRARef
-    from sglang.srt.managers.io_struct import LoadLoRAAdapterReqOutput, UnloadLoRAAdapterReqInput
+    from sglang.srt.managers.io_struct import LoadLoRAAdapterReqOutput
 
     manager.auto_create_handle_loop()
     updates = updates_of(manager)
     try:
         async with manager.lora_update_lock:
             _check(manager, obj.lora_name)
+            if obj.lora_name in updates.unfinished:
+                raise ValueError(
+                    f"LoRA adapter {obj.lora_name!r} has not been unloaded yet: unload it again first"
+                )
             refuse_when_all_are_pinned(manager)
             logger.info("Start load Lora adapter. Lora name=%s, path=%s", obj.lora_name, path)
             ref = LoRARef(lora_name=obj.lora_name, lora_path=path, pinned=obj.pinned)
@@ -196,9 +219,8 @@ async def _load(manager: Any, obj: Any, path: str) -> Any:
                 obj.lora_name not in manager.lora_registry.get_all_adapters()
                 and current.lora_updates.is_partly_loaded(results, obj.lora_name)
             ):
-                await manager.update_lora_adapter_communicator(
-                    UnloadLoRAAdapterReqInput(lora_name=obj.lora_name, lora_id=ref.lora_id)
-                )
+                updates.unfinished[obj.lora_name] = ref.lora_id
+                await updates.finish(obj.lora_name)
     except ValueError as error:
         return LoadLoRAAdapterReqOutput(success=False, error_message=str(error))
     with uses_of(manager).looking_up([obj.lora_name]):  # what has just come is not the first to go
@@ -226,6 +248,8 @@ async def unload_when_idle(manager: Any, name: str) -> Any:
         async with manager.lora_update_lock:
             _check(manager, name)
             logger.info("Start unload Lora adapter. Lora name=%s", name)
+            if name in updates.unfinished:
+                return await updates.finish(name)
             ref = await updates.take_away(name)
             updates.leaving.add(name)
     except ValueError as error:

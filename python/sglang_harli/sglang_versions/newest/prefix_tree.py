@@ -16,7 +16,6 @@ import heapq
 import math
 import time
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,13 +45,20 @@ class Entry:
 
 
 class _Uses:
-    """When each entry was last the end of a match or of an insertion, and when it was made."""
+    """When each entry was last the end of a match or of an insertion, and when it was made.
+
+    What a prefix was used for below itself is known from the entries there. SGLang evicts them
+    without saying what they hung on. Under LRU it takes the one used least recently first, so that
+    none that stays was last used before the one that goes; under other policies one that stays
+    counts as used then.
+    """
 
     def __init__(self) -> None:
         self._last: dict[int, float] = {}  # the latest at the end
-        self._before_s = time.monotonic()  # no use of an entry that is not noted came later
+        self._before_s = time.monotonic()  # no entry counts as used before
         # Numbers ascend, and of the entries that one call makes its end has the highest.
-        self._made: deque[tuple[int, float]] = deque([(-1, self._before_s)], _MOST_USES)
+        self._made: list[tuple[int, float]] = [(-1, self._before_s)]
+        self.evicting = False  # ours are: what goes is not what SGLang would take first
 
     def note(self, node: int) -> None:
         now_s = time.monotonic()
@@ -60,6 +66,8 @@ class _Uses:
         self._last[node] = now_s
         if node > self._made[-1][0]:
             self._made.append((node, now_s))
+            if len(self._made) > _MOST_USES:
+                del self._made[: _MOST_USES // 2]
         self._forget_oldest()
 
     def inherit(self, node: int, below: int) -> None:
@@ -68,12 +76,14 @@ class _Uses:
         self._last.pop(below, None)
         self._forget_oldest()
 
+    def evicted(self, node: int) -> None:
+        """SGLang has taken it as the one to go first."""
+        if not self.evicting:
+            self._before_s = max(self._before_s, self._last.pop(node, 0.0))
+
     def _forget_oldest(self) -> None:
         if len(self._last) > _MOST_USES:
             self._before_s = max(self._before_s, self._last.pop(next(iter(self._last))))
-
-    def noted_s(self, node: int) -> float | None:
-        return self._last.get(node)
 
     def made_s(self, node: int) -> float | None:
         """None: longer ago than is remembered."""
@@ -81,7 +91,7 @@ class _Uses:
         return self._made[at][1] if 0 < at < len(self._made) else None
 
     def used_s(self, node: int) -> float:
-        return self._last.get(node, self._before_s)
+        return max(self._last.get(node, 0.0), self._before_s)
 
 
 def watch(tree_cache: Any) -> None:
@@ -107,6 +117,14 @@ def watch(tree_cache: Any) -> None:
     core.match_prefix = noting(core.match_prefix, lambda result: result.last_device_node)
     core.begin_insert = noting(core.begin_insert, inserted)
     core.resume_insert = noting(core.resume_insert, inserted)
+    evict = core.evict_device_leaf
+
+    def evicting(node: int, *args: Any, **kwargs: Any) -> Any:
+        result = evict(node, *args, **kwargs)
+        uses.evicted(node)
+        return result
+
+    core.evict_device_leaf = evicting
 
 
 def of(tree_cache: Any) -> PrefixTree | None:
@@ -139,8 +157,7 @@ class PrefixTree:
 
         Each comes after all that hangs below it. Those that hang lowest come in the tree's very
         order, and under LRU so do those above them: when one was accessed is known from the calls
-        that ended at it or below it, or cut it. Under other policies one comes as if by LRU. An
-        entry below it that was evicted by SGLang while locked ones stayed is not known any more.
+        that ended at it or below it, or cut it. Under other policies one comes as if by LRU.
         ``piece`` is for trees whose entries can be cut. ``most``: entries.
         """
         found: list[Entry] = []
@@ -162,10 +179,7 @@ class PrefixTree:
                 uses_below = below.setdefault(node.parent_id, [])
                 uses_below.append(used_s)
                 if len(uses_below) == above.num_children and self._is_unlocked(node.parent_id):
-                    own_s = self._uses.noted_s(node.parent_id)
-                    if own_s is not None:
-                        uses_below.append(own_s)
-                    own_s = max(uses_below)
+                    own_s = max(*uses_below, self._uses.used_s(node.parent_id))
                     heapq.heappush(due, (max(own_s, self._cut_s(above)), own_s, node.parent_id))
             return True
 
@@ -229,7 +243,10 @@ class PrefixTree:
         return tokens
 
     def alive(self, entries: Sequence[Entry]) -> np.ndarray:
-        """bool ``[entries]``: one as it was, with nothing below it but entries that may go."""
+        """bool ``[entries]``: one as it was, with nothing below it but entries that may go.
+
+        It copies the paths that the look has copied, which bounds it as well.
+        """
         nodes: dict[int, Any] = {}
         unlocked: set[int] = set()
         inner = {entry.parent for entry in entries}
@@ -270,10 +287,12 @@ class PrefixTree:
         tracker = dict.fromkeys(tree.tree_components, 0)
         slots = tree.token_to_kv_pool_allocator
         slots.free_group_begin()  # else each entry's slots would be joined to all that wait
+        self._uses.evicting = True
         try:
             for entry in entries:
                 tree._evict_device_leaf(entry.key, tracker)
                 self._uses.inherit(entry.parent, entry.key)
         finally:
+            self._uses.evicting = False
             slots.free_group_end()
         tree.update_eviction_metrics(tracker[_FULL], began)

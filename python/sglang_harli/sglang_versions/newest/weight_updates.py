@@ -2,7 +2,7 @@
 
 Some come in a session: ``/begin_weight_update``, any number of them, ``/end_weight_update``.
 Leans on SGLang: ``io_struct``, ``SchedulerWeightUpdaterManager`` (``_session``, ``is_fully_idle``,
-``scheduler``) and ``Scheduler._engine_paused``.
+``scheduler``, ``_assert_weight_cache_inactive``) and ``Scheduler._engine_paused``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,18 @@ def is_idle(updater: Any) -> bool:
     is none of its concern."""
     scheduler = updater.scheduler
     return bool(updater.is_fully_idle(ignore_waiting=scheduler is not None and scheduler._engine_paused))
+
+
+def refused_release(updater: Any, tags: list[str]) -> str | None:
+    """Why these kinds of memory are not released, where SGLang finds it only after it has begun:
+    weights of ``--weight-cache-mode`` are another process's as well."""
+    if "weights" not in tags:
+        return None
+    try:
+        updater._assert_weight_cache_inactive("release_memory_occupation")
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def is_released(error: Exception) -> bool:

@@ -27,6 +27,11 @@ def is_idle(updater: Any) -> bool:
     return bool(updater.is_fully_idle())
 
 
+def refused_release(updater: Any, tags: list[str]) -> str | None:
+    """Why these kinds of memory are not released: no weights are another process's here."""
+    return None
+
+
 def is_released(error: Exception) -> bool:
     """Whether a release has failed only at its last line, the wait for an accelerator: no, torch
     2.11 has none to wait for on a host without any."""
