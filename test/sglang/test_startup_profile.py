@@ -16,11 +16,15 @@ from sglang_harli.config import HarliOptions
 from sglang_harli.errors import NotReadyError
 from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
+from sglang_harli.managers.scheduler.profile_setup import profile_key
 from sglang_harli.managers.scheduler.step_timer import BatchLoad
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 from sglang_harli.predictor.profile import sweep
 from sglang_harli.predictor.profile.priors import first_guess, from_table
 from sglang_harli.predictor.profile.profile_table import ProfileKey, load
+from sglang_harli.sglang_versions.current import arguments
+from support.model_runner import server_args
+from support.service.service_peers import limits
 
 KEY = ProfileKey("m", "cpu", "bfloat16", "0.5.16", "")
 LIMITS = {"requests": 4, "row_tokens": 400, "slots": 4096, "vocab": 100, "sampled": 8}
@@ -113,3 +117,12 @@ def test_what_goes_wrong_does_not_keep_the_server_from_serving(rig):
     rig.refuses = True
     rig.run(60.0)
     assert rig.loads == 0
+
+
+def test_a_profile_is_of_one_kind_of_decode_graphs(tiny_model):
+    args = server_args(tiny_model())
+    arguments.resolve(args)
+    given = arguments.in_force(args)
+    assert "decode_graphs=disabled" in profile_key(limits(), given).flags  # as on every CPU
+    given.cuda_graph_config.decode.backend = "full"
+    assert "decode_graphs=full" in profile_key(limits(), given).flags
