@@ -26,7 +26,7 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 SUPPORTED := 0.5.23 0.5.16
 NEWEST := $(firstword $(SUPPORTED))
 PINNED := $(lastword $(SUPPORTED))
-SGLANG ?= $(NEWEST)
+override SGLANG := $(or $(SGLANG),$(NEWEST))
 ifeq ($(filter $(SGLANG),$(SUPPORTED)),)
 $(error SGLANG=$(SGLANG) is not supported; these are: $(SUPPORTED))
 endif
@@ -51,7 +51,7 @@ WITH_INDEX = index="$(PIP_INDEX)"; if [ -n "$$index" ]; then export UV_DEFAULT_I
 
 # What runs here is local: no hub, no telemetry, and no more threads than the tests are sized for.
 # SGLang compiles extensions, for its own version and torch's: never those of another environment.
-RUN_ENV := TORCH_EXTENSIONS_DIR=$${TORCH_EXTENSIONS_DIR:-$(VENV)/torch_extensions} \
+RUN_ENV := TORCH_EXTENSIONS_DIR=$(VENV)/torch_extensions \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1
 

@@ -183,7 +183,7 @@ def summary(measured: Measured, expected: str) -> dict[str, Any]:
     tokens = sum(job.trained_tokens for job in jobs)
     return {
         "learned": measured.tuned_answer == expected and measured.base_answer != expected,
-        "slo_attainment": round(training / alone, 4) if alone else 0.0,
+        "slo_attainment_ratio": round(training / alone, 4) if alone else 0.0,
         "finetune_tokens_per_s": round(tokens / seconds, 1) if seconds > 0 else 0.0,
         "adapter": jobs[0].fine_tuned_model,
         "base_answer": measured.base_answer,
@@ -217,7 +217,7 @@ def passed(figures: dict[str, Any]) -> bool:
     return bool(
         figures["learned"]
         and not figures["failed_requests"]
-        and figures["slo_attainment"] >= ATTAINMENT
+        and figures["slo_attainment_ratio"] >= ATTAINMENT
         and figures["requests_training"] >= REQUESTS
     )
 
@@ -284,7 +284,7 @@ def main() -> int:
     except HarliError as error:
         figures = {
             "learned": False,
-            "slo_attainment": 0.0,
+            "slo_attainment_ratio": 0.0,
             "finetune_tokens_per_s": 0.0,
             "adapter": None,
             "base_answer": None,

@@ -2,7 +2,7 @@
 
 A thin start: it refuses what can be refused before sglang is imported, prepares the environment and
 calls SGLang's own entry point.  All of it stands under ``__main__``, because SGLang's children run
-this module again.  Leans on SGLang 0.5.16: ``plugins.load_plugins``,
+this module again.  Leans on SGLang: ``plugins.load_plugins``,
 ``server_args.prepare_server_args``, ``launch_server.run_server``, ``utils.kill_process_tree``.
 """
 

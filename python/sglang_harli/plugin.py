@@ -2,7 +2,7 @@
 
 SGLang calls ``activate()`` (entry point ``sglang.srt.plugins``) before it parses arguments and
 again in each scheduler process.  Our arguments always replace SGLang's; the rest follows when the
-switch is on.  Leans on SGLang 0.5.16: ``plugins.hook_registry`` and the table's targets.
+switch is on.  Leans on SGLang: ``plugins.hook_registry`` and the table's targets.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sglang_harli.config import FLAG_PREFIX, SWITCH_ENV, SWITCH_SERVE
-from sglang_harli.patches import catalog
 from sglang_harli.sglang_versions import supported
 
 logger = logging.getLogger(__name__)
@@ -141,7 +140,11 @@ TABLE = (
             kind=kind,
         )
         for handler, hook, kind in (
-            ("openai.serving_base.OpenAIServingBase._resolve_lora_path", "resolve_lora_path", "replace"),
+            (
+                "openai.serving_base.OpenAIServingBase._parse_model_parameter",
+                "parse_model_parameter",
+                "around",
+            ),
             (
                 "openai.serving_base.OpenAIServingBase.create_error_response",
                 "create_error_response",
@@ -231,7 +234,8 @@ def supported_version(*, asked: bool) -> bool:
     sentence = f"harli supports sglang {names}, and this is {supported.installed()}"
     if asked:
         raise SystemExit(
-            f"{sentence}: pip install sglang=={supported.NEWEST}, or serve without any {FLAG_PREFIX} option"
+            f"{sentence}: pip install sglang=={supported.NEWEST}, or start SGLang itself (sglang serve) "
+            f"without any {FLAG_PREFIX} option"
         )
     if "version" not in _done:
         _done.add("version")
@@ -262,6 +266,8 @@ def _register(rows: Iterable[Replacement]) -> None:
 
 def _register_patches() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from sglang_harli.patches import catalog  # which reads the version: not before the gate
 
     if "patches" not in _done:
         _done.add("patches")

@@ -151,17 +151,57 @@ def test_a_release_that_fails_half_way_is_an_error(scheduler, memory):
     def fail() -> bool:
         raise RuntimeError("the cache could not be flushed")
 
-    scheduler.updater.flush_cache = fail
-    assert memory("release", "kv_cache") == "the release failed: RuntimeError: the cache could not be flushed"
+    flush, scheduler.updater.flush_cache = scheduler.updater.flush_cache, fail
+    failed = "the release failed: RuntimeError: the cache could not be flushed"
+    assert memory("release", "kv_cache", "cuda_graph") == failed
+    assert scheduler.updater.offload_tags == {"kv_cache"}, "the graphs are there"
+    scheduler.updater.flush_cache = flush
+    assert memory("resume") == "" and scheduler.done == ["-kv_cache", "+kv_cache"]
+    assert scheduler.updater.offload_tags == set()
 
 
 def test_a_return_that_fails_half_way_is_an_error(scheduler, memory):
     def fail(tag: str) -> None:
         raise RuntimeError("the memory is gone")
 
-    assert memory("release", "kv_cache") == ""
-    scheduler.updater.memory_saver_adapter.resume = fail
-    assert memory("resume") == "the return failed: RuntimeError: the memory is gone"
+    assert memory("release", "kv_cache", "cuda_graph") == ""
+    saver = scheduler.updater.memory_saver_adapter
+    resume = saver.resume
+    saver.resume = lambda tag: fail(tag) if tag == "kv_cache" else resume(tag)
+    for _ in range(2):  # the graphs come first, and are not brought back twice
+        assert memory("resume") == "the return failed: RuntimeError: the memory is gone"
+        assert scheduler.updater.offload_tags == {"kv_cache"}
+    saver.resume = resume
+    assert memory("resume") == "" and scheduler.updater.offload_tags == set()
+    assert scheduler.done == ["-kv_cache", "-cuda_graph", "+cuda_graph", "+kv_cache"]
+
+
+def test_a_return_without_its_content_is_no_answer(scheduler, monkeypatch):
+    """The weights are mapped and are not those that were served: the scheduler ends."""
+    from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
+    from sglang.srt.managers.scheduler_components import weight_updater
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no weights were kept")
+
+    monkeypatch.setattr(weight_updater.torch.distributed, "barrier", lambda *_, **__: None)
+    monkeypatch.setattr(weight_updater, "_import_static_state", fail)
+    if NEWEST:
+        monkeypatch.setattr(weight_updater, "get_model", lambda: SimpleNamespace(weight_cache_mode="off"))
+    scheduler.updater.tp_worker.model_runner = SimpleNamespace(model=None)
+    scheduler.updater.offload_tags.add("weights")
+    with pytest.raises(RuntimeError, match="no weights were kept"):
+        scheduler.updater.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=["weights"]))
+    assert scheduler.done == ["+weights"]
+
+
+@pytest.mark.skipif(not NEWEST, reason="0.5.16 has no sessions")
+def test_the_end_of_a_session_that_fails_is_an_error_and_the_session_stays_open(scheduler):
+    from sglang.srt.managers.io_struct import EndWeightUpdateReqInput
+
+    answer = scheduler.updater.end_weight_update(EndWeightUpdateReqInput())
+    assert not answer.success and answer.message.startswith("the update failed: AttributeError")
+    assert scheduler.updater._session is not None
 
 
 @pytest.mark.skipif(not NEWEST, reason="0.5.16 has no such cache")

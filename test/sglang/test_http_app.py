@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import AsyncMock, MagicMock
 
 import pytest
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, HTTPException, Response
 from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
@@ -182,6 +182,46 @@ def test_missing_adapter_is_a_404_in_openais_form(
     )
     assert model.removeprefix("base:") in error["message"]
     assert manager.asked == []
+
+
+@pytest.mark.parametrize("path", OPENAI)
+def test_a_served_name_may_hold_a_colon(client: TestClient, manager: Any, path: str) -> None:
+    manager.served_model_name = "s3://bucket/base"
+    assert ask(client, path, "s3://bucket/base").status_code == 200
+    assert ask(client, path, f"s3://bucket/base:{FOREIGN}").status_code == 200
+    assert ask(client, path, f"s3://bucket/base:{MISSING}").status_code == 404
+    assert manager.asked == [None, FOREIGN]
+
+
+@pytest.mark.skipif(not NEWEST, reason="0.5.16 has no such routes")
+@pytest.mark.parametrize("joint", [False, True])
+def test_decisions_never_answer_as_the_base_for_an_adapter(
+    app: FastAPI, manager: Any, monkeypatch: pytest.MonkeyPatch, joint: bool
+) -> None:
+    from sglang.srt.entrypoints.openai import serving_decisions
+    from sglang.srt.entrypoints.systemone.serving import SystemOneServing
+
+    features = SimpleNamespace(features=SimpleNamespace(enable_mis=False), dllm=SimpleNamespace())
+    features.dllm.dllm_algorithm = None
+    monkeypatch.setattr(serving_decisions, "get_exec", lambda: features)
+    serving = SystemOneServing.__new__(SystemOneServing)
+    serving.tokenizer_manager, serving.template_manager = manager, SimpleNamespace(chat_template_name=None)
+    serving.chat_encoding_spec, serving.prompt_text_is_lossy = None, False
+
+    def wrong(model: str) -> Any:
+        request = SimpleNamespace(model=model, images=[], chat_template_kwargs={})
+        return (
+            serving._validate_joint_schema_request(request)  # type: ignore[arg-type]
+            if joint
+            else serving._validate_server(model)
+        )
+
+    assert wrong("base") is None and wrong("default") is None
+    for name in (LOADED, EVICTED, FOREIGN, f"base:{FOREIGN}"):
+        assert f"the LoRA adapter {name.removeprefix('base:')!r}" in str(wrong(name))
+    with pytest.raises(HTTPException) as missing:
+        wrong(MISSING)
+    assert missing.value.status_code == 404
 
 
 def test_explicit_lora_path_still_counts_for_the_base(client: TestClient, manager: Any) -> None:

@@ -420,17 +420,22 @@ trainer = [m for m in ("peft", "sglang_harli.managers.scheduler.scheduler") if m
 plugin._register(row for row in plugin.TABLE if not row.main)  # what a scheduler process adds
 HookRegistry.apply_hooks()
 from sglang.srt.managers import scheduler
+others = sorted(m for m in sys.modules if m.startswith("sglang_harli.sglang_versions." + sys.argv[2]))
 print("\\n" + json.dumps(dict(first=first, main=main, all=sorted(HookRegistry._patched), heavy=heavy,
-    trainer=trainer, elsewhere=[row.target for row in plugin.TABLE if not row.main], table=[row.target for row in plugin.TABLE], hooks=len(HookRegistry._hooks),
+    trainer=trainer, others=others, elsewhere=[row.target for row in plugin.TABLE if not row.main], table=[row.target for row in plugin.TABLE], hooks=len(HookRegistry._hooks),
     scheduler=scheduler.Scheduler.__name__, args=type(args).__name__)))
 """
 
 
 def test_the_whole_table_is_applied(tiny_model):
-    environment = dict(os.environ)
+    mine, other = supported.folder(), "pinned" if supported.folder() == "newest" else "newest"
+    # Whatever the environment says: the variable is for processes that cannot look.
+    environment = dict(os.environ) | {
+        supported.VERSION_ENV: next(v for v, name in supported.FOLDERS.items() if name != mine)
+    }
     engine.turn_on(environment, path=[])
     done = subprocess.run(
-        [sys.executable, "-c", APPLIED, tiny_model()],
+        [sys.executable, "-c", APPLIED, tiny_model(), other],
         env=environment,
         capture_output=True,
         text=True,
@@ -440,6 +445,7 @@ def test_the_whole_table_is_applied(tiny_model):
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["first"] == ["sglang.srt.server_args.ServerArgs"], "without an option, nothing else"
+    assert seen["others"] == [], "files of another version"
     assert not seen["heavy"]
     assert not seen["trainer"], "the main process needs no trainer"
     assert set(seen["table"]) <= set(seen["all"])
@@ -456,7 +462,7 @@ def test_the_launcher_refuses_another_sglang_in_one_sentence(tiny_model, tmp_pat
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.99\n")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = dict(os.environ) | {supported.VERSION_ENV: "0.5.23", "PYTHONPATH": path}
+    environment = dict(os.environ) | {supported.VERSION_ENV: supported.NEWEST, "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-m", "sglang_harli.launch_server", "--model-path", tiny_model(), "--device", "cpu"],
         env=environment,
@@ -468,7 +474,7 @@ def test_the_launcher_refuses_another_sglang_in_one_sentence(tiny_model, tmp_pat
     )
     assert done.returncode == 1
     assert (
-        "harli supports sglang 0.5.23 and 0.5.16, and this is 0.5.99: pip install sglang==0.5.23"
-        in done.stderr
+        f"harli supports sglang {' and '.join(supported.SUPPORTED)}, and this is 0.5.99: "
+        f"pip install sglang=={supported.NEWEST}, or start SGLang itself" in done.stderr
     )
     assert "Traceback" not in done.stderr

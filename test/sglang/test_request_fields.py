@@ -63,6 +63,11 @@ PAIR = {"text": ["a", "b"]}
         ({**PAIR, "lora_id": ["guessed", None], "lora_path": [None, None]}, "lora_id is the server's own"),
         ({"multi_item_delimiter_indices": [1]}, "multi_item_delimiter_indices is the server's own"),
         ({**PAIR, "multi_item_delimiter_indices": [["x"], [1]]}, "multi_item_delimiter_indices is the"),
+        *(
+            ({"token_indices_to_pool": places}, "token_indices_to_pool is the server's own")
+            for places in ([1], [10**6], [[1], [2]])
+            if NEWEST
+        ),
         ({"positional_embed_overrides": {"a": 1}}, "positional_embed_overrides cannot be given"),
         ({"text": None, "input_ids": [5, TOKENS]}, f"input_ids has {TOKENS}; accepted: 0 to {TOKENS - 1}"),
         ({"text": None, "input_ids": [-1, 5]}, "input_ids has -1"),

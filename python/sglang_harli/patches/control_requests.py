@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from sglang_harli.sglang_versions import current
+from sglang_harli.sglang_versions import current, supported
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,9 @@ _UPDATES = {
     "update_weights_from_tensor": "UpdateWeightsFromTensorReqOutput",
     "update_weights_from_ipc": "UpdateWeightsFromIPCReqOutput",
 }
+# Where the end of a session fails, it is open.  (Where one cannot begin, nothing says what the
+# weights are: SGLang ends, as without ours.)
+_SESSION_END = ("end_weight_update", "EndWeightUpdateReqOutput")
 
 
 # ------------------------------------------------------------------ the scheduler
@@ -33,7 +36,7 @@ def _update(output: str, original: Callable[..., Any], updater: Any, request: An
     from sglang.srt.managers import io_struct
 
     answer = getattr(io_struct, output)
-    if request.flush_cache and not current.weight_updates.is_idle(updater):
+    if getattr(request, "flush_cache", False) and not current.weight_updates.is_idle(updater):
         return answer(success=False, message=f"the weights were not updated: {_BUSY}")
     try:
         return original(updater, request)
@@ -52,12 +55,15 @@ def _release(original: Callable[..., Any], updater: Any, request: Any) -> Any:
     request.tags = [tag for tag in tags if tag not in updater.offload_tags]
     if wrong or not request.tags:  # none left: it was released before
         return ReleaseMemoryOccupationReqOutput(rid=wrong)
+    moved = _Moved(updater)
     try:
-        return original(updater, request)
+        with moved:
+            return original(updater, request)
     except Exception as error:  # boundary: one release is an error; the scheduler's loop goes on
         if current.weight_updates.is_released(error):
             return ReleaseMemoryOccupationReqOutput()
         logger.exception("a release of memory failed")
+        updater.offload_tags.difference_update(set(request.tags) - set(moved.tags))  # they are there
         return ReleaseMemoryOccupationReqOutput(rid=f"the release failed: {type(error).__name__}: {error}")
 
 
@@ -68,11 +74,50 @@ def _resume(original: Callable[..., Any], updater: Any, request: Any) -> Any:
     request.tags = [tag for tag in tags if tag in updater.offload_tags]
     if wrong or not request.tags:  # none left: it is there
         return ResumeMemoryOccupationReqOutput(rid=wrong)
+    moved = _Moved(updater)
     try:
-        return original(updater, request)
+        with moved:
+            return original(updater, request)
     except Exception as error:  # boundary: one return is an error; the scheduler's loop goes on
+        if moved.failed is None:  # what is mapped has not its content: as without this hook
+            raise
         logger.exception("a return of memory failed")
+        updater.offload_tags.update(set(request.tags) - set(moved.tags))  # to be asked for again
         return ResumeMemoryOccupationReqOutput(rid=f"the return failed: {type(error).__name__}: {error}")
+
+
+class _Moved:
+    """SGLang's memory saver while one call runs, and which kinds it has paused or resumed.
+
+    Attributes:
+        tags: those that it has; failed: the one that it could not.
+    """
+
+    def __init__(self, updater: Any) -> None:
+        self._updater, self._saver = updater, updater.memory_saver_adapter
+        self.tags: list[str] = []
+        self.failed: str | None = None
+
+    def __enter__(self) -> None:
+        self._updater.memory_saver_adapter = self
+
+    def __exit__(self, *error: object) -> None:
+        self._updater.memory_saver_adapter = self._saver
+
+    def pause(self, tag: str) -> None:
+        self._move(self._saver.pause, tag)
+
+    def resume(self, tag: str) -> None:
+        self._move(self._saver.resume, tag)
+
+    def _move(self, move: Callable[[str], None], tag: str) -> None:
+        self.failed = tag
+        move(tag)
+        self.failed = None
+        self.tags.append(tag)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._saver, name)
 
 
 def _tags(request: Any) -> tuple[list[str], str | None]:
@@ -102,7 +147,7 @@ async def _raise_refusals(original: Callable[..., Awaitable[Any]], *args: Any, *
 HOOKS = (
     *(
         (f"{_UPDATER}.{method}", functools.partial(_update, output), "around")
-        for method, output in _UPDATES.items()
+        for method, output in (*_UPDATES.items(), *supported.only("newest", (_SESSION_END,)))
     ),
     (f"{_UPDATER}.release_memory_occupation", _release, "around"),
     (f"{_UPDATER}.resume_memory_occupation", _resume, "around"),

@@ -78,8 +78,9 @@ def _check_own_fields(request: Any) -> None:
     for one in overrides if isinstance(overrides, list) else [overrides]:
         if one is not None and not isinstance(one, PositionalEmbeds):
             raise ValueError("positional_embed_overrides cannot be given by HTTP")
-    if request.multi_item_delimiter_indices is not None and not _scoring.get():
-        raise ValueError("multi_item_delimiter_indices is the server's own: send items to /v1/score")
+    for field in ("multi_item_delimiter_indices", "token_indices_to_pool"):
+        if getattr(request, field, None) is not None and not _scoring.get():
+            raise ValueError(f"{field} is the server's own: send items to /v1/score")
     request.http_worker_ipc = None  # which process the answer goes to; stamped when the request is sent
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sglang_harli import sglang_versions
+from sglang_harli.seams.request_fields import KNOWN
 from sglang_harli.seams.source import SourceTree
 
 Holds = Callable[[SourceTree], str | None]  # why it does not hold, or None
@@ -117,6 +118,20 @@ def weight_updates_are_guarded(folder: str) -> Holds:
     return holds
 
 
+def request_fields_are_known(folder: str) -> Holds:
+    def holds(tree: SourceTree) -> str | None:
+        fields: set[str] = set()
+        for name in ("GenerateReqInput", "EmbeddingReqInput"):
+            found = tree.find(f"sglang.srt.managers.io_struct.{name}")
+            if found is None or not isinstance(found.node, ast.ClassDef):
+                return f"{name} is gone"
+            fields |= {ast.unparse(n.target) for n in found.node.body if isinstance(n, ast.AnnAssign)}
+        unknown = sorted(fields - KNOWN[folder])
+        return f"any client may send {', '.join(unknown)}: guard or note it" if unknown else None
+
+    return holds
+
+
 def frees_are(known: set[str]) -> Holds:
     """By which methods of the slot allocators KV slots become free."""
 
@@ -193,6 +208,7 @@ ASSUMPTIONS: dict[str, dict[str, Holds]] = {
             f"{ALLOCATORS}.PagedTokenToKVPoolAllocator.num_staged_pages", "they are staged_pages now"
         ),
         "requests that change weights are guarded": weight_updates_are_guarded("pinned"),
+        "fields that a client may send are known": request_fields_are_known("pinned"),
         "K and V of a layer are two allocations": keys_and_values_are(one=False),
         "the HTTP server is Python's": _without(
             f"{ENVIRONMENT}.SGLANG_RUST_SERVER", "SGLANG_RUST_SERVER has none of Python: not refused"
@@ -217,6 +233,7 @@ ASSUMPTIONS: dict[str, dict[str, Holds]] = {
             f"{ALLOCATORS}.PagedTokenToKVPoolAllocator.num_staged_pages", "they are staged no more"
         ),
         "requests that change weights are guarded": weight_updates_are_guarded("newest"),
+        "fields that a client may send are known": request_fields_are_known("newest"),
         "K and V of a layer are halves of one allocation": keys_and_values_are(one=True),
         "SGLANG_RUST_SERVER names the HTTP server that is refused": _with(
             f"{ENVIRONMENT}.SGLANG_RUST_SERVER", "another name may turn it on"

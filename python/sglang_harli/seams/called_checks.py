@@ -63,15 +63,25 @@ def arguments_take_fields() -> str | None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     from sglang_harli import plugin
+    from sglang_harli.sglang_versions import supported
 
-    found = []
-    for _ in range(2):
+    def options() -> dict[str, Any]:
         parser = argparse.ArgumentParser()
         server_args.ServerArgs.add_cli_args(parser)
-        found.append({a.dest: (a.default, a.choices, a.help, a.nargs) for a in parser._actions})
+        return {a.dest: (a.default, a.choices, a.help, a.nargs) for a in parser._actions}
+
+    plain = options()
+    # The plugin stays out of the way of a version that is not supported: here it is to be tried.
+    known, supported.SUPPORTED = (
+        supported.SUPPORTED,
+        (*supported.SUPPORTED, supported.public(supported.installed())),
+    )
+    try:
         plugin.activate()
-        HookRegistry.apply_hooks()
-    plain, ours = found
+    finally:
+        supported.SUPPORTED = known
+    HookRegistry.apply_hooks()
+    ours = options()
     other = sorted(name for name, value in plain.items() if ours.get(name) != value)
     if other:
         return f"options differ from SGLang's own: {', '.join(other)}"

@@ -36,12 +36,18 @@ def installed() -> str:
 
 
 def is_supported() -> bool:
-    return installed() in SUPPORTED
+    """A build of a supported version (``0.5.23+cu130``) is that version."""
+    return public(installed()) in SUPPORTED
+
+
+def public(version: str) -> str:
+    """Without the label of a build (PEP 440)."""
+    return version.partition("+")[0]
 
 
 def folder() -> str:
     """Of the installed version's own files; a version that is not supported has the newest's."""
-    return FOLDERS.get(installed(), FOLDERS[NEWEST])
+    return FOLDERS.get(public(installed()), FOLDERS[NEWEST])
 
 
 def only(name: str, rows: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -108,6 +108,8 @@ def main(
     as_table: Annotated[bool, typer.Option("--table", help="One table over all folders.")] = False,
 ) -> None:
     """Check what sglang-harli leans on in SGLang."""
+    here = Path.cwd()  # which ``python -m`` looks in first: an unpacked wheel there is not the installed one
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
     try:
         folders = sglang or [installed()]
         if against not in (None, *supported.SUPPORTED):

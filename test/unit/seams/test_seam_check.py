@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -57,6 +58,27 @@ def test_the_installed_sglang_has_every_seam():
     assert re.fullmatch(r"sglang [\w.]+: \d+ hold, 0 do not", lines[-1])
     kinds = {line.split()[1] for line in lines[:-1]}
     assert kinds == {"import", "hook", "override", "member", "assumption:", "called:"} and len(lines) > 200
+
+
+@pytest.mark.skipif(supported.folder() == "pinned", reason="a version after it is read as the newest")
+def test_an_installed_sglang_that_is_not_supported_is_read_and_called(tmp_path):
+    """Also beside an unpacked wheel."""
+    (tmp_path / "here" / "sglang" / "srt").mkdir(parents=True)
+    version = f"{supported.NEWEST}.post9"
+    metadata = tmp_path / "path" / f"sglang-{version}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n")
+    path = os.pathsep.join([str(metadata.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "sglang_harli.tools.seam_check", "--problems"],
+        env=dict(os.environ) | {"PYTHONPATH": path},
+        cwd=tmp_path / "here",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(rf"sglang {version}: \d\d\d hold, 0 do not\n", done.stdout)
 
 
 SCHEDULER = "srt/managers/scheduler.py"
@@ -177,11 +199,11 @@ def test_another_way_to_free_slots_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("version", "files"),
     [
-        ("0.5.16", "pinned"),
-        ("0.5.17", "pinned"),
+        (supported.PINNED, "pinned"),
+        (f"{supported.PINNED}.post1", "pinned"),
         ("0.5.22.post1", "pinned"),
-        ("0.5.23", "newest"),
-        ("0.5.24", "newest"),
+        (supported.NEWEST, "newest"),
+        (f"{supported.NEWEST}.post1", "newest"),
         ("0.6.0", "newest"),
         ("0.5.9", "newest"),
     ],

@@ -4,8 +4,9 @@ SGLang reads an adapter only from ``base:adapter`` and serves every other name f
 silently.  Here loaded adapters come first, then the served base's names; other names in the form of
 our adapters are a 404; the rest does what SGLang does (clients rely on ``"model": "default"``).
 
-Leans on SGLang's OpenAIServingBase (_resolve_lora_path, create_error_response, and handle_request,
-which turns an HTTPException into create_error_response(message=its detail)),
+Leans on SGLang's OpenAIServingBase (_parse_model_parameter, which each of its handlers asks;
+create_error_response, and handle_request, which turns an HTTPException into
+create_error_response(message=its detail)),
 OpenAIServingResponses.create_responses, AnthropicServing.handle_messages,
 TokenizerManager.lora_registry and .lora_ref_cache.
 """
@@ -70,7 +71,9 @@ def find_adapter(tokenizer_manager: Any, model: str) -> tuple[str | None, bool]:
         return model, False
     if _is_base(tokenizer_manager, model):
         return None, False
-    adapter = model.partition(":")[2].strip() or None  # SGLang's base:adapter
+    base = f"{tokenizer_manager.served_model_name}:"  # it may hold a colon: s3://bucket/model
+    behind = model[len(base) :] if model.startswith(base) else model.partition(":")[2]
+    adapter = behind.strip() or None  # SGLang's base:adapter
     name = adapter or model
     if looks_like_adapter(name) and not is_adapter(tokenizer_manager, name):
         return name, True
@@ -78,17 +81,17 @@ def find_adapter(tokenizer_manager: Any, model: str) -> tuple[str | None, bool]:
 
 
 # ------------------------------------------------------------------ in SGLang's handlers
-def resolve_lora_path(
-    serving: Any, request_model: str, explicit_lora_path: str | list[str | None] | None
-) -> str | list[str | None] | None:
-    """Replaces ``OpenAIServingBase._resolve_lora_path``: the adapter's name, or what the request
-    gave; HTTPException 404: an adapter of ours that does not exist."""
-    adapter, missing = find_adapter(serving.tokenizer_manager, request_model)
+def parse_model_parameter(
+    original: Callable[..., tuple[str, str | None]], serving: Any, model: str
+) -> tuple[str, str | None]:
+    """Around ``OpenAIServingBase._parse_model_parameter``: (base, adapter's name or None);
+    HTTPException 404: an adapter of ours that does not exist."""
+    adapter, missing = find_adapter(serving.tokenizer_manager, model)
     if missing:
-        raise HTTPException(
-            NOT_FOUND, detail=missing_model_text(serving.tokenizer_manager, adapter or request_model)
-        )
-    return explicit_lora_path if adapter is None else adapter
+        raise HTTPException(NOT_FOUND, detail=missing_model_text(serving.tokenizer_manager, adapter or model))
+    if adapter is None and _is_base(serving.tokenizer_manager, model):
+        return model, None
+    return original(serving, model)[0], adapter
 
 
 def create_error_response(

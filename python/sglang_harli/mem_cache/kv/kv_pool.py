@@ -1,7 +1,7 @@
 """SGLang's KV pool with the unified pool's memory under its buffers.
 
 Shapes, dtypes and addresses are SGLang's own for the server's life, so that attention backends and
-CUDA graphs see nothing. Leans on SGLang 0.5.16: ``mem_cache.memory_pool.MHATokenToKVPool``
+CUDA graphs see nothing. Leans on SGLang: ``mem_cache.memory_pool.MHATokenToKVPool``
 (``_create_buffers_normal``, the only method that is overridden, and ``_kv_buffer_shapes``).
 """
 
