@@ -7,9 +7,9 @@ no request meets half an adapter.  SGLang's ``lora_update_lock`` is held while t
 and while the name is registered, not in between.  Steps may be repeated: a served name answers ok.
 
 Leans on SGLang's TokenizerManager (lora_update_lock, lora_registry, lora_ref_cache,
-update_lora_adapter_communicator, server_args), LoRARef, LoadLoRAAdapterReqOutput and
-sglang_versions' lora_unloads; mirrors the bookkeeping of
-TokenizerControlMixin.load_lora_adapter_from_tensors. Evictions are patches/08-lora-unload's.
+update_lora_adapter_communicator, server_args), LoRARef, LoadLoRAAdapterReqOutput and mirrors the
+bookkeeping of TokenizerControlMixin.load_lora_adapter_from_tensors. Evictions are
+patches/08-lora-unload's.
 """
 
 from __future__ import annotations
