@@ -41,7 +41,7 @@ def _update(output: str, original: Callable[..., Any], updater: Any, request: An
     try:
         return original(updater, request)
     except Exception as error:  # boundary: one update is answered with an error; the scheduler's loop goes on
-        logger.exception("an update of the weights failed")
+        logger.exception("a weight update failed")
         return answer(success=False, message=f"the update failed: {type(error).__name__}: {error}")
 
 
@@ -62,8 +62,8 @@ def _release(original: Callable[..., Any], updater: Any, request: Any) -> Any:
     except Exception as error:  # boundary: one release is an error; the scheduler's loop goes on
         if current.weight_updates.is_released(error):
             return ReleaseMemoryOccupationReqOutput()
-        logger.exception("a release of memory failed")
-        updater.offload_tags.difference_update(set(request.tags) - set(moved.tags))  # they are there
+        logger.exception("release_memory_occupation failed")
+        updater.offload_tags.difference_update(set(request.tags) - set(moved.tags))  # never paused
         return ReleaseMemoryOccupationReqOutput(rid=f"the release failed: {type(error).__name__}: {error}")
 
 
@@ -78,19 +78,19 @@ def _resume(original: Callable[..., Any], updater: Any, request: Any) -> Any:
     try:
         with moved:
             return original(updater, request)
-    except Exception as error:  # boundary: one return is an error; the scheduler's loop goes on
-        if moved.failed is None:  # what is mapped has not its content: as without this hook
+    except Exception as error:  # boundary: one resume is an error; the scheduler's loop goes on
+        if moved.failed is None:  # memory is mapped and its content is not restored: fatal, as in SGLang
             raise
-        logger.exception("a return of memory failed")
-        updater.offload_tags.update(set(request.tags) - set(moved.tags))  # to be asked for again
+        logger.exception("resume_memory_occupation failed")
+        updater.offload_tags.update(set(request.tags) - set(moved.tags))  # still paused
         return ResumeMemoryOccupationReqOutput(rid=f"the return failed: {type(error).__name__}: {error}")
 
 
 class _Moved:
-    """SGLang's memory saver while one call runs, and which kinds it has paused or resumed.
+    """A proxy of SGLang's memory saver that records which tags one call has paused or resumed.
 
     Attributes:
-        tags: those that it has; failed: the one that it could not.
+        tags: paused or resumed so far; failed: the tag whose pause or resume raised, else None.
     """
 
     def __init__(self, updater: Any) -> None:

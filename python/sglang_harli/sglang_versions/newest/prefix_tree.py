@@ -47,10 +47,10 @@ class Entry:
 class _Uses:
     """When each entry was last the end of a match or of an insertion, and when it was made.
 
-    What a prefix was used for below itself is known from the entries there. SGLang evicts them
-    without saying what they hung on. Under LRU it takes the one used least recently first, so that
-    none that stays was last used before the one that goes; under other policies one that stays
-    counts as used then.
+    A use of an entry is also one of all its ancestors, which a look reads from the entries below.
+    When SGLang evicts an entry, its parent is not known here. Under LRU the least recently used
+    goes first, so no entry that stays was last used before the one evicted: that time is a lower
+    bound for all. Under other policies entries that stay count as used at that time.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class _Uses:
         self._before_s = time.monotonic()  # no entry counts as used before
         # Numbers ascend, and of the entries that one call makes its end has the highest.
         self._made: list[tuple[int, float]] = [(-1, self._before_s)]
-        self.evicting = False  # ours are: what goes is not what SGLang would take first
+        self.evicting = False  # True during our own eviction, which does not follow SGLang's order
 
     def note(self, node: int) -> None:
         now_s = time.monotonic()
@@ -77,7 +77,7 @@ class _Uses:
         self._forget_oldest()
 
     def evicted(self, node: int) -> None:
-        """SGLang has taken it as the one to go first."""
+        """SGLang's own eviction has removed this entry."""
         if not self.evicting:
             self._before_s = max(self._before_s, self._last.pop(node, 0.0))
 
