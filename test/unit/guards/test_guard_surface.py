@@ -13,6 +13,7 @@ import msgspec
 
 from sglang_harli import config, core
 from sglang_harli.protocol import base_print, internal, job_limits, public
+from sglang_harli.protocol.calls import files
 from support.project_files import package_files, parse
 
 # --harli-<name with dashes>: default.
@@ -36,6 +37,9 @@ FLAGS = {
     "parity": "refuse",
     "keep_checkpoints": 2,
     "logits_mem": "64MiB",
+    "max_file_size": "4GiB",
+    "max_part_size": "64MiB",
+    "max_files_size": "64GiB",
 }
 LIVE_FLAGS = (
     *("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms"),
@@ -61,6 +65,11 @@ VERBS = (
     "set",
     "unsubscribe",
     "check",
+)
+# Of the inner endpoint, where the HTTP process asks.
+FILE_VERBS = (
+    *("file_append", "file_complete", "file_abort", "file_get", "file_list", "file_delete", "file_path"),
+    *("part_complete", "upload_create", "upload_complete", "upload_cancel"),
 )
 JOB_STATES = ["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 SUB_STATES = ["training", "yielding", "waiting_data", "waiting_memory", "checkpointing", "publishing"]
@@ -187,6 +196,23 @@ MESSAGES = {
     "AdapterPublished": "seq request job name ok code text passing",
     "AdapterWanted": "seq name",
     "AdapterRefused": "seq name code text",
+    "ExpiresAfter": "anchor seconds",
+    "FileObject": "id object bytes created_at expires_at filename purpose status status_details",
+    "UploadObject": "id object bytes created_at expires_at filename purpose status file",
+    "UploadPart": "id object created_at upload_id",
+    "FileList": "object data first_id last_id has_more",
+    "FileDeleted": "id object deleted",
+    "FilePath": "path bytes filename",
+    "StreamAnswer": "offset",
+    "FileAppendArgs": "stream offset expected part",
+    "FileCompleteArgs": "stream filename purpose size sha256 expires_after idempotency_key",
+    "StreamArgs": "stream",
+    "FileArgs": "file",
+    "FileListArgs": "purpose after limit order",
+    "UploadCreateArgs": "filename purpose bytes mime_type expires_after idempotency_key",
+    "PartCompleteArgs": "stream upload size sha256 idempotency_key",
+    "UploadCompleteArgs": "upload part_ids md5",
+    "UploadCancelArgs": "upload",
 }
 # ------------------------------------------------------------------ end of the list
 
@@ -201,6 +227,7 @@ def test_flags():
     assert config.FLAG_PREFIX == "--harli-"
     assert config.LIVE == LIVE_FLAGS
     assert FLAGS["finetune_endpoint"] == config.DEFAULT_ENDPOINT
+    assert config.MAX_FILE_BYTES == public.MAX_DATA_BYTES
 
 
 def test_every_flag_explains_itself():
@@ -219,6 +246,7 @@ def test_environment_variables():
 def test_verbs_states_and_events():
     assert public.VERSION == PROTOCOL_VERSION
     assert public.VERBS == VERBS
+    assert files.VERBS == FILE_VERBS
     assert [s.value for s in core.JobStatus] == JOB_STATES
     assert [s.value for s in core.SubState] == SUB_STATES
     assert public.EVENT_TYPES == EVENT_TYPES
@@ -243,6 +271,8 @@ def test_hyperparameters():
 
 def test_message_fields():
     found = {**structs(public), **structs(internal), **structs(job_limits), **structs(base_print)}
+    assert not found.keys() & structs(files).keys()
+    found |= structs(files)
     found.pop("Hyperparameters")  # its own test
     names = {name: {f.name for f in msgspec.structs.fields(kind)} for name, kind in found.items()}
     assert names == {name: set(fields.split()) for name, fields in MESSAGES.items()}
