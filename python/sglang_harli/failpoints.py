@@ -33,6 +33,7 @@ class Failpoint(enum.StrEnum):
     PART_STORED = "part-stored"  # service: the same of a part of an upload
     UPLOAD_COMPLETED = "upload-completed"  # service: the parts are one file, the store has the parts yet
     JOB_CREATED = "job-created"  # service: the job is in the store, its client has no answer yet
+    VALIDATED = "validated"  # service: rows of a file that was named are stored, the store does not know it
     MICRO_BATCH_FED = "micro-batch-fed"  # service: a micro-batch went to the scheduler
     STEP_APPLIED = "step-applied"  # scheduler: the optimizer has run, no message has gone out
     SNAPSHOT_COPIED = "snapshot-copied"  # scheduler: the state lies in shared memory, no message has gone out

@@ -24,10 +24,11 @@ from sglang_harli import run_paths
 from sglang_harli.config import SERVICE_ENV, ServiceConfig
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol import internal, public
-from sglang_harli.protocol.calls import files
+from sglang_harli.protocol.calls import files, fine_tuning
 from sglang_harli.protocol.escaping import escaped
 from sglang_harli.service import run_dir_modes
 from sglang_harli.service.endpoint.file_verbs import FileVerbs
+from sglang_harli.service.endpoint.job_verbs import JobVerbs
 from sglang_harli.service.endpoint.live_options import SETTING, LiveOptions
 from sglang_harli.service.endpoint.router import PublicRouter
 from sglang_harli.service.endpoint.subscriptions import Subscriptions
@@ -41,7 +42,8 @@ from sglang_harli.service.pacing import lower_priority
 from sglang_harli.service.publish.publication import PublicationQueue
 from sglang_harli.service.run.driver import RunDriver
 from sglang_harli.service.run.why_none_starts import why_none_starts
-from sglang_harli.service.submit.submission import Submission, remove_leftovers
+from sglang_harli.service.submit.file_submission import FileSubmission
+from sglang_harli.service.submit.submission import remove_leftovers
 from sglang_harli.service.submit.uploads import Uploads
 from sglang_harli.service.tokenizer import hidden_torch
 from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
@@ -100,9 +102,7 @@ class App:
         )
         self._uploads = Uploads(run_dir)
         self._files = Files(run_dir, self._registry, config.options)
-        self._submission = Submission(
-            self._registry, self._scheduler, self._tokenizer, config, self._worker, self._uploads
-        )
+        self._submission = self._make_submission(config)
         self._router = PublicRouter(
             self._context, config.options.finetune_endpoint, self.handle, config.options.absolute_curve_keys
         )
@@ -113,9 +113,21 @@ class App:
             name="the inner endpoint",
         )
         self._subscriptions = Subscriptions(self._store, self._readers, self._router.push)
-        self._registry.committed += [self._subscriptions.committed, self._tell_new_adapters]
+        self._registry.committed.extend((self._subscriptions.committed, self._tell_new_adapters))
         self._told = 0
         self._verbs, self._file_verbs = self._make_verbs(config, run_dir), FileVerbs(self._files)
+        self._job_verbs = JobVerbs(self._registry, self._readers)
+
+    def _make_submission(self, config: ServiceConfig) -> FileSubmission:
+        return FileSubmission(
+            self._registry,
+            self._scheduler,
+            self._tokenizer,
+            config,
+            self._worker,
+            self._uploads,
+            self._files.store,
+        )
 
     def _make_routers(self, config: ServiceConfig, run_dir: Path) -> tuple[PublicRouter, PublicRouter]:
         """The public endpoint's, and that of the HTTP process."""
@@ -157,6 +169,7 @@ class App:
                     self._router.run(),
                     self._inner_router.run(),
                     self._files.run(),
+                    self._submission.run(),
                     self._uploads.run(),
                     self._warm_up(),
                     self._watch_journal(),
@@ -180,6 +193,8 @@ class App:
         def do(request: public.Request) -> Awaitable[Any]:
             if request.verb in files.VERBS:
                 return self._file_verbs.do(request, frames)
+            if request.verb in fine_tuning.VERBS:
+                return self._job_verbs.do(request, frames)
             return self._verbs.do(caller, request, frames)
 
         return await self._handle(caller, header, do)

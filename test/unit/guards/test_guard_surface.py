@@ -13,7 +13,7 @@ import msgspec
 
 from sglang_harli import config, core
 from sglang_harli.protocol import base_print, internal, job_limits, public
-from sglang_harli.protocol.calls import files
+from sglang_harli.protocol.calls import files, fine_tuning
 from support.project_files import package_files, parse
 
 # --harli-<name with dashes>: default.
@@ -71,12 +71,15 @@ FILE_VERBS = (
     *("file_append", "file_complete", "file_abort", "file_get", "file_list", "file_delete", "file_path"),
     *("part_complete", "upload_create", "upload_complete", "upload_cancel"),
 )
+JOB_VERBS = ("events_before",)
 JOB_STATES = ["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 SUB_STATES = ["training", "yielding", "waiting_data", "waiting_memory", "checkpointing", "publishing"]
 EVENT_TYPES = (
     *(
         "job_created",
         "data_validated",
+        "validating",
+        "data_invalid",
         "queued",
         "prioritized",
         "started",
@@ -139,11 +142,14 @@ MESSAGES = {
     "Request": "v id verb args",
     "Reply": "v id ok result error event",
     "ErrorBody": "code message param details",
-    "SubmitArgs": "filename size sha256 suffix hyperparameters idempotency_key priority resume_from upload",
+    "SubmitArgs": (
+        "filename size sha256 suffix hyperparameters idempotency_key priority resume_from upload training_file "
+        "metadata model"
+    ),
     "CheckArgs": "filename size sha256 hyperparameters upload",
     "UploadArgs": "upload filename size sha256 offset",
     "UploadAnswer": "offset",
-    "ListArgs": "limit after status",
+    "ListArgs": "limit after status metadata",
     "JobArgs": "job",
     "PrioritizeArgs": "job priority",
     "EventsArgs": "job after limit follow",
@@ -155,7 +161,7 @@ MESSAGES = {
     "Job": (
         "id object created_at started_at finished_at status sub_state reason model suffix fine_tuned_model step "
         "total_steps trained_tokens loss learning_rate tokens_per_s eta_s attempt hyperparameters data error run_dir "
-        "priority resumed_from base"
+        "priority resumed_from base training_file metadata"
     ),
     "TensorRef": "name dtype shape offset nbytes",
     "SlotRef": "path nbytes tensors",
@@ -213,6 +219,8 @@ MESSAGES = {
     "PartCompleteArgs": "stream upload size sha256 idempotency_key",
     "UploadCompleteArgs": "upload part_ids md5",
     "UploadCancelArgs": "upload",
+    "EventsBeforeArgs": "job before limit",
+    "EventsPage": "events has_more",
 }
 # ------------------------------------------------------------------ end of the list
 
@@ -247,6 +255,7 @@ def test_verbs_states_and_events():
     assert public.VERSION == PROTOCOL_VERSION
     assert public.VERBS == VERBS
     assert files.VERBS == FILE_VERBS
+    assert fine_tuning.VERBS == JOB_VERBS
     assert [s.value for s in core.JobStatus] == JOB_STATES
     assert [s.value for s in core.SubState] == SUB_STATES
     assert public.EVENT_TYPES == EVENT_TYPES
@@ -271,8 +280,9 @@ def test_hyperparameters():
 
 def test_message_fields():
     found = {**structs(public), **structs(internal), **structs(job_limits), **structs(base_print)}
-    assert not found.keys() & structs(files).keys()
-    found |= structs(files)
+    for module in (files, fine_tuning):
+        assert not found.keys() & structs(module).keys()
+        found |= structs(module)
     found.pop("Hyperparameters")  # its own test
     names = {name: {f.name for f in msgspec.structs.fields(kind)} for name, kind in found.items()}
     assert names == {name: set(fields.split()) for name, fields in MESSAGES.items()}

@@ -13,7 +13,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from sglang_harli.protocol import accepted
-from sglang_harli.protocol.public import MAX_FRAME_BYTES
+from sglang_harli.protocol.public import MAX_FRAME_BYTES, ObjectId
 
 VERBS = (
     "file_append",
@@ -35,7 +35,6 @@ MAX_PARTS = 10_000  # of one upload
 
 StreamId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z"), accepted.words("32 hex digits")]
 FileName = Annotated[str, Meta(min_length=1, max_length=1024)]
-ObjectId = Annotated[str, Meta(min_length=1, max_length=128)]
 Key = Annotated[str, Meta(pattern=r"^[ -~]{1,128}\Z"), accepted.words("1 to 128 printable ASCII characters")]
 Digest = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z"), accepted.words("64 hex digits")]
 

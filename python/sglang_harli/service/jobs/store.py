@@ -190,6 +190,15 @@ class JobStore:
         with _trouble("read"), self._engine.connect() as db:
             return [read_event(job, number, body) for number, body in db.execute(query)]
 
+    def events_before(self, job: str, before: int | None, limit: int) -> list[Event]:
+        """The job's events with an id below ``before`` (None: all), newest first."""
+        query = sa.select(_events.c.id, _events.c.body).where(_events.c.job == job)
+        if before is not None:
+            query = query.where(_events.c.id < before)
+        query = query.order_by(_events.c.id.desc()).limit(limit)
+        with _trouble("read"), self._engine.connect() as db:
+            return [read_event(job, number, body) for number, body in db.execute(query)]
+
     def objects(self) -> list[StoredObject]:
         """All files, uploads and parts, in no order."""
         query = sa.select(_objects.c.id, _objects.c.kind, _objects.c.body)
