@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from sglang_harli.errors import HarliError
+from sglang_harli.errors import HarliError, NotReadyError, ProtocolError
 from sglang_harli.protocol import public
 from sglang_harli.protocol.public import Reply, Request
 
@@ -73,7 +73,7 @@ class VerbsPeer:
 
 
 class Streams:
-    """Streams as the service takes them: in order, what comes out of order is dropped.  ``unwell``
+    """Streams as the service takes them: in order, what comes out of order is refused.  ``unwell``
     is asked before each piece and raises what it is refused with."""
 
     def __init__(self, unwell: Callable[[int], None] = lambda _offset: None) -> None:
@@ -85,9 +85,12 @@ class Streams:
         stream = request.args.get("stream", "")
         if request.verb == "file_append":
             self._unwell(request.args["offset"])
+            if request.args["offset"] and stream not in self.data:
+                raise NotReadyError("no such stream")
             found = self.data.setdefault(stream, bytearray())
-            if request.args["offset"] == len(found):
-                found += frames[0]
+            if request.args["offset"] != len(found):
+                raise ProtocolError("another piece is due", param="offset")
+            found += frames[0]
             return {"offset": len(found)}
         if request.verb == "file_abort":
             self.aborted.append(stream)

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from sglang_harli.errors import SHOWN, ConfigError, shown
 from sglang_harli.managers.http.openai.errors import Refusal
 from sglang_harli.protocol import accepted
+from sglang_harli.protocol.calls.files import Key
 
 S = TypeVar("S", bound=Struct)
 
@@ -27,7 +28,6 @@ MAX_JSON_BYTES = 1 << 20
 MAX_DEPTH = 32  # of objects and lists in each other
 MAX_PARAMETERS = 32
 IDLE_S = 120.0  # between two pieces of a body
-KEY = re.compile(r"[!-~]{1,128}\Z")
 
 
 # ------------------------------------------------------------------ the body
@@ -196,7 +196,7 @@ def idempotency_key(request: Request) -> str | None:
     given = request.headers.getlist("idempotency-key")
     if not given:
         return None
-    if len(given) > 1 or not KEY.match(given[0]):
-        text = "Idempotency-Key is not accepted: give it once, with 1 to 128 printable ASCII characters"
-        raise ConfigError(text, param="Idempotency-Key")
-    return given[0]
+    if len(given) > 1:
+        raise ConfigError("Idempotency-Key is given more than once", param="Idempotency-Key")
+    key: str = accepted.value("Idempotency-Key", given[0], Key)
+    return key

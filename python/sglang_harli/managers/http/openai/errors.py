@@ -29,8 +29,6 @@ STATUS: dict[str, tuple[int, int | None]] = {
     "not_ready": (503, 5),
     "timeout": (503, 10),
     "finetune_down": (503, 60),
-    "stream_unknown": (503, 2),  # the service was restarted while a file came
-    "upload_unknown": (503, 2),
     "idempotency_conflict": (400, None),
     "storage_full": (400, None),  # waiting does not mend it: files have to be deleted
     "internal": (500, None),

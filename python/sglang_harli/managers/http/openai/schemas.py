@@ -38,7 +38,7 @@ _KEY = {
     "in": "header",
     "required": False,
     "description": "A POST that is repeated with the same key is done once.",
-    "schema": {"type": "string", "pattern": "^[!-~]{1,128}$"},
+    "schema": {"type": "string", "pattern": "^[ -~]{1,128}$"},
 }
 
 

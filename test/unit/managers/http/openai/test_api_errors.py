@@ -240,7 +240,7 @@ def test_a_query_that_is_not_accepted_is_refused(client: httpx.Client, query: st
     refusal(client.get("/v1/files/f?limit=1"), 400)
 
 
-@pytest.mark.parametrize("key", ["", "a b", "a" * 129, "\x7f"])
+@pytest.mark.parametrize("key", ["", "a" * 129, "\x7f", "a\tb"])
 def test_idempotency_keys_are_checked_on_every_post(client: httpx.Client, key: str) -> None:
     headers = {"idempotency-key": key}
     for path in (

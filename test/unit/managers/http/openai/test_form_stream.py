@@ -144,17 +144,20 @@ def test_a_connection_that_is_gone_leaves_nothing(server: ApiServer, streams: St
     assert send(server, PURPOSE, file(b"x"), END).status_code == 200
 
 
-def refusing(times: int, error: Callable[[], HarliError]) -> Callable[[int], None]:
+def refusing(times: int, error: Callable[[], HarliError], first: bool = False) -> Callable[[int], None]:
     left = iter(range(times))
 
     def unwell(offset: int) -> None:
-        if offset and next(left, None) is not None:
+        if (first or offset) and next(left, None) is not None:
             raise error()
 
     return unwell
 
 
-@pytest.mark.parametrize("streams", [Streams(refusing(5, lambda: NotReadyError("wait", code="busy")))])
+@pytest.mark.parametrize(
+    "streams",
+    [Streams(refusing(5, lambda: NotReadyError("wait", code="busy"), first)) for first in (False, True)],
+)
 def test_a_busy_service_gets_its_pieces_again_in_order(server: ApiServer, streams: Streams) -> None:
     assert send(server, PURPOSE, file(DATA), END).status_code == 200
 

@@ -100,20 +100,17 @@ class StreamSender:
         loop = asyncio.get_running_loop()
         end, pause_s = loop.time() + BUSY_S, PAUSE_FIRST_S
         while True:
+            early = before is not None and not before.done()
             try:
-                answer = await self._calls.call("file_append", args, StreamAnswer, [piece], APPEND_S)
-                if answer.offset >= offset + len(piece):
-                    return
-                trouble = NotReadyError("the finetune service does not take the data: try again", code=BUSY)
-            except NotReadyError as error:
-                if error.code != BUSY:
+                await self._calls.call("file_append", args, StreamAnswer, [piece], APPEND_S)
+                return
+            except HarliError as error:
+                gap = early and (error.code == NotReadyError.code or error.param == "offset")
+                if not gap and (error.code != BUSY or loop.time() + pause_s > end):
                     raise
-                trouble = error
-            if before is not None and not before.done():
+            if before is not None:
                 await asyncio.wait([before])
-            if before is not None and (before.cancelled() or before.exception() is not None):
-                raise Refusal("an earlier piece of the file was refused")  # the sender raises that one
-            if loop.time() + pause_s > end:
-                raise trouble
+                if before.cancelled() or before.exception() is not None:
+                    raise Refusal("an earlier piece of the file was refused")  # the sender raises that one
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
             pause_s = min(2 * pause_s, PAUSE_LONGEST_S)
