@@ -1,0 +1,71 @@
+"""The bytes of a file as a response, read by a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from typing import BinaryIO
+from urllib.parse import quote
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from sglang_harli.errors import HarliError, NotFoundError
+from sglang_harli.protocol.calls.files import FilePath
+
+PIECE_BYTES = 256 << 10
+
+
+class FileContent(StreamingResponse):
+    """An open file, closed when it was sent or the client is gone."""
+
+    def __init__(self, file: BinaryIO, size: int, filename: str) -> None:
+        self._file = file
+        super().__init__(
+            _read(file, size),
+            media_type="application/octet-stream",
+            headers={
+                "Content-Length": str(size),
+                "Content-Disposition": disposition(filename),
+                "X-Content-Type-Options": "nosniff",
+            },
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._file.close()
+
+
+async def content(found: FilePath) -> FileContent:
+    """The response; it goes on where the file is deleted meanwhile.  NotFoundError: it is already."""
+    try:
+        file, size = await asyncio.to_thread(_open, found.path)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{found.filename} was deleted just now", param="file_id") from error
+    except OSError as error:
+        raise HarliError(f"{found.filename} cannot be read: {error.strerror}", code="internal") from error
+    return FileContent(file, size, found.filename)
+
+
+def _open(path: str) -> tuple[BinaryIO, int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    file = os.fdopen(descriptor, "rb", buffering=0)
+    return file, os.fstat(descriptor).st_size  # type: ignore[return-value]
+
+
+async def _read(file: BinaryIO, size: int) -> AsyncIterator[bytes]:
+    left = size
+    while left and (piece := await asyncio.to_thread(file.read, min(left, PIECE_BYTES))):
+        left -= len(piece)
+        yield piece
+
+
+def disposition(filename: str) -> str:
+    """A Content-Disposition that has the browser save the file, by a name in ASCII and in UTF-8."""
+    plain = "".join(
+        char if char.isascii() and char.isprintable() and char not in '"\\%' else "_" for char in filename
+    )
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}"
