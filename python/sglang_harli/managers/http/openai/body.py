@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -168,9 +168,9 @@ def _struct_in(kind: Any) -> type[Struct] | None:
 
 
 # ------------------------------------------------------------------ beside the body
-def query(request: Request, kind: type[S] | None) -> S | None:
-    """The query's parameters as ``kind`` (None: there are none).  ConfigError: unknown, repeated or
-    bad."""
+def query(request: Request, kind: type[S] | None, *, maps: Sequence[str] = ()) -> S | None:
+    """The query's parameters as ``kind`` (None: there are none).  ``maps``: fields that come as
+    ``field[NAME]=VALUE``.  ConfigError: unknown, repeated or bad."""
     try:
         pairs = parse_qsl(
             request.scope["query_string"].decode("ascii"),
@@ -188,7 +188,19 @@ def query(request: Request, kind: type[S] | None) -> S | None:
             text = f"unknown parameter {shown(name)}: there are none here"
             raise ConfigError(text, param=name[:SHOWN], code="unknown_parameter")
     check_tree(values)
-    return None if kind is None else convert(values, kind, lax=True)
+    return None if kind is None else convert(_mapped(values, maps), kind, lax=True)
+
+
+def _mapped(values: dict[str, str], maps: Sequence[str]) -> dict[str, Any]:
+    """Parameters such as ``metadata[a]`` as one object of their field."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        field, bracket, inner = name.partition("[")
+        if bracket and inner.endswith("]") and field in maps:
+            found.setdefault(field, {})[inner[:-1]] = value
+        else:
+            found[name] = value
+    return found
 
 
 def idempotency_key(request: Request) -> str | None:

@@ -19,11 +19,12 @@ from sglang_harli.errors import HarliError
 from sglang_harli.managers.http.openai import errors, files, uploads
 from sglang_harli.managers.http.openai.access import Access
 from sglang_harli.managers.http.openai.endpoint import Api, Unmatched, ours, refuse_compressed, router
+from sglang_harli.managers.http.openai.fine_tuning import jobs
 from sglang_harli.managers.http.openai.forms.form_stream import FormReader
 from sglang_harli.managers.http.service_calls import ServiceCalls
 
 OFF = "files and fine-tuning are off on this server: start it without --harli-finetune off"
-ROUTES = (files.add, uploads.add)
+ROUTES = (files.add, uploads.add, jobs.add)
 
 
 def routes(calls: ServiceCalls, access: Access, options: HarliOptions) -> list[BaseRoute]:
