@@ -108,7 +108,8 @@ class ServiceCalls:
         try:
             async with asyncio.timeout(timeout_s):
                 try:
-                    # Not queued where it cannot be sent: a close would cancel what waits, this task included.
+                    # Not queued where it cannot be sent: a close would cancel what waits, which is
+                    # this task.
                     await socket.send_multipart(frames, zmq.NOBLOCK)
                 except zmq.ZMQError as error:  # it has just gone
                     raise self._away() from error

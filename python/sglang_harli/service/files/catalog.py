@@ -73,10 +73,10 @@ class Catalog:
         return self._records.get(name)
 
     def files(self, *, newest: bool = False) -> Iterator[FileRecord]:
-        """In the order of their creation, or from the newest back; not to be held across an
-        await."""
-        values = self._by_kind[FILE].values()
-        return (r for r in (reversed(values) if newest else values) if isinstance(r, FileRecord))
+        """In the order of their numbers, or from the newest back.  Files that come at once are
+        kept in another order than they were numbered, and pages go by the number."""
+        found = [r for r in self._by_kind[FILE].values() if isinstance(r, FileRecord)]
+        return iter(sorted(found, key=lambda record: record.number, reverse=newest))
 
     def uploads(self) -> list[UploadRecord]:
         return [r for r in self._by_kind[UPLOAD].values() if isinstance(r, UploadRecord)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 from collections.abc import AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 from urllib.parse import quote
 
@@ -15,6 +17,8 @@ from sglang_harli.errors import HarliError, NotFoundError
 from sglang_harli.protocol.calls.files import FilePath
 
 PIECE_BYTES = 256 << 10
+# Not the event loop's own: a slow disk is to keep nothing else waiting.
+_threads = ThreadPoolExecutor(4, "harli-files")
 
 
 class FileContent(StreamingResponse):
@@ -22,8 +26,10 @@ class FileContent(StreamingResponse):
 
     def __init__(self, file: BinaryIO, size: int, filename: str) -> None:
         self._file = file
+        self._left = size
+        self._reading: Future[bytes] | None = None
         super().__init__(
-            _read(file, size),
+            self._pieces(),
             media_type="application/octet-stream",
             headers={
                 "Content-Length": str(size),
@@ -36,13 +42,26 @@ class FileContent(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._file.close()
+            if self._reading is None:
+                self._file.close()
+            else:  # a thread may still read, and another file may get the descriptor's number
+                self._reading.add_done_callback(lambda _done: self._file.close())
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        while self._left:
+            self._reading = _threads.submit(self._file.read, min(self._left, PIECE_BYTES))
+            piece = await asyncio.wrap_future(self._reading)
+            if not piece:  # cut off meanwhile: the server ends the connection early
+                return
+            self._left -= len(piece)
+            yield piece
 
 
 async def content(found: FilePath) -> FileContent:
-    """The response; it goes on where the file is deleted meanwhile.  NotFoundError: it is already."""
+    """The response; it goes on where the file is deleted meanwhile.  NotFoundError: it is gone
+    already."""
     try:
-        file, size = await asyncio.to_thread(_open, found.path)
+        file, size = await asyncio.wrap_future(_threads.submit(_open, found.path))
     except FileNotFoundError as error:
         raise NotFoundError(f"{found.filename} was deleted just now", param="file_id") from error
     except OSError as error:
@@ -52,15 +71,8 @@ async def content(found: FilePath) -> FileContent:
 
 def _open(path: str) -> tuple[BinaryIO, int]:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    file = os.fdopen(descriptor, "rb", buffering=0)
+    file = io.FileIO(descriptor)  # unbuffered: a piece is one read
     return file, os.fstat(descriptor).st_size  # type: ignore[return-value]
-
-
-async def _read(file: BinaryIO, size: int) -> AsyncIterator[bytes]:
-    left = size
-    while left and (piece := await asyncio.to_thread(file.read, min(left, PIECE_BYTES))):
-        left -= len(piece)
-        yield piece
 
 
 def disposition(filename: str) -> str:

@@ -3,7 +3,7 @@ one."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from msgspec import Meta, Struct
@@ -122,15 +122,23 @@ def add(router: APIRouter, api: Api) -> None:
         convert(await json_object(request), EmptyBody)
         return answer(await api.calls.call("upload_cancel", UploadCancelArgs(upload=upload), UploadObject))
 
+    routes = (create_upload, add_upload_part, complete_upload, cancel_upload)
+    for route, (path, described) in zip(routes, _described(), strict=True):
+        router.add_api_route(path, route, **described)
+
+
+def _described() -> tuple[tuple[str, dict[str, Any]], ...]:
     one, ids = "/v1/uploads/{upload_id}", ("upload_id",)
-    described = schemas.route("createUpload", TAG, "POST", UploadObject, body=CreateBody)
-    router.add_api_route("/v1/uploads", create_upload, **described)
-    described = schemas.route("addUploadPart", TAG, "POST", UploadPart, ids=ids, form=FORM)
-    router.add_api_route(f"{one}/parts", add_upload_part, **described)
-    described = schemas.route("completeUpload", TAG, "POST", UploadObject, ids=ids, body=CompleteBody)
-    router.add_api_route(f"{one}/complete", complete_upload, **described)
-    described = schemas.route("cancelUpload", TAG, "POST", UploadObject, ids=ids, body=EmptyBody)
-    router.add_api_route(f"{one}/cancel", cancel_upload, **described)
+    create = schemas.route("createUpload", TAG, "POST", UploadObject, body=CreateBody)
+    part = schemas.route("addUploadPart", TAG, "POST", UploadPart, ids=ids, form=FORM)
+    complete = schemas.route("completeUpload", TAG, "POST", UploadObject, ids=ids, body=CompleteBody)
+    cancel = schemas.route("cancelUpload", TAG, "POST", UploadObject, ids=ids, body=EmptyBody)
+    return (
+        ("/v1/uploads", create),
+        (f"{one}/parts", part),
+        (f"{one}/complete", complete),
+        (f"{one}/cancel", cancel),
+    )
 
 
 def _upload(request: Request) -> str:

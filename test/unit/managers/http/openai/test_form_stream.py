@@ -1,4 +1,5 @@
-"""A file's bytes from a request to the service: in order, bounded, and forgotten where it ends early."""
+"""A file's bytes from a request to the service: in order, bounded, and forgotten where it ends
+early."""
 
 from __future__ import annotations
 

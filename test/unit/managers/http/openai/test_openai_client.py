@@ -1,4 +1,5 @@
-"""The unmodified openai client, blocking and in asyncio, against the routes and the real service."""
+"""The unmodified openai client, blocking and in asyncio, against the routes and the real
+service."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -158,6 +160,39 @@ def test_a_file_that_is_deleted_while_it_is_sent_comes_whole(client: OpenAI) -> 
         assert got + b"".join(pieces) == ROWS
 
 
+# ------------------------------------------------------------------ as documented
+def test_answers_have_their_documented_form(client: OpenAI, server: ApiServer) -> None:
+    paths = server.app.openapi()["paths"]
+    http = httpx.Client(base_url=server.url, headers={"Authorization": "Bearer secret"})
+
+    def check(method: str, path: str, status: int, **request: Any) -> Any:
+        names = {"file_id": request.pop("file", ""), "upload_id": request.pop("upload", "")}
+        answer = http.request(method, path.format(**names), **request)
+        assert answer.status_code == status, answer.text
+        said = paths[path][method.lower()]["responses"][str(status)]["content"]["application/json"]["schema"]
+        jsonschema.validate(answer.json(), said)
+        return answer.json()
+
+    with http:
+        file = check("POST", "/v1/files", 200, files={"file": ("a", b"x")}, data={"purpose": "fine-tune"})[
+            "id"
+        ]
+        check("GET", "/v1/files", 200)
+        check("GET", "/v1/files", 400, params={"limit": 0})
+        check("GET", "/v1/files/{file_id}", 200, file=file)
+        check("DELETE", "/v1/files/{file_id}", 200, file=file)
+        check("DELETE", "/v1/files/{file_id}", 404, file=file)
+        check("GET", "/v1/files/{file_id}/content", 404, file=file)
+        body = {"filename": "a", "purpose": "fine-tune", "bytes": 1, "mime_type": "text/plain"}
+        upload = check("POST", "/v1/uploads", 200, json=body)["id"]
+        part = check("POST", "/v1/uploads/{upload_id}/parts", 200, upload=upload, files={"data": ("a", b"x")})
+        check("POST", "/v1/uploads/{upload_id}/complete", 400, upload=upload, json={"part_ids": []})
+        check("POST", "/v1/uploads/{upload_id}/complete", 200, upload=upload, json={"part_ids": [part["id"]]})
+        check("POST", "/v1/uploads/{upload_id}/cancel", 400, upload=upload)
+        http.headers["Authorization"] = "Bearer other"
+        check("GET", "/v1/files", 401)
+
+
 # ------------------------------------------------------------------ uploads
 def test_a_file_in_chunks(client: OpenAI, tmp_path: Path) -> None:
     path = tmp_path / "large.jsonl"
@@ -203,7 +238,8 @@ def test_the_asyncio_client(client: OpenAI, server: ApiServer) -> None:
                 )
             )
             assert [file.bytes for file in files] == list(range(1, 9))
-            assert len([file async for file in other.files.list(limit=3)]) == 8
+            listed = [file.id async for file in other.files.list(limit=3)]
+            assert sorted(listed) == sorted(file.id for file in files)
             assert (await other.files.wait_for_processing(files[0].id)).status == "processed"
             upload = await other.uploads.upload_file_chunked(
                 file=ROWS,
