@@ -1,11 +1,12 @@
-"""``harli doctor``: the checks in their order, each guarded: one that breaks is a problem of its own
-and the others go on."""
+"""``harli doctor``: the checks in their order, each guarded: one that breaks is a problem of its
+own, and the others go on."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sglang_harli.errors import ConfigError
 from sglang_harli.tools.doctor import probe
@@ -90,7 +91,7 @@ def _guarded(check: str, asked: Asked) -> Finding:
         return problem(f"the check itself failed: {said(error)}", REPORT_IT)
 
 
-def report(asked: Asked, results: list[Result]) -> dict[str, object]:
+def report(asked: Asked, results: list[Result]) -> dict[str, Any]:
     """The JSON of ``harli doctor --json`` (docs/operations.md)."""
     return {
         "version": REPORT_VERSION,

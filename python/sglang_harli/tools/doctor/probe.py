@@ -1,5 +1,5 @@
-"""``python -m sglang_harli.tools.doctor.probe torch|sglang``: heavy libraries, imported in a process
-of their own, for they may be broken in ways that end a process.  The last line is JSON."""
+"""``python -m sglang_harli.tools.doctor.probe torch|sglang``: heavy libraries, imported in a
+process of their own, for they may be broken in ways that end one.  The last line is JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class _Child:
     def __init__(self, part: str) -> None:
         package = str(Path(__file__).parents[3])  # also where it is on the path without being installed
         path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self._out = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the child)
+        self._err = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", __name__, part],
             # Not the modules of the current folder.

@@ -12,14 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from sglang_harli.sglang_versions import supported
 from sglang_harli.tools.doctor.checks import device, installation, plugin
 from sglang_harli.tools.doctor.finding import Status, ok, problem, skipped, together, warning
 from support.project_files import PACKAGE
 
-# What `harli` itself needs to start.
-NEEDED = ("typer", "click", "shellingham", "packaging", "typing_extensions.py", "annotated_doc")
+
+def needed(*names: str) -> set[str]:
+    """Top-level names of the modules of distributions, and of all that those need."""
+    seen: set[str] = set()
+    waiting, found = list(names), set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        there = importlib.metadata.distribution(name)
+        found |= {file.parts[0] for file in there.files or () if not file.parts[0].endswith("-info")}
+        wanted = (Requirement(text) for text in there.requires or ())
+        waiting += [w.name for w in wanted if w.marker is None or w.marker.evaluate({"extra": ""})]
+    return found - {"..", "bin"}
 
 
 # ------------------------------------------------------------------ findings
@@ -151,10 +165,9 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in NEEDED:
-            for place in map(Path, sys.path):
-                if (place / name).exists() and not (folder / name).exists():
-                    (folder / name).symlink_to(place / name)
+        for name in needed("typer", "packaging"):
+            place = next(p for p in map(Path, sys.path) if (p / name).exists())
+            (folder / name).symlink_to(place / name)
 
     def add(self, package: str, text: str = "", **metadata: str) -> None:
         (self.folder / package).mkdir(exist_ok=True)

@@ -25,7 +25,7 @@ def curve_keys(asked: Asked) -> Finding:
 
 
 def judge_keys(folder: Path) -> Finding:
-    """``folder``: a server's, a client's, or the one that holds both as ``server`` and ``client``."""
+    """``folder``: a server's, a client's, or one that holds both, as ``server`` and ``client``."""
     from sglang_harli.protocol import curve_keys as keys
 
     server = next((f for f in (folder, folder / "server") if (f / keys.SERVER_SECRET).exists()), None)

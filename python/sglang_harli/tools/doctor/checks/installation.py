@@ -1,5 +1,5 @@
-"""Whether Python, SGLang, this package and the libraries under both are there, once, and in versions
-that go together."""
+"""Whether Python, SGLang, this package and the libraries under both are there, once, and in
+versions that go together."""
 
 from __future__ import annotations
 
@@ -53,8 +53,15 @@ def distributions(name: str) -> list[importlib.metadata.Distribution]:
     for distribution in importlib.metadata.distributions(name=name):
         found.setdefault(os.path.realpath(str(distribution.locate_file("."))), distribution)
     sources = [source for d in found.values() if (source := _source(d)) is not None]
-    # An editable installation leaves metadata in its source tree too: those are no second one.
-    return [d for place, d in found.items() if not any(Path(place).is_relative_to(s) for s in sources)]
+    return [d for place, d in found.items() if not _is_build_metadata(d, Path(place), sources)]
+
+
+def _is_build_metadata(
+    distribution: importlib.metadata.Distribution, place: Path, sources: list[Path]
+) -> bool:
+    """What a build leaves in the source tree of an editable installation is no second one."""
+    built = distribution.read_text("SOURCES.txt") is not None  # of setuptools' .egg-info
+    return built and any(place.is_relative_to(source) for source in sources)
 
 
 def belongs(distribution: importlib.metadata.Distribution, package: str, origin: Path) -> bool:

@@ -112,7 +112,7 @@ def disk(asked: Asked) -> Finding:
 
 
 def judge_disk(folder: Path, free: int, state_bytes: int, free_files: int | None) -> Finding:
-    """``state_bytes``: of the largest checkpoint; ``free_files``: None where files have no limit."""
+    """``state_bytes``: of the largest checkpoint; ``free_files``: None: they have no limit."""
     found = f"{show_size(free)} free for {folder}"
     if free < max(LEAST_BYTES, 2 * state_bytes):
         need = f", and the next checkpoint takes {show_size(state_bytes)}" if state_bytes else ""

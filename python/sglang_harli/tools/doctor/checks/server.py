@@ -1,4 +1,5 @@
-"""What a running server says of itself: the finetune service at its endpoint, and the HTTP server."""
+"""What a running server says of itself: the finetune service at its endpoint, and the HTTP
+server."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ def shared_memory(asked: Asked) -> Finding:
 
 
 def judge(folder: Path, state_bytes: int, own: str) -> Finding:
-    """``state_bytes``: of the largest checkpoint in the run directory, 0: there is none; ``own``: the
-    folder's name that the run directory's server has here."""
+    """``state_bytes``: of the largest checkpoint in the run directory, 0: there is none; ``own``:
+    name of the folder that the run directory's server has here."""
     if not folder.is_dir():
         return problem(f"there is no {folder}", f"mount a tmpfs there; {GIVE_MORE}")
     if not os.access(folder, os.W_OK | os.X_OK):
