@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,6 +43,13 @@ def doctor(
         list[str] | None,
         typer.Option(metavar="CHECK", help="Run this check alone; may be repeated [default: all]"),
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Leave out device, seams and hooks, which import torch and SGLang for half a minute.",
+        ),
+    ] = False,
     endpoint: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
@@ -51,7 +59,7 @@ def doctor(
         from sglang_harli.tools.doctor import examine
         from sglang_harli.tools.doctor.asked import Asked
 
-        names = examine.chosen(only or ())
+        names = examine.chosen(only or (), quick=quick)
         asked = Asked(
             run_dir=run_dir,
             endpoint=current.endpoint,
@@ -84,8 +92,7 @@ def _lines(result: Result) -> Iterator[str]:
 
 
 def _summary(results: list[Result]) -> str:
-    counts: dict[str, int] = {}
-    for result in results:
-        status = str(result.finding.status)
-        counts[status] = counts.get(status, 0) + 1
-    return f"{len(results)} checks: " + ", ".join(f"{count} {name}" for name, count in counts.items())
+    counts = Counter(result.finding.status.value for result in results)
+    many = {"warning": "warnings", "problem": "problems"}
+    shown = (f"{count} {many.get(name, name) if count > 1 else name}" for name, count in counts.items())
+    return f"{len(results)} checks: " + ", ".join(shown)

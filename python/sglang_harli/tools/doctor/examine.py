@@ -60,16 +60,18 @@ class Result:
         return {"name": self.name, "status": str(f.status), "found": f.found, "mend": f.mend}
 
 
-def chosen(only: Iterable[str]) -> list[str]:
-    """The names of the checks to run, all where none is given; ConfigError: there is no such
-    check."""
+def chosen(only: Iterable[str] = (), *, quick: bool = False) -> list[str]:
+    """The names of the checks to run, all where none is given; ``quick``: without those that take
+    seconds.  ConfigError: there is no such check."""
     wanted = list(only)
     unknown = [name for name in wanted if name not in CHECKS]
     if unknown:
         raise ConfigError(
             f"--only {unknown[0]} is not accepted: give one of {', '.join(CHECKS)}", param="--only"
         )
-    return [name for name in CHECKS if not wanted or name in wanted]
+    if wanted:
+        return [name for name in CHECKS if name in wanted]
+    return [name for name in CHECKS if not (quick and name in PROBES)]
 
 
 def examine(asked: Asked, names: Sequence[str]) -> Iterator[Result]:

@@ -33,11 +33,7 @@ def process(pid: int) -> Process:
     except OSError:
         raw = b""
     command = raw.replace(b"\0", b" ").decode(errors="replace").strip()
-    return Process(pid, command[:_COMMAND])
-
-
-def lives(pid: int) -> bool:
-    return os.path.exists(f"/proc/{pid}")
+    return Process(pid, command if len(command) <= _COMMAND else f"{command[:_COMMAND]}...")
 
 
 # ------------------------------------------------------------------ sockets

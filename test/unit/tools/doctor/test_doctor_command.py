@@ -75,5 +75,8 @@ def test_a_check_that_breaks_is_a_problem_and_the_others_go_on(monkeypatch: pyte
 def test_checks_are_chosen_in_their_order():
     assert examine.chosen([]) == list(examine.CHECKS)
     assert examine.chosen(["cores", "python"]) == ["python", "cores"]
+    left_out = set(examine.CHECKS) - set(examine.chosen(quick=True))
+    assert left_out == {"device", "seams", "hooks"}
+    assert examine.chosen(["seams"], quick=True) == ["seams"]
     with pytest.raises(ConfigError, match="--only weather is not accepted: give one of python, "):
         examine.chosen(["weather"])
