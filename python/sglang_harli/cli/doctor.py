@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -60,28 +60,29 @@ def doctor(
         from sglang_harli.tools.doctor.asked import Asked
 
         names = examine.chosen(only or (), quick=quick)
-        asked = Asked(
-            run_dir=run_dir,
-            endpoint=current.endpoint,
-            http=http,
-            port=port,
-            curve_keys=current.curve_keys,
-            api_key=api_key,
-        )
-        results = []
-        for result in examine.examine(asked, names):
-            results.append(result)
-            if not current.json:
-                for line in _lines(result):
-                    say(line)
+        # The options of `harli` itself and those behind `doctor`, merged.
+        server = {"endpoint": current.endpoint, "curve_keys": current.curve_keys, "api_key": api_key}
+        asked = Asked(run_dir=run_dir, http=http, port=port, **server)
+        results = _shown(examine.examine(asked, names), as_json=current.json)
         if current.json:
             from sglang_harli.tools import terminal
 
             terminal.say_json(examine.report(asked, results))
-        else:
-            say(_summary(results))
         if not examine.healthy(results):
             raise typer.Exit(EXIT_FAILED)
+
+
+def _shown(found: Iterable[Result], *, as_json: bool) -> list[Result]:
+    """All results; without JSON each is printed as it comes, and a summary."""
+    results = []
+    for result in found:
+        results.append(result)
+        if not as_json:
+            for line in _lines(result):
+                say(line)
+    if not as_json:
+        say(_summary(results))
+    return results
 
 
 def _lines(result: Result) -> Iterator[str]:

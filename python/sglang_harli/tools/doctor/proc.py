@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import struct
 from dataclasses import dataclass
@@ -17,23 +18,35 @@ _LISTEN = "0A"
 _COMMAND = 120  # characters of a command line that are shown
 
 
+# How the processes of a server are started, or call themselves.
+_SERVERS = re.compile(
+    r"\bsglang(_harli)?\.launch_server\b|\bsglang_harli\.service\.app\b|\bsglang serve\b|^sglang::"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Process:
+    """``command``: its command line, empty where it cannot be read."""
+
     pid: int
     command: str
 
+    @property
+    def is_server(self) -> bool:
+        """Whether it is one of an SGLang server's."""
+        return _SERVERS.search(self.command) is not None
+
     def __str__(self) -> str:
-        return f"pid {self.pid} ({self.command or 'command unknown'})"
+        shown = self.command if len(self.command) <= _COMMAND else f"{self.command[:_COMMAND]}..."
+        return f"pid {self.pid} ({shown or 'command unknown'})"
 
 
 def process(pid: int) -> Process:
-    """``command`` is empty where it cannot be read."""
     try:
         raw = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         raw = b""
-    command = raw.replace(b"\0", b" ").decode(errors="replace").strip()
-    return Process(pid, command if len(command) <= _COMMAND else f"{command[:_COMMAND]}...")
+    return Process(pid, raw.replace(b"\0", b" ").decode(errors="replace").strip())
 
 
 # ------------------------------------------------------------------ sockets

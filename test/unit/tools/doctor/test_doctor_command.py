@@ -15,7 +15,7 @@ from sglang_harli.tools.doctor.asked import Asked
 from sglang_harli.tools.doctor.finding import Status
 from sglang_harli.tools.server_process import free_port
 
-SLOW = ("seams", "hooks")  # test/sglang/test_doctor_on_sglang.py
+SLOW = ("seams", "hooks")  # test_doctor_on_sglang.py
 
 
 def harli(*args: str) -> subprocess.CompletedProcess[str]:

@@ -48,6 +48,22 @@ def test_a_port_is_free_or_its_holder_is_named(held: int):
     assert ports.finetune_endpoint(Asked(endpoint=f"tcp://localhost:{free}")).status is Status.OK
 
 
+@pytest.mark.parametrize(
+    ("command", "ours"),
+    [
+        ("/v/bin/python -m sglang_harli.launch_server --port 1", True),
+        ("/v/bin/python -m x.child_process 1 sglang_harli.service.app", True),
+        ("/v/bin/python /v/bin/sglang serve --model-path m", True),
+        ("sglang::scheduler", True),
+        ("/srv/sglang/bin/redis-server", False),
+        ("python -m pytest test/sglang", False),
+        ("", False),
+    ],
+)
+def test_which_processes_are_a_servers(command: str, ours: bool):
+    assert proc.Process(1, command).is_server is ours
+
+
 def test_an_address_of_another_host_is_left_alone():
     elsewhere = "192.0.2.1"  # for documentation (RFC 5737)
     assert ports.http_port(Asked(http=f"http://{elsewhere}:30000")).status is Status.SKIPPED

@@ -18,7 +18,6 @@ from sglang_harli.tools.doctor.finding import Finding, ok, problem, skipped, tog
 RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 NEEDED_PORTS = 1000  # of those for outgoing connections: what a busy server has open at once
-OURS = "sglang"  # in the command line of every process of a server
 
 
 def http_port(asked: Asked) -> Finding:
@@ -120,7 +119,7 @@ def _held(what: str, holder: proc.Process | None, other: str) -> Finding:
             f"{what} is in use by a process that this user may not see",
             f"give {other}, or end what has it (as root: ss -tlnp)",
         )
-    if OURS in holder.command:
+    if holder.is_server:
         return ok(f"{what} is a running server's: {holder}")
     return problem(f"{what} is in use by {holder}", f"give {other}, or end that process")
 

@@ -1,5 +1,5 @@
-"""`harli doctor`, all of it, on the installed SGLang: its seams hold and its hooks can be
-applied."""
+"""`harli doctor`, all of it, on the installed SGLang (in a process of its own): its seams hold and
+its hooks can be applied."""
 
 from __future__ import annotations
 
