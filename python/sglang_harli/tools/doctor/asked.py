@@ -141,7 +141,10 @@ def _ask(asked: Asked) -> Answer:
     from sglang_harli.client.blocking_client import FinetuneClient
 
     with FinetuneClient(
-        asked.endpoint, connect_timeout_s=CONNECT_S, reply_timeout_s=REPLY_S, curve_keys=asked.curve_keys
+        asked.endpoint,
+        connect_timeout_s=CONNECT_S,
+        reply_timeout_s=REPLY_S,
+        curve_keys=client_keys(asked.curve_keys),
     ) as client:
         status = msgspec.to_builtins(client.status())
         waits = None
@@ -149,6 +152,14 @@ def _ask(asked: Asked) -> Answer:
             queued = client.list(status="queued", limit=1)
             waits = queued[0].reason if queued else None
         return Answer(status=status, waits=waits)
+
+
+def client_keys(folder: str | None) -> str | None:
+    """The folder of a client's keys: the one given, or in it where it holds both sides' keys."""
+    from sglang_harli.protocol.curve_keys import CLIENT_SECRET
+
+    inner = None if folder is None else Path(folder).expanduser() / "client"
+    return str(inner) if inner is not None and (inner / CLIENT_SECRET).exists() else folder
 
 
 def _listens(asked: Asked) -> bool:

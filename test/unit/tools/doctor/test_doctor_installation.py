@@ -58,6 +58,8 @@ def test_packages_in_and_out_of_range():
     build = list(installation.judge(["torch==2.14.1"], versions(torch="2.14.1+cu130")))
     assert build == [], "a build of a version is that version"
     assert not list(installation.judge(["flask==1", "torch"], versions(torch="2"), only=("torch",)))
+    (vendors,) = installation.judge(["torch==2.14.1"], versions(torch="2.13"), only=("torch",))
+    assert vendors.status is Status.WARNING
 
 
 def test_the_environment():

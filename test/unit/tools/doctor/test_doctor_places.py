@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import sqlite3
 from pathlib import Path
@@ -257,6 +258,23 @@ def test_a_store_that_a_server_has_open(run_dir: Path):
     server.write([record(id="ftjob-1", number=2)])
     assert "2 queued" in job_store.judge(path, in_use=True).found, "what is in the log counts"
     server.close()
+
+
+def test_a_store_whose_server_was_killed(store: Path, tmp_path: Path):
+    """What is only in the log is read, and the log stays."""
+    server = JobStore(sqlite_url(store))
+    server.write([record(id="ftjob-2", number=3)])
+    left = tmp_path / "left"
+    left.mkdir()
+    for path in store.parent.glob("harli.db*"):
+        shutil.copy(path, left)
+    server.close()
+    before = {name: size for name, (size, _) in tree(left).items()}
+    finding = job_store.judge(left / "harli.db", in_use=False)
+    assert finding.status is Status.OK and "3 queued" in finding.found
+    assert {name: size for name, (size, _) in tree(left).items()} == before
+    (left / "harli.db-shm").unlink()  # it is made again by whoever reads the log
+    assert "3 queued" in job_store.judge(left / "harli.db", in_use=False).found
 
 
 def test_stores_that_cannot_be_used(store: Path, tmp_path: Path):

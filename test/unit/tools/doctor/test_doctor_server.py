@@ -14,7 +14,7 @@ import pytest
 
 from sglang_harli.errors import ConfigError
 from sglang_harli.protocol import curve_keys
-from sglang_harli.tools.doctor.asked import Answer, Asked
+from sglang_harli.tools.doctor.asked import Answer, Asked, client_keys
 from sglang_harli.tools.doctor.checks import access, host, server
 from sglang_harli.tools.doctor.finding import Status
 from support.models import write_tokenizer
@@ -165,6 +165,8 @@ def test_keys_that_match(keys: Path):
     assert access.judge_keys(keys / "server").status is Status.OK
     assert access.judge_keys(keys / "client").status is Status.OK
     assert access.curve_keys(Asked()).status is Status.SKIPPED
+    assert client_keys(str(keys)) == client_keys(str(keys / "client")) == str(keys / "client")
+    assert client_keys(None) is None
 
 
 def test_keys_that_cannot_be_used(keys: Path, tmp_path: Path):

@@ -175,8 +175,13 @@ def installed_version(name: str) -> str | None:
 
 
 def judge(requires: Iterable[str], version_of: Any, only: tuple[str, ...] = ()) -> Iterator[Finding]:
-    """What of a distribution's ``Requires-Dist`` is missing or in another version.  ``version_of``:
-    the installed version of a name, or None; ``only``: look at these names alone."""
+    """What of a distribution's ``Requires-Dist`` is missing or in another version.
+
+    Args:
+        version_of: the installed version of a name, or None.
+        only: look at these names alone, which SGLang pins; another version of them is a warning,
+            for builds of a GPU's vendor have versions of their own.
+    """
     for wanted in _parsed(requires):
         if wanted.name == "sglang" or (only and wanted.name not in only):
             continue  # SGLang has a check of its own
@@ -185,7 +190,8 @@ def judge(requires: Iterable[str], version_of: Any, only: tuple[str, ...] = ()) 
         if version is None:
             yield problem(f"{wanted.name} is not installed", mend)
         elif not wanted.specifier.contains(version, prereleases=True):
-            yield problem(f"{wanted.name} {version} is not {wanted.specifier}", mend)
+            say = warning if only else problem
+            yield say(f"{wanted.name} {version} is not {wanted.specifier}", mend)
 
 
 def _parsed(requires: Iterable[str]) -> Iterator[Requirement]:

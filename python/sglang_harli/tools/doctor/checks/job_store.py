@@ -1,7 +1,7 @@
 """Whether the job store of a run directory can be read, by this harli, and all of its jobs.
 
 It is opened for reading only; of a store that no server has open, and whose log is empty, not even
-a lock is taken.
+a lock is taken.  Where a server was killed, SQLite may make the index of its log (-shm) again.
 """
 
 from __future__ import annotations
