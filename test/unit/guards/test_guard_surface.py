@@ -14,6 +14,8 @@ import msgspec
 from sglang_harli import config, core
 from sglang_harli.protocol import base_print, internal, job_limits, public
 from sglang_harli.protocol.calls import files, fine_tuning
+from sglang_harli.tools.doctor import examine, finding
+from sglang_harli.tools.doctor.asked import Asked
 from support.project_files import package_files, parse
 
 # --harli-<name with dashes>: default.
@@ -136,6 +138,16 @@ METRICS = {
     "harli_slo_attainment_ratio": "",
     "harli_impossible_target": "target",
 }
+
+# Checks of `harli doctor`, by which --only and scripts name them, and the fields of its JSON.
+DOCTOR_CHECKS = (
+    *("python", "harli", "sglang", "packages", "plugin", "environment"),
+    *("http-port", "finetune-endpoint", "ephemeral-ports", "shared-memory", "sockets", "run-dir", "disk"),
+    *("job-store", "finetune-service", "http-server", "curve-keys", "access"),
+    *("open-files", "cores", "memory", "clock", "device", "seams", "hooks"),
+)
+DOCTOR_STATES = ["ok", "skipped", "warning", "problem"]
+DOCTOR_REPORT = (1, "version ok asked checks", "name status found mend")
 
 # Fields of what goes over a socket: the public messages, then those between a server's processes.
 MESSAGES = {
@@ -271,6 +283,14 @@ def test_metrics():
                 if str(name).startswith("harli_") and isinstance(row, ast.Tuple) and len(row.elts) == 3:
                     found[name] = " ".join(ast.literal_eval(row.elts[2]))
     assert found == METRICS
+
+
+def test_doctor():
+    assert tuple(examine.CHECKS) == DOCTOR_CHECKS
+    assert [str(status) for status in finding.Status] == DOCTOR_STATES
+    report = examine.report(Asked(run_dir="."), [examine.Result("cores", finding.ok("2 cores"))])
+    fields = " ".join(report), " ".join(report["checks"][0])
+    assert (examine.REPORT_VERSION, *fields) == DOCTOR_REPORT
 
 
 def test_hyperparameters():
