@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 import orjson
 
 from sglang_harli.errors import DataError
-from sglang_harli.protocol import odd_values, public
+from sglang_harli.protocol import public
+from sglang_harli.protocol.rows import odd_values
 
 Data = str | os.PathLike[str] | bytes | Iterable[Mapping[str, Any]]
 SPOOL_BYTES = 8 << 20  # rows beyond that go to a temporary file
