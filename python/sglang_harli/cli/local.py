@@ -77,7 +77,13 @@ def make_keys(
 @app.command("check-data")
 def check_data(
     ctx: typer.Context,
-    data: Annotated[str, typer.Argument(metavar="FILE", help="A JSONL file.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="JSONL, a JSON array, CSV or Parquet (gzip around it too), or a folder of Parquet files or saved by datasets.",
+        ),
+    ],
     model: Annotated[
         str | None,
         typer.Option(

@@ -14,7 +14,6 @@ from sglang_harli.errors import DataError, HarliError, NotReadyError, grouped
 from sglang_harli.protocol.public import BUSY
 from sglang_harli.protocol.rows import forms
 from sglang_harli.service.data.files import file_format, source
-from sglang_harli.service.data.files.file_format import FileFormat
 from sglang_harli.service.data.files.record import Record
 from sglang_harli.service.data.token_store import TokenWriter
 from sglang_harli.service.rows.encoder import READ_AS, RowEncoder, unused_fields
@@ -79,6 +78,14 @@ class DataSummary(Struct, kw_only=True):
         return to_builtins(self)
 
 
+class RefusedDataError(DataError):
+    """The refusal of a file: how many of its rows are at fault, and the sentence that is about all of
+    it, where there is one."""
+
+    bad_rows: int = 0
+    fault: str | None = None
+
+
 def scan(
     path: Path,
     tokenizer: RowEncoder,
@@ -114,7 +121,7 @@ def look(
     on_overflow: str = "error",
     writer: TokenWriter | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[DataSummary, DataError | None]:
+) -> tuple[DataSummary, RefusedDataError | None]:
     """As ``scan``, with the figures of the rows that are accepted also where others are not."""
     summary = DataSummary(file=name, max_seq_length=max_length, tokenizer=tokenizer.fingerprint)
     report = _Report(name)
@@ -128,7 +135,7 @@ def look(
         summary.file_format, summary.file_text, summary.unit = about.kind, about.shown, about.unit
         notes = RowNotes(about.unit)
         reading = Reading(notes, limit=max_length if on_overflow == "error" else None, stop=go_on)
-        rows = _Rows(name, about, tokenizer, reading)
+        rows = _Rows(summary, tokenizer, reading)
         with contextlib.closing(source.records(about)) as records:
             for record in records:
                 go_on()
@@ -147,9 +154,8 @@ def look(
 class _Rows:
     """The rows of each record of one file; ``ignored``: fields that were passed over."""
 
-    def __init__(self, name: str, about: FileFormat, tokenizer: RowEncoder, reading: Reading) -> None:
-        self._name = name
-        self._about = about
+    def __init__(self, summary: DataSummary, tokenizer: RowEncoder, reading: Reading) -> None:
+        self._summary = summary
         self._tokenizer = tokenizer
         self._reading = reading
         self._surprised = False
@@ -174,13 +180,8 @@ class _Rows:
             raise
         except Exception as error:  # boundary: one row is refused; the report names the others too
             if not self._surprised:  # once: a file may have millions of such rows
-                logger.warning(
-                    "%s: %s %d cannot be made a row",
-                    self._name,
-                    self._about.unit,
-                    record.number,
-                    exc_info=True,
-                )
+                at = self._summary.unit, record.number
+                logger.warning("%s: %s %d cannot be made a row", self._summary.file, *at, exc_info=True)
                 self._surprised = True
             raise RowError(f"it cannot be made a row ({type(error).__name__}: {error})") from error
 
@@ -190,9 +191,10 @@ class _Rows:
         if form is None:
             return
         if self._reading.form is None:
-            self._reading.form, self._first = form, record.number
+            self._reading.form = self._summary.format = form
+            self._first = record.number
         elif form != self._reading.form:
-            unit = self._about.unit
+            unit = self._summary.unit
             raise FileFault(
                 f"it mixes formats: {unit} {record.number} has the format {form}, {unit} {self._first} has "
                 f"{self._reading.form}; put rows of one format into one file"
@@ -266,15 +268,27 @@ class _Report:
             place = {unit: record.number} | ({} if record.line is None else {"line": record.line})
             self._details.append(place | {"field": error.field, "reason": reason})
 
-    def error(self, summary: DataSummary) -> DataError | None:
+    def error(self, summary: DataSummary) -> RefusedDataError | None:
+        made = self._error(summary)
+        if made is not None:
+            made.bad_rows = self._count
+            made.fault = self.fault or self._common(summary)
+        return made
+
+    def _common(self, summary: DataSummary) -> str | None:
+        """The reason of all rows, where none is accepted and all reported ones have one reason."""
+        found = {row["reason"] for row in self._details}
+        return found.pop() if self._count > 1 and self._count == summary.lines and len(found) == 1 else None
+
+    def _error(self, summary: DataSummary) -> RefusedDataError | None:
         if self.fault is not None:
-            fault = self.fault.encode("utf-8", "backslashreplace").decode()
-            return DataError(f"{self._name}: {fault}", param="data", details=self._details)
+            self.fault = self.fault.encode("utf-8", "backslashreplace").decode()
+            return RefusedDataError(f"{self._name}: {self.fault}", param="data", details=self._details)
         if self._count:
             groups = list(grouped(self._details))[:SHOWN]
             shown = "; ".join(f"{lines}: {reason}" for lines, reason, _ in groups)
             left = self._count - sum(count for *_, count in groups)
-            return DataError(
+            return RefusedDataError(
                 f"{self._name}: {self._count} of {summary.lines} {summary.unit}s not accepted: {shown}"
                 f"{f'; and {left} more' if left else ''}",
                 param="data",
@@ -286,5 +300,6 @@ class _Report:
                 if summary.dropped
                 else f"it holds no {'line of data' if summary.unit == 'line' else 'row'}"
             )
-            return DataError(f"{self._name}: nothing to train on: {why}", param="data")
+            self.fault = f"nothing to train on: {why}"
+            return RefusedDataError(f"{self._name}: {self.fault}", param="data")
         return None

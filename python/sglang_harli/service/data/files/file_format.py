@@ -13,7 +13,7 @@ from typing import Any
 
 from sglang_harli.protocol.rows.forms import ALL
 from sglang_harli.service.data.files import packed
-from sglang_harli.service.data.files.lines import HEAD_BYTES, Coding, coding_of, decode, read_head
+from sglang_harli.service.data.files.lines import HEAD_BYTES, UTF8, Coding, coding_of, decode, read_head
 from sglang_harli.service.data.files.packed import Opener
 from sglang_harli.service.rows.error import FileFault
 
@@ -75,7 +75,7 @@ class FileFormat:
     path: Path
     opener: Opener
     kind: str  # JSONL, ARRAY, CSV or PARQUET
-    coding: Coding = Coding()
+    coding: Coding = UTF8
     gzip: bool = False
     separator: str = ","  # of the cells of a CSV file
 

@@ -42,6 +42,9 @@ class Coding:
         return self.name.upper().removesuffix("-LE").removesuffix("-BE")
 
 
+UTF8 = Coding()
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """One line that is not blank, or one row of a JSON array."""
@@ -98,7 +101,7 @@ def read_lines(opener: Opener, coding: Coding) -> Iterator[Line]:
 
 def utf8(file: BinaryIO, coding: Coding) -> io.BufferedIOBase | BinaryIO:
     """A file's bytes as UTF-8, with line feeds alone at the ends of its lines."""
-    if coding == Coding():
+    if coding == UTF8:
         return file
     return io.BufferedReader(_Recoded(file, coding), _PIECE)
 

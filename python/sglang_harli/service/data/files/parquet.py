@@ -72,9 +72,8 @@ def _record(number: int, sign: bytes, body: bytes, ignored: list[str], reader: R
         if sign == b"E":
             raise RowError(f"it holds {json.loads(body)}")
         row = reader.read(Line(number, body))
-        left_out = tables.without_nulls(row)
         row = tables.complete(row, reader)
         check_values(row)
     except RowError as error:
         return Record(number, error=error)
-    return Record(number, value=row | dict.fromkeys(ignored, ""), left_out=left_out)
+    return Record(number, value=row | dict.fromkeys(ignored, ""), left_out=sign == b"N")

@@ -2,7 +2,7 @@
 
 A process of its own: a file that expands without end, or that pyarrow's C++ cannot digest, ends
 this process and nothing else.  Each line begins with a sign: ``H`` the header (names of columns),
-``R`` a row, ``E`` why a row is none, ``L`` a row that is too long, ``F`` why the file is not read,
+``R`` a row, ``N`` one of which nulls were left out, ``E`` why a row is none, ``L`` a row that is too long, ``F`` why the file is not read,
 ``D`` the end.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sglang_harli.protocol.rows import arrow_rows, forms
+from sglang_harli.protocol.rows.arrow_rows import JsonRow
 
 MEMORY_BYTES = 3 << 30  # of addresses beyond what is there once pyarrow is loaded: row groups are streamed
 MAX_FOOTER_BYTES = 64 << 20
@@ -31,14 +32,14 @@ def main(path: str, max_row_bytes: int) -> None:
 
     try:
         for line in _lines(path):
-            if isinstance(line, str):
-                say(b"E", json.dumps(line).encode())
-            elif isinstance(line, list):
+            if isinstance(line, list):
                 say(b"H", json.dumps(line).encode())
-            elif len(line) > max_row_bytes:
-                say(b"L", str(len(line)).encode())
+            elif line.problem:
+                say(b"E", json.dumps(line.problem).encode())
+            elif len(line.text) > max_row_bytes:
+                say(b"L", str(len(line.text)).encode())
             else:
-                say(b"R", line)
+                say(b"N" if line.left_out else b"R", line.text)
         say(b"D")
     except _Refusal as refusal:
         say(b"F", json.dumps(str(refusal)).encode())
@@ -57,7 +58,7 @@ class _Refusal(Exception):
     """Why the file is not read."""
 
 
-def _lines(path: str) -> Iterator[bytes | str | list[str]]:
+def _lines(path: str) -> Iterator[JsonRow | list[str]]:
     """The names of the columns, then the rows."""
     try:
         import pyarrow as pa

@@ -35,32 +35,3 @@ def complete(row: dict[str, Any], reader: RowReader) -> dict[str, Any]:
         if isinstance(text, str):
             row[name] = reader.cell(text, name) if text.strip() else None
     return row
-
-
-def without_nulls(row: dict[str, Any]) -> bool:
-    """Take out of tools and tool calls the fields that are null.  Returns whether there was one.
-
-    A column of objects has every field of each of its rows, null where a row had none.
-    """
-    found = _strip(row.get("tools"))
-    messages = row.get("messages")
-    for message in messages if isinstance(messages, list) else ():
-        if isinstance(message, dict):
-            found |= _strip(message.get("tool_calls"))
-    return found
-
-
-def _strip(value: Any) -> bool:
-    found = False
-    left = [value]
-    while left:
-        part = left.pop()
-        if isinstance(part, dict):
-            empty = [name for name, inner in part.items() if inner is None]
-            for name in empty:
-                del part[name]
-            found |= bool(empty)
-            left += part.values()
-        elif isinstance(part, list):
-            left += part
-    return found
