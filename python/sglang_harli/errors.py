@@ -60,7 +60,7 @@ def _rebuild(
 
 
 def grouped(details: list[dict[str, Any]]) -> Iterator[tuple[str, str, int]]:
-    """Which lines or rows, why and how many: neighbours of a report with the same reason together."""
+    """Which lines or rows, why and how many: neighbours with the same reason together."""
     for reason, found in itertools.groupby(details, lambda row: row.get("reason")):
         rows = list(found)
         unit = "row" if "row" in rows[0] else "line"

@@ -302,7 +302,7 @@ class AsyncFinetuneClient:
         """Data of one frame go with the request: whatever ends it, nothing stays at the service.
         Larger ones are uploaded before, and the request names the upload."""
         with self._exchange() as exchange, contextlib.ExitStack() as stack:
-            # A folder's rows are read there; an iterable of the caller's stays in the caller's thread.
+            # A folder's rows are read there; the caller's iterable stays in the caller's thread.
             is_path = isinstance(data, str | os.PathLike)
             opened = await exchange.wire.run(lambda: DataSource(data)) if is_path else DataSource(data)
             source = stack.enter_context(opened)

@@ -1,4 +1,5 @@
-"""A folder of rows as one JSONL file: saved by ``datasets`` (``save_to_disk``), or of Parquet files.
+"""A folder of rows as one JSONL file: saved by ``datasets`` (``save_to_disk``), or of Parquet
+files.
 
 pyarrow is imported when such a folder is read, ``datasets`` never.
 """

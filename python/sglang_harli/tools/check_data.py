@@ -26,7 +26,8 @@ def check_data(
     max_seq_length: int | None = None,
     on_overflow: str = "error",
 ) -> dict[str, Any]:
-    """Validate a training file, or a folder of rows, against the tokenizer and chat template of a server with ``flags``.
+    """Validate a training file, or a folder of rows, against the tokenizer and chat template of a
+    server with ``flags``.
 
     Hides torch from this process, as the service does: call it from a process of its own.
     ``max_seq_length``: longest row in tokens; default: the model's limit.  Returns

@@ -1,4 +1,4 @@
-"""From a streamed training file to token rows, or to one report of every row that is not accepted."""
+"""From a streamed training file to token rows, or to one report of all that is not accepted."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class DataSummary(Struct, kw_only=True):
 
 
 class RefusedDataError(DataError):
-    """The refusal of a file: how many of its rows are at fault, and the sentence that is about all of
-    it, where there is one."""
+    """The refusal of a file: how many of its rows are at fault, and the sentence that is about all
+    of it, where there is one."""
 
     bad_rows: int = 0
     fault: str | None = None
@@ -133,10 +133,11 @@ def look(
     try:
         about = file_format.look_at(path)
         summary.file_format, summary.file_text, summary.unit = about.kind, about.shown, about.unit
-        notes = RowNotes(about.unit)
-        reading = Reading(notes, limit=max_length if on_overflow == "error" else None, stop=go_on)
+        reading = Reading(
+            RowNotes(about.unit), limit=max_length if on_overflow == "error" else None, stop=go_on
+        )
         rows = _Rows(summary, tokenizer, reading)
-        with contextlib.closing(source.records(about)) as records:
+        with contextlib.closing(source.records(about)) as records, rows.summed_up():
             for record in records:
                 go_on()
                 summary.lines += 1
@@ -144,8 +145,6 @@ def look(
                     _take(rows.of(record), record, on_overflow, summary, writer)
                 except RowError as error:
                     report.add(about.unit, record, error)
-        summary.ignored_fields = sorted(map(_named, rows.ignored))[:MAX_NAMED]
-        summary.notes = notes.notes()
     except FileFault as fault:
         report.fault = fault.reason
     return summary, report.error(summary)
@@ -161,6 +160,15 @@ class _Rows:
         self._surprised = False
         self._first = 0  # the record that the file's form was seen from
         self.ignored: set[str] = set()
+
+    @contextlib.contextmanager
+    def summed_up(self) -> Iterator[None]:
+        """Puts what was noticed into the summary, where the reading ends early too."""
+        try:
+            yield
+        finally:
+            self._summary.ignored_fields = sorted(map(_named, self.ignored))[:MAX_NAMED]
+            self._summary.notes = self._reading.notes.notes()
 
     def of(self, record: Record) -> Iterator[Row]:
         """Raises RowError, FileFault; trouble of the environment and the end of the scan pass

@@ -124,6 +124,6 @@ def of_transformers(tokenizer: Any) -> ServedTokenizer:
 
 
 def unused_fields(record: dict[str, Any], form: str | None) -> set[str]:
-    """Keys of an accepted row of this form that are passed over; one that is null is not counted."""
+    """Keys of an accepted row of this form that are passed over; one that is null counts not."""
     used = forms.FIELDS.get(form or "", forms.USED)
     return {key for key, value in record.items() if key not in used and value is not None}

@@ -1,5 +1,5 @@
-"""What a training file is, seen from its beginning, whatever its name: its kind and encoding, or one
-sentence that says why it is not read and what to do.
+"""What a training file is, seen from its beginning, whatever its name: its kind and encoding, or
+one sentence that says why it is not read and what to do.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The process that reads a Parquet file, and writes its rows as JSON to standard output.
 
-A process of its own: a file that expands without end, or that pyarrow's C++ cannot digest, ends
-this process and nothing else.  Each line begins with a sign: ``H`` the header (names of columns),
-``R`` a row, ``N`` one of which nulls were left out, ``E`` why a row is none, ``L`` a row that is too long, ``F`` why the file is not read,
-``D`` the end.
+A process of its own: a file that expands without end, or on which pyarrow's C++ crashes, ends this
+process and nothing else.  Each line begins with a sign: ``H`` the header (names of columns), ``R``
+a row, ``N`` one of which nulls were left out, ``E`` why a row is none, ``L`` a row that is too long
+(its bytes), ``F`` why the file is not read on, ``D`` the end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the rows of tables (CSV, Parquet) have in common: columns with names, lists as JSON texts."""
+"""What rows of tables (CSV, Parquet) have in common: columns with names, lists as JSON texts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_columns(columns: Sequence[str]) -> None:
 
 
 def complete(row: dict[str, Any], reader: RowReader) -> dict[str, Any]:
-    """The row with its lists read from their JSON texts; an empty text is none.  Raises RowError."""
+    """The row with its lists read from their JSON texts; an empty text is none; raises RowError."""
     for name in forms.LISTS:
         text = row.get(name)
         if isinstance(text, str):
