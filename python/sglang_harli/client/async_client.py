@@ -149,7 +149,7 @@ class AsyncFinetuneClient:
             hyperparameters: ``max_seq_length`` and ``on_overflow`` count.
 
         Returns:
-            ``ok``, ``rows``, ``notes``, ``bad_lines`` and more (see docs/jobs.md, ``check``).
+            ``ok``, ``rows``, ``notes``, ``bad_lines`` and more (docs/data.md, The report).
         """
         args = public.CheckArgs(
             filename=(filename or "")[:1024], hyperparameters=_hyperparameters(hyperparameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -17,7 +18,7 @@ _SIGN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
 _REST_OF_TEXT = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
 
-def elements(file: BinaryIO) -> Iterator[Line]:
+def elements(file: BinaryIO | io.BufferedIOBase) -> Iterator[Line]:
     """The array's elements, numbered from 1, as they stand in the file (UTF-8).
 
     Raises FileFault: the array is not closed, or something stands behind it.
@@ -28,7 +29,7 @@ def elements(file: BinaryIO) -> Iterator[Line]:
 class _Scan:
     """One pass over the file; each piece of it is looked at once."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO | io.BufferedIOBase) -> None:
         self._file = file
         self._piece = b""
         self._at = 0  # in the piece: what is before it was looked at

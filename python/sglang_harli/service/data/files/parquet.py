@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from sglang_harli.protocol.rows import forms
 from sglang_harli.service.data.files import lines, packed, parquet_child, tables
@@ -41,7 +41,7 @@ def records(path: Path, reader: RowReader) -> Iterator[Record]:
         child.wait()
 
 
-def _rows(file: BinaryIO, packed_bytes: int, reader: RowReader) -> Iterator[Record]:
+def _rows(file: IO[bytes], packed_bytes: int, reader: RowReader) -> Iterator[Record]:
     number = size = 0
     left_out_of: list[str] = []
     while raw := file.readline(lines.MAX_LINE_BYTES + 2):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from sglang_harli.service.data.files import csv_table, file_format, json_array, parquet
 from sglang_harli.service.data.files.file_format import FileFormat
@@ -12,7 +12,7 @@ from sglang_harli.service.data.files.row_json import RowReader
 from sglang_harli.service.rows.error import RowError
 
 
-def records(about: FileFormat) -> Iterator[Record]:
+def records(about: FileFormat) -> Generator[Record]:
     """The file's rows one after the other, in bounded memory.  Close it to end early.
 
     Raises FileFault: the file cannot be read on; OSError.
