@@ -35,7 +35,9 @@ _ANY_TCP = re.compile(r"^tcp://(\[[0-9a-fA-F:.]+\]|\*|[A-Za-z0-9._-]+):(\d{1,5})
 _SIZE = re.compile(r"^\s*([0-9]{1,24}(?:\.[0-9]{1,24})?)\s*(b|kb|mb|gb|kib|mib|gib)?\s*$", re.IGNORECASE)
 MAX_SIZE = 2**60
 MAX_COUNT = 1_000_000  # of rows, of checkpoints
+MAX_FILE_BYTES = 4 << 30  # of a training file
 TRAIN_RESERVE_CPU, TRAIN_RESERVE_CUDA = 256 * 2**20, 2**30
+_SIZES = ("max_train_mem", "train_reserve", "logits_mem", "max_file_size", "max_part_size", "max_files_size")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -152,6 +154,11 @@ class HarliOptions:
     logits_mem: str = _option(
         "64MiB", "Largest logits tensor of a training step; the loss is chunked to fit it."
     )
+    max_file_size: str = _option("4GiB", "Largest file that /v1/files and /v1/uploads take.")
+    max_part_size: str = _option("64MiB", "Largest part of an upload that /v1/uploads takes.")
+    max_files_size: str = _option(
+        "64GiB", "Most bytes of all files and parts of uploads together; 64MiB of the disk stay free besides."
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -173,8 +180,10 @@ class HarliOptions:
             raise _bad("prefix_keep", self.prefix_keep, "a share from 0 to 1")
         if not (_is_number(self.profile_budget_s) and 0 <= self.profile_budget_s <= 3600):
             raise _bad("profile_budget_s", self.profile_budget_s, "a number of seconds from 0 to 3600")
-        for name in ("max_train_mem", "train_reserve", "logits_mem"):
+        for name in _SIZES:
             self._check_size(name)
+        if self.file_bytes > MAX_FILE_BYTES:
+            raise _bad("max_file_size", self.max_file_size, "a size of at most 4GiB, which a job can read")
 
     def _check_count(self, name: str) -> None:
         value = getattr(self, name)
@@ -242,6 +251,21 @@ class HarliOptions:
     @property
     def logits_bytes(self) -> int:
         return parse_size(self.logits_mem)
+
+    @property
+    def file_bytes(self) -> int:
+        """Most bytes of one file that comes over HTTP."""
+        return parse_size(self.max_file_size)
+
+    @property
+    def part_bytes(self) -> int:
+        """Most bytes of a part of an upload."""
+        return parse_size(self.max_part_size)
+
+    @property
+    def all_files_bytes(self) -> int:
+        """Most bytes of all files and parts together."""
+        return parse_size(self.max_files_size)
 
     @property
     def max_train_bytes(self) -> int | None:

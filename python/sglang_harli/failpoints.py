@@ -29,7 +29,11 @@ class Failpoint(enum.StrEnum):
     """Durable steps, in the order in which a job passes them; behind each, who reaches it."""
 
     DATA_STORED = "data-stored"  # service: the data's folder has its final name, the store knows no job yet
+    FILE_STORED = "file-stored"  # service: a file's bytes have their name, the store does not know the file
+    PART_STORED = "part-stored"  # service: the same of a part of an upload
+    UPLOAD_COMPLETED = "upload-completed"  # service: the parts are one file, the store has the parts yet
     JOB_CREATED = "job-created"  # service: the job is in the store, its client has no answer yet
+    VALIDATED = "validated"  # service: rows of a file that was named are stored, the store does not know it
     MICRO_BATCH_FED = "micro-batch-fed"  # service: a micro-batch went to the scheduler
     STEP_APPLIED = "step-applied"  # scheduler: the optimizer has run, no message has gone out
     SNAPSHOT_COPIED = "snapshot-copied"  # scheduler: the state lies in shared memory, no message has gone out
@@ -47,6 +51,7 @@ class WriteFailpoint(enum.StrEnum):
     """Writes that a full or read-only disk, or a full shared memory, can refuse."""
 
     DATA = "write-data"  # the submitted file
+    FILE = "write-file"  # a file or a part that comes over HTTP
     TOKENS = "write-tokens"
     SETTLE = "write-settle"  # fsync and rename of a job's folder
     STORE = "write-store"  # a transaction of the job store

@@ -35,6 +35,7 @@ class Replacement:
         why: why a replacement is needed.
         kind: a HookType: replace, before, after or around.
         main: for the main process (HTTP and tokenizer), else for the scheduler processes.
+        always: with --harli-finetune off too.
     """
 
     target: str
@@ -42,6 +43,7 @@ class Replacement:
     why: str
     kind: str = "around"
     main: bool = True
+    always: bool = False
 
 
 SERVER_ARGS = Replacement(
@@ -51,8 +53,9 @@ SERVER_ARGS = Replacement(
     kind="replace",
 )
 
-# Only with the switch on and --harli-finetune on.  The patches (sglang_harli.patches.catalog) need
-# the switch alone: LoRA, or a CPU, needs them without finetuning too.
+# Only with the switch on and, but for rows that say ``always``, --harli-finetune on.  The patches
+# (sglang_harli.patches.catalog) need the switch alone: LoRA, or a CPU, needs them without
+# finetuning too.
 TABLE = (
     Replacement(
         "sglang.srt.managers.scheduler.Scheduler",
@@ -129,8 +132,15 @@ TABLE = (
     Replacement(
         "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
         "sglang_harli.managers.http.routes:before_setup_and_run",
-        "publication of adapters, the health gate and /v1/models/{id} live in the HTTP process",
+        "publication of adapters, the health gate, /v1/models/{id}, files and fine-tuning live in the HTTP process",
         kind="before",
+        always=True,
+    ),
+    Replacement(
+        "sglang.srt.utils.auth.add_api_key_middleware",
+        "sglang_harli.managers.http.openai.install:add_api_key_middleware",
+        "files and fine-tuning take the admin key too, are closed with it alone, and refuse in OpenAI's form",
+        always=True,
     ),
     *(
         Replacement(
@@ -203,7 +213,7 @@ def install() -> None:
     row could not be applied (SGLang itself only logs it)."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    rows = [row for row in TABLE if row.main] if finetuning() else []
+    rows = [row for row in TABLE if row.main and (row.always or finetuning())]
     _register_patches()
     _register(rows)
     HookRegistry.apply_hooks()  # skips what is applied already
@@ -220,7 +230,7 @@ def is_on() -> bool:
 
 
 def finetuning() -> bool:
-    """Whether the whole table applies, not only what serving needs (``--harli-finetune off``)."""
+    """Whether the whole table applies, not only what a server without finetuning needs."""
     return is_on() and os.environ[SWITCH_ENV] != SWITCH_SERVE
 
 

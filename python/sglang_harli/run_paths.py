@@ -100,6 +100,11 @@ def http_endpoint(run_dir: str) -> str:
     return f"ipc://{ipc_dir(run_dir)}/http.sock"
 
 
+def verbs_endpoint(run_dir: str) -> str:
+    """Where the service answers the verbs of the HTTP process (the service binds)."""
+    return f"ipc://{ipc_dir(run_dir)}/verbs.sock"
+
+
 def shm_dir(run_dir: str) -> Path:
     """The folder in shared memory of this run directory's slots (checkpoints, adapters)."""
     return Path("/dev/shm") / f"harli-{os.getuid()}-{run_key(run_dir)}"

@@ -35,6 +35,7 @@ from sglang_harli import FinetuneClient, plugin
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import HarliError
 from sglang_harli.managers.http import routes
+from sglang_harli.managers.http.openai.endpoint import Unmatched
 from sglang_harli.managers.http.publisher import TENSOR_PATH
 from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
 from sglang_harli.managers.http.supervision import supervisor
@@ -44,6 +45,7 @@ from support.plain_arguments import plain_arguments, read_arguments
 
 LOADED, EVICTED, MISSING = "base-ft-a-00000001", "base-ft-b-00000002", "base-ft-c-00000003"
 FOREIGN = "pirate"
+PLAIN = {"enable_metrics": False, "api_key": None, "admin_api_key": None}  # of SGLang's arguments
 
 
 @pytest.fixture
@@ -106,7 +108,7 @@ def app(hooks: None, manager: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(app, "user_middleware", list(app.user_middleware))
     monkeypatch.setattr(http_server, "_global_state", SimpleNamespace(tokenizer_manager=manager))
     options = HarliOptions(run_dir=str(tmp_path))
-    routes.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
+    routes.install(app, SimpleNamespace(harli_options=lambda: options, **PLAIN), manager)
     templates = MagicMock(completion_template_name=None, chat_template_name=None)
     completion, chat = OpenAIServingCompletion(manager, templates), OpenAIServingChat(manager, templates)
     messages = MessageProcessingResult(
@@ -377,7 +379,7 @@ def test_a_service_that_never_came_up_does_not_keep_the_server_from_serving(
     monkeypatch.setattr(supervisor, "running", lambda: keeper)
     app = FastAPI()
     options = HarliOptions(run_dir=str(tmp_path), finetune_endpoint=f"ipc://{tmp_path}/public.sock")
-    routes.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
+    routes.install(app, SimpleNamespace(harli_options=lambda: options, **PLAIN), manager)
     with TestClient(app) as client:
         end = time.monotonic() + 30
         while client.get("/health_generate").status_code != 200:
@@ -428,16 +430,24 @@ def test_publisher_lives_as_long_as_the_app_serves(tmp_path: Path, manager: Any)
 
     app = FastAPI(lifespan=lifespan)
     options = HarliOptions(run_dir=str(tmp_path))
-    routes.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
-    with TestClient(app):
+    routes.install(app, SimpleNamespace(harli_options=lambda: options, **PLAIN), manager)
+    with TestClient(app, client=("127.0.0.1", 1), base_url="http://localhost") as client:
         assert manager.harli_publisher._task is not None
+        away = client.get("/v1/files")  # no service is there
+        assert (away.status_code, away.headers["retry-after"]) == (503, "2")
     assert manager.harli_publisher._task is None
     assert seen == ["up", "down"]
 
 
-def test_nothing_is_installed_with_finetuning_off(manager: Any) -> None:
+def test_with_finetuning_off_only_the_paths_of_files_and_jobs_say_so(manager: Any) -> None:
     app = FastAPI()
     before = len(app.router.routes)
     options = HarliOptions(finetune="off")
-    routes.install(app, SimpleNamespace(harli_options=lambda: options, enable_metrics=False), manager)
-    assert len(app.router.routes) == before
+    routes.install(app, SimpleNamespace(harli_options=lambda: options, **PLAIN), manager)
+    assert [type(route) for route in app.router.routes[:-before]] == [Unmatched]
+    client = TestClient(app, client=("127.0.0.1", 1), base_url="http://localhost")
+    for path in ("/v1/files", "/v1/files/a", "/v1/uploads", "/v1/fine_tuning/jobs"):
+        answer = client.post(path, json={})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "finetune_off")
+        assert "--harli-finetune off" in answer.json()["error"]["message"]
+    assert client.get("/v1/models").json() == {"detail": "Not Found"}

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sglang_harli.cli import jobs, local, server, simulate
+from sglang_harli.cli import doctor, jobs, local, server, simulate
 from sglang_harli.cli.session import AsJson, CurveKeys, Endpoint, Session, notice, say
 
 EPILOG = (
-    "Exit codes: 0 done; 1 the job failed, or the server did; 2 wrong usage or value; 3 bad training data; "
+    "Exit codes: 0 done; 1 the job failed, or the server did, or doctor found a problem; 2 wrong usage or value; 3 bad training data; "
     "4 no such job; 5 the job's state does not allow it; 6 the server cannot be reached; 7 the watched job was "
     "cancelled."
 )
@@ -46,7 +46,7 @@ def _options(
     ctx.obj = Session(endpoint, as_json, curve_keys)
 
 
-for part in (local, jobs, server, simulate):
+for part in (local, jobs, server, doctor, simulate):
     app.registered_commands += part.app.registered_commands
 
 

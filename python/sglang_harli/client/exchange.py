@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_harli.client import messages
 from sglang_harli.client.endpoints import check_endpoint
 from sglang_harli.client.sockets import Wire
 from sglang_harli.errors import ConfigError, NotReadyError
 from sglang_harli.protocol import public
+from sglang_harli.protocol.calls import messages
 from sglang_harli.protocol.public import BUSY
 
 CONNECT_TIMEOUT_S = 30.0  # how long a call tries to reach the service, also after it was lost

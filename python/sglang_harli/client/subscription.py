@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator
 
 import msgspec
 
-from sglang_harli.client import messages
 from sglang_harli.client.exchange import SLICE_S, Exchange, Patience
 from sglang_harli.protocol import public
+from sglang_harli.protocol.calls import messages
 from sglang_harli.protocol.public import Event
 
 RENEW_S = 10.0  # a subscription ends when it is not renewed for 30 s

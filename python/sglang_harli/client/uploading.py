@@ -7,11 +7,11 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
-from sglang_harli.client import messages
 from sglang_harli.client.data_source import DataSource
 from sglang_harli.client.exchange import BUSY_FIRST_S, BUSY_LONGEST_S, SLICE_S, Exchange, Patience
 from sglang_harli.errors import NotReadyError
 from sglang_harli.protocol import public
+from sglang_harli.protocol.calls import messages
 from sglang_harli.protocol.public import BUSY
 
 WINDOW = 4  # chunks in flight

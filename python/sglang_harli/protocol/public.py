@@ -43,6 +43,15 @@ BUSY = "busy"  # the code of a refusal that clients answer by trying again
 Priority = Annotated[int, Meta(ge=-100, le=100)]
 UploadId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z"), accepted.words("32 hex digits")]  # of the client
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z"), accepted.words("64 hex digits")]
+ObjectId = Annotated[str, Meta(min_length=1, max_length=128)]  # of a file
+Metadata = Annotated[
+    dict[
+        Annotated[str, Meta(min_length=1, max_length=64)],
+        Annotated[str, Meta(max_length=512)],
+    ],
+    Meta(max_length=16),
+    accepted.words("an object of at most 16 texts of 512 characters, with names of 1 to 64"),
+]
 Suffix = Annotated[
     str,
     Meta(pattern=SUFFIX_PATTERN),
@@ -164,6 +173,8 @@ class Job(Struct, kw_only=True, omit_defaults=False):
     priority: int = 0
     resumed_from: str | None = None
     base: str | None = None  # served name and place of the weights that it is trained on
+    training_file: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 class Event(Struct, kw_only=True):
@@ -181,6 +192,8 @@ class Event(Struct, kw_only=True):
 EVENT_TYPES = (
     "job_created",
     "data_validated",
+    "validating",
+    "data_invalid",
     "queued",
     "prioritized",
     "started",
@@ -227,7 +240,12 @@ class Reply(Struct, kw_only=True):
 
 class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     """``submit``: raw frames with the data file follow the header; none with ``upload``, which
-    names an upload, or ``resume_from``, a job whose data is taken (``sha256`` is empty then)."""
+    names an upload, or ``resume_from``, a job whose data is taken (``sha256`` is empty then).
+
+    With ``training_file``, a file of the service, the answer comes before that is looked at: the
+    job is ``validating_files``.  ``model``: the served name, or the finished adapter that the new
+    one begins with.
+    """
 
     filename: Annotated[str, Meta(max_length=1024)] = ""
     size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)] = 0
@@ -238,6 +256,9 @@ class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     priority: Priority = 0
     resume_from: str | None = None
     upload: UploadId | None = None
+    training_file: ObjectId | None = None
+    metadata: Metadata = field(default_factory=dict)
+    model: Annotated[str, Meta(max_length=1024)] | None = None
 
 
 class CheckArgs(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -292,6 +313,7 @@ class ListArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     limit: Annotated[int, Meta(ge=1, le=10_000)] = 100
     after: str | None = None
     status: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)  # jobs that have these pairs
 
 
 class SetArgs(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -12,9 +12,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import uvloop
 import zmq.asyncio
@@ -23,12 +24,16 @@ from sglang_harli import run_paths
 from sglang_harli.config import SERVICE_ENV, ServiceConfig
 from sglang_harli.errors import HarliError
 from sglang_harli.protocol import internal, public
+from sglang_harli.protocol.calls import files, fine_tuning
 from sglang_harli.protocol.escaping import escaped
 from sglang_harli.service import run_dir_modes
+from sglang_harli.service.endpoint.file_verbs import FileVerbs
+from sglang_harli.service.endpoint.job_verbs import JobVerbs
 from sglang_harli.service.endpoint.live_options import SETTING, LiveOptions
 from sglang_harli.service.endpoint.router import PublicRouter
 from sglang_harli.service.endpoint.subscriptions import Subscriptions
 from sglang_harli.service.endpoint.verbs import Caller, Verbs
+from sglang_harli.service.files.all_files import Files
 from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.jobs.store import STORE_FILE, JobStore, sqlite_url
 from sglang_harli.service.links.http_link import HttpLink
@@ -37,7 +42,8 @@ from sglang_harli.service.pacing import lower_priority
 from sglang_harli.service.publish.publication import PublicationQueue
 from sglang_harli.service.run.driver import RunDriver
 from sglang_harli.service.run.why_none_starts import why_none_starts
-from sglang_harli.service.submit.submission import Submission, remove_leftovers
+from sglang_harli.service.submit.file_submission import FileSubmission
+from sglang_harli.service.submit.submission import remove_leftovers
 from sglang_harli.service.submit.uploads import Uploads
 from sglang_harli.service.tokenizer import hidden_torch
 from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
@@ -55,10 +61,7 @@ class App:
     """
 
     def __init__(self, config: ServiceConfig) -> None:
-        run_dir = Path(config.options.absolute_run_dir)
-        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        run_dir_modes.close_to_others(run_dir)
-        run_paths.make_ipc_dir(str(run_dir))
+        run_dir = _make_folders(Path(config.options.absolute_run_dir))
         shm = run_paths.shm_dir(str(run_dir))
         self._context = zmq.asyncio.Context()
         # Threads: files of submits, one by one; the tokenizer; checkpoints and slots; event reads.
@@ -98,17 +101,41 @@ class App:
             lambda text: self._registry.durable(self._registry.journal.put(settings={SETTING: text})),
         )
         self._uploads = Uploads(run_dir)
-        self._submission = Submission(
-            self._registry, self._scheduler, self._tokenizer, config, self._worker, self._uploads
-        )
+        self._files = Files(run_dir, self._registry, config.options)
+        self._submission = self._make_submission(config)
         self._router = PublicRouter(
             self._context, config.options.finetune_endpoint, self.handle, config.options.absolute_curve_keys
         )
+        self._inner_router = PublicRouter(
+            self._context,
+            run_paths.verbs_endpoint(str(run_dir)),
+            self.handle_inner,
+            name="the inner endpoint",
+        )
         self._subscriptions = Subscriptions(self._store, self._readers, self._router.push)
-        self._registry.committed.append(self._subscriptions.committed)
-        self._registry.committed.append(self._tell_new_adapters)
+        self._registry.committed.extend((self._subscriptions.committed, self._tell_new_adapters))
         self._told = 0
-        self._verbs = self._make_verbs(config, run_dir)
+        self._verbs, self._file_verbs = self._make_verbs(config, run_dir), FileVerbs(self._files)
+        self._job_verbs = JobVerbs(self._registry, self._readers)
+
+    def _make_submission(self, config: ServiceConfig) -> FileSubmission:
+        return FileSubmission(
+            self._registry,
+            self._scheduler,
+            self._tokenizer,
+            config,
+            self._worker,
+            self._uploads,
+            self._files.store,
+        )
+
+    def _make_routers(self, config: ServiceConfig, run_dir: Path) -> tuple[PublicRouter, PublicRouter]:
+        """The public endpoint's, and that of the HTTP process."""
+        options, inner = config.options, run_paths.verbs_endpoint(str(run_dir))
+        return (
+            PublicRouter(self._context, options.finetune_endpoint, self.handle, options.absolute_curve_keys),
+            PublicRouter(self._context, inner, self.handle_inner, name="the inner endpoint"),
+        )
 
     def _make_verbs(self, config: ServiceConfig, run_dir: Path) -> Verbs:
         return Verbs(
@@ -140,6 +167,9 @@ class App:
                     self._http.beat(),
                     self._subscriptions.run(),
                     self._router.run(),
+                    self._inner_router.run(),
+                    self._files.run(),
+                    self._submission.run(),
                     self._uploads.run(),
                     self._warm_up(),
                     self._watch_journal(),
@@ -155,9 +185,25 @@ class App:
 
     async def handle(self, caller: Caller, header: bytes, frames: Sequence[bytes]) -> public.Reply:
         """One public request; whatever goes wrong becomes its reply."""
+        return await self._handle(caller, header, lambda request: self._verbs.do(caller, request, frames))
+
+    async def handle_inner(self, caller: Caller, header: bytes, frames: Sequence[bytes]) -> public.Reply:
+        """One request of the HTTP process, which may also ask about files."""
+
+        def do(request: public.Request) -> Awaitable[Any]:
+            if request.verb in files.VERBS:
+                return self._file_verbs.do(request, frames)
+            if request.verb in fine_tuning.VERBS:
+                return self._job_verbs.do(request, frames)
+            return self._verbs.do(caller, request, frames)
+
+        return await self._handle(caller, header, do)
+
+    async def _handle(
+        self, caller: Caller, header: bytes, do: Callable[[public.Request], Awaitable[Any]]
+    ) -> public.Reply:
         try:
-            request = public.decode(header, public.Request)
-            result = await self._verbs.do(caller, request, frames)
+            result = await do(public.decode(header, public.Request))
             return public.Reply(id=caller.request, ok=True, result=result)
         except HarliError as error:
             body = public.ErrorBody(
@@ -237,14 +283,23 @@ class App:
         self._submission.close()
         self._driver.close()
         self._uploads.close()
+        self._files.close()
         self._disk.shutdown(wait=True, cancel_futures=True)
         self._registry.journal.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._store.close()
         self._router.close()
+        self._inner_router.close()
         self._scheduler.peer.close()
         self._http.peer.close()
         self._context.term()
+
+
+def _make_folders(run_dir: Path) -> Path:
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    run_dir_modes.close_to_others(run_dir)
+    run_paths.make_ipc_dir(str(run_dir))
+    return run_dir
 
 
 async def _main(config: ServiceConfig) -> None:

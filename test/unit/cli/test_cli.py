@@ -64,7 +64,7 @@ def bad_data(tmp_path: Path) -> str:
 
 
 # ------------------------------------------------------------------ help
-@pytest.mark.parametrize("args", [["--help"], ["submit", "--help"], []])
+@pytest.mark.parametrize("args", [["--help"], ["submit", "--help"], ["doctor", "--help"], []])
 def test_help_imports_nothing_heavy(args: list[str]):
     code = (
         "import sys, atexit\n"
@@ -81,7 +81,7 @@ def test_help_names_the_commands_and_exit_codes():
     text = harli("--help").stdout
     for command in (
         *("make-model", "check-data", "submit", "list", "show", "watch", "events"),
-        *("pause", "resume", "cancel", "prioritize", "status", "set", "profile"),
+        *("pause", "resume", "cancel", "prioritize", "status", "set", "profile", "doctor"),
     ):
         assert f"  {command} " in text
     assert "Exit codes" in text

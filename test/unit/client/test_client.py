@@ -14,7 +14,6 @@ import pytest
 import zmq
 
 from sglang_harli import AsyncFinetuneClient, FinetuneClient
-from sglang_harli.client import messages
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import (
     ConfigError,
@@ -26,6 +25,7 @@ from sglang_harli.errors import (
 )
 from sglang_harli.names import short_id
 from sglang_harli.protocol import public
+from sglang_harli.protocol.calls import messages
 from sglang_harli.protocol.public import Event, Job
 from support.models import write_tokenizer
 from support.service.service_fixture import until

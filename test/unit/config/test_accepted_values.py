@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_harli import architectures
-from sglang_harli.client import messages
 from sglang_harli.errors import ConfigError, ProtocolError
 from sglang_harli.protocol import accepted, public
+from sglang_harli.protocol.calls import messages
 from sglang_harli.protocol.public import Hyperparameters, parse_hyperparameters
 from sglang_harli.service.endpoint import live_options
 

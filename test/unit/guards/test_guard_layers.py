@@ -58,6 +58,7 @@ SGLANG = (
     "peft_trainer.base.frozen_base",
     "platforms.cpu",
     "seams.called_checks",
+    "seams.hooks_applied",
     "sglang_versions",
 )
 

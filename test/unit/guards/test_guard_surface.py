@@ -13,6 +13,9 @@ import msgspec
 
 from sglang_harli import config, core
 from sglang_harli.protocol import base_print, internal, job_limits, public
+from sglang_harli.protocol.calls import files, fine_tuning
+from sglang_harli.tools.doctor import examine, finding
+from sglang_harli.tools.doctor.asked import Asked
 from support.project_files import package_files, parse
 
 # --harli-<name with dashes>: default.
@@ -36,6 +39,9 @@ FLAGS = {
     "parity": "refuse",
     "keep_checkpoints": 2,
     "logits_mem": "64MiB",
+    "max_file_size": "4GiB",
+    "max_part_size": "64MiB",
+    "max_files_size": "64GiB",
 }
 LIVE_FLAGS = (
     *("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms"),
@@ -62,12 +68,20 @@ VERBS = (
     "unsubscribe",
     "check",
 )
+# Of the inner endpoint, where the HTTP process asks.
+FILE_VERBS = (
+    *("file_append", "file_complete", "file_abort", "file_get", "file_list", "file_delete", "file_path"),
+    *("part_complete", "upload_create", "upload_complete", "upload_cancel"),
+)
+JOB_VERBS = ("events_before",)
 JOB_STATES = ["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 SUB_STATES = ["training", "yielding", "waiting_data", "waiting_memory", "checkpointing", "publishing"]
 EVENT_TYPES = (
     *(
         "job_created",
         "data_validated",
+        "validating",
+        "data_invalid",
         "queued",
         "prioritized",
         "started",
@@ -125,16 +139,29 @@ METRICS = {
     "harli_impossible_target": "target",
 }
 
+# Checks of `harli doctor`, by which --only and scripts name them, and the fields of its JSON.
+DOCTOR_CHECKS = (
+    *("python", "harli", "sglang", "packages", "plugin", "environment"),
+    *("http-port", "finetune-endpoint", "ephemeral-ports", "shared-memory", "sockets", "run-dir", "disk"),
+    *("job-store", "finetune-service", "http-server", "curve-keys", "access"),
+    *("open-files", "cores", "memory", "clock", "device", "seams", "hooks"),
+)
+DOCTOR_STATES = ["ok", "skipped", "warning", "problem"]
+DOCTOR_REPORT = (1, "version ok asked checks", "name status found mend")
+
 # Fields of what goes over a socket: the public messages, then those between a server's processes.
 MESSAGES = {
     "Request": "v id verb args",
     "Reply": "v id ok result error event",
     "ErrorBody": "code message param details",
-    "SubmitArgs": "filename size sha256 suffix hyperparameters idempotency_key priority resume_from upload",
+    "SubmitArgs": (
+        "filename size sha256 suffix hyperparameters idempotency_key priority resume_from upload training_file "
+        "metadata model"
+    ),
     "CheckArgs": "filename size sha256 hyperparameters upload",
     "UploadArgs": "upload filename size sha256 offset",
     "UploadAnswer": "offset",
-    "ListArgs": "limit after status",
+    "ListArgs": "limit after status metadata",
     "JobArgs": "job",
     "PrioritizeArgs": "job priority",
     "EventsArgs": "job after limit follow",
@@ -146,7 +173,7 @@ MESSAGES = {
     "Job": (
         "id object created_at started_at finished_at status sub_state reason model suffix fine_tuned_model step "
         "total_steps trained_tokens loss learning_rate tokens_per_s eta_s attempt hyperparameters data error run_dir "
-        "priority resumed_from base"
+        "priority resumed_from base training_file metadata"
     ),
     "TensorRef": "name dtype shape offset nbytes",
     "SlotRef": "path nbytes tensors",
@@ -187,6 +214,25 @@ MESSAGES = {
     "AdapterPublished": "seq request job name ok code text passing",
     "AdapterWanted": "seq name",
     "AdapterRefused": "seq name code text",
+    "ExpiresAfter": "anchor seconds",
+    "FileObject": "id object bytes created_at expires_at filename purpose status status_details",
+    "UploadObject": "id object bytes created_at expires_at filename purpose status file",
+    "UploadPart": "id object created_at upload_id",
+    "FileList": "object data first_id last_id has_more",
+    "FileDeleted": "id object deleted",
+    "FilePath": "path bytes filename",
+    "StreamAnswer": "offset",
+    "FileAppendArgs": "stream offset expected part",
+    "FileCompleteArgs": "stream filename purpose size sha256 expires_after idempotency_key",
+    "StreamArgs": "stream",
+    "FileArgs": "file",
+    "FileListArgs": "purpose after limit order",
+    "UploadCreateArgs": "filename purpose bytes mime_type expires_after idempotency_key",
+    "PartCompleteArgs": "stream upload size sha256 idempotency_key",
+    "UploadCompleteArgs": "upload part_ids md5",
+    "UploadCancelArgs": "upload",
+    "EventsBeforeArgs": "job before limit",
+    "EventsPage": "events has_more",
 }
 # ------------------------------------------------------------------ end of the list
 
@@ -201,6 +247,7 @@ def test_flags():
     assert config.FLAG_PREFIX == "--harli-"
     assert config.LIVE == LIVE_FLAGS
     assert FLAGS["finetune_endpoint"] == config.DEFAULT_ENDPOINT
+    assert config.MAX_FILE_BYTES == public.MAX_DATA_BYTES
 
 
 def test_every_flag_explains_itself():
@@ -219,6 +266,8 @@ def test_environment_variables():
 def test_verbs_states_and_events():
     assert public.VERSION == PROTOCOL_VERSION
     assert public.VERBS == VERBS
+    assert files.VERBS == FILE_VERBS
+    assert fine_tuning.VERBS == JOB_VERBS
     assert [s.value for s in core.JobStatus] == JOB_STATES
     assert [s.value for s in core.SubState] == SUB_STATES
     assert public.EVENT_TYPES == EVENT_TYPES
@@ -236,6 +285,14 @@ def test_metrics():
     assert found == METRICS
 
 
+def test_doctor():
+    assert tuple(examine.CHECKS) == DOCTOR_CHECKS
+    assert [str(status) for status in finding.Status] == DOCTOR_STATES
+    report = examine.report(Asked(run_dir="."), [examine.Result("cores", finding.ok("2 cores"))])
+    fields = " ".join(report), " ".join(report["checks"][0])
+    assert (examine.REPORT_VERSION, *fields) == DOCTOR_REPORT
+
+
 def test_hyperparameters():
     fields = msgspec.structs.fields(public.Hyperparameters)
     assert {f.name: f.default for f in fields} == HYPERPARAMETERS
@@ -243,6 +300,9 @@ def test_hyperparameters():
 
 def test_message_fields():
     found = {**structs(public), **structs(internal), **structs(job_limits), **structs(base_print)}
+    for module in (files, fine_tuning):
+        assert not found.keys() & structs(module).keys()
+        found |= structs(module)
     found.pop("Hyperparameters")  # its own test
     names = {name: {f.name for f in msgspec.structs.fields(kind)} for name, kind in found.items()}
     assert names == {name: set(fields.split()) for name, fields in MESSAGES.items()}

@@ -19,6 +19,8 @@ ASKS = {
     "seams/leans.py": "the seam check reads versions that are not installed",
     "seams/called_checks.py": "as above",
     "tools/seam_check.py": "as above",
+    "tools/doctor/checks/installation.py": "names it to the user, and what to install",
+    "tools/doctor/checks/plugin.py": "as above",
 }
 NAMES = {"is_supported", "installed", "folder", "FOLDERS", "SUPPORTED", "NEWEST", "PINNED"}
 

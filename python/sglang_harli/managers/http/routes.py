@@ -1,9 +1,10 @@
 """HTTP process: additions to SGLang's FastAPI app; publisher and watchdog live in its event loop.
 
 Routes of ours stand before SGLang's of the same path and end in SGLang's own functions; they pass
-the same ASGI middleware (API keys included), which wraps the router as a whole.  Leans on SGLang's
-http_server (app, health_generate, available_models, retrieve_model), ModelCard, sglang_versions'
-endpoints, and on Starlette's ``router.lifespan_context``.
+the same ASGI middleware, which wraps the router as a whole.  The routes of ``openai/`` are new
+paths, with a rule for keys of their own.  Leans on SGLang's http_server (app, health_generate,
+available_models, retrieve_model), ModelCard, sglang_versions' endpoints, and on Starlette's
+``router.lifespan_context``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from sglang_harli.core import PROFILE_ROUTE
 from sglang_harli.errors import HarliError
 from sglang_harli.managers.http.metrics_collector import MetricsCollector
 from sglang_harli.managers.http.model_names import missing_model_error
+from sglang_harli.managers.http.openai import install as openai_routes
+from sglang_harli.managers.http.openai.access import Access
 from sglang_harli.managers.http.publisher import AdapterPublisher
+from sglang_harli.managers.http.service_calls import ServiceCalls
 from sglang_harli.managers.http.start_up.parity_request import ParityRequest
 from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
 from sglang_harli.managers.http.supervision import supervisor
@@ -37,25 +41,33 @@ logger = logging.getLogger(__name__)
 def install(
     app: FastAPI, server_args: Any, tokenizer_manager: Any, handover: TokenizerHandover | None = None
 ) -> None:
-    """Add the health gate and model routes for adapters, and tie the publisher to the lifespan.
+    """Add the health gate, the model routes for adapters and those of files and fine-tuning, and
+    tie the publisher to the lifespan.  With finetuning off the latter say so, and that is all.
 
     Called once, before the app serves; ``app`` is sglang.srt.entrypoints.http_server.app, and
     ``tokenizer_manager`` gets the attribute ``harli_publisher``.
     """
     options: HarliOptions = server_args.harli_options()
+    args = arguments.in_force(server_args)
+    access = Access(args.api_key, args.admin_api_key)
     if not options.enabled:
+        app.router.routes[:0] = openai_routes.closed_routes(access)
         return
     publisher = AdapterPublisher(
         tokenizer_manager, run_paths.http_endpoint(options.absolute_run_dir), handover
     )
     tokenizer_manager.harli_publisher = publisher
-    metrics = MetricsCollector() if arguments.in_force(server_args).enable_metrics else None
+    calls = ServiceCalls(run_paths.verbs_endpoint(options.absolute_run_dir), lambda: publisher.down)
+    metrics = MetricsCollector() if args.enable_metrics else None
     profile = StartupProfile(publisher, tokenizer_manager, options.profile_budget_s)
     watchdog = Watchdog(options, supervisor.running, publisher, metrics)
     parity = ParityRequest(publisher, tokenizer_manager, profile) if options.parity != "off" else None
     tokenizer_manager.harli_parity = parity
-    _follow_lifespan(app, tokenizer_manager, publisher, watchdog, profile, parity)
-    app.router.routes[:0] = routes(publisher, tokenizer_manager, profile).routes
+    _follow_lifespan(app, tokenizer_manager, publisher, calls, watchdog, profile, parity)
+    app.router.routes[:0] = [
+        *routes(publisher, tokenizer_manager, profile).routes,
+        *openai_routes.routes(calls, access, options),
+    ]
 
 
 def before_setup_and_run(
@@ -75,6 +87,7 @@ def _follow_lifespan(
     app: FastAPI,
     manager: Any,
     publisher: AdapterPublisher,
+    calls: ServiceCalls,
     watchdog: Watchdog,
     profile: StartupProfile,
     parity: ParityRequest | None,
@@ -85,6 +98,7 @@ def _follow_lifespan(
     async def lifespan(inner: Any) -> AsyncIterator[Any]:
         async with original(inner) as state:
             publisher.start()
+            calls.start()
             watchdog.start()
             profile.start()
             if parity is not None:
@@ -97,6 +111,7 @@ def _follow_lifespan(
                 await end_training(manager)
                 await profile.stop()
                 await watchdog.stop()
+                await calls.stop()
                 await publisher.stop()
 
     app.router.lifespan_context = lifespan

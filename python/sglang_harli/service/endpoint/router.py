@@ -59,7 +59,8 @@ class PublicRouter:
 
     ``endpoint``: tcp://127.0.0.1:PORT or ipc://PATH; ``handle``: (caller, header, data frames) to
     the reply; ``keys``: folder of CURVE keys, None: everyone who can reach the endpoint may
-    connect.  Raises HarliError: the endpoint cannot be bound, or the keys cannot be used.
+    connect; ``name``: in messages.  Raises HarliError: the endpoint cannot be bound, or the keys
+    cannot be used.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class PublicRouter:
         endpoint: str,
         handle: Callable[[Caller, bytes, Sequence[bytes]], Awaitable[public.Reply]],
         keys: str | None = None,
+        *,
+        name: str = "--harli-finetune-endpoint",
     ) -> None:
         self._handle = handle
         submits = _InFlightLimit("submits", 2048, 64 << 20)
@@ -75,6 +78,7 @@ class PublicRouter:
             "submit": submits,
             "check": submits,
             "upload": _InFlightLimit("chunks", 256, 64 << 20),
+            "file_append": _InFlightLimit("pieces of files", 256, 64 << 20),
         }
         self._rest = _InFlightLimit("requests", 1024, 32 << 20)
         self._late = _InFlightLimit("unread answers", 4096, 32 << 20)
@@ -100,7 +104,7 @@ class PublicRouter:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             raise HarliError(
-                f"--harli-finetune-endpoint {endpoint} cannot be bound ({error.strerror}): give a free one",
+                f"{name} {endpoint} cannot be bound ({error.strerror}): give a free one",
                 code="endpoint",
             ) from error
 

@@ -112,7 +112,14 @@ class Verbs:
             known = ", ".join(JobStatus)
             raise ConfigError(f"status {args.status!r} is not accepted: give one of {known}", param="status")
         before = math.inf if args.after is None else self._registry.get(args.after).number
-        found = (r for r in self._registry.newest() if r.number < before and args.status in (None, r.status))
+        wanted = args.metadata.items()
+        found = (
+            record
+            for record in self._registry.newest()
+            if record.number < before
+            and args.status in (None, record.status)
+            and wanted <= record.metadata.items()
+        )
         page = list(islice(found, args.limit + 1))
         shown = [self._registry.public(r) for r in page[: args.limit]]
         return {"jobs": shown, "has_more": len(page) > args.limit}

@@ -10,12 +10,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from sglang_harli.errors import NotReadyError
 from sglang_harli.protocol.public import CODING_ERRORS, Event, Job
 from sglang_harli.service.jobs.folder import JobMirror
-from sglang_harli.service.jobs.store import JobStore, UnwritableError
+from sglang_harli.service.jobs.store import JobStore, StoredObject, UnwritableError
 from sglang_harli.service.jobs.transitions import JobRecord
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class Journal:
         self._records: dict[str, JobRecord] = {}
         self._events: list[Event] = []
         self._settings: dict[str, str] = {}
+        self._objects: list[StoredObject] = []
         self._futures: list[tuple[asyncio.Future[None], str | None]] = []  # and the job that each is about
         self._urgent = False
         self._closing = False
@@ -70,6 +71,7 @@ class Journal:
         events: list[Event] | None = None,
         settings: dict[str, str] | None = None,
         *,
+        objects: Sequence[StoredObject] = (),
         urgent: bool = True,
     ) -> asyncio.Future[None]:
         """Hand over a decision; the future is done when it is durable."""
@@ -79,6 +81,7 @@ class Journal:
                 self._records[record.id] = record
             self._events += events or []
             self._settings |= settings or {}
+            self._objects += objects
             self._futures.append((future, record.id if record is not None else None))
             self._urgent = self._urgent or urgent
             self._wake.notify()
@@ -113,13 +116,14 @@ class Journal:
             records, self._records = self._records, {}
             events, self._events = self._events, []
             settings, self._settings = self._settings, {}
+            objects, self._objects = self._objects, []
             futures, self._futures = self._futures, []
             self._urgent = False
             closing = self._closing
         if behind is not None:
             self._complete(behind)
         if futures:
-            refused = self._write(records, events, settings)
+            refused = self._write(records, events, settings, objects)
             if refused is None:
                 return False
             for job in refused:
@@ -138,30 +142,40 @@ class Journal:
         return None
 
     def _write(
-        self, records: dict[str, JobRecord], events: list[Event], settings: dict[str, str]
+        self,
+        records: dict[str, JobRecord],
+        events: list[Event],
+        settings: dict[str, str],
+        objects: list[StoredObject],
     ) -> dict[str, str] | None:
         """Try until it is written; None when the service ends before that.  Returns jobs whose
         changes the store will never take, and why; others' are written."""
         refused: dict[str, str] = {}
         try:
-            return refused if self._try(records.values(), events, settings) else None
+            return refused if self._try(records.values(), events, settings, objects) else None
         except UnwritableError:
             pass  # of one of them: each by itself, with its events
         for job in dict.fromkeys([*records, *(event.job for event in events)]):
             own = [records[job]] if job in records else []
             try:
-                if not self._try(own, [event for event in events if event.job == job], {}):
+                if not self._try(own, [event for event in events if event.job == job], {}, []):
                     return None
             except UnwritableError as error:
                 logger.error("job %s: %s", job, error.message)
                 refused[job] = self.unwritable[job] = error.message
-        return refused if self._try([], [], settings) else None
+        return refused if self._try([], [], settings, objects) else None
 
-    def _try(self, records: Iterable[JobRecord], events: list[Event], settings: dict[str, str]) -> bool:
+    def _try(
+        self,
+        records: Iterable[JobRecord],
+        events: list[Event],
+        settings: dict[str, str],
+        objects: list[StoredObject],
+    ) -> bool:
         """As ``_write``: False when the service ends before that.  Raises UnwritableError."""
         while True:
             try:
-                self._store.write(records, events, settings)
+                self._store.write(records, events, settings, objects)
                 if self.trouble is not None:
                     logger.info("the job store can be written again")
                 self.trouble = None

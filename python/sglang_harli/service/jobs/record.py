@@ -30,6 +30,9 @@ class Asked(Struct, frozen=True, kw_only=True):
     resume_from: str | None = None
     priority: int = 0
     hyperparameters: dict[str, Any] = msgspec.field(default_factory=dict)  # those named
+    training_file: str | None = None
+    metadata: dict[str, str] = msgspec.field(default_factory=dict)
+    model: str | None = None
 
 
 class JobRecord(Struct, frozen=True, kw_only=True):
@@ -73,6 +76,9 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     asked: Asked | None = None  # to recognise a repeated submit; None: no key, or version 0.1
     base: BasePrint | None = None  # None: version 0.1, or accepted before a server's first hello
     admitted: bool = True  # its size was checked against a server's limits
+    validated: bool = True  # its files were looked at, and are accepted
+    training_file: str | None = None  # the file that its data came from, which may be deleted since
+    metadata: dict[str, str] = msgspec.field(default_factory=dict)
 
     @property
     def eta_s(self) -> float | None:

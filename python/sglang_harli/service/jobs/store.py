@@ -1,4 +1,4 @@
-"""The job store: jobs, their events and a few settings in one database (SQLAlchemy).
+"""The job store: jobs, their events, files and a few settings in one database (SQLAlchemy).
 
 SQLite in write-ahead mode by default; any other SQLAlchemy URL works too.  Only the journal's
 writer and readers of events use it, each in a thread.  A commit is durable when ``write`` returns.
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -57,8 +57,25 @@ _settings = sa.Table(
 )
 
 
+_objects = sa.Table(
+    "objects",
+    _metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+)
+
+
 def sqlite_url(path: Path) -> URL:
     return URL.create("sqlite", database=str(path))  # as text the path might be parsed
+
+
+class StoredObject(NamedTuple):
+    """A file, an upload or a part as the store has it: ``body`` is JSON, None removes it."""
+
+    id: str
+    kind: str
+    body: str | None
 
 
 class UnwritableError(HarliError):
@@ -114,6 +131,7 @@ class JobStore:
         records: Iterable[JobRecord] = (),
         events: Iterable[Event] = (),
         settings: dict[str, str] | None = None,
+        objects: Iterable[StoredObject] = (),
     ) -> None:
         """All of it in one transaction; repeating a write changes nothing.  Raises NotReadyError:
         not now; UnwritableError: never.  Nothing of it was written then."""
@@ -138,6 +156,11 @@ class JobStore:
                 _put(db, _events, {"job": e.job, "id": e.id}, {"type": e.type, "body": stored(e)})
             for key, value in (settings or {}).items():
                 _put(db, _settings, {"key": key}, {"value": value})
+            for found in objects:
+                if found.body is None:
+                    db.execute(sa.delete(_objects).where(_objects.c.id == found.id))
+                else:
+                    _put(db, _objects, {"id": found.id}, {"kind": found.kind, "body": found.body})
 
     # ---- reading (NotReadyError where it cannot be read now)
     def jobs(self) -> list[JobRecord]:
@@ -166,6 +189,21 @@ class JobStore:
         )
         with _trouble("read"), self._engine.connect() as db:
             return [read_event(job, number, body) for number, body in db.execute(query)]
+
+    def events_before(self, job: str, before: int | None, limit: int) -> list[Event]:
+        """The job's events with an id below ``before`` (None: all), newest first."""
+        query = sa.select(_events.c.id, _events.c.body).where(_events.c.job == job)
+        if before is not None:
+            query = query.where(_events.c.id < before)
+        query = query.order_by(_events.c.id.desc()).limit(limit)
+        with _trouble("read"), self._engine.connect() as db:
+            return [read_event(job, number, body) for number, body in db.execute(query)]
+
+    def objects(self) -> list[StoredObject]:
+        """All files, uploads and parts, in no order."""
+        query = sa.select(_objects.c.id, _objects.c.kind, _objects.c.body)
+        with _trouble("read"), self._engine.connect() as db:
+            return [StoredObject(*row) for row in db.execute(query)]
 
     def setting(self, key: str) -> str | None:
         with _trouble("read"), self._engine.connect() as db:

@@ -2,9 +2,10 @@ r"""The state machine of a job: pure functions from a record to the next record 
 
 ::
 
+    validating_files --validated--> queued          a file that is not accepted: failed
     queued --start--> running --trained--> running (publishing) --published--> succeeded
       ^  \              |  |
-      |   `-pause-.     |  `--fail--> failed          cancel: from queued, paused and running
+      |   `-pause-.     |  `--fail--> failed          cancel: from all but the ends
       |           v     |
       `--resume-- paused<-' (stopped, where pause was wished)
 
@@ -20,7 +21,7 @@ from typing import Any
 import msgspec
 
 from sglang_harli.core import JobStatus, SubState
-from sglang_harli.errors import StateError
+from sglang_harli.errors import HarliError, StateError
 from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.public import JobError
 from sglang_harli.service.jobs.record import DesiredState as DesiredState
@@ -65,6 +66,51 @@ def created(record: JobRecord, summary: str) -> Transition:
         EventDraft("data_validated", summary, data=dict(record.data)),
         _QUEUED,
     )
+
+
+def received(record: JobRecord) -> Transition:
+    """The events of a job whose files are looked at later."""
+    text = f"job {record.id} created"
+    if record.resumed_from is not None:
+        text += f": goes on with the adapter of job {record.resumed_from}"
+    return _change(
+        record,
+        EventDraft("job_created", text, data=_origin(record)),
+        EventDraft("validating", f"the training file {record.training_file} is to be looked at"),
+    )
+
+
+def _origin(record: JobRecord) -> dict[str, Any]:
+    return {"resumed_from": record.resumed_from} if record.resumed_from is not None else {}
+
+
+def validated(
+    record: JobRecord, data: dict[str, Any], total_steps: int, summary: str, *, admitted: bool
+) -> Transition:
+    """The files are accepted: the job waits for its turn."""
+    _require(record, "validated", JobStatus.VALIDATING_FILES)
+    return _change(
+        record,
+        EventDraft("data_validated", summary, data=data),
+        _QUEUED,
+        status=JobStatus.QUEUED,
+        data=data,
+        total_steps=total_steps,
+        admitted=admitted,
+        validated=True,
+        reason=None,
+    )
+
+
+def not_validated_yet(record: JobRecord, why: str) -> Transition:
+    """The files cannot be looked at now: the reason is shown, and it is tried again."""
+    return _change(record, reason=why)
+
+
+def not_accepted(record: JobRecord, lines: list[EventDraft], error: HarliError, now: float) -> Transition:
+    """The files are not accepted: the job has failed, with what is wrong in which lines."""
+    change = fail(record, error.code, error.message, now, "training_file")
+    return Transition(change.record, (*lines, *change.drafts))
 
 
 def start(record: JobRecord, now: float) -> Transition:
@@ -280,8 +326,9 @@ def ask_pause(record: JobRecord) -> Transition:
     """Raises StateError where the job is over, or its training is."""
     if record.status == JobStatus.PAUSED:
         return Transition(record)
-    if record.status == JobStatus.QUEUED:
-        return _change(record, EventDraft("paused", f"paused at step {record.step}"), status=JobStatus.PAUSED)
+    if record.status in (JobStatus.QUEUED, JobStatus.VALIDATING_FILES):
+        at = f"at step {record.step}" if record.validated else "before its files were looked at"
+        return _change(record, EventDraft("paused", f"paused {at}"), status=JobStatus.PAUSED, reason=None)
     _require(record, "paused", JobStatus.RUNNING)
     if record.publishing:
         raise StateError(
@@ -293,8 +340,11 @@ def ask_pause(record: JobRecord) -> Transition:
 
 
 def ask_resume(record: JobRecord) -> Transition:
-    if record.status == JobStatus.QUEUED:
+    if record.status in (JobStatus.QUEUED, JobStatus.VALIDATING_FILES):
         return Transition(record)
+    if record.status == JobStatus.PAUSED and not record.validated:
+        draft = EventDraft("validating", f"the training file {record.training_file} is to be looked at")
+        return _change(record, draft, status=JobStatus.VALIDATING_FILES)
     if record.status == JobStatus.PAUSED:
         return _change(record, _QUEUED, status=JobStatus.QUEUED)
     _require(record, "resumed", JobStatus.RUNNING)
@@ -312,7 +362,8 @@ def ask_cancel(record: JobRecord, now: float, *, in_flight: bool) -> Transition:
     published means succeeded, anything else cancelled."""
     if record.status == JobStatus.CANCELLED:
         return Transition(record)
-    if record.status in (JobStatus.QUEUED, JobStatus.PAUSED) or (record.publishing and not in_flight):
+    waits = (JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.PAUSED)
+    if record.status in waits or (record.publishing and not in_flight):
         return _cancelled(record, now)
     _require(record, "cancelled", JobStatus.RUNNING)
     return _change(record, desired=DesiredState.CANCEL, reason="cancelling")

@@ -23,6 +23,9 @@ def asked(args: SubmitArgs) -> Asked:
         resume_from=args.resume_from,
         priority=args.priority,
         hyperparameters={name: _typed(name, value) for name, value in args.hyperparameters.items()},
+        training_file=args.training_file,
+        metadata=args.metadata,
+        model=args.model,
     )
 
 
@@ -43,7 +46,7 @@ def differences(
     gets unnamed; None: not known any more, then what only the first submit names is no difference.
     """
     found = [DATA] if first.sha256 != again.sha256 else []
-    for name in ("resume_from", "suffix", "priority"):
+    for name in ("resume_from", "suffix", "priority", "training_file", "metadata", "model"):
         found += _difference(name, getattr(first, name), getattr(again, name))
     rest = plain(left_out) if left_out is not None else {}
     job = plain(has) if has is not None else rest

@@ -71,7 +71,12 @@ def find(registry: JobRegistry, args: SubmitArgs) -> Origin:
             f"job {record.id} cannot be continued here: {other}; start the server with the job's base",
             param="resume_from",
         )
-    new_course = bool(args.sha256)
+    if not record.validated:
+        raise StateError(
+            f"job {record.id} ended before its files were accepted: submit them as a new job",
+            param="resume_from",
+        )
+    new_course = bool(args.sha256 or args.training_file)
     values = msgspec.to_builtins(record.hyperparameters) | args.hyperparameters
     hp = parse_hyperparameters(values)
     _check_same(record, hp, new_course)

@@ -135,11 +135,14 @@ class Submission:
         again = repeated_submit.asked(args)
         _conflict(args, owner, repeated_submit.differences(first, again, has, left_out))
 
-    async def _create(self, args: SubmitArgs, frames: Sequence[bytes]) -> JobRecord:
+    def _check_ready(self) -> None:
         if self._registry.journal.trouble:
             raise NotReadyError(self._registry.journal.trouble)
         if self._link.refusal is not None:
             raise UnsupportedError(f"this server cannot train: {self._link.refusal}")
+
+    async def _create(self, args: SubmitArgs, frames: Sequence[bytes]) -> JobRecord:
+        self._check_ready()
         origin = None
         if args.resume_from is not None:
             origin = resume_from.find(self._registry, args)
@@ -159,7 +162,9 @@ class Submission:
         try:
             record_encoding.check(record)
         except RecordError as error:
-            await loop.run_in_executor(self._settlers, _remove, JobPaths(self._registry.run_dir, job).folder)
+            await loop.run_in_executor(
+                self._settlers, self._remove, JobPaths(self._registry.run_dir, job).folder
+            )
             raise ConfigError(f"the job cannot be kept: {error}") from error
         await self._registry.add(resume_from.with_origin(transitions.created(record, summary.text()), start))
         failpoint(Failpoint.JOB_CREATED)
@@ -208,7 +213,7 @@ class Submission:
             for folder in (incoming, uploaded.parent if uploaded is not None else None):
                 if folder is not None:
                     with contextlib.suppress(RuntimeError):  # the service ends; its next start removes it
-                        await loop.run_in_executor(self._settlers, _remove, folder)
+                        await loop.run_in_executor(self._settlers, self._remove, folder)
 
     def _longest(self, hp: Hyperparameters) -> int | None:
         """The longest row accepted; by the model's own files before a hello."""
@@ -240,6 +245,7 @@ class Submission:
             idempotency_key=args.idempotency_key,
             asked=repeated_submit.asked(args) if args.idempotency_key else None,
             priority=args.priority,
+            metadata=args.metadata,
             base=self._link.hello.base if self._link.hello else None,
             admitted=admitted,
         )
@@ -288,6 +294,10 @@ class Submission:
             stop=self._stopping.is_set,
         )
 
+    @staticmethod
+    def _remove(folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
     def _settle(self, incoming: Path, job: str) -> None:
         """The folder under its final name, durable."""
         failpoint(WriteFailpoint.SETTLE)
@@ -311,11 +321,13 @@ def _conflict(args: SubmitArgs, owner: str, differences: list[str]) -> None:
         )
 
 
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def _check_frames(args: SubmitArgs, frames: Sequence[bytes]) -> None:
+    if args.training_file is not None:
+        if frames or args.upload or args.sha256 or args.size:
+            raise ProtocolError(
+                "submit names a training_file and brings data too: give one of the two", param="training_file"
+            )
+        return
     if not args.sha256 and (args.resume_from is None or args.upload or frames or args.size):
         raise ProtocolError("submit needs the data's size and sha256, or resume_from alone", param="sha256")
     if args.upload and frames:

@@ -1,0 +1,235 @@
+"""Jobs by the unmodified openai client, against the routes and the real service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from sglang_harli import run_paths
+from sglang_harli.managers.http.openai.access import Access
+from support.api_server import ApiServer
+from support.service.service_fixture import ServiceUnderTest, pairs, until
+from support.tokenizer import make_tokenizer_folder
+
+ROWS = "".join(json.dumps(row) + "\n" for row in pairs(8)).encode()
+MODEL = "org/tiny"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceUnderTest]:
+    folder = tmp_path_factory.mktemp("service")
+    rig = ServiceUnderTest(folder, make_tokenizer_folder(folder / "model"))
+    yield rig
+    rig.close()
+
+
+@pytest.fixture(scope="module")
+def server(service: ServiceUnderTest) -> Iterator[ApiServer]:
+    server = ApiServer(run_paths.verbs_endpoint(str(service.run_dir)), access=Access("secret")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server: ApiServer) -> Iterator[OpenAI]:
+    with OpenAI(base_url=server.base_url, api_key="secret", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def file(client: OpenAI) -> str:
+    return client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
+
+
+def create(client: OpenAI, file: str, **more: Any) -> Any:
+    return client.fine_tuning.jobs.create(model=MODEL, training_file=file, **more)
+
+
+def ended(client: OpenAI, job: str) -> Any:
+    final = ("succeeded", "failed", "cancelled")
+    return until(lambda: (j := client.fine_tuning.jobs.retrieve(job)).status in final and j, "the job's end")
+
+
+def post(server: ApiServer, path: str, body: Any, **headers: str) -> httpx.Response:
+    return httpx.post(
+        f"{server.base_url}{path}", json=body, headers={"Authorization": "Bearer secret"} | headers
+    )
+
+
+# ------------------------------------------------------------------ the whole way
+def test_a_job_from_its_file_to_its_model(client, file):
+    job = create(
+        client,
+        file,
+        suffix="mine",
+        seed=7,
+        metadata={"team": "a"},
+        method={
+            "type": "supervised",
+            "supervised": {
+                "hyperparameters": {
+                    "n_epochs": "auto",
+                    "batch_size": 8,
+                    "learning_rate_multiplier": 0.5,
+                }
+            },
+        },
+        extra_body={"harli": {"hyperparameters": {"lora_r": 4}, "priority": 3}},
+    )
+    assert (job.object, job.status, job.training_file, job.model) == (
+        "fine_tuning.job",
+        "validating_files",
+        file,
+        MODEL,
+    )
+    done = ended(client, job.id)
+    assert done.status == "succeeded" and done.error is None
+    assert done.fine_tuned_model and done.fine_tuned_model.startswith("tiny-ft-mine-")
+    assert (done.seed, done.metadata, done.integrations) == (7, {"team": "a"}, [])
+    used = done.method.supervised.hyperparameters
+    assert (used.n_epochs, used.batch_size, used.learning_rate_multiplier) == (3, 8, 0.5)
+    assert done.hyperparameters.batch_size == 8
+    extra = done.model_extra["harli"]
+    assert extra["hyperparameters"]["learning_rate"] == 1e-4 and extra["hyperparameters"]["lora_r"] == 4
+    assert (extra["priority"], extra["step"], extra["total_steps"]) == (3, 3, 3)
+    assert done.finished_at >= done.created_at and done.trained_tokens > 0
+
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=4))
+    numbers = [event.model_extra["harli"]["number"] for event in events]
+    assert numbers == list(range(len(events), 0, -1)), "newest first, none left out, none twice"
+    kinds = {event.model_extra["harli"]["type"]: event.type for event in events}
+    assert kinds["step_metrics"] == "metrics" and kinds["succeeded"] == "message"
+    (first,) = [e for e in events if e.type == "metrics" and e.data["step"] == 1]
+    assert first.data["train_loss"] > 0 and first.created_at >= job.created_at
+    again = list(client.fine_tuning.jobs.list_events(job.id))
+    assert [event.id for event in again] == [event.id for event in events]
+
+    begun = client.fine_tuning.jobs.create(model=done.fine_tuned_model, training_file=file)
+    assert begun.model_extra["harli"]["resumed_from"] == job.id
+    assert ended(client, begun.id).status == "succeeded"
+
+
+def test_the_same_in_asyncio(server, file):
+    async def run() -> None:
+        async with AsyncOpenAI(base_url=server.base_url, api_key="secret", max_retries=0) as client:
+            job = await client.fine_tuning.jobs.create(
+                model=MODEL, training_file=file, hyperparameters={"n_epochs": 1}
+            )
+            while (job := await client.fine_tuning.jobs.retrieve(job.id)).status != "succeeded":
+                assert job.error is None
+                await asyncio.sleep(0.05)
+            assert [e.type async for e in client.fine_tuning.jobs.list_events(job.id)]
+
+    asyncio.run(run())
+
+
+def test_pages_of_jobs_and_a_filter_of_metadata(client, file):
+    wanted = [create(client, file, metadata={"group": "g", "n": str(n)}).id for n in range(3)]
+    other = create(client, file, metadata={"group": "h"}).id
+    found = [job.id for job in client.fine_tuning.jobs.list(limit=2, metadata={"group": "g"})]
+    assert found == wanted[::-1]
+    all_jobs = [job.id for job in client.fine_tuning.jobs.list(limit=2)]
+    assert all_jobs[:4] == [other, *wanted[::-1]]
+    for job in (*wanted, other):
+        ended(client, job)
+
+
+def test_a_bad_file_is_a_failed_job_with_its_lines(client):
+    bad = client.files.create(file=("bad.jsonl", ROWS + b"{}\n"), purpose="fine-tune")
+    job = ended(client, create(client, bad.id).id)
+    assert job.status == "failed" and job.error.code == "invalid_data" and job.error.param == "training_file"
+    messages = [e.message for e in client.fine_tuning.jobs.list_events(job.id) if e.level == "error"]
+    assert any(message.startswith("line 9: ") for message in messages)
+
+
+def test_pause_resume_and_cancel(client, service, file):
+    service.scheduler.step_s = 0.2
+    try:
+        job = create(client, file, hyperparameters={"n_epochs": 50})
+        until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "running", "the run")
+        client.fine_tuning.jobs.pause(job.id)
+        until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "paused", "the pause")
+        client.fine_tuning.jobs.resume(job.id)
+        until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "running", "the run")
+        client.fine_tuning.jobs.cancel(job.id)
+        assert ended(client, job.id).status == "cancelled"
+        assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled", "asked again"
+        for change in (client.fine_tuning.jobs.pause, client.fine_tuning.jobs.resume):
+            with pytest.raises(openai.BadRequestError, match="is cancelled") as caught:
+                change(job.id)
+            assert caught.value.response.headers["x-should-retry"] == "false"
+    finally:
+        service.scheduler.step_s = 0.0
+
+
+def test_a_key_makes_one_job(client, file):
+    def keyed(**more: Any) -> Any:
+        return create(client, file, extra_headers={"Idempotency-Key": "a job"}, **more)
+
+    first = keyed(metadata={"a": "1"})
+    assert keyed(metadata={"a": "1"}).id == first.id
+    with pytest.raises(openai.BadRequestError, match="metadata") as caught:
+        keyed(metadata={"a": "2"})
+    assert caught.value.code == "idempotency_conflict"
+    ended(client, first.id)
+
+
+# ------------------------------------------------------------------ refusals
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        ({"model": "gpt-4.1-nano"}, "model", "model_not_found"),
+        ({"training_file": "file-none"}, "training_file", "invalid_value"),
+        ({"training_file": None}, "training_file", None),
+        ({"method": {"type": "dpo", "dpo": {}}}, "method.type", "unsupported"),
+        ({"method": {"type": "reinforcement"}}, "method.type", "unsupported"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations", "unsupported"),
+        ({"suffix": "no spaces, please"}, "suffix", "invalid_value"),
+        ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", "invalid_value"),
+        ({"hyperparameters": {"beta": 0.1}}, "hyperparameters.beta", "unknown_parameter"),
+        ({"harli": {"hyperparameters": {"lora_r": 0}}}, "lora_r", "invalid_value"),
+        ({"harli": {"hyperparameters": {"nothing": 1}}}, "nothing", "invalid_value"),
+        ({"harli": {"other": 1}}, "harli.other", "unknown_parameter"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata", "invalid_value"),
+        ({"seed": -1}, "seed", "invalid_value"),
+        (
+            {
+                "hyperparameters": {"batch_size": 2},
+                "harli": {"hyperparameters": {"gradient_accumulation_steps": 2}},
+            },
+            "harli.hyperparameters.gradient_accumulation_steps",
+            None,
+        ),
+        ({"nothing": 1}, "nothing", "unknown_parameter"),
+    ],
+)
+def test_what_is_refused_names_the_field(server, file, change, param, code):
+    body = {"model": MODEL, "training_file": file} | change
+    found = post(
+        server, "/fine_tuning/jobs", {name: value for name, value in body.items() if value is not None}
+    )
+    assert found.status_code == 400, found.text
+    error = found.json()["error"]
+    assert error["param"] == param and code in (None, error["code"])
+    assert found.headers["x-should-retry"] == "false"
+
+
+def test_what_is_not_served_says_so(client):
+    with pytest.raises(openai.NotFoundError, match="permissions"):
+        client.fine_tuning.checkpoints.permissions.create("org/tiny:a:b", project_ids=["p"])
+    with pytest.raises(openai.NotFoundError, match="graders"):
+        client.fine_tuning.alpha.graders.run(grader={"type": "string_check"}, model_sample="a")  # type: ignore[arg-type]
+    for ask in (client.fine_tuning.jobs.retrieve, client.fine_tuning.jobs.cancel):
+        with pytest.raises(openai.NotFoundError, match="ftjob-none"):
+            ask("ftjob-none")
+    with pytest.raises(openai.NotFoundError, match="ftjob-none"):
+        list(client.fine_tuning.jobs.list_events("ftjob-none"))
+    with pytest.raises(openai.NotFoundError):
+        list(client.fine_tuning.jobs.list(after="ftjob-none"))
