@@ -60,11 +60,15 @@ def _rebuild(
 
 
 def grouped(details: list[dict[str, Any]]) -> Iterator[tuple[str, str, int]]:
-    """Which lines, why and how many: neighbours of a report with the same reason together."""
-    for reason, rows in itertools.groupby(details, lambda row: row.get("reason")):
-        lines = [row.get("line") for row in rows]
-        where = f"line {lines[0]}" if len(lines) == 1 else f"lines {lines[0]} to {lines[-1]}"
-        yield where, str(reason), len(lines)
+    """Which lines or rows, why and how many: neighbours with the same reason together."""
+    for reason, found in itertools.groupby(details, lambda row: row.get("reason")):
+        rows = list(found)
+        unit = "row" if "row" in rows[0] else "line"
+        first, last = rows[0].get(unit), rows[-1].get(unit)
+        where = f"{unit} {first}" if len(rows) == 1 else f"{unit}s {first} to {last}"
+        if unit == "row" and len(rows) == 1 and rows[0].get("line") is not None:
+            where += f" (line {rows[0]['line']})"
+        yield where, str(reason), len(rows)
 
 
 class ConfigError(HarliError, ValueError):

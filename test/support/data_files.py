@@ -13,8 +13,14 @@ from sglang_harli.service.data.token_store import TokenReader, TokenWriter
 from sglang_harli.service.rows.encoder import RowEncoder
 from support.tokenizer import load_tokenizer, make_tokenizer_folder
 
-A = {"prompt": "Grüße an die Möwe 👋", "completion": " zurück\u2028und\u0085her"}
-B = {"messages": [{"role": "user", "content": "wie weit?"}, {"role": "assistant", "content": "7 km\x0b"}]}
+
+def chat(asked: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+
+
+A = chat("Grüße an die Möwe 👋", " zurück\u2028und\u0085her")
+B = chat("wie weit?", "7 km\x0b")
+PAIR = {"prompt": "Grüße an die Möwe 👋", "completion": " zurück\u2028und\u0085her"}
 
 
 @pytest.fixture(scope="module")
@@ -48,4 +54,5 @@ def refusal(scan, content: bytes | str) -> DataError:
 
 
 def reasons(scan, content: bytes | str) -> dict[int, str]:
-    return {row["line"]: row["reason"] for row in refusal(scan, content).details}
+    """By the number of the line, or of the row where rows are no lines."""
+    return {row.get("row", row.get("line")): row["reason"] for row in refusal(scan, content).details}

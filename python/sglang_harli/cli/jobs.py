@@ -46,7 +46,11 @@ def submit(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="See below.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="JSONL with messages, or prompt and completion.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Rows of messages, prompt and completion, Alpaca or ShareGPT (docs/data.md), as for check-data.",
+        ),
     ] = None,
     resume_from: Annotated[
         str | None,

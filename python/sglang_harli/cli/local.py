@@ -13,6 +13,14 @@ from sglang_harli.errors import ConfigError, DataError
 
 app = typer.Typer()
 
+DataFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE",
+        help="JSONL, a JSON array, CSV or Parquet (the first three also in gzip); or a folder of Parquet files, or saved by datasets.",
+    ),
+]
+
 
 @app.command("make-model")
 def make_model(
@@ -77,7 +85,7 @@ def make_keys(
 @app.command("check-data")
 def check_data(
     ctx: typer.Context,
-    data: Annotated[str, typer.Argument(metavar="FILE", help="A JSONL file.")],
+    data: DataFile,
     model: Annotated[
         str | None,
         typer.Option(

@@ -283,6 +283,9 @@ def data_report(report: dict[str, Any]) -> None:
         f"(limit {report['max_seq_length'] or 'unknown'}), truncated {report['truncated']}, "
         f"dropped {report['dropped']}"
     )
+    if report.get("file_text"):  # a server of a version before says no more than the rest
+        rows = f"rows of the format {report['format']}" if report["format"] else "no row of a known format"
+        terminal.say(f"{rows} in {report['file_text']}; {report['bad_rows']} rows not accepted")
     if report["summary"]:
         terminal.say(report["summary"])
     most = max((bucket["rows"] for bucket in report["histogram"]), default=1)
@@ -294,7 +297,8 @@ def data_report(report: dict[str, Any]) -> None:
         how = "green" if out.is_terminal else "between [[ and ]]"
         terminal.say(f"examples (learned tokens {how}):")
     for example in report["examples"]:
-        text = Text(f"  line {example['line']}: ")
+        unit = "row" if "row" in example else "line"
+        text = Text(f"  {unit} {example[unit]}: ")
         for part in example["parts"]:
             learned = part["learned"]
             # Lines of a text are indented, so that none passes for one of ours.

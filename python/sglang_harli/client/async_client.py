@@ -103,8 +103,8 @@ class AsyncFinetuneClient:
         """Create a job from training data; the job is durable when this returns.
 
         Args:
-            data: path of a JSONL file, its bytes, or an iterable of rows (``{"messages": [...]}``
-                or ``{"prompt": ..., "completion": ...}``).
+            data: path of a file or a folder (docs/data.md), a file's bytes, or an iterable of rows
+                (``{"messages": [...]}`` or ``{"prompt": ..., "completion": ...}``, for example).
             suffix: goes into the adapter's name.
             filename: how the job calls the data; default: the path's name.
             idempotency_key: a repeated submit with the same key returns the same job (default: a
@@ -149,7 +149,7 @@ class AsyncFinetuneClient:
             hyperparameters: ``max_seq_length`` and ``on_overflow`` count.
 
         Returns:
-            ``ok``, ``rows``, ``notes``, ``bad_lines`` and more (see docs/jobs.md, ``check``).
+            ``ok``, ``rows``, ``notes``, ``bad_lines`` and more (docs/data.md, The report).
         """
         args = public.CheckArgs(
             filename=(filename or "")[:1024], hyperparameters=_hyperparameters(hyperparameters)
@@ -301,7 +301,11 @@ class AsyncFinetuneClient:
     ) -> Any:
         """Data of one frame go with the request: whatever ends it, nothing stays at the service.
         Larger ones are uploaded before, and the request names the upload."""
-        with self._exchange() as exchange, DataSource(data) as source:
+        with self._exchange() as exchange, contextlib.ExitStack() as stack:
+            # A folder's rows are read there; the caller's iterable stays in the caller's thread.
+            is_path = isinstance(data, str | os.PathLike)
+            opened = await exchange.wire.run(lambda: DataSource(data)) if is_path else DataSource(data)
+            source = stack.enter_context(opened)
             args.filename = args.filename or source.name[:1024]
             args.size = source.size
             args.sha256 = await exchange.wire.run(source.sha256)

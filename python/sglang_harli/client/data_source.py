@@ -14,8 +14,10 @@ from typing import Any, BinaryIO
 
 import orjson
 
+from sglang_harli.client import data_folder
 from sglang_harli.errors import DataError
-from sglang_harli.protocol import odd_values, public
+from sglang_harli.protocol import public
+from sglang_harli.protocol.rows import odd_values
 
 Data = str | os.PathLike[str] | bytes | Iterable[Mapping[str, Any]]
 SPOOL_BYTES = 8 << 20  # rows beyond that go to a temporary file
@@ -26,7 +28,8 @@ class DataSource:
     """The bytes of one submit.
 
     Args:
-        data: path of a JSONL file, its bytes, or rows.
+        data: path of a file (docs/data.md has the kinds), or of a folder of Parquet files or saved
+            by ``datasets``, which becomes JSONL; the bytes of a file; or rows.
 
     Attributes:
         name: how the job calls it; ``size``: in bytes.
@@ -39,6 +42,9 @@ class DataSource:
         self._file: BinaryIO
         if isinstance(data, bytes | bytearray | memoryview):
             self.name, self._file = "data.jsonl", io.BytesIO(data)
+        elif isinstance(data, str | os.PathLike) and _is_folder(data):
+            name = as_text(os.fspath(data)).rstrip("/")
+            self.name, self._file = f"{Path(name).name}.jsonl", data_folder.spool(Path(data), name)
         elif isinstance(data, str | os.PathLike):
             self.name, self._file = as_text(Path(data).name), open_file(data)
         else:
@@ -83,6 +89,14 @@ class DataSource:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a folder of rows."""
+    try:
+        return os.path.isdir(path) and data_folder.is_data(Path(path))
+    except (OSError, ValueError):
+        return False
 
 
 def as_text(name: str) -> str:

@@ -239,7 +239,7 @@ class Reply(Struct, kw_only=True):
 
 
 class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
-    """``submit``: raw frames with the JSONL file follow the header; none with ``upload``, which
+    """``submit``: raw frames with the data file follow the header; none with ``upload``, which
     names an upload, or ``resume_from``, a job whose data is taken (``sha256`` is empty then).
 
     With ``training_file``, a file of the service, the answer comes before that is looked at: the

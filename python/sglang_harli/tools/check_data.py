@@ -3,14 +3,17 @@ service's own code, so the result is the same (but for limits on rank and memory
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sglang_harli.client.data_source import as_text, open_file
+from sglang_harli.client.data_source import DataSource, as_text, open_file
 from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import ConfigError, DataError, HarliError
-from sglang_harli.protocol.public import OVERFLOWS
+from sglang_harli.protocol.public import MAX_FRAME_BYTES, OVERFLOWS
 from sglang_harli.service.data.report import data_report
 from sglang_harli.service.rows.encoder import RowEncoder
 from sglang_harli.service.tokenizer import model_files, own_tokenizer
@@ -23,7 +26,8 @@ def check_data(
     max_seq_length: int | None = None,
     on_overflow: str = "error",
 ) -> dict[str, Any]:
-    """Validate a JSONL file against the tokenizer and chat template of a server with ``flags``.
+    """Validate a training file, or a folder of rows, against the tokenizer and chat template of a
+    server with ``flags``.
 
     Hides torch from this process, as the service does: call it from a process of its own.
     ``max_seq_length``: longest row in tokens; default: the model's limit.  Returns
@@ -34,13 +38,13 @@ def check_data(
         DataError: the file cannot be read.
     """
     path = Path(data)
-    open_file(path).close()
     limit = _limit(flags, max_seq_length, on_overflow)
-    tokenizer = RowEncoder(_load(flags))
     try:
-        found = data_report(
-            path, tokenizer, name=as_text(path.name), max_length=limit, on_overflow=on_overflow
-        )
+        with _file(path) as file:
+            tokenizer = RowEncoder(_load(flags))
+            found = data_report(
+                file, tokenizer, name=as_text(path.name), max_length=limit, on_overflow=on_overflow
+            )
     except OSError as trouble:
         raise DataError(
             f"{as_text(path.name)} cannot be read: {trouble.strerror or trouble}",
@@ -48,6 +52,20 @@ def check_data(
             param="data",
         ) from trouble
     return found | {"file": as_text(str(path))}
+
+
+@contextlib.contextmanager
+def _file(path: Path) -> Iterator[Path]:
+    """The file itself; a folder's rows as a file, which is gone afterwards."""
+    if not path.is_dir():
+        open_file(path).close()
+        yield path
+        return
+    with DataSource(path) as source, tempfile.NamedTemporaryFile(suffix=".jsonl") as made:
+        for at in range(0, source.size, MAX_FRAME_BYTES):
+            made.write(source.read(at, MAX_FRAME_BYTES))
+        made.flush()
+        yield Path(made.name)
 
 
 def _limit(flags: TokenizerFlags, max_seq_length: int | None, on_overflow: str) -> int | None:

@@ -87,7 +87,7 @@ def data(folder: Path) -> bytes:
         {"messages": CHAT, STEERING: 1},
         {"messages": [{"role": STEERING, "content": "x"}]},
         {"frage\u202e": "x"},
-        {"prompt": "a", "completion": "word " * 600},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "word " * 600}]},
     ]
     Path(os.fsdecode(path)).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -33,9 +33,12 @@ def data_report(
 ) -> dict[str, Any]:
     """Read a file as a submit does; raises OSError.
 
-    Lists in the result: ``notes`` (code, text, names, line), ``bad_lines`` (line, field, reason),
-    ``histogram`` (from, to, rows; lengths in tokens, ends included) and ``examples`` (line, parts;
-    each part: text, learned).  ``summary`` and ``message`` (the first trouble) may be None.
+    Of the file: ``format`` of its rows, ``file_format``, ``file_text`` (that in words) and ``unit``
+    (what numbers count: line or row).  Lists in the result: ``notes`` (code, text, names, line),
+    ``bad_lines`` (line or row, field, reason; the first of ``bad_rows``), ``histogram`` (from, to,
+    rows; lengths in tokens, ends included) and ``examples`` (line or row, parts; each part: text,
+    learned).  ``summary``, ``message`` (the trouble) and ``fault`` (what is about the file as a
+    whole) may be None.
     """
     seen = _Collector()
     summary, error = look(
@@ -47,15 +50,21 @@ def data_report(
         writer=cast(TokenWriter, seen),
         stop=stop,
     )
-    return seen.report(tokenizer.served) | {
+    return seen.report(tokenizer.served, summary.unit) | {
         "ok": error is None,
         "file": name,
+        "format": summary.format or None,
+        "file_format": summary.file_format or None,
+        "file_text": summary.file_text or None,
+        "unit": summary.unit,
         "truncated": summary.truncated,
         "dropped": summary.dropped,
         "summary": summary.text() if summary.rows else None,
         "notes": to_builtins(summary.notes),
         "max_seq_length": max_length,
+        "bad_rows": error.bad_rows if error else 0,
         "bad_lines": error.details if error else [],
+        "fault": error.fault if error else None,
         "message": error.message if error else None,
     }
 
@@ -74,7 +83,7 @@ class _Collector:
         if len(self.examples) < EXAMPLES:
             self.examples.append((line, row.cut(EXAMPLE_TOKENS)))
 
-    def report(self, tokenizer: ServedTokenizer) -> dict[str, Any]:
+    def report(self, tokenizer: ServedTokenizer, unit: str) -> dict[str, Any]:
         tokens = sum(self.lengths)
         return {
             "rows": len(self.lengths),
@@ -83,7 +92,7 @@ class _Collector:
             "loss_share": round(self.targets / tokens, 4) if tokens else 0.0,
             "longest_row": max(self.lengths, default=0),
             "histogram": histogram(self.lengths),
-            "examples": [{"line": line, "parts": parts(row, tokenizer)} for line, row in self.examples],
+            "examples": [{unit: number, "parts": parts(row, tokenizer)} for number, row in self.examples],
         }
 
 

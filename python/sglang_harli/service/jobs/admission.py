@@ -38,7 +38,12 @@ def check_length(hp: Hyperparameters, longest: int) -> None:
 
 
 def check_data(
-    hp: Hyperparameters, longest_row: int, longest_line: int, rows: int, limits: ServedLimits
+    hp: Hyperparameters,
+    longest_row: int,
+    longest_line: int,
+    rows: int,
+    limits: ServedLimits,
+    unit: str = "line",
 ) -> None:
     """Raise ConfigError unless the longest row fits the model, and the job its training memory."""
     if longest_row > limits.max_seq_length:
@@ -49,7 +54,7 @@ def check_data(
             "applies to it"
         )
         raise ConfigError(
-            f"line {longest_line} has {longest_row} tokens and the model's limit is {limits.max_seq_length}: {mend}",
+            f"{unit} {longest_line} has {longest_row} tokens and the model's limit is {limits.max_seq_length}: {mend}",
             param="max_seq_length",
         )
     need = limits.job_memory_bytes(hp, longest_row, rows)

@@ -284,5 +284,5 @@ def _two_forms(at: int, before: str, after: str) -> str:
         f"message {at + 1}: the chat template opens an answer with {before[-40:]!r} when it asks for one, "
         f"but renders this answer as {after[max(0, len(before) - 40) :][:80]!r}: no prompt that serving "
         "sees leads to it; use 'prompt' and 'completion', or start the server with --chat-template FILE.jinja, "
-        "a template whose two forms agree (docs/jobs.md, Templates that open <think>)"
+        "a template whose two forms agree (docs/data.md, Templates that open <think>)"
     )

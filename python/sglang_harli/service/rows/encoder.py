@@ -1,4 +1,4 @@
-"""One line of data as token ids and the mask of what is learned.
+"""One row of data as token ids and the mask of what is learned.
 
 The ids before an answer are exactly those that serving computes for the same prompt
 (``/v1/chat/completions`` encodes the template rendered with its generation prompt,
@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from sglang_harli.protocol.rows import forms
 from sglang_harli.protocol.tokenizer_state import ChatTemplate
 from sglang_harli.service.rows import content_format
 from sglang_harli.service.rows.conversation import Conversation
 from sglang_harli.service.rows.error import RowError, kind
+from sglang_harli.service.rows.forms import alpaca, sharegpt
 from sglang_harli.service.rows.row import Reading, Row, end_of_text
 from sglang_harli.service.rows.served_tokenizer import ServedTokenizer, describe
 
-FIELDS = ("messages", "tools", "prompt", "completion")
+# How the forms that are no conversations of messages are read.
+READ_AS = {forms.ALPACA: alpaca.READ_AS, forms.SHAREGPT: sharegpt.READ_AS}
 
 
 class RowEncoder:
@@ -48,15 +51,19 @@ class RowEncoder:
             raise RowError(self.served.refusal)
         if not isinstance(record, dict):
             raise RowError(f"a JSON object is expected, this is {kind(record)}")
-        given = {name for name in FIELDS if record.get(name) is not None}
-        if "messages" in given and given & {"prompt", "completion"}:
-            raise RowError(
-                "it has both 'messages' and 'prompt'/'completion': give one of the two forms", "messages"
-            )
-        if "messages" in given:
+        form = forms.form_of(record) or reading.form
+        if form == forms.MESSAGES and record.get("messages") is not None:
+            if any(record.get(name) is not None for name in ("prompt", "completion")):
+                raise RowError(
+                    "it has both 'messages' and 'prompt'/'completion': give one of the two forms", "messages"
+                )
             yield from Conversation(self.served, record, reading).rows()
-        elif given & {"prompt", "completion"}:
+        elif form == forms.PAIR:
             yield self._completion(record, reading)
+        elif form == forms.ALPACA:
+            yield from self._converted({"messages": alpaca.messages(record)}, reading, "instruction")
+        elif form == forms.SHAREGPT:
+            yield from self._sharegpt(record, reading)
         elif "messages" in record:
             raise RowError("field 'messages' is null", "messages")
         else:
@@ -64,6 +71,24 @@ class RowEncoder:
             raise RowError(
                 f"field 'messages' (or 'prompt' and 'completion') is missing; found {found}", "messages"
             )
+
+    # ---- other tools' forms, as messages
+    def _sharegpt(self, record: dict[str, Any], reading: Reading) -> Iterator[Row]:
+        made = {"messages": sharegpt.messages(record), "tools": sharegpt.tools(record.get("tools"))}
+        yield from self._converted(made, reading, "conversations")
+        unknown = sharegpt.unknown_fields(record["conversations"])
+        reading.notes.add("message_fields_ignored", sorted(unknown))
+
+    def _converted(self, made: dict[str, Any], reading: Reading, field: str) -> Iterator[Row]:
+        """``field``: what the row has in the place of messages."""
+        try:
+            yield from Conversation(self.served, made, reading).rows()
+        except RowError as error:
+            if error.field != "messages":
+                raise
+            roles = [str(message["role"]) for message in made["messages"]]
+            shown = ", ".join(roles[:6]) + (", ..." if len(roles) > 6 else "")
+            raise RowError(f"{error.reason} (it is read as the messages {shown})", field) from error
 
     # ---- prompt and completion
     def _completion(self, record: dict[str, Any], reading: Reading) -> Row:
@@ -98,7 +123,7 @@ def of_transformers(tokenizer: Any) -> ServedTokenizer:
     return ServedTokenizer(describe(tokenizer, chat, []), tokenizer)
 
 
-def unused_fields(record: dict[str, Any]) -> set[str]:
-    """Keys of an accepted line that are passed over; one that is null is not counted."""
-    used = FIELDS[:2] if record.get("messages") is not None else FIELDS[2:]
+def unused_fields(record: dict[str, Any], form: str | None) -> set[str]:
+    """Keys of an accepted row of this form that are passed over; one that is null counts not."""
+    used = forms.FIELDS.get(form or "", forms.USED)
     return {key for key, value in record.items() if key not in used and value is not None}

@@ -19,14 +19,16 @@ class Note(Struct, frozen=True, kw_only=True):
     code: str  # what it is about, fixed
     text: str
     names: list[str] = []  # fields, roles or tokens
-    line: int | None = None  # where it was met first
+    line: int | None = None  # where it was met first: the line, or the row where rows are no lines
 
 
 class RowNotes:
-    """Collects while a file is read; ``line`` is the one that is being read."""
+    """Collects while a file is read; ``line`` is the one that is being read, or the row where a
+    file's rows are no lines (``unit``)."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "line") -> None:
         self.line = 0
+        self._unit = unit
         self._names: dict[str, dict[str, int]] = {}  # code -> name -> line
         self._looks: dict[str, int] = {}
 
@@ -55,24 +57,26 @@ class RowNotes:
                 continue
             names = [name for name in found if name]
             line = min(found.values())
-            text = sentence.format(names=", ".join(names), line=line)
+            text = sentence.format(names=", ".join(names), where=f"{self._unit} {line}")
             made.append(Note(code=code, text=text, names=names, line=line))
         return made
 
 
 _SENTENCES = {
     ANSWERS_APART: "the chat template ends answers without a token of their own, or a token spans the seam to the next "
-    "turn (line {line}): each answer of such a conversation is a row of its own",
-    "message_fields_ignored": 'fields of messages ignored: {names} (line {line}); `"weight": 0` alone leaves a '
+    "turn ({where}): each answer of such a conversation is a row of its own",
+    "message_fields_ignored": 'fields of messages ignored: {names} ({where}); `"weight": 0` alone leaves a '
     "message out of what is learned",
-    "tool_fields_ignored": "fields of tools ignored, as serving ignores them: {names} (line {line})",
-    "role_not_rendered": "the chat template does not render messages of role {names} (line {line})",
-    "field_not_rendered": "the chat template does not render {names} (line {line})",
+    "tool_fields_ignored": "fields of tools ignored, as serving ignores them: {names} ({where})",
+    "role_not_rendered": "the chat template does not render messages of role {names} ({where})",
+    "field_not_rendered": "the chat template does not render {names} ({where})",
     "opens_thinking": "the chat template opens <think> in each prompt, and answers without reasoning_content "
-    "(line {line}) teach the model not to think",
+    "({where}) teach the model not to think",
+    "nulls_left_out": "fields of tools and tool calls that are null were left out ({where}): a column of objects has "
+    "each field of any of its rows",
     "date": "the chat template writes today's date into prompts: rows keep the date on which they were tokenized "
     "(--default-chat-template-kwargs can fix it where the template takes one)",
-    "control_tokens": "answers hold control tokens, which are learned as such: {names} (line {line})",
+    "control_tokens": "answers hold control tokens, which are learned as such: {names} ({where})",
     "end_is_no_stop": "what ends an answer here, {names}, does not end one in serving, whose answers will run on: "
     "add it to eos_token_id in the model's generation_config.json, or ask with stop_token_ids",
 }

@@ -1,4 +1,4 @@
-"""A row of training data, and how the lines of a file are read into rows."""
+"""A row of training data, and how the rows of a file are read."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def over_limit(tokens: int, limit: int, *, at_least: bool = False) -> RowError:
 
 @dataclass(slots=True)
 class Reading:
-    """How a file's lines are read."""
+    """How a file's rows are read."""
 
     notes: RowNotes = field(default_factory=RowNotes)
     limit: int | None = None  # a longer row (in tokens) is refused at once
+    form: str | None = None  # of the file's rows, once it is known
     stop: Callable[[], None] = lambda: None  # asked before each answer; may raise
 
 

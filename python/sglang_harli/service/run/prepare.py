@@ -76,7 +76,12 @@ def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits) -> Bat
     try:
         admission.check_hyperparameters(record.hyperparameters, limits)
         admission.check_data(
-            record.hyperparameters, data["longest_row"], data["longest_line"], data["rows"], limits
+            record.hyperparameters,
+            data["longest_row"],
+            data["longest_line"],
+            data["rows"],
+            limits,
+            data.get("unit", "line"),
         )
         admission.check_vocabulary(data["largest_id"], limits)
     except HarliError as error:

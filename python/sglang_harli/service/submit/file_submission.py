@@ -239,7 +239,12 @@ class FileSubmission(Submission):
             summary = self._tokens_of(record, self._longest(record.hyperparameters))
         if limits is not None:
             admission.check_data(
-                record.hyperparameters, summary.longest_row, summary.longest_line, summary.rows, limits
+                record.hyperparameters,
+                summary.longest_row,
+                summary.longest_line,
+                summary.rows,
+                limits,
+                summary.unit,
             )
         fsync_tree(JobPaths(self._registry.run_dir, record.id).data)
         return _Looked(summary, limits is not None)

@@ -261,7 +261,7 @@ class Submission:
         limits = self._link.limits  # they may have come meanwhile
         if limits is not None:
             longest, line = summary.longest_row, summary.longest_line
-            admission.check_data(incoming.hp, longest, line, summary.rows, limits)
+            admission.check_data(incoming.hp, longest, line, summary.rows, limits, summary.unit)
         return summary, start
 
     def _scan(self, incoming: _Incoming) -> DataSummary:

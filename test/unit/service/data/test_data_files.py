@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_harli.service.data import dataset, lines
-from sglang_harli.service.data.lines import Line
-from sglang_harli.service.data.row_json import RowReader
+from sglang_harli.service.data import dataset
+from sglang_harli.service.data.files import lines
+from sglang_harli.service.data.files.lines import Line
+from sglang_harli.service.data.files.packed import opener
+from sglang_harli.service.data.files.row_json import RowReader
 from support.data_files import A, B, lines_of, reasons, scan, tokenizer
 
 __all__ = ["scan", "tokenizer"]  # fixtures
@@ -152,9 +154,9 @@ def test_a_row_keeps_its_line_number_whatever_the_file(tmp_path_factory, rows, n
         text = text.lstrip("\r\n")
         rows = rows[next(i for i, row in enumerate(rows) if row) :]
     path.write_bytes(text.encode(name))
-    coding = lines.coding_of(lines.read_head(path))
+    coding = lines.coding_of(lines.read_head(opener(path)))
     reader = RowReader(coding)
-    found = [(line.number, reader.read(line)) for line in lines.read_lines(path, coding)]
+    found = [(line.number, reader.read(line)) for line in lines.read_lines(opener(path), coding)]
     assert found == [(number, row) for number, row in enumerate(rows, 1) if row is not None]
 
 
@@ -162,10 +164,10 @@ def test_a_line_of_any_length_takes_bounded_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1 << 16)
     path = tmp_path / "long.jsonl"
     path.write_bytes(("x" * (16 << 20) + "\n{}\n").encode("utf-16"))
-    coding = lines.coding_of(lines.read_head(path))
+    coding = lines.coding_of(lines.read_head(opener(path)))
     tracemalloc.start()
     try:
-        assert list(lines.read_lines(path, coding)) == [Line(1, None), Line(2, b"{}")]
+        assert list(lines.read_lines(opener(path), coding)) == [Line(1, None), Line(2, b"{}")]
         assert tracemalloc.get_traced_memory()[1] < 2 << 20
     finally:
         tracemalloc.stop()
@@ -173,9 +175,9 @@ def test_a_line_of_any_length_takes_bounded_memory(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------ the figures beside a report
 def test_the_figures_are_those_of_the_rows_that_are_accepted(tmp_path: Path, tokenizer):
-    long = {"prompt": "a", "completion": "word " * 60}
+    long, short = {"prompt": "a", "completion": "word " * 60}, {"prompt": "a", "completion": "b"}
     path = tmp_path / "data.jsonl"
-    path.write_text(lines_of(long, long, B) + "oops\n" + lines_of({**B, "note": 1}), encoding="utf-8")
+    path.write_text(lines_of(long, long, short) + "oops\n" + lines_of({**short, "note": 1}), encoding="utf-8")
     options: dict[str, Any] = {"name": "data.jsonl", "max_length": 40}
     cut, error = dataset.look(path, tokenizer, on_overflow="truncate", **options)
     assert error is not None and [row["line"] for row in error.details] == [4]

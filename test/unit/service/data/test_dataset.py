@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_harli.errors import DataError, NotReadyError
-from sglang_harli.service.data import dataset, lines
+from sglang_harli.service.data import dataset
+from sglang_harli.service.data.files import lines
 from sglang_harli.service.data.token_store import TokenReader, TokenWriter
 from sglang_harli.service.rows.encoder import Row, RowEncoder, RowError
 from support.models import CHAT_TEMPLATE
@@ -189,10 +190,11 @@ def scan(tmp_path, tokenizer, content: str | bytes, **options):
 
 
 GOOD = json.dumps(chat("a question", "an answer"))
+GOOD_PAIR = json.dumps({"prompt": "a question", "completion": "an answer"})
 
 
 def test_all_bad_lines_in_one_report(tmp_path, tokenizer):
-    rows = [GOOD] * 10
+    rows = [GOOD_PAIR] * 10
     rows[6] = '{"messages": [{"role": "user", "content"'
     rows[8] = json.dumps({"prompt": "a prompt alone"})
     with pytest.raises(DataError) as caught:
@@ -240,7 +242,8 @@ def test_all_bad_lines_in_one_report(tmp_path, tokenizer):
 )
 def test_reasons(tmp_path, tokenizer, record, reason):
     with pytest.raises(DataError, match=reason) as caught:
-        scan(tmp_path, tokenizer, GOOD + "\n" + json.dumps(record))
+        pair = isinstance(record, dict) and {"prompt", "completion"} & {*record} and "messages" not in record
+        scan(tmp_path, tokenizer, (GOOD_PAIR if pair else GOOD) + "\n" + json.dumps(record))
     assert caught.value.details[0]["line"] == 2
 
 
@@ -310,11 +313,11 @@ LONG_PROMPT = json.dumps({"prompt": "word " * 60, "completion": "short"})
 
 def test_over_long_rows_are_an_error_by_default(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"line 2: \d+ tokens, the limit is 40.*on_overflow=truncate"):
-        scan(tmp_path, tokenizer, GOOD + "\n" + LONG, max_length=40)
+        scan(tmp_path, tokenizer, GOOD_PAIR + "\n" + LONG, max_length=40)
 
 
 def test_truncated_and_dropped_rows_are_counted(tmp_path, tokenizer):
-    content = f"{GOOD}\n{LONG}\n{LONG}"
+    content = f"{GOOD_PAIR}\n{LONG}\n{LONG}"
     short = scan(tmp_path, tokenizer, content, max_length=40, on_overflow="truncate")
     assert (short.rows, short.truncated, short.dropped, short.longest_row) == (3, 2, 0, 40)
     assert "2 rows truncated to 40 tokens" in short.text()

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_harli.protocol.odd_values import odd_value
-from sglang_harli.service.data import dataset, row_json
-from sglang_harli.service.data.lines import Coding, Line
-from sglang_harli.service.data.row_json import RowReader
+from sglang_harli.protocol.rows.odd_values import odd_value
+from sglang_harli.service.data import dataset
+from sglang_harli.service.data.files import row_json
+from sglang_harli.service.data.files.lines import Coding, Line
+from sglang_harli.service.data.files.row_json import RowReader
 from sglang_harli.service.rows.encoder import RowError
-from support.data_files import A, B, lines_of, reasons, scan, tokenizer
+from support.data_files import PAIR, A, B, lines_of, reasons, scan, tokenizer
 
 __all__ = ["scan", "tokenizer"]  # fixtures
 
@@ -82,7 +83,7 @@ def test_whole_pairs_are_texts(scan, tokenizer):
     ],
 )
 def test_fields_that_stand_twice_are_told_with_their_line(scan, tokenizer, row, field, learned):
-    summary, [_, (line, ids)] = scan(lines_of(A) + row)
+    summary, [_, (line, ids)] = scan(lines_of(PAIR if "prompt" in row else A) + row)
     assert summary.repeated_fields == [f"{field} (line 2)"] and line == 2
     assert f"there twice, the last one counts: {field} (line 2)" in summary.text()
     assert ids == tokenizer.rows(json.loads(row))[0].ids
@@ -93,7 +94,7 @@ def test_ignored_fields_may_stand_twice_and_the_list_is_bounded(scan):
     assert scan('{"prompt": "a", "completion": "b", "id": 1, "id": 2}')[0].repeated_fields == []
     many = '{"prompt": "a", "completion": "b", "completion": "c"}\n' * 100
     assert len(scan(many)[0].repeated_fields) == dataset.MAX_NAMED
-    names = "".join(json.dumps({**A, f"field {i} " + "x" * 900: i}) + "\n" for i in range(3000))
+    names = "".join(json.dumps({**PAIR, f"field {i} " + "x" * 900: i}) + "\n" for i in range(3000))
     ignored = scan(names)[0].ignored_fields
     assert len(ignored) == dataset.MAX_NAMED and all(len(name) < 80 for name in ignored)
 
@@ -159,7 +160,7 @@ def test_a_row_of_very_many_values_is_searched_in_little_memory():
 
 
 def test_a_line_of_very_many_doubled_fields():
-    text = '{"prompt": "a", "completion": "b", "tools": [' + '{"x": 0, "x": 0},' * 20_000 + "0]}"
+    text = '{"messages": [], "tools": [' + '{"x": 0, "x": 0},' * 20_000 + "0]}"
     reader = RowReader(Coding())
     reader.read(Line(1, text.encode()))
     assert reader.twice[:2] == ["field 'tools[0].x'", "field 'tools[1].x'"]
@@ -174,6 +175,7 @@ def test_nulls_are_as_if_they_were_not_there(scan):
         {"messages": [m | calls for m in B["messages"]], "prompt": None, "completion": None, "tools": None},
     )
     plain = ({"prompt": "a", "completion": "b"}, B)
-    summary, rows = scan(lines_of(*tables))
-    assert rows == scan(lines_of(*plain))[1]
-    assert (summary.ignored_fields, summary.notes) == ([], [])
+    for table, row in zip(tables, plain, strict=True):
+        summary, rows = scan(lines_of(table))
+        assert rows == scan(lines_of(row))[1]
+        assert (summary.ignored_fields, summary.notes) == ([], [])

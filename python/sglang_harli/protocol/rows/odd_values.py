@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-USED = ("messages", "tools", "prompt", "completion")
+from sglang_harli.protocol.rows import forms
+
 MAX_DEPTH = 100  # levels of objects and lists in a field that is used
 
 Path = tuple[str | int, ...]
@@ -18,7 +19,7 @@ def fields_of(record: Any, *, whole: bool = False) -> Iterator[tuple[Path, Any]]
         return
     if whole:
         yield (), record
-    used = ((name, record[name]) for name in USED if name in record)
+    used = ((name, record[name]) for name in forms.fields_of(record) if name in record)
     left: list[tuple[Path, Iterator[tuple[str | int, Any]]]] = [
         ((), used)
     ]  # of each level what is still to come
@@ -61,9 +62,10 @@ def _half(text: str) -> str | None:
 
 def place(path: Path) -> str:
     """``field 'prompt'``, ``message 2: field 'content'``, ``field 'tools[0].function'``."""
-    if path[:1] == ("messages",) and len(path) > 1 and isinstance(path[1], int):
+    part = {"messages": "message", "conversations": "turn"}.get(str(path[0]) if path else "")
+    if part and len(path) > 1 and isinstance(path[1], int):
         rest = _dotted(path[2:])
-        return f"message {path[1] + 1}" + (f": field '{rest}'" if rest else "")
+        return f"{part} {path[1] + 1}" + (f": field '{rest}'" if rest else "")
     return f"field '{_dotted(path)}'" if path else "the row"
 
 

@@ -10,8 +10,9 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
+
+from sglang_harli.service.data.files.packed import Opener
 
 MAX_LINE_BYTES = 16 << 20
 HEAD_BYTES = 1 << 20  # read ahead, to see what the file is
@@ -41,13 +42,17 @@ class Coding:
         return self.name.upper().removesuffix("-LE").removesuffix("-BE")
 
 
+UTF8 = Coding()
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line that is not blank."""
+    """One line that is not blank, or one row of a JSON array."""
 
-    number: int  # from 1
+    number: int  # from 1, of the line or the row
     text: bytes | None  # UTF-8, without marks and white space around it; None: it is too long
     lead: int = 0  # characters before the text
+    first: int | None = None  # of a row that is no line: the line on which it begins
 
 
 def coding_of(head: bytes) -> Coding:
@@ -72,14 +77,14 @@ def _is_json(head: bytes, name: str) -> bool:
     return text.lstrip("\ufeff \t\r\n").startswith(("{", "[")) and "\0" not in text
 
 
-def read_head(path: Path) -> bytes:
-    with path.open("rb") as file:
+def read_head(opener: Opener) -> bytes:
+    with opener() as file:
         return file.read(HEAD_BYTES)
 
 
-def read_lines(path: Path, coding: Coding) -> Iterator[Line]:
+def read_lines(opener: Opener, coding: Coding) -> Iterator[Line]:
     """The lines that are not blank."""
-    with path.open("rb") as raw, _utf8(raw, coding) as file:
+    with opener() as raw, utf8(raw, coding) as file:
         number = 0
         while raw_line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -94,8 +99,9 @@ def read_lines(path: Path, coding: Coding) -> Iterator[Line]:
                 yield Line(number, text, len(raw_line[:start].replace(_MARK, b"")))
 
 
-def _utf8(file: BinaryIO, coding: Coding) -> io.BufferedIOBase | BinaryIO:
-    if coding == Coding():
+def utf8(file: BinaryIO, coding: Coding) -> io.BufferedIOBase | BinaryIO:
+    """A file's bytes as UTF-8, with line feeds alone at the ends of its lines."""
+    if coding == UTF8:
         return file
     return io.BufferedReader(_Recoded(file, coding), _PIECE)
 

@@ -1,6 +1,5 @@
-"""What a file is that is not JSONL: one sentence that names it and says how to make JSONL of it.
-
-Found from the file's beginning: its lines would each be refused with a reason that says less.
+"""What a training file is, seen from its beginning, whatever its name: its kind and encoding, or
+one sentence that says why it is not read and what to do.
 """
 
 from __future__ import annotations
@@ -12,15 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang_harli.protocol.odd_values import USED
-from sglang_harli.service.data.lines import HEAD_BYTES, Coding, coding_of, decode, read_head
+from sglang_harli.protocol.rows.forms import ALL
+from sglang_harli.service.data.files import packed
+from sglang_harli.service.data.files.lines import HEAD_BYTES, UTF8, Coding, coding_of, decode, read_head
+from sglang_harli.service.data.files.packed import Opener
+from sglang_harli.service.rows.error import FileFault
 
+JSONL, ARRAY, CSV, PARQUET = "jsonl", "json", "csv", "parquet"
+ACCEPTED = "JSONL, a JSON array, CSV and Parquet are read"
 _PANDAS = 'pandas.{read}(FILE).to_json("rows.jsonl", orient="records", lines=True)'
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
-    (b"\x1f\x8b", "a gzip archive", "unpack it first (gunzip -k FILE)"),
     (b"PK\x03\x04", "a zip archive, or an office document", "unpack it, or save its table as JSONL"),
     (b"PK\x05\x06", "an empty zip archive", "give a file with rows"),
-    (b"PAR1", "a Parquet file", f"write it as JSONL ({_PANDAS.format(read='read_parquet')})"),
+    (b"PARE", "an encrypted Parquet file", "write it unencrypted"),
     (b"\x28\xb5\x2f\xfd", "a Zstandard archive", "unpack it first (unzstd -k FILE)"),
     (b"\xfd7zXZ\0", "an xz archive", "unpack it first (unxz -k FILE)"),
     (b"BZh", "a bzip2 archive", "unpack it first (bunzip2 -k FILE)"),
@@ -42,42 +45,88 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
         for protocol in (2, 3, 4, 5)
     ),
 )
-_CELL = re.compile(r'\s*"?[\w .:/-]{1,64}"?\s*\Z')
+_CELL = re.compile(r'\s*"?[\w .:/-]{0,64}"?\s*\Z')
 _COLUMNS = {
-    *("prompt", "completion", "messages", "text", "question", "answer", "instruction", "input", "output"),
-    *("role", "content", "response", "query", "source", "target", "label", "id"),
+    *ALL,
+    *(
+        "text",
+        "question",
+        "answer",
+        "role",
+        "content",
+        "response",
+        "query",
+        "source",
+        "target",
+        "label",
+        "id",
+    ),
+    *("chosen", "rejected"),
 }
+_ALONE = ("messages", "conversations")  # columns that may be a table's only one
 _WRAPPERS = {"data", "rows", "examples", "items", "records", "samples", "train", "dataset", "instances"}
 _FIRST_FIELD = re.compile(r'\{\s*"([^"\\]{1,100})"\s*:\s*\[\s*[\[{]')
 
 
 @dataclass(frozen=True, slots=True)
-class DataFile:
-    """The coding of a training file; ``refusal``: why it cannot be JSONL, None: it may be."""
+class FileFormat:
+    """What a file is.  ``opener``: its bytes, unpacked."""
 
-    coding: Coding
-    refusal: str | None = None
+    path: Path
+    opener: Opener
+    kind: str  # JSONL, ARRAY, CSV or PARQUET
+    coding: Coding = UTF8
+    gzip: bool = False
+    separator: str = ","  # of the cells of a CSV file
+
+    @property
+    def unit(self) -> str:
+        """What a number in messages counts."""
+        return "line" if self.kind == JSONL else "row"
+
+    @property
+    def shown(self) -> str:
+        """For people: ``CSV (separated by tabs), in UTF-16, packed with gzip``."""
+        text = {JSONL: "JSONL", ARRAY: "a JSON array", CSV: "CSV", PARQUET: "Parquet"}[self.kind]
+        if self.separator != ",":
+            text += f" (separated by {'tabs' if self.separator == chr(9) else 'semicolons'})"
+        if self.coding.name != "utf-8":
+            text += f", in {self.coding.shown}"
+        return text + (", packed with gzip" if self.gzip else "")
 
 
-def look_at(path: Path) -> DataFile:
-    """Read the beginning of a file; raises OSError."""
-    head = read_head(path)
-    named = _archive(head)
-    if named is not None:
-        return DataFile(Coding(), named)
+def look_at(path: Path) -> FileFormat:
+    """Read the beginning of a file.  Raises OSError; FileFault: it is none that is read."""
+    opener = packed.opener(path)
+    head = read_head(opener)
+    is_packed = head.startswith(packed.GZIP)
+    if is_packed:
+        opener = packed.unpacking(path)
+        head = read_head(opener)
+        if head.startswith(packed.GZIP):
+            raise FileFault("this is a gzip archive within a gzip archive: unpack it once (gunzip -k FILE)")
+    if head.startswith(b"PAR1"):
+        if is_packed:
+            raise FileFault(
+                "this is a Parquet file within a gzip archive: unpack it (gunzip -k FILE), Parquet packs its own columns"
+            )
+        return FileFormat(path, opener, PARQUET)
+    _check_binary(head)
     coding = coding_of(head)
-    text = decode(head, coding.name)
-    return DataFile(coding, _text_format(text, coding, len(head) < HEAD_BYTES))
+    kind, separator = _text_format(decode(head, coding.name), coding, len(head) < HEAD_BYTES)
+    return FileFormat(path, opener, kind, coding, is_packed, separator)
 
 
-def _archive(head: bytes) -> str | None:
+def _check_binary(head: bytes) -> None:
     for magic, what, mend in _MAGIC:
         if head.startswith(magic):
-            return f"this is {what}, not JSONL: {mend}"
+            raise FileFault(f"this is {what}, not rows of text: {mend} ({ACCEPTED})")
     # A text may have the word at that very place: JSON is none, whatever stands in it.
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n\x0b\x0c\x1e")[:1]
     if head[257:263] in (b"ustar\0", b"ustar ") and start not in (b"{", b"["):
-        return "this is a tar archive, not JSONL: unpack it first (tar -xf FILE)"
+        raise FileFault(
+            f"this is a tar archive, not rows of text: unpack it first (tar -xf FILE) ({ACCEPTED})"
+        )
     block = head[:512]
     odd = sum(byte < 9 or 13 < byte < 27 or 27 < byte < 30 for byte in block)
     if (
@@ -86,25 +135,29 @@ def _archive(head: bytes) -> str | None:
         and coding_of(head).name == "utf-8"
         and block[:1] not in b"{["
     ):
-        return "this is binary data, not JSONL: give a text file with one JSON object per line"
-    return None
+        raise FileFault(f"this is binary data, not rows of text: give another file ({ACCEPTED})")
 
 
-def _text_format(text: str, coding: Coding, whole: bool) -> str | None:
-    """``text``: the beginning of the file, or all of it."""
+def _text_format(text: str, coding: Coding, whole: bool) -> tuple[str, str]:
+    """Kind and separator.  ``text``: the beginning of the file, or all of it."""
     lines = list(_lines(text, coding, whole))
     if not lines:
-        return None
+        return JSONL, ","
     number, first = lines[0]
     second = lines[1][1] if len(lines) > 1 else None
     start = first[:1]
     if start == "[":
-        return _list(first, second)
+        # Where the first line is a list, each line may be: its own fault.
+        return (JSONL if second is not None and isinstance(_value(first), list) else ARRAY), ","
     if start == "{":
-        return _object(text.lstrip("\ufeff \t\r\n\x0b\x0c\x1e"), number, first, second, whole)
+        refusal = _object(text.lstrip("\ufeff \t\r\n\x0b\x0c\x1e"), number, first, second, whole)
+        if refusal:
+            raise FileFault(refusal)
+        return JSONL, ","
     if start == "<":
-        return "this is XML or HTML, not JSONL: write one JSON object per line"
-    return _table(first, second)
+        raise FileFault(f"this is XML or HTML, not rows of text: give another file ({ACCEPTED})")
+    separator = _separator(first, second)
+    return (CSV, separator) if separator else (JSONL, ",")
 
 
 def _lines(text: str, coding: Coding, whole: bool) -> Iterator[tuple[int, str]]:
@@ -117,12 +170,6 @@ def _lines(text: str, coding: Coding, whole: bool) -> Iterator[tuple[int, str]]:
             found += 1
         if found == 2:
             return
-
-
-def _list(first: str, second: str | None) -> str | None:
-    if second is not None and isinstance(_value(first), list):
-        return None  # each line is a list: its own fault
-    return "this is one JSON array, not JSONL: write one row per line (jq -c '.[]' FILE > rows.jsonl)"
 
 
 def _object(text: str, number: int, first: str, second: str | None, whole: bool) -> str | None:
@@ -163,14 +210,14 @@ def _goes_on(text: str) -> bool:
 
 def _wrapper(row: dict[str, Any]) -> str | None:
     """The field that holds the rows, where the one object of a file is no row itself."""
-    if any(name in row for name in USED):
+    if any(name in row for name in ALL):
         return None
     for name, value in row.items():
         rows = value if isinstance(value, list) else []
         if (
             rows
             and all(isinstance(part, dict) for part in rows[:10])
-            and (name in _WRAPPERS or any(field in rows[0] for field in USED))
+            and (name in _WRAPPERS or any(field in rows[0] for field in ALL))
         ):
             return name
     return None
@@ -179,20 +226,20 @@ def _wrapper(row: dict[str, Any]) -> str | None:
 def _wrapped(name: str) -> str:
     path = f".{name}" if re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) else f"[{json.dumps(name)}]"
     return (
-        f"this is one JSON object with the rows in its field {name!r}, not JSONL: write one row per line "
+        f"this is one JSON object with the rows in its field {name!r}: write one row per line "
         f"(jq -c '{path}[]' FILE > rows.jsonl)"
     )
 
 
-def _table(first: str, second: str | None) -> str | None:
-    for sign, what, read in ((",", "CSV", ""), ("\t", "TSV", r', sep="\t"'), (";", "CSV", ', sep=";"')):
+def _separator(first: str, second: str | None) -> str | None:
+    """What parts the cells, where the first line has a table's names of columns."""
+    if second is not None and second.startswith(("{", "[")):
+        return None
+    for sign in (",", "\t", ";"):
         cells = first.split(sign)
         names = {cell.strip(' "').lower() for cell in cells}
-        if len(cells) < 2 or not all(_CELL.match(cell) for cell in cells) or not names & _COLUMNS:
-            continue
-        if second is None or not second.startswith(("{", "[")):
-            make = _PANDAS.format(read="read_csv").replace("(FILE)", f"(FILE{read})")
-            return f"this is {what}, not JSONL: write it as JSONL ({make})"
+        if all(_CELL.match(cell) for cell in cells) and names & (_COLUMNS if len(cells) > 1 else {*_ALONE}):
+            return sign
     return None
 
 

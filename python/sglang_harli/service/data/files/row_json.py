@@ -1,4 +1,4 @@
-"""One line of a training file as its JSON value, or in words, with the column, why it is no JSON.
+"""One row of a training file as its JSON value, or in words, with the column, why it is no JSON.
 
 More than JSON is read where it does no harm, in fields that are not used: NaN, Infinity, numbers of
 any size.  A field that stands twice is reported.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
-from sglang_harli.protocol.odd_values import MAX_DEPTH, USED, fields_of, odd_value, place
-from sglang_harli.service.data.lines import MAX_LINE_BYTES, Coding, Line
-from sglang_harli.service.rows.encoder import RowError
+from sglang_harli.protocol.rows import forms
+from sglang_harli.protocol.rows.odd_values import MAX_DEPTH, fields_of, odd_value, place
+from sglang_harli.service.data.files.lines import MAX_LINE_BYTES, Coding, Line
+from sglang_harli.service.rows.error import RowError
 
 # What may hold a value that JSON does not have; looked for before a row is searched for one.
 _ODD = re.compile(rb"NaN|Infinity|\\u[dD][89a-fA-F]|[0-9][eE]\+?[0-9]{3}|[0-9]{300}")
@@ -27,7 +29,7 @@ MAX_DOUBLED = 1000  # objects of a line that have a field twice
 
 
 class RowReader:
-    """Reads the lines of a file; ``twice``: fields that stand twice in the last one's objects."""
+    """Reads the rows of a file; ``twice``: fields that stand twice in the last one's objects."""
 
     def __init__(self, coding: Coding) -> None:
         self._coding = coding
@@ -38,25 +40,39 @@ class RowReader:
     def read(self, line: Line) -> Any:
         """The line's value; raises RowError."""
         if line.text is None:
-            raise RowError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+            raise too_long("the line" if line.first is None else "the row")
         self._doubled.clear()
-        text = self._decode(line.text, line.lead)
+        text = self._decode(line)
+        value = self._value(text, lambda at: _place(line, text, at), line.first is None)
+        if _ODD.search(line.text) or line.text.count(b"[") + line.text.count(b"{") > MAX_DEPTH:
+            check_values(value)
+        self.twice = list(self._find_doubled(value)) if self._doubled else []
+        return value
+
+    def cell(self, text: str, column: str) -> Any:
+        """The JSON value in a table's cell; raises RowError.  ``twice`` is left as it is."""
+        self._doubled.clear()
+        try:
+            lead = len(text) - len(text.lstrip())
+            return self._value(text[lead:], lambda at: f"at character {lead + at + 1}")
+        except RowError as error:
+            mend = ""
+            if re.match(r"\s*\[\s*\{\s*'", text):
+                mend = ": it is written as Python prints it, write json.dumps(...) of it into the table"
+            raise RowError(f"column '{column}': {error.reason}{mend}", column) from error
+
+    def _value(self, text: str, shown: Callable[[int], str], lines: bool = False) -> Any:
+        """``shown``: a place in the text, in words; ``lines``: each row is a line."""
         try:
             value, end = self._decoder.raw_decode(text)
-            if end < len(text):
+            if end < len(text) and text[end:].strip():
                 raise json.JSONDecodeError("Extra data", text, len(text) - len(text[end:].lstrip()))
         except json.JSONDecodeError as error:
-            raise RowError(f"not JSON: {_why(error)} at column {line.lead + error.pos + 1}") from error
+            raise RowError(f"not JSON: {_why(error, lines)} {shown(error.pos)}") from error
         except RecursionError as error:
             raise RowError(f"nested too deep: at most {MAX_DEPTH} levels are accepted") from error
         except ValueError as error:  # Python reads no integer of more than 4,300 digits
             raise RowError("it holds a number of thousands of digits") from error
-        if _ODD.search(line.text) or line.text.count(b"[") + line.text.count(b"{") > MAX_DEPTH:
-            found = odd_value(value)
-            if found is not None:
-                path, problem = found
-                raise RowError(f"{place(path)} {problem}", str(path[0]) if path else None)
-        self.twice = list(self._find_doubled(value)) if self._doubled else []
         return value
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -72,28 +88,54 @@ class RowReader:
         found = []
         for path, part in fields_of(value, whole=True):
             _, names = self._doubled.get(id(part), (None, ()))
-            found += [place((*path, name)) for name in names if path or name in USED]
+            found += [place((*path, name)) for name in names if path or name in forms.fields_of(value)]
         return found
 
-    def _decode(self, raw: bytes, lead: int) -> str:
+    def _decode(self, line: Line) -> str:
+        raw = line.text or b""
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            column = lead + len(raw[: error.start].decode()) + 1
+            before = raw[: error.start].decode()
+            where = _place(line, before, len(before))
             if self._coding.name != "utf-8":
                 raise RowError(
-                    f"not {self._coding.shown}: a broken character at column {column}: save the file as UTF-8"
+                    f"not {self._coding.shown}: a broken character {where}: save the file as UTF-8"
                 ) from error
-            byte = raw[error.start]
-            meant = bytes([byte]).decode("cp1252", "ignore")
-            hint = f" ({meant} in Latin-1 or Windows-1252)" if meant.isprintable() and meant else ""
-            raise RowError(
-                f"not UTF-8: byte {byte:#04x}{hint} at column {column}: save the file as UTF-8"
-            ) from error
+            raise not_utf8(raw[error.start], where) from error
+
+
+def check_values(row: Any) -> None:
+    """Raise RowError for a value that JSON has not, or one that is nested too deep, in a field that
+    is used."""
+    found = odd_value(row)
+    if found is not None:
+        path, problem = found
+        raise RowError(f"{place(path)} {problem}", str(path[0]) if path else None)
+
+
+def too_long(what: str) -> RowError:
+    return RowError(f"{what} is longer than {MAX_LINE_BYTES >> 20} MiB")
+
+
+def not_utf8(byte: int, where: str) -> RowError:
+    """``where``: the byte's place, in words."""
+    meant = bytes([byte]).decode("cp1252", "ignore")
+    hint = f" ({meant} in Latin-1 or Windows-1252)" if meant.isprintable() and meant else ""
+    return RowError(f"not UTF-8: byte {byte:#04x}{hint} {where}: save the file as UTF-8")
+
+
+def _place(line: Line, text: str, at: int) -> str:
+    """Of a character of the line's text: its column; in a row of several lines its line too."""
+    if line.first is None:
+        return f"at column {line.lead + at + 1}"
+    begin = text.rfind("\n", 0, at) + 1
+    lead = 0 if begin else line.lead
+    return f"at line {line.first + text.count(chr(10), 0, at)}, column {lead + at - begin + 1}"
 
 
 # ------------------------------------------------------------------ why a text is no JSON
-def _why(error: json.JSONDecodeError) -> str:
+def _why(error: json.JSONDecodeError, lines: bool) -> str:
     text, at = error.doc, error.pos
     rest = text[at:]
     if not rest:
@@ -105,7 +147,7 @@ def _why(error: json.JSONDecodeError) -> str:
     if error.msg.startswith("Invalid \\"):
         return "a backslash that begins no JSON escape (a backslash itself is written \\\\)"
     if error.msg == "Extra data":
-        return _why_extra(rest)
+        return _why_extra(rest, lines)
     word = re.match(r"[A-Za-z_][A-Za-z0-9_]*", rest)
     if "property name" in error.msg:
         return _why_no_name(text, at, word[0] if word else "")
@@ -122,11 +164,15 @@ def _why(error: json.JSONDecodeError) -> str:
     return f"{_character(rest[0])} where {expected} is expected"
 
 
-def _why_extra(rest: str) -> str:
+def _why_extra(rest: str, lines: bool) -> str:
     if rest.strip() == ",":
         return "a comma behind the row"
     if rest.startswith(("{", "[", '"')):
-        return "a second value on the line (one row per line)"
+        return (
+            "a second value on the line (one row per line)"
+            if lines
+            else "a second value (a comma is missing before it)"
+        )
     if rest.startswith(("//", "/*", "#")):
         return "a comment, which JSON has not"
     return f"{_character(rest[0])} behind the value"
