@@ -9,6 +9,7 @@ twice; the page's table "Service and scheduler" says what then happens.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -17,6 +18,8 @@ from msgspec import Struct, field
 from sglang_harli.protocol.base_print import BasePrint as BasePrint
 from sglang_harli.protocol.job_limits import ServedLimits as ServedLimits
 from sglang_harli.protocol.public import Hyperparameters
+
+EVALUATION = "evaluation"  # in a checkpoint's plain values: the EvaluationState
 
 
 class Message(Struct, kw_only=True, tag=True):
@@ -59,6 +62,57 @@ class BatchCursor(Struct, frozen=True, kw_only=True):
     epoch: int
     step: int
     index: int
+
+
+class EvaluationBatches(Struct, frozen=True, kw_only=True):
+    """The micro-batches that are evaluated behind an optimizer step.
+
+    Attributes:
+        count: of them; their indices in the step begin behind those of the training micro-batches.
+        sampled: the first so many give ``valid_loss``, all of them ``full_valid_loss``.
+        whole: they are all of the validation rows; else there is no ``full_valid_loss``.
+    """
+
+    count: int
+    sampled: int
+    whole: bool
+
+
+class EvaluationState(Struct, frozen=True, kw_only=True):
+    """What a run's evaluations have come to; it goes with each of its checkpoints.
+
+    Attributes:
+        step: optimizer step of the last one (0: there was none).
+        best_step, best_loss: of the lowest ``valid_loss`` so far (0, None: none was finite).
+        stale: evaluations in a row that did not improve on the best one by the minimal delta.
+    """
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
+    stale: int = 0
+
+    def after(self, step: int, loss: float, min_delta: float) -> EvaluationState:
+        """Behind the evaluation of ``step``.  As in transformers' EarlyStoppingCallback the best
+        loss is the lowest one, by however little, and the minimal delta counts for patience."""
+        best, known = self.best_loss, math.isfinite(loss)
+        improved = known and (best is None or loss < best)
+        enough = known and (best is None or best - loss > min_delta)
+        return EvaluationState(
+            step=step,
+            best_step=step if improved else self.best_step,
+            best_loss=loss if improved else best,
+            stale=0 if enough else self.stale + 1,
+        )
+
+    def stops(self, patience: int | None, total_steps: int) -> bool:
+        """Whether training ends early behind ``step``."""
+        return patience is not None and self.stale >= patience and 0 < self.step < total_steps
+
+
+def state_in(meta: dict[str, Any]) -> EvaluationState:
+    """The state in a checkpoint's plain values; one of before has none."""
+    return msgspec.convert(meta.get(EVALUATION) or {}, EvaluationState)
 
 
 # ------------------------------------------------------------------ scheduler -> service
@@ -236,6 +290,9 @@ class MicroBatch(Message):
 
     ``lengths`` fall; ``rows`` are the rows' positions within the step.  ``step_target_tokens``:
     targets of the whole optimizer step, the divisor of its loss (a row's first label never counts).
+
+    ``evaluation``: what is evaluated behind this step, if anything.  Its micro-batches are those
+    with an index from ``micro_batches`` on; ``step_target_tokens`` are then the evaluation's.
     """
 
     job: str
@@ -245,6 +302,18 @@ class MicroBatch(Message):
     lengths: list[int]
     rows: list[int]
     step_target_tokens: int
+    evaluation: EvaluationBatches | None = None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether its rows are evaluated, not trained."""
+        return self.cursor.index >= self.micro_batches
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the step's last one, or its evaluation's."""
+        behind = self.evaluation.count if self.evaluation is not None else 0
+        return self.cursor.index + 1 == self.micro_batches + behind
 
 
 class SnapshotSlot(Message):

@@ -51,6 +51,8 @@ Suffix = Annotated[
 
 SCHEDULERS = ("linear", "cosine", "constant")
 OVERFLOWS = ("error", "truncate", "drop")
+DEFAULT_EVAL_STEPS = 50  # where there is validation data
+OR_NONE = ("max_seq_length", "eval_steps", "eval_rows", "early_stopping_patience")
 
 
 class Hyperparameters(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,6 +79,14 @@ class Hyperparameters(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     checkpoint_every: Annotated[int, Meta(ge=0), accepted.most(10**9)] = 50
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 42
     on_overflow: str = "error"
+    # Optimizer steps between evaluations; 0: at the end only; None: DEFAULT_EVAL_STEPS.
+    eval_steps: Annotated[int, Meta(ge=0), accepted.most(10**9)] | None = None
+    eval_rows: Annotated[int, Meta(ge=1), accepted.most(10**9)] | None = None  # None: all
+    validation_split: Annotated[float, Meta(ge=0, le=0.5)] = 0.0  # share of the training rows
+    # Evaluations in a row without improvement; None: off.
+    early_stopping_patience: Annotated[int, Meta(ge=1), accepted.most(10**6)] | None = None
+    early_stopping_min_delta: Annotated[float, Meta(ge=0), accepted.most(10**6)] = 0.0
+    publish_best: bool = False  # the checkpoint of the lowest valid_loss, not the last one
 
     def check(self) -> None:
         """Raise ConfigError naming the field and the accepted values."""
@@ -109,7 +119,7 @@ def _hyperparameter(name: str, given: Any) -> Any:
         raise accepted.refused(name, given, f"one of {', '.join(choices)}")
     if name == "target_modules":
         return _target_modules(given)
-    if name == "max_seq_length" and isinstance(given, str) and given.lower() in ("none", ""):
+    if name in OR_NONE and isinstance(given, str) and given.lower() in ("none", ""):
         return None
     return accepted.value(name, given, _HYPERPARAMETERS[name], lax=True)
 

@@ -96,6 +96,12 @@ HYPERPARAMETERS = {
     "checkpoint_every": 50,
     "seed": 42,
     "on_overflow": "error",
+    "eval_steps": None,
+    "eval_rows": None,
+    "validation_split": 0.0,
+    "early_stopping_patience": None,
+    "early_stopping_min_delta": 0.0,
+    "publish_best": False,
 }
 
 # Names in SGLang's /metrics, with their labels.
@@ -174,7 +180,9 @@ MESSAGES = {
     "OptionsSet": "seq request outcome revision effective text",
     "Welcome": "seq pid answers",
     "StartRun": "seq spec scheduler updates step restore meta",
-    "MicroBatch": "seq job attempt cursor micro_batches lengths rows step_target_tokens",
+    "EvaluationBatches": "count sampled whole",
+    "EvaluationState": "step best_step best_loss stale",
+    "MicroBatch": "seq job attempt cursor micro_batches lengths rows step_target_tokens evaluation",
     "SnapshotSlot": "seq job attempt slot",
     "SnapshotSaved": "seq job attempt step ok",
     "StopRun": "seq job attempt snapshot",
