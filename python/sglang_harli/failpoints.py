@@ -32,6 +32,7 @@ class Failpoint(enum.StrEnum):
     JOB_CREATED = "job-created"  # service: the job is in the store, its client has no answer yet
     MICRO_BATCH_FED = "micro-batch-fed"  # service: a micro-batch went to the scheduler
     STEP_APPLIED = "step-applied"  # scheduler: the optimizer has run, no message has gone out
+    EVALUATED = "evaluated"  # scheduler: an evaluation's result is there, no message has gone out
     SNAPSHOT_COPIED = "snapshot-copied"  # scheduler: the state lies in shared memory, no message has gone out
     FILE_WRITTEN = "file-written"  # service: the checkpoint's files stand under a temporary name
     RENAMED = "renamed"  # service: the checkpoint has its name, the store does not know

@@ -176,11 +176,12 @@ class RunStarted(Message):
 
 
 class StepDone(Message):
-    """Kept in the scheduler's bounded ring until acknowledged, as are RunStarted, SnapshotReady,
-    RunStopped and RunFailed.
+    """Kept in the scheduler's bounded ring until acknowledged, as are RunStarted, EvaluationDone,
+    SnapshotReady, RunStopped and RunFailed.
 
-    ``after``, here and in those: the step of the StepDone sent before.  A service that lacks that
-    one drops this message without an Ack, and gets both again.  ``total_tokens``: so far.
+    ``after``, here and in those: the step of the StepDone sent before; ``evaluated``: of the
+    EvaluationDone.  A service that lacks one of them drops this message without an Ack, and gets
+    both again.  ``total_tokens``: so far.
     """
 
     job: str
@@ -195,6 +196,27 @@ class StepDone(Message):
     seconds: float  # wall time since the step before
     total_tokens: int = 0
     after: int = 0
+    evaluated: int = 0
+    train_mean_token_accuracy: float | None = None
+
+
+class EvaluationDone(Message):
+    """The rows behind ``step`` were evaluated; ``rows`` and ``target_tokens`` of them gave the loss.
+    ``full_...``: of all validation rows; None: not all were evaluated.  ``state``: what the run's
+    evaluations have come to with this one."""
+
+    job: str
+    attempt: int
+    step: int
+    epoch: int
+    valid_loss: float
+    valid_mean_token_accuracy: float
+    rows: int
+    target_tokens: int
+    state: EvaluationState
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
+    after: int = 0
 
 
 class SnapshotReady(Message):
@@ -205,8 +227,9 @@ class SnapshotReady(Message):
     step: int
     slot: SlotRef
     meta: dict[str, Any]
-    reason: str  # every, pause, shutdown, final
+    reason: str  # every, best, pause, shutdown, final
     after: int = 0
+    evaluated: int = 0
 
 
 class RunStopped(Message):
@@ -218,6 +241,7 @@ class RunStopped(Message):
     step: int
     after: int = 0
     reason: str = ""
+    evaluated: int = 0
 
 
 class RunFailed(Message):
@@ -230,6 +254,7 @@ class RunFailed(Message):
     message: str
     after: int = 0
     passing: bool = False
+    evaluated: int = 0
 
 
 class Progress(Message):
@@ -274,7 +299,8 @@ class StartRun(Message):
     """``restore``: checkpoint ``step`` in a slot, which the scheduler unmaps after RunStarted.
 
     ``scheduler``: pid of the answered hello; another process drops the message (0: none does), and
-    so does that one after an update of its weights (``updates``).
+    so does that one after an update of its weights (``updates``).  ``begin``: the first micro-batch
+    that will come, which may be one of the evaluation of ``step``.
     """
 
     spec: RunSpec
@@ -283,6 +309,7 @@ class StartRun(Message):
     step: int = 0
     restore: SlotRef | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    begin: BatchCursor | None = None
 
 
 class MicroBatch(Message):
@@ -436,6 +463,7 @@ SchedulerMessage = (
     | BatchesTaken
     | RunStarted
     | StepDone
+    | EvaluationDone
     | SnapshotReady
     | RunStopped
     | RunFailed

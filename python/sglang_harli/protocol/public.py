@@ -174,6 +174,9 @@ class Job(Struct, kw_only=True, omit_defaults=False):
     priority: int = 0
     resumed_from: str | None = None
     base: str | None = None  # served name and place of the weights that it is trained on
+    evaluation: dict[str, Any] | None = None  # the last one: step, valid_loss, ... (``eval_metrics``)
+    best_step: int | None = None  # of the lowest valid_loss so far
+    best_valid_loss: float | None = None
 
 
 class Event(Struct, kw_only=True):
@@ -195,6 +198,8 @@ EVENT_TYPES = (
     "prioritized",
     "started",
     "step_metrics",
+    "eval_metrics",
+    "early_stopped",
     "checkpoint_saved",
     "paused",
     "resumed",

@@ -48,9 +48,12 @@ class DataSummary(Struct, kw_only=True):
     tokenizer: str = ""  # fingerprint
     repeated_fields: list[str] = []  # that stand twice in their object; the last one counts
     notes: list[Note] = []
+    validation_rows: int = 0  # of ``rows`` those that are held out of training, by validation_split
 
     def text(self) -> str:
         parts = [f"{self.rows} rows, {self.tokens} tokens of which {self.target_tokens} are learned"]
+        if self.validation_rows:
+            parts.append(f"{self.validation_rows} of the rows are evaluated, not trained")
         if self.truncated:
             parts.append(f"{self.truncated} rows truncated to {self.max_seq_length} tokens")
         if self.dropped:

@@ -23,6 +23,7 @@ from sglang_harli.core import JobStatus, SubState
 from sglang_harli.errors import StateError
 from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.public import JobError
+from sglang_harli.service.jobs import evaluations
 from sglang_harli.service.jobs.record import DesiredState as DesiredState
 from sglang_harli.service.jobs.record import EventDraft as EventDraft
 from sglang_harli.service.jobs.record import JobRecord as JobRecord
@@ -117,6 +118,7 @@ def fell_back(record: JobRecord, step: int, tokens: int, damage: str) -> Transit
         ),
         checkpoint_step=step,
         checkpoint_tokens=tokens,
+        checkpoints=[kept for kept in record.checkpoints if kept.step <= step],
         step=step,
         trained_tokens=tokens,
         metrics_step=step,
@@ -164,6 +166,7 @@ def step_done(record: JobRecord, step: int, tokens: int, metrics: dict[str, Any]
         step=max(record.step, step),
         trained_tokens=max(record.trained_tokens, tokens),
         loss=metrics["loss"],
+        train_mean_token_accuracy=metrics.get("train_mean_token_accuracy"),
         learning_rate=metrics["learning_rate"],
         tokens_per_s=rate if rate is not None else record.tokens_per_s,
         step_s=step_s,
@@ -211,6 +214,7 @@ def checkpoint_saved(record: JobRecord, step: int, tokens: int, reason: str) -> 
         ),
         checkpoint_step=step,
         checkpoint_tokens=tokens,
+        checkpoints=evaluations.with_checkpoint(record, step),
         step=max(record.step, step),
         trained_tokens=max(record.trained_tokens, tokens),
     )
@@ -220,7 +224,7 @@ def trained(record: JobRecord) -> Transition:
     """The last step's state is durable: from here on only the publication is left."""
     return _change(
         record,
-        step=record.total_steps,
+        step=record.last_step,
         publishing=True,
         sub_state=SubState.PUBLISHING,
         reason="the adapter is being made servable",
@@ -257,8 +261,8 @@ def published(record: JobRecord, now: float) -> Transition:
         status=JobStatus.SUCCEEDED,
         finished_at=now,
         fine_tuned_model=record.adapter_name,
-        step=record.total_steps,
-        **_ENDED,
+        step=record.last_step,
+        **_ENDED | {"reason": evaluations.stopped_early(record) or None},
     )
 
 

@@ -105,8 +105,8 @@ def _check_same(record: JobRecord, hp: Hyperparameters, new_course: bool) -> Non
 def _check_left(origin: Origin) -> None:
     """Something is left to do, as far as the record tells (the checkpoint is read later)."""
     record = origin.record
-    total = batches.total_steps(record.data["rows"], origin.hyperparameters)
-    if record.status == JobStatus.SUCCEEDED and total == record.total_steps:
+    total = batches.total_steps(batches.train_rows(record.data), origin.hyperparameters)
+    if record.status == JobStatus.SUCCEEDED and total == record.total_steps and not record.stops_early:
         raise ConfigError(
             f"job {record.id} has done all of its {total} steps: raise n_epochs (now "
             f"{origin.hyperparameters.n_epochs}), or give --data to begin a new course with its adapter",

@@ -41,7 +41,7 @@ from sglang_harli.service.jobs.record_encoding import RecordError
 from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.jobs.transitions import JobRecord
 from sglang_harli.service.links.scheduler_link import SchedulerLink
-from sglang_harli.service.submit import repeated_submit, resume_from
+from sglang_harli.service.submit import evaluation, repeated_submit, resume_from
 from sglang_harli.service.submit.resume_from import Origin, Start
 from sglang_harli.service.submit.uploads import Uploads, storage_error
 from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
@@ -146,6 +146,7 @@ class Submission:
             hp = origin.hyperparameters
         else:
             hp = parse_hyperparameters(args.hyperparameters)
+        evaluation.check(hp, file=False)
         admitted = self._link.limits is not None
         loop = asyncio.get_running_loop()
         job = self._registry.new_id()
@@ -233,7 +234,7 @@ class Submission:
             hyperparameters=hp,
             model=self._config.served_model_name,
             adapter_name=adapter_name(self._config.served_model_name, args.suffix, job),
-            total_steps=batches.total_steps(summary.rows, hp),
+            total_steps=batches.total_steps(summary.rows - summary.validation_rows, hp),
             data=summary.builtins() | {"bytes": args.size, "sha256": args.sha256},
             data_sha256=args.sha256,
             suffix=args.suffix,
@@ -264,6 +265,7 @@ class Submission:
         limits = self._link.limits
         if limits is not None and summary.longest_row > limits.max_seq_length:
             summary = self._tokens(incoming, file, limits.max_seq_length)  # the limit came meanwhile
+        evaluation.hold_out(file.parent, incoming.hp, summary)
         return summary
 
     def _tokens(self, incoming: _Incoming, file: Path, longest: int | None) -> DataSummary:

@@ -56,7 +56,7 @@ def as_served(
         return record
     try:
         summary = _scan(record, paths, rows, limits, stop)
-        steps = batches.total_steps(summary.rows, record.hyperparameters)
+        steps = batches.total_steps(summary.rows - summary.validation_rows, record.hyperparameters)
         _check_trained(record, summary, steps)
         folder = _settle(record, paths)
     except DataError as error:
