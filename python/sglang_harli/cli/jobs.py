@@ -48,6 +48,10 @@ def submit(
     data: Annotated[
         str | None, typer.Option(metavar="FILE", help="JSONL with messages, or prompt and completion.")
     ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Rows that are evaluated while the job trains, as in --data."),
+    ] = None,
     resume_from: Annotated[
         str | None,
         typer.Option(
@@ -73,6 +77,7 @@ def submit(
             idempotency_key=idempotency_key,
             priority=priority,
             resume_from=origin,
+            validation=validation,
             **pairs,
         )
         _show_job(current, job)

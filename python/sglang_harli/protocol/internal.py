@@ -201,7 +201,7 @@ class StepDone(Message):
 
 
 class EvaluationDone(Message):
-    """The rows behind ``step`` were evaluated; ``rows`` and ``target_tokens`` of them gave the loss.
+    """The rows behind ``step`` were evaluated; ``rows``, ``target_tokens``: of those of the loss.
     ``full_...``: of all validation rows; None: not all were evaluated.  ``state``: what the run's
     evaluations have come to with this one."""
 
@@ -220,7 +220,8 @@ class EvaluationDone(Message):
 
 
 class SnapshotReady(Message):
-    """The state after ``step`` is in the slot; ``meta``: plain values (schedule, RNG, cursor)."""
+    """The state after ``step`` is in the slot; ``meta``: plain values (schedule, RNG, cursor).
+    ``train_loss``, ``train_mean_token_accuracy``: of that step, if they have reached the host."""
 
     job: str
     attempt: int
@@ -230,6 +231,8 @@ class SnapshotReady(Message):
     reason: str  # every, best, pause, shutdown, final
     after: int = 0
     evaluated: int = 0
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
 
 
 class RunStopped(Message):

@@ -95,6 +95,8 @@ class ServedLimits(Struct, frozen=True, kw_only=True):
 
     def _micro_batch_bytes(self, rows: int, width: int, *, evaluated: bool = False) -> int:
         layout = self.layout
-        inputs = (1 if evaluated else layout.inputs) * aligned(rows * width * self.hidden_size * layout.input_bytes)
+        inputs = (1 if evaluated else layout.inputs) * aligned(
+            rows * width * self.hidden_size * layout.input_bytes
+        )
         logits = min(rows * (width - 1), layout.head_tokens) * self.vocab_size
         return inputs + sum(aligned(each * logits) for each in layout.logit_bytes)

@@ -242,7 +242,8 @@ class Reply(Struct, kw_only=True):
 
 class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     """``submit``: raw frames with the JSONL file follow the header; none with ``upload``, which
-    names an upload, or ``resume_from``, a job whose data is taken (``sha256`` is empty then)."""
+    names an upload, or ``resume_from``, a job whose data is taken (``sha256`` is empty then).
+    ``validation_...``: of a validation file, which comes by ``upload``."""
 
     filename: Annotated[str, Meta(max_length=1024)] = ""
     size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)] = 0
@@ -253,6 +254,12 @@ class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     priority: Priority = 0
     resume_from: str | None = None
     upload: UploadId | None = None
+    validation_upload: UploadId | None = None
+    validation_filename: Annotated[str, Meta(max_length=1024)] = ""
+    validation_size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)] = 0
+    validation_sha256: Annotated[
+        str, Meta(pattern=r"^([0-9a-f]{64})?\Z"), accepted.words("64 hex digits")
+    ] = ""
 
 
 class CheckArgs(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -27,8 +27,8 @@ ROWS = [
     {"messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i * i}"}]}
     for i in range(16)
 ]
-# Six steps of two micro-batches of two rows; dropout, so that the random generators matter. Four rows
-# are evaluated.
+# Six steps of two micro-batches of two rows, and four rows that are evaluated; dropout, so that the
+# random generators matter.
 HYPERPARAMETERS: dict[str, Any] = {
     "n_epochs": 2,
     "batch_size": 2,
@@ -135,7 +135,9 @@ def _end_of(rig: Rig, submitted: Future[Job]) -> Job:
 
 
 # ------------------------------------------------------------------ judgement
-def _judge(rig: Rig, case: Case, job: Job, key: str, before: set[str], expected: Result, outcome: Outcome) -> None:
+def _judge(
+    rig: Rig, case: Case, job: Job, key: str, before: set[str], expected: Result, outcome: Outcome
+) -> None:
     if job.status is not JobStatus.SUCCEEDED:
         outcome.wrong("lost", f"{job.id} ended as {job.status}: {job.error}")
         return

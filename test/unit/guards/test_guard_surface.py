@@ -72,6 +72,8 @@ EVENT_TYPES = (
         "prioritized",
         "started",
         "step_metrics",
+        "eval_metrics",
+        "early_stopped",
         "checkpoint_saved",
         "paused",
     ),
@@ -136,7 +138,8 @@ MESSAGES = {
     "Request": "v id verb args",
     "Reply": "v id ok result error event",
     "ErrorBody": "code message param details",
-    "SubmitArgs": "filename size sha256 suffix hyperparameters idempotency_key priority resume_from upload",
+    "SubmitArgs": "filename size sha256 suffix hyperparameters idempotency_key priority resume_from upload "
+    "validation_upload validation_filename validation_size validation_sha256",
     "CheckArgs": "filename size sha256 hyperparameters upload",
     "UploadArgs": "upload filename size sha256 offset",
     "UploadAnswer": "offset",
@@ -152,7 +155,7 @@ MESSAGES = {
     "Job": (
         "id object created_at started_at finished_at status sub_state reason model suffix fine_tuned_model step "
         "total_steps trained_tokens loss learning_rate tokens_per_s eta_s attempt hyperparameters data error run_dir "
-        "priority resumed_from base"
+        "priority resumed_from base evaluation best_step best_valid_loss"
     ),
     "TensorRef": "name dtype shape offset nbytes",
     "SlotRef": "path nbytes tensors",
@@ -170,16 +173,23 @@ MESSAGES = {
     "BatchesTaken": "seq job attempt cursor",
     "RunStarted": "seq job attempt step state_bytes",
     "StepDone": (
-        "seq job attempt step epoch loss learning_rate grad_norm tokens target_tokens seconds total_tokens after"
+        "seq job attempt step epoch loss learning_rate grad_norm tokens target_tokens seconds total_tokens after "
+        "evaluated train_mean_token_accuracy"
     ),
-    "SnapshotReady": "seq job attempt step slot meta reason after",
-    "RunStopped": "seq job attempt step after reason",
-    "RunFailed": "seq job attempt step code message after passing",
+    "EvaluationDone": (
+        "seq job attempt step epoch valid_loss valid_mean_token_accuracy rows target_tokens state full_valid_loss "
+        "full_valid_mean_token_accuracy after"
+    ),
+    "SnapshotReady": (
+        "seq job attempt step slot meta reason after evaluated train_loss train_mean_token_accuracy"
+    ),
+    "RunStopped": "seq job attempt step after reason evaluated",
+    "RunFailed": "seq job attempt step code message after passing evaluated",
     "Progress": "seq job attempt step sub_state reason tokens",
     "StatusReport": "seq request serving training pool",
     "OptionsSet": "seq request outcome revision effective text",
     "Welcome": "seq pid answers",
-    "StartRun": "seq spec scheduler updates step restore meta",
+    "StartRun": "seq spec scheduler updates step restore meta begin",
     "EvaluationBatches": "count sampled whole",
     "EvaluationState": "step best_step best_loss stale",
     "MicroBatch": "seq job attempt cursor micro_batches lengths rows step_target_tokens evaluation",

@@ -135,10 +135,14 @@ def load_state(
     Raises CheckpointError: missing, torn or altered; OSError: shared memory full, or a read failed.
     """
     meta = check_state(checkpoints, step)
-    folder = checkpoints / f"step-{step}"
-    run = msgspec.msgpack.decode((folder / RUN_FILE).read_bytes())
+    folder, run = checkpoints / f"step-{step}", plain_values(checkpoints, step)
     slot, ref = tensor_files.into_slot(folder / STATE_FILE, shm, Pace())
     return slot, ref, run, int(meta["trained_tokens"])
+
+
+def plain_values(checkpoints: Path, step: int) -> dict[str, Any]:
+    """The run's plain values in a checkpoint; raises OSError, msgspec.MsgspecError."""
+    return msgspec.msgpack.decode((checkpoints / f"step-{step}" / RUN_FILE).read_bytes())
 
 
 def check_state(checkpoints: Path, step: int) -> dict[str, Any]:

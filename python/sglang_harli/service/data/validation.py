@@ -7,15 +7,19 @@ same at each evaluation, so that the losses can be compared.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 from numpy.random import PCG64, Generator, SeedSequence  # here: numpy loads it when it is first used
 
+from sglang_harli.errors import DataError
 from sglang_harli.protocol.internal import EvaluationBatches
 from sglang_harli.protocol.public import DEFAULT_EVAL_STEPS, Hyperparameters
+from sglang_harli.service.data.dataset import DataSummary
 from sglang_harli.service.data.token_store import TokenReader
 
-FOLDER = "validation"  # beside a job's training rows: those of its validation file
+FILE = "validation.jsonl"  # a job's validation file, beside the training file
+FOLDER = "validation"  # its rows, beside the training rows
 _SPLIT, _SAMPLE = (0, 0), (0, 1)  # epochs, the keys of other orders, begin with 1
 
 
@@ -27,6 +31,24 @@ def held_out(lines: np.ndarray, hp: Hyperparameters) -> np.ndarray:
         return np.zeros(len(lines), dtype=bool)
     count = max(1, round(hp.validation_split * len(numbers)))
     return np.isin(lines, _shuffled(numbers, hp.seed, _SPLIT)[:count])
+
+
+def hold_out(folder: Path, hp: Hyperparameters, summary: DataSummary) -> None:
+    """Note in ``summary`` how many of the rows in ``folder`` are held out.  Raises DataError: there
+    is only one line, which cannot be in both parts."""
+    if not hp.validation_split:
+        return
+    tokens = TokenReader(folder)
+    try:
+        held = int(held_out(tokens.lines, hp).sum())
+    finally:
+        tokens.close()
+    if not held:
+        raise DataError(
+            f"{summary.file}: validation_split={hp.validation_split:g} needs at least 2 lines of data, and there is one",
+            param="data",
+        )
+    summary.validation_rows = held
 
 
 def _shuffled(values: np.ndarray, seed: int, key: tuple[int, int]) -> np.ndarray:

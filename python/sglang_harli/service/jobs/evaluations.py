@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -54,7 +55,9 @@ def _text(record: JobRecord, data: dict[str, Any]) -> str:
     loss, accuracy = data["valid_loss"], data["valid_mean_token_accuracy"]
     shown = "not finite" if loss is None else f"{loss:.4f}"
     best = ", the best so far" if record.best_step == data["step"] else ""
-    return f"step {data['step']}/{record.total_steps}, valid_loss {shown}, token accuracy {accuracy:.4f}{best}"
+    return (
+        f"step {data['step']}/{record.total_steps}, valid_loss {shown}, token accuracy {accuracy:.4f}{best}"
+    )
 
 
 def stopped_early(record: JobRecord) -> str:
@@ -77,16 +80,25 @@ def go_back(record: JobRecord, step: int, saved: EvaluationState) -> JobRecord:
     return msgspec.structs.replace(record, evaluation_state=saved)
 
 
-def with_checkpoint(record: JobRecord, step: int) -> list[CheckpointMetrics]:
-    """The checkpoints of a job with that of ``step``, rising, and what is known of it."""
-    known: dict[str, Any] = {}
-    if record.metrics_step == step:
-        known["train_loss"] = record.loss
-        known["train_mean_token_accuracy"] = record.train_mean_token_accuracy
+def with_checkpoint(record: JobRecord, step: int, trained: Mapping[str, Any]) -> list[CheckpointMetrics]:
+    """The checkpoints of a job with that of ``step``, rising, and what is known of it; ``trained``:
+    of the step itself."""
+    known = dict(trained)
     if record.evaluation is not None and record.evaluation["step"] == step:
         known |= {name: record.evaluation[name] for name in VALUES}
     new = CheckpointMetrics(step=step, created_at=time.time(), **known)  # stamp: of a checkpoint
     return sorted([*(c for c in record.checkpoints if c.step != step), new], key=lambda c: c.step)
+
+
+def with_step(record: JobRecord, step: int, metrics: Mapping[str, Any]) -> list[CheckpointMetrics]:
+    """The checkpoints of a job, that of ``step`` with the ``metrics`` of the step."""
+    if all(kept.step != step for kept in record.checkpoints):
+        return record.checkpoints
+    found = {
+        "train_loss": metrics["loss"],
+        "train_mean_token_accuracy": metrics.get("train_mean_token_accuracy"),
+    }
+    return [msgspec.structs.replace(c, **found) if c.step == step else c for c in record.checkpoints]
 
 
 def left(record: JobRecord, steps: set[int]) -> Transition:

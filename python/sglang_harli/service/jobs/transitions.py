@@ -14,7 +14,7 @@ says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -172,6 +172,7 @@ def step_done(record: JobRecord, step: int, tokens: int, metrics: dict[str, Any]
         step_s=step_s,
         metrics_attempt=record.attempt,
         metrics_step=step,
+        checkpoints=evaluations.with_step(record, step, metrics),
     )
 
 
@@ -206,7 +207,10 @@ def sub_state_event(record: JobRecord) -> Transition:
     )
 
 
-def checkpoint_saved(record: JobRecord, step: int, tokens: int, reason: str) -> Transition:
+def checkpoint_saved(
+    record: JobRecord, step: int, tokens: int, reason: str, trained: Mapping[str, Any] | None = None
+) -> Transition:
+    """``trained``: what is known of the step, by the names of ``CheckpointMetrics``."""
     return _change(
         record,
         EventDraft(
@@ -214,7 +218,7 @@ def checkpoint_saved(record: JobRecord, step: int, tokens: int, reason: str) -> 
         ),
         checkpoint_step=step,
         checkpoint_tokens=tokens,
-        checkpoints=evaluations.with_checkpoint(record, step),
+        checkpoints=evaluations.with_checkpoint(record, step, trained or {}),
         step=max(record.step, step),
         trained_tokens=max(record.trained_tokens, tokens),
     )

@@ -178,9 +178,9 @@ class PublicationQueue:
 
     # ---------------------------------------------------------------- files
     async def _save(self, job: str, paths: JobPaths) -> None:
-        """Write the adapter's folder from the run's last checkpoint, or from its best one where that
-        is wanted and whole.  Raises CheckpointError: none is; _PutOffError, _GivenUpError: the disk
-        refuses."""
+        """Write the adapter's folder from the run's last checkpoint, or from its best one where
+        that is wanted and whole.  Raises CheckpointError: none is; _PutOffError, _GivenUpError: the
+        disk refuses."""
         record = self._registry.get(job)
         base = record.base.path if record.base is not None else self._model_path
         config = adapter_config(record.hyperparameters, base)

@@ -167,6 +167,7 @@ class RunMachine:
         assert found.plan is not None
         record = evaluations.go_back(change.record, found.step, internal.state_in(found.meta))
         change = Transition(record, change.drafts)
+        state = msgspec.to_builtins(record.evaluation_state)
         begin = found.plan.evaluation_of(found.step)
         if begin is None or record.evaluation_state.step >= found.step:
             begin = found.plan.cursor_after(found.step)
@@ -184,7 +185,7 @@ class RunMachine:
             updates=self.state.updates,
             step=found.step,
             restore=found.restore,
-            meta=found.meta | {internal.EVALUATION: msgspec.to_builtins(record.evaluation_state)},
+            meta=found.meta | ({internal.EVALUATION: state} if record.evaluates else {}),
             begin=begin,
         )
         run.next_cursor = begin

@@ -166,9 +166,7 @@ def _over(state: State, run: Run | None, record: JobRecord, message: Any, now: N
 
 
 # ------------------------------------------------------------------ snapshots
-def _snapshot(
-    state: State, record: JobRecord, message: internal.SnapshotReady, now: Now
-) -> list[Effect]:
+def _snapshot(state: State, record: JobRecord, message: internal.SnapshotReady, now: Now) -> list[Effect]:
     if message.reason == "shutdown":  # the server ends: nothing is started before another hello
         state.greeted = False
     key = (message.job, message.attempt, message.step)
@@ -236,7 +234,9 @@ def _checkpointed(
     """The transition, and what follows once it is durable."""
     counted = message.meta.get("tokens")
     tokens = counted if isinstance(counted, int) else record.trained_tokens
-    return _ended(state, transitions.checkpoint_saved(record, message.step, tokens, message.reason), message, now)
+    trained = {name: getattr(message, name) for name in ("train_loss", "train_mean_token_accuracy")}
+    change = transitions.checkpoint_saved(record, message.step, tokens, message.reason, trained)
+    return _ended(state, change, message, now)
 
 
 def _ended(

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from sglang_harli.errors import ConfigError, DataError
-from sglang_harli.protocol.public import Hyperparameters
-from sglang_harli.service.data import dataset
+from sglang_harli.errors import ConfigError, DataError, ProtocolError
+from sglang_harli.protocol.public import Hyperparameters, SubmitArgs
 from sglang_harli.service.data.dataset import DataSummary
-from sglang_harli.service.data.token_store import TokenReader, TokenWriter
-from sglang_harli.service.data.validation import FOLDER, held_out
-from sglang_harli.service.rows.encoder import RowEncoder
+from sglang_harli.service.data.validation import FILE, FOLDER
 
-FILE = "validation.jsonl"  # in a job's data folder, beside the training file
 _NO_DATA = "give validation data (--validation FILE) or validation_split"
 
 
@@ -44,46 +41,51 @@ def _refused(name: str, value: object, why: str) -> ConfigError:
     return ConfigError(f"{name}={value} is not accepted: {why}", param=name)
 
 
-def hold_out(folder: Path, hp: Hyperparameters, summary: DataSummary) -> None:
-    """Note in ``summary`` how many of the rows in ``folder`` ``validation_split`` holds out.  Raises
-    DataError: there is only one line, which cannot be in both parts."""
-    if not hp.validation_split:
-        return
-    tokens = TokenReader(folder)
-    try:
-        held = int(held_out(tokens.lines, hp).sum())
-    finally:
-        tokens.close()
-    if not held:
-        raise DataError(
-            f"{summary.file}: validation_split={hp.validation_split:g} needs at least 2 lines of data, and there is one",
-            param="data",
-        )
-    summary.validation_rows = held
+class ValidationFile(NamedTuple):
+    """A validation file that has come: where it lies now, how its owner calls it, its checksum."""
+
+    path: Path
+    name: str
+    sha256: str
 
 
 def take_in(
-    path: Path,
-    folder: Path,
-    tokenizer: RowEncoder,
-    hp: Hyperparameters,
-    *,
-    name: str,
-    max_length: int | None,
-    stop: Callable[[], bool],
-) -> DataSummary:
-    """The validation file at ``path``, checked as a training file is, into a job's data ``folder``:
-    the file itself, which is moved, and its rows as tokens.  Raises as ``dataset.scan``."""
+    found: ValidationFile, folder: Path, scan: Callable[[Path, Path, str], DataSummary]
+) -> dict[str, Any]:
+    """Move a validation file into a job's data ``folder`` and make its rows there; what is noted of
+    it in the job's data.
+
+    ``scan``: checks a file under a name and stores its rows in a folder.  Raises DataError: lines
+    are not accepted; OSError: the disk is full.
+    """
     file = folder / FILE
-    if path != file:
-        path.replace(file)
-    with TokenWriter(folder / FOLDER) as writer:
-        return dataset.scan(
-            file,
-            tokenizer,
-            name=name,
-            max_length=max_length,
-            on_overflow=hp.on_overflow,
-            writer=writer,
-            stop=stop,
+    found.path.replace(file)
+    try:
+        summary = scan(file, folder / FOLDER, found.name)
+    except DataError as error:
+        raise DataError(error.message, param="validation", details=error.details) from error
+    return summary.builtins() | {"bytes": file.stat().st_size, "sha256": found.sha256}
+
+
+def check_arguments(args: SubmitArgs) -> None:
+    """Raise ProtocolError unless a submit's words on its validation file fit together."""
+    if args.validation_upload is None:
+        if args.validation_sha256 or args.validation_size or args.validation_filename:
+            raise ProtocolError(
+                "a validation file comes by `upload`, and the submit names it in validation_upload",
+                param="validation_upload",
+            )
+        return
+    if not args.validation_sha256:
+        raise ProtocolError(
+            "validation_upload needs validation_size and validation_sha256", param="validation_upload"
+        )
+    if not args.sha256:
+        raise ProtocolError(
+            "a job that goes on keeps its validation data: give a validation file with data, which begins a new course",
+            param="validation_upload",
+        )
+    if args.validation_upload == args.upload:
+        raise ProtocolError(
+            "validation_upload and upload are the same: upload each file", param="validation_upload"
         )

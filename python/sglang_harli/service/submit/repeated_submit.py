@@ -12,13 +12,14 @@ from sglang_harli.protocol.public import Hyperparameters, SubmitArgs, parse_hype
 from sglang_harli.service.jobs.record import Asked, JobRecord
 from sglang_harli.service.jobs.record_encoding import plain
 
-DATA = "other data"
+DATA, VALIDATION = "other data", "other validation data"
 
 
 def asked(args: SubmitArgs) -> Asked:
     """What makes the job, of a submit that was accepted or may be."""
     return Asked(
         sha256=args.sha256,
+        validation_sha256=args.validation_sha256,
         suffix=args.suffix,
         resume_from=args.resume_from,
         priority=args.priority,
@@ -43,6 +44,7 @@ def differences(
     gets unnamed; None: not known any more, then what only the first submit names is no difference.
     """
     found = [DATA] if first.sha256 != again.sha256 else []
+    found += [VALIDATION] if first.validation_sha256 != again.validation_sha256 else []
     for name in ("resume_from", "suffix", "priority"):
         found += _difference(name, getattr(first, name), getattr(again, name))
     rest = plain(left_out) if left_out is not None else {}

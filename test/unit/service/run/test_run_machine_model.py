@@ -185,7 +185,15 @@ class Protocol(RuleBasedStateMachine):
     @invariant()
     def nothing_is_counted_twice(self) -> None:
         for (job, kind, attempt, step), count in self.rig.events.items():
-            if kind in ("step_metrics", "eval_metrics", "early_stopped", "succeeded", "adapter_published", "failed", "cancelled"):
+            if kind in (
+                "step_metrics",
+                "eval_metrics",
+                "early_stopped",
+                "succeeded",
+                "adapter_published",
+                "failed",
+                "cancelled",
+            ):
                 assert count == 1, (job, kind, attempt, step, count)
 
     @invariant()

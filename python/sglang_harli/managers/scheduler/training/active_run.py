@@ -22,6 +22,7 @@ from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.evaluation import EvaluationMetrics
+from sglang_harli.peft_trainer.records import StepMetrics
 from sglang_harli.peft_trainer.run import QuantumShape, TrainingRun
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import SharedBuffer
@@ -57,6 +58,7 @@ class ActiveRun:
         self._saved_step = start.step
         self.reported_step = start.step  # of the last StepDone
         self.reported_evaluation = 0  # of the last EvaluationDone
+        self._last: StepMetrics | None = None
         self._in_hand: internal.SnapshotReady | None = None  # in the slot, not written yet
         self._slot: SharedBuffer | None = None
         self._slot_free = False
@@ -155,6 +157,7 @@ class ActiveRun:
         reason, self._wanted = self._wanted or "every", None
         self._slot_free = False  # the service's until SnapshotSaved
         failpoint(Failpoint.SNAPSHOT_COPIED)
+        known = self._last if self._last and self._last.step == self.training.applied_step else None
         self._in_hand = internal.SnapshotReady(
             job=self.spec.job,
             attempt=self.spec.attempt,
@@ -164,6 +167,8 @@ class ActiveRun:
             reason=reason,
             after=self.reported_step,
             evaluated=self.reported_evaluation,
+            train_loss=known.loss if known else None,
+            train_mean_token_accuracy=known.accuracy if known else None,
         )
         self._link.send(self._in_hand)
 
@@ -228,7 +233,7 @@ class ActiveRun:
             failpoint(Failpoint.STEP_APPLIED)
             now_s = time.monotonic()
             seconds, self._last_step_at = now_s - self._last_step_at, now_s
-            after, self.reported_step = self.reported_step, metrics.step
+            after, self.reported_step, self._last = self.reported_step, metrics.step, metrics
             self._total_tokens += metrics.tokens
             self._link.send(
                 internal.StepDone(
