@@ -145,6 +145,14 @@ def plain_values(checkpoints: Path, step: int) -> dict[str, Any]:
     return msgspec.msgpack.decode((checkpoints / f"step-{step}" / RUN_FILE).read_bytes())
 
 
+def created_at(checkpoints: Path, step: int) -> float | None:
+    """When a checkpoint was written, seconds since the epoch; None: it is gone, or not whole."""
+    try:
+        return float(json.loads((checkpoints / f"step-{step}" / "meta.json").read_bytes())["created_at"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def check_state(checkpoints: Path, step: int) -> dict[str, Any]:
     """The meta.json of a checkpoint, the checksums in it compared with its files.  Raises
     CheckpointError: they differ; OSError: a read failed."""

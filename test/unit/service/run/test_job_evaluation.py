@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from sglang_harli.errors import ConfigError, DataError
 from sglang_harli.protocol.public import Hyperparameters, Job
-from sglang_harli.service.checkpoint import checkpoints
+from sglang_harli.service.checkpoint import checkpoints, listing
+from sglang_harli.service.jobs.folder import JobPaths
 from sglang_harli.service.jobs.store import JobStore, sqlite_url
 from sglang_harli.service.submit import evaluation
 from support.service.service_fixture import exchange, pairs, submit_args, until
@@ -106,6 +108,10 @@ def test_the_best_checkpoint_is_kept_and_published(rig):
     assert (best.train_loss, best.valid_loss, best.full_valid_loss) == (1.0, 0.5, 0.5)
     assert (best.train_mean_token_accuracy, best.valid_mean_token_accuracy) == (0.25, 0.5)
     assert (last.train_loss, last.valid_loss) == (0.5, 0.6)
+    paths = JobPaths(rig.run_dir, done.id)
+    assert listing.with_metrics(record(rig, done), paths) == list(reversed(record(rig, done).checkpoints))
+    before = msgspec.structs.replace(record(rig, done), checkpoints=[])  # as a version before left it
+    assert [c.step for c in listing.with_metrics(before, paths)][::2] == [8, 4]
     rig.scheduler.valid_losses = {10: 0.9, 12: 0.9}
     more = rig.done(rig.client.submit(resume_from=done.id, n_epochs=3))  # which has it along
     assert more.best_step == 4 and np.array_equal(rig.result(more), state_of(rig, done, 4))
