@@ -112,7 +112,7 @@ class CoTrainer:
             internal.StopRun: self._stop,
             internal.StatusRequest: self._status_request,
             internal.SetOptions: self._set_options,
-            _Tick: lambda *_: self.run and self.run.settled() and self._release(),
+            _Tick: self._settle,
         }
 
     # ---------------------------------------------------------------- the service's messages
@@ -252,6 +252,10 @@ class CoTrainer:
         elif isinstance(message, internal.SnapshotSlot):
             run.take_slot(message.slot)
         elif run.saved(message):
+            self._release()
+
+    def _settle(self, _message: _Tick, _frames: list[memoryview]) -> None:
+        if self.run is not None and self.run.settled():
             self._release()
 
     def _stop(self, message: internal.StopRun, _frames: list[memoryview]) -> None:
