@@ -233,3 +233,27 @@ def test_what_is_not_served_says_so(client):
         list(client.fine_tuning.jobs.list_events("ftjob-none"))
     with pytest.raises(openai.NotFoundError):
         list(client.fine_tuning.jobs.list(after="ftjob-none"))
+
+
+# ------------------------------------------------------------------ evaluation
+def test_a_validation_file_is_evaluated(client, file):
+    job = create(
+        client,
+        file,
+        validation_file=file,
+        extra_body={"harli": {"hyperparameters": {"eval_steps": 2}}},
+    )
+    done = ended(client, job.id)
+    assert (done.status, done.validation_file) == ("succeeded", file)
+    metrics = [e for e in client.fine_tuning.jobs.list_events(job.id, limit=100) if e.type == "metrics"]
+    evaluated = [e.data for e in metrics if e.model_extra["harli"]["type"] == "eval_metrics"]
+    assert {found["step"] for found in evaluated} == {2, 4, 6}
+    assert all(found["valid_loss"] >= 0 for found in evaluated)
+    assert done.model_extra["harli"]["evaluation"]["step"] == 6
+
+
+def test_a_bad_validation_file_is_named(client, file):
+    bad = client.files.create(file=("bad.jsonl", ROWS + b"{}\n"), purpose="fine-tune")
+    job = ended(client, create(client, file, validation_file=bad.id).id)
+    assert job.status == "failed" and job.error.param == "validation_file"
+    assert "bad.jsonl" in job.error.message
