@@ -260,8 +260,8 @@ class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     ``validation_...``: of a validation file, which comes by ``upload``.
 
     With ``training_file``, a file of the service, the answer comes before that is looked at: the
-    job is ``validating_files``.  ``validation_file`` goes with it.  ``model``: the served name, or the finished adapter that the new
-    one begins with.
+    job is ``validating_files``.  ``validation_file`` goes with it.  ``model``: the served name, or
+    the finished adapter that the new one begins with.
     """
 
     filename: Annotated[str, Meta(max_length=1024)] = ""
