@@ -102,6 +102,7 @@ class QuantumKind(enum.StrEnum):
     EMBED = "embed"
     FORWARD = "forward"
     HEAD = "head"  # final norm, logits and loss with their backward, over a chunk of target tokens
+    HEAD_EVAL = "head_eval"  # the same without backward: an evaluation's loss and accuracy
     BACKWARD = "backward"  # one layer: recompute and backward
     BACKWARD_KEPT = "backward_kept"  # one layer whose activations were kept: backward alone
     ACCUMULATE = "accumulate"

@@ -36,6 +36,7 @@ class Failpoint(enum.StrEnum):
     VALIDATED = "validated"  # service: rows of a file that was named are stored, the store does not know it
     MICRO_BATCH_FED = "micro-batch-fed"  # service: a micro-batch went to the scheduler
     STEP_APPLIED = "step-applied"  # scheduler: the optimizer has run, no message has gone out
+    EVALUATED = "evaluated"  # scheduler: an evaluation's result is there, no message has gone out
     SNAPSHOT_COPIED = "snapshot-copied"  # scheduler: the state lies in shared memory, no message has gone out
     FILE_WRITTEN = "file-written"  # service: the checkpoint's files stand under a temporary name
     RENAMED = "renamed"  # service: the checkpoint has its name, the store does not know

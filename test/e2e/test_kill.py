@@ -41,11 +41,14 @@ EVERY = [
     # later in a run, in the middle of a step's micro-batches, and at the checkpoint that ends it
     *(Case(Failpoint.MICRO_BATCH_FED, victim, reach=6) for victim in VICTIMS),
     *(Case(Failpoint.STEP_APPLIED, victim, reach=3) for victim in VICTIMS),
+    *(Case(Failpoint.EVALUATED, victim, reach=2) for victim in VICTIMS),
+    *(Case(Failpoint.EVALUATED, victim, final=True) for victim in VICTIMS),
     *(Case(point, victim, final=True) for point in SNAPSHOT for victim in VICTIMS),
 ]
 SAMPLE = [
     Case(Failpoint.JOB_CREATED, "service"),
     Case(Failpoint.STEP_APPLIED, "scheduler", reach=3),
+    Case(Failpoint.EVALUATED, "all", reach=2),
     Case(Failpoint.RENAMED, "all"),
     Case(Failpoint.STORE_COMMITTED, "service", final=True),
     Case(Failpoint.LOADED, "scheduler"),

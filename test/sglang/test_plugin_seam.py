@@ -455,6 +455,34 @@ def test_the_whole_table_is_applied(tiny_model):
     assert (seen["scheduler"], seen["args"]) == ("HarliScheduler", "HarliServerArgs")
 
 
+OFF = """
+import sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.entrypoints import engine
+from sglang_harli import plugin
+engine.Engine.server_args_class(model_path=sys.argv[1], harli_finetune="off", skip_tokenizer_init=True)
+assert {row.target for row in plugin.TABLE if row.always} == {row.target for row in plugin.TABLE} & set(HookRegistry._patched)
+print("applied", sum(row.always for row in plugin.TABLE))
+"""
+
+
+def test_with_finetuning_off_only_the_rows_that_say_so_are_applied(tiny_model):
+    environment = dict(os.environ)
+    engine.turn_on(environment, path=[])
+    done = subprocess.run(
+        [sys.executable, "-c", OFF, tiny_model()],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "applied 2"
+
+
 def test_the_launcher_refuses_another_sglang_in_one_sentence(tiny_model, tmp_path):
     """Before anything that another version may not have is imported; whatever the environment
     says."""

@@ -15,6 +15,7 @@ CHOICES = {
     "on_overflow": public.OVERFLOWS,
     "target_modules": architectures.ALL_LINEAR,
     "use_rslora": ("true", "false"),
+    "publish_best": ("true", "false"),
 }
 NOTES = {
     "warmup_ratio": "share of all steps; the first warm-up step has rate 0",
@@ -22,7 +23,21 @@ NOTES = {
     "max_grad_norm": "0 turns clipping off",
     "checkpoint_every": "optimizer steps; 0: on pause and at the end only",
     "batch_size": "rows of a micro-batch",
+    "eval_steps": "optimizer steps between evaluations; 0: at the end only",
+    "eval_rows": "of an evaluation; all of them at the end",
+    "validation_split": "share of the rows that is evaluated, not trained",
+    "early_stopping_patience": "evaluations in a row without a better valid_loss",
+    "early_stopping_min_delta": "what counts as better",
+    "publish_best": "the checkpoint of the lowest valid_loss, not the last one",
     "on_overflow": "what becomes of rows over max_seq_length",
+}
+
+
+_NONE = {
+    "max_seq_length": "the model's limit",
+    "eval_steps": f"{public.DEFAULT_EVAL_STEPS} where there is validation data",
+    "eval_rows": "all of them",
+    "early_stopping_patience": "none",
 }
 
 
@@ -43,8 +58,8 @@ def describe() -> Iterator[tuple[str, str]]:
 def _default(name: str, value: Any) -> str:
     if name == "target_modules":
         return "all of them, separated by commas"
-    if name == "max_seq_length":
-        return "the model's limit"
+    if value is None:
+        return _NONE[name]
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -52,6 +52,10 @@ def submit(
             help="Rows of messages, prompt and completion, Alpaca or ShareGPT (docs/data.md), as for check-data.",
         ),
     ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Rows that are evaluated while the job trains, as in --data."),
+    ] = None,
     resume_from: Annotated[
         str | None,
         typer.Option(
@@ -77,6 +81,7 @@ def submit(
             idempotency_key=idempotency_key,
             priority=priority,
             resume_from=origin,
+            validation=validation,
             **pairs,
         )
         _show_job(current, job)

@@ -98,6 +98,37 @@ def job_table(jobs: Iterable[Job]) -> Table:
     return table
 
 
+def _told(name: str, value: Any) -> bool:
+    return name != "validation" and value not in (None, [], "", 0)
+
+
+def _validation(data: dict[str, Any]) -> str | None:
+    """What is evaluated, of a job that evaluates."""
+    about = data.get("validation")
+    if about:
+        return (
+            f"{about.get('file')}, {about.get('rows')} rows, {about.get('target_tokens')} tokens that count"
+        )
+    rows = data.get("validation_rows")
+    return f"{rows} rows of the data" if rows else None
+
+
+def _evaluation(job: Job) -> str | None:
+    """The last evaluation, and the best one."""
+    last = job.evaluation
+    if not last:
+        return None
+    text = (
+        f"valid_loss {_number(last.get('valid_loss'), '.4f')}, token accuracy "
+        f"{_number(last.get('valid_mean_token_accuracy'), '.4f')} at step {last.get('step')}"
+    )
+    if last.get("full_valid_loss") != last.get("valid_loss") and last.get("full_valid_loss") is not None:
+        text += f"; of all rows {last['full_valid_loss']:.4f}, {last['full_valid_mean_token_accuracy']:.4f}"
+    if job.best_valid_loss is not None:
+        text += f"; the best is {job.best_valid_loss:.4f} at step {job.best_step}"
+    return text
+
+
 def job_lines(job: Job) -> Iterator[str]:
     data = job.data
     rows = (
@@ -109,6 +140,7 @@ def job_lines(job: Job) -> Iterator[str]:
         ("step", f"{job.step}/{job.total_steps}"),
         ("trained tokens", job.trained_tokens),
         ("loss", _number(job.loss, ".4f")),
+        ("evaluation", _evaluation(job)),
         ("learning rate", _number(job.learning_rate, ".3g")),
         ("tokens/s", _number(job.tokens_per_s, ".1f")),
         ("eta", span(job.eta_s) if job.status == "running" else "-"),
@@ -120,8 +152,9 @@ def job_lines(job: Job) -> Iterator[str]:
         ("continues", job.resumed_from),
         (
             "data",
-            ", ".join(f"{name}: {value}" for name, value in data.items() if value not in (None, [], "", 0)),
+            ", ".join(f"{name}: {value}" for name, value in data.items() if _told(name, value)),
         ),
+        ("validation", _validation(data)),
         ("run folder", job.run_dir),
     )
     yield from (f"{name + ':':<18}{'-' if value in (None, '') else value}" for name, value in rows)

@@ -34,7 +34,7 @@ from sglang_harli.client.exchange import (
 )
 from sglang_harli.client.sockets import AsyncWire, Wire, closed
 from sglang_harli.config import CURVE_KEYS_ENV, DEFAULT_ENDPOINT, ENDPOINT_ENV, parse_live
-from sglang_harli.errors import ConfigError, NotFoundError
+from sglang_harli.errors import ConfigError, DataError, NotFoundError
 from sglang_harli.names import short_id
 from sglang_harli.protocol import accepted, public
 from sglang_harli.protocol.curve_keys import load_client_keys
@@ -98,6 +98,7 @@ class AsyncFinetuneClient:
         idempotency_key: str | None = None,
         priority: int = 0,
         resume_from: str | None = None,
+        validation: Data | None = None,
         **hyperparameters: Any,
     ) -> Job:
         """Create a job from training data; the job is durable when this returns.
@@ -113,6 +114,7 @@ class AsyncFinetuneClient:
             resume_from: id of a job that is over and whose checkpoint this one begins with.
                 Without ``data`` its training goes on; with ``data`` its adapter learns from other
                 data.
+            validation: rows to evaluate while training, as ``data``.
             hyperparameters: see ``protocol.public.Hyperparameters``.
 
         Raises:
@@ -134,9 +136,14 @@ class AsyncFinetuneClient:
             resume_from=resume_from,
         )
         accepted.check(args)  # before a large file is read
+        if data is None and validation is not None:
+            raise ConfigError(
+                "a job that goes on keeps its validation data: give data too, which begins a new course",
+                param="validation",
+            )
         if data is None:
             return await self._request("submit", args, Job, SUBMIT_TIMEOUT_S)
-        return await self._with_data("submit", args, data, Job)
+        return await self._with_data("submit", args, data, Job, validation)
 
     async def check(
         self, data: Data, *, filename: str | None = None, **hyperparameters: Any
@@ -297,30 +304,58 @@ class AsyncFinetuneClient:
             return await exchange.request(verb, args, kind, timeout_s)
 
     async def _with_data(
-        self, verb: str, args: public.SubmitArgs | public.CheckArgs, data: Data, kind: Any
+        self,
+        verb: str,
+        args: public.SubmitArgs | public.CheckArgs,
+        data: Data,
+        kind: Any,
+        validation: Data | None = None,
     ) -> Any:
         """Data of one frame go with the request: whatever ends it, nothing stays at the service.
-        Larger ones are uploaded before, and the request names the upload."""
-        with self._exchange() as exchange, contextlib.ExitStack() as stack:
-            # A folder's rows are read there; the caller's iterable stays in the caller's thread.
-            is_path = isinstance(data, str | os.PathLike)
-            opened = await exchange.wire.run(lambda: DataSource(data)) if is_path else DataSource(data)
-            source = stack.enter_context(opened)
+        Larger ones, and validation data, are uploaded before, and the request names the upload."""
+        with self._exchange() as exchange, contextlib.ExitStack() as opened:
+            source = await _opened(exchange, opened, data)
+            evaluated = None
+            if validation is not None and isinstance(args, public.SubmitArgs):
+                evaluated = await _opened(exchange, opened, validation)
+                await _announce(exchange, args, evaluated)
             args.filename = args.filename or source.name[:1024]
             args.size = source.size
             args.sha256 = await exchange.wire.run(source.sha256)
             patience = exchange.patience(ask_again=False)
-            if source.size <= public.MAX_FRAME_BYTES:
-                frames = [source.read(0, source.size)]
+            inline = source.size <= public.MAX_FRAME_BYTES
+            frames = [source.read(0, source.size)] if inline else []
+            if inline and evaluated is None:
                 return await exchange.request(verb, args, kind, SUBMIT_TIMEOUT_S, patience, frames)
             for left in reversed(range(UPLOADS)):
-                args.upload = await uploading.upload(exchange, source, args.sha256, patience)
+                if not inline:
+                    args.upload = await uploading.upload(exchange, source, args.sha256, patience)
+                if evaluated is not None and isinstance(args, public.SubmitArgs):
+                    sha256 = args.validation_sha256
+                    args.validation_upload = await uploading.upload(exchange, evaluated, sha256, patience)
                 try:
-                    return await exchange.request(verb, args, kind, SUBMIT_TIMEOUT_S, patience)
+                    return await exchange.request(verb, args, kind, SUBMIT_TIMEOUT_S, patience, frames)
                 except NotFoundError as error:  # the service was restarted in between
                     if error.code != "upload_unknown" or not left:
                         raise
             raise AssertionError
+
+
+async def _opened(exchange: Exchange, stack: contextlib.ExitStack, data: Data) -> DataSource:
+    """Data to be sent, until ``stack`` ends.  A folder's rows are read in the wire's thread; the
+    caller's iterable stays in the caller's."""
+    is_path = isinstance(data, str | os.PathLike)
+    return stack.enter_context(
+        await exchange.wire.run(lambda: DataSource(data)) if is_path else DataSource(data)
+    )
+
+
+async def _announce(exchange: Exchange, args: public.SubmitArgs, validation: DataSource) -> None:
+    """Say in ``args`` which validation file will come."""
+    if not validation.size:
+        raise DataError(f"{validation.name}: it holds no line of data", param="validation")
+    args.validation_filename, args.validation_size = validation.name[:1024], validation.size
+    args.validation_sha256 = await exchange.wire.run(validation.sha256)
 
 
 def _hyperparameters(pairs: dict[str, Any]) -> dict[str, Any]:

@@ -35,9 +35,9 @@ class Intake:
         """The micro-batch to feed next (``epoch`` is that of the last one fed)."""
         return BatchCursor(epoch=self._epoch, step=self._next[0], index=self._next[1])
 
-    def begin_at(self, epoch: int, step: int) -> None:
-        """Nothing is fed yet: the first one is that of ``step``."""
-        self._epoch, self._next = epoch, (step, 0)
+    def begin_at(self, epoch: int, step: int, index: int = 0) -> None:
+        """Nothing is fed yet: the first one is that of ``step``, from ``index`` on."""
+        self._epoch, self._next = epoch, (step, index)
 
     @property
     def nbytes(self) -> int:
@@ -53,11 +53,22 @@ class Intake:
         width = batch.lengths[0]
         ids = ids.reshape(len(batch.lengths), width)
         self.queue.append(
-            Fed(batch, Rows(batch.lengths, batch.rows, width, ids, places, targets, sum(batch.lengths)))
+            Fed(
+                batch,
+                Rows(
+                    batch.lengths,
+                    batch.rows,
+                    width,
+                    ids,
+                    places,
+                    targets,
+                    sum(batch.lengths),
+                    batch.evaluates,
+                ),
+            )
         )
         self._epoch = cursor.epoch
-        last = cursor.index + 1 == batch.micro_batches
-        self._next = (cursor.step + 1, 0) if last else (cursor.step, cursor.index + 1)
+        self._next = (cursor.step + 1, 0) if batch.last else (cursor.step, cursor.index + 1)
 
     def checked(self) -> Fed:
         """The first in the queue, its ids looked at; a quantum's work.
@@ -91,4 +102,6 @@ class Intake:
 
 
 def _where(batch: MicroBatch) -> str:
+    if batch.evaluates:
+        return f"micro-batch {batch.cursor.index - batch.micro_batches} of the evaluation of step {batch.cursor.step}"
     return f"micro-batch {batch.cursor.index} of step {batch.cursor.step}"

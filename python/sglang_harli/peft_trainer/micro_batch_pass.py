@@ -75,7 +75,10 @@ class MicroBatchPass:
 
     Attributes:
         loss: summed cross-entropy / divisor of what the head has done; a device scalar.
+        correct: target tokens of it whose logit is the largest; a device scalar.
     """
+
+    HEAD = QuantumKind.HEAD  # the kind of the head's quanta
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class MicroBatchPass:
         self.layer = 0
         self.done = 0  # rows of this layer, or target tokens of the head
         self.loss = torch.zeros((), dtype=torch.float64, device=pieces.base.device)
+        self.correct = torch.zeros_like(self.loss)
         self._tensors: Activations | None = None
         self._blocks: RowBlocks | None = None  # row ``done`` is taken in blocks of tokens
         # A row that cannot be, for want of memory: stage, layer, row.
@@ -124,7 +128,7 @@ class MicroBatchPass:
             return QuantumShape(kind, math.ceil(blocks.left / BLOCK), BLOCK, False, blocks.length)
         if kind == QuantumKind.BACKWARD_KEPT:
             return QuantumShape(kind, left, self.rows.lengths[self.done], True)
-        if kind != QuantumKind.HEAD:
+        if kind != self.HEAD:
             most = left if fixed_rows is None else min(left, fixed_rows)
             return QuantumShape(kind, most, width, fixed_rows is not None)
         most = min(left, head_tokens)
@@ -135,7 +139,7 @@ class MicroBatchPass:
 
     @property
     def _unfinished(self) -> int:
-        whole = len(self.rows.targets) if self._stage == QuantumKind.HEAD else self.rows.count
+        whole = len(self.rows.targets) if self._stage == self.HEAD else self.rows.count
         return whole - self.done
 
     def _next_kept(self) -> tuple[int, int] | None:
@@ -173,7 +177,7 @@ class MicroBatchPass:
             return min(count * BLOCK, self._blocks.left), self._blocks.length
         if kind == QuantumKind.EMBED:
             return self.rows.count * self.rows.width, self.rows.width
-        if kind == QuantumKind.HEAD:
+        if kind == self.HEAD:
             return count, 1
         width = self.rows.lengths[self.done]  # sorted: the longest of the range
         return count * width, width
@@ -186,7 +190,7 @@ class MicroBatchPass:
             self._run_blocks(self._blocks, count)
         elif kind == QuantumKind.EMBED:
             self._embed()
-        elif kind == QuantumKind.HEAD:
+        elif kind == self.HEAD:
             self._head(count)
         else:
             self._run_rows(slice(self.done, self.done + count), extent[1], kind)
@@ -243,12 +247,15 @@ class MicroBatchPass:
                 self.layer += 1
             else:
                 self._begin_head()
-        elif self._stage == QuantumKind.HEAD:
-            self._stage = QuantumKind.BACKWARD  # self.layer is the last one still
+        elif self._stage == self.HEAD:
+            self._end_head()
         elif self.layer > 0:
             self.layer -= 1
         else:
             self._stage = None
+
+    def _end_head(self) -> None:
+        self._stage = QuantumKind.BACKWARD  # self.layer is the last one still
 
     @property
     def _at(self) -> Activations:
@@ -260,9 +267,9 @@ class MicroBatchPass:
         self._tensors = self.pieces.memory.carve(rows)
         if self.pieces.kept is not None:
             self.pieces.kept.begin(self._at.saved)
-        self._places = _upload(rows.target_places, device)
-        self._targets = _upload(rows.targets, device)
-        self._at.saved[0].copy_(self.pieces.embed(_upload(rows.ids, device)))
+        self._places = upload(rows.target_places, device)
+        self._targets = upload(rows.targets, device)
+        self._at.saved[0].copy_(self.pieces.embed(upload(rows.ids, device)))
         self._stage = QuantumKind.FORWARD
 
     def _forward(self, part: tuple[slice, slice]) -> None:
@@ -287,27 +294,37 @@ class MicroBatchPass:
         The softmax is turned into the gradient in place: one ``[count, vocab]`` tensor in the exact
         dtype and, in 16 bits, one copy of it.
         """
-        places = self._places[self.done : self.done + count].long()
-        targets = self._targets[self.done : self.done + count, None].long()
-        hidden, head = self.pieces.base.config.hidden_size, self.pieces.head_weight
-        logits, low = self._at.logits[:count], self._at.low[:count]
         trace, norm = SavedTensors(), self.pieces.norm
-        normed = norm.forward(self._at.saved[-1].view(-1, hidden).index_select(0, places), trace)
-        torch.mm(normed, head.t(), out=low)
-        if low.dtype != logits.dtype:
-            logits.copy_(low)
-        logits.sub_(logits.amax(dim=-1, keepdim=True))
-        wanted = logits.gather(1, targets)
-        total = logits.exp_().sum(dim=-1, keepdim=True)
-        self.loss += (total.log() - wanted).sum(dtype=torch.float64) / self.divisor
+        hidden, head = self.pieces.base.config.hidden_size, self.pieces.head_weight
+        places, targets, total = self._losses(count, trace)
+        logits, low = self._at.logits[:count], self._at.low[:count]
         logits.div_(total)
-        logits.scatter_add_(1, targets, torch.full_like(wanted, -1.0))
+        logits.scatter_add_(1, targets, torch.full_like(targets, -1.0, dtype=logits.dtype))
         logits.mul_(1.0 / self.divisor if self.scale is None else self.scale / self.divisor)
         if low.dtype != logits.dtype:
             low.copy_(logits)
         grad = norm.backward(torch.mm(low, head), trace)
         self._at.grad.view(-1, hidden).index_copy_(0, places, grad)
         self._advance(count)
+
+    def _losses(self, count: int, trace: SavedTensors | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Add loss and correct predictions of ``count`` target tokens.  Gives their places and ids,
+        and the sums of exponentials that are left in the logits."""
+        places = self._places[self.done : self.done + count].long()
+        targets = self._targets[self.done : self.done + count, None].long()
+        hidden, head = self.pieces.base.config.hidden_size, self.pieces.head_weight
+        logits, low = self._at.logits[:count], self._at.low[:count]
+        rows = self._at.saved[-1].view(-1, hidden).index_select(0, places)
+        normed = self.pieces.norm.forward(rows, trace)
+        torch.mm(normed, head.t(), out=low)
+        if low.dtype != logits.dtype:
+            logits.copy_(low)
+        logits.sub_(logits.amax(dim=-1, keepdim=True))
+        wanted = logits.gather(1, targets)
+        self.correct += (wanted == 0).sum()  # the largest one: a pass less than argmax
+        total = logits.exp_().sum(dim=-1, keepdim=True)
+        self.loss += (total.log() - wanted).sum(dtype=torch.float64) / self.divisor
+        return places, targets, total
 
     def _backward(self, part: tuple[slice, slice], *, kept: bool) -> None:
         """One layer for a range of rows; its input's gradient replaces its output's."""
@@ -335,7 +352,7 @@ class MicroBatchPass:
             target.add_(leaves)
 
 
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
     """A copy, in the array's dtype; the message that it lies in goes with the micro-batch."""
     tensor = torch.from_numpy(array.copy())
     if device.type == "cuda":  # from pinned memory the copy does not block the host

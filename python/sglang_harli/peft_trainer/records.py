@@ -79,6 +79,7 @@ class StepMetrics:
         grad_norm: global norm before clipping; inf where fp16 overflowed and the update was
             skipped.
         tokens: run through the model, without padding; target_tokens: counted by the loss.
+        accuracy: share of the target tokens that were predicted right, given all tokens before.
     """
 
     step: int
@@ -88,17 +89,34 @@ class StepMetrics:
     grad_norm: float
     tokens: int
     target_tokens: int
+    accuracy: float
+
+
+class Arriving:
+    """Values on their way to the host; ``values`` are theirs once ``ready``."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._arrived: Any = None  # CUDA event of the copy to the host; None: the values are there
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values = host.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    @property
+    def ready(self) -> bool:
+        return self._arrived is None or self._arrived.query()
+
+    def wait(self) -> None:
+        if self._arrived is not None:
+            self._arrived.synchronize()
 
 
 @dataclass(slots=True)
 class _Entry:
     metrics: StepMetrics
-    values: Tensor
-    arrived: Any  # CUDA event of the copy to the host; None: the values are there
-
-    @property
-    def ready(self) -> bool:
-        return self.arrived is None or self.arrived.query()
+    arriving: Arriving
 
 
 class MetricsRing:
@@ -111,14 +129,9 @@ class MetricsRing:
         self._newest: _Entry | None = None
 
     def put(self, metrics: StepMetrics, values: Tensor) -> None:
-        """``metrics`` but for loss and gradient norm; ``values``: see ``SlicedAdamW.finish``."""
-        arrived = None
-        if values.is_cuda:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._newest = _Entry(metrics, values, arrived)
+        """``metrics`` but for loss, gradient norm and accuracy; ``values``: as
+        ``SlicedAdamW.finish`` gives them, and the step's correct predictions."""
+        self._newest = _Entry(metrics, Arriving(values))
         self._entries.append(self._newest)
 
     def take(self) -> list[StepMetrics]:
@@ -128,25 +141,25 @@ class MetricsRing:
             TrainingError: ``loss_not_finite``; the steps before are handed out first.
         """
         taken: list[StepMetrics] = []
-        while self._entries and self._entries[0].ready:
+        while self._entries and self._entries[0].arriving.ready:
             entry = self._entries[0]
-            loss, norm, skipped, scale, *_ = entry.values.tolist()
+            loss, norm, skipped, scale, *_, correct = entry.arriving.values.tolist()
             broken = not math.isfinite(loss) or (skipped and not self._half) or scale < SMALLEST_SCALE
             if broken:
                 if taken:
                     return taken
                 raise _not_finite(entry.metrics, loss)
             self._entries.popleft()
-            taken.append(dataclasses.replace(entry.metrics, loss=loss, grad_norm=norm))
+            accuracy = correct / entry.metrics.target_tokens
+            taken.append(dataclasses.replace(entry.metrics, loss=loss, grad_norm=norm, accuracy=accuracy))
         return taken
 
     def newest_scale(self) -> tuple[float, float, float] | None:
         """(loss scale, Adam steps, growth) after the newest step; waits for it (fp16 snapshots)."""
         if self._newest is None:
             return None
-        if self._newest.arrived is not None:
-            self._newest.arrived.synchronize()
-        scale, adam_steps, growth = self._newest.values.tolist()[3:]
+        self._newest.arriving.wait()
+        scale, adam_steps, growth, _ = self._newest.arriving.values.tolist()[3:]
         return scale, adam_steps, growth
 
 

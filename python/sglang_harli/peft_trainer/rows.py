@@ -17,6 +17,7 @@ class Rows:
         lengths: tokens of each row; width: the longest; tokens: their sum, without padding.
         positions: of each row within its optimizer step.
         ids: int32 ``[rows, width]``, 0 on padding.
+        evaluated: they are not trained: no layer's input is kept.
         target_places: int32, flat places (row * width + column) whose hidden state predicts a
             target.
         targets: int32, the token ids to predict there.
@@ -29,6 +30,7 @@ class Rows:
     target_places: np.ndarray
     targets: np.ndarray
     tokens: int
+    evaluated: bool = False
 
     @property
     def count(self) -> int:

@@ -3,6 +3,8 @@
     COPY (adapter drawn or restored, layer by layer) -> for each optimizer step:
         for each micro-batch: EMBED FORWARD... HEAD... BACKWARD... [ACCUMULATE...]
         OPTIMIZER...
+        where it is followed by an evaluation, for each of its micro-batches:
+            EMBED FORWARD... HEAD_EVAL...
 
 Between any two quanta training may rest for as long as it likes, and its memory may be asked for.
 Nothing here waits for the device (``spill`` alone does), reads a file or touches torch's global
@@ -15,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,6 +26,8 @@ from sglang_harli.core import MemoryPurpose, QuantumKind
 from sglang_harli.errors import ConfigError, StateError, TrainingError
 from sglang_harli.peft_trainer.adapter import Adapter
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.evaluation import EvaluationMetrics, Evaluations
+from sglang_harli.peft_trainer.evaluation_pass import EvaluationPass
 from sglang_harli.peft_trainer.intake import Fed, Intake
 from sglang_harli.peft_trainer.memory.activations import MicroBatchMemory
 from sglang_harli.peft_trainer.memory.adapter_state import StateMemory
@@ -32,7 +37,14 @@ from sglang_harli.peft_trainer.micro_batch_pass import MicroBatchPass, ModelPiec
 from sglang_harli.peft_trainer.optimizer import SlicedAdamW, layer_slices
 from sglang_harli.peft_trainer.records import MetricsRing, QuantumDone, QuantumShape, ShapesSeen, StepMetrics
 from sglang_harli.peft_trainer.schedule import LearningRate
-from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
+from sglang_harli.protocol.internal import (
+    EVALUATION,
+    BatchCursor,
+    EvaluationState,
+    MicroBatch,
+    RunSpec,
+    state_in,
+)
 from sglang_harli.train_memory import TrainMemory
 
 
@@ -85,6 +97,8 @@ class TrainingRun:
             self._pieces = ModelPieces(base, self._adapter, self._micro_memory, self._kept)
             self._optimizer = SlicedAdamW(self._adapter.blocks, hp, base.dtype)
             self._step_loss = torch.zeros((), dtype=torch.float64, device=base.device)
+            self._step_correct = torch.zeros_like(self._step_loss)
+            self._evaluations = Evaluations(base.device, hp, spec.total_steps)
         self._rate = LearningRate(hp, spec.total_steps)
         self._accumulate_slices = layer_slices(self._adapter.blocks)
         self._intake = Intake(vocabulary, max(1, hp.gradient_accumulation_steps))
@@ -144,7 +158,25 @@ class TrainingRun:
 
     @property
     def finished(self) -> bool:
-        return self.applied_step >= self.spec.total_steps
+        """Nothing is left to train or evaluate: all steps are done, or an evaluation ended them."""
+        done = self.applied_step >= self.spec.total_steps and not self.evaluating
+        return done or self._evaluations.stopped
+
+    @property
+    def evaluating(self) -> bool:
+        """The evaluation of ``applied_step`` is under way, or its result on its way to the host."""
+        return self.settling or 0 < self.applied_step == self.taken.step
+
+    @property
+    def settling(self) -> bool:
+        """An evaluation's result is on its way to the host (``take_evaluations``): no quantum comes
+        before it."""
+        return self._evaluations.settling
+
+    @property
+    def evaluation(self) -> EvaluationState:
+        """What the evaluations have come to."""
+        return self._evaluations.state
 
     @property
     def at_step_boundary(self) -> bool:
@@ -184,7 +216,7 @@ class TrainingRun:
             return QuantumShape(self._stage, 1, 0, True)
         if self._pass is not None:
             return self._pass.shape(self._head_tokens, self.quantum_rows)
-        if self.finished or not self._intake.queue:
+        if self.settling or self.finished or not self._intake.queue:
             return None
         rows = self._intake.queue[0].rows
         return QuantumShape(QuantumKind.EMBED, rows.count, rows.width, True)
@@ -219,7 +251,7 @@ class TrainingRun:
         return [not self._shapes.has(shape.kind, *self._extent(shape, rows)) for rows in sizes]
 
     def _count(self, shape: QuantumShape, rows: int) -> int:
-        if shape.kind != QuantumKind.HEAD or self._pass is None:
+        if self._pass is None or shape.kind != self._pass.HEAD:
             return rows
         return min(rows * shape.row_tokens, self._pass.left, self._head_tokens)
 
@@ -236,13 +268,18 @@ class TrainingRun:
             self._pass = self._begin(self._intake.checked())
         result = self._pass.run(self._count(shape, rows))
         if self._pass.kind is None:
-            if self._pass.overwrite:
+            if isinstance(self._pass, EvaluationPass):
+                self._evaluations.add(self._intake.queue.popleft(), self._pass.loss, self._pass.correct)
+                self._pass = None
+            elif self._pass.overwrite:
                 self._end_micro_batch()
             else:
                 self._stage, self._position = QuantumKind.ACCUMULATE, 0
         return result
 
     def _begin(self, fed: Fed) -> MicroBatchPass:
+        if fed.rows.evaluated:
+            return EvaluationPass(self._pieces, fed.rows)
         return MicroBatchPass(
             self._pieces,
             fed.rows,
@@ -279,7 +316,8 @@ class TrainingRun:
         """The gradients of the micro-batch are in the step's: it will not be run again."""
         assert self._pass is not None
         fed = self._intake.queue.popleft()
-        self._step_loss.copy_(self._pass.loss) if self._index == 0 else self._step_loss.add_(self._pass.loss)
+        for total, part in ((self._step_loss, self._pass.loss), (self._step_correct, self._pass.correct)):
+            total.copy_(part) if self._index == 0 else total.add_(part)
         self._step_tokens += fed.rows.tokens
         self.tokens += fed.rows.tokens
         self._pass = None
@@ -299,8 +337,10 @@ class TrainingRun:
             grad_norm=math.nan,
             tokens=self._step_tokens,
             target_tokens=batch.step_target_tokens,
+            accuracy=math.nan,
         )
-        self._metrics.put(metrics, self._optimizer.finish(self._step_loss))
+        values = self._optimizer.finish(self._step_loss)
+        self._metrics.put(metrics, torch.cat([values, self._step_correct[None]]))
         self._stage, self._index, self._step_tokens = None, 0, 0
 
     def take_metrics(self) -> list[StepMetrics]:
@@ -310,6 +350,10 @@ class TrainingRun:
             TrainingError: ``loss_not_finite``: that step's update was not applied.
         """
         return self._metrics.take()
+
+    def take_evaluations(self) -> list[EvaluationMetrics]:
+        """The evaluation that is over, once its result has reached the host; never waits."""
+        return self._evaluations.take()
 
     # ---- memory that is asked back; each of these says whether something was given back
     def drop_unused(self) -> bool:
@@ -370,6 +414,7 @@ class TrainingRun:
             "tokens": self.tokens - self._step_tokens,  # a step under way begins again
             "seed": self.spec.hyperparameters.seed,
             "adam_steps": self.applied_step,
+            EVALUATION: msgspec.to_builtins(self.evaluation),
         }
         if self._optimizer.scaled:
             newest = self._metrics.newest_scale() or self._restored_scale
@@ -377,12 +422,16 @@ class TrainingRun:
                 meta["loss_scale"], meta["adam_steps"], meta["loss_scale_growth"] = newest
         return meta
 
-    def load_state(self, get: Callable[[str], Tensor], meta: dict[str, Any]) -> None:
+    def load_state(
+        self, get: Callable[[str], Tensor], meta: dict[str, Any], begin: BatchCursor | None = None
+    ) -> None:
         """Go on from a saved state: the first COPY quanta call ``get(name)`` of each state tensor.
 
         Args:
             get: a tensor of the same shape, on any device; it may be a view into shared memory.
             meta: what ``state_meta`` gave.
+            begin: the first micro-batch to come; None: of the next step. That of an evaluation of
+                the saved step: it was not finished.
 
         Raises:
             StateError: the run has begun.
@@ -395,7 +444,11 @@ class TrainingRun:
         self._source = get
         self.applied_step = int(meta["step"])
         self.tokens = int(meta["tokens"])
-        self._intake.begin_at(int(meta["epoch"]), self.applied_step + 1)
+        self._evaluations.state = state_in(meta)
+        if begin is None:
+            self._intake.begin_at(int(meta["epoch"]), self.applied_step + 1)
+        else:
+            self._intake.begin_at(begin.epoch, begin.step, begin.index)
         scale = meta.get("loss_scale")
         adam_steps = float(meta["adam_steps"])
         growth = float(meta.get("loss_scale_growth", 0))

@@ -9,6 +9,7 @@ twice; the page's table "Service and scheduler" says what then happens.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -17,6 +18,8 @@ from msgspec import Struct, field
 from sglang_harli.protocol.base_print import BasePrint as BasePrint
 from sglang_harli.protocol.job_limits import ServedLimits as ServedLimits
 from sglang_harli.protocol.public import Hyperparameters
+
+EVALUATION = "evaluation"  # in a checkpoint's plain values: the EvaluationState
 
 
 class Message(Struct, kw_only=True, tag=True):
@@ -59,6 +62,57 @@ class BatchCursor(Struct, frozen=True, kw_only=True):
     epoch: int
     step: int
     index: int
+
+
+class EvaluationBatches(Struct, frozen=True, kw_only=True):
+    """The micro-batches that are evaluated behind an optimizer step.
+
+    Attributes:
+        count: of them; their indices in the step begin behind those of the training micro-batches.
+        sampled: the first so many give ``valid_loss``, all of them ``full_valid_loss``.
+        whole: they are all of the validation rows; else there is no ``full_valid_loss``.
+    """
+
+    count: int
+    sampled: int
+    whole: bool
+
+
+class EvaluationState(Struct, frozen=True, kw_only=True):
+    """What a run's evaluations have come to; it goes with each of its checkpoints.
+
+    Attributes:
+        step: optimizer step of the last one (0: there was none).
+        best_step, best_loss: of the lowest ``valid_loss`` so far (0, None: none was finite).
+        stale: evaluations in a row that did not improve on the best one by the minimal delta.
+    """
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
+    stale: int = 0
+
+    def after(self, step: int, loss: float, min_delta: float) -> EvaluationState:
+        """Behind the evaluation of ``step``.  As in transformers' EarlyStoppingCallback the best
+        loss is the lowest one, by however little, and the minimal delta counts for patience."""
+        best, known = self.best_loss, math.isfinite(loss)
+        improved = known and (best is None or loss < best)
+        enough = known and (best is None or best - loss > min_delta)
+        return EvaluationState(
+            step=step,
+            best_step=step if improved else self.best_step,
+            best_loss=loss if improved else best,
+            stale=0 if enough else self.stale + 1,
+        )
+
+    def stops(self, patience: int | None, total_steps: int) -> bool:
+        """Whether training ends early behind ``step``."""
+        return patience is not None and self.stale >= patience and 0 < self.step < total_steps
+
+
+def state_in(meta: dict[str, Any]) -> EvaluationState:
+    """The state in a checkpoint's plain values; one of before has none."""
+    return msgspec.convert(meta.get(EVALUATION) or {}, EvaluationState)
 
 
 # ------------------------------------------------------------------ scheduler -> service
@@ -122,11 +176,12 @@ class RunStarted(Message):
 
 
 class StepDone(Message):
-    """Kept in the scheduler's bounded ring until acknowledged, as are RunStarted, SnapshotReady,
-    RunStopped and RunFailed.
+    """Kept in the scheduler's bounded ring until acknowledged, as are RunStarted, EvaluationDone,
+    SnapshotReady, RunStopped and RunFailed.
 
-    ``after``, here and in those: the step of the StepDone sent before.  A service that lacks that
-    one drops this message without an Ack, and gets both again.  ``total_tokens``: so far.
+    ``after``, here and in those: the step of the StepDone sent before; ``evaluated``: of the
+    EvaluationDone.  A service that lacks one of them drops this message without an Ack, and gets
+    both again.  ``total_tokens``: so far.
     """
 
     job: str
@@ -141,18 +196,43 @@ class StepDone(Message):
     seconds: float  # wall time since the step before
     total_tokens: int = 0
     after: int = 0
+    evaluated: int = 0
+    train_mean_token_accuracy: float | None = None
+
+
+class EvaluationDone(Message):
+    """The rows behind ``step`` were evaluated; ``rows``, ``target_tokens``: of those of the loss.
+    ``full_...``: of all validation rows; None: not all were evaluated.  ``state``: what the run's
+    evaluations have come to with this one."""
+
+    job: str
+    attempt: int
+    step: int
+    epoch: int
+    valid_loss: float
+    valid_mean_token_accuracy: float
+    rows: int
+    target_tokens: int
+    state: EvaluationState
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
+    after: int = 0
 
 
 class SnapshotReady(Message):
-    """The state after ``step`` is in the slot; ``meta``: plain values (schedule, RNG, cursor)."""
+    """The state after ``step`` is in the slot; ``meta``: plain values (schedule, RNG, cursor).
+    ``train_loss``, ``train_mean_token_accuracy``: of that step, if they have reached the host."""
 
     job: str
     attempt: int
     step: int
     slot: SlotRef
     meta: dict[str, Any]
-    reason: str  # every, pause, shutdown, final
+    reason: str  # every, best, pause, shutdown, final
     after: int = 0
+    evaluated: int = 0
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
 
 
 class RunStopped(Message):
@@ -164,6 +244,7 @@ class RunStopped(Message):
     step: int
     after: int = 0
     reason: str = ""
+    evaluated: int = 0
 
 
 class RunFailed(Message):
@@ -176,6 +257,7 @@ class RunFailed(Message):
     message: str
     after: int = 0
     passing: bool = False
+    evaluated: int = 0
 
 
 class Progress(Message):
@@ -220,7 +302,8 @@ class StartRun(Message):
     """``restore``: checkpoint ``step`` in a slot, which the scheduler unmaps after RunStarted.
 
     ``scheduler``: pid of the answered hello; another process drops the message (0: none does), and
-    so does that one after an update of its weights (``updates``).
+    so does that one after an update of its weights (``updates``).  ``begin``: the first micro-batch
+    that will come, which may be one of the evaluation of ``step``.
     """
 
     spec: RunSpec
@@ -229,6 +312,7 @@ class StartRun(Message):
     step: int = 0
     restore: SlotRef | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    begin: BatchCursor | None = None
 
 
 class MicroBatch(Message):
@@ -236,6 +320,9 @@ class MicroBatch(Message):
 
     ``lengths`` fall; ``rows`` are the rows' positions within the step.  ``step_target_tokens``:
     targets of the whole optimizer step, the divisor of its loss (a row's first label never counts).
+
+    ``evaluation``: what is evaluated behind this step, if anything.  Its micro-batches are those
+    with an index from ``micro_batches`` on; ``step_target_tokens`` are then the evaluation's.
     """
 
     job: str
@@ -245,6 +332,18 @@ class MicroBatch(Message):
     lengths: list[int]
     rows: list[int]
     step_target_tokens: int
+    evaluation: EvaluationBatches | None = None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether its rows are evaluated, not trained."""
+        return self.cursor.index >= self.micro_batches
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the step's last one, or its evaluation's."""
+        behind = self.evaluation.count if self.evaluation is not None else 0
+        return self.cursor.index + 1 == self.micro_batches + behind
 
 
 class SnapshotSlot(Message):
@@ -367,6 +466,7 @@ SchedulerMessage = (
     | BatchesTaken
     | RunStarted
     | StepDone
+    | EvaluationDone
     | SnapshotReady
     | RunStopped
     | RunFailed

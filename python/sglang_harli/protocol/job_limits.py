@@ -58,11 +58,18 @@ class ServedLimits(Struct, frozen=True, kw_only=True):
     def trainable_parameters(self, hp: Hyperparameters) -> int:
         return self.num_layers * sum(hp.lora_r * sum(self.linear_sizes[m]) for m in hp.target_modules)
 
-    def job_memory_bytes(self, hp: Hyperparameters, longest_row: int, rows: int) -> int:
+    def job_memory_bytes(
+        self, hp: Hyperparameters, longest_row: int, rows: int, longest_evaluated: int = 0
+    ) -> int:
         """Training memory of a job: the adapter's state, and a micro-batch of ``rows`` longest
-        rows, to the byte, without a quantum's working set and kept activations."""
+        rows, to the byte, without a quantum's working set and kept activations.
+        ``longest_evaluated``: of the rows of a validation file."""
         batch = min(hp.batch_size, rows)
-        return self._leased(self._state_bytes(hp)) + self._leased(self._micro_batch_bytes(batch, longest_row))
+        micro_batch = self._micro_batch_bytes(batch, longest_row)
+        if longest_evaluated:
+            evaluated = self._micro_batch_bytes(hp.batch_size, longest_evaluated, evaluated=True)
+            micro_batch = max(micro_batch, evaluated)
+        return self._leased(self._state_bytes(hp)) + self._leased(micro_batch)
 
     def largest_batch(self, hp: Hyperparameters, longest_row: int) -> int:
         """The largest ``batch_size`` with which a job ever fits; 0: not even one row does."""
@@ -86,8 +93,10 @@ class ServedLimits(Struct, frozen=True, kw_only=True):
         more = (layout.accumulated_bytes,) if hp.gradient_accumulation_steps > 1 else ()
         return self.num_layers * sum(aligned(each * layer) for each in (*layout.parameter_bytes, *more))
 
-    def _micro_batch_bytes(self, rows: int, width: int) -> int:
+    def _micro_batch_bytes(self, rows: int, width: int, *, evaluated: bool = False) -> int:
         layout = self.layout
-        inputs = layout.inputs * aligned(rows * width * self.hidden_size * layout.input_bytes)
+        inputs = (1 if evaluated else layout.inputs) * aligned(
+            rows * width * self.hidden_size * layout.input_bytes
+        )
         logits = min(rows * (width - 1), layout.head_tokens) * self.vocab_size
         return inputs + sum(aligned(each * logits) for each in layout.logit_bytes)

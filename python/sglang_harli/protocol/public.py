@@ -60,6 +60,8 @@ Suffix = Annotated[
 
 SCHEDULERS = ("linear", "cosine", "constant")
 OVERFLOWS = ("error", "truncate", "drop")
+DEFAULT_EVAL_STEPS = 50  # where there is validation data
+OR_NONE = ("max_seq_length", "eval_steps", "eval_rows", "early_stopping_patience")
 
 
 class Hyperparameters(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,6 +88,14 @@ class Hyperparameters(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     checkpoint_every: Annotated[int, Meta(ge=0), accepted.most(10**9)] = 50
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 42
     on_overflow: str = "error"
+    # Optimizer steps between evaluations; 0: at the end only; None: DEFAULT_EVAL_STEPS.
+    eval_steps: Annotated[int, Meta(ge=0), accepted.most(10**9)] | None = None
+    eval_rows: Annotated[int, Meta(ge=1), accepted.most(10**9)] | None = None  # None: all
+    validation_split: Annotated[float, Meta(ge=0, le=0.5)] = 0.0  # share of the training rows
+    # Evaluations in a row without improvement; None: off.
+    early_stopping_patience: Annotated[int, Meta(ge=1), accepted.most(10**6)] | None = None
+    early_stopping_min_delta: Annotated[float, Meta(ge=0), accepted.most(10**6)] = 0.0
+    publish_best: bool = False  # the checkpoint of the lowest valid_loss, not the last one
 
     def check(self) -> None:
         """Raise ConfigError naming the field and the accepted values."""
@@ -118,7 +128,7 @@ def _hyperparameter(name: str, given: Any) -> Any:
         raise accepted.refused(name, given, f"one of {', '.join(choices)}")
     if name == "target_modules":
         return _target_modules(given)
-    if name == "max_seq_length" and isinstance(given, str) and given.lower() in ("none", ""):
+    if name in OR_NONE and isinstance(given, str) and given.lower() in ("none", ""):
         return None
     return accepted.value(name, given, _HYPERPARAMETERS[name], lax=True)
 
@@ -174,7 +184,11 @@ class Job(Struct, kw_only=True, omit_defaults=False):
     resumed_from: str | None = None
     base: str | None = None  # served name and place of the weights that it is trained on
     training_file: str | None = None
+    validation_file: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    evaluation: dict[str, Any] | None = None  # the last one: step, valid_loss, ... (``eval_metrics``)
+    best_step: int | None = None  # of the lowest valid_loss so far
+    best_valid_loss: float | None = None
 
 
 class Event(Struct, kw_only=True):
@@ -198,6 +212,8 @@ EVENT_TYPES = (
     "prioritized",
     "started",
     "step_metrics",
+    "eval_metrics",
+    "early_stopped",
     "checkpoint_saved",
     "paused",
     "resumed",
@@ -241,10 +257,11 @@ class Reply(Struct, kw_only=True):
 class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     """``submit``: raw frames with the data file follow the header; none with ``upload``, which
     names an upload, or ``resume_from``, a job whose data is taken (``sha256`` is empty then).
+    ``validation_...``: of a validation file, which comes by ``upload``.
 
     With ``training_file``, a file of the service, the answer comes before that is looked at: the
-    job is ``validating_files``.  ``model``: the served name, or the finished adapter that the new
-    one begins with.
+    job is ``validating_files``.  ``validation_file`` goes with it.  ``model``: the served name, or
+    the finished adapter that the new one begins with.
     """
 
     filename: Annotated[str, Meta(max_length=1024)] = ""
@@ -257,8 +274,15 @@ class SubmitArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     resume_from: str | None = None
     upload: UploadId | None = None
     training_file: ObjectId | None = None
+    validation_file: ObjectId | None = None
     metadata: Metadata = field(default_factory=dict)
     model: Annotated[str, Meta(max_length=1024)] | None = None
+    validation_upload: UploadId | None = None
+    validation_filename: Annotated[str, Meta(max_length=1024)] = ""
+    validation_size: Annotated[int, Meta(ge=0, le=MAX_DATA_BYTES)] = 0
+    validation_sha256: Annotated[
+        str, Meta(pattern=r"^([0-9a-f]{64})?\Z"), accepted.words("64 hex digits")
+    ] = ""
 
 
 class CheckArgs(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -25,9 +25,10 @@ from support.kills.kill_targets import Rig, alive, until
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i * i}"}]}
-    for i in range(12)
+    for i in range(16)
 ]
-# Six steps of two micro-batches of two rows; dropout, so that the random generators matter.
+# Six steps of two micro-batches of two rows, and four rows that are evaluated; dropout, so that the
+# random generators matter.
 HYPERPARAMETERS: dict[str, Any] = {
     "n_epochs": 2,
     "batch_size": 2,
@@ -37,8 +38,11 @@ HYPERPARAMETERS: dict[str, Any] = {
     "learning_rate": 1e-2,
     "checkpoint_every": 2,
     "seed": 5,
+    "validation_split": 0.25,
+    "eval_steps": 2,
 }
-STEPS = 6
+STEPS, EVALUATED = 6, (2, 4, 6)
+FINAL = {"checkpoint_every": 0, "eval_steps": 0}  # no checkpoint and no evaluation before the last step
 SUBMIT_S = 180.0  # a client goes on trying, a real server takes its time to come back
 JOB_S = 120.0
 AGREE_S = 15.0  # copies follow the store, and shared memory is given back, a moment later
@@ -51,6 +55,7 @@ class Result:
     weights: bytes
     trained_tokens: int
     losses: dict[int, float]  # by step
+    evaluations: dict[int, tuple[float, float]]  # by step: valid_loss, accuracy
 
 
 def reference(rig: Rig) -> Result:
@@ -61,7 +66,15 @@ def reference(rig: Rig) -> Result:
         events = list(client.events(job.id))
     assert job.total_steps == STEPS
     metrics = [e.data for e in events if e.type == "step_metrics"]
-    return Result(weights(rig, job.id), job.trained_tokens, {m["step"]: m["loss"] for m in metrics})
+    losses = {m["step"]: m["loss"] for m in metrics}
+    assert tuple(evaluations(events)) == EVALUATED
+    return Result(weights(rig, job.id), job.trained_tokens, losses, evaluations(events))
+
+
+def evaluations(events: list[Event]) -> dict[int, tuple[float, float]]:
+    """By step, loss and accuracy of each evaluation."""
+    found = [event.data for event in events if event.type == "eval_metrics"]
+    return {data["step"]: (data["full_valid_loss"], data["valid_mean_token_accuracy"]) for data in found}
 
 
 def run_case(rig: Rig, case: Case, expected: Result) -> Outcome:
@@ -70,7 +83,7 @@ def run_case(rig: Rig, case: Case, expected: Result) -> Outcome:
     began = time.monotonic()
     before = {record.id for record in _records(rig)}
     key = uuid.uuid4().hex
-    hyperparameters = HYPERPARAMETERS | ({"checkpoint_every": 0} if case.final else {})
+    hyperparameters = HYPERPARAMETERS | (FINAL if case.final else {})
     rig.faults.arm(case.point, case.reach)
     with ThreadPoolExecutor(1) as pool:
         submitted = pool.submit(_submit, rig.endpoint, key, hyperparameters)
@@ -81,7 +94,7 @@ def run_case(rig: Rig, case: Case, expected: Result) -> Outcome:
             outcome.wrong("lost", str(error))
         else:
             outcome.attempts = job.attempt
-            _judge(rig, job, key, before, expected, outcome)
+            _judge(rig, case, job, key, before, expected, outcome)
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -122,7 +135,9 @@ def _end_of(rig: Rig, submitted: Future[Job]) -> Job:
 
 
 # ------------------------------------------------------------------ judgement
-def _judge(rig: Rig, job: Job, key: str, before: set[str], expected: Result, outcome: Outcome) -> None:
+def _judge(
+    rig: Rig, case: Case, job: Job, key: str, before: set[str], expected: Result, outcome: Outcome
+) -> None:
     if job.status is not JobStatus.SUCCEEDED:
         outcome.wrong("lost", f"{job.id} ended as {job.status}: {job.error}")
         return
@@ -147,6 +162,7 @@ def _judge(rig: Rig, job: Job, key: str, before: set[str], expected: Result, out
     for metrics in (e.data for e in events if e.type == "step_metrics"):
         if metrics["loss"] != expected.losses[metrics["step"]]:
             outcome.wrong("differing", f"the loss of step {metrics['step']}: {metrics['loss']}")
+    _judge_evaluations(events, EVALUATED[-1:] if case.final else EVALUATED, expected, outcome)
     _settle(lambda: _disagreements(rig, job), outcome)
     _settle(lambda: _leftovers(rig, job.id), outcome)
 
@@ -166,6 +182,19 @@ def _judge_events(events: list[Event], outcome: Outcome) -> None:
         outcome.wrong("lost", f"the metrics of step {step}")
     if [event.id for event in events] != list(range(1, len(events) + 1)):
         outcome.wrong("lost", f"the events have the ids {[event.id for event in events]}")
+
+
+def _judge_evaluations(
+    events: list[Event], steps: tuple[int, ...], expected: Result, outcome: Outcome
+) -> None:
+    times = Counter(event.data["step"] for event in events if event.type == "eval_metrics")
+    for step in {*times, *steps}:
+        if times[step] != (step in steps):
+            kind = "doubled" if times[step] else "lost"
+            outcome.wrong(kind, f"the evaluation of step {step}: {times[step]} events")
+    for step, found in evaluations(events).items():
+        if found != expected.evaluations[step]:
+            outcome.wrong("differing", f"the evaluation of step {step}: {found}")
 
 
 def _settle(found: Callable[[], list[str]], outcome: Outcome) -> None:

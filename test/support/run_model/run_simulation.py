@@ -29,6 +29,7 @@ from sglang_harli.service.run.state import Effect, Now, Preparation, Unwritten
 from support.run_model.scheduler_model import (
     BASES,
     BATCH_BYTES,
+    EVALUATION,
     MICRO_BATCHES,
     STATE_BYTES,
     TOTAL_STEPS,
@@ -37,15 +38,28 @@ from support.run_model.scheduler_model import (
 
 
 class FixedPlan:
-    """Two micro-batches a step, two steps an epoch."""
+    """Two micro-batches a step, two steps an epoch; of a job that ``evaluates``, two micro-batches
+    are evaluated behind each step."""
 
     total_steps = TOTAL_STEPS
+
+    def __init__(self, *, evaluates: bool = False) -> None:
+        self.evaluates = evaluates
+
+    def behind(self, step: int) -> internal.EvaluationBatches | None:
+        return EVALUATION if self.evaluates and step <= TOTAL_STEPS else None
+
+    def evaluation_of(self, step: int) -> BatchCursor | None:
+        if step < 1 or self.behind(step) is None:
+            return None
+        return BatchCursor(epoch=(step - 1) // 2 + 1, step=step, index=MICRO_BATCHES)
 
     def cursor_after(self, step: int) -> BatchCursor:
         return BatchCursor(epoch=step // 2 + 1, step=step + 1, index=0)
 
     def following(self, cursor: BatchCursor) -> BatchCursor:
-        if cursor.index + 1 < MICRO_BATCHES:
+        behind = self.behind(cursor.step)
+        if cursor.index + 1 < MICRO_BATCHES + (behind.count if behind else 0):
             return BatchCursor(epoch=cursor.epoch, step=cursor.step, index=cursor.index + 1)
         return self.cursor_after(cursor.step)
 
@@ -57,6 +71,7 @@ class LossyNetwork:
 
     store: dict[str, JobRecord] = field(default_factory=dict)
     disk: dict[str, dict[int, bool]] = field(default_factory=dict)  # job -> step -> whole
+    meta: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)  # of a job's checkpoints
     shm: dict[str, int | None] = field(default_factory=dict)  # path -> step of the state in it
     # What a process has sent lives in its connection; what of it came to the other end outlives it
     # there.
@@ -203,6 +218,7 @@ class Service:
                 lengths=[1],
                 rows=[0],
                 step_target_tokens=1,
+                evaluation=run.plan.behind(cursor.step),  # type: ignore[union-attr]
             )
             assert cursor.epoch == (cursor.step - 1) // 2 + 1
             self.send(batch)
@@ -234,8 +250,9 @@ class Service:
         assert before is None or not before.status.final or before.status == record.status
         assert not record.checkpoint_step or record.checkpoint_step in self.rig.disk[record.id]
         for draft in change.drafts:
-            step = draft.data.get("step") if draft.type == "step_metrics" else None
-            self.rig.events[record.id, draft.type, draft.data.get("attempt") if step else None, step] += 1
+            step = draft.data.get("step") if draft.type in ("step_metrics", "eval_metrics") else None
+            attempt = draft.data.get("attempt") if draft.type == "step_metrics" else None
+            self.rig.events[record.id, draft.type, attempt, step] += 1
         self.rig.store[record.id] = record
         self.do(then)
         self.settle()
@@ -252,7 +269,9 @@ class Service:
             case machine.Prepare(job, attempt) | machine.MakeSlot(job, attempt) if not ok:
                 self.do(self.machine.put_off(job, attempt, NotNow("trouble", passing), now))
             case machine.Prepare(job, attempt, _, restore):
-                found = self._restore(self.records[job]) if restore else Preparation(FixedPlan())
+                record = self.records[job]
+                plan = FixedPlan(evaluates=record.evaluates)
+                found = self._restore(record, plan) if restore else Preparation(plan)
                 self.do(self.machine.prepared(job, attempt, found, now))
             case machine.MakeSlot(job, attempt, nbytes):
                 ref = self._new_slot(None)
@@ -263,6 +282,7 @@ class Service:
                         "a slot was written while it was read"
                     )
                     self.rig.disk.setdefault(message.job, {})[message.step] = True
+                    self.rig.meta[message.job, message.step] = message.meta
                 self.do(self.machine.snapshot_written(message, None if ok else Unwritten("full", False), now))
         self.settle()
         return True
@@ -272,7 +292,7 @@ class Service:
         self.rig.shm[path] = step
         return path
 
-    def _restore(self, record: JobRecord) -> Preparation:
+    def _restore(self, record: JobRecord, plan: FixedPlan) -> Preparation:
         steps = self.rig.disk.setdefault(record.id, {})
         damage = ""
         for step in sorted(steps, reverse=True):
@@ -281,11 +301,11 @@ class Service:
             if not steps[step]:
                 damage = f"step {step} is damaged"
                 continue
-            if step == record.total_steps:
+            if step == record.last_step and record.complete:
                 return Preparation(None, trained=True)
             ref = SlotRef(path=self._new_slot(step), nbytes=STATE_BYTES)
-            return Preparation(FixedPlan(), step, step, ref, {"tokens": step}, damage)
-        return Preparation(FixedPlan(), damage=damage)
+            return Preparation(plan, step, step, ref, dict(self.rig.meta[record.id, step]), damage)
+        return Preparation(plan, damage=damage)
 
     def publish(self) -> bool:
         if not self.publications:
@@ -302,15 +322,17 @@ class Service:
 
 
 def new_job(number: int, base: BasePrint | None = None) -> JobRecord:
+    """The second and the third evaluate; the third's evaluations end it at step STOPPED_AT."""
+    patience = 1 if number == 3 else None
     return JobRecord(
         id=f"ftjob-{number:024d}",
         number=number,
         created_at=0.0,
         status=JobStatus.QUEUED,
-        hyperparameters=Hyperparameters(),
+        hyperparameters=Hyperparameters(early_stopping_patience=patience),
         model="m",
         adapter_name=f"m-ft-{number}",
         total_steps=TOTAL_STEPS,
-        data={},
+        data={"rows": 2, "validation_rows": 1} if number > 1 else {},
         base=base,
     )

@@ -8,6 +8,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from sglang_harli.managers.scheduler.unacknowledged import KEPT, Unacknowledged
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.internal import BatchCursor, SlotRef
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from support.run_model.run_simulation import LossyNetwork
 
 TOTAL_STEPS, MICRO_BATCHES, EVERY = 4, 2, 2
+EVALUATION = internal.EvaluationBatches(count=2, sampled=1, whole=True)
+LOSSES = {1: 3.0, 2: 2.0, 3: 2.5, 4: 0.5}  # what an evaluation of each step finds
+STOPPED_AT = 3  # by a patience of 1
 BATCH_BYTES = 1
 STATE_BYTES = 64
 LIMITS = limits()
@@ -40,6 +45,9 @@ class Held:
     cursor: tuple[int, int] = (1, 0)
     ready: bool = False
     queue: deque[tuple[int, int]] = field(default_factory=deque)
+    patience: int | None = None
+    evaluation: internal.EvaluationState = field(default_factory=internal.EvaluationState)
+    evaluated: int = 0  # told last
     slot: str | None = None
     slot_free: bool = False
     saved: int = 0
@@ -50,8 +58,17 @@ class Held:
     save_first: bool = False
 
     @property
+    def taken(self) -> tuple[int, int]:
+        return self.queue[0] if self.queue else self.cursor
+
+    @property
+    def evaluating(self) -> bool:
+        return 0 < self.applied == self.taken[0]
+
+    @property
     def finished(self) -> bool:
-        return self.applied >= TOTAL_STEPS
+        stops = self.evaluation.stops(self.patience, TOTAL_STEPS)
+        return stops or (self.applied >= TOTAL_STEPS and not self.evaluating)
 
 
 class Scheduler:
@@ -99,7 +116,7 @@ class Scheduler:
         return BatchCursor(epoch=1, step=run.cursor[0], index=run.cursor[1])  # its epoch may be out of date
 
     def _taken(self, run: Held) -> BatchCursor:
-        step, index = run.queue[0] if run.queue else run.cursor
+        step, index = run.taken
         return BatchCursor(epoch=1, step=step, index=index)
 
     def tick(self) -> None:
@@ -168,10 +185,13 @@ class Scheduler:
         )
         self.rig.started[spec.job, spec.attempt] += 1
         assert self.rig.started[spec.job, spec.attempt] == 1, "one attempt trained twice"
-        self.run = Held(
-            spec.job, spec.attempt, message.step, path, cursor=(message.step + 1, 0), saved=message.step
-        )
-        self.run.told = message.step
+        assert message.begin is not None
+        cursor = (message.begin.step, message.begin.index)
+        self.run = Held(spec.job, spec.attempt, message.step, path, cursor=cursor, saved=message.step)
+        self.run.told, self.run.patience = message.step, spec.hyperparameters.early_stopping_patience
+        self.run.evaluation = internal.state_in(message.meta)
+        self.run.evaluated = self.run.evaluation.step
+        assert self.run.evaluated <= message.step, "a run knows evaluations that are to come"
 
     def _of_run(self, run: Held, message: Any) -> None:
         if isinstance(message, internal.MicroBatch):
@@ -179,8 +199,7 @@ class Scheduler:
             if place == run.cursor:
                 run.queue.append(place)
                 assert len(run.queue) <= state.MOST_AHEAD
-                last = place[1] + 1 == MICRO_BATCHES
-                run.cursor = (place[0] + 1, 0) if last else (place[0], place[1] + 1)
+                run.cursor = (place[0] + 1, 0) if message.last else (place[0], place[1] + 1)
         elif isinstance(message, internal.SnapshotSlot):
             if run.slot != message.slot.path:
                 run.slot, run.slot_free = message.slot.path, True
@@ -192,7 +211,7 @@ class Scheduler:
                 self._stop(run)
             else:
                 run.queue.clear()  # a micro-batch in flight is dropped; those behind it stay with the service
-                run.cursor = (run.applied + 1, 0)
+                run.cursor = (run.applied, MICRO_BATCHES) if run.evaluating else (run.applied + 1, 0)
                 run.wanted = "pause"
 
     def _saved(self, run: Held, message: internal.SnapshotSaved) -> None:
@@ -216,7 +235,12 @@ class Scheduler:
         self.run = None
         self.send(
             internal.RunStopped(
-                job=run.job, attempt=run.attempt, step=run.applied, after=run.told, reason=reason
+                job=run.job,
+                attempt=run.attempt,
+                step=run.applied,
+                after=run.told,
+                reason=reason,
+                evaluated=run.evaluated,
             )
         )
 
@@ -245,7 +269,7 @@ class Scheduler:
             failed = internal.RunFailed(
                 job=run.job, attempt=run.attempt, step=run.applied, code=code, message="EMFILE"
             )
-            failed.after, failed.passing = run.told, passing
+            failed.after, failed.passing, failed.evaluated = run.told, passing, run.evaluated
             self.send(failed)
 
     # ---- work
@@ -265,9 +289,12 @@ class Scheduler:
         if run.wanted and run.slot_free and run.slot is not None:
             self._copy(run)
             return True
-        if run.stopping or run.finished or not run.queue:
-            return False
+        if run.stopping or run.finished or run.wanted == "best" or not run.queue:
+            return False  # the best state is copied before it is replaced
         step, index = run.queue.popleft()
+        if step == run.applied:
+            self._evaluated(run, index)
+            return True
         assert step == run.applied + 1
         if index + 1 == MICRO_BATCHES:
             self._applied(run)
@@ -288,9 +315,10 @@ class Scheduler:
             attempt=run.attempt,
             step=run.applied,
             slot=SlotRef(path=run.slot, nbytes=STATE_BYTES),
-            meta={"tokens": run.applied},
+            meta={"tokens": run.applied, internal.EVALUATION: msgspec.to_builtins(run.evaluation)},
             reason=reason,
             after=run.told,
+            evaluated=run.evaluated,
         )
         self.send(run.in_hand)
 
@@ -309,10 +337,42 @@ class Scheduler:
             seconds=0.1,
             total_tokens=run.applied,
             after=run.told,
+            evaluated=run.evaluated,
         )
         run.told = run.applied
         self.send(done)
+        if not run.evaluating:
+            self._snapshot_due(run)
+
+    def _evaluated(self, run: Held, index: int) -> None:
+        assert run.evaluation.step < run.applied, "a step was evaluated twice"
+        if index + 1 < MICRO_BATCHES + EVALUATION.count:
+            taken = internal.BatchesTaken(job=run.job, attempt=run.attempt, cursor=self._taken(run))
+            self.send(taken)
+            return
+        loss = LOSSES[run.applied]
+        run.evaluation = run.evaluation.after(run.applied, loss, 0.0)
+        run.evaluated = run.applied
+        self.send(
+            internal.EvaluationDone(
+                job=run.job,
+                attempt=run.attempt,
+                step=run.applied,
+                epoch=1,
+                valid_loss=loss,
+                valid_mean_token_accuracy=0.5,
+                rows=1,
+                target_tokens=1,
+                state=run.evaluation,
+                after=run.told,
+            )
+        )
+        self._snapshot_due(run)
+
+    def _snapshot_due(self, run: Held) -> None:
         if run.finished:
             run.wanted = "final"
+        elif run.evaluation.best_step == run.applied > run.saved:
+            run.wanted = "best"
         elif run.applied % EVERY == 0 and run.slot_free:
             run.wanted = "every"

@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from sglang_harli import run_paths
@@ -18,6 +19,7 @@ from support.service.service_peers import Peer, limits
 KEPT = (
     internal.RunStarted,
     internal.StepDone,
+    internal.EvaluationDone,
     internal.SnapshotReady,
     internal.RunStopped,
     internal.RunFailed,
@@ -35,6 +37,8 @@ class SchedulerPeer(Peer):
             cleared.
         fed: (job, attempt, epoch, step, index) of each micro-batch, in order of arrival.
         fail_at: the step at which the run fails, if any.
+        valid_losses: by step what an evaluation of it finds; else 4 over the step.
+        evaluated: (job, step, rows) of each evaluation, the rows as sets of token ids.
     """
 
     def __init__(self, run_dir: Path, *, step_s: float = 0.0, **changes: Any) -> None:
@@ -44,6 +48,9 @@ class SchedulerPeer(Peer):
         self.refusal: str | None = None
         self.fail_at: int | None = None
         self.hold_at: int | None = None  # no step is begun after this one
+        self.valid_losses: dict[int, float] = {}
+        self.evaluated: list[tuple[str, int, frozenset[tuple[int, ...]]]] = []
+        self.trained: dict[str, set[tuple[int, ...]]] = {}  # by job the rows that were trained
         self.state_bytes = 4096  # what the state is said to need
         self.hold = threading.Event()
         self.hold.set()
@@ -72,6 +79,8 @@ class SchedulerPeer(Peer):
         self._wanted: str | None = None
         self._stopping = False
         self._saved = 0
+        self._evaluating: int | None = None  # the index of the evaluation's first micro-batch
+        self.evaluation = internal.EvaluationState()
         self._next_at = self._pulse_at = 0.0
 
     def update_weights(self, base: internal.BasePrint | None) -> None:
@@ -118,12 +127,14 @@ class SchedulerPeer(Peer):
         )
 
     def _next_cursor(self) -> internal.BatchCursor | None:
-        steps = [key for key in self._batches if key[0] > self.step]
+        steps = list(self._batches)
+        if self.spec is not None and not steps and self._evaluating is not None:
+            return internal.BatchCursor(epoch=0, step=self.step, index=self._evaluating)
         if self.spec is None or not steps:
             return None
         step, index = max(steps)
         batch = self._batches[step, index][0]
-        last = index + 1 == batch.micro_batches
+        last = batch.last
         return internal.BatchCursor(
             epoch=batch.cursor.epoch, step=step + last, index=0 if last else index + 1
         )
@@ -144,7 +155,9 @@ class SchedulerPeer(Peer):
                 has_slot=self._slot is not None,
                 snapshot=self._in_hand,
                 stopping=self._stopping,
-                taken=internal.BatchCursor(epoch=0, step=self.step + 1, index=0),
+                taken=internal.BatchCursor(
+                    epoch=0, step=self.step + (self._evaluating is None), index=self._evaluating or 0
+                ),
             )
         )
 
@@ -186,6 +199,9 @@ class SchedulerPeer(Peer):
         self._drop()
         self.starts.append(message)
         self.spec, self.step, self._saved = message.spec, message.step, message.step
+        self.evaluation = internal.state_in(message.meta)
+        assert message.begin is not None
+        self._evaluating = message.begin.index if message.begin.step == message.step > 0 else None
         if message.restore is not None:
             slot = shared_memory.SharedBuffer.open(message.restore)
             [ref] = [t for t in message.restore.tensors if t.name.startswith("adapter/")]
@@ -242,7 +258,7 @@ class SchedulerPeer(Peer):
                 self._saved = max(self._saved, message.step)
             if self._stopping:
                 self._stopped()
-            elif message.step == self.spec.total_steps:
+            elif message.step == self.step and self._finished:
                 self._drop()
 
     def turn(self) -> None:
@@ -260,10 +276,56 @@ class SchedulerPeer(Peer):
             or self.step == self.hold_at
             or time.monotonic() < self._next_at
         )
-        if waiting or ready is None or self.step >= self.spec.total_steps:
+        if not waiting and self._evaluating is not None:
+            self._evaluate(self._evaluating)
+            return
+        if waiting or ready is None or self._finished:
             return
         if all((self.step + 1, i) in self._batches for i in range(ready[0].micro_batches)):
             self._one_step(ready[0].micro_batches)
+
+    @property
+    def _finished(self) -> bool:
+        assert self.spec is not None
+        total = self.spec.total_steps
+        stops = self.evaluation.stops(self.spec.hyperparameters.early_stopping_patience, total)
+        return stops or (self.step >= total and self._evaluating is None)
+
+    def _evaluate(self, first: int) -> None:
+        assert self.spec is not None
+        ready = self._batches.get((self.step, first))
+        if ready is None:
+            return
+        behind = ready[0].evaluation
+        assert behind is not None
+        if not all((self.step, first + i) in self._batches for i in range(behind.count)):
+            return
+        rows: set[tuple[int, ...]] = set()
+        for index in range(behind.count):
+            rows |= _rows(*self._batches.pop((self.step, first + index)))
+        self.evaluated.append((self.spec.job, self.step, frozenset(rows)))
+        loss = self.valid_losses.get(self.step, 4.0 / self.step)
+        self.evaluation = self.evaluation.after(
+            self.step, loss, self.spec.hyperparameters.early_stopping_min_delta
+        )
+        self._evaluating = None
+        self.keep(
+            internal.EvaluationDone(
+                job=self.spec.job,
+                attempt=self.spec.attempt,
+                step=self.step,
+                epoch=1,
+                valid_loss=loss,
+                valid_mean_token_accuracy=0.5,
+                rows=len(rows),
+                target_tokens=len(rows),
+                full_valid_loss=loss if behind.whole else None,
+                full_valid_mean_token_accuracy=0.5 if behind.whole else None,
+                state=self.evaluation,
+                after=self.step,
+            )
+        )
+        self._snapshot_due()
 
     def _one_step(self, count: int) -> None:
         assert self.spec is not None
@@ -282,6 +344,8 @@ class SchedulerPeer(Peer):
         targets, tokens, epoch = 0, 0, 0
         for index in range(count):
             batch, frames = self._batches.pop((self.step, index))
+            self.trained.setdefault(self.spec.job, set()).update(_rows(batch, frames))
+            self._evaluating = batch.micro_batches if batch.evaluation is not None else None
             flat, places, marks = (np.frombuffer(frame, dtype=np.int32) for frame in frames)
             assert len(flat) == len(batch.lengths) * batch.lengths[0] and len(places) == len(marks)
             targets += len(marks)
@@ -307,11 +371,20 @@ class SchedulerPeer(Peer):
                 seconds=max(self.step_s, 1e-3),
                 total_tokens=self.tokens,
                 after=self.step - 1,
+                evaluated=self.evaluation.step,
+                train_mean_token_accuracy=0.25,
             )
         )
+        if self._evaluating is None:
+            self._snapshot_due()
+
+    def _snapshot_due(self) -> None:
+        assert self.spec is not None
         every = self.spec.hyperparameters.checkpoint_every
-        if self.step == self.spec.total_steps:
+        if self._finished:
             self._wanted = "final"
+        elif self.evaluation.best_step == self.step > 0:
+            self._wanted = "best"
         elif every and self.step % every == 0 and self._slot_free:
             self._wanted = "every"
 
@@ -332,7 +405,21 @@ class SchedulerPeer(Peer):
                 attempt=self.spec.attempt,
                 step=self.step,
                 slot=internal.SlotRef(path=self._slot.path, nbytes=self._slot.nbytes, tensors=refs),
-                meta={"tokens": self.tokens, "generator": b"\x00\xff", "big": 2**60},
+                meta={
+                    "tokens": self.tokens,
+                    "generator": b"\x00\xff",
+                    "big": 2**60,
+                    internal.EVALUATION: msgspec.to_builtins(self.evaluation),
+                },
                 reason=reason,
+                evaluated=self.evaluation.step,
+                train_loss=4.0 / self.step,
+                train_mean_token_accuracy=0.25,
             )
         )
+
+
+def _rows(batch: internal.MicroBatch, frames: list[bytes]) -> set[tuple[int, ...]]:
+    """The token ids of each row."""
+    ids = np.frombuffer(frames[0], dtype=np.int32).reshape(len(batch.lengths), -1)
+    return {tuple(row[:length].tolist()) for row, length in zip(ids, batch.lengths, strict=True)}

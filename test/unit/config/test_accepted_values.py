@@ -36,6 +36,12 @@ REFUSED: dict[str, tuple[str, list[Any]]] = {
     "checkpoint_every": ("0 to 1,000,000,000", ["100000000000000000000", 2**64, 10**30, -1, "never"]),
     "seed": ("0 to 9,223,372,036,854,775,807", [-1, 2**63, 2**64, "lucky", "1" * 400]),
     "on_overflow": ("one of error, truncate, drop", ["ignore", 1, None]),
+    "eval_steps": ("0 to 1,000,000,000 or none", [-1, "always", 10**10]),
+    "eval_rows": ("1 to 1,000,000,000 or none", [0, "some", 10**10]),
+    "validation_split": ("0 to 0.5", [-0.1, 0.51, "half", "nan"]),
+    "early_stopping_patience": ("1 to 1,000,000 or none", [0, "soon", 10**7]),
+    "early_stopping_min_delta": ("0 to 1,000,000", [-1, "inf", "nan", 10**7]),
+    "publish_best": ("true or false", ["yes please", 2, None]),
     "target_modules": (
         "one or more of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, each once, or all",
         ["q_proj, v_proj", "", [], ["lm_head"], "q_proj,q_proj", 7, None, [["q_proj"]]],

@@ -86,6 +86,8 @@ EVENT_TYPES = (
         "prioritized",
         "started",
         "step_metrics",
+        "eval_metrics",
+        "early_stopped",
         "checkpoint_saved",
         "paused",
     ),
@@ -110,6 +112,12 @@ HYPERPARAMETERS = {
     "checkpoint_every": 50,
     "seed": 42,
     "on_overflow": "error",
+    "eval_steps": None,
+    "eval_rows": None,
+    "validation_split": 0.0,
+    "early_stopping_patience": None,
+    "early_stopping_min_delta": 0.0,
+    "publish_best": False,
 }
 
 # Names in SGLang's /metrics, with their labels.
@@ -156,7 +164,7 @@ MESSAGES = {
     "ErrorBody": "code message param details",
     "SubmitArgs": (
         "filename size sha256 suffix hyperparameters idempotency_key priority resume_from upload training_file "
-        "metadata model"
+        "validation_file metadata model validation_upload validation_filename validation_size validation_sha256"
     ),
     "CheckArgs": "filename size sha256 hyperparameters upload",
     "UploadArgs": "upload filename size sha256 offset",
@@ -173,7 +181,7 @@ MESSAGES = {
     "Job": (
         "id object created_at started_at finished_at status sub_state reason model suffix fine_tuned_model step "
         "total_steps trained_tokens loss learning_rate tokens_per_s eta_s attempt hyperparameters data error run_dir "
-        "priority resumed_from base training_file metadata"
+        "priority resumed_from base training_file validation_file metadata evaluation best_step best_valid_loss"
     ),
     "TensorRef": "name dtype shape offset nbytes",
     "SlotRef": "path nbytes tensors",
@@ -191,17 +199,26 @@ MESSAGES = {
     "BatchesTaken": "seq job attempt cursor",
     "RunStarted": "seq job attempt step state_bytes",
     "StepDone": (
-        "seq job attempt step epoch loss learning_rate grad_norm tokens target_tokens seconds total_tokens after"
+        "seq job attempt step epoch loss learning_rate grad_norm tokens target_tokens seconds total_tokens after "
+        "evaluated train_mean_token_accuracy"
     ),
-    "SnapshotReady": "seq job attempt step slot meta reason after",
-    "RunStopped": "seq job attempt step after reason",
-    "RunFailed": "seq job attempt step code message after passing",
+    "EvaluationDone": (
+        "seq job attempt step epoch valid_loss valid_mean_token_accuracy rows target_tokens state full_valid_loss "
+        "full_valid_mean_token_accuracy after"
+    ),
+    "SnapshotReady": (
+        "seq job attempt step slot meta reason after evaluated train_loss train_mean_token_accuracy"
+    ),
+    "RunStopped": "seq job attempt step after reason evaluated",
+    "RunFailed": "seq job attempt step code message after passing evaluated",
     "Progress": "seq job attempt step sub_state reason tokens",
     "StatusReport": "seq request serving training pool",
     "OptionsSet": "seq request outcome revision effective text",
     "Welcome": "seq pid answers",
-    "StartRun": "seq spec scheduler updates step restore meta",
-    "MicroBatch": "seq job attempt cursor micro_batches lengths rows step_target_tokens",
+    "StartRun": "seq spec scheduler updates step restore meta begin",
+    "EvaluationBatches": "count sampled whole",
+    "EvaluationState": "step best_step best_loss stale",
+    "MicroBatch": "seq job attempt cursor micro_batches lengths rows step_target_tokens evaluation",
     "SnapshotSlot": "seq job attempt slot",
     "SnapshotSaved": "seq job attempt step ok",
     "StopRun": "seq job attempt snapshot",

@@ -15,6 +15,7 @@ AGAIN_AT_ONCE = 16
 KEPT = (
     internal.RunStarted,
     internal.StepDone,
+    internal.EvaluationDone,
     internal.SnapshotReady,
     internal.RunStopped,
     internal.RunFailed,

@@ -36,6 +36,7 @@ class DropoutMasks:
         self._rows: list[tuple[int, int]] = []
         self._width = 0
         self._columns: slice | None = None
+        self.off = False  # an evaluation's rows: nothing is dropped
 
     def set_rows(
         self, step: int, rows: list[tuple[int, int]], width: int, columns: slice | None = None
@@ -48,6 +49,7 @@ class DropoutMasks:
             columns: tokens that are computed; None: all. Masks do not depend on it.
         """
         self._step, self._rows, self._width, self._columns = step, rows, width, columns
+        self.off = False
 
     def draw(self, layer: int, module: str, features: int) -> torch.Tensor:
         """``[tokens, features]``: 0 or 1/(1 - probability); 0 on padding."""

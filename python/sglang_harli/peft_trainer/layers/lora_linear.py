@@ -135,7 +135,7 @@ class LinearGroup:
 
     def _draw_masks(self, features: int) -> list[Tensor] | None:
         """Dropout masks of the adapted linears for the rows that are set; None: no dropout."""
-        if self.masks is None:
+        if self.masks is None or self.masks.off:
             return None
         return [self.masks.draw(self.layer, self.names[i], features) for i in self.adapted]
 

@@ -27,7 +27,8 @@ from sglang_harli.train_memory import Lease, Specs, TrainMemory, carved_bytes
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """One micro-batch's tensors; ``low`` is ``logits`` where the dtypes agree."""
+    """One micro-batch's tensors; ``low`` is ``logits`` where the dtypes agree. Of an evaluation
+    ``saved`` is one tensor, and ``grad`` that same one."""
 
     saved: list[Tensor]
     grad: Tensor
@@ -52,11 +53,15 @@ class MicroBatchMemory:
         self._keys_lease: Lease | None = None
 
     def specs(self, rows: Rows) -> Specs:
-        """What is carved, in this order: saved[0..L], grad, logits, and ``low`` if there is one."""
+        """What is carved, in this order: saved[0..L], grad, logits, and ``low`` if there is one.
+        Of rows that are evaluated one tensor stands for all before the logits."""
         tokens = min(len(rows.targets), self._head_tokens)
-        inputs = [((rows.count, rows.width, self._hidden), self._dtype)] * (self._inputs + 1)
+        inputs = [((rows.count, rows.width, self._hidden), self._dtype)] * self._kept(rows)
         logits = [((tokens, self._vocabulary), dtype) for dtype in logits_dtypes(self._dtype)]
         return [*inputs, *logits]
+
+    def _kept(self, rows: Rows) -> int:
+        return 1 if rows.evaluated else self._inputs + 1
 
     def obtain(self, rows: Rows) -> int:
         """Hold a lease for a micro-batch; returns the bytes that are lacking now, 0: none."""
@@ -72,8 +77,8 @@ class MicroBatchMemory:
         """The tensors of the micro-batch that ``obtain`` was for; those before are gone."""
         assert self._lease is not None
         parts = self._lease.carve_all(self.specs(rows))
-        inputs = self._inputs
-        return Activations(parts[:inputs], parts[inputs], parts[inputs + 1], parts[-1])
+        inputs = self._kept(rows)
+        return Activations(parts[: max(inputs - 1, 1)], parts[inputs - 1], parts[inputs], parts[-1])
 
     def _keys_specs(self, length: int) -> Specs:
         shape = (1, self._heads[0], length, self._heads[1])

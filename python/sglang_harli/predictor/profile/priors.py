@@ -20,6 +20,7 @@ _SHARE = {
     QuantumKind.BACKWARD: 3.5,
     QuantumKind.BACKWARD_KEPT: 2.5,
     QuantumKind.HEAD: 4.0,
+    QuantumKind.HEAD_EVAL: 2.0,
     QuantumKind.CHECK: 2.0,
 }
 

@@ -18,7 +18,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,13 @@ def steps(checkpoints: Path) -> list[int]:
     return sorted(int(m[1]) for m in (_STEP.match(p.name) for p in checkpoints.iterdir()) if m)
 
 
-def prune(checkpoints: Path, keep: int = 2) -> None:
-    """Remove all but the newest ``keep`` checkpoints, older ``.bad`` ones, and ``.tmp`` ones.
-    ``step-0`` stays: a job that carries on another one's adapter began there."""
+def prune(checkpoints: Path, keep: int = 2, besides: Collection[int] = ()) -> set[int]:
+    """Remove all but the newest ``keep`` checkpoints and those ``besides``, older ``.bad`` ones,
+    and ``.tmp`` ones; gives the steps that are left.  ``step-0`` stays: a job that carries on
+    another one's adapter began there."""
     found = [step for step in steps(checkpoints) if step]
-    for step in found[:-keep]:
+    gone = [step for step in found[:-keep] if step not in besides]
+    for step in gone:
         shutil.rmtree(checkpoints / f"step-{step}", ignore_errors=True)
     for path in checkpoints.glob("*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
@@ -103,6 +105,7 @@ def prune(checkpoints: Path, keep: int = 2) -> None:
         match = _STEP.match(path.stem)
         if match is None or int(match[1]) <= (found[-1] if found else 0):
             shutil.rmtree(path, ignore_errors=True)
+    return set(found) - set(gone)
 
 
 def save_beginning(source: Path, target: Path, seed: int) -> None:
@@ -132,10 +135,22 @@ def load_state(
     Raises CheckpointError: missing, torn or altered; OSError: shared memory full, or a read failed.
     """
     meta = check_state(checkpoints, step)
-    folder = checkpoints / f"step-{step}"
-    run = msgspec.msgpack.decode((folder / RUN_FILE).read_bytes())
+    folder, run = checkpoints / f"step-{step}", plain_values(checkpoints, step)
     slot, ref = tensor_files.into_slot(folder / STATE_FILE, shm, Pace())
     return slot, ref, run, int(meta["trained_tokens"])
+
+
+def plain_values(checkpoints: Path, step: int) -> dict[str, Any]:
+    """The run's plain values in a checkpoint; raises OSError, msgspec.MsgspecError."""
+    return msgspec.msgpack.decode((checkpoints / f"step-{step}" / RUN_FILE).read_bytes())
+
+
+def created_at(checkpoints: Path, step: int) -> float | None:
+    """When a checkpoint was written, seconds since the epoch; None: it is gone, or not whole."""
+    try:
+        return float(json.loads((checkpoints / f"step-{step}" / "meta.json").read_bytes())["created_at"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def check_state(checkpoints: Path, step: int) -> dict[str, Any]:

@@ -53,12 +53,21 @@ class DataSummary(Struct, kw_only=True):
     tokenizer: str = ""  # fingerprint
     repeated_fields: list[str] = []  # that stand twice in their object; the last one counts
     notes: list[Note] = []
+    validation_rows: int = 0  # of ``rows`` those that are held out of training, by validation_split
+    validation: dict[str, Any] | None = None  # of a validation file the same, with bytes and sha256
 
     def text(self) -> str:
         parts = [f"{self.rows} rows, {self.tokens} tokens of which {self.target_tokens} are learned"]
         if self.format:  # a job of a version before has none
             how = f" ({READ_AS[self.format]})" if self.format in READ_AS else ""
             parts.append(f"format: {self.format}{how} in {self.file_text}")
+        if self.validation_rows:
+            parts.append(f"{self.validation_rows} of the rows are evaluated, not trained")
+        if self.validation:
+            file, rows = self.validation["file"], self.validation["rows"]
+            parts.append(
+                f"evaluated: {file}, {rows} rows, {self.validation['target_tokens']} tokens that count"
+            )
         if self.truncated:
             parts.append(f"{self.truncated} rows truncated to {self.max_seq_length} tokens")
         if self.dropped:

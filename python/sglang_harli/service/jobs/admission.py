@@ -5,6 +5,9 @@ The limits come with the scheduler's hello; a job accepted before it is checked 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from sglang_harli.config import show_size
 from sglang_harli.errors import ConfigError, UnsupportedError
 from sglang_harli.protocol.internal import ServedLimits
@@ -77,4 +80,32 @@ def check_vocabulary(largest_id: int, limits: ServedLimits) -> None:
         raise UnsupportedError(
             f"the data was tokenized with ids up to {largest_id}, the served model has {limits.vocab_size}: "
             "it is another model's job; submit it again"
+        )
+
+
+def check_validation(
+    validation: Mapping[str, Any] | None, hp: Hyperparameters, data: Mapping[str, Any], limits: ServedLimits
+) -> None:
+    """The rows of a validation file (its summary; None: there is none) against the served model.
+
+    Raise ConfigError: they are too long, or need memory that is never there; UnsupportedError: they
+    are another model's."""
+    if not validation:
+        return
+    file, longest = validation["file"], validation["longest_row"]
+    if longest > limits.max_seq_length:
+        raise ConfigError(
+            f"{file}: line {validation['longest_line']} has {longest} tokens and the model's limit is "
+            f"{limits.max_seq_length}: shorten it, or submit with on_overflow=truncate or on_overflow=drop",
+            param="max_seq_length",
+        )
+    check_vocabulary(validation["largest_id"], limits)
+    need = limits.job_memory_bytes(hp, data["longest_row"], data["rows"], longest)
+    if need > limits.train_memory_bytes:
+        raise ConfigError(
+            f"{file}: evaluating {hp.batch_size} rows of {longest} tokens at once needs {show_size(need)} of training "
+            f"memory and at most {show_size(limits.train_memory_bytes)} can ever be had: lower batch_size or "
+            "max_seq_length",
+            code="memory_budget",
+            param="batch_size",
         )

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from sglang_harli.core import JobStatus, SubState
 from sglang_harli.protocol.base_print import BasePrint
+from sglang_harli.protocol.internal import EvaluationState
 from sglang_harli.protocol.public import Hyperparameters, Job, JobError
 
 
@@ -29,10 +30,31 @@ class Asked(Struct, frozen=True, kw_only=True):
     suffix: str | None = None
     resume_from: str | None = None
     priority: int = 0
+    validation_sha256: str = ""
     hyperparameters: dict[str, Any] = msgspec.field(default_factory=dict)  # those named
     training_file: str | None = None
+    validation_file: str | None = None
     metadata: dict[str, str] = msgspec.field(default_factory=dict)
     model: str | None = None
+
+
+class CheckpointMetrics(Struct, frozen=True, kw_only=True):
+    """A checkpoint that is kept, and what is known of its state; None: it is not.
+
+    Attributes:
+        train_loss, train_mean_token_accuracy: of the optimizer step that led to it.
+        valid_loss, valid_mean_token_accuracy: of the rows that each evaluation takes.
+        full_valid_loss, full_valid_mean_token_accuracy: of all validation rows.
+    """
+
+    step: int
+    created_at: float
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
 
 
 class JobRecord(Struct, frozen=True, kw_only=True):
@@ -78,7 +100,43 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     admitted: bool = True  # its size was checked against a server's limits
     validated: bool = True  # its files were looked at, and are accepted
     training_file: str | None = None  # the file that its data came from, which may be deleted since
+    validation_file: str | None = None
     metadata: dict[str, str] = msgspec.field(default_factory=dict)
+    train_mean_token_accuracy: float | None = None  # of the step that ``loss`` is of
+    evaluation: dict[str, Any] | None = None  # the last one, as its event has it
+    evaluation_state: EvaluationState = EvaluationState()  # of the run: it goes back with it
+    evaluated_step: int = 0  # the highest one whose evaluation has an event
+    checkpoints: list[CheckpointMetrics] = []  # those that are kept, rising
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it has rows that are evaluated."""
+        return bool(self.data.get("validation") or self.data.get("validation_rows"))
+
+    @property
+    def stops_early(self) -> bool:
+        patience = self.hyperparameters.early_stopping_patience
+        return self.evaluation_state.stops(patience, self.total_steps)
+
+    @property
+    def last_step(self) -> int:
+        """Where its training ends, as far as it is known."""
+        return self.evaluation_state.step if self.stops_early else self.total_steps
+
+    @property
+    def complete(self) -> bool:
+        """Whether the state of its last step is saved and, where there is validation data,
+        evaluated: all that is left is the publication."""
+        evaluated = not self.evaluates or self.evaluation_state.step == self.last_step
+        return self.checkpoint_step == self.last_step and evaluated
+
+    @property
+    def best_step(self) -> int | None:
+        return self.evaluation_state.best_step or None
+
+    @property
+    def best_valid_loss(self) -> float | None:
+        return self.evaluation_state.best_loss
 
     @property
     def eta_s(self) -> float | None:

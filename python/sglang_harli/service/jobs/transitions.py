@@ -15,7 +15,7 @@ says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -24,6 +24,7 @@ from sglang_harli.core import JobStatus, SubState
 from sglang_harli.errors import HarliError, StateError
 from sglang_harli.protocol.base_print import BasePrint
 from sglang_harli.protocol.public import JobError
+from sglang_harli.service.jobs import evaluations
 from sglang_harli.service.jobs.record import DesiredState as DesiredState
 from sglang_harli.service.jobs.record import EventDraft as EventDraft
 from sglang_harli.service.jobs.record import JobRecord as JobRecord
@@ -109,7 +110,8 @@ def not_validated_yet(record: JobRecord, why: str) -> Transition:
 
 def not_accepted(record: JobRecord, lines: list[EventDraft], error: HarliError, now: float) -> Transition:
     """The files are not accepted: the job has failed, with what is wrong in which lines."""
-    change = fail(record, error.code, error.message, now, "training_file")
+    param = "validation_file" if error.param == "validation" else "training_file"
+    change = fail(record, error.code, error.message, now, param)
     return Transition(change.record, (*lines, *change.drafts))
 
 
@@ -163,6 +165,7 @@ def fell_back(record: JobRecord, step: int, tokens: int, damage: str) -> Transit
         ),
         checkpoint_step=step,
         checkpoint_tokens=tokens,
+        checkpoints=[kept for kept in record.checkpoints if kept.step <= step],
         step=step,
         trained_tokens=tokens,
         metrics_step=step,
@@ -210,11 +213,13 @@ def step_done(record: JobRecord, step: int, tokens: int, metrics: dict[str, Any]
         step=max(record.step, step),
         trained_tokens=max(record.trained_tokens, tokens),
         loss=metrics["loss"],
+        train_mean_token_accuracy=metrics.get("train_mean_token_accuracy"),
         learning_rate=metrics["learning_rate"],
         tokens_per_s=rate if rate is not None else record.tokens_per_s,
         step_s=step_s,
         metrics_attempt=record.attempt,
         metrics_step=step,
+        checkpoints=evaluations.with_step(record, step, metrics),
     )
 
 
@@ -249,7 +254,10 @@ def sub_state_event(record: JobRecord) -> Transition:
     )
 
 
-def checkpoint_saved(record: JobRecord, step: int, tokens: int, reason: str) -> Transition:
+def checkpoint_saved(
+    record: JobRecord, step: int, tokens: int, reason: str, trained: Mapping[str, Any] | None = None
+) -> Transition:
+    """``trained``: what is known of the step, by the names of ``CheckpointMetrics``."""
     return _change(
         record,
         EventDraft(
@@ -257,6 +265,7 @@ def checkpoint_saved(record: JobRecord, step: int, tokens: int, reason: str) -> 
         ),
         checkpoint_step=step,
         checkpoint_tokens=tokens,
+        checkpoints=evaluations.with_checkpoint(record, step, trained or {}),
         step=max(record.step, step),
         trained_tokens=max(record.trained_tokens, tokens),
     )
@@ -266,7 +275,7 @@ def trained(record: JobRecord) -> Transition:
     """The last step's state is durable: from here on only the publication is left."""
     return _change(
         record,
-        step=record.total_steps,
+        step=record.last_step,
         publishing=True,
         sub_state=SubState.PUBLISHING,
         reason="the adapter is being made servable",
@@ -303,8 +312,8 @@ def published(record: JobRecord, now: float) -> Transition:
         status=JobStatus.SUCCEEDED,
         finished_at=now,
         fine_tuned_model=record.adapter_name,
-        step=record.total_steps,
-        **_ENDED,
+        step=record.last_step,
+        **_ENDED | {"reason": evaluations.stopped_early(record) or None},
     )
 
 

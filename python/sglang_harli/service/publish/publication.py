@@ -18,7 +18,7 @@ from sglang_harli.protocol.internal import AdapterPublished, SlotRef
 from sglang_harli.protocol.shared_memory import SharedBuffer
 from sglang_harli.service.checkpoint import checkpoints
 from sglang_harli.service.checkpoint.checkpoints import CheckpointError
-from sglang_harli.service.jobs import transitions
+from sglang_harli.service.jobs import evaluations, transitions
 from sglang_harli.service.jobs.folder import JobPaths
 from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.jobs.transitions import EventDraft, JobRecord
@@ -178,12 +178,23 @@ class PublicationQueue:
 
     # ---------------------------------------------------------------- files
     async def _save(self, job: str, paths: JobPaths) -> None:
-        """Write the adapter's folder from the run's last checkpoint.  Raises CheckpointError: that
-        is not whole; _PutOffError, _GivenUpError: the disk refuses."""
+        """Write the adapter's folder from the run's last checkpoint, or from its best one where
+        that is wanted and whole.  Raises CheckpointError: none is; _PutOffError, _GivenUpError: the
+        disk refuses."""
         record = self._registry.get(job)
         base = record.base.path if record.base is not None else self._model_path
         config = adapter_config(record.hyperparameters, base)
-        step = record.checkpoint_step
+        *better, last = evaluations.to_publish(record)
+        for step in better:
+            try:
+                await self._save_step(job, paths, step, config)
+                return
+            except CheckpointError as error:
+                text = f"the checkpoint of step {step} cannot be published ({error.message}): the next best one is"
+                self._registry.apply(transitions.warn(self._registry.get(job), text))
+        await self._save_step(job, paths, last, config)
+
+    async def _save_step(self, job: str, paths: JobPaths, step: int, config: dict[str, Any]) -> None:
         await self._again(
             job,
             lambda: self._off(checkpoints.save_adapter, paths.adapter, paths.checkpoints, step, config),
@@ -191,7 +202,8 @@ class PublicationQueue:
             lambda error: f"the adapter cannot be saved in {paths.adapter} ({error}): make room on the disk",
         )
         path = str(paths.adapter)
-        saved = EventDraft("adapter_saved", f"adapter saved in {path}", data={"path": path})
+        text = f"adapter of step {step} saved in {path}"
+        saved = EventDraft("adapter_saved", text, data={"path": path, "step": step})
         await self._registry.apply(transitions.Transition(self._registry.get(job), (saved,)))
 
     async def _share(self, job: str, paths: JobPaths) -> tuple[SharedBuffer, SlotRef, dict[str, Any]]:

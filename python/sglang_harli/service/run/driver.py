@@ -251,6 +251,7 @@ class RunDriver:
             lengths=batch.data.lengths,
             rows=batch.data.positions,
             step_target_tokens=batch.step_target_tokens,
+            evaluation=batch.evaluation,
         )
         if not self._link.send(message, *(array.data for array in batch.data.arrays)):
             return False  # nobody is there: tried again at the next tick

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
+
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.internal import BatchCursor, SlotRef
-from sglang_harli.service.jobs import transitions
+from sglang_harli.service.jobs import evaluations, transitions
 from sglang_harli.service.jobs.transitions import DesiredState, JobRecord, Transition
 from sglang_harli.service.run import holds
 from sglang_harli.service.run import progress as message_part
@@ -136,10 +138,11 @@ class RunMachine:
         if run is None or record is None:
             drop: list[Effect] = [TakeBack(found.restore.path)] if found.restore else []
             return [*drop, *(self.state.end() if run is not None else [])]
-        run.restore, run.plan, run.heard_at_s = found.restore, found.plan, now.s
+        run.restore, run.heard_at_s = found.restore, now.s
         if found.trained:  # all that is left is the publication
             return [Apply(transitions.trained(record), then=(Publish(job),)), *self.state.end()]
         assert found.plan is not None
+        run.take_plan(found.plan)
         if run.adopting:
             cursor = run.next_cursor
             at = hello_part.at(run, cursor) if cursor else found.plan.cursor_after(run.applied)
@@ -162,12 +165,18 @@ class RunMachine:
 
     def _start(self, run: Run, change: Transition, found: Preparation, now: Now) -> list[Effect]:
         assert found.plan is not None
+        record = evaluations.go_back(change.record, found.step, internal.state_in(found.meta))
+        change = Transition(record, change.drafts)
+        state = msgspec.to_builtins(record.evaluation_state)
+        begin = found.plan.evaluation_of(found.step)
+        if begin is None or record.evaluation_state.step >= found.step:
+            begin = found.plan.cursor_after(found.step)
         spec = internal.RunSpec(
             job=run.job,
             attempt=run.attempt,
-            hyperparameters=change.record.hyperparameters,
-            total_steps=change.record.total_steps,
-            memory_bytes=self._memory_bytes(change.record),
+            hyperparameters=record.hyperparameters,
+            total_steps=record.total_steps,
+            memory_bytes=self._memory_bytes(record),
         )
         run.phase, run.scheduler_pid, run.sent_at_s = Phase.STARTING, self.state.scheduler_pid, now.s
         run.start = internal.StartRun(
@@ -176,17 +185,22 @@ class RunMachine:
             updates=self.state.updates,
             step=found.step,
             restore=found.restore,
-            meta=found.meta,
+            meta=found.meta | ({internal.EVALUATION: state} if record.evaluates else {}),
+            begin=begin,
         )
-        run.applied, run.next_cursor = found.step, found.plan.cursor_after(found.step)
+        run.next_cursor = begin
+        run.has_applied(found.step)
         start = Send(run.start)
         # A step back in the store comes first: its steps' metrics would be taken for known ones.
-        return [Apply(change, then=(start,))] if change.drafts else [start]
+        return [start] if change.record is self.state.book.find(run.job) else [Apply(change, then=(start,))]
 
     def _memory_bytes(self, record: JobRecord) -> int:
         limits = self.state.limits
         longest, rows = record.data.get("longest_row", 0), record.data.get("rows", 0)
-        return limits.job_memory_bytes(record.hyperparameters, longest, rows) if limits and longest else 0
+        if limits is None or not longest:
+            return 0
+        evaluated = record.data.get("validation") or {}
+        return limits.job_memory_bytes(record.hyperparameters, longest, rows, evaluated.get("longest_row", 0))
 
     def cannot_start(self, job: str, attempt: int, text: str, now: Now) -> list[Effect]:
         """The StartRun cannot be sent, now or later."""

@@ -18,6 +18,7 @@ from sglang_harli.protocol import shared_memory, trouble
 from sglang_harli.protocol.internal import ServedLimits
 from sglang_harli.service.checkpoint import checkpoints
 from sglang_harli.service.checkpoint.checkpoints import CheckpointError
+from sglang_harli.service.data import validation as validation_data
 from sglang_harli.service.data.batches import BatchOrder
 from sglang_harli.service.data.token_store import TokenReader
 from sglang_harli.service.jobs import admission
@@ -49,7 +50,7 @@ def prepare(
     Rows that serving would see otherwise are made again, but not for a run that the scheduler holds
     (no ``shm``).  The checkpoint, which takes long, comes last unless nothing may be left to train.
     """
-    perhaps_trained = record.checkpoint_step == record.total_steps
+    perhaps_trained = record.complete
     found = restore(record, paths, shm) if shm is not None and perhaps_trained else Preparation(None)
     if found.trained:
         return found
@@ -84,6 +85,7 @@ def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits) -> Bat
             data.get("unit", "line"),
         )
         admission.check_vocabulary(data["largest_id"], limits)
+        admission.check_validation(data.get("validation"), record.hyperparameters, data, limits)
     except HarliError as error:
         if record.admitted:  # it fitted the server that accepted it
             raise NotHereError(f"it does not fit this server: {error.message}", param=error.param) from error
@@ -91,7 +93,9 @@ def open_feeder(record: JobRecord, paths: JobPaths, limits: ServedLimits) -> Bat
     folder = rows_folder(data, paths)
     try:
         failpoint(ReadFailpoint.DATA)
-        feeder = BatchOrder(TokenReader(folder), record.hyperparameters)
+        tokens = TokenReader(folder)
+        validation = TokenReader(folder / validation_data.FOLDER) if data.get("validation") else None
+        feeder = BatchOrder(tokens, record.hyperparameters, validation)
     except UNREADABLE as error:
         if trouble.passes(error):
             raise
@@ -137,7 +141,7 @@ def restore(record: JobRecord, paths: JobPaths, shm: Path) -> Preparation:
 def _restore_one(record: JobRecord, paths: JobPaths, shm: Path, step: int) -> Preparation:
     try:
         checkpoints.check_state(paths.checkpoints, step)
-        if step == record.total_steps:
+        if step == record.last_step and record.complete:
             return Preparation(None, trained=True)
         slot, ref, meta, tokens = checkpoints.load_state(paths.checkpoints, step, shm)
     except shared_memory.SharedBufferError as error:

@@ -11,11 +11,12 @@ from typing import Any
 
 from sglang_harli.core import JobStatus, SubState
 from sglang_harli.protocol import internal
-from sglang_harli.service.jobs import transitions
+from sglang_harli.service.jobs import evaluations, transitions
 from sglang_harli.service.jobs.transitions import DesiredState, JobRecord, Transition
 from sglang_harli.service.run.holds import NotNow, may_be_tried_again, put_back
 from sglang_harli.service.run.resync import pulse, saved
 from sglang_harli.service.run.state import (
+    IN_PASSING,
     Acknowledge,
     Apply,
     Effect,
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 SUB_STATE_EVENT_S = 10.0  # a sub-state that changes faster is shown in the job, and is no event
 METRICS = (
-    *("step", "epoch", "loss", "learning_rate", "grad_norm"),
+    *("step", "epoch", "loss", "train_mean_token_accuracy", "learning_rate", "grad_norm"),
     *("tokens", "target_tokens", "seconds", "attempt"),
 )
 
@@ -63,18 +64,23 @@ def take(state: State, message: Any, now: Now) -> list[Effect]:
         return _started(state, run, message)
     if _too_early(record, message):
         return []
+    if isinstance(message, internal.EvaluationDone):
+        return _evaluated(state, run, record, message)
     if isinstance(message, internal.StepDone):
         return _step_done(state, run, record, message)
     if isinstance(message, internal.SnapshotReady):
-        return _snapshot(state, record, message)
+        return _snapshot(state, record, message, now)
     return _over(state, run, record, message, now)
 
 
 def _too_early(record: JobRecord, message: Any) -> bool:
-    """Whether a step before it is missing; sent again, that comes first."""
+    """Whether a step or an evaluation before it is missing; sent again, that comes first."""
     if record.status.final or record.metrics_attempt != message.attempt:
         return False
-    return record.metrics_step < message.after
+    lacks = not isinstance(message, internal.EvaluationDone) and (
+        record.evaluation_state.step < message.evaluated
+    )
+    return lacks or record.metrics_step < message.after
 
 
 def _started(state: State, run: Run | None, message: internal.RunStarted) -> list[Effect]:
@@ -101,6 +107,21 @@ def _step_done(state: State, run: Run | None, record: JobRecord, message: intern
     else:
         change = transitions.late_step(record, message.step, metrics)
     state.unstored.add(message.seq)
+    return [Apply(change, urgent=False, then=(Acknowledge(message.seq),))]
+
+
+def _evaluated(
+    state: State, run: Run | None, record: JobRecord, message: internal.EvaluationDone
+) -> list[Effect]:
+    if run is not None:
+        run.has_evaluated(message.step)
+    known = message.step <= record.evaluation_state.step
+    if record.status.final or (known and message.seq not in state.unstored):
+        return [Acknowledge(message.seq)]
+    if known:
+        return []  # said again while it is being stored
+    state.unstored.add(message.seq)
+    change = evaluations.evaluated(record, message)
     return [Apply(change, urgent=False, then=(Acknowledge(message.seq),))]
 
 
@@ -145,18 +166,23 @@ def _over(state: State, run: Run | None, record: JobRecord, message: Any, now: N
 
 
 # ------------------------------------------------------------------ snapshots
-def _snapshot(state: State, record: JobRecord, message: internal.SnapshotReady) -> list[Effect]:
+def _snapshot(state: State, record: JobRecord, message: internal.SnapshotReady, now: Now) -> list[Effect]:
     if message.reason == "shutdown":  # the server ends: nothing is started before another hello
         state.greeted = False
     key = (message.job, message.attempt, message.step)
     if key in state.writing:  # announced twice: written once
         state.writing[key].seqs.add(message.seq)
         return []
-    if record.checkpoint_step >= message.step:  # announced again after a restart of this service
-        return [Send(saved(message, message.step, ok=True)), Acknowledge(message.seq)]
+    if record.checkpoint_step >= message.step:
+        # Announced again after a restart of this service; or saved before its evaluation was over.
+        known: list[Effect] = [Send(saved(message, message.step, ok=True)), Acknowledge(message.seq)]
+        if not record.complete or record.publishing or record.status.final:
+            return known
+        change, after = _ended(state, Transition(record), message, now)
+        return [Apply(change, then=(*known, *after))]
     if record.status.final:
         return [Acknowledge(message.seq)]
-    if state.given_up == key and message.reason == "every":
+    if state.given_up == key and message.reason in IN_PASSING:
         # The slot may hold another step by now: it is not read again.
         return [Send(saved(message, message.step, ok=False)), Acknowledge(message.seq)]
     state.writing[key] = Writing(message.slot.path, {message.seq})
@@ -168,7 +194,7 @@ def snapshot_delayed(state: State, message: internal.SnapshotReady, why: str) ->
     writing = state.writing.get((message.job, message.attempt, message.step))
     run = state.named(message)
     record = state.running(run) if run is not None else None
-    if writing is None or record is None or message.reason == "every":
+    if writing is None or record is None or message.reason in IN_PASSING:
         return []
     writing.delayed = why
     change = transitions.progress(record, message.step, record.trained_tokens, SubState.CHECKPOINTING, why)
@@ -208,9 +234,17 @@ def _checkpointed(
     """The transition, and what follows once it is durable."""
     counted = message.meta.get("tokens")
     tokens = counted if isinstance(counted, int) else record.trained_tokens
-    change = transitions.checkpoint_saved(record, message.step, tokens, message.reason)
-    after: list[Effect] = []
-    if message.step == record.total_steps and record.status == JobStatus.RUNNING:
+    trained = {name: getattr(message, name) for name in ("train_loss", "train_mean_token_accuracy")}
+    change = transitions.checkpoint_saved(record, message.step, tokens, message.reason, trained)
+    return _ended(state, change, message, now)
+
+
+def _ended(
+    state: State, change: Transition, message: internal.SnapshotReady, now: Now
+) -> tuple[Transition, list[Effect]]:
+    """A change with the end of the training, where nothing of it is left; and what follows."""
+    record, after = change.record, []
+    if record.complete and record.status == JobStatus.RUNNING:
         if record.desired == DesiredState.CANCEL:
             change = transitions.then(change, lambda r: transitions.stopped(r, now.wall))
         else:  # one commit: both or none
@@ -230,7 +264,7 @@ def _given_up(
     now: Now,
 ) -> list[Effect]:
     run = state.named(message)
-    if run is None or message.reason in ("every", "shutdown"):
+    if run is None or message.reason in (*IN_PASSING, "shutdown"):
         return [Send(saved(message, message.step, ok=False)), *acks]
     # The state is lost: it is trained again from the checkpoint before.
     change, held = put_back(state, record, NotNow(found.why), now)

@@ -131,9 +131,9 @@ def _meet(state: State, message: internal.Hello | internal.Pulse, now: Now) -> l
     record = state.book.find(message.job)
     if record is not None and record.attempt != message.attempt:
         record = None  # an older attempt: nothing of it is wanted
-    if record is not None and record.checkpoint_step == record.total_steps:
+    if record is not None and record.complete:
         # All is trained and durable: the writer died before it sent this, or it was lost.
-        done = internal.SnapshotSaved(job=record.id, attempt=record.attempt, step=record.total_steps)
+        done = internal.SnapshotSaved(job=record.id, attempt=record.attempt, step=record.last_step)
         return [Send(done)]
     run = Run(message.job, message.attempt, Phase.PREPARING, state.scheduler_pid)
     run.has_applied(message.step)

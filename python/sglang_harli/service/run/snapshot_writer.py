@@ -10,12 +10,12 @@ from typing import Any
 
 from sglang_harli.protocol import internal, shared_memory, trouble
 from sglang_harli.service.checkpoint import checkpoints
-from sglang_harli.service.jobs import transitions
+from sglang_harli.service.jobs import evaluations, transitions
 from sglang_harli.service.jobs.folder import JobPaths
 from sglang_harli.service.jobs.record import JobRecord
 from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.run.prepare import UNREADABLE
-from sglang_harli.service.run.state import Unwritten
+from sglang_harli.service.run.state import IN_PASSING, Unwritten
 
 # Of a snapshot in passing: the next one comes.  That of a run that stops or ends is tried for ever.
 TRIES_IN_PASSING = 3
@@ -46,7 +46,7 @@ class SnapshotWriter:
             lasting = not isinstance(wrong, OSError | MemoryError)  # it would be so the next time
             # The slot is gone, or it is not what it was.
             lost = isinstance(wrong, shared_memory.SharedBufferError) and not trouble.passes(wrong)
-            passed = message.reason == "every" and tries == TRIES_IN_PASSING
+            passed = message.reason in IN_PASSING and tries == TRIES_IN_PASSING
             if lasting or lost or passed or _is_over(self._registry.get(message.job)):
                 break
             again = f"{text}: trying again in {trouble.pause_s(tries):g} s"
@@ -70,13 +70,19 @@ class SnapshotWriter:
         self._registry.apply(transitions.warn(self._registry.get(job), text))
 
     async def prune(self, job: str) -> None:
-        """Remove older checkpoints than are kept; what cannot be removed goes with the next."""
+        """Remove older checkpoints than are kept, but not the best one by its evaluation; what
+        cannot be removed goes with the next."""
         folder = JobPaths(self._registry.run_dir, job).checkpoints
         async with self._turn:
+            best = evaluations.best_first(self._registry.get(job))[:1]
             try:
-                await self._off(checkpoints.prune, folder, self._registry.keep_checkpoints)
+                kept = await self._off(checkpoints.prune, folder, self._registry.keep_checkpoints, best)
             except OSError as error:
                 self._warn(job, f"older checkpoints cannot be removed ({error})")
+                return
+        record = self._registry.get(job)
+        if {checkpoint.step for checkpoint in record.checkpoints} - kept:
+            self._registry.apply(evaluations.left(record, kept), urgent=False)
 
     async def _off(self, call: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._disk, call, *args)

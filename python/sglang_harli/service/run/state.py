@@ -18,6 +18,7 @@ SAY_AGAIN_S = 5.0  # a StartRun or StopRun without an answer
 # Micro-batches sent and not done: at most so many, and BYTES_AHEAD bytes unless under LEAST_AHEAD.
 LEAST_AHEAD, MOST_AHEAD = 2, 32
 BYTES_AHEAD = 16 << 20
+IN_PASSING = ("every", "best")  # reasons of snapshots behind which training goes on
 SILENT_S = 10.0  # nothing was heard of a run for so long: the scheduler is asked for a hello
 
 
@@ -51,6 +52,7 @@ class Plan(Protocol):
 
     def cursor_after(self, step: int) -> BatchCursor: ...
     def following(self, cursor: BatchCursor) -> BatchCursor: ...
+    def evaluation_of(self, step: int) -> BatchCursor | None: ...
 
 
 # ------------------------------------------------------------------ what is to be done
@@ -217,13 +219,26 @@ class Run:
     def has_applied(self, step: int) -> None:
         """The scheduler has applied this step, and is done with its micro-batches."""
         self.applied = max(self.applied, step)
-        self.has_taken(self.applied + 1, 0)
+        evaluation = self.plan.evaluation_of(self.applied) if self.plan is not None else None
+        if evaluation is not None:
+            self.has_taken(*_place(evaluation))
+        elif self.plan is not None:
+            self.has_taken(self.applied + 1, 0)
+
+    def has_evaluated(self, step: int) -> None:
+        """The scheduler is done with what is evaluated behind this step."""
+        self.has_taken(step + 1, 0)
 
     def has_taken(self, step: int, index: int) -> None:
         """The scheduler is done with the micro-batches before that one."""
         self.taken = max(self.taken, (step, index))
         while self.ahead and self.ahead[0][0] < self.taken:
             self.ahead.popleft()
+
+    def take_plan(self, plan: Plan) -> None:
+        """The order of its micro-batches is known."""
+        self.plan = plan
+        self.has_applied(self.applied)
 
     def fed(self, nbytes: int) -> None:
         """The micro-batch at ``next_cursor`` was sent."""

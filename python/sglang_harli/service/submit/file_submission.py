@@ -23,7 +23,7 @@ from sglang_harli.errors import ConfigError, DataError, HarliError, NotReadyErro
 from sglang_harli.failpoints import Failpoint, failpoint
 from sglang_harli.protocol import trouble
 from sglang_harli.protocol.public import Hyperparameters, SubmitArgs, parse_hyperparameters
-from sglang_harli.service.data import batches, dataset
+from sglang_harli.service.data import batches, dataset, validation
 from sglang_harli.service.data.dataset import DataSummary
 from sglang_harli.service.data.token_store import TokenWriter
 from sglang_harli.service.files.file_store import FileStore
@@ -34,7 +34,8 @@ from sglang_harli.service.jobs.record_encoding import RecordError
 from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.jobs.transitions import EventDraft, JobRecord
 from sglang_harli.service.links.scheduler_link import SchedulerLink
-from sglang_harli.service.submit import repeated_submit, resume_from
+from sglang_harli.service.submit import evaluation, repeated_submit, resume_from
+from sglang_harli.service.submit.evaluation import ValidationFile
 from sglang_harli.service.submit.resume_from import Origin, Start
 from sglang_harli.service.submit.submission import Submission
 from sglang_harli.service.submit.uploads import Uploads, storage_error
@@ -44,6 +45,13 @@ logger = logging.getLogger(__name__)
 
 AGAIN_S = 5.0  # after files could not be looked at for the moment
 REPORTED = 20  # events that name lines of a file that is not accepted
+
+
+class _Taken(NamedTuple):
+    """The files of a job to be."""
+
+    training: FileRecord
+    validation: FileRecord | None
 
 
 class _Looked(NamedTuple):
@@ -80,12 +88,15 @@ class FileSubmission(Submission):
         self._check_ready()
         origin = resume_from.find(self._registry, args) if args.resume_from is not None else None
         hp = origin.hyperparameters if origin is not None else parse_hyperparameters(args.hyperparameters)
+        evaluation.check(hp, file=args.validation_file is not None)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._settlers, self._longest, hp)  # refuses what cannot be trained here
         job = self._registry.new_id()
         incoming = self._registry.run_dir / f"{INCOMING}{job}"
         try:
-            file, start = await loop.run_in_executor(self._settlers, self._take_files, args, origin, incoming)
+            taken, start = await loop.run_in_executor(
+                self._settlers, self._take_files, args, origin, incoming
+            )
             await loop.run_in_executor(self._settlers, self._settle, incoming, job)
         except OSError as error:
             raise storage_error(self._registry.run_dir, error) from error
@@ -94,7 +105,7 @@ class FileSubmission(Submission):
                 await loop.run_in_executor(self._settlers, self._remove, incoming)
         failpoint(Failpoint.DATA_STORED)
         record = msgspec.structs.replace(
-            self._unvalidated(job, args, hp, file),
+            self._unvalidated(job, args, hp, taken),
             asked=repeated_submit.asked(given) if given.idempotency_key else None,
         )
         if origin is not None:
@@ -128,28 +139,39 @@ class FileSubmission(Submission):
             param="model",
         )
 
-    def _unvalidated(self, job: str, args: SubmitArgs, hp: Hyperparameters, file: FileRecord) -> JobRecord:
+    def _unvalidated(self, job: str, args: SubmitArgs, hp: Hyperparameters, taken: _Taken) -> JobRecord:
+        file, validation_file = taken
         record = self._record(job, args, hp, DataSummary(file=file.filename), admitted=False)
+        noted = {"validation": _noted(validation_file)} if validation_file is not None else {}
         return msgspec.structs.replace(
             record,
             status=JobStatus.VALIDATING_FILES,
             validated=False,
             total_steps=0,
-            data={"file": file.filename, "bytes": file.bytes, "sha256": file.sha256},
+            data=_noted(file) | noted,
             data_sha256=file.sha256,
             training_file=file.id,
+            validation_file=args.validation_file,
         )
 
-    def _take_files(self, args: SubmitArgs, origin: Origin | None, folder: Path) -> tuple[FileRecord, Start]:
-        """In a thread: the folder of a job to be, with its file and what ``origin`` left."""
-        (folder / "data").mkdir(parents=True)
+    def _take_files(self, args: SubmitArgs, origin: Origin | None, folder: Path) -> tuple[_Taken, Start]:
+        """In a thread: the folder of a job to be, with its files and what ``origin`` left."""
+        data = folder / "data"
+        data.mkdir(parents=True)
+
+        def link(param: str, name: str, place: Path) -> FileRecord:
+            try:
+                return self._files.link(name, place)
+            except HarliError as error:
+                raise ConfigError(f"{param}: {error.message}", param=param) from error
+
         assert args.training_file is not None
-        try:
-            file = self._files.link(args.training_file, folder / "data" / "train.jsonl")
-        except HarliError as error:
-            raise ConfigError(f"training_file: {error.message}", param="training_file") from error
+        training = link("training_file", args.training_file, data / "train.jsonl")
+        evaluated = None
+        if args.validation_file is not None:
+            evaluated = link("validation_file", args.validation_file, data / validation.FILE)
         start = resume_from.take_checkpoint(origin, folder) if origin is not None else Start()
-        return file, start
+        return _Taken(training, evaluated), start
 
     # ---- looking at files
     def _changed(self, record: JobRecord) -> None:
@@ -204,7 +226,7 @@ class FileSubmission(Submission):
             return
         record, summary = self._registry.get(job), found.summary
         data = summary.builtins() | {name: record.data[name] for name in ("bytes", "sha256")}
-        steps = batches.total_steps(summary.rows, record.hyperparameters)
+        steps = batches.total_steps(summary.rows - summary.validation_rows, record.hyperparameters)
         self._registry.apply(
             transitions.validated(record, data, steps, summary.text(), admitted=found.admitted)
         )
@@ -233,34 +255,42 @@ class FileSubmission(Submission):
     # ---- in the worker thread
     def _look_at(self, record: JobRecord) -> _Looked:
         """Token rows of the job's file, durable; a look that a crash ended is begun again."""
-        limits = self._link.limits
-        summary = self._tokens_of(record, self._longest(record.hyperparameters))
+        limits, hp = self._link.limits, record.hyperparameters
+        summary = self._rows_of(record, self._longest(hp))
         if limits is None and (limits := self._link.limits) is not None:  # they came meanwhile
-            summary = self._tokens_of(record, self._longest(record.hyperparameters))
+            summary = self._rows_of(record, self._longest(hp))
         if limits is not None:
-            admission.check_data(
-                record.hyperparameters,
-                summary.longest_row,
-                summary.longest_line,
-                summary.rows,
-                limits,
-                summary.unit,
-            )
+            longest, line = summary.longest_row, summary.longest_line
+            admission.check_data(hp, longest, line, summary.rows, limits, summary.unit)
+            admission.check_validation(summary.validation, hp, summary.builtins(), limits)
         fsync_tree(JobPaths(self._registry.run_dir, record.id).data)
         return _Looked(summary, limits is not None)
 
-    def _tokens_of(self, record: JobRecord, longest: int | None) -> DataSummary:
+    def _rows_of(self, record: JobRecord, longest: int | None) -> DataSummary:
         folder = JobPaths(self._registry.run_dir, record.id).data
-        with TokenWriter(folder) as writer:
-            return dataset.scan(
-                folder / "train.jsonl",
-                self._tokenizer.get(),
-                name=record.data["file"],
-                max_length=longest,
-                on_overflow=record.hyperparameters.on_overflow,
-                writer=writer,
-                stop=lambda: self._stopping.is_set() or not self._still(record.id),
-            )
+
+        def scan(file: Path, rows: Path, name: str) -> DataSummary:
+            with TokenWriter(rows) as writer:
+                return dataset.scan(
+                    file,
+                    self._tokenizer.get(),
+                    name=name,
+                    max_length=longest,
+                    on_overflow=record.hyperparameters.on_overflow,
+                    writer=writer,
+                    stop=lambda: self._stopping.is_set() or not self._still(record.id),
+                )
+
+        summary = scan(folder / "train.jsonl", folder, record.data["file"])
+        validation.hold_out(folder, record.hyperparameters, summary)
+        if noted := record.data.get("validation"):
+            found = ValidationFile(folder / validation.FILE, noted["file"], noted["sha256"])
+            summary.validation = evaluation.take_in(found, folder, scan)
+        return summary
+
+
+def _noted(file: FileRecord) -> dict[str, Any]:
+    return {"file": file.filename, "bytes": file.bytes, "sha256": file.sha256}
 
 
 def _lines(details: list[dict[str, Any]]) -> list[EventDraft]:

@@ -12,18 +12,20 @@ from sglang_harli.protocol.public import Hyperparameters, SubmitArgs, parse_hype
 from sglang_harli.service.jobs.record import Asked, JobRecord
 from sglang_harli.service.jobs.record_encoding import plain
 
-DATA = "other data"
+DATA, VALIDATION = "other data", "other validation data"
 
 
 def asked(args: SubmitArgs) -> Asked:
     """What makes the job, of a submit that was accepted or may be."""
     return Asked(
         sha256=args.sha256,
+        validation_sha256=args.validation_sha256,
         suffix=args.suffix,
         resume_from=args.resume_from,
         priority=args.priority,
         hyperparameters={name: _typed(name, value) for name, value in args.hyperparameters.items()},
         training_file=args.training_file,
+        validation_file=args.validation_file,
         metadata=args.metadata,
         model=args.model,
     )
@@ -46,7 +48,9 @@ def differences(
     gets unnamed; None: not known any more, then what only the first submit names is no difference.
     """
     found = [DATA] if first.sha256 != again.sha256 else []
-    for name in ("resume_from", "suffix", "priority", "training_file", "metadata", "model"):
+    found += [VALIDATION] if first.validation_sha256 != again.validation_sha256 else []
+    named = ("resume_from", "suffix", "priority", "training_file", "validation_file", "metadata", "model")
+    for name in named:
         found += _difference(name, getattr(first, name), getattr(again, name))
     rest = plain(left_out) if left_out is not None else {}
     job = plain(has) if has is not None else rest

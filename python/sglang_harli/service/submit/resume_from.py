@@ -7,9 +7,10 @@ only the adapter's weights carry over, as the new job's ``step-0`` checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ import msgspec
 
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError, HarliError, StateError
+from sglang_harli.protocol.internal import EvaluationState, state_in
 from sglang_harli.protocol.public import Hyperparameters, SubmitArgs, parse_hyperparameters
 from sglang_harli.service.checkpoint import checkpoints
 from sglang_harli.service.checkpoint.checkpoints import CheckpointError
-from sglang_harli.service.data import batches
+from sglang_harli.service.data import batches, validation
 from sglang_harli.service.data.dataset import DataSummary
 from sglang_harli.service.data.token_store import TokenReader
+from sglang_harli.service.jobs import evaluations
 from sglang_harli.service.jobs.folder import JobPaths
+from sglang_harli.service.jobs.record import CheckpointMetrics
 from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.jobs.transitions import EventDraft, JobRecord, Transition
 from sglang_harli.service.tokenizer.retokenize import ROWS_IN, rows_folder
@@ -31,7 +35,8 @@ from sglang_harli.service.tokenizer.retokenize import ROWS_IN, rows_folder
 # What may change without changing which rows come when, or the shape of the state.
 MAY_DIFFER = (
     *("n_epochs", "learning_rate", "lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm"),
-    *("checkpoint_every", "lora_dropout"),
+    *("checkpoint_every", "lora_dropout", "eval_steps", "early_stopping_patience"),
+    *("early_stopping_min_delta", "publish_best"),
 )
 SHAPE = ("lora_r", "lora_alpha", "use_rslora", "target_modules")  # of an adapter: fixed on any course
 
@@ -54,6 +59,8 @@ class Start:
     tokens: int = 0
     carried: bool = False  # a ``step-0`` checkpoint is there, and needed
     damage: str = ""  # why newer checkpoints were not taken
+    evaluation: EvaluationState = field(default_factory=EvaluationState)
+    kept: tuple[CheckpointMetrics, ...] = ()  # what is known of the checkpoints that were taken
 
 
 def find(registry: JobRegistry, args: SubmitArgs) -> Origin:
@@ -110,8 +117,8 @@ def _check_same(record: JobRecord, hp: Hyperparameters, new_course: bool) -> Non
 def _check_left(origin: Origin) -> None:
     """Something is left to do, as far as the record tells (the checkpoint is read later)."""
     record = origin.record
-    total = batches.total_steps(record.data["rows"], origin.hyperparameters)
-    if record.status == JobStatus.SUCCEEDED and total == record.total_steps:
+    total = batches.total_steps(batches.train_rows(record.data), origin.hyperparameters)
+    if record.status == JobStatus.SUCCEEDED and total == record.total_steps and not record.stops_early:
         raise ConfigError(
             f"job {record.id} has done all of its {total} steps: raise n_epochs (now "
             f"{origin.hyperparameters.n_epochs}), or give --data to begin a new course with its adapter",
@@ -136,6 +143,9 @@ def follow(record: JobRecord, origin: Origin, start: Start) -> JobRecord:
         "step": start.step,
         "trained_tokens": start.tokens,
         "base": old.base or record.base,
+        "evaluation_state": start.evaluation,
+        "evaluated_step": start.evaluation.step,
+        "checkpoints": list(start.kept),
     }
     if not origin.new_course:
         data = {name: value for name, value in old.data.items() if name != ROWS_IN}
@@ -170,8 +180,11 @@ def take_data(origin: Origin, folder: Path) -> DataSummary:
             param="resume_from",
         ) from error
     _link_files(stored, folder / "data")
+    if record.data.get("validation"):
+        _link_files(stored / validation.FOLDER, folder / "data" / validation.FOLDER)
     if stored != origin.paths.data:
         _link_files(origin.paths.data, folder / "data", "train.jsonl")
+        _link_files(origin.paths.data, folder / "data", validation.FILE)
     known = {name: value for name, value in record.data.items() if name in DataSummary.__struct_fields__}
     return msgspec.convert(known, DataSummary)
 
@@ -188,7 +201,28 @@ def take_checkpoint(origin: Origin, folder: Path) -> Start:
     carried = origin.record.carried and (source / "step-0").is_dir()
     if carried and found:
         _link_files(source / "step-0", new / "step-0")
-    return Start(found, tokens, carried, damage)
+    state, kept = _evaluations(origin, found, new)
+    return Start(found, tokens, carried, damage, state, kept)
+
+
+def _evaluations(
+    origin: Origin, step: int, new: Path
+) -> tuple[EvaluationState, tuple[CheckpointMetrics, ...]]:
+    """What the evaluations up to ``step`` have come to, with patience anew; and what is known of
+    the checkpoints in ``new``, to which the best one is added."""
+    source = origin.paths.checkpoints
+    meta = checkpoints.plain_values(source, step)
+    state = evaluations.go_back(origin.record, step, state_in(meta)).evaluation_state
+    there = {step}
+    if 0 < state.best_step < step:
+        with contextlib.suppress(CheckpointError):
+            checkpoints.check_state(source, state.best_step)
+            _link_files(source / f"step-{state.best_step}", new / f"step-{state.best_step}")
+            there.add(state.best_step)
+    if state.best_step not in there:  # it cannot be published any more
+        state = msgspec.structs.replace(state, best_step=0, best_loss=None)
+    kept = tuple(known for known in origin.record.checkpoints if known.step in there)
+    return msgspec.structs.replace(state, stale=0), kept
 
 
 def _newest_whole(origin: Origin) -> tuple[int, int, str]:

@@ -30,7 +30,7 @@ from sglang_harli.protocol.public import (
     UploadArgs,
     parse_hyperparameters,
 )
-from sglang_harli.service.data import batches, dataset
+from sglang_harli.service.data import batches, dataset, validation
 from sglang_harli.service.data.dataset import DataSummary
 from sglang_harli.service.data.report import data_report
 from sglang_harli.service.data.token_store import TokenWriter
@@ -41,7 +41,8 @@ from sglang_harli.service.jobs.record_encoding import RecordError
 from sglang_harli.service.jobs.registry import JobRegistry
 from sglang_harli.service.jobs.transitions import JobRecord
 from sglang_harli.service.links.scheduler_link import SchedulerLink
-from sglang_harli.service.submit import repeated_submit, resume_from
+from sglang_harli.service.submit import evaluation, repeated_submit, resume_from
+from sglang_harli.service.submit.evaluation import ValidationFile
 from sglang_harli.service.submit.resume_from import Origin, Start
 from sglang_harli.service.submit.uploads import Uploads, storage_error
 from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
@@ -59,6 +60,7 @@ class _Incoming(NamedTuple):
     longest: int | None
     source: Path | Sequence[bytes]
     folder: Path
+    validation: ValidationFile | None = None
 
 
 class Submission:
@@ -99,7 +101,8 @@ class Submission:
     async def submit(self, args: SubmitArgs, frames: Sequence[bytes]) -> Job:
         """The job, durable; a repeated key gives the first one.  HarliError: none was created."""
         _check_frames(args, frames)
-        with self._answered(args.upload):
+        evaluation.check_arguments(args)
+        with self._answered(args.upload, args.validation_upload):
             return await self._submit(args, frames)
 
     async def _submit(self, args: SubmitArgs, frames: Sequence[bytes]) -> Job:
@@ -149,6 +152,8 @@ class Submission:
             hp = origin.hyperparameters
         else:
             hp = parse_hyperparameters(args.hyperparameters)
+        keeps = origin is not None and not origin.new_course and bool(origin.record.data.get("validation"))
+        evaluation.check(hp, file=keeps or args.validation_upload is not None)
         admitted = self._link.limits is not None
         loop = asyncio.get_running_loop()
         job = self._registry.new_id()
@@ -181,8 +186,8 @@ class Submission:
                 return await asyncio.get_running_loop().run_in_executor(self._worker, self._look, incoming)
 
     @contextlib.contextmanager
-    def _answered(self, upload: str | None) -> Iterator[None]:
-        """Forgets an upload that its request had no use for: a repeated submit, or a refused one.
+    def _answered(self, *uploads: str | None) -> Iterator[None]:
+        """Forgets uploads that their request had no use for: a repeated submit, or a refused one.
 
         Not where the client is to ask again with it, or may still be sending it.
         """
@@ -190,9 +195,11 @@ class Submission:
             yield
         except HarliError as error:
             if error.code != BUSY and not isinstance(error, ProtocolError):
-                self._uploads.forget(upload)
+                for upload in uploads:
+                    self._uploads.forget(upload)
             raise
-        self._uploads.forget(upload)
+        for upload in uploads:
+            self._uploads.forget(upload)
 
     @contextlib.asynccontextmanager
     async def _incoming(
@@ -202,18 +209,24 @@ class Submission:
         loop = asyncio.get_running_loop()
         longest = await loop.run_in_executor(self._settlers, self._longest, hp)
         incoming = self._registry.run_dir / f"{INCOMING}{job}"
-        uploaded = None
-        if args.upload:
-            uploaded = await self._uploads.take(args.upload, args.size, args.sha256)
+        uploaded = evaluated = None
+        taken: list[Path] = []
         try:
-            yield _Incoming(args, hp, longest, uploaded or frames, incoming)
+            if args.upload:
+                uploaded = await self._uploads.take(args.upload, args.size, args.sha256)
+                taken.append(uploaded.parent)
+            if args.validation_upload:
+                size, sha256 = args.validation_size, args.validation_sha256
+                path = await self._uploads.take(args.validation_upload, size, sha256)
+                taken.append(path.parent)
+                evaluated = ValidationFile(path, args.validation_filename, sha256)
+            yield _Incoming(args, hp, longest, uploaded or frames, incoming, evaluated)
         except OSError as error:
             raise storage_error(self._registry.run_dir, error) from error
         finally:
-            for folder in (incoming, uploaded.parent if uploaded is not None else None):
-                if folder is not None:
-                    with contextlib.suppress(RuntimeError):  # the service ends; its next start removes it
-                        await loop.run_in_executor(self._settlers, self._remove, folder)
+            for folder in (incoming, *taken):
+                with contextlib.suppress(RuntimeError):  # the service ends; its next start removes it
+                    await loop.run_in_executor(self._settlers, self._remove, folder)
 
     def _longest(self, hp: Hyperparameters) -> int | None:
         """The longest row accepted; by the model's own files before a hello."""
@@ -238,7 +251,7 @@ class Submission:
             hyperparameters=hp,
             model=self._config.served_model_name,
             adapter_name=adapter_name(self._config.served_model_name, args.suffix, job),
-            total_steps=batches.total_steps(summary.rows, hp),
+            total_steps=batches.total_steps(summary.rows - summary.validation_rows, hp),
             data=summary.builtins() | {"bytes": args.size, "sha256": args.sha256},
             data_sha256=args.sha256,
             suffix=args.suffix,
@@ -262,22 +275,32 @@ class Submission:
         if limits is not None:
             longest, line = summary.longest_row, summary.longest_line
             admission.check_data(incoming.hp, longest, line, summary.rows, limits, summary.unit)
+            admission.check_validation(summary.validation, incoming.hp, summary.builtins(), limits)
         return summary, start
 
     def _scan(self, incoming: _Incoming) -> DataSummary:
+        def scan(file: Path, folder: Path, name: str) -> DataSummary:
+            summary = self._tokens(incoming, file, folder, name, incoming.longest)
+            limits = self._link.limits
+            if limits is not None and summary.longest_row > limits.max_seq_length:  # it came meanwhile
+                summary = self._tokens(incoming, file, folder, name, limits.max_seq_length)
+            return summary
+
         file = _keep(incoming)
-        summary = self._tokens(incoming, file, incoming.longest)
-        limits = self._link.limits
-        if limits is not None and summary.longest_row > limits.max_seq_length:
-            summary = self._tokens(incoming, file, limits.max_seq_length)  # the limit came meanwhile
+        summary = scan(file, file.parent, incoming.args.filename)
+        validation.hold_out(file.parent, incoming.hp, summary)
+        if incoming.validation is not None:
+            summary.validation = evaluation.take_in(incoming.validation, file.parent, scan)
         return summary
 
-    def _tokens(self, incoming: _Incoming, file: Path, longest: int | None) -> DataSummary:
-        with TokenWriter(file.parent) as writer:
+    def _tokens(
+        self, incoming: _Incoming, file: Path, folder: Path, name: str, longest: int | None
+    ) -> DataSummary:
+        with TokenWriter(folder) as writer:
             return dataset.scan(
                 file,
                 self._tokenizer.get(),
-                name=incoming.args.filename,
+                name=name,
                 max_length=longest,
                 on_overflow=incoming.hp.on_overflow,
                 writer=writer,
@@ -323,11 +346,13 @@ def _conflict(args: SubmitArgs, owner: str, differences: list[str]) -> None:
 
 def _check_frames(args: SubmitArgs, frames: Sequence[bytes]) -> None:
     if args.training_file is not None:
-        if frames or args.upload or args.sha256 or args.size:
+        if frames or args.upload or args.sha256 or args.size or args.validation_upload:
             raise ProtocolError(
                 "submit names a training_file and brings data too: give one of the two", param="training_file"
             )
         return
+    if args.validation_file is not None:
+        raise ProtocolError("validation_file goes with a training_file", param="validation_file")
     if not args.sha256 and (args.resume_from is None or args.upload or frames or args.size):
         raise ProtocolError("submit needs the data's size and sha256, or resume_from alone", param="sha256")
     if args.upload and frames:

@@ -11,7 +11,7 @@ import msgspec
 
 from sglang_harli.errors import DataError, HarliError, NotReadyError
 from sglang_harli.protocol.internal import ServedLimits
-from sglang_harli.service.data import batches, dataset
+from sglang_harli.service.data import batches, dataset, validation
 from sglang_harli.service.data.dataset import DataSummary
 from sglang_harli.service.data.token_store import TokenWriter
 from sglang_harli.service.jobs.folder import JobPaths, fsync_folder, fsync_tree
@@ -52,11 +52,11 @@ def as_served(
     except HarliError as error:  # no fault of the job's
         raise NotReadyError(error.message, code=error.code) from error
     data = record.data
-    if data["tokenizer"] == rows.fingerprint and data["longest_row"] <= limits.max_seq_length:
+    if all(_fits(part, rows, limits) for part in (data, data.get("validation"))):
         return record
     try:
         summary = _scan(record, paths, rows, limits, stop)
-        steps = batches.total_steps(summary.rows, record.hyperparameters)
+        steps = batches.total_steps(summary.rows - summary.validation_rows, record.hyperparameters)
         _check_trained(record, summary, steps)
         folder = _settle(record, paths)
     except DataError as error:
@@ -71,9 +71,20 @@ def as_served(
         ) from error
     finally:
         shutil.rmtree(paths.data / _NEW, ignore_errors=True)
-    kept = {name: data[name] for name in ("bytes", "sha256") if name in data}
-    new = summary.builtins() | kept | {ROWS_IN: folder}
+    new = summary.builtins() | _file(data) | {ROWS_IN: folder}
     return msgspec.structs.replace(record, data=new, total_steps=steps)
+
+
+def _fits(data: dict[str, Any] | None, rows: RowEncoder, limits: ServedLimits) -> bool:
+    """Whether rows of this ``data`` are those that serving sees; None: there are none."""
+    if data is None:
+        return True
+    return data["tokenizer"] == rows.fingerprint and data["longest_row"] <= limits.max_seq_length
+
+
+def _file(data: dict[str, Any]) -> dict[str, Any]:
+    """What stays of a file's data whatever its rows are."""
+    return {name: data[name] for name in ("bytes", "sha256") if name in data}
 
 
 def _scan(
@@ -83,19 +94,28 @@ def _scan(
     limits: ServedLimits,
     stop: Callable[[], bool],
 ) -> DataSummary:
-    hp = record.hyperparameters
+    hp, data = record.hyperparameters, record.data
     new = paths.data / _NEW
     shutil.rmtree(new, ignore_errors=True)
-    with TokenWriter(new) as writer:
-        return dataset.scan(
-            paths.data / "train.jsonl",
-            tokenizer,
-            name=record.data.get("file", "train.jsonl"),
-            max_length=hp.max_seq_length if hp.max_seq_length is not None else limits.max_seq_length,
-            on_overflow=hp.on_overflow,
-            writer=writer,
-            stop=stop,
-        )
+
+    def scan(file: Path, folder: Path, name: str) -> DataSummary:
+        with TokenWriter(folder) as writer:
+            return dataset.scan(
+                file,
+                tokenizer,
+                name=name,
+                max_length=hp.max_seq_length if hp.max_seq_length is not None else limits.max_seq_length,
+                on_overflow=hp.on_overflow,
+                writer=writer,
+                stop=stop,
+            )
+
+    summary = scan(paths.data / "train.jsonl", new, data.get("file", "train.jsonl"))
+    validation.hold_out(new, hp, summary)
+    if old := data.get("validation"):
+        found = scan(paths.data / validation.FILE, new / validation.FOLDER, old["file"])
+        summary.validation = found.builtins() | _file(old)
+    return summary
 
 
 def _check_trained(record: JobRecord, summary: DataSummary, steps: int) -> None:

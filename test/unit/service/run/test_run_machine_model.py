@@ -16,6 +16,7 @@ from sglang_harli.service.jobs import transitions
 from sglang_harli.service.run import state
 from support.run_model import run_simulation as model
 from support.run_model.run_simulation import LossyNetwork
+from support.run_model.scheduler_model import LOSSES, STOPPED_AT
 
 PLACES = st.integers(0, 5)
 ROUNDS = 600
@@ -184,7 +185,15 @@ class Protocol(RuleBasedStateMachine):
     @invariant()
     def nothing_is_counted_twice(self) -> None:
         for (job, kind, attempt, step), count in self.rig.events.items():
-            if kind in ("step_metrics", "succeeded", "adapter_published", "failed", "cancelled"):
+            if kind in (
+                "step_metrics",
+                "eval_metrics",
+                "early_stopped",
+                "succeeded",
+                "adapter_published",
+                "failed",
+                "cancelled",
+            ):
                 assert count == 1, (job, kind, attempt, step, count)
 
     @invariant()
@@ -242,10 +251,16 @@ class Protocol(RuleBasedStateMachine):
             self.rig.scheduler.run,
         )
         if record.status == JobStatus.SUCCEEDED:
-            assert record.step == record.checkpoint_step == record.total_steps
-            assert record.total_steps in self.rig.disk[record.id]
-            told = {e[3] for e in self.rig.events if e[:2] == (record.id, "step_metrics")}
-            assert told == set(range(1, record.total_steps + 1)), "metrics of a step were lost"
+            last = STOPPED_AT if record.hyperparameters.early_stopping_patience else record.total_steps
+            assert record.step == record.checkpoint_step == record.last_step == last
+            assert last in self.rig.disk[record.id]
+            steps = set(range(1, last + 1))
+            for kind in ("step_metrics", *["eval_metrics"] * record.evaluates):
+                told = {e[3] for e in self.rig.events if e[:2] == (record.id, kind)}
+                assert told == steps, f"{kind} of a step were lost"
+            if record.evaluates:
+                assert record.best_step == min(steps, key=lambda step: LOSSES[step])
+                assert self.rig.events[record.id, "early_stopped", None, None] == (last == STOPPED_AT)
 
     def _settled(self) -> bool:
         service = self.rig.service

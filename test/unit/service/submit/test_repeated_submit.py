@@ -123,6 +123,12 @@ NAMED: dict[str, Any] = {
     "checkpoint_every": 7,
     "seed": 2**63 - 1,
     "on_overflow": "truncate",
+    "eval_steps": 3,
+    "eval_rows": 1,
+    "validation_split": 0.25,
+    "early_stopping_patience": 2,
+    "early_stopping_min_delta": 0.125,
+    "publish_best": True,
 }
 
 

@@ -207,21 +207,49 @@ def test_uploads_at_once_are_bounded_and_clients_wait_their_turn(own):
     assert jobs and jobs[0].data["rows"] == 1
 
 
-def test_what_a_crash_left_is_removed_at_start(own):
+def test_uploads_go_on_after_a_restart_for_an_hour(own):
     rig = own(peers=False)
     rig.client.status()
-    content = b"x" * (CHUNK + 1)
-    exchange(rig, "upload", upload_args(5, content), content[:CHUNK])
-    assert left_behind(rig.run_dir) == [f".upload-{5:032x}"]
-    rig.restart()
+    content = json.dumps({"prompt": "a", "completion": "b", "note": "x" * CHUNK}).encode()
+    for number in (5, 6, 7):
+        assert exchange(rig, "upload", upload_args(number, content), content[:CHUNK]) == {"offset": CHUNK}
+    exchange(rig, "upload", upload_args(6, content, CHUNK), content[CHUNK:])
+    (rig.run_dir / f".upload-{8:032x}").mkdir()  # of a crash in its first moment
+    old = rig.run_dir / f".upload-{7:032x}" / "data"
+    rig.service.kill()
+    os.utime(old, (time.time() - 3700,) * 2)  # stamp: as if an hour ago
+    rig.service.start()
     rig.client.status()
+    assert sorted(left_behind(rig.run_dir)) == [f".upload-{n:032x}" for n in (5, 6)]
+    assert exchange(rig, "upload", upload_args(5, content), content[:CHUNK]) == {"offset": CHUNK}
+    rest = exchange(rig, "upload", upload_args(5, content, CHUNK), content[CHUNK:])
+    assert rest == {"offset": len(content)}
+    args = {"filename": "f", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    for number in (5, 6):
+        assert exchange(rig, "submit", args | {"upload": f"{number:032x}"})["data"]["rows"] == 1
+    with pytest.raises(HarliError, match="begin again"):
+        exchange(rig, "upload", upload_args(7, content, CHUNK), content[CHUNK:])
+    assert left_behind(rig.run_dir) == []
+
+
+def test_an_upload_that_was_damaged_before_a_restart_is_refused(own):
+    rig = own(peers=False)
+    rig.client.status()
+    content = b"x" * 100
+    exchange(rig, "upload", upload_args(5, content), content)
+    rig.service.kill()
+    (rig.run_dir / f".upload-{5:032x}" / "data").write_bytes(b"y" * 100)
+    rig.service.start()
+    args = {"filename": "f", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    with pytest.raises(HarliError, match="its sha256 is"):
+        exchange(rig, "submit", args | {"upload": f"{5:032x}"})
     assert left_behind(rig.run_dir) == []
 
 
 def test_what_stands_still_is_removed(tmp_path, monkeypatch):
     import asyncio
 
-    monkeypatch.setattr(uploads, "IDLE_S", 0.0)
+    monkeypatch.setattr(uploads, "LIFE_S", 0.0)
     monkeypatch.setattr(uploads, "SWEEP_S", 0.01)
 
     async def run() -> None:

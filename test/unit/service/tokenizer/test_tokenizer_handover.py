@@ -287,6 +287,29 @@ def test_jobs_that_another_template_refuses_wait_for_theirs(own, model):
     rig.done(job)
 
 
+def test_rows_that_are_evaluated_are_made_again_too(own, model):
+    rig = own(peers=False)
+    hp = {"n_epochs": 1, "eval_steps": 0}
+    early = rig.client.submit(talks(6), validation=talks(3), **hp)
+    split = rig.client.submit(talks(6), validation_split=0.4, **hp)
+    rig.join_http(state(model))
+    rig.join_scheduler()
+    done = rig.done(early)
+    about = rig.client.get(early.id).data["validation"]
+    before = early.data["validation"]
+    assert about["tokenizer"] == state(model).fingerprint != before["tokenizer"]
+    assert (about["sha256"], about["bytes"]) == (before["sha256"], before["bytes"])
+    folder = rig.folder(early) / "data" / done.data["rows_in"] / "validation"
+    reader = TokenReader(folder)
+    assert [reader.row(i)[0].tolist() for i in range(len(reader))] == rows_of(state(model), talks(3))
+    reader.close()
+    assert done.evaluation["rows"] == about["rows"]
+    rig.done(split)
+    assert rig.client.get(split.id).data["validation_rows"] == split.data["validation_rows"]
+    more = rig.done(rig.client.submit(resume_from=early.id, n_epochs=2))
+    assert more.evaluation["rows"] == about["rows"]
+
+
 def test_rows_that_were_made_again_are_carried_on(own, model):
     """A job that goes on without data takes over the rows it had last."""
     rig = own(peers=False)

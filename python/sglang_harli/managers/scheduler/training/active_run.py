@@ -14,13 +14,15 @@ import time
 from typing import Any
 
 from sglang_harli.config import show_size
-from sglang_harli.core import Reason, SubState
+from sglang_harli.core import QuantumKind, Reason, SubState
 from sglang_harli.errors import ConfigError, TrainingError
 from sglang_harli.failpoints import Failpoint, failpoint
 from sglang_harli.managers.scheduler.policy import explanation
 from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.evaluation import EvaluationMetrics
+from sglang_harli.peft_trainer.records import StepMetrics
 from sglang_harli.peft_trainer.run import QuantumShape, TrainingRun
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import SharedBuffer
@@ -55,11 +57,14 @@ class ActiveRun:
         self._every = start.spec.hyperparameters.checkpoint_every
         self._saved_step = start.step
         self.reported_step = start.step  # of the last StepDone
+        self.reported_evaluation = 0  # of the last EvaluationDone
+        self._last: StepMetrics | None = None
         self._in_hand: internal.SnapshotReady | None = None  # in the slot, not written yet
         self._slot: SharedBuffer | None = None
         self._slot_free = False
         self._copier: StateCopier | None = None
-        self._wanted: str | None = None  # why a snapshot is due: every, pause, final, shutdown
+        self._wanted: str | None = None  # why a snapshot is due: every, best, pause, final, shutdown
+        self._best_asked = 0  # the step whose state was the best one, and was to be saved
         self._stopping = False  # pause or cancel: no training quantum any more
         self._save_first = False  # the stop is a pause
         self._stop_reason = ""  # of a stop that the service has not asked for
@@ -72,7 +77,9 @@ class ActiveRun:
         if start.restore is not None:
             try:
                 self._restore = SharedBuffer.open(start.restore)
-                self.training.load_state(reader(self._restore, start.restore.tensors), start.meta)
+                source = reader(self._restore, start.restore.tensors)
+                self.training.load_state(source, start.meta, start.begin)
+                self.reported_evaluation = self.training.evaluation.step
             except BaseException:
                 self.training.release()  # its memory goes back
                 raise
@@ -115,7 +122,13 @@ class ActiveRun:
 
     def next_shape(self) -> QuantumShape | None:
         """The next training quantum, or None: waiting for memory, data, a slot or the end."""
-        return None if self._ending else self.training.peek()
+        if self._ending:
+            return None
+        shape = self.training.peek()
+        replaces = shape is not None and shape.kind is QuantumKind.OPTIMIZER
+        if replaces and self._wanted == "best" and self.training.state_consistent:
+            return None  # the best state so far is copied before it is replaced
+        return shape
 
     @property
     def lacks_memory(self) -> bool:
@@ -124,8 +137,10 @@ class ActiveRun:
 
     def waiting_for(self) -> tuple[str, str]:
         """Sub-state and reason of a run that waits, but not for memory."""
-        if self._stopping or self.training.finished:
+        if self._stopping or self.training.finished or self._wanted == "best":
             return SubState.CHECKPOINTING, "waiting for the checkpoint to be written"
+        if self.training.settling:
+            return SubState.TRAINING, "waiting for the result of the evaluation"
         return SubState.WAITING_DATA, "waiting for the next micro-batch"
 
     def copy_slice(self) -> int:
@@ -142,6 +157,7 @@ class ActiveRun:
         reason, self._wanted = self._wanted or "every", None
         self._slot_free = False  # the service's until SnapshotSaved
         failpoint(Failpoint.SNAPSHOT_COPIED)
+        known = self._last if self._last and self._last.step == self.training.applied_step else None
         self._in_hand = internal.SnapshotReady(
             job=self.spec.job,
             attempt=self.spec.attempt,
@@ -150,6 +166,9 @@ class ActiveRun:
             meta=self.training.state_meta(),
             reason=reason,
             after=self.reported_step,
+            evaluated=self.reported_evaluation,
+            train_loss=known.loss if known else None,
+            train_mean_token_accuracy=known.accuracy if known else None,
         )
         self._link.send(self._in_hand)
 
@@ -168,9 +187,29 @@ class ActiveRun:
             self._wanted = "pause"
         elif self.training.finished:
             self._wanted = "final"
+        elif self.training.evaluating or self._wanted == "best":
+            pass  # a checkpoint has the evaluation of its step
+        elif self._best_is_due:
+            self._best_asked, self._wanted = step, "best"
         elif self._every and step // self._every > self._saved_step // self._every and self._slot_free:
             self._wanted = "every"
         self._begin_snapshot()
+        return False
+
+    @property
+    def _best_is_due(self) -> bool:
+        """Whether the state is the best one so far by its evaluation, and is not saved."""
+        step, best = self.training.applied_step, self.training.evaluation.best_step
+        in_hand = self._in_hand is not None and self._in_hand.step == step
+        return step == best > max(self._saved_step, self._best_asked) and not in_hand
+
+    def settled(self) -> bool:
+        """Between quanta: take what has reached the host.  True: the run is over, release it."""
+        waited = self.training.settling
+        if waited and not self._ending:
+            self.send_metrics()
+            return not self.training.settling and self.after_quantum()
+        self.send_metrics()
         return False
 
     def _tell_taken(self) -> None:
@@ -194,7 +233,7 @@ class ActiveRun:
             failpoint(Failpoint.STEP_APPLIED)
             now_s = time.monotonic()
             seconds, self._last_step_at = now_s - self._last_step_at, now_s
-            after, self.reported_step = self.reported_step, metrics.step
+            after, self.reported_step, self._last = self.reported_step, metrics.step, metrics
             self._total_tokens += metrics.tokens
             self._link.send(
                 internal.StepDone(
@@ -210,8 +249,33 @@ class ActiveRun:
                     seconds=seconds,
                     total_tokens=self._total_tokens,
                     after=after,
+                    evaluated=self.reported_evaluation,
+                    train_mean_token_accuracy=metrics.accuracy,
                 )
             )
+        for found in self.training.take_evaluations():
+            self._send_evaluation(found)
+
+    def _send_evaluation(self, found: EvaluationMetrics) -> None:
+        failpoint(Failpoint.EVALUATED)
+        self._last_step_at = time.monotonic()  # the next step's seconds are its own
+        self.reported_evaluation = found.step
+        self._link.send(
+            internal.EvaluationDone(
+                job=self.spec.job,
+                attempt=self.spec.attempt,
+                step=found.step,
+                epoch=found.epoch,
+                valid_loss=found.loss,
+                valid_mean_token_accuracy=found.accuracy,
+                rows=found.rows,
+                target_tokens=found.target_tokens,
+                full_valid_loss=found.full_loss,
+                full_valid_mean_token_accuracy=found.full_accuracy,
+                state=found.state,
+                after=self.reported_step,
+            )
+        )
 
     def status(self, sub_state: str, reason: str, serving: dict[str, Any]) -> dict[str, Any]:
         """For ``harli status``; ``sub_state``, ``reason``: as sent last; ``serving``: shown too."""
@@ -273,6 +337,8 @@ class ActiveRun:
             return False
         if self._stopping and self.training.state_consistent and not self.copying:
             return self._stop_now()
+        if self._wanted == "best":  # it waited for the slot
+            self._begin_snapshot()
         return self.training.finished and not behind
 
     def pulse(self) -> None:
@@ -350,6 +416,7 @@ class ActiveRun:
                 step=self.training.applied_step,
                 after=self.reported_step,
                 reason=reason or self._stop_reason,
+                evaluated=self.reported_evaluation,
             )
         )
         return True

@@ -112,7 +112,7 @@ class CoTrainer:
             internal.StopRun: self._stop,
             internal.StatusRequest: self._status_request,
             internal.SetOptions: self._set_options,
-            _Tick: lambda *_: self.run and self.run.send_metrics(),
+            _Tick: self._settle,
         }
 
     # ---------------------------------------------------------------- the service's messages
@@ -137,8 +137,8 @@ class CoTrainer:
         if self.run is not None and (now_s := time.monotonic()) - self._pulse_at >= PULSE_EVERY_S:
             self._pulse_at = now_s
             self.run.pulse()
-        if self.run is not None and self.run.training.finished:
-            arrived.append((_TICK, []))  # no quantum comes any more to collect the last metrics behind
+        if self.run is not None and (self.run.training.finished or self.run.training.settling):
+            arrived.append((_TICK, []))  # no quantum comes to collect metrics behind
         for message, frames in arrived:
             try:
                 self._handlers[type(message)](message, frames)
@@ -252,6 +252,10 @@ class CoTrainer:
         elif isinstance(message, internal.SnapshotSlot):
             run.take_slot(message.slot)
         elif run.saved(message):
+            self._release()
+
+    def _settle(self, _message: _Tick, _frames: list[memoryview]) -> None:
+        if self.run is not None and self.run.settled():
             self._release()
 
     def _stop(self, message: internal.StopRun, _frames: list[memoryview]) -> None:
@@ -484,13 +488,16 @@ class CoTrainer:
         if run is None:
             return
         job, attempt, step = run.spec.job, run.spec.attempt, run.training.applied_step
-        after = run.reported_step
+        after, evaluated = run.reported_step, run.reported_evaluation
         self._release()
-        self._report_failure(job, attempt, step, after, error)
+        self._report_failure(job, attempt, step, after, error, evaluated)
 
-    def _report_failure(self, job: str, attempt: int, step: int, after: int, error: Exception) -> None:
+    def _report_failure(
+        self, job: str, attempt: int, step: int, after: int, error: Exception, evaluated: int = 0
+    ) -> None:
         code, text = describe(error)
         failed = internal.RunFailed(job=job, attempt=attempt, step=step, code=code, message=text, after=after)
+        failed.evaluated = evaluated
         failed.passing = passes(error)
         self.link.send(failed)
         forget(error, self.base.device)

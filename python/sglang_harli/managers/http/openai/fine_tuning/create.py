@@ -72,6 +72,7 @@ class CreateJobBody(Struct, kw_only=True, forbid_unknown_fields=True):
 
     model: Annotated[str, Meta(min_length=1, max_length=1024)]
     training_file: ObjectId
+    validation_file: ObjectId | None = None
     suffix: Suffix | None = None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     metadata: Metadata | None = None
@@ -103,6 +104,7 @@ def submit_args(body: CreateJobBody, key: str | None) -> SubmitArgs:
     parse_hyperparameters(values)
     return SubmitArgs(
         training_file=body.training_file,
+        validation_file=body.validation_file,
         model=body.model,
         suffix=body.suffix,
         metadata=body.metadata or {},

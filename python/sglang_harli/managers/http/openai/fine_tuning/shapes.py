@@ -57,6 +57,9 @@ class HarliShape(Struct, kw_only=True):
     base: str | None
     started_at: int | None
     data: dict[str, Any]
+    evaluation: dict[str, Any] | None
+    best_step: int | None
+    best_valid_loss: float | None
     hyperparameters: Hyperparameters
 
 
@@ -73,7 +76,7 @@ class JobShape(Struct, kw_only=True):
     organization_id: str = ORGANIZATION
     status: JobStatus
     training_file: str
-    validation_file: str | None = None
+    validation_file: str | None
     result_files: list[str]
     trained_tokens: int | None
     error: JobError | None
@@ -142,6 +145,7 @@ def job_shape(job: Job) -> JobShape:
         fine_tuned_model=job.fine_tuned_model,
         status=job.status,
         training_file=job.training_file or "",
+        validation_file=job.validation_file,
         result_files=[],
         trained_tokens=job.trained_tokens,
         error=job.error,
@@ -165,6 +169,9 @@ def job_shape(job: Job) -> JobShape:
             base=job.base,
             started_at=_seconds(job.started_at),
             data=job.data,
+            evaluation=job.evaluation,
+            best_step=job.best_step,
+            best_valid_loss=job.best_valid_loss,
             hyperparameters=hp,
         ),
     )
