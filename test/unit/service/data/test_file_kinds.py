@@ -254,6 +254,12 @@ def test_a_table_of_another_encoding_is_named(scan):
     }
 
 
+@pytest.mark.parametrize("first", ["{", "[", "[1", "<", "#", "PAR"])
+def test_a_first_cell_may_begin_as_other_files_do(scan, first):
+    row = {"prompt": first, "completion": "c"}
+    assert scan(csv_of([row]))[1] == scan(lines_of(row))[1]
+
+
 def test_marks_blank_names_and_quotes_of_spreadsheets(scan):
     summary, rows = scan('\ufeff,prompt,completion\r\n1,a,"b ""c"""\r\n'.encode())
     assert summary.ignored_fields == ["column 1"]
