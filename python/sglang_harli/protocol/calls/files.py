@@ -154,7 +154,7 @@ class FileArgs(Struct, kw_only=True, forbid_unknown_fields=True):
 class FileListArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     """``file_list``: a page; ``after``: the last id of the page before, which may be deleted."""
 
-    purpose: str | None = None
+    purpose: Annotated[str, Meta(extra_json_schema={"enum": [FINE_TUNE, RESULTS]})] | None = None
     after: ObjectId | None = None
     limit: Annotated[int, Meta(ge=1, le=10_000)] = 10_000
     order: Annotated[str, Meta(pattern=r"^(asc|desc)\Z"), accepted.words("asc or desc")] = "desc"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +152,15 @@ class Unmatched(BaseRoute):
 def answer(found: Any) -> Response:
     """A Struct of ``protocol`` as the response."""
     return Response(public.encode(found), media_type=JSON)
+
+
+@contextmanager
+def referred(param: str) -> Iterator[None]:
+    """Around a call whose query or body names an object in ``param``: an error says so."""
+    try:
+        yield
+    except NotFoundError as error:
+        raise NotFoundError(error.message, param=param) from error
 
 
 def object_id(request: Request, name: str, what: str) -> str:

@@ -15,7 +15,7 @@ from sglang_harli.errors import HarliError
 from sglang_harli.managers.http.openai import schemas
 from sglang_harli.managers.http.openai.body import convert, idempotency_key, query
 from sglang_harli.managers.http.openai.content import content
-from sglang_harli.managers.http.openai.endpoint import Api, answer, object_id
+from sglang_harli.managers.http.openai.endpoint import Api, answer, object_id, referred
 from sglang_harli.managers.http.openai.forms.form_stream import Form, FormKind
 from sglang_harli.protocol import accepted
 from sglang_harli.protocol.calls import files
@@ -114,7 +114,9 @@ def add(router: APIRouter, api: Api) -> None:
 
     async def list_files(request: Request) -> Response:
         """A page of the files, newest first."""
-        return answer(await api.calls.call("file_list", query(request, FileListArgs), FileList))
+        args = query(request, FileListArgs)
+        with referred("after"):
+            return answer(await api.calls.call("file_list", args, FileList))
 
     async def retrieve_file(request: Request) -> Response:
         """One file's object."""
@@ -131,7 +133,7 @@ def add(router: APIRouter, api: Api) -> None:
     ids = ("file_id",)
     described = schemas.route("createFile", TAG, "POST", FileObject, form=FORM)
     router.add_api_route("/v1/files", create_file, **described)
-    described = schemas.route("listFiles", TAG, "GET", FileList, query=FileListArgs)
+    described = schemas.route("listFiles", TAG, "GET", FileList, query=FileListArgs, refers=True)
     router.add_api_route("/v1/files", list_files, **described)
     described = schemas.route("retrieveFile", TAG, "GET", FileObject, ids=ids)
     router.add_api_route("/v1/files/{file_id}", retrieve_file, **described)

@@ -70,6 +70,7 @@ def route(
     query: type[Struct] | None = None,
     body: type[Struct] | None = None,
     form: dict[str, Any] | None = None,
+    refers: bool = False,
 ) -> dict[str, Any]:
     """The arguments of ``add_api_route`` that say what a route is.
 
@@ -78,6 +79,7 @@ def route(
         answer: the Struct of the response; None: a file's bytes.
         ids: parameters of the path.
         query, body: Structs; form: the schema of a multipart form.
+        refers: the query or the body names an object, which may not be there.
     """
     parameters = [_parameter(name, "path", {"type": "string", "minLength": 1}, True) for name in ids]
     if query is not None:
@@ -88,10 +90,10 @@ def route(
     extra: dict[str, Any] = {"parameters": parameters}
     if body is not None:
         shape = schema(body)
-        extra["requestBody"] = {"required": "required" in shape, "content": {JSON: {"schema": shape}}}
+        extra["requestBody"] = {"required": bool(shape["required"]), "content": {JSON: {"schema": shape}}}
     if form is not None:
         extra["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": form}}}
-    statuses = [*ALWAYS, *([404] if ids else []), *([408, 413] if method == "POST" else [])]
+    statuses = [*ALWAYS, *([404] if ids or refers else []), *([408, 413] if method == "POST" else [])]
     found = _BINARY if answer is None else {JSON: {"schema": schema(answer)}}
     responses: dict[int | str, dict[str, Any]] = {200: {"description": "OK", "content": found}}
     for status in sorted(statuses):

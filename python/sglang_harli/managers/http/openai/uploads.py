@@ -18,6 +18,7 @@ from sglang_harli.managers.http.openai.forms.form_parser import display_name
 from sglang_harli.managers.http.openai.forms.form_stream import FormKind
 from sglang_harli.protocol import accepted
 from sglang_harli.protocol.calls.files import (
+    FINE_TUNE,
     MAX_PARTS,
     ExpiresAfter,
     FileName,
@@ -39,11 +40,15 @@ FORM = {
 }
 
 
+# The document says which there are; ``check_purpose`` refuses others.
+Purpose = Annotated[str, Meta(extra_json_schema={"enum": [FINE_TUNE]})]
+
+
 class CreateBody(Struct, kw_only=True, forbid_unknown_fields=True):
     """What ``POST /v1/uploads`` takes; ``bytes``: of the whole file."""
 
     filename: FileName
-    purpose: str
+    purpose: Purpose
     bytes: Annotated[int, Meta(ge=1)]
     mime_type: Annotated[str, Meta(max_length=255)] = ""
     expires_after: ExpiresAfter | None = None

@@ -53,7 +53,7 @@ class SupervisedBody(Struct, kw_only=True, forbid_unknown_fields=True):
 class MethodBody(Struct, kw_only=True, forbid_unknown_fields=True):
     """``method``: supervised is served."""
 
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["supervised"]})]
     supervised: SupervisedBody | None = None
     dpo: dict[str, Any] | None = None
     reinforcement: dict[str, Any] | None = None

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from sglang_harli.managers.http.openai import schemas
 from sglang_harli.managers.http.openai.body import convert, idempotency_key, json_object, query
-from sglang_harli.managers.http.openai.endpoint import Api, answer, object_id
+from sglang_harli.managers.http.openai.endpoint import Api, answer, object_id, referred
 from sglang_harli.managers.http.openai.errors import Refusal
 from sglang_harli.managers.http.openai.fine_tuning.create import CreateJobBody, submit_args
 from sglang_harli.managers.http.openai.fine_tuning.shapes import (
@@ -82,7 +82,8 @@ def _add_reading(router: APIRouter, api: Api) -> None:
         """A page of the jobs, newest first."""
         asked = query(request, JobsQuery, maps=("metadata",)) or JobsQuery()
         args = ListArgs(limit=asked.limit, after=asked.after, metadata=asked.metadata)
-        page = await api.calls.call("list", args, JobPage)
+        with referred("after"):
+            page = await api.calls.call("list", args, JobPage)
         return answer(_page(JobList, [job_shape(job) for job in page.jobs], page.has_more))
 
     async def retrieve_job(request: Request) -> Response:
@@ -99,7 +100,9 @@ def _add_reading(router: APIRouter, api: Api) -> None:
         return answer(_page(EventList, [event_shape(event) for event in page.events], page.has_more))
 
     one, ids = "/v1/fine_tuning/jobs/{job_id}", ("job_id",)
-    described = schemas.route("listPaginatedFineTuningJobs", TAG, "GET", JobList, query=JobsQuery)
+    described = schemas.route(
+        "listPaginatedFineTuningJobs", TAG, "GET", JobList, query=JobsQuery, refers=True
+    )
     router.add_api_route("/v1/fine_tuning/jobs", list_jobs, **described)
     described = schemas.route("retrieveFineTuningJob", TAG, "GET", JobShape, ids=ids)
     router.add_api_route(one, retrieve_job, **described)
@@ -113,7 +116,9 @@ def _add_changing(router: APIRouter, api: Api) -> None:
         query(request, None)
         key = idempotency_key(request)
         body = convert(await json_object(request), CreateJobBody)
-        job = await api.calls.call("submit", submit_args(body, key), Job, timeout_s=SUBMIT_S)
+        args = submit_args(body, key)
+        with referred("harli.resume_from"):
+            job = await api.calls.call("submit", args, Job, timeout_s=SUBMIT_S)
         return answer(job_shape(job))
 
     def change(verb: str, text: str) -> Callable[[Request], Any]:
@@ -127,7 +132,7 @@ def _add_changing(router: APIRouter, api: Api) -> None:
         change_job.__name__ = f"{verb}_job"
         return change_job
 
-    described = schemas.route("createFineTuningJob", TAG, "POST", JobShape, body=CreateJobBody)
+    described = schemas.route("createFineTuningJob", TAG, "POST", JobShape, body=CreateJobBody, refers=True)
     router.add_api_route("/v1/fine_tuning/jobs", create_job, **described)
     for verb, text in (
         ("cancel", "End a job; its checkpoints stay."),
