@@ -337,7 +337,8 @@ class ListArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     limit: Annotated[int, Meta(ge=1, le=10_000)] = 100
     after: str | None = None
     status: str | None = None
-    metadata: dict[str, str] = field(default_factory=dict)  # jobs that have these pairs
+    # Jobs that have these pairs; None: those that have none at all.
+    metadata: dict[str, str] | None = field(default_factory=dict)
 
 
 class SetArgs(Struct, kw_only=True, forbid_unknown_fields=True):

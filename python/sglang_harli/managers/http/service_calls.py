@@ -18,7 +18,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from sglang_harli.errors import HarliError, NotReadyError, ProtocolError
+from sglang_harli.errors import ConfigError, HarliError, NotReadyError, ProtocolError
 from sglang_harli.protocol import public
 from sglang_harli.protocol.calls import messages
 from sglang_harli.protocol.public import BUSY, Reply
@@ -89,6 +89,9 @@ class ServiceCalls:
         """
         head = messages.header(verb, args)
         frames = [public.encode(head), *data]
+        if len(frames[0]) > public.MAX_HEADER_BYTES:
+            text = f"the request has {len(frames[0])} bytes, at most {public.MAX_HEADER_BYTES} are accepted"
+            raise ConfigError(text, code="too_large")
         if not data:
             return _as(kind, await self._ask(head.id, verb, frames, timeout_s))
         async with self._data_calls:

@@ -112,13 +112,13 @@ class Verbs:
             known = ", ".join(JobStatus)
             raise ConfigError(f"status {args.status!r} is not accepted: give one of {known}", param="status")
         before = math.inf if args.after is None else self._registry.get(args.after).number
-        wanted = args.metadata.items()
+        wanted = args.metadata.items() if args.metadata is not None else None
         found = (
             record
             for record in self._registry.newest()
             if record.number < before
             and args.status in (None, record.status)
-            and wanted <= record.metadata.items()
+            and (not record.metadata if wanted is None else wanted <= record.metadata.items())
         )
         page = list(islice(found, args.limit + 1))
         shown = [self._registry.public(r) for r in page[: args.limit]]

@@ -32,4 +32,5 @@ class Files:
 
     def close(self) -> None:
         self.streams.close()
+        self.uploads.close()
         self.store.close()

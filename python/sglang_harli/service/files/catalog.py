@@ -127,6 +127,10 @@ class Catalog:
         if found.key is not None and self._keys.get((found.kind, found.key)) == found.id:
             del self._keys[found.kind, found.key]
 
+    async def durable(self) -> None:
+        """Wait until all changes so far are durable: what is answered again is not lost."""
+        await self._registry.durable()
+
     async def once(
         self, kind: type[R], key: str | None, asked: dict[str, Any], make: Callable[[], Awaitable[R]]
     ) -> R:
@@ -145,6 +149,7 @@ class Catalog:
         known = self._records.get(self._keys.get(name, ""))
         if isinstance(known, kind):
             _check_same(key, asked, known.asked)
+            await self.durable()
             return known
         task = asyncio.ensure_future(make())
         self._making[name] = task, asked

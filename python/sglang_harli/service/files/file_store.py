@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,13 +33,14 @@ from sglang_harli.protocol.calls.files import (
 from sglang_harli.service.files import records
 from sglang_harli.service.files.catalog import Catalog
 from sglang_harli.service.files.records import FILE, FileRecord
-from sglang_harli.service.files.streams import Streams, Whole, storage_error
+from sglang_harli.service.files.streams import Streams, Whole, check_free, storage_error
 from sglang_harli.service.jobs.folder import fsync_folder
 
 logger = logging.getLogger(__name__)
 
 FILES = "files"  # folder of the run directory
 SWEEP_S = 20.0
+MAX_PAGE = 1000  # files of one answer, whatever limit is asked for
 T = TypeVar("T")
 
 
@@ -54,18 +55,15 @@ class FileStore:
         self._catalog = catalog
         self._streams = streams
         self._disk = ThreadPoolExecutor(2, "files")
-        known = {record.id for record in catalog.files()} | catalog.unreadable
-        for path in self.folder.iterdir():
-            if path.name.startswith("file-") and path.name not in known:
-                path.unlink(missing_ok=True)
+        remove_unknown(self.folder, {record.id for record in catalog.files()} | catalog.unreadable)
 
     def path(self, name: str) -> Path:
         return self.folder / name
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
+    async def in_thread(self, work: Callable[[], T], executor: Executor | None = None) -> T:
         """The result of disk work; an OSError becomes ``storage_full``."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._disk, work)
+            return await asyncio.get_running_loop().run_in_executor(executor or self._disk, work)
         except OSError as error:
             raise storage_error(self.folder.parent, error) from error
 
@@ -162,26 +160,31 @@ class FileStore:
             raise ConfigError(
                 f"purpose={args.purpose!r} is not accepted: give {FINE_TUNE} or {RESULTS}", param="purpose"
             )
-        newest = args.order == "desc"
-        at = records.number_of(FILE, args.after) if args.after is not None else None
+        newest, limit = args.order == "desc", min(args.limit, MAX_PAGE)
+        at = records.number_of(FILE, args.after, "after") if args.after is not None else None
         found = (
             record
             for record in self._catalog.files(newest=newest)
             if (at is None or (record.number < at if newest else record.number > at))
             and args.purpose in (None, record.purpose)
         )
-        page = list(islice(found, args.limit + 1))
-        shown = [record.public() for record in page[: args.limit]]
+        page = list(islice(found, limit + 1))
+        shown = [record.public() for record in page[:limit]]
         return FileList(
             data=shown,
             first_id=shown[0].id if shown else None,
             last_id=shown[-1].id if shown else None,
-            has_more=len(page) > args.limit,
+            has_more=len(page) > limit,
         )
 
     async def delete(self, name: str) -> FileDeleted:
         """Forget the file, then remove its bytes; jobs have their own reference to them."""
-        await self._remove(self._catalog.file(name))
+        try:
+            record = self._catalog.file(name)
+        except NotFoundError:
+            await self._catalog.durable()  # it may be deleted and not be durably so
+            raise
+        await self._remove(record)
         return FileDeleted(id=name)
 
     async def where(self, name: str) -> FilePath:
@@ -208,6 +211,7 @@ class FileStore:
             except FileNotFoundError:
                 raise
             except OSError:  # a file system without hard links
+                check_free(place.parent, record.bytes)
                 shutil.copyfile(path, place)
         except FileNotFoundError as error:
             raise _gone(record, path) from error
@@ -253,6 +257,16 @@ def check_purpose(purpose: str) -> None:
             f"purpose={purpose[:80]!r} is not accepted: files here are for training, give {FINE_TUNE}",
             param="purpose",
         )
+
+
+def remove_unknown(folder: Path, known: set[str]) -> None:
+    """Remove what a crash has left; what is no file of ours, and cannot be removed, stays."""
+    for path in folder.iterdir():
+        if path.name not in known:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s is none of ours and stays: %s", path, error)
 
 
 def settle(source: Path, place: Path) -> None:

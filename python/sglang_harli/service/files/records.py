@@ -5,6 +5,7 @@ An id holds the object's number, so that a list can go on behind an object that 
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import Any, Literal
 
@@ -109,15 +110,12 @@ def new_id(kind: str, number: int) -> str:
     return f"{_PREFIXES[kind]}{number:0{_DIGITS}x}{secrets.token_hex(12)}"
 
 
-def number_of(kind: str, name: str) -> int:
+def number_of(kind: str, name: str, param: str) -> int:
     """The number in an id; raises NotFoundError: it is no id of this kind."""
-    prefix = _PREFIXES[kind]
-    try:
-        if not name.startswith(prefix):
-            raise ValueError
-        return int(name.removeprefix(prefix)[:_DIGITS], 16)
-    except ValueError:
-        raise NotFoundError(f"there is no {kind} {name!r}", param=kind) from None
+    found = re.fullmatch(rf"{_PREFIXES[kind]}([0-9a-f]{{{_DIGITS}}})[0-9a-f]{{24}}", name)
+    if found is None:
+        raise NotFoundError(f"there is no {kind} {name[:128]!r}", param=param)
+    return int(found[1], 16)
 
 
 def encoded(record: Record) -> str:

@@ -67,7 +67,7 @@ class Streams:
         self._disk = ThreadPoolExecutor(1, "streams")  # one thread: pieces of a file stay in order
         self._streams: dict[str, _Stream] = {}
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700, parents=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     async def append(self, args: FileAppendArgs, piece: bytes) -> int:
         """One piece; returns how many bytes of the stream have been written.
@@ -192,19 +192,24 @@ class Streams:
         if stream.file is None:
             stream.file = stream.path.open("xb", buffering=0)
         left = max(len(piece), stream.announced - stream.received)
-        free = shutil.disk_usage(self._folder).free
-        if left > free - KEEP_FREE:
-            raise ConfigError(
-                f"{show_size(left)} are missing of this file, and {show_size(max(0, free - KEEP_FREE))} are free for it "
-                f"on the disk of {self._folder.parent}: make room, then send it again",
-                code="storage_full",
-                param="file",
-            )
+        check_free(self._folder, left)
         view = memoryview(piece)
         while view:  # an unbuffered write may take a part
             view = view[stream.file.write(view) :]
         stream.digest.update(piece)
         stream.received += len(piece)
+
+
+def check_free(folder: Path, size: int) -> None:
+    """Raises ConfigError (``storage_full``) where the disk has no room for so many bytes more."""
+    free = shutil.disk_usage(folder).free - KEEP_FREE
+    if size > free:
+        raise ConfigError(
+            f"{show_size(size)} are needed on the disk of {folder}, and {show_size(max(0, free))} are free for files: "
+            "make room, then try again",
+            code="storage_full",
+            param="file",
+        )
 
 
 def storage_error(folder: Path, error: OSError) -> HarliError:

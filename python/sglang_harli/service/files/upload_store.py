@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -25,9 +26,9 @@ from sglang_harli.protocol.calls.files import (
     UploadPart,
 )
 from sglang_harli.service.files.catalog import Catalog
-from sglang_harli.service.files.file_store import SWEEP_S, FileStore, check_purpose, settle
+from sglang_harli.service.files.file_store import SWEEP_S, FileStore, check_purpose, remove_unknown, settle
 from sglang_harli.service.files.records import PART, UPLOAD, PartRecord, UploadRecord
-from sglang_harli.service.files.streams import Streams, Whole
+from sglang_harli.service.files.streams import Streams, Whole, check_free
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,8 @@ class UploadStore:
         self._files = files
         self._options = options
         self._completing: dict[str, asyncio.Task[UploadObject]] = {}
-        known = {record.id for record in catalog.all_parts()} | catalog.unreadable
-        for path in self._folder.iterdir():
-            if path.name not in known:
-                path.unlink(missing_ok=True)
+        self._joiner = ThreadPoolExecutor(1, "join")  # gigabytes, which nothing else waits for
+        remove_unknown(self._folder, {record.id for record in catalog.all_parts()} | catalog.unreadable)
 
     async def create(self, args: UploadCreateArgs) -> UploadObject:
         """Raises ConfigError: the size, the purpose, or an idempotency key of another request."""
@@ -157,6 +156,7 @@ class UploadStore:
                 raise StateError(
                     f"upload {upload.id} is completed, with other part_ids or another md5", param="part_ids"
                 )
+            await self._catalog.durable()
             return self._public(upload)
         task = self._completing.get(upload.id)
         if task is None:
@@ -174,7 +174,8 @@ class UploadStore:
         place = self._folder / f"whole-{upload.id}"
         try:
             whole = await self._files.in_thread(
-                lambda: _join([self._folder / part.id for part in parts], place, args.md5)
+                lambda: _join([self._folder / part.id for part in parts], place, upload.bytes, args.md5),
+                self._joiner,
             )
             file = self._files.record(
                 whole, upload.filename, upload.purpose, expires_after=upload.expires_after
@@ -216,6 +217,7 @@ class UploadStore:
         """Ends the upload without a file; asking again gives the same answer."""
         upload = self._catalog.upload(name)
         if upload.status == "cancelled":
+            await self._catalog.durable()
             return self._public(upload)
         self._pending(name, "be cancelled")
         if name in self._completing:
@@ -229,8 +231,11 @@ class UploadStore:
         """End uploads whose time is over; forget those that ended long ago."""
         while True:
             now = time.time()  # stamp: when an upload expires
-            for upload in self._catalog.uploads():
+            for name in [upload.id for upload in self._catalog.uploads()]:
                 try:
+                    upload = self._catalog.upload(
+                        name
+                    )  # as it is now: the one before may have taken its time
                     if upload.status == "pending" and upload.expires_at <= now:
                         if upload.id not in self._completing:
                             ended = msgspec.structs.replace(upload, status="expired", ended_at=int(now))
@@ -238,8 +243,11 @@ class UploadStore:
                     elif upload.ended_at is not None and upload.ended_at + KEPT_S <= now:
                         await self._catalog.change(gone=[upload])
                 except HarliError as error:  # of the store: the next round tries again
-                    logger.warning("upload %s: its end is not stored yet: %s", upload.id, error)
+                    logger.warning("upload %s: its end is not stored yet: %s", name, error)
             await asyncio.sleep(SWEEP_S)
+
+    def close(self) -> None:
+        self._joiner.shutdown(wait=True, cancel_futures=True)
 
     # ---- ends
     async def _end(self, upload: UploadRecord, kept: Sequence[UploadRecord | object]) -> None:
@@ -266,10 +274,12 @@ class UploadStore:
         return upload.public(file)
 
 
-def _join(parts: Sequence[Path], place: Path, md5: str | None) -> Whole:
-    """The parts one behind the other, hashed; ConfigError: the MD5 is another."""
+def _join(parts: Sequence[Path], place: Path, size: int, md5: str | None) -> Whole:
+    """The parts one behind the other, hashed; ConfigError: the MD5 is another, or the disk is
+    full."""
     failpoint(WriteFailpoint.FILE)
-    digest, check, size = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
+    check_free(place.parent, size)
+    digest, check, found = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0
     with open(place, "wb") as file:
         for part in parts:
             with open(part, "rb") as source:
@@ -277,9 +287,9 @@ def _join(parts: Sequence[Path], place: Path, md5: str | None) -> Whole:
                     digest.update(piece)
                     check.update(piece)
                     file.write(piece)
-                    size += len(piece)
+                    found += len(piece)
         file.flush()
         os.fsync(file.fileno())
     if md5 is not None and check.hexdigest() != md5.lower():
         raise ConfigError(f"the parts have the MD5 {check.hexdigest()}, md5={md5} was given", param="md5")
-    return Whole(place, size, digest.hexdigest())
+    return Whole(place, found, digest.hexdigest())

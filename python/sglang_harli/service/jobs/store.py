@@ -28,7 +28,8 @@ from sglang_harli.service.jobs.transitions import JobRecord
 logger = logging.getLogger(__name__)
 
 STORE_FILE = "harli.db"
-SCHEMA = "1"
+SCHEMA = "2"
+READS = ("1", SCHEMA)  # an earlier store is read as it is, and is of this schema from then on
 LOCKED_MS = 2000  # a database that another process has locked is waited for; then the caller says so
 
 _metadata = sa.MetaData()
@@ -107,7 +108,7 @@ class JobStore:
         try:
             _metadata.create_all(self._engine)
             schema = self.setting("schema")
-            if schema is None:
+            if schema in (None, *READS[:-1]):
                 self.write(settings={"schema": SCHEMA})
         except SQLAlchemyError as error:
             raise HarliError(
@@ -118,7 +119,7 @@ class JobStore:
                 f"the job store {where} cannot be opened: {error.message}: end the process that holds it, or make room",
                 code="store",
             ) from error
-        if schema not in (None, SCHEMA):
+        if schema not in (None, *READS):
             raise HarliError(
                 f"the job store {where} has schema {schema}, this harli reads {SCHEMA}: give another --harli-run-dir",
                 code="store",

@@ -22,7 +22,7 @@ from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError, DataError, HarliError, NotReadyError, grouped
 from sglang_harli.failpoints import Failpoint, FileFailpoint, failpoint
 from sglang_harli.protocol import trouble
-from sglang_harli.protocol.public import Hyperparameters, SubmitArgs, parse_hyperparameters
+from sglang_harli.protocol.public import BUSY, Hyperparameters, SubmitArgs, parse_hyperparameters
 from sglang_harli.service.data import batches, dataset, validation
 from sglang_harli.service.data.dataset import DataSummary
 from sglang_harli.service.data.token_store import TokenWriter
@@ -43,6 +43,7 @@ from sglang_harli.service.tokenizer.model_tokenizer import ModelTokenizer
 
 logger = logging.getLogger(__name__)
 
+BAD_TOKENIZER = "bad_tokenizer"  # the code of a tokenizer that cannot be loaded
 AGAIN_S = 5.0  # after files could not be looked at for the moment
 REPORTED = 20  # events that name lines of a file that is not accepted
 
@@ -81,10 +82,12 @@ class FileSubmission(Submission):
         registry.listeners.append(self._changed)
 
     # ---- accepting
-    async def _create(self, args: SubmitArgs, frames: Sequence[bytes]) -> JobRecord:
+    async def _create(
+        self, args: SubmitArgs, frames: Sequence[bytes], given: SubmitArgs | None = None
+    ) -> JobRecord:
         given, args = args, self._with_model(args)
         if args.training_file is None:
-            return await super()._create(args, frames)
+            return await super()._create(args, frames, given)
         self._check_ready()
         origin = resume_from.find(self._registry, args) if args.resume_from is not None else None
         hp = origin.hyperparameters if origin is not None else parse_hyperparameters(args.hyperparameters)
@@ -201,13 +204,16 @@ class FileSubmission(Submission):
         drafts: list[EventDraft] = []
         try:
             found = await asyncio.get_running_loop().run_in_executor(self._worker, self._look_at, record)
-        except (NotReadyError, OSError) as error:
+        except (NotReadyError, OSError, MemoryError) as error:
             self._put_off(job, error)
             return
         except DataError as error:
             refusal: HarliError = error
             drafts = _lines(error.details)
         except HarliError as error:
+            if error.code == BAD_TOKENIZER:  # of the environment: no verdict on the file
+                self._put_off(job, error)
+                return
             refusal = error
         except Exception as error:  # boundary: one job fails; the others are looked at
             logger.exception("the files of job %s cannot be looked at", job)
@@ -235,10 +241,12 @@ class FileSubmission(Submission):
         """Not now: the job shows why, and its turn comes again."""
         if not self._still(job) or self._stopping.is_set():
             return
+        if isinstance(error, NotReadyError) and error.code == BUSY:  # paused and resumed meanwhile
+            return
         self._not_before[job] = time.monotonic() + AGAIN_S
         text = error.message if isinstance(error, HarliError) else f"its files cannot be read now ({error})"
         record = self._registry.get(job)
-        if isinstance(error, OSError) and not trouble.passes(error):
+        if isinstance(error, OSError) and not isinstance(error, HarliError) and not trouble.passes(error):
             now = time.time()  # stamp: when the job failed
             refusal = HarliError(
                 f"its files cannot be read ({error}): submit it again", code="bad_data_files"

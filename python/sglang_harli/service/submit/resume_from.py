@@ -38,6 +38,10 @@ MAY_DIFFER = (
     *("checkpoint_every", "lora_dropout", "eval_steps", "early_stopping_patience"),
     *("early_stopping_min_delta", "publish_best"),
 )
+EVALUATION = (
+    *("eval_steps", "eval_rows", "validation_split", "early_stopping_patience", "early_stopping_min_delta"),
+    "publish_best",
+)
 SHAPE = ("lora_r", "lora_alpha", "use_rslora", "target_modules")  # of an adapter: fixed on any course
 
 
@@ -84,7 +88,10 @@ def find(registry: JobRegistry, args: SubmitArgs) -> Origin:
             param="resume_from",
         )
     new_course = bool(args.sha256 or args.training_file)
-    values = msgspec.to_builtins(record.hyperparameters) | args.hyperparameters
+    values = msgspec.to_builtins(record.hyperparameters)
+    if new_course:  # whether and how the new data are evaluated is not the old job's
+        values = {name: value for name, value in values.items() if name not in EVALUATION}
+    values |= args.hyperparameters
     hp = parse_hyperparameters(values)
     _check_same(record, hp, new_course)
     origin = Origin(record, JobPaths(registry.run_dir, record.id), hp, new_course)

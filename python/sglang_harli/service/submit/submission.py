@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from sglang_harli.config import ServiceConfig
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError, HarliError, NotReadyError, ProtocolError, UnsupportedError
@@ -125,15 +127,24 @@ class Submission:
 
     def _again(self, record: JobRecord, args: SubmitArgs) -> Job:
         if record.asked is not None:
-            self._check_same(args, f"job {record.id}", record.asked, record.hyperparameters)
+            self._check_same(
+                args, f"job {record.id}", record.asked, record.hyperparameters, record.resumed_from
+            )
         else:
             _conflict(args, f"job {record.id}", repeated_submit.differences_of_before(record, args))
         return self._registry.public(self._registry.get(record.id))
 
-    def _check_same(self, args: SubmitArgs, owner: str, first: Asked, has: Hyperparameters | None) -> None:
+    def _check_same(
+        self,
+        args: SubmitArgs,
+        owner: str,
+        first: Asked,
+        has: Hyperparameters | None,
+        resumed_from: str | None = None,
+    ) -> None:
         left_out: Hyperparameters | None = Hyperparameters()
-        if first.resume_from:
-            origin = self._registry.find(first.resume_from)  # None: its record cannot be read any more
+        if began := first.resume_from or resumed_from:
+            origin = self._registry.find(began)  # None: its record cannot be read any more
             left_out = origin.hyperparameters if origin is not None else None
         again = repeated_submit.asked(args)
         _conflict(args, owner, repeated_submit.differences(first, again, has, left_out))
@@ -144,7 +155,10 @@ class Submission:
         if self._link.refusal is not None:
             raise UnsupportedError(f"this server cannot train: {self._link.refusal}")
 
-    async def _create(self, args: SubmitArgs, frames: Sequence[bytes]) -> JobRecord:
+    async def _create(
+        self, args: SubmitArgs, frames: Sequence[bytes], given: SubmitArgs | None = None
+    ) -> JobRecord:
+        """``given``: the arguments as they came, where ``args`` say more."""
         self._check_ready()
         origin = None
         if args.resume_from is not None:
@@ -162,6 +176,8 @@ class Submission:
             await loop.run_in_executor(self._settlers, self._settle, incoming.folder, job)
         failpoint(Failpoint.DATA_STORED)
         record = self._record(job, args, hp, summary, admitted=admitted)
+        if given is not None and given.idempotency_key:
+            record = msgspec.structs.replace(record, asked=repeated_submit.asked(given))
         if origin is not None:
             record = resume_from.follow(record, origin, start)
         try:

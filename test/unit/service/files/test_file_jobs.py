@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -59,10 +60,53 @@ def test_a_job_is_accepted_validated_and_trained_though_its_file_is_deleted(rig,
     found = calls.call("list", {"metadata": {"team": "a"}})["jobs"]
     assert [j["id"] for j in found] == [job["id"]]
     assert calls.call("list", {"metadata": {"team": "b"}})["jobs"] == []
+    assert job["id"] not in [j["id"] for j in calls.call("list", {"metadata": None})["jobs"]]
     other = calls.file(GOOD)
     begun = submit(calls, other.id, model=done.fine_tuned_model)
     assert begun["resumed_from"] == job["id"]
     rig.done(rig.client.get(begun["id"]))
+
+
+def test_a_new_course_does_not_take_over_how_the_old_one_was_evaluated(rig, calls):
+    file = calls.file(GOOD)
+    split = {"validation_split": 0.25, "eval_steps": 1, "early_stopping_patience": 5}
+    first = rig.done(rig.client.get(submit(calls, file.id, hyperparameters=split)["id"]))
+    keyed = {"model": first.fine_tuned_model, "idempotency_key": "a new course"}
+    second = submit(calls, file.id, validation_file=file.id, **keyed)
+    assert second["hyperparameters"]["validation_split"] == 0
+    assert second["hyperparameters"]["early_stopping_patience"] is None
+    assert submit(calls, file.id, validation_file=file.id, **keyed)["id"] == second["id"]
+    rig.done(rig.client.get(second["id"]))
+
+
+def test_a_submit_of_data_that_names_a_model_may_be_repeated(rig, calls):
+    first = rig.done(rig.client.get(submit(calls, calls.file(GOOD).id)["id"]))
+    args = SubmitArgs(
+        filename="f",
+        size=len(GOOD),
+        sha256=hashlib.sha256(GOOD).hexdigest(),
+        model=first.fine_tuned_model,
+        idempotency_key="by data",
+    )
+    second = calls.call("submit", args, GOOD)
+    assert second["resumed_from"] == first.id
+    assert calls.call("submit", args, GOOD)["id"] == second["id"]
+    rig.done(rig.client.get(second["id"]))
+
+
+def test_a_job_waits_while_the_tokenizer_cannot_be_loaded(inner, service, model):
+    aside = model.with_name("aside")
+    service.service.kill()
+    model.rename(aside)
+    try:
+        service.service.start()
+        job = submit(inner, inner.file(GOOD).id)["id"]
+        reason = until(lambda: service.client.get(job).reason, "why it waits")
+        assert "tokenizer" in reason and service.client.get(job).status == "validating_files"
+    finally:
+        aside.rename(model)
+    until(lambda: service.client.get(job).status == "queued", "the validation")
+    service.client.cancel(job)
 
 
 def test_a_bad_file_fails_the_job_with_its_lines(rig, calls):

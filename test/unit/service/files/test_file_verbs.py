@@ -73,8 +73,10 @@ def test_lists_in_both_orders_and_by_purpose(inner):
     for wrong in ({"purpose": "vision"}, {"order": "up"}, {"limit": 0}, {"limit": 10_001}):
         with pytest.raises((ConfigError, ProtocolError)):
             inner.call("file_list", wrong)
-    with pytest.raises(NotFoundError):
-        inner.listed(after="nothing")
+    for wrong in ("nothing", "file-5", "file--" + "0" * 33, first.id + "0"):
+        with pytest.raises(NotFoundError) as caught:
+            inner.listed(after=wrong)
+        assert caught.value.param == "after"
 
 
 def test_a_key_makes_one_file_and_another_body_is_refused(inner, service):
@@ -243,6 +245,35 @@ def test_a_kill_within_an_upload_keeps_what_was_acknowledged(inner, service):
     service.restart()
     assert inner.call("upload_complete", args) == done
     assert len(inner.listed().data) == 1
+
+
+def test_a_repeated_answer_is_durable_too(inner, service):
+    """The store is locked: neither the first answer nor a repeated one comes before it is open."""
+    db = sqlite3.connect(service.run_dir / "harli.db", timeout=0.1, isolation_level=None)
+    db.execute("begin immediate")
+    requests = [
+        inner.send("file_complete", inner.complete_args(b"locked", idempotency_key="locked"))
+        for _ in range(2)
+    ]
+    try:
+        assert inner._socket.poll(1500) == 0
+    finally:
+        db.execute("rollback")
+        db.close()
+    assert len({msgspec.json.decode(inner._socket.recv())["result"]["id"] for _ in requests}) == 1
+
+
+def test_what_is_none_of_ours_does_not_keep_the_service_from_starting(inner, service):
+    service.service.kill()
+    strays = [service.run_dir / "parts" / "a folder", service.run_dir / "files" / "a folder"]
+    for stray in strays:
+        stray.mkdir()
+    service.service.start()
+    service.client.status()
+    kept = inner.file(b"kept")
+    assert all(stray.is_dir() for stray in strays) and inner.content(kept.id) == b"kept"
+    for stray in strays:
+        stray.rmdir()
 
 
 def test_what_expires_is_removed(own_clock_service):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -105,22 +105,31 @@ def _check_json_type(request: Request) -> None:
 
 def check_tree(found: Any) -> None:
     """Refuse what is nested too deep, and texts with NUL, which no store and no log takes."""
-    level = [(found, "")]
+    level = [found]
     for _ in range(MAX_DEPTH):
-        below: list[tuple[Any, str]] = []
-        for value, where in level:
+        below: list[Any] = []
+        for value in level:
             if isinstance(value, dict):
-                below += [(item, f"{where}.{name}" if where else name) for name, item in value.items()]
-                below += [(name, where) for name in value]
-            elif isinstance(value, list):
-                below += [(item, f"{where}[{number}]") for number, item in enumerate(value)]
-            elif isinstance(value, str) and "\0" in value:
-                text = f"{where[:SHOWN] or 'a name'} holds a NUL character: take it out"
-                raise Refusal(text, param=where[:SHOWN] or None)
+                if any("\0" in name for name in value):
+                    raise Refusal("a name holds a NUL character: take it out")
+                for name, item in value.items():
+                    if isinstance(item, str) and "\0" in item:
+                        _refuse_nul(name)
+                below += [item for item in value.values() if isinstance(item, dict | list)]
+            else:
+                for item in value:
+                    if isinstance(item, str) and "\0" in item:
+                        _refuse_nul(None)
+                below += [item for item in value if isinstance(item, dict | list)]
         if not below:
             return
         level = below
     raise Refusal(f"the body is nested deeper than {MAX_DEPTH} levels", code="invalid_json")
+
+
+def _refuse_nul(name: str | None) -> NoReturn:
+    param = None if name is None else name[:SHOWN]
+    raise Refusal(f"{param or 'a text'} holds a NUL character: take it out", param=param)
 
 
 # ------------------------------------------------------------------ as a Struct
@@ -197,6 +206,8 @@ def _mapped(values: dict[str, str], maps: Sequence[str]) -> dict[str, Any]:
     for name, value in values.items():
         field, bracket, inner = name.partition("[")
         if bracket and inner.endswith("]") and field in maps:
+            if field in values:
+                raise ConfigError(f"{field} and {shown(name)} are given: give one of the two", param=field)
             found.setdefault(field, {})[inner[:-1]] = value
         else:
             found[name] = value

@@ -61,13 +61,13 @@ def _opened(path: Path, in_use: bool) -> sqlite3.Connection:
 
 
 def _contents(path: Path, store: sqlite3.Connection) -> Finding:
-    from sglang_harli.service.jobs.store import SCHEMA
+    from sglang_harli.service.jobs.store import READS, SCHEMA
 
     tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if not {"jobs", "events", "settings"} <= tables:
         return problem(f"{path} is not a job store", "give another --harli-run-dir")
     row = store.execute("SELECT value FROM settings WHERE key = 'schema'").fetchone()
-    if row is None or row[0] != SCHEMA:
+    if row is None or row[0] not in READS:
         return problem(
             f"{path} has schema {row and row[0]}, this harli reads {SCHEMA}",
             "serve with the harli that made it, or give another --harli-run-dir",
@@ -75,7 +75,7 @@ def _contents(path: Path, store: sqlite3.Connection) -> Finding:
     rows = store.execute("SELECT id, status, body FROM jobs ORDER BY number").fetchall()
     counts = Counter(status for _, status, _ in rows)
     jobs = ", ".join(f"{count} {status}" for status, count in counts.items()) or "none"
-    found = [ok(f"{path} has schema {SCHEMA}, jobs: {jobs}")]
+    found = [ok(f"{path} has schema {row[0]}, jobs: {jobs}")]
     unreadable = {job: why for job, _, body in rows if (why := _trouble(body)) is not None}
     if unreadable:
         named = "; ".join(f"{job}: {why}" for job, why in list(unreadable.items())[:SHOWN])

@@ -184,6 +184,21 @@ def test_a_key_makes_one_job(client, file):
     ended(client, first.id)
 
 
+def test_numbers_come_back_as_they_were_sent(client, file):
+    for multiplier in (2.7, 5.1, 0.3):
+        job = create(client, file, hyperparameters={"learning_rate_multiplier": multiplier, "n_epochs": 1})
+        assert job.hyperparameters.learning_rate_multiplier == multiplier
+        client.fine_tuning.jobs.cancel(job.id)
+
+
+def test_jobs_without_metadata_can_be_asked_for(server, client):
+    found = client.get("/fine_tuning/jobs?metadata=null", cast_to=httpx.Response).json()["data"]
+    assert found and all(job["metadata"] == {} for job in found)
+    both = client.get
+    with pytest.raises(openai.BadRequestError, match="one of the two"):
+        both("/fine_tuning/jobs?metadata=null&metadata[a]=b", cast_to=httpx.Response)
+
+
 # ------------------------------------------------------------------ refusals
 @pytest.mark.parametrize(
     ("change", "param", "code"),
@@ -211,6 +226,9 @@ def test_a_key_makes_one_job(client, file):
             None,
         ),
         ({"nothing": 1}, "nothing", "unknown_parameter"),
+        ({"harli": {"resume_from": "x" * 1_000_000}}, "harli.resume_from", "invalid_value"),
+        ({"metadata": {"x" * 500_000: "", "a": [1] * 200_000}}, "metadata", "invalid_value"),
+        ({"metadata": {"a": "nul\0"}}, "a", "bad_request"),
     ],
 )
 def test_what_is_refused_names_the_field(server, file, change, param, code):

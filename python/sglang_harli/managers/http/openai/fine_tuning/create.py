@@ -64,7 +64,7 @@ class HarliBody(Struct, kw_only=True, forbid_unknown_fields=True):
 
     hyperparameters: dict[str, Any] = msgspec.field(default_factory=dict)
     priority: Priority = 0
-    resume_from: str | None = None
+    resume_from: ObjectId | None = None
 
 
 class CreateJobBody(Struct, kw_only=True, forbid_unknown_fields=True):

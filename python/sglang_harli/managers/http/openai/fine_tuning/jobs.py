@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter
 from msgspec import Meta, Struct
@@ -24,11 +24,13 @@ from sglang_harli.managers.http.openai.fine_tuning.shapes import (
     job_shape,
 )
 from sglang_harli.managers.http.openai.uploads import EmptyBody
+from sglang_harli.protocol import accepted
 from sglang_harli.protocol.calls.fine_tuning import EventsBeforeArgs, EventsPage
 from sglang_harli.protocol.public import Job, JobArgs, ListArgs
 
 TAG = "Fine-tuning"
 SUBMIT_S = 120.0
+MAX_JOBS = 200  # of one answer, whatever limit is asked for
 _Limit = Annotated[int, Meta(ge=1, le=1000)]
 # Paths that OpenAI has and this server does not, and what to use.
 UNSERVED = {
@@ -48,11 +50,14 @@ T = TypeVar("T", JobList, EventList)
 
 
 class JobsQuery(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A page of jobs; ``metadata[NAME]=VALUE``: those that have these pairs."""
+    """A page of jobs; ``metadata[NAME]=VALUE``: those that have these pairs; ``metadata=null``:
+    those that have none."""
 
     after: str | None = None
     limit: _Limit = 20
-    metadata: dict[str, str] = {}
+    metadata: Annotated[
+        dict[str, str] | Literal["null"], accepted.words("metadata[NAME]=VALUE, or null")
+    ] = {}
 
 
 class EventsQuery(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -81,7 +86,8 @@ def _add_reading(router: APIRouter, api: Api) -> None:
     async def list_jobs(request: Request) -> Response:
         """A page of the jobs, newest first."""
         asked = query(request, JobsQuery, maps=("metadata",)) or JobsQuery()
-        args = ListArgs(limit=asked.limit, after=asked.after, metadata=asked.metadata)
+        wanted = asked.metadata if isinstance(asked.metadata, dict) else None
+        args = ListArgs(limit=min(asked.limit, MAX_JOBS), after=asked.after, metadata=wanted)
         with referred("after"):
             page = await api.calls.call("list", args, JobPage)
         return answer(_page(JobList, [job_shape(job) for job in page.jobs], page.has_more))

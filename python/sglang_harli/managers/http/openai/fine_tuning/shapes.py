@@ -133,7 +133,7 @@ def job_shape(job: Job) -> JobShape:
     shown = HyperparametersShape(
         n_epochs=hp.n_epochs,
         batch_size=hp.batch_size * hp.gradient_accumulation_steps,
-        learning_rate_multiplier=hp.learning_rate / BASE_LEARNING_RATE,
+        learning_rate_multiplier=float(f"{hp.learning_rate / BASE_LEARNING_RATE:.12g}"),
     )
     now = time.time()  # stamp: of an estimate
     return JobShape(

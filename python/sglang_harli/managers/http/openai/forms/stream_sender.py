@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import random
+import time
 import uuid
 from collections import deque
 
@@ -20,6 +21,7 @@ APPEND_S = 120.0
 BUSY_S = 60.0  # how long a piece is offered to a service that is busy
 PAUSE_FIRST_S, PAUSE_LONGEST_S = 0.05, 2.0
 ABORT_S = 5.0
+SLOW_S = 30.0  # of a slow client less than a piece is sent, so that the service keeps its stream
 
 
 class StreamSender:
@@ -42,6 +44,7 @@ class StreamSender:
         self._digest = hashlib.sha256()
         self._rest = bytearray()  # less than a piece
         self._sent = 0
+        self._sent_at = time.monotonic()
         self._flying: deque[asyncio.Task[None]] = deque()
         self.stream = uuid.uuid4().hex
         self.size = 0
@@ -54,13 +57,18 @@ class StreamSender:
             piece = bytes(memoryview(self._rest)[:MAX_PIECE_BYTES])
             del self._rest[:MAX_PIECE_BYTES]
             await self._send(piece)
+        if self._rest and time.monotonic() - self._sent_at > SLOW_S:
+            await self._send_rest()
+
+    async def _send_rest(self) -> None:
+        piece = bytes(self._rest)
+        self._rest.clear()
+        await self._send(piece)
 
     async def finish(self) -> str:
         """Returns the SHA-256 in hex, when the service has all of it."""
         if self._rest:
-            piece = bytes(self._rest)
-            self._rest.clear()
-            await self._send(piece)
+            await self._send_rest()
         while self._flying:
             await self._landed()
         return self._digest.hexdigest()
@@ -85,6 +93,7 @@ class StreamSender:
     async def _send(self, piece: bytes) -> None:
         while len(self._flying) >= WINDOW:
             await self._landed()
+        self._sent_at = time.monotonic()
         await asyncio.to_thread(self._digest.update, piece)  # milliseconds that no other request waits for
         before = self._flying[-1] if self._flying else None
         self._flying.append(asyncio.ensure_future(self._deliver(piece, self._sent, before)))
