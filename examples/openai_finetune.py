@@ -45,13 +45,18 @@ def follow(client: OpenAI, job: str) -> Iterator[FineTuningJobEvent]:
         time.sleep(POLL_S)
 
 
-def train(client: OpenAI, model: str, file: str, epochs: int) -> FineTuningJob:
+def train(client: OpenAI, model: str, file: str, epochs: int, multiplier: float) -> FineTuningJob:
     """A job on an uploaded file, when it is over; SystemExit: it did not succeed."""
     job = client.fine_tuning.jobs.create(
         model=model,
         training_file=file,
         suffix="example",
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}},
+        method={
+            "type": "supervised",
+            "supervised": {
+                "hyperparameters": {"n_epochs": epochs, "learning_rate_multiplier": multiplier},
+            },
+        },
         extra_headers=once(),
     )
     print(f"job {job.id}")
@@ -81,6 +86,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="the served model (default: the first that the server lists)")
     parser.add_argument("--file", type=Path, required=True, help="JSON lines with messages")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--learning-rate-multiplier", type=float, default=1.0, help="times 2e-4")
     parser.add_argument("--ask", default="Hello!", help="what the base and the new model are asked")
     parser.add_argument("--delete", action="store_true", help="remove the new model and the file again")
     return parser.parse_args()
@@ -96,7 +102,7 @@ def main() -> None:
         file = client.files.create(file=data, purpose="fine-tune", extra_headers=once())
     print(f"file {file.id}: {file.filename}, {file.bytes} bytes")
 
-    job = train(client, model, file.id, args.epochs)
+    job = train(client, model, file.id, args.epochs, args.learning_rate_multiplier)
     assert job.fine_tuned_model is not None  # of a job that has succeeded
     for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id):
         print(f"checkpoint {checkpoint.id}: step {checkpoint.step_number}, {checkpoint.metrics}")

@@ -149,7 +149,8 @@ class HarliOptions:
         choices=("refuse", "warn", "off"),
     )
     keep_checkpoints: int = _option(
-        2, "How many checkpoints of each job stay on the disk, after its end too."
+        2,
+        "How many checkpoints of each job stay on the disk, after its end too, besides the best one by its evaluation.",
     )
     logits_mem: str = _option(
         "64MiB", "Largest logits tensor of a training step; the loss is chunked to fit it."

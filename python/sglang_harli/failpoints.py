@@ -29,11 +29,7 @@ class Failpoint(enum.StrEnum):
     """Durable steps, in the order in which a job passes them; behind each, who reaches it."""
 
     DATA_STORED = "data-stored"  # service: the data's folder has its final name, the store knows no job yet
-    FILE_STORED = "file-stored"  # service: a file's bytes have their name, the store does not know the file
-    PART_STORED = "part-stored"  # service: the same of a part of an upload
-    UPLOAD_COMPLETED = "upload-completed"  # service: the parts are one file, the store has the parts yet
     JOB_CREATED = "job-created"  # service: the job is in the store, its client has no answer yet
-    VALIDATED = "validated"  # service: rows of a file that was named are stored, the store does not know it
     MICRO_BATCH_FED = "micro-batch-fed"  # service: a micro-batch went to the scheduler
     STEP_APPLIED = "step-applied"  # scheduler: the optimizer has run, no message has gone out
     EVALUATED = "evaluated"  # scheduler: an evaluation's result is there, no message has gone out
@@ -46,6 +42,16 @@ class Failpoint(enum.StrEnum):
     TENSORS_SHARED = "tensors-shared"  # service: the adapter lies in shared memory, nobody was asked
     LOADED = "loaded"  # HTTP process: the scheduler has loaded the adapter, no name answers yet
     REGISTERED = "registered"  # HTTP process: the name answers, the service does not know
+
+
+class FileFailpoint(enum.StrEnum):
+    """Durable steps of files that come over HTTP and of jobs on them, all of the service;
+    ``test/unit/service/files`` kills it at each."""
+
+    FILE_STORED = "file-stored"  # a file's bytes have their name, the store does not know the file
+    PART_STORED = "part-stored"  # the same of a part of an upload
+    UPLOAD_COMPLETED = "upload-completed"  # the parts are one file, the store has the parts yet
+    VALIDATED = "validated"  # rows of a file that was named are stored, the store does not know it
 
 
 class WriteFailpoint(enum.StrEnum):
@@ -72,7 +78,7 @@ class ReadFailpoint(enum.StrEnum):
     ROWS = "read-rows"  # service: those of a micro-batch
 
 
-def failpoint(point: Failpoint | WriteFailpoint | ReadFailpoint) -> None:
+def failpoint(point: Failpoint | FileFailpoint | WriteFailpoint | ReadFailpoint) -> None:
     """Do what a test has armed at this point (which may be an OSError); nothing otherwise."""
     if _folder is not None:
         _act(_folder / point)

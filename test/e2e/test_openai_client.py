@@ -52,7 +52,7 @@ def answer(client: OpenAI, model: str, question: str) -> str:
         model=model,
         messages=[{"role": "user", "content": question}],
         temperature=0,
-        max_tokens=12,
+        max_tokens=40,
     )
     return found.choices[0].message.content or ""
 

@@ -128,6 +128,8 @@ class SchedulerPeer(Peer):
 
     def _next_cursor(self) -> internal.BatchCursor | None:
         steps = list(self._batches)
+        if self.spec is not None and not steps and self._evaluating is not None:
+            return internal.BatchCursor(epoch=0, step=self.step, index=self._evaluating)
         if self.spec is None or not steps:
             return None
         step, index = max(steps)
@@ -153,7 +155,9 @@ class SchedulerPeer(Peer):
                 has_slot=self._slot is not None,
                 snapshot=self._in_hand,
                 stopping=self._stopping,
-                taken=internal.BatchCursor(epoch=0, step=self.step + 1, index=0),
+                taken=internal.BatchCursor(
+                    epoch=0, step=self.step + (self._evaluating is None), index=self._evaluating or 0
+                ),
             )
         )
 

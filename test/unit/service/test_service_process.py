@@ -151,7 +151,8 @@ def test_a_job_beyond_what_is_served_is_refused(rig, values, message):
 
 
 def test_rows_over_the_limit(rig):
-    rows = [*pairs(3), {"prompt": "word " * 200, "completion": "x"}]
+    asked = {"role": "user", "content": "word " * 200}
+    rows = [*pairs(3), {"messages": [asked, {"role": "assistant", "content": "x"}]}]
     with pytest.raises(DataError, match=r"line 4: \d+ tokens, the limit is 128"):
         rig.client.submit(rows)
     job = rig.client.submit(rows, on_overflow="drop")

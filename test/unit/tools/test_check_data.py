@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sglang_harli.client.blocking_client import FinetuneClient
@@ -153,3 +156,59 @@ def test_the_running_server_checks_a_file_and_makes_no_job(
         with pytest.raises(DataError):
             client.check("/no/such/file")
     assert not list(service.run_dir.glob(".incoming-*")) and not list(service.run_dir.glob("ftjob-*"))
+
+
+def test_the_report_of_a_table_says_what_it_is_and_where_it_is_at_fault(model: Path, tmp_path: Path):
+    path = tmp_path / "alpaca.jsonl"  # whatever its name
+    path.write_bytes(gzip.compress(b"instruction,input,output\nSay it,in German,Gut\nSay,,\n"))
+    done = harli("check-data", str(path), "--model", str(model), "--json")
+    assert done.returncode == 3, done.stderr
+    found = json.loads(done.stdout)
+    assert [found[name] for name in ("format", "file_format", "unit")] == ["alpaca", "csv", "row"]
+    assert found["file_text"] == "CSV, packed with gzip"
+    assert (found["rows"], found["bad_rows"], found["fault"], found["truncated"]) == (1, 1, None, 0)
+    assert found["bad_lines"] == [
+        {
+            "row": 2,
+            "line": 3,
+            "field": "output",
+            "reason": "field 'output' is empty: there is nothing to learn",
+        }
+    ]
+    [example] = found["examples"]
+    assert example["row"] == 1 and "Say it\nin German" in example["parts"][0]["text"]
+    assert sum(bucket["rows"] for bucket in found["histogram"]) == 1 and 0 < found["loss_share"] < 1
+    shown = harli("check-data", str(path), "--model", str(model))
+    assert "rows of the format alpaca in CSV, packed with gzip; 1 rows not accepted" in shown.stdout
+    assert "row 1: " in shown.stdout and "[[" in shown.stdout
+    assert "row 2 (line 3): field 'output' is empty" in shown.stderr
+
+
+def test_what_is_about_the_whole_file_is_said_once(model: Path, tmp_path: Path):
+    path = tmp_path / "dpo.jsonl"
+    path.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 3000)
+    done = harli("check-data", str(path), "--model", str(model), "--json")
+    found = json.loads(done.stdout)
+    assert found["fault"].startswith("this looks like preference data (DPO)") and found["format"] is None
+    assert (found["bad_rows"], len(found["bad_lines"]), done.returncode) == (3000, 1000, 3)
+    assert done.stderr.count("preference data") == 1
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    done = harli("check-data", str(path), "--model", str(model))
+    assert "this is a zip archive" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_parquet_and_folders_at_the_running_server(service: ServiceProcess, model: Path, tmp_path: Path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist([CHAT] * 3), folder / "train-00000-of-00001.parquet")
+    environment = {"HARLI_ENDPOINT": service.endpoint}
+    sent = json.loads(harli("check-data", str(folder), "--json", **environment).stdout)
+    here = json.loads(harli("check-data", str(folder), "--model", str(model), "--json").stdout)
+    assert (sent["rows"], sent["file"], sent["file_format"]) == (3, "set.jsonl", "jsonl")
+    assert sent["tokens"] == here["tokens"] and here["file"] == str(folder)
+    with FinetuneClient(service.endpoint) as client:
+        job = client.submit(folder / "train-00000-of-00001.parquet")
+        assert (job.data["format"], job.data["file_text"], job.data["rows"]) == ("messages", "Parquet", 3)
+        [validated] = [e for e in client.events(job.id) if e.type == "data_validated"]
+        assert "format: messages in Parquet" in validated.message
+        client.cancel(job.id)

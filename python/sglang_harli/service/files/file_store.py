@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from sglang_harli.errors import ConfigError, HarliError, NotFoundError
-from sglang_harli.failpoints import Failpoint, WriteFailpoint, failpoint
+from sglang_harli.failpoints import FileFailpoint, WriteFailpoint, failpoint
 from sglang_harli.protocol.calls.files import (
     FINE_TUNE,
     RESULTS,
@@ -119,7 +119,7 @@ class FileStore:
         """A file of these bytes, which move to their place; durable when it returns."""
         record = self.record(whole, filename, purpose, expires_after=expires_after, key=key, asked=asked)
         await self.settle(whole.path, record)
-        failpoint(Failpoint.FILE_STORED)
+        failpoint(FileFailpoint.FILE_STORED)
         await self._catalog.change([record])
         return record
 

@@ -15,7 +15,7 @@ import msgspec
 
 from sglang_harli.config import HarliOptions, show_size
 from sglang_harli.errors import ConfigError, HarliError, StateError
-from sglang_harli.failpoints import Failpoint, WriteFailpoint, failpoint
+from sglang_harli.failpoints import FileFailpoint, WriteFailpoint, failpoint
 from sglang_harli.protocol.calls.files import (
     MAX_PARTS,
     PartCompleteArgs,
@@ -137,7 +137,7 @@ class UploadStore:
             asked=asked,
         )
         await self._files.in_thread(lambda: settle(whole.path, self._folder / part.id))
-        failpoint(Failpoint.PART_STORED)
+        failpoint(FileFailpoint.PART_STORED)
         if self._catalog.upload(upload.id).status != "pending":  # ended meanwhile
             await self._files.in_thread(lambda: (self._folder / part.id).unlink(missing_ok=True))
             self._pending(upload.id, "take a part")
@@ -180,7 +180,7 @@ class UploadStore:
                 whole, upload.filename, upload.purpose, expires_after=upload.expires_after
             )
             await self._files.settle(place, file)
-            failpoint(Failpoint.UPLOAD_COMPLETED)
+            failpoint(FileFailpoint.UPLOAD_COMPLETED)
             now = int(time.time())  # stamp: when an upload ended
             ended = msgspec.structs.replace(
                 upload,

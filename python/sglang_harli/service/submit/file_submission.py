@@ -20,7 +20,7 @@ import msgspec
 from sglang_harli.config import ServiceConfig
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import ConfigError, DataError, HarliError, NotReadyError, grouped
-from sglang_harli.failpoints import Failpoint, failpoint
+from sglang_harli.failpoints import Failpoint, FileFailpoint, failpoint
 from sglang_harli.protocol import trouble
 from sglang_harli.protocol.public import Hyperparameters, SubmitArgs, parse_hyperparameters
 from sglang_harli.service.data import batches, dataset, validation
@@ -221,7 +221,7 @@ class FileSubmission(Submission):
             self._registry.apply(transitions.not_accepted(record, drafts, refusal, now))
 
     def _accept(self, job: str, found: _Looked) -> None:
-        failpoint(Failpoint.VALIDATED)
+        failpoint(FileFailpoint.VALIDATED)
         if not self._still(job):
             return
         record, summary = self._registry.get(job), found.summary

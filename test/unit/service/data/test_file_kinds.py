@@ -254,6 +254,12 @@ def test_a_table_of_another_encoding_is_named(scan):
     }
 
 
+@pytest.mark.parametrize("first", ["{", "[", "[1", "<", "#", "PAR"])
+def test_a_first_cell_may_begin_as_other_files_do(scan, first):
+    row = {"prompt": first, "completion": "c"}
+    assert scan(csv_of([row]))[1] == scan(lines_of(row))[1]
+
+
 def test_marks_blank_names_and_quotes_of_spreadsheets(scan):
     summary, rows = scan('\ufeff,prompt,completion\r\n1,a,"b ""c"""\r\n'.encode())
     assert summary.ignored_fields == ["column 1"]
@@ -346,12 +352,36 @@ def test_a_dictionary_that_expands_without_end_is_refused_while_it_is_read(tmp_p
         assert sum(len(record.value["completion"]) for record in found) < 8 << 20
 
 
-def test_without_pyarrow_a_sentence_says_what_to_do(scan, tmp_path, monkeypatch):
-    (tmp_path / "pyarrow.py").write_text("raise ImportError('no pyarrow here')")
+@pytest.mark.parametrize(
+    ("pyarrow", "says"),
+    [
+        (
+            "raise ImportError('no pyarrow here')",
+            "reading Parquet needs pyarrow, which cannot be loaded where",
+        ),
+        ("import os; os._exit(1)", "the process that reads it ended, as it does where a file is damaged"),
+    ],
+)
+def test_without_pyarrow_or_where_it_crashes_a_sentence_says_what_to_do(
+    scan, tmp_path, monkeypatch, pyarrow, says
+):
     content = parquet_of([PAIR])
+    (tmp_path / "pyarrow.py").write_text(pyarrow)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(dataset.__file__).parents[3]}")
     found = refusal(scan, content).message
-    assert "reading Parquet needs pyarrow" in found and "install it, or write the rows as JSONL" in found
+    assert says in found and "as JSONL" in found
+
+
+def test_the_process_that_reads_parquet_has_a_bound_on_its_memory(tmp_path):
+    path = tmp_path / "long.parquet"
+    pq.write_table(pa.table({"prompt": ["q"], "completion": ["x" * (96 << 20)]}), path, compression="zstd")
+    code = (
+        "from sglang_harli.service.data.files import parquet_child\n"
+        f"parquet_child.MEMORY_BYTES = 48 << 20\nparquet_child.main({str(path)!r}, 1 << 20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1].startswith('F"reading a few rows of the Parquet file takes more than')
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_neither_pyarrow_nor_torch_is_loaded(tmp_path):

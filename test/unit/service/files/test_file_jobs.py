@@ -8,7 +8,7 @@ import pytest
 from test_file_verbs import killed_at
 
 from sglang_harli.errors import ConfigError, HarliError, ProtocolError, StateError
-from sglang_harli.failpoints import Failpoint, WriteFailpoint
+from sglang_harli.failpoints import FileFailpoint, WriteFailpoint
 from sglang_harli.protocol.public import SubmitArgs
 from support.service.inner_calls import InnerCalls
 from support.service.service_fixture import ServiceUnderTest, pairs, until
@@ -144,7 +144,7 @@ def test_a_job_that_is_being_validated_is_cancelled_at_once(inner, service, look
 
 def test_a_kill_at_the_end_of_a_validation_loses_nothing(inner, service):
     file = inner.file(GOOD)
-    killed_at(service, inner, Failpoint.VALIDATED, "submit", SubmitArgs(training_file=file.id))
+    killed_at(service, inner, FileFailpoint.VALIDATED, "submit", SubmitArgs(training_file=file.id))
     [job] = [job for job in service.client.list() if job.training_file == file.id]
     kinds = until(lambda: "queued" in (kinds := types(service, job.id)) and kinds, "the validation")
     assert kinds == ["job_created", "validating", "data_validated", "queued"]

@@ -20,7 +20,7 @@ from sglang_harli.errors import (
     ProtocolError,
     StateError,
 )
-from sglang_harli.failpoints import Failpoint, WriteFailpoint
+from sglang_harli.failpoints import FileFailpoint, WriteFailpoint
 from sglang_harli.protocol.calls.files import ExpiresAfter
 from support.service.service_fixture import until
 
@@ -200,7 +200,7 @@ def test_a_full_disk_is_a_refusal_and_leaves_nothing(inner, service):
     assert list((service.run_dir / "files").iterdir()) == []
 
 
-def killed_at(service, inner, point: Failpoint, verb: str, args) -> None:
+def killed_at(service, inner, point: FileFailpoint, verb: str, args) -> None:
     """The service is killed where it stands at this point, and started again."""
     (service.points / point).write_text("stop")
     inner.send(verb, args)
@@ -217,7 +217,7 @@ def killed_at(service, inner, point: Failpoint, verb: str, args) -> None:
 def test_a_kill_when_a_file_is_stored_neither_loses_nor_doubles_it(inner, service, first):
     kept = inner.file(b"kept", idempotency_key=f"kept {len(first)}") if first else None
     args = inner.complete_args(b"rows" + first, idempotency_key="killed")
-    killed_at(service, inner, Failpoint.FILE_STORED, "file_complete", args)
+    killed_at(service, inner, FileFailpoint.FILE_STORED, "file_complete", args)
     assert list((service.run_dir / ".streams").iterdir()) == []
     assert [f.id for f in inner.listed().data] == ([kept.id] if kept else [])
     assert len(list((service.run_dir / "files").iterdir())) == (1 if kept else 0)  # unknown bytes are gone
@@ -231,11 +231,11 @@ def test_a_kill_within_an_upload_keeps_what_was_acknowledged(inner, service):
     upload = inner.upload(6)
     one = inner.part(upload.id, b"one")
     two = inner.part_args(upload.id, b"two", idempotency_key="two")
-    killed_at(service, inner, Failpoint.PART_STORED, "part_complete", two)
+    killed_at(service, inner, FileFailpoint.PART_STORED, "part_complete", two)
     assert [p.name for p in (service.run_dir / "parts").iterdir()] == [one.id]
     two = inner.part(upload.id, b"two", idempotency_key="two")
     args = {"upload": upload.id, "part_ids": [one.id, two.id]}
-    killed_at(service, inner, Failpoint.UPLOAD_COMPLETED, "upload_complete", args)
+    killed_at(service, inner, FileFailpoint.UPLOAD_COMPLETED, "upload_complete", args)
     assert inner.listed().data == []
     assert {p.name for p in (service.run_dir / "parts").iterdir()} == {one.id, two.id}
     done = inner.call("upload_complete", args)

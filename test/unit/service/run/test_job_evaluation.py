@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from sglang_harli.cli import view
 from sglang_harli.errors import ConfigError, DataError
 from sglang_harli.protocol.public import Hyperparameters, Job
 from sglang_harli.service.checkpoint import checkpoints, listing
@@ -81,6 +82,10 @@ def test_patience_ends_a_job_as_succeeded_and_says_why(rig):
     [stopped] = data(rig, done, "early_stopped")
     assert stopped == {"step": 6, "total_steps": 8, "best_step": 4, "best_valid_loss": 0.99}
     assert np.array_equal(rig.result(done), state_of(rig, done, 6))
+    shown = list(view.job_lines(done))
+    best = "valid_loss 1.5000, token accuracy 0.5000 at step 6; the best is 0.9900 at step 4"
+    assert f"{'evaluation:':<18}{best}" in shown and f"{'validation:':<18}2 rows of the data" in shown
+    assert any(line.startswith("status:") and "(stopped early at step 6 of 8" in line for line in shown)
     rig.scheduler.valid_losses = {8: 0.1}
     going_on = rig.done(rig.client.submit(resume_from=done.id, early_stopping_patience=3))
     assert (going_on.step, going_on.best_step) == (8, 8)

@@ -4,6 +4,8 @@ server."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -192,8 +194,10 @@ def test_a_tokenizer_without_backend_is_loaded_by_its_path_and_has_to_agree(tmp_
 
 # ------------------------------------------------------------------ jobs of before
 def test_a_job_that_came_early_is_made_again_with_what_the_server_has(own, model):
+    """From its file, which is read by its content each time."""
     rig = own(peers=False)
-    early = rig.client.submit(talks(), n_epochs=2)
+    early = rig.client.submit(gzip.compress(json.dumps(talks()).encode()), n_epochs=2)
+    assert early.data["file_text"] == "a JSON array, packed with gzip"
     own_rows = stored(rig, early)
     assert len(own_rows) == 6
     live = state(model, CUTTING_TEMPLATE)
@@ -210,7 +214,8 @@ def test_a_job_that_came_early_is_made_again_with_what_the_server_has(own, model
 
 def test_a_limit_that_comes_later_than_the_data(own):
     rig = own(peers=False)
-    rows = [*pairs(4), {"prompt": "word " * 30, "completion": "x " * 30}]
+    asked = {"role": "user", "content": "word " * 10}
+    rows = [*pairs(4), {"messages": [asked, {"role": "assistant", "content": "x " * 90}]}]
     cut, dropped, kept = (rig.client.submit(rows, on_overflow=v) for v in ("truncate", "drop", "error"))
     assert cut.data["longest_row"] > 128
     rig.join_http()
@@ -280,6 +285,29 @@ def test_jobs_that_another_template_refuses_wait_for_theirs(own, model):
     assert rig.client.get(job.id).status == "queued"
     again(rig, state(model))
     rig.done(job)
+
+
+def test_rows_that_are_evaluated_are_made_again_too(own, model):
+    rig = own(peers=False)
+    hp = {"n_epochs": 1, "eval_steps": 0}
+    early = rig.client.submit(talks(6), validation=talks(3), **hp)
+    split = rig.client.submit(talks(6), validation_split=0.4, **hp)
+    rig.join_http(state(model))
+    rig.join_scheduler()
+    done = rig.done(early)
+    about = rig.client.get(early.id).data["validation"]
+    before = early.data["validation"]
+    assert about["tokenizer"] == state(model).fingerprint != before["tokenizer"]
+    assert (about["sha256"], about["bytes"]) == (before["sha256"], before["bytes"])
+    folder = rig.folder(early) / "data" / done.data["rows_in"] / "validation"
+    reader = TokenReader(folder)
+    assert [reader.row(i)[0].tolist() for i in range(len(reader))] == rows_of(state(model), talks(3))
+    reader.close()
+    assert done.evaluation["rows"] == about["rows"]
+    rig.done(split)
+    assert rig.client.get(split.id).data["validation_rows"] == split.data["validation_rows"]
+    more = rig.done(rig.client.submit(resume_from=early.id, n_epochs=2))
+    assert more.evaluation["rows"] == about["rows"]
 
 
 def test_rows_that_were_made_again_are_carried_on(own, model):

@@ -233,8 +233,8 @@ def _wrapped(name: str) -> str:
 
 def _separator(first: str, second: str | None) -> str | None:
     """What parts the cells, where the first line has a table's names of columns."""
-    if second is not None and second.startswith(("{", "[")):
-        return None
+    if second is not None and isinstance(_value(second), dict):
+        return None  # JSONL whose first line is at fault: in a table such a cell would be quoted
     for sign in (",", "\t", ";"):
         cells = first.split(sign)
         names = {cell.strip(' "').lower() for cell in cells}

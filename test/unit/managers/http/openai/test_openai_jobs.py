@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,11 +16,13 @@ from openai import AsyncOpenAI, OpenAI
 from sglang_harli import run_paths
 from sglang_harli.managers.http.openai.access import Access
 from support.api_server import ApiServer
+from support.project_files import ROOT
 from support.service.service_fixture import ServiceUnderTest, pairs, until
 from support.tokenizer import make_tokenizer_folder
 
 ROWS = "".join(json.dumps(row) + "\n" for row in pairs(8)).encode()
 MODEL = "org/tiny"
+PAGE = ROOT / "docs" / "openai.md"
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +260,21 @@ def test_a_bad_validation_file_is_named(client, file):
     job = ended(client, create(client, file, validation_file=bad.id).id)
     assert job.status == "failed" and job.error.param == "validation_file"
     assert "bad.jsonl" in job.error.message
+
+
+# ------------------------------------------------------------------ the page
+def test_the_examples_of_the_page_run(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_bytes(ROWS)
+    examples = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(examples) == 2
+    client = '"http://127.0.0.1:30000/v1", api_key="none"'
+    first = examples[0].replace(client, f'"{server.base_url}", api_key="secret"')
+    assert "secret" in first
+    # The routes here have no models beside them: those are SGLang's.
+    first = first.replace("client.models.list().data[0].id", f'"{MODEL}"')
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(first + examples[1], names)  # the page's own code
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "validating_files" and shown[-1].startswith("succeeded tiny-ft-support-")
+    assert shown[1].startswith("message the job is done")
