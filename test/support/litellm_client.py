@@ -1,5 +1,5 @@
-"""LiteLLM's SDK as a client of the API: a script for an environment that has ``litellm`` and nothing
-of ours.
+"""LiteLLM's SDK as a client of the API: a script for an environment that has ``litellm`` and
+nothing of ours.
 
 ``python litellm_client.py BASE_URL KEY FILE MODEL`` sends the file, makes a job of it, follows,
 lists and cancels, blocking and in asyncio, and prints what came of it as one line of JSON.
