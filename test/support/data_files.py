@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,3 +57,12 @@ def refusal(scan, content: bytes | str) -> DataError:
 def reasons(scan, content: bytes | str) -> dict[int, str]:
     """By the number of the line, or of the row where rows are no lines."""
     return {row.get("row", row.get("line")): row["reason"] for row in refusal(scan, content).details}
+
+
+def write_large(path: Path, mib: int) -> Path:
+    """Rows whose weight lies in a field that is ignored, of a quarter MiB each."""
+    row = json.dumps({"prompt": "a", "completion": "b", "note": "x" * ((1 << 18) - 60)}).encode() + b"\n"
+    with path.open("wb") as file:
+        for _ in range(4 * mib):
+            file.write(row)
+    return path

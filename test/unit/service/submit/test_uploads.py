@@ -18,20 +18,12 @@ from sglang_harli.client.blocking_client import FinetuneClient
 from sglang_harli.errors import ConfigError, DataError, HarliError
 from sglang_harli.protocol import public
 from sglang_harli.service.submit import uploads
+from support.data_files import write_large
 from support.service.service_fixture import exchange, pairs, until
 
 MIB = 1 << 20
 CHUNK = public.MAX_FRAME_BYTES
 LARGE_MIB = int(os.environ.get("HARLI_TEST_UPLOAD_MIB", "200"))  # 1024 for a gigabyte
-
-
-def write_large(path: Path, mib: int) -> Path:
-    """Rows whose weight lies in a field that is ignored, of a quarter MiB each."""
-    row = json.dumps({"prompt": "a", "completion": "b", "note": "x" * (MIB // 4 - 60)}).encode() + b"\n"
-    with path.open("wb") as file:
-        for _ in range(4 * mib):
-            file.write(row)
-    return path
 
 
 def upload_args(number: int, content: bytes, offset: int = 0, **changes) -> dict:
