@@ -175,6 +175,7 @@ class Job(Struct, kw_only=True, omit_defaults=False):
     base: str | None = None  # served name and place of the weights that it is trained on
     training_file: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    result_files: list[str] = field(default_factory=list)  # ids of files with the metrics of its steps
 
 
 class Event(Struct, kw_only=True):

@@ -90,7 +90,10 @@ class App:
             lambda name: self._publication.want_name(name),
             self._take_tokenizer,
         )
-        self._publication = PublicationQueue(self._registry, self._http, self._disk, shm, config.model_path)
+        self._files = Files(run_dir, self._registry, config.options, self._readers)
+        self._publication = PublicationQueue(
+            self._registry, self._http, self._disk, shm, config.model_path, self._files.results.before_end
+        )
         self._driver = RunDriver(
             self._registry, self._publication, self._disk, shm, self._tokenizer, self._scheduler
         )
@@ -101,7 +104,6 @@ class App:
             lambda text: self._registry.durable(self._registry.journal.put(settings={SETTING: text})),
         )
         self._uploads = Uploads(run_dir)
-        self._files = Files(run_dir, self._registry, config.options)
         self._submission = self._make_submission(config)
         self._router = PublicRouter(
             self._context, config.options.finetune_endpoint, self.handle, config.options.absolute_curve_keys

@@ -161,7 +161,7 @@ MESSAGES = {
     "Job": (
         "id object created_at started_at finished_at status sub_state reason model suffix fine_tuned_model step "
         "total_steps trained_tokens loss learning_rate tokens_per_s eta_s attempt hyperparameters data error run_dir "
-        "priority resumed_from base training_file metadata"
+        "priority resumed_from base training_file metadata result_files"
     ),
     "TensorRef": "name dtype shape offset nbytes",
     "SlotRef": "path nbytes tensors",

@@ -292,7 +292,7 @@ def interrupted(record: JobRecord, why: str, now: float) -> Transition:
     return _change(record, draft, status=JobStatus.QUEUED, **_back_to_checkpoint(record))
 
 
-def published(record: JobRecord, now: float) -> Transition:
+def published(record: JobRecord, now: float, result_files: tuple[str, ...] = ()) -> Transition:
     """The adapter answers under its name."""
     return _change(
         record,
@@ -303,9 +303,15 @@ def published(record: JobRecord, now: float) -> Transition:
         status=JobStatus.SUCCEEDED,
         finished_at=now,
         fine_tuned_model=record.adapter_name,
+        result_files=result_files,
         step=record.total_steps,
         **_ENDED,
     )
+
+
+def has_results(record: JobRecord, file: str) -> Transition:
+    """The file with the metrics of a job that has succeeded already."""
+    return _change(record, result_files=(file,))
 
 
 def fail(record: JobRecord, code: str, message: str, now: float, param: str | None = None) -> Transition:

@@ -44,16 +44,24 @@ class _PutOffError(HarliError):
 
 class PublicationQueue:
     """Trained adapters on their way to being served, one at a time.  ``model_path``: of the served
-    base, for the adapter_config.json of a job whose base is not recorded."""
+    base, for the adapter_config.json of a job whose base is not recorded.  ``results``: makes the
+    result files of a job that is about to succeed; their ids."""
 
     def __init__(
-        self, registry: JobRegistry, http: HttpLink, disk: Executor, shm: Path, model_path: str
+        self,
+        registry: JobRegistry,
+        http: HttpLink,
+        disk: Executor,
+        shm: Path,
+        model_path: str,
+        results: Callable[[str], Awaitable[tuple[str, ...]]],
     ) -> None:
         self._registry = registry
         self._http = http
         self._disk = disk
         self._shm = shm
         self._model_path = model_path
+        self._results = results
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self._queued: set[str] = set()
         self.in_flight: str | None = None  # the job whose publication was asked for, until the answer
@@ -272,8 +280,7 @@ class PublicationQueue:
             if answer.ok:
                 self._troubles.pop(job, None)
                 if self._registry.get(job).publishing:
-                    now = time.time()  # stamp: when the job ended
-                    await self._registry.apply(transitions.published(self._registry.get(job), now))
+                    await self._end(job)
                 return None
             if answer.passing and self._registry.get(job).publishing:
                 raise _PutOffError(f"the adapter cannot be served now: {answer.text or answer.code}")
@@ -281,6 +288,17 @@ class PublicationQueue:
             if refused == TRIES or not self._retry(job, answer.text):
                 return answer.text or answer.code
             await asyncio.sleep(PAUSES_S[refused - 1])
+
+    async def _end(self, job: str) -> None:
+        """The job has succeeded, with the files of its results."""
+        self.in_flight = job  # a cancel comes too late
+        try:
+            results = await self._results(job)
+            now = time.time()  # stamp: when the job ended
+            ended = self._registry.apply(transitions.published(self._registry.get(job), now, results))
+        finally:
+            self.in_flight = None
+        await ended
 
     async def _ask(self, job: str, slot: SlotRef, config: dict[str, Any]) -> AdapterPublished | None:
         self.in_flight = job

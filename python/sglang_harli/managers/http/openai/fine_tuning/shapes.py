@@ -142,7 +142,7 @@ def job_shape(job: Job) -> JobShape:
         fine_tuned_model=job.fine_tuned_model,
         status=job.status,
         training_file=job.training_file or "",
-        result_files=[],
+        result_files=job.result_files,
         trained_tokens=job.trained_tokens,
         error=job.error,
         seed=hp.seed,
