@@ -450,4 +450,7 @@ def test_with_finetuning_off_only_the_paths_of_files_and_jobs_say_so(manager: An
         answer = client.post(path, json={})
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "finetune_off")
         assert "--harli-finetune off" in answer.json()["error"]["message"]
-    assert client.get("/v1/models").json() == {"detail": "Not Found"}
+    answer = client.delete("/v1/models/org/some")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "finetune_off")
+    for method, path in (("GET", "/v1/models"), ("GET", "/v1/models/some"), ("DELETE", "/v1/models")):
+        assert client.request(method, path).json() == {"detail": "Not Found"}

@@ -176,6 +176,7 @@ class Job(Struct, kw_only=True, omit_defaults=False):
     training_file: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     result_files: list[str] = field(default_factory=list)  # ids of files with the metrics of its steps
+    deleted_models: list[str] = field(default_factory=list)  # names of its models that were deleted
 
 
 class Event(Struct, kw_only=True):
@@ -209,6 +210,7 @@ EVENT_TYPES = (
     "failed",
     "cancelled",
     "succeeded",
+    "model_deleted",
 )
 
 

@@ -71,7 +71,7 @@ FILE_VERBS = (
     *("file_append", "file_complete", "file_abort", "file_get", "file_list", "file_delete", "file_path"),
     *("part_complete", "upload_create", "upload_complete", "upload_cancel"),
 )
-JOB_VERBS = ("events_before",)
+JOB_VERBS = ("events_before", "model_delete")
 JOB_STATES = ["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 SUB_STATES = ["training", "yielding", "waiting_data", "waiting_memory", "checkpointing", "publishing"]
 EVENT_TYPES = (
@@ -88,7 +88,7 @@ EVENT_TYPES = (
         "paused",
     ),
     *("resumed", "sub_state", "adapter_saved", "adapter_published", "warning", "failed", "cancelled"),
-    "succeeded",
+    *("succeeded", "model_deleted"),
 )
 HYPERPARAMETERS = {
     "n_epochs": 3,
@@ -161,7 +161,7 @@ MESSAGES = {
     "Job": (
         "id object created_at started_at finished_at status sub_state reason model suffix fine_tuned_model step "
         "total_steps trained_tokens loss learning_rate tokens_per_s eta_s attempt hyperparameters data error run_dir "
-        "priority resumed_from base training_file metadata result_files"
+        "priority resumed_from base training_file metadata result_files deleted_models"
     ),
     "TensorRef": "name dtype shape offset nbytes",
     "SlotRef": "path nbytes tensors",
@@ -221,6 +221,8 @@ MESSAGES = {
     "UploadCancelArgs": "upload",
     "EventsBeforeArgs": "job before limit",
     "EventsPage": "events has_more",
+    "ModelArgs": "model",
+    "ModelDeletion": "model again",
 }
 # ------------------------------------------------------------------ end of the list
 

@@ -38,6 +38,7 @@ from sglang_harli.sglang_versions.current import arguments
 
 logger = logging.getLogger(__name__)
 
+DELETED = "it was deleted"
 DROPPED = "unloaded by the operator: not served until the server restarts"
 TENSOR_PATH = "__tensor__"  # SGLang's path of an adapter that came as tensors
 HELLO_EVERY_S = 1.0
@@ -413,6 +414,13 @@ class AdapterPublisher:
             del self._manager.lora_ref_cache[name]
             self._dropped.add(name)
             self._settle(name, DROPPED)
+
+    def delete(self, name: str) -> None:
+        """A job's model is deleted: it is not loaded any more, and what is being loaded is put
+        away."""
+        self._manager.lora_ref_cache.pop(name, None)
+        self._dropped.add(name)
+        self._settle(name, DELETED)
 
     def dormant(self) -> list[str]:
         """Names of our adapters that answer when asked for but are not loaded now."""

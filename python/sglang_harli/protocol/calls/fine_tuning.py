@@ -9,7 +9,9 @@ from msgspec import Meta, Struct
 
 from sglang_harli.protocol.public import Event
 
-VERBS = ("events_before",)
+VERBS = ("events_before", "model_delete")
+
+ModelName = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
 class EventsBeforeArgs(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -18,6 +20,19 @@ class EventsBeforeArgs(Struct, kw_only=True, forbid_unknown_fields=True):
     job: str
     before: Annotated[int, Meta(ge=0)] | None = None
     limit: Annotated[int, Meta(ge=1, le=1000)] = 20
+
+
+class ModelArgs(Struct, kw_only=True, forbid_unknown_fields=True):
+    """``model_delete``: the name of a job's model."""
+
+    model: ModelName
+
+
+class ModelDeletion(Struct, kw_only=True):
+    """The model is deleted, durably.  ``again``: it was before."""
+
+    model: str
+    again: bool
 
 
 class EventsPage(Struct, kw_only=True):

@@ -79,6 +79,7 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     validated: bool = True  # its files were looked at, and are accepted
     training_file: str | None = None  # the file that its data came from, which may be deleted since
     metadata: dict[str, str] = msgspec.field(default_factory=dict)
+    deleted_models: tuple[str, ...] = ()  # names of its models that are served no more, for good
     result_files: tuple[str, ...] = ()  # those that were made of its metrics; they may be deleted since
 
     @property

@@ -309,6 +309,12 @@ def published(record: JobRecord, now: float, result_files: tuple[str, ...] = ())
     )
 
 
+def delete_model(record: JobRecord, name: str) -> Transition:
+    """A model of the job is served no more; its name stays in the job, as in OpenAI's API."""
+    draft = EventDraft("model_deleted", f"model {name} deleted: it is served no more", data={"model": name})
+    return _change(record, draft, deleted_models=(*record.deleted_models, name))
+
+
 def has_results(record: JobRecord, file: str) -> Transition:
     """The file with the metrics of a job that has succeeded already."""
     return _change(record, result_files=(file,))

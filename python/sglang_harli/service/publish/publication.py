@@ -21,8 +21,9 @@ from sglang_harli.service.checkpoint.checkpoints import CheckpointError
 from sglang_harli.service.jobs import transitions
 from sglang_harli.service.jobs.folder import JobPaths
 from sglang_harli.service.jobs.registry import JobRegistry
-from sglang_harli.service.jobs.transitions import EventDraft, JobRecord
+from sglang_harli.service.jobs.transitions import EventDraft
 from sglang_harli.service.links.http_link import HttpLink
+from sglang_harli.service.publish.adapter_names import AdapterNames
 from sglang_harli.service.publish.peft_config import adapter_config
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class PublicationQueue:
         disk: Executor,
         shm: Path,
         model_path: str,
+        names: AdapterNames,
         results: Callable[[str], Awaitable[tuple[str, ...]]],
     ) -> None:
         self._registry = registry
@@ -68,16 +70,10 @@ class PublicationQueue:
         self._base_known = False  # a hello of the scheduler has been read
         self._waiting: set[str] = set()  # jobs whose base is not served
         self._troubles: dict[str, int] = {}  # in a row, of jobs that were put off
-        self._names: dict[str, str] = {}  # adapter name -> job, of the jobs that succeeded
+        self._names = names
         for record in registry.all():
-            self._note(record)
             if record.status == JobStatus.RUNNING and record.publishing:
                 self.want(record.id)
-        registry.listeners.append(self._note)
-
-    def _note(self, record: JobRecord) -> None:
-        if record.fine_tuned_model:
-            self._names[record.fine_tuned_model] = record.id
 
     def want(self, job: str) -> None:
         """Publish a job's adapter, now or again."""
@@ -87,35 +83,24 @@ class PublicationQueue:
 
     def want_name(self, name: str) -> None:
         """The HTTP process misses an adapter that it or an earlier server had."""
-        job = self._names.get(name)
-        if job is not None:
-            if other := self._registry.other_base(self._registry.get(job)):
-                self._http.refuse(name, "other_base", other)
-            else:
-                self.want(job)
-            return
-        logger.warning("an unknown adapter was asked for: %s", name)
-        self._http.refuse(name, "not_found", "no job of this run directory has made it")
+        record = self._names.find(name)
+        if record is None:
+            logger.warning("an unknown adapter was asked for: %s", name)
+            self._http.refuse(name, "not_found", "no job of this run directory has made it")
+        elif name in record.deleted_models:
+            self._http.refuse(name, "not_found", "it was deleted")
+        elif other := self._registry.other_base(record):
+            self._http.refuse(name, "other_base", other)
+        else:
+            self.want(record.id)
 
     def names(self) -> list[str]:
         """The adapters of succeeded jobs on the served base; none before that is known."""
-        if not self._base_known:
-            return []
-        return [
-            name
-            for name, job in self._names.items()
-            if not self._registry.other_base(self._registry.get(job))
-        ]
+        return self._names.here() if self._base_known else []
 
     def others(self) -> dict[str, list[str]] | None:
         """The other adapters, by the sentence on their base; None before a base is known."""
-        if not self._base_known:
-            return None
-        found: dict[str, list[str]] = {}
-        for name, job in self._names.items():
-            if other := self._registry.other_base(self._registry.get(job)):
-                found.setdefault(other, []).append(name)
-        return found
+        return self._names.elsewhere() if self._base_known else None
 
     def base_known(self) -> None:
         """The scheduler has said which base it serves: publish what waited for that."""
@@ -123,11 +108,6 @@ class PublicationQueue:
         waiting, self._waiting = self._waiting, set()
         for job in waiting:
             self.want(job)
-
-    @property
-    def count(self) -> int:
-        """How many names there are; they only grow in number."""
-        return len(self._names)
 
     async def run(self) -> None:
         while True:
@@ -175,7 +155,8 @@ class PublicationQueue:
 
     def _wanted(self, job: str) -> bool:
         record = self._registry.get(job)
-        return (record.publishing or record.status == JobStatus.SUCCEEDED) and not self._other_base(job)
+        lasts = record.status == JobStatus.SUCCEEDED and record.adapter_name not in record.deleted_models
+        return (record.publishing or lasts) and not self._other_base(job)
 
     def _other_base(self, job: str) -> bool:
         """Whether the job's base is not served or not known; then the job waits for it."""

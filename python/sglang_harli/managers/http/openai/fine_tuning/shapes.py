@@ -56,6 +56,7 @@ class HarliShape(Struct, kw_only=True):
     resumed_from: str | None
     base: str | None
     started_at: int | None
+    deleted_models: list[str]
     data: dict[str, Any]
     hyperparameters: Hyperparameters
 
@@ -164,6 +165,7 @@ def job_shape(job: Job) -> JobShape:
             resumed_from=job.resumed_from,
             base=job.base,
             started_at=_seconds(job.started_at),
+            deleted_models=job.deleted_models,
             data=job.data,
             hyperparameters=hp,
         ),
