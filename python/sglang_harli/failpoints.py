@@ -45,6 +45,7 @@ class Failpoint(enum.StrEnum):
     TENSORS_SHARED = "tensors-shared"  # service: the adapter lies in shared memory, nobody was asked
     LOADED = "loaded"  # HTTP process: the scheduler has loaded the adapter, no name answers yet
     REGISTERED = "registered"  # HTTP process: the name answers, the service does not know
+    CHECKPOINT_NOTED = "checkpoint-noted"  # service: the store knows that a checkpoint is about to answer
     MODEL_DELETED = "model-deleted"  # service: a model is deleted in the store, its name may still answer
     RESULT_STORED = "result-stored"  # service: a job's result file is in the store, the job does not have it
 

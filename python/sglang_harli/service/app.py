@@ -93,15 +93,7 @@ class App:
         )
         self._files = Files(run_dir, self._registry, config.options, self._readers)
         self._names = AdapterNames(self._registry)
-        self._publication = PublicationQueue(
-            self._registry,
-            self._http,
-            self._disk,
-            shm,
-            config.model_path,
-            self._names,
-            self._files.results.before_end,
-        )
+        self._publication = self._make_publication(config, shm)
         self._driver = RunDriver(
             self._registry, self._publication, self._disk, shm, self._tokenizer, self._scheduler
         )
@@ -113,20 +105,23 @@ class App:
         )
         self._uploads = Uploads(run_dir)
         self._submission = self._make_submission(config)
-        self._router = PublicRouter(
-            self._context, config.options.finetune_endpoint, self.handle, config.options.absolute_curve_keys
-        )
-        self._inner_router = PublicRouter(
-            self._context,
-            run_paths.verbs_endpoint(str(run_dir)),
-            self.handle_inner,
-            name="the inner endpoint",
-        )
+        self._router, self._inner_router = self._make_routers(config, run_dir)
         self._subscriptions = Subscriptions(self._store, self._readers, self._router.push)
         self._registry.committed.extend((self._subscriptions.committed, self._tell_new_adapters))
         self._told = 0
         self._verbs, self._file_verbs = self._make_verbs(config, run_dir), FileVerbs(self._files)
         self._job_verbs = JobVerbs(self._registry, self._names, self._readers)
+
+    def _make_publication(self, config: ServiceConfig, shm: Path) -> PublicationQueue:
+        return PublicationQueue(
+            self._registry,
+            self._http,
+            self._disk,
+            shm,
+            config.model_path,
+            self._names,
+            self._files.results.before_end,
+        )
 
     def _make_submission(self, config: ServiceConfig) -> FileSubmission:
         return FileSubmission(

@@ -71,7 +71,7 @@ FILE_VERBS = (
     *("file_append", "file_complete", "file_abort", "file_get", "file_list", "file_delete", "file_path"),
     *("part_complete", "upload_create", "upload_complete", "upload_cancel"),
 )
-JOB_VERBS = ("events_before", "model_delete")
+JOB_VERBS = ("events_before", "model_delete", "checkpoints")
 JOB_STATES = ["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 SUB_STATES = ["training", "yielding", "waiting_data", "waiting_memory", "checkpointing", "publishing"]
 EVENT_TYPES = (
@@ -221,6 +221,9 @@ MESSAGES = {
     "UploadCancelArgs": "upload",
     "EventsBeforeArgs": "job before limit",
     "EventsPage": "events has_more",
+    "CheckpointsArgs": "job before limit",
+    "Checkpoint": "step created_at model metrics",
+    "CheckpointsPage": "checkpoints has_more",
     "ModelArgs": "model",
     "ModelDeletion": "model again",
 }

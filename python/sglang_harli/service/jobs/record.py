@@ -79,8 +79,15 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     validated: bool = True  # its files were looked at, and are accepted
     training_file: str | None = None  # the file that its data came from, which may be deleted since
     metadata: dict[str, str] = msgspec.field(default_factory=dict)
+    published_step: int | None = None  # of the state that its model is; None: the last, or not yet
+    served_steps: tuple[int, ...] = ()  # of checkpoints that answer, or did before they were evicted
     deleted_models: tuple[str, ...] = ()  # names of its models that are served no more, for good
     result_files: tuple[str, ...] = ()  # those that were made of its metrics; they may be deleted since
+
+    @property
+    def model_step(self) -> int:
+        """Of the state that its model is, or will be as far as it is known."""
+        return self.total_steps if self.published_step is None else self.published_step
 
     @property
     def eta_s(self) -> float | None:

@@ -192,11 +192,16 @@ class JobStore:
         with _trouble("read"), self._engine.connect() as db:
             return [read_event(job, number, body) for number, body in db.execute(query)]
 
-    def events_before(self, job: str, before: int | None, limit: int) -> list[Event]:
-        """The job's events with an id below ``before`` (None: all), newest first."""
+    def events_before(
+        self, job: str, before: int | None, limit: int, *, types: Sequence[str] = ()
+    ) -> list[Event]:
+        """The job's events with an id below ``before`` (None: all), newest first; ``types``: of
+        these alone."""
         query = sa.select(_events.c.id, _events.c.body).where(_events.c.job == job)
         if before is not None:
             query = query.where(_events.c.id < before)
+        if types:
+            query = query.where(_events.c.type.in_(types))
         query = query.order_by(_events.c.id.desc()).limit(limit)
         with _trouble("read"), self._engine.connect() as db:
             return [read_event(job, number, body) for number, body in db.execute(query)]

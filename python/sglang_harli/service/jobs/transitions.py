@@ -15,7 +15,7 @@ says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
@@ -307,6 +307,22 @@ def published(record: JobRecord, now: float, result_files: tuple[str, ...] = ())
         step=record.total_steps,
         **_ENDED,
     )
+
+
+def adapter_saved(record: JobRecord, path: str, step: int) -> Transition:
+    """The adapter's folder is written, from the checkpoint of ``step``."""
+    draft = EventDraft("adapter_saved", f"adapter saved in {path}", data={"path": path})
+    return _change(record, draft, published_step=step)
+
+
+def serve_step(record: JobRecord, step: int) -> Transition:
+    """The checkpoint of ``step`` is about to answer under its name."""
+    return _change(record, served_steps=tuple(sorted({*record.served_steps, step})))
+
+
+def steps_left(record: JobRecord, steps: Collection[int]) -> Transition:
+    """Of its checkpoints these are left."""
+    return _change(record, served_steps=tuple(step for step in record.served_steps if step in steps))
 
 
 def delete_model(record: JobRecord, name: str) -> Transition:

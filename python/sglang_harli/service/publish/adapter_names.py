@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
+from sglang_harli.names import checkpoint_name, checkpoint_of
 from sglang_harli.service.jobs.record import JobRecord
 from sglang_harli.service.jobs.registry import JobRegistry
+
+
+class Adapter(NamedTuple):
+    """The model of a job, or (``step``) its checkpoint of that optimizer step."""
+
+    job: str
+    step: int | None = None
 
 
 class AdapterNames:
@@ -31,11 +40,18 @@ class AdapterNames:
             self._served[record.id] = served
             self.revision += 1
 
-    def find(self, name: str) -> JobRecord | None:
-        """The job whose model this is, deleted or not; None: no job has made one of this name."""
+    def find(self, name: str) -> Adapter | None:
+        """The adapter of this name, deleted or not; None: no job has made one, or can have."""
+        record = self._record(name)
+        if record is not None and record.fine_tuned_model == name:
+            return Adapter(record.id)
+        parts = checkpoint_of(name)
+        record = self._record(parts[0]) if parts is not None else None
+        return Adapter(record.id, parts[1]) if record is not None and parts is not None else None
+
+    def _record(self, name: str) -> JobRecord | None:
         job = self._jobs.get(name)
-        record = self._registry.find(job) if job is not None else None
-        return record if record is not None and record.fine_tuned_model == name else None
+        return self._registry.find(job) if job is not None else None
 
     def here(self) -> list[str]:
         """The names that are served on the served base."""
@@ -56,7 +72,28 @@ class AdapterNames:
                 yield from ((name, other) for name in names)
 
 
+# ------------------------------------------------------------------ of one job
 def served_names(record: JobRecord) -> tuple[str, ...]:
-    """The names under which a job's adapters answer."""
-    model = record.fine_tuned_model
-    return () if model is None or model in record.deleted_models else (model,)
+    """The names under which a job's adapters answer, those of checkpoints once they were asked
+    for."""
+    names = [
+        checkpoint_name(record.adapter_name, s) for s in record.served_steps if not is_deleted(record, s)
+    ]
+    if record.fine_tuned_model is not None and not is_deleted(record):
+        names.append(record.fine_tuned_model)
+    return tuple(names)
+
+
+def name_of(record: JobRecord, step: int | None = None) -> str:
+    """The name of a job's model (None), or of the checkpoint of a step; where they are the same
+    state, of the model."""
+    is_model = record.fine_tuned_model is not None and step == record.model_step
+    return record.adapter_name if step is None or is_model else checkpoint_name(record.adapter_name, step)
+
+
+def is_deleted(record: JobRecord, step: int | None = None) -> bool:
+    """Whether the job's model (None), or the checkpoint of a step, was deleted as a model."""
+    names = {name_of(record, step)}
+    if step is not None:
+        names.add(checkpoint_name(record.adapter_name, step))
+    return not names.isdisjoint(record.deleted_models)

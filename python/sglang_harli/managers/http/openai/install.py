@@ -1,4 +1,5 @@
-"""Puts the routes of files, fine-tuning and deleted models on SGLang's app, behind a rule of access of their own.
+"""Puts the routes of files, fine-tuning and deleted models on SGLang's app, behind a rule of access
+of their own.
 
 Leans on SGLang's ``utils.auth.add_api_key_middleware``, which puts one middleware in front of
 Starlette's ``user_middleware``.
