@@ -6,7 +6,9 @@ import re
 
 ADAPTER_MARK = "-ft-"
 CHECKPOINT_MARK = "-step-"
-_CHECKPOINT = re.compile(rf"^(.+{ADAPTER_MARK}.+){CHECKPOINT_MARK}([1-9][0-9]{{0,9}})\Z")
+_CHECKPOINT = re.compile(
+    rf"^([A-Za-z0-9._-]+{ADAPTER_MARK}[A-Za-z0-9._-]+){CHECKPOINT_MARK}([1-9][0-9]{{0,9}})\Z"
+)
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 SUFFIX_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z"
 

@@ -30,8 +30,8 @@ PATHS = ("/v1/files", "/v1/files/file-1", "/v1/files/file-1/content")
 
 @contextlib.contextmanager
 def served(key: str | None, admin: str | None, change: Callable[[FastAPI], None]) -> Iterator[FastAPI]:
-    """SGLang's app as ``_setup_and_run_http_server`` leaves it; ``change`` comes before, as our hook
-    does."""
+    """SGLang's app as ``_setup_and_run_http_server`` leaves it; ``change`` comes before, as our
+    hook does."""
     app = http_server.app
     saved = list(app.router.routes), list(app.user_middleware), app.router.lifespan_context
     app.middleware_stack = app.openapi_schema = None

@@ -1,5 +1,5 @@
-"""PEFT folders of a job's checkpoints, made when a checkpoint is first asked for: ``adapters/step-N``
-beside ``checkpoints/step-N``, and gone with it."""
+"""PEFT folders of a job's checkpoints: ``adapters/step-N`` beside ``checkpoints/step-N``, made when
+the checkpoint is first asked for, and gone with it."""
 
 from __future__ import annotations
 

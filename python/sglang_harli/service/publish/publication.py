@@ -151,7 +151,7 @@ class PublicationQueue:
             self._give_up(adapter, "publication_failed", text)
 
     async def _is_gone(self, adapter: Adapter) -> bool:
-        """Whether it is a checkpoint's that is not there (any more); who asks for it is told so."""
+        """Whether it is a checkpoint's that is not there (any more); who asks for it gets the reason."""
         if adapter.step is None:
             return False
         record, paths = self._registry.get(adapter.job), self._paths(adapter)
