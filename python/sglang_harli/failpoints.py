@@ -45,13 +45,16 @@ class Failpoint(enum.StrEnum):
 
 
 class FileFailpoint(enum.StrEnum):
-    """Durable steps of files that come over HTTP and of jobs on them, all of the service;
-    ``test/unit/service/files`` kills it at each."""
+    """Durable steps of files that come over HTTP, of jobs on them and of their models, all of the
+    service; ``test/unit/service/files`` and the tests of models kill it at each."""
 
     FILE_STORED = "file-stored"  # a file's bytes have their name, the store does not know the file
     PART_STORED = "part-stored"  # the same of a part of an upload
     UPLOAD_COMPLETED = "upload-completed"  # the parts are one file, the store has the parts yet
     VALIDATED = "validated"  # rows of a file that was named are stored, the store does not know it
+    CHECKPOINT_NOTED = "checkpoint-noted"  # the store knows that a checkpoint is about to answer
+    MODEL_DELETED = "model-deleted"  # a model is deleted in the store, its name may still answer
+    RESULT_STORED = "result-stored"  # a job's result file is in the store, the job does not have it
 
 
 class WriteFailpoint(enum.StrEnum):

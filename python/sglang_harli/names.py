@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 
 ADAPTER_MARK = "-ft-"
+CHECKPOINT_MARK = "-step-"
+_CHECKPOINT = re.compile(
+    rf"^([A-Za-z0-9._-]+{ADAPTER_MARK}[A-Za-z0-9._-]+){CHECKPOINT_MARK}([1-9][0-9]{{0,9}})\Z"
+)
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 SUFFIX_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z"
 
@@ -31,6 +35,17 @@ def colon_refusal(served_name: str, flag: str) -> str | None:
         f"{flag} {served_name!r} holds a colon, which SGLang reads as base:adapter in a model's name: give "
         f"--served-model-name {fix}"
     )
+
+
+def checkpoint_name(adapter: str, step: int) -> str:
+    """The served name of the adapter's state after an optimizer step."""
+    return f"{adapter}{CHECKPOINT_MARK}{step}"
+
+
+def checkpoint_of(name: str) -> tuple[str, int] | None:
+    """The adapter and the step in the name of a checkpoint; None: it has not the form of one."""
+    match = _CHECKPOINT.match(name)
+    return (match[1], int(match[2])) if match is not None else None
 
 
 def looks_like_adapter(name: str) -> bool:

@@ -110,10 +110,33 @@ def test_keys_open_and_close_our_routes(
             assert far.get(path).status_code in (401, 403), path
 
 
+@pytest.mark.parametrize(
+    ("key", "admin", "accepted"), [("k", None, "k"), (None, "a", "a"), ("k", "a", "a"), (None, None, "")]
+)
+def test_a_model_is_deleted_by_who_may_unload_an_adapter(
+    install: Any, key: str | None, admin: str | None, accepted: str
+) -> None:
+    with served(key, admin, install(key, admin)) as app:
+        client, far = local(app), local(app, "10.0.0.7")
+        for given in "ka":
+            expected = SERVICE_AWAY if given in accepted or not accepted else (401, "invalid_api_key")
+            for path in ("/v1/models/some", "/v1/models/org/some", "/v1/models/org%2Fsome"):
+                assert outcome(client.delete(path, headers=bearer(given))) == expected
+            may = client.post("/unload_lora_adapter", json={}, headers=bearer(given)).status_code != 401
+            assert may == (expected == SERVICE_AWAY), "as SGLang has it"
+        assert outcome(far.delete("/v1/models/some"))[0] == (401 if accepted else 403)
+        assert client.delete("/v1/models/some", headers={"Origin": "https://evil.example"}).status_code == (
+            401 if accepted else 403
+        )
+
+
 PROBES: list[tuple[str, str, dict[str, Any]]] = [
     ("GET", "/v1/nothing", {}),
     ("GET", "/v1/filesystem", {}),
     ("POST", "/v1/models", {}),
+    ("DELETE", "/v1/models", {}),
+    ("DELETE", "/v1/models/", {}),
+    *((method, "/v1/models/org/none", {}) for method in ("POST", "PUT", "PATCH", "HEAD", "OPTIONS")),
     ("POST", "/v1/completions", {"content": b"{", "headers": {"content-type": "application/json"}}),
     ("POST", "/v1/completions", {"content": b"x", "headers": {"content-type": "text/plain"}}),
     ("POST", "/v1/chat/completions", {"json": {"model": 3}}),

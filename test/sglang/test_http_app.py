@@ -35,6 +35,7 @@ from sglang_harli import FinetuneClient, plugin
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import HarliError
 from sglang_harli.managers.http import routes
+from sglang_harli.managers.http.model_names import MissingModelError
 from sglang_harli.managers.http.openai.endpoint import Unmatched
 from sglang_harli.managers.http.publisher import TENSOR_PATH
 from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
@@ -184,6 +185,26 @@ def test_missing_adapter_is_a_404_in_openais_form(
     )
     assert model.removeprefix("base:") in error["message"]
     assert manager.asked == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [*OPENAI, "/v1/messages"])
+def test_a_checkpoint_that_is_found_missing_later_is_a_404_too(
+    client: TestClient, manager: Any, path: str, stream: bool
+) -> None:
+    async def generate(obj: Any, request: Any = None) -> AsyncIterator[dict[str, Any]]:
+        assert obj.lora_path == f"{MISSING}-step-2"
+        raise MissingModelError(obj.lora_path, "it is not kept any more")
+        yield {}
+
+    manager.generate_request = generate
+    answer = ask(client, path, f"{MISSING}-step-2", stream=stream)
+    if path == "/v1/messages" and stream:
+        assert "it is not kept any more" in answer.text
+        return
+    assert answer.status_code == 404
+    text = f"The model '{MISSING}-step-2' does not exist: it is not kept any more"
+    assert answer.json()["error"]["message"] == text
 
 
 @pytest.mark.parametrize("path", OPENAI)
@@ -450,4 +471,7 @@ def test_with_finetuning_off_only_the_paths_of_files_and_jobs_say_so(manager: An
         answer = client.post(path, json={})
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "finetune_off")
         assert "--harli-finetune off" in answer.json()["error"]["message"]
-    assert client.get("/v1/models").json() == {"detail": "Not Found"}
+    answer = client.delete("/v1/models/org/some")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "finetune_off")
+    for method, path in (("GET", "/v1/models"), ("GET", "/v1/models/some"), ("DELETE", "/v1/models")):
+        assert client.request(method, path).json() == {"detail": "Not Found"}

@@ -17,7 +17,6 @@ from sglang.srt.managers.io_struct import (
     LoadLoRAAdapterReqInput,
     UnloadLoRAAdapterReqInput,
 )
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from sglang_harli.managers.http import publisher as publisher_module
 from sglang_harli.managers.http.publisher import TENSOR_PATH
@@ -27,21 +26,14 @@ from sglang_harli.patches.lora.unload import updates_of
 from sglang_harli.protocol import internal, tokenizer_state
 from sglang_harli.protocol.tokenizer_state import ChatTemplate, TokenizerState
 from sglang_harli.sglang_versions.current import lora_unloads
-from support.publication import connected, publish, run, state, until
+from support.publication import connected, hook_publisher, publish, run, state, until
 
 NAME, OTHER, THIRD = "base-ft-first-00000001", "base-ft-second-00000002", "base-ft-third-00000003"
 
 
 @pytest.fixture(autouse=True)
 def hooks(sglang_patches: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    hooks = {name: name for name in ("load_lora_adapter", "unload_lora_adapter")}
-    for name, of in {**hooks, "_validate_and_resolve_lora": "refuse_another_base"}.items():
-        original, hook = getattr(TokenizerManager, name), getattr(publisher_module, of)
-
-        async def around(self: Any, *args: Any, _original: Any = original, _hook: Any = hook) -> Any:
-            return await _hook(_original, self, *args)
-
-        monkeypatch.setattr(TokenizerManager, name, around)
+    hook_publisher(monkeypatch)
 
 
 # ------------------------------------------------------------------ publication

@@ -17,15 +17,38 @@ from sglang_harli.managers.http.openai.install import routes
 from sglang_harli.managers.http.service_calls import ServiceCalls
 
 
+class LoadedModels:
+    """What SGLang would have loaded: names.  ``wrong``: why nothing can be unloaded."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.unloaded: list[tuple[str, bool]] = []
+        self.wrong = ""
+
+    def is_base(self, name: str) -> bool:
+        return name == "org/tiny"
+
+    def is_loaded(self, name: str) -> bool:
+        return name in self.names
+
+    async def unload(self, name: str, *, deleted: bool) -> str:
+        self.unloaded.append((name, deleted))
+        if not self.wrong:
+            self.names.discard(name)
+        return self.wrong
+
+
 class ApiServer:
     """Serves from ``start`` to ``stop``; ``endpoint``: the service's inner one.
 
     Attributes:
+        models: what SGLang would have loaded.
         url: ``http://127.0.0.1:PORT``; base_url: for the openai client; calls: to the service.
     """
 
     def __init__(self, endpoint: str, *, access: Access | None = None, **options: Any) -> None:
         self.calls = ServiceCalls(endpoint)
+        self.models = LoadedModels()
 
         @contextlib.asynccontextmanager
         async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -34,7 +57,9 @@ class ApiServer:
             await self.calls.stop()
 
         self.app = FastAPI(lifespan=lifespan)
-        self.app.router.routes[:0] = routes(self.calls, access or Access(), HarliOptions(**options))
+        self.app.router.routes[:0] = routes(
+            self.calls, access or Access(), HarliOptions(**options), self.models
+        )
         config = uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="warning", loop="asyncio")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))

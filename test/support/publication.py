@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import zmq
 import zmq.asyncio
 from sglang.srt.lora.lora_registry import LoRARegistry
@@ -22,10 +23,23 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.utils import TypeBasedDispatcher
 
+from sglang_harli.managers.http import publisher
 from sglang_harli.managers.http.publisher import AdapterPublisher
 from sglang_harli.managers.http.tokenizer_handover import TokenizerHandover
 from sglang_harli.protocol import internal
 from support.plain_arguments import init_control, plain_arguments
+
+
+def hook_publisher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of plugin's table for publications, put in place as SGLang's registry does."""
+    hooks = {name: name for name in ("load_lora_adapter", "unload_lora_adapter")}
+    for name, of in {**hooks, "_validate_and_resolve_lora": "refuse_another_base"}.items():
+        original, hook = getattr(TokenizerManager, name), getattr(publisher, of)
+
+        async def around(self: Any, *args: Any, _original: Any = original, _hook: Any = hook) -> Any:
+            return await _hook(_original, self, *args)
+
+        monkeypatch.setattr(TokenizerManager, name, around)
 
 
 class Manager(TokenizerManager):
@@ -34,6 +48,7 @@ class Manager(TokenizerManager):
     def __init__(self, **arguments: Any) -> None:
         self.server_args = plain_arguments(**{"enable_lora": True, **arguments})
         self.served_model_name = "base"
+        self.model_path = "/models/base"
         self.enable_lora = True
         self._result_dispatcher = TypeBasedDispatcher([])
         self.init_lora()
@@ -92,8 +107,8 @@ class Manager(TokenizerManager):
 class Service:
     """The finetune service's end of the pair."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, manager: Manager, publisher: AdapterPublisher) -> None:
-        self.socket, self.manager, self.publisher = socket, manager, publisher
+    def __init__(self, socket: zmq.asyncio.Socket, manager: Manager, own: AdapterPublisher) -> None:
+        self.socket, self.manager, self.publisher = socket, manager, own
 
     async def receive(self, kind: type[Any]) -> Any:
         async with asyncio.timeout(20):
@@ -128,16 +143,17 @@ async def connected(
 ) -> AsyncIterator[Service]:
     endpoint = f"ipc://{folder}/http.sock"
     manager = Manager(**arguments)
-    manager.harli_publisher = publisher = AdapterPublisher(manager, endpoint, handover)  # type: ignore[attr-defined]
+    own = AdapterPublisher(manager, endpoint, handover)
+    manager.harli_publisher = own  # type: ignore[attr-defined]
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.bind(endpoint)
-    publisher.start()
+    own.start()
     try:
-        yield Service(socket, manager, publisher)
+        yield Service(socket, manager, own)
     finally:
-        await publisher.stop()
+        await own.stop()
         socket.close()
         context.term()
 

@@ -129,6 +129,11 @@ def _evaluation(job: Job) -> str | None:
     return text
 
 
+def _model(job: Job) -> str | None:
+    gone = job.fine_tuned_model in job.deleted_models
+    return f"{job.fine_tuned_model} (deleted)" if gone else job.fine_tuned_model
+
+
 def job_lines(job: Job) -> Iterator[str]:
     data = job.data
     rows = (
@@ -136,7 +141,7 @@ def job_lines(job: Job) -> Iterator[str]:
         ("status", state(job)),
         ("base model", job.base or job.model),
         ("suffix", job.suffix),
-        ("fine-tuned model", job.fine_tuned_model),
+        ("fine-tuned model", _model(job)),
         ("step", f"{job.step}/{job.total_steps}"),
         ("trained tokens", job.trained_tokens),
         ("loss", _number(job.loss, ".4f")),

@@ -189,6 +189,8 @@ class Job(Struct, kw_only=True, omit_defaults=False):
     evaluation: dict[str, Any] | None = None  # the last one: step, valid_loss, ... (``eval_metrics``)
     best_step: int | None = None  # of the lowest valid_loss so far
     best_valid_loss: float | None = None
+    result_files: list[str] = field(default_factory=list)  # ids of files with the metrics of its steps
+    deleted_models: list[str] = field(default_factory=list)  # names of its models that were deleted
 
 
 class Event(Struct, kw_only=True):
@@ -224,6 +226,7 @@ EVENT_TYPES = (
     "failed",
     "cancelled",
     "succeeded",
+    "model_deleted",
 )
 
 

@@ -39,6 +39,7 @@ from sglang_harli.service.jobs.store import STORE_FILE, JobStore, sqlite_url
 from sglang_harli.service.links.http_link import HttpLink
 from sglang_harli.service.links.scheduler_link import SchedulerLink
 from sglang_harli.service.pacing import lower_priority
+from sglang_harli.service.publish.adapter_names import AdapterNames
 from sglang_harli.service.publish.publication import PublicationQueue
 from sglang_harli.service.run.driver import RunDriver
 from sglang_harli.service.run.why_none_starts import why_none_starts
@@ -90,7 +91,9 @@ class App:
             lambda name: self._publication.want_name(name),
             self._take_tokenizer,
         )
-        self._publication = PublicationQueue(self._registry, self._http, self._disk, shm, config.model_path)
+        self._files = Files(run_dir, self._registry, config.options, self._readers)
+        self._names = AdapterNames(self._registry)
+        self._publication = self._make_publication(config, shm)
         self._driver = RunDriver(
             self._registry, self._publication, self._disk, shm, self._tokenizer, self._scheduler
         )
@@ -101,22 +104,24 @@ class App:
             lambda text: self._registry.durable(self._registry.journal.put(settings={SETTING: text})),
         )
         self._uploads = Uploads(run_dir)
-        self._files = Files(run_dir, self._registry, config.options)
         self._submission = self._make_submission(config)
-        self._router = PublicRouter(
-            self._context, config.options.finetune_endpoint, self.handle, config.options.absolute_curve_keys
-        )
-        self._inner_router = PublicRouter(
-            self._context,
-            run_paths.verbs_endpoint(str(run_dir)),
-            self.handle_inner,
-            name="the inner endpoint",
-        )
+        self._router, self._inner_router = self._make_routers(config, run_dir)
         self._subscriptions = Subscriptions(self._store, self._readers, self._router.push)
         self._registry.committed.extend((self._subscriptions.committed, self._tell_new_adapters))
         self._told = 0
         self._verbs, self._file_verbs = self._make_verbs(config, run_dir), FileVerbs(self._files)
-        self._job_verbs = JobVerbs(self._registry, self._readers)
+        self._job_verbs = JobVerbs(self._registry, self._names, self._readers)
+
+    def _make_publication(self, config: ServiceConfig, shm: Path) -> PublicationQueue:
+        return PublicationQueue(
+            self._registry,
+            self._http,
+            self._disk,
+            shm,
+            config.model_path,
+            self._names,
+            self._files.results.before_end,
+        )
 
     def _make_submission(self, config: ServiceConfig) -> FileSubmission:
         return FileSubmission(
@@ -224,7 +229,7 @@ class App:
         self._http.tell_state()
 
     def _state(self) -> internal.ServiceState:
-        self._told = self._publication.count
+        self._told = self._names.revision
         return internal.ServiceState(
             pid=os.getpid(),
             endpoint_bound=True,
@@ -256,7 +261,7 @@ class App:
             self._take_tokenizer(self._named_tokenizer)
 
     def _tell_new_adapters(self, _jobs: set[str]) -> None:
-        if self._publication.count != self._told:
+        if self._names.revision != self._told:
             self._http.tell_state()
 
     async def _warm_up(self) -> None:

@@ -66,6 +66,10 @@ class SchedulerPeer(Peer):
         self.pid = os.getpid()
         self._drop()
 
+    def can_save(self, job: str) -> bool:
+        """Whether the job's run has a slot, and its last snapshot is acknowledged."""
+        return self.spec is not None and self.spec.job == job and self._slot_free
+
     # ---- the run
     def _drop(self) -> None:
         self.spec: internal.RunSpec | None = None

@@ -73,7 +73,7 @@ FILE_VERBS = (
     *("file_append", "file_complete", "file_abort", "file_get", "file_list", "file_delete", "file_path"),
     *("part_complete", "upload_create", "upload_complete", "upload_cancel"),
 )
-JOB_VERBS = ("events_before",)
+JOB_VERBS = ("events_before", "model_delete", "checkpoints")
 JOB_STATES = ["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 SUB_STATES = ["training", "yielding", "waiting_data", "waiting_memory", "checkpointing", "publishing"]
 EVENT_TYPES = (
@@ -92,7 +92,7 @@ EVENT_TYPES = (
         "paused",
     ),
     *("resumed", "sub_state", "adapter_saved", "adapter_published", "warning", "failed", "cancelled"),
-    "succeeded",
+    *("succeeded", "model_deleted"),
 )
 HYPERPARAMETERS = {
     "n_epochs": 3,
@@ -181,7 +181,8 @@ MESSAGES = {
     "Job": (
         "id object created_at started_at finished_at status sub_state reason model suffix fine_tuned_model step "
         "total_steps trained_tokens loss learning_rate tokens_per_s eta_s attempt hyperparameters data error run_dir "
-        "priority resumed_from base training_file validation_file metadata evaluation best_step best_valid_loss"
+        "priority resumed_from base training_file validation_file metadata evaluation best_step best_valid_loss "
+        "result_files deleted_models"
     ),
     "TensorRef": "name dtype shape offset nbytes",
     "SlotRef": "path nbytes tensors",
@@ -250,6 +251,11 @@ MESSAGES = {
     "UploadCancelArgs": "upload",
     "EventsBeforeArgs": "job before limit",
     "EventsPage": "events has_more",
+    "CheckpointsArgs": "job before limit",
+    "Checkpoint": "step created_at model metrics",
+    "CheckpointsPage": "checkpoints has_more",
+    "ModelArgs": "model",
+    "ModelDeletion": "model again",
 }
 # ------------------------------------------------------------------ end of the list
 

@@ -19,7 +19,7 @@ from typing import Any
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
-from sglang_harli.names import looks_like_adapter
+from sglang_harli.names import checkpoint_of, looks_like_adapter
 
 NOT_FOUND = 404
 BAD_REQUEST = 400
@@ -27,6 +27,18 @@ BAD_REQUEST = 400
 
 class MissingModelText(str):
     """The message of a missing adapter; its type selects the form of ``create_error_response``."""
+
+
+class MissingModelError(ValueError):
+    """A missing adapter that was found out too late for a handler's parsing; SGLang's handlers make
+    a response of its text."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(name, why)
+        self._text = MissingModelText(f"The model '{name}' does not exist: {why}")
+
+    def __str__(self) -> str:
+        return self._text
 
 
 def missing_model_text(tokenizer_manager: Any, name: str) -> MissingModelText:
@@ -48,17 +60,24 @@ def _openai_error(status: int, message: str, code: str) -> JSONResponse:
 
 # ------------------------------------------------------------------ the rule
 def is_adapter(tokenizer_manager: Any, name: str) -> bool:
-    """Whether the adapter ``name`` answers: loaded, or evicted and loaded again on demand."""
+    """Whether the adapter ``name`` answers: loaded, or evicted and loaded again on demand; a
+    checkpoint's, perhaps."""
     if _other_base(tokenizer_manager, name):
         return False
+    if checkpoint_of(name) is not None and _publisher(tokenizer_manager) is not None:
+        return True  # the service knows whether there is one, and is asked before it is used
     registered = tokenizer_manager.lora_registry.get_all_adapters()
     return name in registered or name in tokenizer_manager.lora_ref_cache
 
 
 def _other_base(tokenizer_manager: Any, name: str) -> str:
     """The base that an adapter belongs to, where that is not the served one; else ""."""
-    publisher = getattr(tokenizer_manager, "harli_publisher", None)
+    publisher = _publisher(tokenizer_manager)
     return "" if publisher is None else publisher.others.get(name, "")
+
+
+def _publisher(tokenizer_manager: Any) -> Any:
+    return getattr(tokenizer_manager, "harli_publisher", None)
 
 
 def _is_base(tokenizer_manager: Any, name: str) -> bool:

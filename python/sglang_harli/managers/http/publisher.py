@@ -15,10 +15,11 @@ patches/08-lora-unload's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -27,9 +28,10 @@ import zmq.asyncio
 
 from sglang_harli.errors import HarliError, NotReadyError, StateError, UnsupportedError
 from sglang_harli.failpoints import Failpoint, failpoint
+from sglang_harli.managers.http.model_names import MissingModelError
 from sglang_harli.managers.http.scheduler_call import call
 from sglang_harli.managers.http.tokenizer_handover import TokenizerHandover
-from sglang_harli.names import looks_like_adapter
+from sglang_harli.names import checkpoint_of, looks_like_adapter
 from sglang_harli.patches.lora.request_counts import uses_of
 from sglang_harli.patches.lora.unload import refuse_when_all_are_pinned, unload_when_idle, updates_of
 from sglang_harli.protocol import internal
@@ -38,9 +40,11 @@ from sglang_harli.sglang_versions.current import arguments
 
 logger = logging.getLogger(__name__)
 
+DELETED = "it was deleted"
 DROPPED = "unloaded by the operator: not served until the server restarts"
 TENSOR_PATH = "__tensor__"  # SGLang's path of an adapter that came as tensors
 HELLO_EVERY_S = 1.0
+MOST_NOT_THERE = 1000  # names of checkpoints that are remembered as missing
 POLL_FIRST_S, POLL_LONGEST_S = 0.01, 0.2
 QUIET_S = 60.0  # without one slice of any adapter: the loading is given up
 # How long a request waits for an evicted adapter to come back.
@@ -78,7 +82,8 @@ class AdapterPublisher:
         self._queue: asyncio.Queue[internal.PublishAdapter] = asyncio.Queue()
         self._newest: dict[str, internal.PublishAdapter] = {}  # by adapter, of those that wait or are in work
         self._waiting: dict[str, asyncio.Future[str]] = {}  # evicted adapter -> what is wrong, "" when back
-        self._dropped: set[str] = set()  # unloaded by the operator
+        self._dropped: set[str] = set()  # unloaded by the operator, or deleted
+        self._not_there: dict[str, str] = {}  # checkpoint -> why the service has none
         self._seq = 0
         self.state: internal.ServiceState | None = None
         self.others: dict[str, str] = {}
@@ -156,10 +161,19 @@ class AdapterPublisher:
                 await self._take_state(message)
             elif isinstance(message, internal.AdapterRefused):
                 logger.error("harli: adapter %s cannot be brought back: %s", message.name, message.text)
-                self._settle(message.name, message.text)
+                self._refused(message)
             else:
                 self._newest[message.name] = message
                 self._queue.put_nowait(message)
+
+    def _refused(self, message: internal.AdapterRefused) -> None:
+        if message.code == "not_found" and checkpoint_of(message.name) is not None:
+            if message.name not in self._manager.lora_registry.get_all_adapters():
+                self._manager.lora_ref_cache.pop(message.name, None)
+            if len(self._not_there) >= MOST_NOT_THERE:
+                self._not_there.clear()
+            self._not_there[message.name] = message.text
+        self._settle(message.name, message.text)
 
     async def _publish_queued(self) -> None:
         while True:
@@ -406,6 +420,30 @@ class AdapterPublisher:
             future.set_result(text)  # the next request asks anew
         return text
 
+    @contextlib.contextmanager
+    def asking_for(self, names: Iterable[str]) -> Iterator[None]:
+        """Around a request's look-up of its adapters: those of checkpoints are brought here when
+        they are first asked for.  Raises MissingModelError: the service has no such checkpoint."""
+        from sglang.srt.lora.lora_registry import LoRARef
+
+        cache, loaded = self._manager.lora_ref_cache, self._manager.lora_registry.get_all_adapters
+        unknown = [n for n in names if checkpoint_of(n) and n not in cache and n not in loaded()]
+        for name in unknown:
+            if name in self._dropped:
+                raise MissingModelError(name, DROPPED)
+            self._not_there.pop(name, None)
+            cache[name] = LoRARef(lora_name=name, lora_path=TENSOR_PATH)
+        try:
+            yield
+        except ValueError as error:
+            for name in unknown:
+                if name not in loaded():
+                    cache.pop(name, None)
+            for name in names:
+                if name in self._not_there and name not in loaded():
+                    raise MissingModelError(name, self._not_there[name]) from error
+            raise
+
     def drop(self, name: str) -> None:
         """The operator unloaded it: the name answers no more, until the server restarts."""
         ref = self._manager.lora_ref_cache.get(name)
@@ -413,6 +451,13 @@ class AdapterPublisher:
             del self._manager.lora_ref_cache[name]
             self._dropped.add(name)
             self._settle(name, DROPPED)
+
+    def delete(self, name: str) -> None:
+        """A job's model is deleted: it is not loaded any more, and what is being loaded is put
+        away."""
+        self._manager.lora_ref_cache.pop(name, None)
+        self._dropped.add(name)
+        self._settle(name, DELETED)
 
     def dormant(self) -> list[str]:
         """Names of our adapters that answer when asked for but are not loaded now."""
@@ -473,15 +518,24 @@ async def unload_lora_adapter(
 
 async def refuse_another_base(original: Callable[..., Awaitable[None]], manager: Any, obj: Any) -> None:
     """Around ``TokenizerManager._validate_and_resolve_lora``: a ValueError (SGLang answers 400) for
-    an adapter of another base's weights, also while it is still loaded."""
+    an adapter of another base's weights, also while it is still loaded; a checkpoint is looked for
+    where it is asked for."""
     _check_base(manager, obj)
-    await original(manager, obj)
+    publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
+    with contextlib.nullcontext() if publisher is None else publisher.asking_for(_names(obj)):
+        await original(manager, obj)
     _check_base(manager, obj)  # the weights may have been updated while an adapter was brought back
 
 
 def _check_base(manager: Any, obj: Any) -> None:
     publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
     others = {} if publisher is None else publisher.others
-    for name in obj.lora_path if isinstance(obj.lora_path, list) else [obj.lora_path]:
-        if isinstance(name, str) and name in others:
+    for name in _names(obj):
+        if name in others:
             raise ValueError(f"LoRA adapter {name!r} is not served here: {others[name]}")
+
+
+def _names(obj: Any) -> list[str]:
+    """The adapters that a request names."""
+    paths = obj.lora_path if isinstance(obj.lora_path, list) else [obj.lora_path]
+    return [name for name in paths if isinstance(name, str)]

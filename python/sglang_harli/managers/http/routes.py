@@ -26,6 +26,7 @@ from sglang_harli.managers.http.model_names import missing_model_error
 from sglang_harli.managers.http.openai import install as openai_routes
 from sglang_harli.managers.http.openai.access import Access
 from sglang_harli.managers.http.publisher import AdapterPublisher
+from sglang_harli.managers.http.served_models import TokenizerModels
 from sglang_harli.managers.http.service_calls import ServiceCalls
 from sglang_harli.managers.http.start_up.parity_request import ParityRequest
 from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
@@ -66,7 +67,7 @@ def install(
     _follow_lifespan(app, tokenizer_manager, publisher, calls, watchdog, profile, parity)
     app.router.routes[:0] = [
         *routes(publisher, tokenizer_manager, profile).routes,
-        *openai_routes.routes(calls, access, options),
+        *openai_routes.routes(calls, access, options, TokenizerModels(tokenizer_manager, publisher)),
     ]
 
 

@@ -173,7 +173,7 @@ def save_adapter(adapter: Path, checkpoints: Path, step: int, config: dict[str, 
     """Write the adapter of a checkpoint in PEFT's format; durable on return.  Raises
     CheckpointError: the checkpoint is not whole; OSError: the disk is full."""
     check_state(checkpoints, step)
-    temporary = adapter.with_name("adapter.tmp")
+    temporary = adapter.with_name(f"{adapter.name}.tmp")
     _make_anew(temporary)
     failpoint(WriteFailpoint.ADAPTER)
     with safe_open(checkpoints / f"step-{step}" / STATE_FILE, framework="np") as file:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
+import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,7 @@ from sglang_harli.service.jobs.folder import fsync_folder
 logger = logging.getLogger(__name__)
 
 FILES = "files"  # folder of the run directory
+_UNFINISHED = "result-"  # begins the name of a result file that is being written
 SWEEP_S = 20.0
 MAX_PAGE = 1000  # files of one answer, whatever limit is asked for
 T = TypeVar("T")
@@ -217,14 +218,19 @@ class FileStore:
             raise _gone(record, path) from error
         return record
 
-    async def add_result(self, content: bytes, filename: str, *, key: str) -> FileRecord:
-        """A file that a job has made; the same key makes none twice."""
+    async def add_result(
+        self, filename: str, write: Callable[[Path], Awaitable[Whole]], *, key: str
+    ) -> FileRecord:
+        """A file of a job's results, which ``write`` writes to the path that it gets; the same key
+        makes none twice."""
         asked = {"filename": filename}
 
         async def make() -> FileRecord:
-            place = self.folder / f"result-{key}"
-            whole = await self.in_thread(lambda: _written(place, content))
-            return await self.add(whole, filename, RESULTS, key=key, asked=asked)
+            place = self.folder / f"{_UNFINISHED}{secrets.token_hex(8)}"
+            try:
+                return await self.add(await write(place), filename, RESULTS, key=key, asked=asked)
+            finally:
+                await self.in_thread(lambda: place.unlink(missing_ok=True))
 
         return await self._catalog.once(FileRecord, key, asked, make)
 
@@ -279,11 +285,6 @@ def settle(source: Path, place: Path) -> None:
         os.close(fd)
     os.rename(source, place)
     fsync_folder(place.parent)
-
-
-def _written(place: Path, content: bytes) -> Whole:
-    place.write_bytes(content)
-    return Whole(place, len(content), hashlib.sha256(content).hexdigest())
 
 
 def _gone(record: FileRecord, path: Path) -> NotFoundError:

@@ -15,6 +15,7 @@ from sglang_harli.service.pacing import lower_priority
 EVERY_S = 30.0  # a count is at least so long apart from the next, and 20 times as long as it took
 FIRST_S = 1.0  # the first one is waited for so long
 _PARTS = {"data": "data_bytes", "checkpoints": "checkpoint_bytes", "adapter": "adapter_bytes"}
+_FOLDERS = _PARTS | {"adapters": "adapter_bytes"}
 
 
 class DiskUsage:
@@ -79,7 +80,7 @@ def count(run_dir: Path) -> dict[str, int]:
             except OSError:
                 continue
             if is_folder:
-                stack.append((entry.path, depth + 1, _PARTS.get(entry.name) if depth == 1 else part))
+                stack.append((entry.path, depth + 1, _FOLDERS.get(entry.name) if depth == 1 else part))
                 continue
             if info.st_nlink > 1:
                 if (info.st_dev, info.st_ino) in seen:

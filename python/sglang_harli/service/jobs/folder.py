@@ -29,6 +29,7 @@ class JobPaths:
         self.data = self.folder / "data"
         self.checkpoints = self.folder / "checkpoints"
         self.adapter = self.folder / "adapter"
+        self.adapters = self.folder / "adapters"  # of checkpoints
         self.job = self.folder / "job.json"
         self.events = self.folder / "events.jsonl"
         self.metrics = self.folder / "metrics.jsonl"

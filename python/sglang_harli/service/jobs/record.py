@@ -138,6 +138,16 @@ class JobRecord(Struct, frozen=True, kw_only=True):
     def best_valid_loss(self) -> float | None:
         return self.evaluation_state.best_loss
 
+    published_step: int | None = None  # of the state that its model is; None: the last, or not yet
+    served_steps: tuple[int, ...] = ()  # of checkpoints that answer, or did before they were evicted
+    deleted_models: tuple[str, ...] = ()  # names of its models that are served no more, for good
+    result_files: tuple[str, ...] = ()  # those that were made of its metrics; they may be deleted since
+
+    @property
+    def model_step(self) -> int:
+        """Of the state that its model is, or will be as far as it is known."""
+        return self.last_step if self.published_step is None else self.published_step
+
     @property
     def eta_s(self) -> float | None:
         if self.status != JobStatus.RUNNING or self.step_s is None:

@@ -8,7 +8,7 @@ A database that is locked, full or away is a NotReadyError until it is back.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,14 +180,16 @@ class JobStore:
                 self.unreadable.append(Unreadable(job, number, key, str(error)))
         return found
 
-    def events(self, job: str, after: int, limit: int) -> list[Event]:
-        """The job's events with an id above ``after``, oldest first."""
+    def events(self, job: str, after: int, limit: int, *, types: Sequence[str] = ()) -> list[Event]:
+        """The job's events with an id above ``after``, oldest first; ``types``: of these alone."""
         query = (
             sa.select(_events.c.id, _events.c.body)
             .where(_events.c.job == job, _events.c.id > after)
             .order_by(_events.c.id)
             .limit(limit)
         )
+        if types:
+            query = query.where(_events.c.type.in_(types))
         with _trouble("read"), self._engine.connect() as db:
             return [read_event(job, number, body) for number, body in db.execute(query)]
 

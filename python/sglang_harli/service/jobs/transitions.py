@@ -15,7 +15,7 @@ says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -301,7 +301,7 @@ def interrupted(record: JobRecord, why: str, now: float) -> Transition:
     return _change(record, draft, status=JobStatus.QUEUED, **_back_to_checkpoint(record))
 
 
-def published(record: JobRecord, now: float) -> Transition:
+def published(record: JobRecord, now: float, result_files: tuple[str, ...] = ()) -> Transition:
     """The adapter answers under its name."""
     return _change(
         record,
@@ -312,9 +312,38 @@ def published(record: JobRecord, now: float) -> Transition:
         status=JobStatus.SUCCEEDED,
         finished_at=now,
         fine_tuned_model=record.adapter_name,
+        result_files=result_files,
         step=record.last_step,
         **_ENDED | {"reason": evaluations.stopped_early(record) or None},
     )
+
+
+def adapter_saved(record: JobRecord, path: str, step: int) -> Transition:
+    """The adapter's folder is written, from the checkpoint of ``step``."""
+    text = f"adapter of step {step} saved in {path}"
+    draft = EventDraft("adapter_saved", text, data={"path": path, "step": step})
+    return _change(record, draft, published_step=step)
+
+
+def serve_step(record: JobRecord, step: int) -> Transition:
+    """The checkpoint of ``step`` is about to answer under its name."""
+    return _change(record, served_steps=tuple(sorted({*record.served_steps, step})))
+
+
+def steps_left(record: JobRecord, steps: Collection[int]) -> Transition:
+    """Of its checkpoints these are left."""
+    return _change(record, served_steps=tuple(step for step in record.served_steps if step in steps))
+
+
+def delete_model(record: JobRecord, name: str) -> Transition:
+    """A model of the job is served no more; its name stays in the job, as in OpenAI's API."""
+    draft = EventDraft("model_deleted", f"model {name} deleted: it is served no more", data={"model": name})
+    return _change(record, draft, deleted_models=(*record.deleted_models, name))
+
+
+def has_results(record: JobRecord, file: str) -> Transition:
+    """The file with the metrics of a job that has succeeded already."""
+    return _change(record, result_files=(file,))
 
 
 def fail(record: JobRecord, code: str, message: str, now: float, param: str | None = None) -> Transition:

@@ -14,6 +14,7 @@ from sglang_harli.service.jobs import evaluations, transitions
 from sglang_harli.service.jobs.folder import JobPaths
 from sglang_harli.service.jobs.record import JobRecord
 from sglang_harli.service.jobs.registry import JobRegistry
+from sglang_harli.service.publish import exports
 from sglang_harli.service.run.prepare import UNREADABLE
 from sglang_harli.service.run.state import IN_PASSING, Unwritten
 
@@ -62,9 +63,9 @@ class SnapshotWriter:
         paths = JobPaths(self._registry.run_dir, message.job)
         counted = message.meta.get("tokens")
         tokens = counted if isinstance(counted, int) else self._registry.get(message.job).trained_tokens
-        save = functools.partial(checkpoints.save_state, rush=message.reason == "shutdown")
+        save = functools.partial(_save_state, paths, rush=message.reason == "shutdown")
         async with self._turn:
-            await self._off(save, paths.checkpoints, message.step, message.slot, message.meta, tokens)
+            await self._off(save, message.step, message.slot, message.meta, tokens)
 
     def _warn(self, job: str, text: str) -> None:
         self._registry.apply(transitions.warn(self._registry.get(job), text))
@@ -72,20 +73,31 @@ class SnapshotWriter:
     async def prune(self, job: str) -> None:
         """Remove older checkpoints than are kept, but not the best one by its evaluation; what
         cannot be removed goes with the next."""
-        folder = JobPaths(self._registry.run_dir, job).checkpoints
+        paths = JobPaths(self._registry.run_dir, job)
         async with self._turn:
             best = evaluations.best_first(self._registry.get(job))[:1]
             try:
-                kept = await self._off(checkpoints.prune, folder, self._registry.keep_checkpoints, best)
+                kept = await self._off(
+                    checkpoints.prune, paths.checkpoints, self._registry.keep_checkpoints, best
+                )
+                left = await self._off(exports.prune, paths)
             except OSError as error:
                 self._warn(job, f"older checkpoints cannot be removed ({error})")
                 return
         record = self._registry.get(job)
         if {checkpoint.step for checkpoint in record.checkpoints} - kept:
             self._registry.apply(evaluations.left(record, kept), urgent=False)
+        record = self._registry.get(job)
+        if not left.issuperset(record.served_steps):
+            self._registry.apply(transitions.steps_left(record, left), urgent=False)
 
     async def _off(self, call: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._disk, call, *args)
+
+
+def _save_state(paths: JobPaths, step: int, *args: Any, rush: bool) -> None:
+    exports.remove(paths, step)  # of a state of this step before, which is replaced
+    checkpoints.save_state(paths.checkpoints, step, *args, rush=rush)
 
 
 def _is_over(record: JobRecord) -> bool:

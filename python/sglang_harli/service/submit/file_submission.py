@@ -130,6 +130,7 @@ class FileSubmission(Submission):
             return args
         for record in self._registry.newest():
             if record.fine_tuned_model == args.model:
+                resume_from.check_not_deleted(record, "model")
                 if args.resume_from not in (None, record.id):
                     raise ConfigError(
                         f"model names the adapter of job {record.id}, resume_from another job: give one of the two",

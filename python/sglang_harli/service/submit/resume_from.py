@@ -77,6 +77,7 @@ def find(registry: JobRegistry, args: SubmitArgs) -> Origin:
             f"job {record.id} is {record.status}: only a job that is over can be continued; cancel it or let it end",
             param="resume_from",
         )
+    check_not_deleted(record, "resume_from")
     if other := registry.other_base(record):
         raise ConfigError(
             f"job {record.id} cannot be continued here: {other}; start the server with the job's base",
@@ -98,6 +99,15 @@ def find(registry: JobRegistry, args: SubmitArgs) -> Origin:
     if not new_course:
         _check_left(origin)
     return origin
+
+
+def check_not_deleted(record: JobRecord, param: str) -> None:
+    """Raise ConfigError where the job's model was deleted."""
+    if record.fine_tuned_model in record.deleted_models:
+        raise ConfigError(
+            f"{record.fine_tuned_model}, the model of job {record.id}, was deleted: there is no training on from it",
+            param=param,
+        )
 
 
 def _check_same(record: JobRecord, hp: Hyperparameters, new_course: bool) -> None:

@@ -1,7 +1,8 @@
-"""Who may use the routes for files and fine-tuning.
+"""Who may use the routes for files, fine-tuning and the deletion of models.
 
 A configured key closes all of them, reading included: ``--api-key`` opens them and so does the
-admin key.  Without a key only processes of this machine may come.  A page in a browser of this
+admin key.  A model is deleted as SGLang unloads an adapter: where there is an admin key, with that
+alone.  Without a key only processes of this machine may come.  A page in a browser of this
 machine is not one of them: its ``Origin`` is foreign, or (DNS rebinding) the ``Host`` that it asks
 for is.  SGLang lets every origin read what it answers, so this is checked before anything is done.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 import ipaddress
 import re
 import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -33,31 +33,29 @@ class Access:
     api_key: str | None = field(default=None, repr=False)
     admin_api_key: str | None = field(default=None, repr=False)
 
-    def check(self, scope: Scope) -> None:
-        """Let a request through.
+    def check(self, scope: Scope, *, admin: bool = False) -> None:
+        """Let a request through; ``admin``: the admin key alone will do, where there is one.
 
         Raises:
             Refusal: 401, no key or a wrong one; 403, no key is set and it is not of this machine.
         """
         headers = Headers(scope=scope)
-        if any(self._keys()):
-            self._check_key(headers)
+        if self.api_key or self.admin_api_key:
+            self._check_key(headers, admin and bool(self.admin_api_key))
         else:
             _check_local(scope, headers)
 
-    def _keys(self) -> Iterator[str]:
-        return (key for key in (self.api_key, self.admin_api_key) if key)
-
-    def _check_key(self, headers: Headers) -> None:
+    def _check_key(self, headers: Headers, admin: bool) -> None:
         given = headers.getlist("authorization")
         scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
         bearer = scheme.lower() == "bearer" and bool(token)
         # Each key is compared, so that the time says nothing; Starlette reads headers as latin-1.
-        same = [secrets.compare_digest(token.encode("latin-1"), key.encode()) for key in self._keys()]
+        keys = [key for key in (None if admin else self.api_key, self.admin_api_key) if key]
+        same = [secrets.compare_digest(token.encode("latin-1"), key.encode()) for key in keys]
         if bearer and any(same):
             return
-        flag = "--api-key" if self.api_key else "--admin-api-key"
-        wrong = "this is not the server's key" if bearer else "no key came"
+        flag = "--api-key" if self.api_key and not admin else "--admin-api-key"
+        wrong = "this is not the key that is needed" if bearer else "no key came"
         raise Refusal(
             f"{wrong}: send the key of the server's {flag} as 'Authorization: Bearer KEY' (api_key=KEY in the "
             "openai client)",

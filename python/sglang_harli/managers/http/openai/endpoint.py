@@ -1,5 +1,6 @@
-"""What all routes under ``/v1/files``, ``/v1/uploads`` and ``/v1/fine_tuning`` have in common: who
-may come, and that each answer, also to what is wrong or unknown there, is in OpenAI's form.
+"""What all routes under ``/v1/files``, ``/v1/uploads`` and ``/v1/fine_tuning``, and the deletion of
+a model, have in common: who may come, and that each answer, also to what is wrong or unknown there,
+is in OpenAI's form.
 
 SGLang's own routes, exception handlers and middleware do not see these paths' errors, and none of
 ours sees theirs.
@@ -12,7 +13,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
@@ -33,6 +34,7 @@ from sglang_harli.protocol import public
 logger = logging.getLogger(__name__)
 
 PATHS = ("/v1/files", "/v1/uploads", "/v1/fine_tuning")
+MODELS = "/v1/models/"  # below it only DELETE is ours
 JSON = "application/json"
 REQUEST_ID = "x-request-id"  # the openai client shows it with an error
 MAX_ID = 128
@@ -42,6 +44,23 @@ _COMPRESSED = ("content-encoding", "x-body-compressed")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
+class ServedModels(Protocol):
+    """What is served on this server."""
+
+    def is_base(self, name: str) -> bool:
+        """Whether the base answers to this name."""
+        ...
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether an adapter of this name is loaded."""
+        ...
+
+    async def unload(self, name: str, *, deleted: bool) -> str:
+        """Unload the adapter when its requests have ended, where it is loaded; what is wrong, or
+        ``""``.  ``deleted``: it is a job's, and never comes back."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Api:
     """What the routes work with; each module of routes adds its own to a router."""
@@ -49,6 +68,7 @@ class Api:
     calls: ServiceCalls
     forms: FormReader
     options: HarliOptions
+    models: ServedModels
 
 
 # ------------------------------------------------------------------ paths
@@ -61,11 +81,17 @@ def route_path(scope: Scope) -> str:
 
 
 def ours(scope: Scope) -> bool:
-    """Whether a request is for one of PATHS, or for something below it."""
+    """Whether a request is for one of PATHS, for something below it, or deletes a model."""
     if scope["type"] != "http":
         return False
     path = route_path(scope)
-    return any(path == ours or path.startswith(f"{ours}/") for ours in PATHS)
+    return deletes_model(scope) or any(path == ours or path.startswith(f"{ours}/") for ours in PATHS)
+
+
+def deletes_model(scope: Scope) -> bool:
+    """Whether a request of type http is ``DELETE /v1/models/NAME``."""
+    path = route_path(scope)
+    return scope["method"] == "DELETE" and path.startswith(MODELS) and path != MODELS
 
 
 # ------------------------------------------------------------------ around each handler
@@ -75,7 +101,7 @@ def guarded(access: Access, handler: Handler) -> Callable[[Request], Coroutine[A
     async def handle(request: Request) -> Response:
         name = f"req_{uuid.uuid4().hex}"
         try:
-            access.check(request.scope)
+            access.check(request.scope, admin=deletes_model(request.scope))
             refuse_compressed(request.scope)
             response = await handler(request)
         except ClientDisconnect:
@@ -107,6 +133,11 @@ def router(access: Access) -> APIRouter:
     class GuardedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             return guarded(access, super().get_route_handler())
+
+        def matches(self, scope: Scope) -> tuple[Match, Scope]:
+            """Not other methods of a model's path: they, and their 405, are SGLang's."""
+            others = scope["type"] == "http" and route_path(scope).startswith(MODELS)
+            return (Match.NONE, {}) if others and not deletes_model(scope) else super().matches(scope)
 
     return APIRouter(route_class=GuardedRoute)
 

@@ -1,4 +1,5 @@
-"""Puts the routes of files and fine-tuning on SGLang's app, behind a rule of access of their own.
+"""Puts the routes of files, fine-tuning and deleted models on SGLang's app, behind a rule of access
+of their own.
 
 Leans on SGLang's ``utils.auth.add_api_key_middleware``, which puts one middleware in front of
 Starlette's ``user_middleware``.
@@ -16,21 +17,30 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sglang_harli.config import HarliOptions
 from sglang_harli.errors import HarliError
-from sglang_harli.managers.http.openai import errors, files, uploads
+from sglang_harli.managers.http.openai import errors, files, models, uploads
 from sglang_harli.managers.http.openai.access import Access
-from sglang_harli.managers.http.openai.endpoint import Api, Unmatched, ours, refuse_compressed, router
+from sglang_harli.managers.http.openai.endpoint import (
+    Api,
+    ServedModels,
+    Unmatched,
+    ours,
+    refuse_compressed,
+    router,
+)
 from sglang_harli.managers.http.openai.fine_tuning import jobs
 from sglang_harli.managers.http.openai.forms.form_stream import FormReader
 from sglang_harli.managers.http.service_calls import ServiceCalls
 
-OFF = "files and fine-tuning are off on this server: start it without --harli-finetune off"
-ROUTES = (files.add, uploads.add, jobs.add)
+OFF = "files, fine-tuning and the deletion of models are off on this server: start it without --harli-finetune off"
+ROUTES = (files.add, uploads.add, jobs.add, models.add)
 
 
-def routes(calls: ServiceCalls, access: Access, options: HarliOptions) -> list[BaseRoute]:
+def routes(
+    calls: ServiceCalls, access: Access, options: HarliOptions, served: ServedModels
+) -> list[BaseRoute]:
     """All of them, to stand before SGLang's."""
     made = router(access)
-    api = Api(calls=calls, forms=FormReader(calls), options=options)
+    api = Api(calls=calls, forms=FormReader(calls), options=options, models=served)
     for add in ROUTES:
         add(made, api)
     return [*made.routes, Unmatched(access, made.routes)]

@@ -104,6 +104,11 @@ def test_a_job_from_its_file_to_its_model(client, file):
     assert (extra["priority"], extra["step"], extra["total_steps"]) == (3, 3, 3)
     assert done.finished_at >= done.created_at and done.trained_tokens > 0
 
+    [result] = done.result_files
+    assert result in [f.id for f in client.files.list(purpose="fine-tune-results")]
+    header, *steps = client.files.content(result).text.splitlines()
+    assert header.startswith("step,train_loss,train_accuracy,valid_loss,") and len(steps) == 3
+
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=4))
     numbers = [event.model_extra["harli"]["number"] for event in events]
     assert numbers == list(range(len(events), 0, -1)), "newest first, none left out, none twice"

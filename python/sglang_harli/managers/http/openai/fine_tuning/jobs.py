@@ -16,16 +16,24 @@ from sglang_harli.managers.http.openai.endpoint import Api, answer, object_id, r
 from sglang_harli.managers.http.openai.errors import Refusal
 from sglang_harli.managers.http.openai.fine_tuning.create import CreateJobBody, submit_args
 from sglang_harli.managers.http.openai.fine_tuning.shapes import (
+    CheckpointList,
     EventList,
     JobList,
     JobShape,
+    checkpoint_shape,
+    checkpoint_step,
     event_number,
     event_shape,
     job_shape,
 )
 from sglang_harli.managers.http.openai.uploads import EmptyBody
 from sglang_harli.protocol import accepted
-from sglang_harli.protocol.calls.fine_tuning import EventsBeforeArgs, EventsPage
+from sglang_harli.protocol.calls.fine_tuning import (
+    CheckpointsArgs,
+    CheckpointsPage,
+    EventsBeforeArgs,
+    EventsPage,
+)
 from sglang_harli.protocol.public import Job, JobArgs, ListArgs
 
 TAG = "Fine-tuning"
@@ -46,7 +54,7 @@ UNSERVED = {
     ),
 }
 
-T = TypeVar("T", JobList, EventList)
+T = TypeVar("T", JobList, EventList, CheckpointList)
 
 
 class JobsQuery(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -67,6 +75,13 @@ class EventsQuery(Struct, kw_only=True, forbid_unknown_fields=True):
     limit: _Limit = 20
 
 
+class CheckpointsQuery(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A page of a job's checkpoints."""
+
+    after: str | None = None
+    limit: _Limit = 10
+
+
 class JobPage(Struct, kw_only=True):
     """The answer of the service's ``list``."""
 
@@ -77,6 +92,7 @@ class JobPage(Struct, kw_only=True):
 def add(router: APIRouter, api: Api) -> None:
     """Add the routes to a guarded router."""
     _add_reading(router, api)
+    _add_checkpoints(router, api)
     _add_changing(router, api)
     for path, why in UNSERVED.items():
         router.add_api_route(path, _unserved(why), methods=["GET", "POST", "DELETE"], include_in_schema=False)
@@ -114,6 +130,28 @@ def _add_reading(router: APIRouter, api: Api) -> None:
     router.add_api_route(one, retrieve_job, **described)
     described = schemas.route("listFineTuningEvents", TAG, "GET", EventList, ids=ids, query=EventsQuery)
     router.add_api_route(f"{one}/events", list_events, **described)
+
+
+def _add_checkpoints(router: APIRouter, api: Api) -> None:
+    async def list_checkpoints(request: Request) -> Response:
+        """A page of a job's checkpoints, newest first; each answers under its name."""
+        job = object_id(request, "job_id", "job")
+        asked = query(request, CheckpointsQuery) or CheckpointsQuery()
+        before = checkpoint_step(job, asked.after) if asked.after is not None else None
+        args = CheckpointsArgs(job=job, before=before, limit=asked.limit)
+        page = await api.calls.call("checkpoints", args, CheckpointsPage)
+        shapes = [checkpoint_shape(job, found) for found in page.checkpoints]
+        return answer(_page(CheckpointList, shapes, page.has_more))
+
+    described = schemas.route(
+        "listFineTuningJobCheckpoints",
+        TAG,
+        "GET",
+        CheckpointList,
+        ids=("job_id",),
+        query=CheckpointsQuery,
+    )
+    router.add_api_route("/v1/fine_tuning/jobs/{job_id}/checkpoints", list_checkpoints, **described)
 
 
 def _add_changing(router: APIRouter, api: Api) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
 from msgspec import Struct, field
 
 from sglang_harli.core import JobStatus
 from sglang_harli.errors import NotFoundError
 from sglang_harli.managers.http.openai.fine_tuning.create import BASE_LEARNING_RATE
+from sglang_harli.protocol.calls.fine_tuning import Checkpoint
 from sglang_harli.protocol.public import Event, Hyperparameters, Job, JobError
 
 ORGANIZATION = "sglang-harli"
 EVENT_PREFIX = "ftevent-"
+CHECKPOINT_PREFIX = "ftckpt-"
 METRICS = ("step_metrics", "eval_metrics")  # our types of events that OpenAI calls ``metrics``
 _LEVELS = ("info", "warn", "error")
 
@@ -56,6 +59,7 @@ class HarliShape(Struct, kw_only=True):
     resumed_from: str | None
     base: str | None
     started_at: int | None
+    deleted_models: list[str]
     data: dict[str, Any]
     evaluation: dict[str, Any] | None
     best_step: int | None
@@ -93,6 +97,40 @@ class JobList(Struct, kw_only=True):
 
     object: str = "list"
     data: list[JobShape]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class CheckpointMetrics(Struct, kw_only=True, omit_defaults=True):
+    """What is known of a checkpoint's state; the rest is left out."""
+
+    step: int
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
+
+
+class CheckpointShape(Struct, kw_only=True):
+    """A ``fine_tuning.job.checkpoint``; ``fine_tuned_model_checkpoint`` answers requests."""
+
+    id: str
+    object: str = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: CheckpointMetrics
+
+
+class CheckpointList(Struct, kw_only=True):
+    """A page of a job's checkpoints, newest first."""
+
+    object: str = "list"
+    data: list[CheckpointShape]
     has_more: bool
     first_id: str | None
     last_id: str | None
@@ -146,7 +184,7 @@ def job_shape(job: Job) -> JobShape:
         status=job.status,
         training_file=job.training_file or "",
         validation_file=job.validation_file,
-        result_files=[],
+        result_files=job.result_files,
         trained_tokens=job.trained_tokens,
         error=job.error,
         seed=hp.seed,
@@ -168,6 +206,7 @@ def job_shape(job: Job) -> JobShape:
             resumed_from=job.resumed_from,
             base=job.base,
             started_at=_seconds(job.started_at),
+            deleted_models=job.deleted_models,
             data=job.data,
             evaluation=job.evaluation,
             best_step=job.best_step,
@@ -201,11 +240,36 @@ def event_id(job: str, number: int) -> str:
 
 def event_number(job: str, given: str) -> int:
     """The number in an event's id; NotFoundError: it is not one of this job's."""
-    prefix = f"{EVENT_PREFIX}{job}-"
+    return _number_behind(f"{EVENT_PREFIX}{job}-", given, f"there is no event {given[:80]!r} of job {job}")
+
+
+def _number_behind(prefix: str, given: str, text: str) -> int:
     number = given.removeprefix(prefix)
     if not given.startswith(prefix) or not (number.isascii() and number.isdigit() and len(number) < 16):
-        raise NotFoundError(f"there is no event {given[:80]!r} of job {job}", param="after")
+        raise NotFoundError(text, param="after")
     return int(number)
+
+
+def checkpoint_shape(job: str, found: Checkpoint) -> CheckpointShape:
+    return CheckpointShape(
+        id=f"{_checkpoint_prefix(job)}{found.step}",
+        created_at=int(found.created_at),
+        fine_tuned_model_checkpoint=found.model,
+        fine_tuning_job_id=job,
+        step_number=found.step,
+        metrics=msgspec.convert(found.metrics | {"step": found.step}, CheckpointMetrics),
+    )
+
+
+def _checkpoint_prefix(job: str) -> str:
+    return f"{CHECKPOINT_PREFIX}{job.removeprefix('ftjob-')}-"
+
+
+def checkpoint_step(job: str, given: str) -> int:
+    """The step in a checkpoint's id; NotFoundError: it is not one of this job's."""
+    return _number_behind(
+        _checkpoint_prefix(job), given, f"there is no checkpoint {given[:80]!r} of job {job}"
+    )
 
 
 def _seconds(when: float | None) -> int | None:
