@@ -151,7 +151,7 @@ class PublicationQueue:
             self._give_up(adapter, "publication_failed", text)
 
     async def _is_gone(self, adapter: Adapter) -> bool:
-        """Whether it is a checkpoint's that is not there (any more); who asks for it gets the reason."""
+        """Whether it is a checkpoint's that is not there (any more); who asks gets the reason."""
         if adapter.step is None:
             return False
         record, paths = self._registry.get(adapter.job), self._paths(adapter)
@@ -263,7 +263,8 @@ class PublicationQueue:
             except CheckpointError as error:
                 if fresh:
                     raise
-                text = f"{error}: the adapter is saved again from its checkpoint"
+                source = "the run's last checkpoint" if adapter.step is None else "its checkpoint"
+                text = f"{error}: the adapter is saved again from {source}"
                 self._registry.apply(transitions.warn(self._registry.get(adapter.job), text))
             await self._save(adapter)
             fresh = True
