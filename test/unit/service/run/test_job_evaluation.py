@@ -94,7 +94,7 @@ def test_patience_ends_a_job_as_succeeded_and_says_why(rig):
 
 def test_the_best_checkpoint_is_kept_and_published(rig):
     rig.scheduler.valid_losses = {2: 1.0, 4: 0.5, 6: 0.7, 8: 0.6}
-    rig.scheduler.step_s = 0.05  # most steps find the slot free
+    rig.scheduler.step_s = 0.3  # each step finds the slot free
     hp = HP | {"checkpoint_every": 1, "publish_best": True}
     done = rig.done(rig.client.submit(pairs(10), validation_split=0.2, **hp))
     folder = rig.folder(done) / "checkpoints"
@@ -169,7 +169,7 @@ def test_a_validation_file_comes_with_the_submit_and_goes_along(rig, tmp_path):
 
 
 def test_bad_lines_of_a_validation_file_name_it(rig, tmp_path):
-    file = write(tmp_path / "held.jsonl", [*pairs(1), {"prompt": "x"}])
+    file = write(tmp_path / "held.jsonl", [*pairs(1), {"messages": []}])
     with pytest.raises(DataError, match=r"held.jsonl: 1 of 2 lines not accepted: line 2: ") as caught:
         rig.client.submit(pairs(4), validation=file)
     assert caught.value.param == "validation" and caught.value.details[0]["line"] == 2

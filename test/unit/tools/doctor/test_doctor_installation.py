@@ -170,6 +170,10 @@ class Site:
         for name in needed("typer", "packaging"):
             place = next(p for p in map(Path, sys.path) if (p / name).exists())
             (folder / name).symlink_to(place / name)
+        # The package alone: beside it lies what an editable installation has left.
+        self.sources = folder.with_name("sources")
+        self.sources.mkdir()
+        (self.sources / PACKAGE.name).symlink_to(PACKAGE)
 
     def add(self, package: str, text: str = "", **metadata: str) -> None:
         (self.folder / package).mkdir(exist_ok=True)
@@ -189,7 +193,7 @@ class Site:
         )
         done = subprocess.run(
             [sys.executable, "-S", "-c", code, str(self.folder), "doctor", "--json", *only],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(self.folder)])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(self.sources), str(self.folder)])},
             cwd=self.folder,
             capture_output=True,
             text=True,

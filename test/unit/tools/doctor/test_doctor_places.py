@@ -281,7 +281,7 @@ def test_stores_that_cannot_be_used(store: Path, tmp_path: Path):
     assert job_store.judge(tmp_path / "none.db", in_use=False).status is Status.SKIPPED
     sql(store, "UPDATE settings SET value = '7' WHERE key = 'schema'")
     other = job_store.judge(store, in_use=False)
-    assert other.status is Status.PROBLEM and "has schema 7, this harli reads 1" in other.found
+    assert other.status is Status.PROBLEM and "has schema 7, this harli reads 2" in other.found
     garbage = tmp_path / "garbage.db"
     garbage.write_bytes(b"no database" * 100)
     assert job_store.judge(garbage, in_use=False).status is Status.PROBLEM

@@ -117,7 +117,12 @@ def test_listed_checkpoints_answer_under_their_names(client, service):
     for one in found:
         assert (one.object, one.fine_tuning_job_id) == ("fine_tuning.job.checkpoint", job.id)
         assert one.id.startswith("ftckpt-") and job.created_at - 1 <= one.created_at
-        assert one.metrics.to_dict() == {"step": one.step_number, "train_loss": 4.0 / one.step_number}
+        step = one.step_number
+        assert one.metrics.to_dict() == {
+            "step": step,
+            "train_loss": 4.0 / step,
+            "train_mean_token_accuracy": 0.25,
+        }
     assert [c.id for c in listed(client, job, limit=1)] == [c.id for c in found], "page by page"
     assert [
         c.id for c in client.fine_tuning.jobs.checkpoints.list(job.id, after=found[0].id, limit=1).data
