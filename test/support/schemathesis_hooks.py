@@ -2,8 +2,8 @@
 route would be asked for more than its 404.
 
 ``SCHEMATHESIS_HOOKS=support.schemathesis_hooks`` has it loaded; OBJECTS holds the objects as JSON:
-for each parameter of a path its ids, the parts of each upload, and the ``model`` and
-``training_file`` of a job.
+for each parameter of a path its ids, under ``parts`` those of each upload, and under ``job`` the
+``model`` and ``training_file`` of one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def map_case(_context: Any, case: Any) -> Any:
             case.path_parameters[name] = known[number // 2 % len(known)]
     if isinstance(case.body, dict):
         if "training_file" in case.body:
-            case.body |= {name: _objects[name] for name in ("model", "training_file")}
+            case.body |= _objects["job"]
         if "part_ids" in case.body:
             case.body["part_ids"] = _objects["parts"].get(case.path_parameters["upload_id"], [])
     return case

@@ -136,6 +136,7 @@ def objects(client: OpenAI, server: ApiServer) -> dict[str, Any]:
     def file() -> str:
         return client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
 
+    server.models.names |= {f"adapter-{number}" for number in range(EACH)}
     parts = {}
     for _ in range(EACH):
         upload = client.uploads.create(
@@ -149,9 +150,9 @@ def objects(client: OpenAI, server: ApiServer) -> dict[str, Any]:
         "file_id": files,
         "job_id": jobs,
         "upload_id": list(parts),
+        "model": sorted(server.models.names),
         "parts": parts,
-        "model": MODEL,
-        "training_file": kept,
+        "job": {"model": MODEL, "training_file": kept},
     }
 
 
