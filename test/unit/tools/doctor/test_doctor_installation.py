@@ -171,7 +171,7 @@ class Site:
             place = next(p for p in map(Path, sys.path) if (p / name).exists())
             (folder / name).symlink_to(place / name)
         # The package alone: beside it lies what an editable installation has left.
-        self.sources = folder.with_name("sources")
+        self.sources = folder.with_name(f"{folder.name}-sources")
         self.sources.mkdir()
         (self.sources / PACKAGE.name).symlink_to(PACKAGE)
 
