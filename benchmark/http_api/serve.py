@@ -20,6 +20,19 @@ from sglang_harli.managers.http.openai.install import routes
 from sglang_harli.managers.http.service_calls import ServiceCalls
 
 
+class NoModels:
+    """``ServedModels`` of a process that serves none: no job here comes to its end."""
+
+    def is_base(self, name: str) -> bool:
+        return False
+
+    def is_loaded(self, name: str) -> bool:
+        return False
+
+    async def unload(self, name: str, *, deleted: bool) -> str:
+        return ""
+
+
 async def serve(endpoint: str) -> None:
     calls = ServiceCalls(endpoint)
 
@@ -30,7 +43,7 @@ async def serve(endpoint: str) -> None:
         await calls.stop()
 
     app = FastAPI(lifespan=lifespan)
-    app.router.routes[:0] = routes(calls, Access(), HarliOptions())
+    app.router.routes[:0] = routes(calls, Access(), HarliOptions(), NoModels())
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", access_log=False)
     )
