@@ -4,6 +4,7 @@ again behind it."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,8 @@ from sglang_harli.managers.http.publisher import refuse_another_base
 def resolve(path: Any, *, before: dict[str, str], meanwhile: dict[str, str]) -> int:
     """How often the adapter was looked up; ``meanwhile``: what is of another base by the end of
     that."""
-    manager = SimpleNamespace(harli_publisher=SimpleNamespace(others=dict(before)))
+    publisher = SimpleNamespace(others=dict(before), asking_for=lambda _names: contextlib.nullcontext())
+    manager = SimpleNamespace(harli_publisher=publisher)
     looked_up = 0
 
     async def original(_manager: Any, _obj: Any) -> None:
