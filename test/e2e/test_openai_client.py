@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -202,4 +201,3 @@ def test_the_example_runs_as_it_stands(server, tmp_path):
     )
     assert found.returncode == 0, found.stderr
     assert "model and file are deleted" in found.stdout and "checkpoint " in found.stdout
-    assert Path(pairs).exists()

@@ -1,5 +1,5 @@
-"""What schemathesis is told about a server: objects that are there.  Random ids name none, and no
-route would be asked for more than its 404.
+"""Ids of objects that are there, for schemathesis: random ids name none, and no route would be
+asked for more than its 404.
 
 ``SCHEMATHESIS_HOOKS=support.schemathesis_hooks`` has it loaded; OBJECTS holds the objects as JSON:
 for each parameter of a path its ids, under ``parts`` those of each upload, and under ``job`` the

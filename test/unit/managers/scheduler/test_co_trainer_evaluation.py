@@ -1,4 +1,4 @@
-"""A run that evaluates over the real link: what is told, what is saved, and where it ends."""
+"""A run that evaluates, over the real link: its messages, its snapshots, and its last step."""
 
 from __future__ import annotations
 

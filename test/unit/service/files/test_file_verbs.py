@@ -193,7 +193,6 @@ def test_a_full_disk_is_a_refusal_and_leaves_nothing(inner, service):
         inner.file(b"abc")
     assert caught.value.code == "storage_full"
     (service.points / WriteFailpoint.FILE).write_text("error ENOSPC 2")
-    assert not [p for p in (service.points).iterdir() if p.name.endswith(".hit")]
     with pytest.raises(HarliError, match="make room"):
         inner.file(b"abc")
     (service.points / WriteFailpoint.FILE).unlink(missing_ok=True)

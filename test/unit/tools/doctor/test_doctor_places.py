@@ -273,7 +273,7 @@ def test_a_store_whose_server_was_killed(store: Path, tmp_path: Path):
     finding = job_store.judge(left / "harli.db", in_use=False)
     assert finding.status is Status.OK and "3 queued" in finding.found
     assert {name: size for name, (size, _) in tree(left).items()} == before
-    (left / "harli.db-shm").unlink()  # it is made again by whoever reads the log
+    (left / "harli.db-shm").unlink()  # a process that reads the log makes it again
     assert "3 queued" in job_store.judge(left / "harli.db", in_use=False).found
 
 
