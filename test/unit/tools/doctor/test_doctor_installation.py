@@ -4,6 +4,7 @@ own."""
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from sglang_harli.service.tokenizer import hidden_torch
 from sglang_harli.sglang_versions import supported
 from sglang_harli.tools.doctor.checks import device, installation, plugin
 from sglang_harli.tools.doctor.finding import Status, ok, problem, skipped, together, warning
@@ -69,7 +71,9 @@ def test_the_environment():
     assert finding.mend == "unset HARLI_ON; unset HARLI_POOL_DEBUG"
 
 
-def test_this_installation():
+def test_this_installation(monkeypatch):
+    # As in a process that has a tokenizer.
+    monkeypatch.setattr(importlib.util, "find_spec", hidden_torch._without_torch)
     assert installation.python(None).status is Status.OK
     assert installation.packages(None).status is Status.OK
     assert installation.sglang(None).status is Status.OK

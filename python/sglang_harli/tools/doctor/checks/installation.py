@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import sys
@@ -85,13 +84,16 @@ def _source(distribution: importlib.metadata.Distribution) -> Path | None:
 
 
 def origin_of(package: str) -> Path | None:
-    """The folder that it would be imported from; None: it cannot be found."""
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        return None
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return Path(places[0]).resolve() if places else None
+    """The folder that it would be imported from; None: it cannot be found.
+
+    By the finders: ``importlib.util.find_spec`` hides SGLang once this process has a tokenizer
+    (service/tokenizer/hidden_torch.py)."""
+    for finder in sys.meta_path:
+        spec = finder.find_spec(package, None)
+        if spec is not None:
+            places = list(spec.submodule_search_locations or ())
+            return Path(places[0]).resolve() if places else None
+    return None
 
 
 def placed(name: str, package: str) -> Finding:
