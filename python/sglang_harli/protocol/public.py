@@ -152,6 +152,14 @@ class JobError(Struct, frozen=True):
     param: str | None = None
 
 
+class Slo(Struct, kw_only=True):
+    """The latency targets that serving keeps while jobs train, in milliseconds."""
+
+    tpot_slo_ms: float
+    ttft_slo_ms: float | None = None
+    max_itl_ms: float | None = None
+
+
 class Job(Struct, kw_only=True, omit_defaults=False):
     """The job object that every API shows (OpenAI's field names where they exist)."""
 
@@ -191,6 +199,7 @@ class Job(Struct, kw_only=True, omit_defaults=False):
     best_valid_loss: float | None = None
     result_files: list[str] = field(default_factory=list)  # ids of files with the metrics of its steps
     deleted_models: list[str] = field(default_factory=list)  # names of its models that were deleted
+    slo: Slo | None = None  # in force now, of a job that has not ended
 
 
 class Event(Struct, kw_only=True):

@@ -78,6 +78,7 @@ class App:
             run_dir,
             config.options.keep_checkpoints,
             functools.partial(why_none_starts, self._scheduler, self._tokenizer),
+            lambda: self._options.slo(),
         )
         remove_leftovers(
             run_dir, {record.id for record in self._registry.all()} | set(self._registry.unreadable)

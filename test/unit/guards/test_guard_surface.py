@@ -182,8 +182,9 @@ MESSAGES = {
         "id object created_at started_at finished_at status sub_state reason model suffix fine_tuned_model step "
         "total_steps trained_tokens loss learning_rate tokens_per_s eta_s attempt hyperparameters data error run_dir "
         "priority resumed_from base training_file validation_file metadata evaluation best_step best_valid_loss "
-        "result_files deleted_models"
+        "result_files deleted_models slo"
     ),
+    "Slo": "tpot_slo_ms ttft_slo_ms max_itl_ms",
     "TensorRef": "name dtype shape offset nbytes",
     "SlotRef": "path nbytes tensors",
     "RunSpec": "job attempt hyperparameters total_steps memory_bytes",

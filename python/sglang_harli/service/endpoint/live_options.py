@@ -13,7 +13,7 @@ import msgspec
 from sglang_harli.config import LIVE, HarliOptions, LiveValue, contradiction
 from sglang_harli.errors import SHOWN, ConfigError, NotReadyError, shown
 from sglang_harli.protocol import internal
-from sglang_harli.protocol.public import SetAnswer, SetArgs
+from sglang_harli.protocol.public import SetAnswer, SetArgs, Slo
 from sglang_harli.service.links.scheduler_link import SchedulerLink
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,10 @@ class LiveOptions:
         self._pending |= args.values
         await self._keep(msgspec.json.encode(self._pending).decode())
         return self._answer("deferred", "in force once the scheduler is up")
+
+    def slo(self) -> Slo:
+        """The latency targets in force, as far as this service knows."""
+        return Slo(**{name: self.effective[name] for name in Slo.__struct_fields__})
 
     def on_hello(self, hello: internal.Hello) -> None:
         self.effective, self.revision = self.effective | hello.options, hello.revision

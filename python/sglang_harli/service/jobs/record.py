@@ -173,7 +173,7 @@ class Transition:
     drafts: tuple[EventDraft, ...] = ()
 
 
-_PUBLIC = set(Job.__struct_fields__) - {"object", "run_dir", "base"}  # of the record as they are
+_PUBLIC = set(Job.__struct_fields__) - {"object", "run_dir", "base", "slo"}  # of the record as they are
 
 
 def public(record: JobRecord, run_dir: str) -> Job:

@@ -16,7 +16,7 @@ from sglang_harli.core import JobStatus
 from sglang_harli.errors import HarliError, NotFoundError, NotReadyError
 from sglang_harli.names import short_id
 from sglang_harli.protocol.base_print import BasePrint
-from sglang_harli.protocol.public import Event, Job
+from sglang_harli.protocol.public import Event, Job, Slo
 from sglang_harli.service.jobs import transitions
 from sglang_harli.service.jobs.folder import JobMirror, JobPaths
 from sglang_harli.service.jobs.journal import Journal
@@ -35,6 +35,7 @@ class JobRegistry:
 
     ``why_none_starts`` (why no queued job can start now, or None) gets what the job itself waits
     for (``QueueOrder.lasting``) and why the store cannot be written.
+    ``slo``: the latency targets in force.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class JobRegistry:
         run_dir: Path,
         keep_checkpoints: int = 2,
         why_none_starts: Callable[[str, str | None], str | None] = lambda _own, _trouble: None,
+        slo: Callable[[], Slo | None] = lambda: None,
     ) -> None:
         self.run_dir = run_dir
         self.store = store
         self.keep_checkpoints = keep_checkpoints
         self._why_none_starts = why_none_starts
+        self._slo = slo
         self._records: dict[str, JobRecord] = {}  # in the order of their numbers
         self._keys: dict[str, str] = {}
         self._short_ids: set[str] = set()
@@ -153,6 +156,7 @@ class JobRegistry:
             job.reason = waits or self._queue.reason(record.id)
         elif record.publishing:
             job.reason = self._served.other(record) or job.reason
+        job.slo = self._slo() if job.finished_at is None else None
         return job
 
     def _shown(self, record: JobRecord) -> Job:

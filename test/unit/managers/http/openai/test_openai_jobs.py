@@ -177,6 +177,20 @@ def test_pause_resume_and_cancel(client, service, file):
         service.scheduler.step_s = 0.0
 
 
+def test_a_job_has_the_targets_in_force_until_it_ends(client, service, file):
+    job = create(client, file)
+    client.fine_tuning.jobs.pause(job.id)
+    before = client.fine_tuning.jobs.retrieve(job.id).model_extra["harli"]["slo"]
+    assert before["tpot_slo_ms"] > 0
+    assert service.client.set(max_itl_ms=before["tpot_slo_ms"] + 7).outcome == "applied"
+    try:
+        after = client.fine_tuning.jobs.retrieve(job.id).model_extra["harli"]["slo"]
+        assert after == before | {"max_itl_ms": before["tpot_slo_ms"] + 7}
+    finally:
+        service.client.set(max_itl_ms=before["max_itl_ms"])
+    assert client.fine_tuning.jobs.cancel(job.id).model_extra["harli"]["slo"] is None
+
+
 def test_a_key_makes_one_job(client, file):
     def keyed(**more: Any) -> Any:
         return create(client, file, extra_headers={"Idempotency-Key": "a job"}, **more)

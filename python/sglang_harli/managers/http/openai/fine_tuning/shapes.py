@@ -12,7 +12,7 @@ from sglang_harli.core import JobStatus
 from sglang_harli.errors import NotFoundError
 from sglang_harli.managers.http.openai.fine_tuning.create import BASE_LEARNING_RATE
 from sglang_harli.protocol.calls.fine_tuning import Checkpoint
-from sglang_harli.protocol.public import Event, Hyperparameters, Job, JobError
+from sglang_harli.protocol.public import Event, Hyperparameters, Job, JobError, Slo
 
 ORGANIZATION = "sglang-harli"
 EVENT_PREFIX = "ftevent-"
@@ -64,6 +64,7 @@ class HarliShape(Struct, kw_only=True):
     evaluation: dict[str, Any] | None
     best_step: int | None
     best_valid_loss: float | None
+    slo: Slo | None
     hyperparameters: Hyperparameters
 
 
@@ -211,6 +212,7 @@ def job_shape(job: Job) -> JobShape:
             evaluation=job.evaluation,
             best_step=job.best_step,
             best_valid_loss=job.best_valid_loss,
+            slo=job.slo,
             hyperparameters=hp,
         ),
     )
