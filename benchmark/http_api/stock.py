@@ -21,7 +21,7 @@ WAIT_S = 600.0
 TOGETHER = 50  # jobs of a transaction
 
 
-def submit(url: str, model: str, count: int) -> None:
+def submit(url: str, model: str, count: int, **hyperparameters: Any) -> None:
     """So many jobs of one file; returns when each is queued."""
     with httpx.Client(base_url=f"{url}/v1", timeout=120) as client:
         files = {"file": ("rows.jsonl", ROWS)}
@@ -29,6 +29,7 @@ def submit(url: str, model: str, count: int) -> None:
             client.post("/files", files=files, data={"purpose": "fine-tune"}).raise_for_status().json()["id"]
         )
         body = {"model": model, "training_file": file, "metadata": {"team": "bench"}}
+        body["harli"] = {"hyperparameters": hyperparameters}
 
         def one(_number: int) -> None:
             client.post("/fine_tuning/jobs", json=body).raise_for_status()
