@@ -3,13 +3,13 @@ and a large file is sent?
 
     python benchmark/bench_http_live.py [--jobs 1000] [--events 100000] [--clients 50] [--mib 1024]
 
-A real server on a run directory with queued jobs and their events, the first of which trains;
-streams of requests all the time.  Three phases: nothing else; clients that each ask for a page of
-jobs, one job and its events every two seconds; a file sent over HTTP.  Clients and sender are
-niced.  Exits with 1 where less than 99% of requests keep the TPOT target, the 99th percentile of
-the gaps between tokens is above it while the file is sent, the 95th percentile of lists or of
-states is 100 ms or more, the HTTP process grows by 64 MiB or more, the job stands still in a
-phase, or a request fails.
+A real server on a run directory with queued jobs and their events, the first of which trains and is
+evaluated every 5 steps; streams of requests all the time.  Three phases: nothing else; clients that
+each ask for a page of jobs, one job and its events every two seconds; a file sent over HTTP.
+Clients and sender are niced.  Exits with 1 where less than 99% of requests keep the TPOT target,
+the 99th percentile of the gaps between tokens is above it while the file is sent, the 95th
+percentile of lists or of states is 100 ms or more, the HTTP process grows by 64 MiB or more, the
+job stands still in a phase, or a request fails.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ MAX_GROWTH_MIB = 64
 MIB = 1 << 20
 PHASES = ("alone", "watched", "upload")
 PROMPT_TOKENS, OUTPUT_TOKENS, VOCAB = 32, 64, 1024
-EPOCHS = 10_000  # the first job outlasts the phases
+# The first job outlasts the phases, and evaluates the rows that are held out all the time.
+JOB = {"n_epochs": 10_000, "validation_split": 0.5, "eval_steps": 5}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -103,7 +104,7 @@ class Run:
         self._url = server.url
 
     def phase(self, name: str) -> dict[str, Any]:
-        growth, steps = Growth(self._server.pid), self._steps()
+        growth, before = Growth(self._server.pid), self._trained()
         arguments = (self._url, self._options.streams, PROMPT_TOKENS, OUTPUT_TOKENS, VOCAB)
         streams = module("http_api.streams", *arguments, stdin=subprocess.PIPE)
         time.sleep(2.0)  # the first requests are under way
@@ -111,7 +112,8 @@ class Run:
         beside = self._beside(name)
         seconds = time.perf_counter() - began
         found = {"streams": answered(streams), "beside": beside, "seconds": seconds}
-        return found | {"steps": self._steps() - steps, "grew_mib": growth.mib()}
+        did = {key: value - before[key] for key, value in self._trained().items()}
+        return found | did | {"grew_mib": growth.mib()}
 
     def _beside(self, name: str) -> dict[str, Any] | None:
         options = self._options
@@ -123,14 +125,16 @@ class Run:
             return answered(module("http_api.clients", *watch))
         return answered(module("http_api.upload", self._url, options.mib))
 
-    def _steps(self) -> int:
-        """Of all running jobs and of those that have ended."""
+    def _trained(self) -> dict[str, int]:
+        """Steps and evaluations of all jobs that have begun."""
         with FinetuneClient(self._server.endpoint) as client:
-            return sum(job.step for job in client.list(limit=1000) if job.started_at is not None)
+            jobs = [job for job in client.list(limit=1000) if job.started_at is not None]
+        evaluated = sum(job.evaluation["step"] for job in jobs if job.evaluation)
+        return {"steps": sum(job.step for job in jobs), "evaluations": evaluated // JOB["eval_steps"]}
 
     def wait_trains(self) -> None:
         end = time.monotonic() + 300
-        while self._steps() < 5:
+        while self._trained()["evaluations"] < 1:
             if time.monotonic() > end:
                 raise SystemExit(f"no job trains after 300 s:\n{self._server.log()[-4000:]}")
             time.sleep(0.5)
@@ -147,7 +151,7 @@ def served(folder: Path, options: argparse.Namespace) -> Iterator[servers.Server
         bench_http_api.service(run_dir, model) as endpoint,
         bench_http_api.served(endpoint) as url,
     ):
-        stock.submit(url, bench_http_api.MODEL, options.jobs, n_epochs=EPOCHS)
+        stock.submit(url, bench_http_api.MODEL, options.jobs, **JOB)
     events = stock.add_events(run_dir, options.events)
     print(f"{options.jobs} jobs are queued, with {events} events", flush=True)
     flags = ("--served-model-name", bench_http_api.MODEL, "--harli-run-dir", str(run_dir))
@@ -182,6 +186,7 @@ def figures(results: dict[str, Any]) -> dict[str, dict[str, float]]:
             **{f"gap_p{p}": percentile(gaps, p) if gaps else float("inf") for p in (50, 99)},
             "gap_max": gaps[-1] if gaps else float("inf"),
             "steps": phase["steps"],
+            "evaluations": phase["evaluations"],
             "grew_mib": phase["grew_mib"],
         }
     return found
@@ -195,8 +200,10 @@ def failures(results: dict[str, Any]) -> list[str]:
             said.append(
                 f"{name}: {found['on_time']:.1%} of requests keep {target:g} ms, {ON_TIME:.0%} is accepted"
             )
-        if found["steps"] <= 0:
-            said.append(f"{name}: the job stands still")
+        if found["steps"] <= 0 or (found["steps"] > 2 * JOB["eval_steps"] and found["evaluations"] <= 0):
+            said.append(
+                f"{name}: the job stands still, {found['steps']} steps, {found['evaluations']} evaluations"
+            )
         if found["grew_mib"] >= MAX_GROWTH_MIB:
             said.append(f"{name}: the HTTP process grew by {found['grew_mib']:.0f} MiB")
         failed = results[name]["streams"]["failed"]
@@ -210,13 +217,13 @@ def failures(results: dict[str, Any]) -> list[str]:
 
 def table(results: dict[str, Any]) -> str:
     rows = [
-        "| | requests | on time | gap p50, ms | gap p99, ms | longest, ms | steps trained | HTTP process grew, MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | requests | on time | gap p50, ms | gap p99, ms | longest, ms | steps trained | evaluations | HTTP process grew, MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in figures(results).items():
         gaps = " | ".join(f"{found[key]:.1f}" for key in ("gap_p50", "gap_p99", "gap_max"))
         rows.append(
-            f"| {name} | {found['requests']} | {found['on_time']:.1%} | {gaps} | {found['steps']} | {found['grew_mib']:.1f} |"
+            f"| {name} | {found['requests']} | {found['on_time']:.1%} | {gaps} | {found['steps']} | {found['evaluations']} | {found['grew_mib']:.1f} |"
         )
     sent = results["upload"]["beside"]
     rate = sent["bytes"] / MIB / sent["seconds"]
@@ -248,6 +255,7 @@ def main() -> int:
         settings={
             "model": "Llama, tiny, random weights",
             "jobs": f"{options.jobs}, one trains, the rest queued",
+            "job": ", ".join(f"{name} {value}" for name, value in JOB.items()),
             "events": options.events,
             "requests": f"{options.streams} streams, {PROMPT_TOKENS} prompt tokens, {OUTPUT_TOKENS} output",
             "clients": f"{options.clients}, each a page of 20 jobs, one job, 20 of its events every {options.every:g} s",

@@ -16,7 +16,7 @@ from sglang_harli.protocol.public import Event
 from sglang_harli.service.jobs.record import JobRecord
 from sglang_harli.service.jobs.store import STORE_FILE, JobStore, sqlite_url
 
-ROWS = b'{"prompt": "how far?", "completion": "7 km"}\n' * 8
+ROWS = b'{"prompt": "how far?", "completion": "7 km"}\n' * 16
 WAIT_S = 600.0
 TOGETHER = 50  # jobs of a transaction
 

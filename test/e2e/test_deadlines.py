@@ -1,13 +1,15 @@
 """TTFT deadlines, explanation and metrics of a real server: more prompts than places, in chunks,
 beside a job.
 
-And what a decision that goes wrong costs: the job, not the serving.
+And what a decision that goes wrong costs: the job, not the serving; the service killed or stopped
+beside traffic; and that nothing outlives the launcher.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +21,10 @@ import pytest
 
 from sglang_harli import FinetuneClient
 from sglang_harli.core import JobStatus
+from sglang_harli.errors import HarliError
+from sglang_harli.protocol.public import Job
 from support import faulty_plugin
+from support.ends import assert_all_end, new_mark
 from support.http import PROMPTS, generate, get, post
 from support.models import make_model
 from support.server import Server, start_server
@@ -55,18 +60,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(model: str, faults: Path) -> Iterator[Server]:
-    with start_server(model, *FLAGS, env=faulty_plugin.environment(faults)) as running:
+    with start_server(model, *FLAGS, env=faulty_plugin.environment(faults) | new_mark()) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[FinetuneClient]:
+    """With a job in training until the end of the server, which the last test kills."""
     with FinetuneClient(server.endpoint) as made:
         job = made.submit(ROWS, **HYPERPARAMETERS)
         until(lambda: made.get(job.id).step > 0)
         yield made
-        made.cancel(job.id)
-        until(lambda: made.get(job.id).status is JobStatus.CANCELLED)
 
 
 def until(what: Callable[[], Any], limit_s: float = 90.0) -> Any:
@@ -225,3 +229,97 @@ def test_an_impossible_target_is_said_and_training_goes_on_in_idle_time(server, 
     burst(server)
     until(lambda: client.status().training["step"] > step)
     assert client.set(tpot_slo_ms=200.0).message in (None, "")
+
+
+# ------------------------------------------------------------------ the service is lost
+BACK_S = 60.0  # asserted generously; the figure that is aimed at is 10 s on 2 cores
+SERVICE = "sglang_harli.service.app"
+
+
+def reached(client: FinetuneClient) -> Any:
+    try:
+        return client.status()
+    except HarliError:
+        return None
+
+
+@contextlib.contextmanager
+def traffic(server: Server) -> Iterator[list[str]]:
+    """Requests one after the other; the list collects those that failed."""
+    failed: list[str] = []
+    done: list[int] = []
+    ending = threading.Event()
+
+    def send() -> None:
+        while not ending.is_set():
+            try:
+                assert len(generate(server.url, PROMPTS[len(done) % len(PROMPTS)], tokens=16)) == 16
+                done.append(1)
+            except (OSError, AssertionError) as error:
+                failed.append(repr(error))
+
+    threads = [threading.Thread(target=send) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield failed
+    finally:
+        ending.set()
+        for thread in threads:
+            thread.join()
+    assert done, "no request was answered at all"
+
+
+def trained(client: FinetuneClient) -> Job:
+    """The job of the ``client`` fixture: the only one that has not ended."""
+    [job] = [job for job in client.list() if job.finished_at is None]
+    return job
+
+
+def test_metrics_stand_beside_sglangs(server: Server, client: FinetuneClient) -> None:
+    until(lambda: metrics(server).get('harli_jobs{status="running"}') == 1.0)
+    assert metrics(server).get("harli_service_up") == 1.0
+    assert metrics(server).get("harli_finetune_degraded") == 0.0
+    assert metrics(server).get("harli_service_restarts_total") == 0.0
+    assert "sglang:" in get(server.url, "/metrics")[1]
+
+
+# The stopped one first: a service that has just come back, and has not spoken yet, is waited for
+# four times as long.
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_lost_service_comes_back_beside_traffic_and_the_run_goes_on(
+    server: Server,
+    client: FinetuneClient,
+    how: signal.Signals,
+    record_property: Callable[[str, object], None],
+) -> None:
+    with FinetuneClient(server.endpoint, connect_timeout_s=BACK_S) as asking, traffic(server) as failed:
+        restarts = metrics(server).get("harli_service_restarts_total") or 0.0
+        lost = server.find(SERVICE)
+        lost.send_signal(how)
+        since = time.monotonic()
+        if how is signal.SIGSTOP:  # found out by its silence
+            until(lambda: not lost.is_running())
+            since = time.monotonic()
+        status = until(lambda: reached(asking), BACK_S)
+        took_s = time.monotonic() - since
+        record_property(f"service_back_after_{how.name}_s", round(took_s, 2))
+        print(f"the service was back {took_s:.1f} s after its death ({how.name})")
+        assert status.service["pid"] != lost.pid
+        before = trained(asking)
+
+        def goes_on() -> Job | None:
+            """Steps that come before the new service has met the run again count already: it is
+            still queued."""
+            now = trained(asking)
+            return now if now.step > before.step + 3 and now.status == JobStatus.RUNNING else None
+
+        assert until(goes_on).attempt == 1
+    assert failed == []
+    until(lambda: metrics(server).get("harli_service_restarts_total") == restarts + 1)
+
+
+# ------------------------------------------------------------------ the end
+def test_nothing_outlives_a_launcher_that_is_killed(server: Server, client: FinetuneClient) -> None:
+    assert len(server.family()) >= 4  # main, scheduler, detokenizer, service
+    assert_all_end(server, signal.SIGKILL)

@@ -16,7 +16,8 @@ from http_api import upload
 
 def phase(beside: Any = None, **changes: Any) -> dict[str, Any]:
     streams = {"gaps": [0.02] * 99 + [0.3], "tpots": [0.03] * 10, "failed": []}
-    return {"streams": streams, "beside": beside, "seconds": 60.0, "steps": 9, "grew_mib": 3.0} | changes
+    did = {"steps": 9, "evaluations": 2, "grew_mib": 3.0}
+    return {"streams": streams, "beside": beside, "seconds": 60.0} | did | changes
 
 
 def results(**changes: Any) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def test_figures_by_phase() -> None:
     found = bench.figures(results())["upload"]
     assert (found["requests"], found["on_time"], found["gap_p50"], found["gap_p99"]) == (10, 1.0, 20.0, 20.0)
     assert found["gap_max"] == 300.0
-    assert "| upload | 10 | 100.0% | 20.0 | 20.0 | 300.0 | 9 | 3.0 |" in bench.table(results())
+    assert "| upload | 10 | 100.0% | 20.0 | 20.0 | 300.0 | 9 | 2 | 3.0 |" in bench.table(results())
     assert "64 MiB in 8.0 s (8 MiB/s)" in bench.table(results())
     assert bench.failures(results()) == []
 
@@ -39,6 +40,7 @@ def test_figures_by_phase() -> None:
     ("changes", "said"),
     [
         ({"steps": 0}, "upload: the job stands still"),
+        ({"steps": 30, "evaluations": 0}, "upload: the job stands still, 30 steps, 0 evaluations"),
         ({"grew_mib": 64.0}, "upload: the HTTP process grew by 64 MiB"),
         ({"streams": {"gaps": [0.02], "tpots": [0.03, 0.06], "failed": []}}, "upload: 50.0% of requests"),
         ({"streams": {"gaps": [0.06], "tpots": [0.03], "failed": []}}, "upload: the p99 gap between tokens"),
