@@ -13,7 +13,7 @@ from pathlib import Path
 
 from support.server import free_port
 
-# The newest whose extra ``proxy`` can be installed: 1.109 and 1.110 want packages that no index has.
+# The newest whose extra ``proxy`` can be installed: later ones want parts that are not published.
 LITELLM = "litellm[proxy]==1.108.7"
 INSTALL_S = 400.0
 START_S = 200.0
@@ -72,7 +72,7 @@ def _run(command: list[str]) -> None:
     except subprocess.TimeoutExpired as error:
         raise NotInstalledError(f"{' '.join(command[2:4])} took {INSTALL_S:g} s") from error
     if done.returncode:
-        raise NotInstalledError(done.stderr.strip() or "no reason")
+        raise NotInstalledError(" ".join(done.stderr.split()) or "no reason")
 
 
 def _with_index() -> dict[str, str]:
