@@ -39,15 +39,18 @@ class LoadedModels:
 
 
 class ApiServer:
-    """Serves from ``start`` to ``stop``; ``endpoint``: the service's inner one.
+    """Serves from ``start`` to ``stop``; ``endpoint``: the service's inner one; ``down``: why
+    there is no service any more.
 
     Attributes:
         models: what SGLang would have loaded.
         url: ``http://127.0.0.1:PORT``; base_url: for the openai client; calls: to the service.
     """
 
-    def __init__(self, endpoint: str, *, access: Access | None = None, **options: Any) -> None:
-        self.calls = ServiceCalls(endpoint)
+    def __init__(
+        self, endpoint: str, *, access: Access | None = None, down: str | None = None, **options: Any
+    ) -> None:
+        self.calls = ServiceCalls(endpoint, lambda: down)
         self.models = LoadedModels()
 
         @contextlib.asynccontextmanager

@@ -1,8 +1,9 @@
 """LiteLLM's SDK as a client of the API: a script for an environment that has ``litellm`` and
 nothing of ours.
 
-``python litellm_client.py BASE_URL KEY FILE MODEL`` sends the file, makes a job of it, follows,
-lists and cancels, blocking and in asyncio, and prints what came of it as one line of JSON.
+``python litellm_client.py BASE_URL KEY FILE MODEL RESULT QUESTION`` sends the file, makes a job of
+it, follows, lists and cancels, and asks RESULT, a fine-tuned model, the question, all of it
+blocking and in asyncio; it prints what came of it as one line of JSON.
 """
 
 from __future__ import annotations
@@ -58,6 +59,24 @@ async def in_asyncio(place: dict[str, Any], path: str, model: str) -> dict[str, 
     }
 
 
+def chat(place: dict[str, Any], result: str, question: str) -> dict[str, str]:
+    """The answers: whole, whole in asyncio, and in pieces."""
+    asked: dict[str, Any] = {
+        "model": f"openai/{result}",
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": 32,
+        "api_base": place["api_base"],
+        "api_key": place["api_key"],
+    }
+    pieces = [piece.choices[0].delta.content or "" for piece in litellm.completion(**asked, stream=True)]
+    return {
+        "blocking": litellm.completion(**asked).choices[0].message.content,
+        "asyncio": asyncio.run(litellm.acompletion(**asked)).choices[0].message.content,
+        "stream": "".join(pieces),
+    }
+
+
 def refused(place: dict[str, Any], model: str) -> dict[str, Any]:
     """A file that is not there: the type of the error, its status and what it says."""
     try:
@@ -72,13 +91,14 @@ def refused(place: dict[str, Any], model: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    base_url, key, path, model = sys.argv[1:]
+    base_url, key, path, model, result, question = sys.argv[1:]
     place = {"custom_llm_provider": "openai", "api_base": base_url, "api_key": key}
     print(
         json.dumps(
             {
                 "blocking": blocking(place, path, model),
                 "asyncio": asyncio.run(in_asyncio(place, path, model)),
+                "chat": chat(place, result, question),
                 "refused": refused(place, model),
             }
         )

@@ -1,16 +1,10 @@
 """A run directory that version 0.1 (commit bf285ab) left behind opens: its jobs go on, its adapters
-answer.
-
-``test/fixtures/run_dir_0.1.tar.gz`` holds the run directory of a server that was killed (a job that
-had succeeded, one that was paused, one in training, one in the queue), the model it served (32
-wide, so that it can be kept) and ``expected.json``: what that version itself made of the same
-folder, loss by loss and answer by answer.
+answer.  ``conftest.py`` says what is in it.
 """
 
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,32 +14,11 @@ import pytest
 from sglang_harli import FinetuneClient
 from sglang_harli.core import JobStatus
 from support.http import chat, get
-from support.server import Server, start_server
+from support.server import Server
 
 pytestmark = pytest.mark.long
 
-ARCHIVE = Path(__file__).parents[1] / "fixtures" / "run_dir_0.1.tar.gz"
-FLAGS = ("--random-seed", "11", "--harli-quantum-rows", "2", "--served-model-name", "tiny")
 ROUNDING = 1e-3  # another processor rounds another way, and Adam carries that on for fifty steps
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("of_before")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(kept: Path) -> dict[str, Any]:
-    return json.loads((kept / "expected.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def server(kept: Path) -> Iterator[Server]:
-    with start_server(kept / "tiny", *FLAGS, run_dir=kept / "runs") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
