@@ -140,6 +140,10 @@ def test_http_servers(http: Any, tmp_path: Path):
     assert look() == ("ok", f"{url}/health answers 200, with harli")
     answers["/harli/profile"] = (401, "")
     assert look()[0] == "ok"
+    for other in ((200, "<html>"), (500, "{}"), (302, "")):  # whoever answers to any path
+        answers["/harli/profile"] = other
+        assert look()[0] == "warning" and "not what harli does" in look()[1]
+    assert server.judge_ours(url, 0, "timed out").status is Status.WARNING
 
 
 def test_no_http_server(tmp_path: Path):
