@@ -256,7 +256,7 @@ MESSAGES = {
     "Checkpoint": "step created_at model metrics",
     "CheckpointsPage": "checkpoints has_more",
     "ModelArgs": "model",
-    "ModelDeletion": "model again",
+    "ModelDeletion": "model again also",
 }
 # ------------------------------------------------------------------ end of the list
 

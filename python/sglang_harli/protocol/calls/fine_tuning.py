@@ -55,10 +55,12 @@ class ModelArgs(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ModelDeletion(Struct, kw_only=True):
-    """The model is deleted, durably.  ``again``: it was before."""
+    """The model is deleted, durably.  ``again``: it was before; ``also``: other names of its
+    state, which are deleted with it."""
 
     model: str
     again: bool
+    also: list[str] = []
 
 
 class EventsPage(Struct, kw_only=True):

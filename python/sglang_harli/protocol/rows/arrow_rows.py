@@ -28,7 +28,7 @@ def json_rows(batch: Any) -> Iterator[JsonRow]:
     if batch.nbytes <= WHOLE_BATCH_BYTES:
         try:
             rows = batch.to_pylist(maps_as_pydicts="strict")
-        except (UnicodeDecodeError, KeyError, ValueError):
+        except (UnicodeDecodeError, KeyError, ValueError, OverflowError):
             rows = None
         if rows is not None:
             yield from map(_json, rows)
@@ -39,7 +39,7 @@ def json_rows(batch: Any) -> Iterator[JsonRow]:
         except UnicodeDecodeError as error:
             yield JsonRow(problem=f"a text that is not UTF-8: byte {error.object[error.start]:#04x}")
             continue
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, OverflowError) as error:  # the last: a time that Python has not
             yield JsonRow(problem=f"a value that cannot be read: {error}")
             continue
         yield _json(row)

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
-from sglang_harli.errors import SHOWN, NotFoundError, ProtocolError
+from sglang_harli.errors import SHOWN, NotFoundError, NotReadyError, ProtocolError
 from sglang_harli.failpoints import FileFailpoint, failpoint
+from sglang_harli.names import checkpoint_name
 from sglang_harli.protocol import public
 from sglang_harli.protocol.calls import fine_tuning
 from sglang_harli.service.jobs import transitions
@@ -60,6 +61,8 @@ class JobVerbs:
     async def _model_delete(self, raw: dict[str, Any]) -> fine_tuning.ModelDeletion:
         """The model is in no list from now on, and never loaded again; durable when answered."""
         name = public.convert_args(raw, fine_tuning.ModelArgs).model
+        if self._names.is_coming(name):  # it may answer already, and would be deleted for a while only
+            raise NotReadyError(f"{name[:SHOWN]} is being published: try again in a moment", code=public.BUSY)
         adapter = self._names.find(name)
         again = adapter is not None and is_deleted(self._registry.get(adapter.job), adapter.step)
         if adapter is None or not (again or await self._is_there(adapter)):
@@ -68,7 +71,8 @@ class JobVerbs:
         change = None if again else self._registry.apply(transitions.delete_model(record, name))
         await self._registry.durable(change)
         failpoint(FileFailpoint.MODEL_DELETED)
-        return fine_tuning.ModelDeletion(model=name, again=again)
+        also = [checkpoint_name(name, record.model_step)] if adapter.step is None else []
+        return fine_tuning.ModelDeletion(model=name, again=again, also=also)
 
     async def _is_there(self, adapter: Adapter) -> bool:
         if adapter.step is None:

@@ -63,7 +63,6 @@ class UploadStore:
                 code="too_large",
                 param="bytes",
             )
-        self._streams.check_room(args.bytes)
         asked = msgspec.to_builtins(args)
         del asked["idempotency_key"]
         record = await self._catalog.once(
@@ -72,6 +71,7 @@ class UploadStore:
         return self._public(record)
 
     async def _make(self, args: UploadCreateArgs, asked: dict[str, object]) -> UploadRecord:
+        self._streams.check_room(args.bytes)
         now = int(time.time())  # stamp: of an upload
         name, number = self._catalog.new_id(UPLOAD)
         record = UploadRecord(

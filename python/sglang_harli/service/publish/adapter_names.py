@@ -49,6 +49,11 @@ class AdapterNames:
         record = self._record(parts[0]) if parts is not None else None
         return Adapter(record.id, parts[1]) if record is not None and parts is not None else None
 
+    def is_coming(self, name: str) -> bool:
+        """Whether the model of this name is being published."""
+        record = self._record(name)
+        return record is not None and record.publishing
+
     def _record(self, name: str) -> JobRecord | None:
         job = self._jobs.get(name)
         return self._registry.find(job) if job is not None else None

@@ -8,7 +8,6 @@ is on its two sides: up to such a token, what is common with an earlier text kee
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from sglang_harli.service.rows.served_tokenizer import BackendEncoder, ServedTokenizer
 
@@ -54,7 +53,7 @@ class GrowingText:
         encoder = self._tokenizer.encoder
         assert isinstance(encoder, BackendEncoder)
         before = len(self.ids)
-        found: Any = encoder.backend.encode(text[start:], add_special_tokens=False)
+        found = encoder.encoding(text[start:], special=False)
         self.ids += found.ids
         offsets = found.offsets
         for at in range(len(offsets) - 1, 0, -1):

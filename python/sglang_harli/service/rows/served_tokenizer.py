@@ -35,6 +35,7 @@ _TAKEN = (
     *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 )
+LONG_TEXT = 10_000  # characters, which take hundredths of a second
 
 
 class Encoder(Protocol):
@@ -52,7 +53,14 @@ class BackendEncoder:
         self.backend = backend
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=special).ids
+        return self.encoding(text, special=special).ids
+
+    def encoding(self, text: str, *, special: bool) -> Any:
+        """The backend's ``Encoding``.  Other threads run meanwhile: ``encode`` alone would hold
+        them, a second for each MiB, and with them the event loop."""
+        if len(text) < LONG_TEXT:
+            return self.backend.encode(text, add_special_tokens=special)
+        return self.backend.encode_batch([text], add_special_tokens=special)[0]
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=False)

@@ -62,7 +62,7 @@ class Start:
     step: int = 0
     tokens: int = 0
     carried: bool = False  # a ``step-0`` checkpoint is there, and needed
-    damage: str = ""  # why newer checkpoints were not taken
+    damage: str = ""  # why better checkpoints were not taken
     evaluation: EvaluationState = field(default_factory=EvaluationState)
     kept: tuple[CheckpointMetrics, ...] = ()  # what is known of the checkpoints that were taken
 
@@ -174,7 +174,7 @@ def with_origin(change: Transition, start: Start) -> Transition:
     """The events of a new job, and what could not be taken over."""
     if not start.damage:
         return change
-    text = f"an older checkpoint was taken: {start.damage}"
+    text = f"another checkpoint was taken: {start.damage}"
     return Transition(change.record, (*change.drafts, EventDraft("warning", text, level="warn")))
 
 
@@ -207,9 +207,10 @@ def take_data(origin: Origin, folder: Path) -> DataSummary:
 
 
 def take_checkpoint(origin: Origin, folder: Path) -> Start:
-    """The old job's newest whole checkpoint as the first one of the new job in ``folder``.  Raises
-    HarliError: there is none, and what is there; OSError: the disk is full."""
-    found, tokens, damage = _newest_whole(origin)
+    """The old job's newest whole checkpoint as the first one of the new job in ``folder``; on a new
+    course that of its model, where it has one.  Raises HarliError: there is none, and what is
+    there; OSError: the disk is full."""
+    found, tokens, damage = _whole(origin)
     source, new = origin.paths.checkpoints, folder / "checkpoints"
     if origin.new_course:
         checkpoints.save_beginning(source / f"step-{found}", new / "step-0", origin.hyperparameters.seed)
@@ -242,10 +243,13 @@ def _evaluations(
     return msgspec.structs.replace(state, stale=0), kept
 
 
-def _newest_whole(origin: Origin) -> tuple[int, int, str]:
-    """Step and tokens, and why newer ones are not taken."""
+def _whole(origin: Origin) -> tuple[int, int, str]:
+    """Step and tokens, and why better ones are not taken."""
     record, damage = origin.record, []
-    for step in reversed(checkpoints.steps(origin.paths.checkpoints)):
+    steps = checkpoints.steps(origin.paths.checkpoints)[::-1]
+    if origin.new_course and record.fine_tuned_model is not None:  # it may be the best one, not the last
+        steps.sort(key=lambda step: step != record.model_step)
+    for step in steps:
         if step > record.checkpoint_step:  # written, but the store does not know
             continue
         try:

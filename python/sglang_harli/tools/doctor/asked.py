@@ -171,6 +171,6 @@ def _listens(asked: Asked) -> bool:
                 probe.connect(f"\0{path[1:]}" if path.startswith("@") else path)
         elif tcp is not None:
             socket.create_connection(tcp, timeout=CONNECT_S).close()
-    except OSError:
+    except (OSError, UnicodeError):  # the latter of what can be no host's name
         return False
     return True

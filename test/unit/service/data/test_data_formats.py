@@ -10,6 +10,7 @@ import lzma
 import pickle
 import re
 import tarfile
+import time
 import zipfile
 
 import pytest
@@ -141,3 +142,14 @@ def test_rows_of_other_tools_are_recognised_and_said_once(scan, row, says):
     assert error.message.count("lines 1 to 500") == 1 and says in error.message
     mends = ('{"messages"', '{"prompt"', "must be written", "rename")
     assert any(mend in error.message for mend in mends)
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["prompt," + " " * 50_000 + "!", ",".join(["messages", *map(str, range(50_000))])],
+    ids=["blanks", "columns"],
+)
+def test_a_first_line_of_any_length_is_looked_at_in_no_time(scan, first):
+    began = time.process_time()
+    refusal(scan, f"{first}\nrow\n")
+    assert time.process_time() - began < 5.0

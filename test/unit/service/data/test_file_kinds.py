@@ -327,6 +327,10 @@ def test_rows_of_a_parquet_file_that_are_no_rows(scan):
     file = io.BytesIO()
     pq.write_table(odd, file)
     assert reasons(scan, file.getvalue()) == {2: "it holds a text that is not UTF-8: byte 0xff"}
+    late = pa.table({"prompt": pa.array([0, 2**62], pa.duration("ms")), "completion": ["b", "b"]})
+    file = io.BytesIO()
+    pq.write_table(late, file)
+    assert "it holds a value that cannot be read" in reasons(scan, file.getvalue())[2]
 
 
 def test_a_parquet_file_that_is_damaged_or_of_other_columns(scan):

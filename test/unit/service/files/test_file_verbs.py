@@ -113,7 +113,11 @@ def test_limits_are_refused_while_the_bytes_come(inner, service):
         inner.stream(b"x" * ((1 << 20) + 1), part=True)
     with pytest.raises(HarliError, match=r"this one has 5\.0 MiB"):
         inner.call("file_append", {"stream": "0" * 32, "offset": 0, "expected": 5 << 20}, b"x")
+    first = inner.upload(3 << 20, idempotency_key="room")
     kept = [inner.file(bytes([n]) * (3 << 20)) for n in range(2)]
+    assert inner.upload(3 << 20, idempotency_key="room").id == first.id  # asked again: it takes no more room
+    with pytest.raises(HarliError, match="--harli-max-files-size"):
+        inner.upload(3 << 20)
     with pytest.raises(HarliError, match="--harli-max-files-size") as caught:
         inner.file(b"z" * (3 << 20))
     assert caught.value.code == "storage_full"

@@ -34,6 +34,7 @@ def data(rig, job: Job, kind: str) -> list[dict[str, Any]]:
 
 
 def state_of(rig, job: Job, step: int) -> np.ndarray:
+    """The adapter in a checkpoint."""
     tensors = load_file(rig.folder(job) / "checkpoints" / f"step-{step}" / "state.safetensors")
     [name] = [name for name in tensors if name.startswith("adapter/")]
     return tensors[name]
@@ -120,6 +121,9 @@ def test_the_best_checkpoint_is_kept_and_published(rig):
     rig.scheduler.valid_losses = {10: 0.9, 12: 0.9}
     more = rig.done(rig.client.submit(resume_from=done.id, n_epochs=3))  # which has it along
     assert more.best_step == 4 and np.array_equal(rig.result(more), state_of(rig, done, 4))
+    other = rig.client.submit(pairs(4), resume_from=done.id)  # which begins with the model's adapter
+    assert np.array_equal(state_of(rig, other, 0), state_of(rig, done, 4))
+    rig.client.cancel(other.id)
 
 
 def test_a_damaged_best_checkpoint_makes_way_for_the_next(rig):

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import ConfigError, HarliError
+from sglang_harli.service.rows.served_tokenizer import BackendEncoder
 from sglang_harli.service.tokenizer import model_files
 from sglang_harli.tools.check_data import check_data
 from support.models import write_tokenizer
@@ -53,12 +56,35 @@ def test_a_config_that_is_none_is_named(tmp_path, content):
         length(tmp_path)
 
 
+def test_a_long_text_is_encoded_beside_the_other_threads(tmp_path):
+    write_tokenizer(tmp_path, vocab_size=509)
+    encoder = BackendEncoder(Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
+    ended, turns = threading.Event(), 0
+
+    def turn() -> None:
+        nonlocal turns
+        while not ended.wait(0.001):
+            turns += 1
+
+    beside = threading.Thread(target=turn)
+    beside.start()
+    text = "a" * 1_000_000
+    before = turns
+    ids = encoder.encode(text, special=False)
+    during = turns - before
+    ended.set()
+    beside.join()
+    assert during > 20, "the event loop of the service is such a thread"
+    assert ids == encoder.backend.encode(text, add_special_tokens=False).ids
+
+
 @needs_root
 def test_a_config_that_may_not_be_read():
     script = """
 import sys
 from sglang_harli.config import TokenizerFlags
 from sglang_harli.errors import HarliError
+from sglang_harli.service.rows.served_tokenizer import BackendEncoder
 from sglang_harli.service.tokenizer import model_files
 try:
     model_files.model_length(TokenizerFlags(model_path=sys.argv[1], tokenizer_path=sys.argv[1]))

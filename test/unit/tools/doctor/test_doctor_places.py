@@ -295,3 +295,10 @@ def test_jobs_that_cannot_be_read(store: Path):
     finding = job_store.judge(store, in_use=False)
     assert finding.status is Status.WARNING
     assert "1 of 2 jobs cannot be read" in finding.found and "ftjob-1" in finding.found
+
+
+def test_files_that_cannot_be_read(store: Path):
+    sql(store, "INSERT INTO objects (id, kind, body) VALUES ('file-1', 'file', '{}')")
+    finding = job_store.judge(store, in_use=False)
+    assert finding.status is Status.WARNING
+    assert "1 of 1 files and uploads cannot be read" in finding.found and "file-1" in finding.found

@@ -15,7 +15,7 @@ import pytest
 from sglang_harli.errors import ConfigError
 from sglang_harli.protocol import curve_keys
 from sglang_harli.tools.doctor.asked import Answer, Asked, client_keys
-from sglang_harli.tools.doctor.checks import access, host, server
+from sglang_harli.tools.doctor.checks import access, host, ports, server
 from sglang_harli.tools.doctor.finding import Status
 from support.models import write_tokenizer
 from support.service.service_process import ServiceProcess
@@ -67,6 +67,9 @@ def test_nothing_answers(tmp_path: Path):
     assert given.status is Status.WARNING and "nothing listens at" in given.found
     bad = server.finetune_service(Asked(endpoint="http://127.0.0.1:1", run_dir=str(tmp_path)))
     assert bad.status is Status.PROBLEM and "not the HTTP address" in bad.found
+    odd = Asked(endpoint="tcp://no..host:30100")  # what can be no host's name
+    assert "nothing listens at" in server.finetune_service(odd).found and odd.run_dir.name == "harli-runs"
+    assert ports.finetune_endpoint(odd).status is Status.SKIPPED
 
 
 def test_a_healthy_status():
@@ -140,6 +143,10 @@ def test_http_servers(http: Any, tmp_path: Path):
     assert look() == ("ok", f"{url}/health answers 200, with harli")
     answers["/harli/profile"] = (401, "")
     assert look()[0] == "ok"
+    for other in ((200, "<html>"), (500, "{}"), (302, "")):  # whoever answers to any path
+        answers["/harli/profile"] = other
+        assert look()[0] == "warning" and "not what harli does" in look()[1]
+    assert server.judge_ours(url, 0, "timed out").status is Status.WARNING
 
 
 def test_no_http_server(tmp_path: Path):

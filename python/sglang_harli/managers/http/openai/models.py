@@ -42,6 +42,8 @@ def add(router: APIRouter, api: Api) -> None:
                 code="unsupported",
             )
         deletion = await _delete(api, name)
+        for other in deletion.also if deletion is not None else ():
+            await _unload(api, other, deleted=True)
         if (deletion is None or deletion.again) and not api.models.is_loaded(name):
             gone = "was deleted before" if deletion is not None else "does not exist"
             raise NotFoundError(
@@ -49,12 +51,16 @@ def add(router: APIRouter, api: Api) -> None:
                 param="model",
                 code="model_not_found",
             )
-        if wrong := await api.models.unload(name, deleted=deletion is not None):
-            raise Refusal(wrong, param="model", code="model_in_use")
+        await _unload(api, name, deleted=deletion is not None)
         return answer(ModelDeleted(id=name))
 
     described = schemas.route("deleteModel", "Models", "DELETE", ModelDeleted, ids=("model",))
     router.add_api_route("/v1/models/{model:path}", delete_model, **described)
+
+
+async def _unload(api: Api, name: str, *, deleted: bool) -> None:
+    if wrong := await api.models.unload(name, deleted=deleted):
+        raise Refusal(wrong, param="model", code="model_in_use")
 
 
 async def _delete(api: Api, name: str) -> ModelDeletion | None:

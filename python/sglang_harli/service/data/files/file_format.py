@@ -45,7 +45,8 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
         for protocol in (2, 3, 4, 5)
     ),
 )
-_CELL = re.compile(r'\s*"?[\w .:/-]{0,64}"?\s*\Z')
+# A cell without the blanks around it: a long run of them would take quadratic time.
+_CELL = re.compile(r'"?[\w .:/-]{0,64}"?\Z')
 _COLUMNS = {
     *ALL,
     *(
@@ -238,7 +239,8 @@ def _separator(first: str, second: str | None) -> str | None:
     for sign in (",", "\t", ";"):
         cells = first.split(sign)
         names = {cell.strip(' "').lower() for cell in cells}
-        if all(_CELL.match(cell) for cell in cells) and names & (_COLUMNS if len(cells) > 1 else {*_ALONE}):
+        columns = _COLUMNS if len(cells) > 1 else {*_ALONE}
+        if all(_CELL.match(cell.strip()) for cell in cells) and names & columns:
             return sign
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ SHOWN = 10  # names of columns in a message
 
 def check_columns(columns: Sequence[str]) -> None:
     """Raise FileFault unless rows of these columns can have an accepted form."""
-    twice = sorted({name for name in columns if columns.count(name) > 1})
+    twice = sorted(name for name, count in Counter(columns).items() if count > 1)
     if twice:
         raise FileFault(f"column {twice[0]!r} stands in its header twice: rename one of them")
     if forms.form_of_columns(columns) is not None:

@@ -1,4 +1,5 @@
-"""Whether the job store of a run directory can be read, by this harli, and all of its jobs.
+"""Whether the job store of a run directory can be read, by this harli, and all of its jobs and
+files.
 
 It is opened for reading only; of a store that no server has open, and whose log is empty, not even
 a lock is taken.  Where a server was killed, SQLite may make the index of its log (-shm) again.
@@ -9,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from sglang_harli.errors import HarliError
 from sglang_harli.tools.doctor import proc
 from sglang_harli.tools.doctor.asked import Asked
 from sglang_harli.tools.doctor.finding import Finding, ok, problem, skipped, together, warning
@@ -78,14 +81,32 @@ def _contents(path: Path, store: sqlite3.Connection) -> Finding:
     found = [ok(f"{path} has schema {row[0]}, jobs: {jobs}")]
     unreadable = {job: why for job, _, body in rows if (why := _trouble(body)) is not None}
     if unreadable:
-        named = "; ".join(f"{job}: {why}" for job, why in list(unreadable.items())[:SHOWN])
-        found.append(
-            warning(
-                f"{len(unreadable)} of {len(rows)} jobs cannot be read and are left aside ({named})",
-                "submit their data again: they are kept in the folders of the jobs",
-            )
-        )
+        mend = "submit their data again: they are kept in the folders of the jobs"
+        found.append(_left_aside("jobs", unreadable, len(rows), mend))
+    if "objects" in tables:
+        found += _files(store)
     return together(found)
+
+
+def _left_aside(what: str, unreadable: dict[str, str], count: int, mend: str) -> Finding:
+    named = "; ".join(f"{name}: {why}" for name, why in list(unreadable.items())[:SHOWN])
+    return warning(f"{len(unreadable)} of {count} {what} cannot be read and are left aside ({named})", mend)
+
+
+def _files(store: sqlite3.Connection) -> Iterator[Finding]:
+    """Files, uploads and their parts that cannot be read."""
+    from sglang_harli.service.files.records import decoded
+
+    rows = store.execute("SELECT id, kind, body FROM objects ORDER BY id").fetchall()
+    unreadable = {}
+    for name, kind, body in rows:
+        try:
+            decoded(kind, body or "")
+        except HarliError as error:
+            unreadable[name] = error.message
+    if unreadable:
+        mend = "send them again: their bytes are kept in the run directory, in files and parts"
+        yield _left_aside("files and uploads", unreadable, len(rows), mend)
 
 
 def _trouble(body: Any) -> str | None:

@@ -87,7 +87,7 @@ def _is_here(host: str) -> bool:
     """Whether an address is one of this host."""
     try:
         places = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):  # the latter of what can be no host's name
         return False
     return any(_bind_error(family, address) is None for family, _, _, _, address in places)
 

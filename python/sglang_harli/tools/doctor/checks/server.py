@@ -153,4 +153,11 @@ def judge_ours(url: str, code: int, text: str) -> Finding:
         return ok(f"{url}/health answers 200; its API key is needed to see more (--api-key)")
     if code == 503:
         return warning(f"{url}: {text}", SEE_LOG)
+    if code == 0:
+        return warning(f"{url}/health answers 200, and {PROFILE_ROUTE} nothing ({text})", SEE_LOG)
+    if code != 200 or not text.startswith("{"):  # harli's is a JSON object, of which the beginning was read
+        return warning(
+            f"{url}/health answers 200, and {PROFILE_ROUTE} not what harli does (status {code})",
+            f"give --http or --port as the server has them, and {SEE_LOG}",
+        )
     return ok(f"{url}/health answers 200, with harli")

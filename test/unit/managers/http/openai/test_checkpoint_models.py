@@ -200,7 +200,8 @@ def test_a_checkpoint_is_deleted_as_a_model(client, service):
         with pytest.raises(NotFoundError):
             calls.call("model_delete", {"model": f"{model}-step-2"})
         for name in (f"{model}-step-6", model):
-            assert calls.call("model_delete", {"model": name}) == {"model": name, "again": False}
+            gone = calls.call("model_delete", {"model": name})
+            assert (gone["model"], gone["again"]) == (name, False)
         for name in (f"{model}-step-6", f"{model}-step-8"):
             assert calls.call("model_delete", {"model": name})["again"], "the last state is the model"
             assert refused(service, name) == ("not_found", "it was deleted")

@@ -78,11 +78,13 @@ def not_found(client: OpenAI, name: str) -> None:
 def test_a_model_is_deleted_for_good(client, server, service, calls):
     kept, job = trained(service), trained(service)
     name = job.fine_tuned_model
-    server.models.names = {name, kept.fine_tuned_model}
+    alias = f"{name}-step-{job.step}"  # the same state, asked for as a checkpoint
+    server.models.names = {name, alias, kept.fine_tuned_model}
     until(lambda: {name, kept.fine_tuned_model} <= set(told(service)), "the names")
     assert client.models.delete(name).to_dict() == {"id": name, "object": "model", "deleted": True}
-    assert server.models.unloaded == [(name, True)]
+    assert server.models.unloaded == [(alias, True), (name, True)]
     not_found(client, name)
+    not_found(client, alias)
     until(lambda: name not in told(service), "the state without the name")
 
     found = client.fine_tuning.jobs.retrieve(job.id)
@@ -118,12 +120,26 @@ def test_a_kill_when_it_is_stored_deletes_it_too(client, server, service, calls)
     service.service.start()
     service.client.status()
     server.models.names = {name}  # the server has been there all the time
-    assert calls.call("model_delete", {"model": name}) == {"model": name, "again": True}
+    assert calls.call("model_delete", {"model": name})["again"]
     until(lambda: server.calls.connected, "the service")
     assert client.models.delete(name).deleted, "it is unloaded now"
     not_found(client, name)
     with pytest.raises(NotFoundError):
         calls.call("model_delete", {"model": "tiny-ft-none"})
+
+
+def test_a_model_that_is_being_published_is_not_deleted_for_a_while_only(client, server, service):
+    service.http.passing, service.http.refuse = True, 1  # it is published a moment later
+    job = service.client.submit(pairs(4), n_epochs=1)
+    until(lambda: service.client.get(job.id).sub_state == "publishing", "the publication")
+    name = f"tiny-ft-{job.id[-8:]}"
+    server.models.names, server.models.unloaded = {name}, []  # it answers, and the job does not know yet
+    with pytest.raises(openai.RateLimitError, match="is being published"):
+        client.models.delete(name)
+    assert server.models.unloaded == []
+    assert service.done(job).fine_tuned_model == name
+    service.http.passing = False
+    assert client.models.delete(name).deleted and service.client.get(job.id).deleted_models == [name]
 
 
 @pytest.mark.parametrize("name", ["mine", "org/mine", "org/a b:c/ü"])
