@@ -2,12 +2,13 @@
 
 ``from support.server import start_server`` and ``from support.models import make_model``.
 
-Options and the closing summary of the kill tests stand here because pytest reads options before it
+Options and the closing summaries of tests stand here because pytest reads options before it
 looks into the folders of the tests.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -28,3 +29,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     from support.kills import kill_report
 
     kill_report.write_summary(terminalreporter, config)
+    if "support.openai_calls" in sys.modules:
+        sys.modules["support.openai_calls"].write_summary(terminalreporter, config)

@@ -18,6 +18,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from support.models import make_model
+from support.openai_calls import Recorded
 from support.project_files import ROOT
 from support.server import Server, start_server
 
@@ -41,8 +42,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="secret") as opened:
+def recorded(pytestconfig: pytest.Config) -> Recorded:
+    return Recorded(pytestconfig)
+
+
+@pytest.fixture(scope="module")
+def client(server: Server, recorded: Recorded) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="secret", http_client=recorded.http()) as opened:
         yield opened
 
 
@@ -130,9 +136,11 @@ def test_a_repeated_request_makes_nothing_twice(client, file, job):
     assert [found.id for found in client.fine_tuning.jobs.list(metadata={"team": "a"})] == [job.id]
 
 
-def test_the_whole_way_in_asyncio(server):
+def test_the_whole_way_in_asyncio(server, recorded):
     async def run() -> None:
-        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="secret") as client:
+        async with AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="secret", http_client=recorded.asyncio()
+        ) as client:
             upload = await client.uploads.upload_file_chunked(
                 file=ROWS,
                 filename="parts.jsonl",
@@ -153,8 +161,25 @@ def test_the_whole_way_in_asyncio(server):
                 assert job.error is None
                 await asyncio.sleep(0.2)
             assert [event.id async for event in client.fine_tuning.jobs.list_events(job.id)]
+            assert job.fine_tuned_model is not None
+            found = await client.completions.create(model=job.fine_tuned_model, prompt="a", max_tokens=4)
+            assert found.choices[0].text
+            assert (await client.models.delete(job.fine_tuned_model)).deleted
+            with pytest.raises(openai.NotFoundError):
+                await client.completions.create(model=job.fine_tuned_model, prompt="a", max_tokens=4)
 
     asyncio.run(run())
+
+
+def test_checkpoints_answer_and_the_deleted_model_does_not(client, job):
+    found = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+    assert [checkpoint.step_number for checkpoint in found] == [EPOCHS, EPOCHS - 20]
+    assert answer(client, found[1].fine_tuned_model_checkpoint, PAIRS[0][0]) == PAIRS[0][1]
+    assert client.models.delete(job.fine_tuned_model).deleted
+    for name in (job.fine_tuned_model, found[0].fine_tuned_model_checkpoint):  # one and the same state
+        with pytest.raises(openai.NotFoundError):
+            answer(client, name, PAIRS[0][0])
+    assert answer(client, found[1].fine_tuned_model_checkpoint, PAIRS[0][0]) == PAIRS[0][1]
 
 
 def test_a_cancelled_job_stays_cancelled(client, file):
