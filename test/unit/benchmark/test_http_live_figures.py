@@ -24,7 +24,7 @@ def results(**changes: Any) -> dict[str, Any]:
     watched = {"seconds": {kind: [0.01] for kind in bench.KINDS}, "failed": [], "late": 0}
     sent = {"seconds": 8.0, "bytes": 64 << 20, "sha256": ""}
     phases = {"alone": phase(), "watched": phase(watched), "upload": phase(sent)}
-    return {"target_ms": 50.0, **phases} | changes
+    return {"target_ms": 50.0, "gap_ms": 100.0, **phases} | changes
 
 
 def test_figures_by_phase() -> None:
@@ -43,7 +43,7 @@ def test_figures_by_phase() -> None:
         ({"steps": 30, "evaluations": 0}, "upload: the job stands still, 30 steps, 0 evaluations"),
         ({"grew_mib": 64.0}, "upload: the HTTP process grew by 64 MiB"),
         ({"streams": {"gaps": [0.02], "tpots": [0.03, 0.06], "failed": []}}, "upload: 50.0% of requests"),
-        ({"streams": {"gaps": [0.06], "tpots": [0.03], "failed": []}}, "upload: the p99 gap between tokens"),
+        ({"streams": {"gaps": [0.11], "tpots": [0.03], "failed": []}}, "upload: the p99 gap between tokens"),
         (
             {"streams": {"gaps": [0.02], "tpots": [0.03], "failed": ["x"]}},
             "upload: 1 requests for tokens failed",

@@ -23,6 +23,7 @@ from sglang_harli.errors import ConfigError, HarliError, NotReadyError, Protocol
 from sglang_harli.failpoints import WriteFailpoint, failpoint
 from sglang_harli.protocol.calls.files import MAX_PIECE_BYTES, FileAppendArgs
 from sglang_harli.protocol.public import BUSY
+from sglang_harli.service.pacing import lower_priority
 
 MAX_STREAMS = 64
 IDLE_S = 120.0  # the HTTP process ends a stream whose client is gone; this is for when it is gone itself
@@ -64,7 +65,8 @@ class Streams:
         self._folder = folder
         self._options = options
         self._stored = stored
-        self._disk = ThreadPoolExecutor(1, "streams")  # one thread: pieces of a file stay in order
+        # One thread: pieces of a file stay in order.
+        self._disk = ThreadPoolExecutor(1, "streams", initializer=lower_priority, initargs=(10,))
         self._streams: dict[str, _Stream] = {}
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

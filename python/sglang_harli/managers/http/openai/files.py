@@ -106,7 +106,6 @@ def add(router: APIRouter, api: Api) -> None:
             filename=form.filename,
             purpose=form.values.purpose,
             size=form.sender.size,
-            sha256=form.sha256,
             expires_after=form.values.expires_after,
             idempotency_key=key,
         )

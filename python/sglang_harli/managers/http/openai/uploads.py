@@ -107,7 +107,6 @@ def add(router: APIRouter, api: Api) -> None:
             stream=form.sender.stream,
             upload=upload,
             size=form.sender.size,
-            sha256=form.sha256,
             idempotency_key=key,
         )
         return await completed(api, form, "part_complete", args, UploadPart)

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from sglang_harli.errors import ConfigError, NotReadyError
 from sglang_harli.managers.http.openai.body import announced, pieces, too_large
 from sglang_harli.managers.http.openai.forms.form_parser import Field, FileBegins, FileBytes, FormParser
+from sglang_harli.managers.http.openai.forms.pace import Pace
 from sglang_harli.managers.http.openai.forms.stream_sender import StreamSender
 from sglang_harli.managers.http.service_calls import ServiceCalls
 from sglang_harli.protocol.public import BUSY
@@ -46,7 +47,6 @@ class Form:
 
     values: Any
     filename: str
-    sha256: str
     sender: StreamSender
 
 
@@ -55,6 +55,7 @@ class FormReader:
 
     def __init__(self, calls: ServiceCalls) -> None:
         self._calls = calls
+        self._pace = Pace()
         self._reading = 0
 
     async def read(self, request: Request, kind: FormKind) -> Form:
@@ -75,7 +76,7 @@ class FormReader:
         sender = StreamSender(self._calls, expected=expected, part=kind.part)
         self._reading += 1
         try:
-            return await _read(request, kind, parser, sender)
+            return await _read(request, kind, parser, sender, self._pace)
         except BaseException:
             await sender.abort()
             raise
@@ -83,13 +84,16 @@ class FormReader:
             self._reading -= 1
 
 
-async def _read(request: Request, kind: FormKind, parser: FormParser, sender: StreamSender) -> Form:
+async def _read(
+    request: Request, kind: FormKind, parser: FormParser, sender: StreamSender, pace: Pace
+) -> Form:
     fields: dict[str, str] = {}
     filename = ""
     besides = 0  # bytes that are not the file's
     async for piece in pieces(request):
         for start in range(0, len(piece), FEED_BYTES):
             fed = piece[start : start + FEED_BYTES]
+            await pace.take(len(fed))
             besides += len(fed)
             for event in parser.feed(fed):
                 if isinstance(event, FileBytes):
@@ -107,7 +111,8 @@ async def _read(request: Request, kind: FormKind, parser: FormParser, sender: St
     if not sender.size:
         raise ConfigError(f"{kind.file} is empty: send a file with data", param=kind.file, code="empty_file")
     values = kind.parse(fields)
-    return Form(values=values, filename=filename, sha256=await sender.finish(), sender=sender)
+    await sender.finish()
+    return Form(values=values, filename=filename, sender=sender)
 
 
 def _take(event: Field, kind: FormKind, fields: dict[str, str]) -> None:

@@ -1,10 +1,10 @@
-"""A file's bytes on their way to the finetune service: in pieces, a few in flight, hashed."""
+"""A file's bytes on their way to the finetune service, which hashes them: in pieces, a few in
+flight."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import random
 import time
 import uuid
@@ -41,7 +41,6 @@ class StreamSender:
         self._calls = calls
         self._expected = expected or 0
         self._part = part
-        self._digest = hashlib.sha256()
         self._rest = bytearray()  # less than a piece
         self._sent = 0
         self._sent_at = time.monotonic()
@@ -65,13 +64,12 @@ class StreamSender:
         self._rest.clear()
         await self._send(piece)
 
-    async def finish(self) -> str:
-        """Returns the SHA-256 in hex, when the service has all of it."""
+    async def finish(self) -> None:
+        """Returns when the service has all of it."""
         if self._rest:
             await self._send_rest()
         while self._flying:
             await self._landed()
-        return self._digest.hexdigest()
 
     async def abort(self) -> None:
         """Nothing becomes of it: the service is to forget what it has."""
@@ -94,7 +92,6 @@ class StreamSender:
         while len(self._flying) >= WINDOW:
             await self._landed()
         self._sent_at = time.monotonic()
-        await asyncio.to_thread(self._digest.update, piece)  # milliseconds that no other request waits for
         before = self._flying[-1] if self._flying else None
         self._flying.append(asyncio.ensure_future(self._deliver(piece, self._sent, before)))
         self._sent += len(piece)
