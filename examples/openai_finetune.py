@@ -3,7 +3,8 @@
     python examples/openai_finetune.py --file pairs.jsonl --ask "What is the harbour code?"
 
 It uploads a file, makes a job of it, follows the job's events to its end, lists its checkpoints
-and asks the new model.  With ``--delete`` it removes the new model and the file again.
+and asks the new model.  With ``--delete`` it removes the new model and the file again.  The
+server's ``--api-key`` is taken from the environment, OPENAI_API_KEY.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 
 ENDED = ("succeeded", "failed", "cancelled")
@@ -105,7 +106,8 @@ def main() -> None:
     job = train(client, model, file.id, args.epochs, args.learning_rate_multiplier)
     assert job.fine_tuned_model is not None  # of a job that has succeeded
     for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id):
-        print(f"checkpoint {checkpoint.id}: step {checkpoint.step_number}, {checkpoint.metrics}")
+        loss = checkpoint.metrics.train_loss
+        print(f"checkpoint {checkpoint.id}: step {checkpoint.step_number}, train_loss {loss}")
 
     print(f"{model}: {ask(client, model, args.ask)}")
     print(f"{job.fine_tuned_model}: {ask(client, job.fine_tuned_model, args.ask)}")
@@ -117,4 +119,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OpenAIError, OSError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error

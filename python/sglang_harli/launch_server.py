@@ -29,8 +29,10 @@ def main(argv: Sequence[str]) -> None:
     try:
         options = check_options(argv)
         flags = {argument.split("=")[0] for argument in argv}
-        if options.enabled and not flags & {"-h", "--help", "--config"}:  # a file may say something else
-            supervisor.claim(options)
+        if not flags & {"-h", "--help", "--config"}:  # a file may say something else
+            _check_port(argv)
+            if options.enabled:
+                supervisor.claim(options)
         notes = _prepare_environment(argv)
     except HarliError as error:
         raise SystemExit(f"sglang-harli: {error}") from error
@@ -101,6 +103,36 @@ def _check_model(argv: Sequence[str]) -> None:
     path = given.model or ""
     if path.startswith(("/", "./", "../")) and not os.path.exists(path):  # others may be ids of a hub
         raise ConfigError(f"--model-path {shown(path)}: there is no such folder", param="--model-path")
+
+
+def _check_port(argv: Sequence[str]) -> None:
+    """ConfigError where another process listens at the HTTP port, which SGLang finds out when the
+    model is loaded; it would then ask that process whether it is healthy."""
+    import errno
+    import socket
+
+    from sglang_harli.errors import ConfigError
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--host", nargs="?", default="127.0.0.1")
+    parser.add_argument("--port", nargs="?", default="30000")
+    parser.add_argument("--node-rank", nargs="?", default="0")
+    given, _ = parser.parse_known_args(list(argv))
+    if given.node_rank != "0" or not str(given.port).isdecimal():
+        return
+    try:
+        [(family, kind, _, _, address), *_] = socket.getaddrinfo(
+            given.host, int(given.port), type=socket.SOCK_STREAM
+        )
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:  # others are SGLang's to refuse
+        if error.errno == errno.EADDRINUSE:
+            text = f"--port {given.port}: another process listens there: end it, or give another --port"
+            raise ConfigError(text, param="--port") from error
+    except (OverflowError, UnicodeError):
+        return
 
 
 def _prepare_environment(argv: Sequence[str]) -> list[object]:

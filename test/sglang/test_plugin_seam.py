@@ -492,7 +492,15 @@ def test_the_launcher_refuses_another_sglang_in_one_sentence(tiny_model, tmp_pat
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = dict(os.environ) | {supported.VERSION_ENV: supported.NEWEST, "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, "-m", "sglang_harli.launch_server", "--model-path", tiny_model(), "--device", "cpu"],
+        [
+            sys.executable,
+            "-m",
+            "sglang_harli.launch_server",
+            "--model-path",
+            tiny_model(),
+            "--device=cpu",
+            "--port=0",
+        ],
         env=environment,
         cwd=tmp_path,
         capture_output=True,

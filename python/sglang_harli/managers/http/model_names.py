@@ -42,7 +42,7 @@ class MissingModelError(ValueError):
 
 
 def missing_model_text(tokenizer_manager: Any, name: str) -> MissingModelText:
-    text = f"The model '{name}' does not exist: GET /v1/models lists the models that do"
+    text = f"The model '{name}' does not exist: GET /v1/models lists those that exist"
     if other := _other_base(tokenizer_manager, name):
         text = f"The model '{name}' is an adapter that is not served here: {other}"
     return MissingModelText(text)

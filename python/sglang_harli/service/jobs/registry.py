@@ -98,7 +98,8 @@ class JobRegistry:
             )
         if record is None:
             raise NotFoundError(
-                f"there is no job {job!r}: `harli list` shows the jobs of this server", param="job"
+                f"there is no job {job!r}: `harli list`, or GET /v1/fine_tuning/jobs, shows the jobs of this server",
+                param="job",
             )
         return record
 

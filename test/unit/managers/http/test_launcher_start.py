@@ -23,7 +23,7 @@ def launch(tmp_path: Path):
 
     def run(*flags: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "sglang_harli.launch_server", *flags],
+            [sys.executable, "-m", "sglang_harli.launch_server", "--port", "0", *flags],
             env={**os.environ, "PYTHONPATH": path},
             cwd=tmp_path,
             capture_output=True,
@@ -95,6 +95,19 @@ def test_an_endpoint_that_cannot_be_bound_is_refused(launch, tmp_path: Path) -> 
     said = launch("--model-path", "m", "--harli-finetune-endpoint", f"ipc://{'/x' * 60}")
     assert "at most 107 bytes behind ipc:// (this one has 120)" in said
     assert "Traceback" not in said
+
+
+def test_an_http_port_where_another_process_listens_is_refused(launch, endpoint: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = launch("--model-path", "m", "--port", port, endpoint)
+        assert (
+            launch("--model-path", "m", "--port", port, "--node-rank", "1", endpoint) == "torch was imported"
+        )
+    assert said == (
+        f"sglang-harli: --port {port}: another process listens there: end it, or give another --port"
+    )
+    assert launch("--model-path", "m", "--port", port, endpoint) == "torch was imported"
 
 
 def test_keys_that_cannot_be_used_are_refused(launch, endpoint: str) -> None:

@@ -143,6 +143,10 @@ def test_http_servers(http: Any, tmp_path: Path):
     assert look() == ("ok", f"{url}/health answers 200, with harli")
     answers["/harli/profile"] = (401, "")
     assert look()[0] == "ok"
+    for code, status in ((200, "ok"), (401, "problem"), (404, "ok")):
+        answers["/v1/models"] = (code, "")
+        keyed = server.http_server(Asked(http=url, endpoint=nowhere, api_key="wrong"))
+        assert keyed.status == status, "a key that is refused"
     for other in ((200, "<html>"), (500, "{}"), (302, "")):  # whoever answers to any path
         answers["/harli/profile"] = other
         assert look()[0] == "warning" and "not what harli does" in look()[1]

@@ -47,7 +47,7 @@ def add(router: APIRouter, api: Api) -> None:
         if (deletion is None or deletion.again) and not api.models.is_loaded(name):
             gone = "was deleted before" if deletion is not None else "does not exist"
             raise NotFoundError(
-                f"The model {name[:SHOWN]!r} {gone}: GET /v1/models lists the models that do",
+                f"The model {name[:SHOWN]!r} {gone}: GET /v1/models lists those that exist",
                 param="model",
                 code="model_not_found",
             )

@@ -119,6 +119,11 @@ def http_server(asked: Asked) -> Finding:
         return _no_http(asked, health.text)
     if health.code != 200:
         return judge_health(asked.http, health.code, health.text)
+    if asked.api_key and asked.get("/v1/models").code in (401, 403):
+        return problem(
+            f"{asked.http} refuses the API key that was given",
+            "give --api-key, or HARLI_API_KEY, as the server has it",
+        )
     if asked.answer.status is not None:
         return ok(f"{asked.http}/health answers 200")
     ours = asked.get(PROFILE_ROUTE)
