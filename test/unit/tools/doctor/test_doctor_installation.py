@@ -239,6 +239,15 @@ def test_another_sglang_and_a_broken_torch(site: Site):
     assert found["hooks"]["status"] == "skipped"
 
 
+def test_where_torch_cannot_be_used_sglang_is_not_blamed(site: Site):
+    site.add("sglang", "", sglang=supported.NEWEST)
+    site.add("torch", "raise OSError('libcudart.so.13: cannot open shared object file')", torch="2.14.1")
+    _, found = site.doctor("device", "seams", "hooks")
+    assert "libcudart.so.13" in found["device"]["found"]
+    for name in ("seams", "hooks"):
+        assert (found[name]["status"], found[name]["mend"]) == ("skipped", "see the check device")
+
+
 def test_two_installations_and_one_that_is_hidden(site: Site, tmp_path: Path):
     site.add("sglang", "", sglang=supported.NEWEST)
     assert site.doctor("sglang")[0] == 0

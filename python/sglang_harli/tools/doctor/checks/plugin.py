@@ -100,6 +100,10 @@ def _sglang() -> dict[str, Any] | Finding:
             f"pip install sglang=={supported.NEWEST}; {SEE_ALL.replace('shows all', 'shows what differs')}",
         )
     try:
+        probe("torch")
+    except ProbeError:
+        return skipped("not looked at: torch, which SGLang imports, cannot be used", "see the check device")
+    try:
         return probe("sglang")
     except ProbeError as error:
         return problem(error.message, f"{MEND_SGLANG}, and what the checks sglang and packages name")
