@@ -210,7 +210,7 @@ class FileSubmission(Submission):
             return
         except DataError as error:
             refusal: HarliError = error
-            drafts = _lines(error.details)
+            drafts = _lines(error.details, "validation file, " if error.param == "validation" else "")
         except HarliError as error:
             if error.code == BAD_TOKENIZER:  # of the environment: no verdict on the file
                 self._put_off(job, error)
@@ -302,16 +302,16 @@ def _noted(file: FileRecord) -> dict[str, Any]:
     return {"file": file.filename, "bytes": file.bytes, "sha256": file.sha256}
 
 
-def _lines(details: list[dict[str, Any]]) -> list[EventDraft]:
-    """The lines at fault as events, neighbours with the same reason together."""
+def _lines(details: list[dict[str, Any]], of: str) -> list[EventDraft]:
+    """The lines at fault as events, neighbours with the same reason together; ``of``: before each."""
     found = list(grouped(details))
     drafts = [
-        EventDraft("data_invalid", f"{where}: {reason}", level="error", data={"lines": count})
+        EventDraft("data_invalid", f"{of}{where}: {reason}", level="error", data={"lines": count})
         for where, reason, count in found[:REPORTED]
     ]
     if len(found) > REPORTED:
         left = sum(count for *_, count in found[REPORTED:])
         drafts.append(
-            EventDraft("data_invalid", f"and {left} lines more", level="error", data={"lines": left})
+            EventDraft("data_invalid", f"{of}and {left} lines more", level="error", data={"lines": left})
         )
     return drafts

@@ -296,6 +296,8 @@ def test_a_bad_validation_file_is_named(client, file):
     job = ended(client, create(client, file, validation_file=bad.id).id)
     assert job.status == "failed" and job.error.param == "validation_file"
     assert "bad.jsonl" in job.error.message
+    said = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+    assert any(text.startswith("validation file, line 9: ") for text in said), said
 
 
 # ------------------------------------------------------------------ the page
