@@ -303,7 +303,7 @@ def _noted(file: FileRecord) -> dict[str, Any]:
 
 
 def _lines(details: list[dict[str, Any]], of: str) -> list[EventDraft]:
-    """The lines at fault as events, neighbours with the same reason together; ``of``: before each."""
+    """The lines at fault as events, neighbours of one reason together; ``of``: before each."""
     found = list(grouped(details))
     drafts = [
         EventDraft("data_invalid", f"{of}{where}: {reason}", level="error", data={"lines": count})
