@@ -105,6 +105,7 @@ bench: $(STAMP)
 	$(RUN_ENV) $(BIN)/python benchmark/bench_step.py
 	$(RUN_ENV) $(BIN)/python benchmark/bench_predictor.py
 	$(RUN_ENV) $(BIN)/python benchmark/bench_http_api.py
+	$(RUN_ENV) $(BIN)/python benchmark/bench_http_live.py
 	$(RUN_ENV) $(BIN)/python benchmark/bench_pool.py --quick $(BENCH_ARGS)
 	$(RUN_ENV) $(BIN)/python benchmark/bench_colocate.py --quick $(BENCH_ARGS)
 

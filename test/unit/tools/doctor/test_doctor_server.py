@@ -147,7 +147,7 @@ def test_http_servers(http: Any, tmp_path: Path):
         answers["/v1/models"] = (code, "")
         keyed = server.http_server(Asked(http=url, endpoint=nowhere, api_key="wrong"))
         assert keyed.status == status, "a key that is refused"
-    for other in ((200, "<html>"), (500, "{}"), (302, "")):  # whoever answers to any path
+    for other in ((200, "<html>"), (500, "{}"), (302, "")):  # a web server that answers any path
         answers["/harli/profile"] = other
         assert look()[0] == "warning" and "not what harli does" in look()[1]
     assert server.judge_ours(url, 0, "timed out").status is Status.WARNING

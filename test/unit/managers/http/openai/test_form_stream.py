@@ -70,12 +70,14 @@ def code(answer: httpx.Response, status: int) -> str:
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("size", [1, MAX_PIECE_BYTES, MAX_PIECE_BYTES + 1, LIMIT])
-def test_a_file_comes_whole(server: ApiServer, peer: VerbsPeer, size: int, streamed: bool) -> None:
-    """The peer compares size and hash."""
+def test_a_file_comes_whole(
+    server: ApiServer, peer: VerbsPeer, streams: Streams, size: int, streamed: bool
+) -> None:
     parts = (PURPOSE, file(DATA[:size]), END) if streamed else (file(DATA[:size]), PURPOSE, END)
     answer = send(server, *parts, streamed=streamed)
     assert answer.status_code == 200, answer.text
     assert (answer.json()["bytes"], answer.json()["filename"]) == (size, "a.jsonl")
+    assert streams.whole == [DATA[:size]]
     offsets = [request.args["offset"] for request in peer.asked if request.verb == "file_append"]
     assert sorted(offsets) == list(range(0, size, MAX_PIECE_BYTES))
 
@@ -129,9 +131,10 @@ def test_too_large_a_file_is_refused_before_it_is_read_and_while_it_streams(
     assert code(send(server, *besides, PURPOSE, file(b"x"), END), 413) == "too_large"
 
 
-def test_a_part_comes_whole(server: ApiServer, peer: VerbsPeer) -> None:
+def test_a_part_comes_whole(server: ApiServer, peer: VerbsPeer, streams: Streams) -> None:
     answer = send(server, file(DATA[:MAX_PIECE_BYTES], "data"), END, path="/v1/uploads/upload_7/parts")
     assert (answer.status_code, answer.json()["upload_id"]) == (200, "upload_7")
+    assert streams.whole == [DATA[:MAX_PIECE_BYTES]]
     assert {request.args["part"] for request in peer.asked if request.verb == "file_append"} == {True}
 
 
@@ -161,6 +164,7 @@ def refusing(times: int, error: Callable[[], HarliError], first: bool = False) -
 )
 def test_a_busy_service_gets_its_pieces_again_in_order(server: ApiServer, streams: Streams) -> None:
     assert send(server, PURPOSE, file(DATA), END).status_code == 200
+    assert streams.whole == [DATA]
 
 
 @pytest.mark.parametrize("streams", [Streams(refusing(9**9, lambda: NotReadyError("wait", code="busy")))])
@@ -213,3 +217,4 @@ def test_a_service_that_goes_is_a_503_at_once_and_the_next_one_serves(
     peer.start()
     until(lambda: server.calls.connected, "the connection")
     assert send(server, PURPOSE, file(DATA), END).status_code == 200
+    assert streams.whole == [DATA]

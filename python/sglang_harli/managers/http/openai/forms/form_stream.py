@@ -10,8 +10,8 @@ from starlette.requests import Request
 
 from sglang_harli.errors import ConfigError, NotReadyError
 from sglang_harli.managers.http.openai.body import announced, pieces, too_large
+from sglang_harli.managers.http.openai.forms.byte_rate import ByteRate
 from sglang_harli.managers.http.openai.forms.form_parser import Field, FileBegins, FileBytes, FormParser
-from sglang_harli.managers.http.openai.forms.pace import Pace
 from sglang_harli.managers.http.openai.forms.stream_sender import StreamSender
 from sglang_harli.managers.http.service_calls import ServiceCalls
 from sglang_harli.protocol.public import BUSY
@@ -55,7 +55,7 @@ class FormReader:
 
     def __init__(self, calls: ServiceCalls) -> None:
         self._calls = calls
-        self._pace = Pace()
+        self._rate = ByteRate()
         self._reading = 0
 
     async def read(self, request: Request, kind: FormKind) -> Form:
@@ -76,7 +76,7 @@ class FormReader:
         sender = StreamSender(self._calls, expected=expected, part=kind.part)
         self._reading += 1
         try:
-            return await _read(request, kind, parser, sender, self._pace)
+            return await _read(request, kind, parser, sender, self._rate)
         except BaseException:
             await sender.abort()
             raise
@@ -85,7 +85,7 @@ class FormReader:
 
 
 async def _read(
-    request: Request, kind: FormKind, parser: FormParser, sender: StreamSender, pace: Pace
+    request: Request, kind: FormKind, parser: FormParser, sender: StreamSender, rate: ByteRate
 ) -> Form:
     fields: dict[str, str] = {}
     filename = ""
@@ -93,7 +93,7 @@ async def _read(
     async for piece in pieces(request):
         for start in range(0, len(piece), FEED_BYTES):
             fed = piece[start : start + FEED_BYTES]
-            await pace.take(len(fed))
+            await rate.take(len(fed))
             besides += len(fed)
             for event in parser.feed(fed):
                 if isinstance(event, FileBytes):

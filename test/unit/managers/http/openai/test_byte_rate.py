@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from sglang_harli.managers.http.openai.forms.pace import BEHIND_S, Pace
+from sglang_harli.managers.http.openai.forms.byte_rate import BEHIND_S, ByteRate
 
 
 def rests(takes: list[int], monkeypatch: pytest.MonkeyPatch, tasks: int = 1) -> list[float]:
@@ -19,11 +19,11 @@ def rests(takes: list[int], monkeypatch: pytest.MonkeyPatch, tasks: int = 1) -> 
         await sleep(0)
 
     async def run() -> None:
-        pace = Pace(1e6)
+        rate = ByteRate(1e6)
 
         async def take() -> None:
             for count in takes:
-                await pace.take(count)
+                await rate.take(count)
 
         await asyncio.gather(*(take() for _ in range(tasks)))
 

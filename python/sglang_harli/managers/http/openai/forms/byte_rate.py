@@ -1,14 +1,14 @@
-"""How fast files are taken: not so fast that requests for tokens wait for a core."""
+"""The rate at which files are received: below what would keep requests for tokens from a core."""
 
 from __future__ import annotations
 
 import asyncio
 
 BYTES_PER_S = 48 << 20  # of all files on their way together
-BEHIND_S = 0.005  # a rest is not shorter
+BEHIND_S = 0.005  # the shortest sleep
 
 
-class Pace:
+class ByteRate:
     """Spreads the bytes of all files over time; may be shared by tasks of one event loop."""
 
     def __init__(self, bytes_per_s: float = BYTES_PER_S) -> None:
