@@ -37,7 +37,10 @@ class EvaluationPass(MicroBatchPass):
         self._no_dropout()
         part = (rows, slice(0, width))
         x = self._at.saved[0][part]
-        x.copy_(self.pieces.layers[self.layer].forward(x, self.pieces.rotary.upto(width)))
+        out = self._graph_forward(x)
+        if out is None:
+            out = self.pieces.layers[self.layer].forward(x, self.pieces.rotary.upto(width))
+        x.copy_(out)
         self._advance(rows.stop - rows.start)
 
     def _run_blocks(self, blocks: RowBlocks, count: int) -> None:

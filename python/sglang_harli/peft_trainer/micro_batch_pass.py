@@ -26,6 +26,7 @@ from torch import Tensor
 from sglang_harli.core import QuantumKind
 from sglang_harli.peft_trainer.adapter import Adapter
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.graphs.layer_graphs import LayerGraphs
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
 from sglang_harli.peft_trainer.layers.rms_norm import RmsNorm
 from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
@@ -47,14 +48,20 @@ def training_mode() -> Iterator[None]:
 
 
 class ModelPieces:
-    """What every quantum needs of the model, looked up once a run; ``kept`` None: none."""
+    """What every quantum needs of the model, looked up once a run; ``kept``, ``graphs`` None:
+    none."""
 
     def __init__(
-        self, base: FrozenBase, adapter: Adapter, memory: MicroBatchMemory, kept: KeptActivations | None
+        self,
+        base: FrozenBase,
+        adapter: Adapter,
+        memory: MicroBatchMemory,
+        kept: KeptActivations | None,
+        graphs: LayerGraphs | None = None,
     ) -> None:
         self.base = base
         self.adapter = adapter
-        self.memory, self.kept = memory, kept
+        self.memory, self.kept, self.graphs = memory, kept, graphs
         self.layers = [
             LayerProgram(layer, block.groups, base.window(i), wants_x=i > 0)  # the embedding is frozen
             for i, (layer, block) in enumerate(zip(base.layers, adapter.blocks, strict=True))
@@ -275,14 +282,23 @@ class MicroBatchPass:
     def _forward(self, part: tuple[slice, slice]) -> None:
         x, (rows, columns) = self._at.saved[self.layer][part], part
         layer, rotary = self.pieces.layers[self.layer], self.pieces.rotary.upto(columns.stop)
-        out = None
-        if self.pieces.kept is not None:
+        out = self._graph_forward(x)
+        if out is None and self.pieces.kept is not None:
             out = self.pieces.kept.forward(self.layer, rows.start, layer, x, rotary)
         if out is None:
             out = layer.forward(x, rotary)
         below = self._at.saved[self.layer + 1][rows]
         below[:, columns].copy_(out)
         below[:, columns.stop :].zero_()  # a later range may be cut wider
+
+    def _graph_forward(self, x: Tensor) -> Tensor | None:
+        """The layer's output from a graph; None: there is none, now."""
+        graphs, layer = self.pieces.graphs, self.layer
+        return (
+            None
+            if graphs is None
+            else graphs.forward(layer, self.pieces.layers[layer], x, self.pieces.rotary)
+        )
 
     def _begin_head(self) -> None:
         self._at.grad.zero_()
@@ -333,9 +349,10 @@ class MicroBatchPass:
             assert self.pieces.kept is not None
             found = self.pieces.kept.gradients(self.layer, grad)
         else:
-            x = self._at.saved[self.layer][part]
-            trace = program.recompute(x, self.pieces.rotary.upto(x.shape[1]))
-            found = program.gradients(trace, grad)
+            x, graphs, rotary = self._at.saved[self.layer][part], self.pieces.graphs, self.pieces.rotary
+            found = None if graphs is None else graphs.gradients(self.layer, program, x, grad, rotary)
+            if found is None:
+                found = program.gradients(program.recompute(x, rotary.upto(x.shape[1])), grad)
         self._collect(found, grad, first=part[0].start == 0)
 
     def _collect(self, found: tuple[Tensor, Tensor | None], grad: Tensor, *, first: bool) -> None:

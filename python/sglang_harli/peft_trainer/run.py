@@ -28,6 +28,7 @@ from sglang_harli.peft_trainer.adapter import Adapter
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.evaluation import EvaluationMetrics, Evaluations
 from sglang_harli.peft_trainer.evaluation_pass import EvaluationPass
+from sglang_harli.peft_trainer.graphs.layer_graphs import LayerGraphs
 from sglang_harli.peft_trainer.intake import Fed, Intake
 from sglang_harli.peft_trainer.memory.activations import MicroBatchMemory
 from sglang_harli.peft_trainer.memory.adapter_state import StateMemory
@@ -59,6 +60,8 @@ class TrainingRun:
         memory: where everything sizeable lies, asked for at first need; None: torch's own.
         keep_activations: keep layers' activations where there is memory. Never with a fixed split,
             whose bits must not depend on memory.
+        graphs: makes the graphs by which short quanta are launched, given the adapter's base; None:
+            none. Never with a fixed split, or with dropout, whose masks are drawn by the host.
 
     Attributes:
         needs_memory: why ``peek`` was None though there is work: purpose and missing bytes.
@@ -76,6 +79,7 @@ class TrainingRun:
         quantum_rows: int | None = None,
         memory: TrainMemory | None = None,
         keep_activations: bool = True,
+        graphs: Callable[[FrozenBase], LayerGraphs] | None = None,
     ) -> None:
         self.base, self.spec, self.quantum_rows = base, spec, quantum_rows
         hp = spec.hyperparameters
@@ -91,10 +95,12 @@ class TrainingRun:
         memory = HeapMemory(base.device) if memory is None else memory
         self._micro_memory = MicroBatchMemory(base, memory, self._head_tokens)
         self._kept = KeptActivations(memory) if keep_activations and quantum_rows is None else None
+        with_graphs = graphs is not None and quantum_rows is None and not hp.lora_dropout
         with training_mode():
+            self.graphs = graphs(base) if with_graphs else None
             self._adapter = Adapter(base, hp)
             self._state = StateMemory(self._adapter.blocks, memory)
-            self._pieces = ModelPieces(base, self._adapter, self._micro_memory, self._kept)
+            self._pieces = ModelPieces(base, self._adapter, self._micro_memory, self._kept, self.graphs)
             self._optimizer = SlicedAdamW(self._adapter.blocks, hp, base.dtype)
             self._step_loss = torch.zeros((), dtype=torch.float64, device=base.device)
             self._step_correct = torch.zeros_like(self._step_loss)
@@ -462,6 +468,8 @@ class TrainingRun:
             return
         self._released = True
         self._pass = None
+        if self.graphs is not None:
+            self.graphs.clear()
         self.drop_unused()
         self.drop_kept()
         self._state.release()

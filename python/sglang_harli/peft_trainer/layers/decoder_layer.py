@@ -36,7 +36,8 @@ class LayerProgram:
 
     Attributes:
         references: frozen or adapter weights that a trace may hold.
-        leaf_shapes: of the adapter's weights in the order of the layer's block.
+        leaves: the adapter's weights in the order of the layer's block; leaf_shapes: theirs.
+        leaf_count: elements of all of them.
     """
 
     def __init__(self, layer: Any, groups: list[LinearGroup], window: int | None, *, wants_x: bool) -> None:
@@ -52,10 +53,11 @@ class LayerProgram:
         self.activation = layer.mlp.act_fn
         self.silu = type(self.activation).__name__ in ("SiLU", "SiLUActivation")
         norms = [self.norm, self.middle_norm, *(self.head_norms or ())]
-        leaves = [leaf for group in groups for leaf in group.leaves]
-        self.references = [*(norm.weight for norm in norms), *leaves]
-        self.leaf_shapes = [tuple(leaf.shape) for leaf in leaves]
-        self._leaf_sizes = [leaf.numel() for leaf in leaves]
+        self.leaves = [leaf for group in groups for leaf in group.leaves]
+        self.references = [*(norm.weight for norm in norms), *self.leaves]
+        self.leaf_shapes = [tuple(leaf.shape) for leaf in self.leaves]
+        self._leaf_sizes = [leaf.numel() for leaf in self.leaves]
+        self.leaf_count = sum(self._leaf_sizes)
         self._leaf_counts = [len(group.leaves) for group in groups]
         # What is differentiated, from the top: below the MLP, below o, below q, k and v.
         self.wants_x = wants_x
@@ -139,7 +141,7 @@ class LayerProgram:
         ``grad``: ``[rows, width, hidden]``, of the layer's output; ``past``: as for ``recompute``,
         with all blocks behind this one done.
         """
-        leaves = grad.new_empty(sum(self._leaf_sizes))
+        leaves = grad.new_empty(self.leaf_count)
         parts = [
             part.view(shape)
             for part, shape in zip(leaves.split(self._leaf_sizes), self.leaf_shapes, strict=True)
