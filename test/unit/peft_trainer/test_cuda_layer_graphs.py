@@ -143,7 +143,7 @@ def test_graphs_of_weights_that_have_moved_are_made_anew():
     assert graphs_of(run).cache.stale > 0
 
 
-@pytest.mark.parametrize(("most", "most_bytes"), [(3, 1 << 24), (64, 3 * 1000 + 2 * 3 * 4 * BUCKET * 32 * 8)])
+@pytest.mark.parametrize(("most", "most_bytes"), [(3, 1 << 24), (64, 400_000 + 2 * 4 * BUCKET * 32 * 8)])
 def test_graphs_are_bounded_in_count_and_bytes(most: int, most_bytes: int):
     model, steps = tiny_model(), random_steps(6, 3, 1)
     expected = run_oracle(model, hyperparameters(), steps)

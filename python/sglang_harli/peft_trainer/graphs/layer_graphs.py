@@ -3,7 +3,7 @@
 A small quantum is bound by its launches, not by its arithmetic. Where its shape comes again it is
 captured once, while nothing is served, and from then on launched as one:
 
-    x, grad ─copy─► staging ─ graph: forward, or forward again and backward ─► staging ─copy─► x below, grad, gradients
+    x, grad ─copy─► staging ─ graph: forward, or forward again and backward ─► staging ─copy─► layer above, grad, gradients
 
 Widths are padded to buckets, so that few shapes come. Padding stands to the right, where causal
 attention cannot see it, and its gradients are zero. A graph reads and writes staging, whose
@@ -34,7 +34,7 @@ SEEN = 4096  # shapes that are remembered as run eagerly
 # A layer of about 60 launches takes the host 0.5 ms; a device does 2.5e14 operations a second of
 # such products. Where the arithmetic takes twice as long as the launches a graph gains nothing.
 _LAUNCH_S, _OPERATIONS_S = 5e-4, 2.5e14
-_STAGED = 3  # tensors of a quantum's tokens in staging
+_STAGED = 2  # tensors of a quantum's tokens in staging
 
 
 def launch_bound_tokens(layer_parameters: int) -> int:
@@ -50,12 +50,11 @@ def bucket_of(width: int, positions: int | None = None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Staging:
-    """Fixed memory that graphs read and write, each flat: ``tokens * hidden``; leaves: the largest
-    layer's adapter."""
+    """Fixed memory that graphs read and write, each flat: ``tokens * hidden``; leaves: a layer's
+    adapter (all have the same size)."""
 
     x: Tensor
     grad: Tensor
-    out: Tensor
     leaves: Tensor
 
 
@@ -111,46 +110,48 @@ class LayerGraphs:
         )
 
     # ---- quanta
-    def forward(self, layer: int, program: LayerProgram, x: Tensor, rotary: Rotary) -> Tensor | None:
-        """``program.forward(x)``, in staging: to be copied before the next call; None: run it
-        eagerly.  ``x``: ``[rows, width, hidden]``."""
+    def forward(self, layer: int, program: LayerProgram, x: Tensor, rotary: Rotary, out: Tensor) -> bool:
+        """``program.forward(x, out=out)``; False: to be run eagerly.  ``x``, ``out``: ``[rows,
+        width, hidden]``."""
         shape = self._shape(x)
         if shape is None:
-            return None
+            return False
 
         def work(staging: _Staging, tables: RotaryTable) -> None:
-            staging.out[: shape[0] * shape[1] * self._hidden].view(*shape, -1).copy_(
-                program.forward(_view(staging.x, shape, self._hidden), tables)
-            )
+            place = _view(staging.x, shape, self._hidden)
+            program.forward(place, tables, out=place)
 
         graph = self._graph(QuantumKind.FORWARD, layer, program, shape, rotary, work)
-        if graph is None or self._staging is None:
-            return None
-        self._fill(self._staging.x, x, shape)
-        return self._replayed(graph, x.shape[1], shape)
+        if graph is None or (staging := self._staging) is None:
+            return False
+        place = self._fill(staging.x, x, shape)
+        self._replay(graph)
+        out.copy_(place)
+        return True
 
     def gradients(
         self, layer: int, program: LayerProgram, x: Tensor, grad: Tensor, rotary: Rotary
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """``program.gradients(program.recompute(x), grad)``, in staging; None: run it eagerly."""
+    ) -> Tensor | None:
+        """``program.gradients(program.recompute(x), grad)``: those of the adapter's weights, in
+        staging until the next call; None: to be run eagerly."""
         shape = self._shape(x)
         if shape is None:
             return None
 
         def work(staging: _Staging, tables: RotaryTable) -> None:
             trace = program.recompute(_view(staging.x, shape, self._hidden), tables)
-            leaves, below = program.gradients(trace, _view(staging.grad, shape, self._hidden))
-            staging.leaves[: leaves.numel()].copy_(leaves)
-            if below is not None:
-                _view(staging.out, shape, self._hidden).copy_(below)
+            leaves, _ = program.gradients(trace, _view(staging.grad, shape, self._hidden))
+            staging.leaves.copy_(leaves)
 
         graph = self._graph(QuantumKind.BACKWARD, layer, program, shape, rotary, work)
-        if graph is None or self._staging is None:
+        if graph is None or (staging := self._staging) is None:
             return None
-        self._fill(self._staging.x, x, shape)
-        self._fill(self._staging.grad, grad, shape)
-        below = self._replayed(graph, x.shape[1], shape)
-        return self._staging.leaves[: program.leaf_count], below if program.wants_x else None
+        self._fill(staging.x, x, shape)
+        place = self._fill(staging.grad, grad, shape)
+        self._replay(graph)
+        if program.wants_x:
+            grad.copy_(place)
+        return staging.leaves
 
     # ---- memory that is asked back
     def clear(self) -> None:
@@ -205,21 +206,20 @@ class LayerGraphs:
         self._seen[key] = None
 
     def _make_staging(self, program: LayerProgram) -> _Staging:
-        x, grad, out = (self._like.new_zeros(self._most * self._hidden) for _ in range(_STAGED))
-        return _Staging(x, grad, out, self._like.new_zeros(program.leaf_count))
+        x, grad = (self._like.new_zeros(self._most * self._hidden) for _ in range(_STAGED))
+        return _Staging(x, grad, self._like.new_zeros(program.leaf_count))
 
-    def _fill(self, flat: Tensor, source: Tensor, shape: tuple[int, int]) -> None:
-        """Contents of a quantum into staging; zeros behind its width."""
+    def _fill(self, flat: Tensor, source: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Contents of a quantum into staging, zeros behind its width; their place."""
         place, width = _view(flat, shape, self._hidden), source.shape[1]
         place[:, :width].copy_(source)
         if width < shape[1]:
             place[:, width:].zero_()
+        return place[:, :width]
 
-    def _replayed(self, captured: Captured, width: int, shape: tuple[int, int]) -> Tensor:
-        assert self._staging is not None
+    def _replay(self, captured: Captured) -> None:
         captured.graph.replay()
         self.replayed += 1
-        return _view(self._staging.out, shape, self._hidden)[:, :width]
 
 
 def _view(flat: Tensor, shape: tuple[int, int], hidden: int) -> Tensor:
