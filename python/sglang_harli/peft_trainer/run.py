@@ -96,8 +96,9 @@ class TrainingRun:
         self._micro_memory = MicroBatchMemory(base, memory, self._head_tokens)
         self._kept = KeptActivations(memory) if keep_activations and quantum_rows is None else None
         with training_mode():
-            eager = graphs is None or quantum_rows is not None or hp.lora_dropout > 0
-            self.graphs = None if eager else graphs(base)
+            self.graphs = None
+            if graphs is not None and quantum_rows is None and not hp.lora_dropout:
+                self.graphs = graphs(base)
             self._adapter = Adapter(base, hp)
             self._state = StateMemory(self._adapter.blocks, memory)
             self._pieces = ModelPieces(base, self._adapter, self._micro_memory, self._kept, self.graphs)
