@@ -23,6 +23,7 @@ from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressur
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.profile_setup import profile_key, starting_priors
 from sglang_harli.managers.scheduler.service_link import ServiceLink
+from sglang_harli.managers.scheduler.training import warm_up
 from sglang_harli.managers.scheduler.training.adapter_loader import AdapterLoader
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
 from sglang_harli.managers.scheduler.training.parity import Parity
@@ -40,7 +41,7 @@ from sglang_harli.predictor.profile import priors
 from sglang_harli.predictor.profile.profile_table import ProfileKey
 from sglang_harli.predictor.solo import Padding
 from sglang_harli.protocol import internal
-from sglang_harli.run_paths import scheduler_endpoint
+from sglang_harli.run_paths import scheduler_endpoint, shm_dir
 from sglang_harli.sglang_versions.current import arguments, prefix_tree, weight_updates
 
 logger = logging.getLogger(__name__)
@@ -70,13 +71,18 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
     limits = served_limits(base, args, runner, options, pressure)
     key = profile_key(limits, args)
     side = ServingState(options, _predictor(limits, runner, key, options), key, pressure)
+    stream = getattr(scheduler, "forward_stream", None)
+    if warm_up.wanted(options.warm_up, base.device.type):
+        # SGLang has captured its graphs, and the server is healthy only after this.
+        slots = shm_dir(options.absolute_run_dir)
+        warm_up.warm_up(base, logits_bytes=limits.logits_bytes, slots=slots, stream=stream)
     trainer = CoTrainer(
         base,
         limits,
         functools.partial(ServiceLink, scheduler_endpoint(options.absolute_run_dir)),
         AdapterLoader(runner.lora_manager),
         side.predictor,
-        make_timer(base.device.type, getattr(scheduler, "forward_stream", None)),
+        make_timer(base.device.type, stream),
         pressure,
         quantum_rows=options.quantum_rows,
         parity=_parity(scheduler, base, limits, options),
