@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 from torch import nn
 
@@ -11,12 +10,14 @@ from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 
 
 def first_layers(base: FrozenBase, count: int) -> FrozenBase:
-    """``base`` with its first ``count`` layers alone: embedding, norm, head and weights are shared,
-    nothing of ``base`` is changed."""
+    """``base`` with its first ``count`` layers alone: embedding, norm, head, weights and what was
+    chosen for its device are shared, nothing of ``base`` is changed."""
     model, inner = _shallow(base.model), _shallow(base.model.model)
     inner._modules["layers"] = nn.ModuleList(list(base.layers)[:count])
     model._modules["model"] = inner
-    return dataclasses.replace(base, model=model)
+    other = copy.copy(base)
+    object.__setattr__(other, "model", model)  # it is frozen
+    return other
 
 
 def _shallow(module: nn.Module) -> nn.Module:
