@@ -48,6 +48,11 @@ int fake_left(void) {
   return reservations + mappings + events + alive;
 }
 
+/* Start afresh, whatever was left. */
+void fake_forget(void) {
+  reservations = mappings = events = last_handle = 0;
+}
+
 static CUresult called(const char *name, const char *arguments) {
   if (log_used + 200 < LOG)
     log_used += (size_t)snprintf(log_text + log_used, LOG - log_used, "%s(%s)\n", name, arguments);
