@@ -1,7 +1,7 @@
 """Builds the scheduler's trainer: binds the weights, states the limits, opens the link.
 
 Leans on SGLang: Scheduler.server_args, weight_updater.offload_tags,
-token_to_kv_pool_allocator, tree_cache, tp_worker.model_runner (model, model_config, lora_manager,
+token_to_kv_pool_allocator, schedule_stream, tree_cache, tp_worker.model_runner (model, model_config, lora_manager,
 kv_cache_dtype, decode_cuda_graph_runner.capture_bs), ServerArgs (model_path, tokenizer_path,
 served_model_name, max_lora_rank, lora_target_modules, device).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -131,8 +131,13 @@ def training_memory(scheduler: Any, device: torch.device, options: HarliOptions)
     pool = allocator.pool
     prefix_tree.watch(cache)
 
-    def evict(stripes: int, unused_since_s: float | None) -> int:
-        return evict_stripes(cache, allocator, stripes, pool.quota.kept_prefix_slots(), unused_since_s)
+    def evict(stripes: int, unused_since_s: float | None, among: Sequence[int] | None = None) -> int:
+        return evict_stripes(
+            cache, allocator, stripes, pool.quota.kept_prefix_slots(), unused_since_s, among=among
+        )
+
+    if not cpu:  # slot lists are SGLang's, and edited where SGLang does
+        pool.edit_under = lambda: torch.cuda.stream(scheduler.schedule_stream)
 
     return MemoryPressure(pool, device, evict=evict, reserve_bytes=reserve)
 
