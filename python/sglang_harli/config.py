@@ -148,6 +148,12 @@ class HarliOptions:
         "is healthy: refuse lets jobs wait, warn only says so, off does not compare.",
         choices=("refuse", "warn", "off"),
     )
+    warm_up: str = _option(
+        "auto",
+        "Run a tiny finetune job before the server is healthy, so that no request waits for the first use of training's "
+        "kernels: auto does so on a GPU.",
+        choices=("auto", "on", "off"),
+    )
     keep_checkpoints: int = _option(
         2,
         "How many checkpoints of each job stay on the disk, after its end too, besides the best one by its evaluation.",

@@ -33,7 +33,7 @@ from sglang_harli.peft_trainer.intake import Fed, Intake
 from sglang_harli.peft_trainer.memory.activations import MicroBatchMemory
 from sglang_harli.peft_trainer.memory.adapter_state import StateMemory
 from sglang_harli.peft_trainer.memory.heap import HeapMemory
-from sglang_harli.peft_trainer.memory.kept_activations import KeptActivations
+from sglang_harli.peft_trainer.memory.kept_activations import kept_for
 from sglang_harli.peft_trainer.memory.working_set import QuantumBound, WorkingSet
 from sglang_harli.peft_trainer.micro_batch_pass import MicroBatchPass, ModelPieces, training_mode
 from sglang_harli.peft_trainer.optimizer import SlicedAdamW, layer_slices
@@ -95,12 +95,10 @@ class TrainingRun:
                 f"give at least {token_bytes} bytes",
                 param="--harli-logits-mem",
             )
-        self._head_tokens = logits_bytes // token_bytes
+        head_tokens = logits_bytes // token_bytes
         memory = HeapMemory(base.device) if memory is None else memory
-        self._micro_memory = MicroBatchMemory(base, memory, self._head_tokens)
-        self._kept = (
-            KeptActivations(memory, base.operators) if keep_activations and quantum_rows is None else None
-        )
+        self._micro_memory = MicroBatchMemory(base, memory, head_tokens, cuts=quantum_rows is None)
+        self._kept = kept_for(base, memory) if keep_activations and quantum_rows is None else None
         with training_mode():
             self.graphs = None
             if graphs is not None and quantum_rows is None and not hp.lora_dropout:
@@ -225,6 +223,10 @@ class TrainingRun:
             if lacking:
                 self.needs_memory = (MemoryPurpose.MICRO_BATCH, lacking)
                 return None
+            if self._kept is not None and not rows.evaluated:
+                self._kept.prepare(rows.count, rows.width)
+        elif self._kept is not None and shape.kind == QuantumKind.FORWARD and self._pass is not None:
+            self._kept.prepare_more(self._pass.layer)
         return shape
 
     def _next(self) -> QuantumShape | None:
@@ -232,7 +234,7 @@ class TrainingRun:
         if self._stage is not None:
             return QuantumShape(self._stage, 1, 0, True)
         if self._pass is not None:
-            return self._pass.shape(self._head_tokens, self.quantum_rows)
+            return self._pass.shape(self._micro_memory.head_tokens, self.quantum_rows)
         if self.settling or self.finished or not self._intake.queue:
             return None
         rows = self._intake.queue[0].rows
@@ -271,7 +273,7 @@ class TrainingRun:
     def _count(self, shape: QuantumShape, rows: int) -> int:
         if self._pass is None or shape.kind != self._pass.HEAD:
             return rows
-        return min(rows * shape.row_tokens, self._pass.left, self._head_tokens)
+        return min(rows * shape.row_tokens, self._pass.left, self._micro_memory.head_tokens)
 
     def _extent(self, shape: QuantumShape, rows: int) -> tuple[int, int]:
         """Tokens of such a quantum, and its width; zeros for kinds that are not cut by rows."""

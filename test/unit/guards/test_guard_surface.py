@@ -37,6 +37,7 @@ FLAGS = {
     "prefix_keep": 0.5,
     "profile_budget_s": 0.0,
     "parity": "refuse",
+    "warm_up": "auto",
     "keep_checkpoints": 2,
     "logits_mem": None,
     "max_file_size": "4GiB",

@@ -1,7 +1,7 @@
 """Builds the scheduler's trainer: binds the weights, states the limits, opens the link.
 
 Leans on SGLang: Scheduler.server_args, weight_updater.offload_tags,
-token_to_kv_pool_allocator, tree_cache, tp_worker.model_runner (model, model_config, lora_manager,
+token_to_kv_pool_allocator, schedule_stream, tree_cache, tp_worker.model_runner (model, model_config, lora_manager,
 kv_cache_dtype, decode_cuda_graph_runner.capture_bs), ServerArgs (model_path, tokenizer_path,
 served_model_name, max_lora_rank, lora_target_modules, device).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressur
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.profile_setup import profile_key, starting_priors
 from sglang_harli.managers.scheduler.service_link import ServiceLink
+from sglang_harli.managers.scheduler.training import warm_up
 from sglang_harli.managers.scheduler.training.adapter_loader import AdapterLoader
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
 from sglang_harli.managers.scheduler.training.parity import Parity
@@ -40,7 +41,7 @@ from sglang_harli.predictor.profile import priors
 from sglang_harli.predictor.profile.profile_table import ProfileKey
 from sglang_harli.predictor.solo import Padding
 from sglang_harli.protocol import internal
-from sglang_harli.run_paths import scheduler_endpoint
+from sglang_harli.run_paths import scheduler_endpoint, shm_dir
 from sglang_harli.sglang_versions.current import arguments, prefix_tree, weight_updates
 
 logger = logging.getLogger(__name__)
@@ -70,13 +71,18 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
     limits = served_limits(base, args, runner, options, pressure)
     key = profile_key(limits, args)
     side = ServingState(options, _predictor(limits, runner, key, options), key, pressure)
+    stream = getattr(scheduler, "forward_stream", None)
+    if warm_up.wanted(options.warm_up, base.device.type):
+        # SGLang has captured its graphs, and the server is healthy only after this.
+        slots = shm_dir(options.absolute_run_dir)
+        warm_up.warm_up(base, logits_bytes=limits.logits_bytes, slots=slots, stream=stream)
     trainer = CoTrainer(
         base,
         limits,
         functools.partial(ServiceLink, scheduler_endpoint(options.absolute_run_dir)),
         AdapterLoader(runner.lora_manager),
         side.predictor,
-        make_timer(base.device.type, getattr(scheduler, "forward_stream", None)),
+        make_timer(base.device.type, stream),
         pressure,
         quantum_rows=options.quantum_rows,
         parity=_parity(scheduler, base, limits, options),
@@ -125,8 +131,13 @@ def training_memory(scheduler: Any, device: torch.device, options: HarliOptions)
     pool = allocator.pool
     prefix_tree.watch(cache)
 
-    def evict(stripes: int, unused_since_s: float | None) -> int:
-        return evict_stripes(cache, allocator, stripes, pool.quota.kept_prefix_slots(), unused_since_s)
+    def evict(stripes: int, unused_since_s: float | None, among: Sequence[int] | None = None) -> int:
+        return evict_stripes(
+            cache, allocator, stripes, pool.quota.kept_prefix_slots(), unused_since_s, among=among
+        )
+
+    if not cpu:  # slot lists are SGLang's, and edited where SGLang does
+        pool.edit_under = lambda: torch.cuda.stream(scheduler.schedule_stream)
 
     return MemoryPressure(pool, device, evict=evict, reserve_bytes=reserve)
 
