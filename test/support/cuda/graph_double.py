@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 HOST_READS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal"}
 
 
-@dataclass
+@dataclass(eq=False)
 class Recorded:
     """One operation; ``made``: the tensors that it gave."""
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_harli.peft_trainer.base.frozen_base import from_transformers
 from sglang_harli.peft_trainer.graphs.cache import Captured, GraphCache
+from sglang_harli.peft_trainer.graphs.comparison import differs
 from sglang_harli.peft_trainer.graphs.layer_graphs import BUCKET, LayerGraphs, bucket_of, launch_bound_tokens
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import RunSpec
@@ -209,3 +210,25 @@ def test_the_cache_keeps_the_last_used_within_its_bounds(calls: list[Any], most:
         assert held == [each for each in used if each in held]
     cache.clear()
     assert not len(cache) and not cache.nbytes
+
+
+# ------------------------------------------------------------------ the comparison before they are used
+class Forgetful(CaptureDouble):
+    """Its graphs leave one product out."""
+
+    def capture(self, work: Any) -> Any:
+        graph, nbytes = super().capture(work)
+        products = [each for each in graph.operations if "mm" in each.function._schema.name]
+        graph.operations.remove(products[-1])
+        return graph, nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_graphs_that_compute_the_same_may_be_used(dtype: torch.dtype):
+    assert differs(from_transformers(tiny_model("qwen3", dtype)), CaptureDouble()) is None
+
+
+def test_graphs_that_do_not_are_refused_in_one_sentence():
+    base = from_transformers(tiny_model("llama", torch.float32))
+    assert "differs by" in (differs(base, Forgetful()) or "")
+    assert "not permitted" in (differs(base, CaptureDouble(fails="operation not permitted")) or "")
