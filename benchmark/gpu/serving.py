@@ -146,8 +146,9 @@ def status(client: FinetuneClient) -> dict[str, Any]:
     """Backing, predictor, reclaims and what warm-up came to, of ``harli status``."""
     answer = client.status()
     serving, pool = answer.serving or {}, answer.pool or {}
+    predicted = serving.get("prediction") or {}
     return {
-        "prediction": serving.get("prediction", {}),
+        "prediction": [{"phase": phase, **figures} for phase, figures in predicted.items()],
         "slo_attainment": serving.get("slo_attainment"),
         "pool": {name: pool.get(name) for name in ("backing", "reclaims", "reclaim_ms", "moves", "spills")},
     }

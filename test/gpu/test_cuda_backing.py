@@ -154,7 +154,7 @@ def test_a_cuda_graph_replays_over_chunks_that_moved(rig: Rig):
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     place = kv[row * width : (row + 1) * width]
-    # Kernels: a copy becomes a node of its own kind, of which nobody says what remapping does to it.
+    # Kernels: a copy is a node of its own kind, of which nobody says what remapping does to it.
     torch.mul(place, 1, out=out)  # what is loaded at first use is loaded before
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=rig.forward):
