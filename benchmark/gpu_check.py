@@ -93,7 +93,7 @@ def merged(options: argparse.Namespace, device: str | None) -> int:
         if len(devices) != 1:
             print(f"--merge: pages of {sorted(devices) or 'no device'} in {options.results}", file=sys.stderr)
             return 2
-        device = devices.pop()
+        (device,) = devices
     page, code = merge(options.results, device)
     print(f"written: {page}")
     return code

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
-from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram, RotaryTable
+from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
+from sglang_harli.peft_trainer.layers.operators.plain import Operators
+from sglang_harli.peft_trainer.layers.rotary import RotaryTable
 from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensor, SavedTensors
 from sglang_harli.peft_trainer.memory.heap import obtain
 from sglang_harli.train_memory import ALIGNMENT, Lease, Specs, TrainMemory, carved_bytes
@@ -73,11 +75,14 @@ class KeptActivations:
 
     Args:
         kinds: of each layer: what, beside the rows, its kernels depend on.
+        operators: of the base's device.
         leases: at most so many; None: one a layer.
     """
 
-    def __init__(self, memory: TrainMemory, kinds: Sequence[Kind], leases: int | None = None) -> None:
-        self._memory, self._kinds = memory, kinds
+    def __init__(
+        self, memory: TrainMemory, kinds: Sequence[Kind], operators: Operators, leases: int | None = None
+    ) -> None:
+        self._memory, self._kinds, self._operators = memory, kinds, operators
         count = min(leases or len(kinds), len(kinds))
         edges = [len(kinds) * number // count for number in range(count + 1)]
         self._rooms = [_Room(range(start, stop)) for start, stop in itertools.pairwise(edges)]
@@ -185,16 +190,17 @@ class KeptActivations:
                 room.lease.reset()
 
     def forward(
-        self, layer: int, start: int, program: LayerProgram, x: Tensor, rotary: RotaryTable
-    ) -> Tensor | None:
-        """A layer's output for a range of rows, kept if there is memory; None: not tried, as it is
-        short. ``x``: ``[count, width, hidden]``, part of what ``begin`` was given."""
+        self, layer: int, start: int, program: LayerProgram, x: Tensor, rotary: RotaryTable, out: Tensor
+    ) -> bool:
+        """A layer's output for a range of rows into ``out``, kept if there is memory; False: not
+        tried, as it is short. ``x``: ``[count, width, hidden]``, part of what ``begin`` was
+        given."""
         room, kind, (count, width) = self._room_of(layer), self._kinds[layer], x.shape[:2]
         known = (kind, width) in self._needs
         if (self._refused or room.full or room.lease is None) and (known or self._refused):
-            return None
+            return False
         trace = SavedTensors(kept=True)
-        out = program.forward(x, rotary, trace)
+        program.forward(x, rotary, trace, out=out)
         references = self._references | {_storage(t) for t in (*program.references, *rotary)}
         sources = _sources(
             [
@@ -207,14 +213,29 @@ class KeptActivations:
         self._remember(kind, count, width, needs)
         places = None if room.lease is None or room.full else _carved(room.lease, needs)
         if places is not None:
-            _move(sources, places)
+            self._move(sources, places)
             self._ranges.setdefault(layer, []).append(_KeptRange(start, count, program, trace))
         elif room.lease is not None:
             room.full = True
-        return out
+        return True
 
     def _room_of(self, layer: int) -> _Room:
         return next(room for room in self._rooms if layer in room.layers)
+
+    def _move(self, sources: list[list[SavedTensor]], places: list[Tensor]) -> None:
+        """Copy each memory once to its place; from there the backward reads, in the same layout."""
+        flats, read = [], []
+        with torch.no_grad():
+            for same, flat in zip(sources, places, strict=True):
+                first = same[0].tensor
+                if not _dense(first):
+                    same[0].tensor = flat.view(first.shape).copy_(first)
+                    continue
+                flats.append(flat)
+                read.append(first.as_strided((first.numel(),), (1,)))
+                for saved in same:
+                    saved.tensor = flat.as_strided(saved.tensor.shape, saved.tensor.stride())
+            self._operators.copy(flats, read)
 
     # ---- backward
     def next(self, layer: int) -> tuple[int, int] | None:
@@ -264,7 +285,7 @@ class KeptActivations:
 def kept_for(base: FrozenBase, memory: TrainMemory) -> KeptActivations:
     """Those of a run: the first layer has no input to give a gradient to, and windows differ."""
     kinds = [(layer == 0, base.window(layer)) for layer in range(len(base.layers))]
-    return KeptActivations(memory, kinds, LEASES.get(base.device.type))
+    return KeptActivations(memory, kinds, base.operators, LEASES.get(base.device.type))
 
 
 def _carved(lease: Lease, needs: Needs) -> list[Tensor] | None:
@@ -284,7 +305,7 @@ def _specs(needs: Needs) -> list[tuple[tuple[int], torch.dtype]]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage()._cdata  # one for all views; contents, and an address, need not be there
 
 
 def _sources(saved: list[SavedTensor]) -> list[list[SavedTensor]]:
@@ -307,16 +328,3 @@ def _dense(tensor: Tensor) -> bool:
                 return False
             expected *= size
     return True
-
-
-def _move(sources: list[list[SavedTensor]], places: list[Tensor]) -> None:
-    """Copy each memory once to its place; from there the graph reads, in the same layout."""
-    with torch.no_grad():
-        for same, flat in zip(sources, places, strict=True):
-            first = same[0].tensor
-            if not _dense(first):
-                same[0].tensor = flat.view(first.shape).copy_(first)
-                continue
-            flat.copy_(first.as_strided((first.numel(),), (1,)))
-            for saved in same:
-                saved.tensor = flat.as_strided(saved.tensor.shape, saved.tensor.stride())
