@@ -149,6 +149,22 @@ def test_a_section_that_hangs_is_given_up_and_the_page_is_there(tmp_path: Path):
     assert results["missing"] == {"speed": "out of time: it was still running"}
 
 
+def test_a_part_that_is_ended_leaves_its_page(tmp_path: Path):
+    code = (
+        "import os, signal, sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from gpu import page\n"
+        "found = page.Page(2, False, Path(sys.argv[2]), 'h200', time.monotonic() + 60).watched()\n"
+        "found.measure('losses', lambda: {'equal': True})\n"
+        "found.measure('speed', lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "benchmark"), str(tmp_path)]
+    assert subprocess.run(command, capture_output=True).returncode == page.MISSING
+    results, text = read(page_of(tmp_path))
+    assert results["sections"] == {"losses": {"equal": True}}
+    assert "- speed: ended by SIGTERM: it was still running" in text
+
+
 def test_a_dry_page_says_so_and_judges_nothing(tmp_path: Path):
     found = page_of(tmp_path, dry=True)
     found.measure("losses", lambda: {"equal": False})
