@@ -11,10 +11,10 @@ Each part stops measuring when its time is over and writes a page (JSON and Mark
 where a figure that must hold does not (``gpu/judge.py``) or something failed, with 2 where
 something is missing for want of time.
 
-Neither make nor a virtual environment is needed: SGLang, torch and the packages of ``pyproject.toml``
-on ``PYTHONPATH``, this project's ``python`` folder (or its wheel) among them. ``--dry`` runs every
-part without a GPU, on the CPU engine, CPU tensors and a double of the driver; its page says so and
-judges nothing.
+Neither make nor a virtual environment is needed: SGLang, torch and the packages that
+``pyproject.toml`` names on ``PYTHONPATH``, and this project's wheel or its ``python`` folder.
+``--dry`` runs every part without a GPU, on the CPU engine, CPU tensors and a double of the driver;
+its page says so and judges nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--trace", type=Path, help="part 4: a CSV file of the published trace (default: synthetic)"
     )
     parser.add_argument(
-        "--backings", default="static", help="part 3: values of HARLI_POOL_BACKING to try too"
+        "--backings", default="remapped,static", help="part 3: values of HARLI_POOL_BACKING to try too"
     )
     parser.add_argument("--attention-backend", default="triton")
     parser.add_argument("--sampling-backend", default="pytorch")
@@ -93,7 +93,7 @@ def merged(options: argparse.Namespace, device: str | None) -> int:
         if len(devices) != 1:
             print(f"--merge: pages of {sorted(devices) or 'no device'} in {options.results}", file=sys.stderr)
             return 2
-        device = devices.pop()
+        (device,) = devices
     page, code = merge(options.results, device)
     print(f"written: {page}")
     return code

@@ -18,7 +18,7 @@ import torch
 from gpu import pool_moves
 from gpu.device import Bench, Timed, bench
 from gpu.page import Page
-from sglang_harli.mem_cache.backing.cuda_driver import why_not
+from sglang_harli.mem_cache.backing import probe
 
 CHUNKS, DRY_CHUNKS = 64, 4  # of one granule, mapped one behind the other
 ROUNDS, DRY_ROUNDS = 10, 1
@@ -29,8 +29,8 @@ def run(page: Page, _options: Any) -> None:
     """Measure all of it, the most important first."""
     page.measure("platform", lambda: platform(page.dry))
     page.measure("green contexts", functools.partial(green_contexts, page.dry))
-    if not page.dry:
-        reason = why_not(torch.cuda.current_device())
+    if not page.dry:  # as a server tries it before it chooses a backing
+        reason = probe.refusal(torch.cuda.current_device())
         page.sections["remapping"] = {"possible": reason is None, "why_not": reason or "-"}
         if reason is not None:
             page.missing["what needs remapping"] = f"no memory can be remapped here: {reason}"

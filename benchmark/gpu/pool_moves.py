@@ -1,4 +1,5 @@
-"""Moving memory between KV cache and training by each backing of the pool: contents, calls, time."""
+"""Moving memory between KV cache and training by each backing of the pool: contents, calls and
+time."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from gpu.device import Bench, Timed
+from sglang_harli.mem_cache.backing.aliased import AliasedBacking
 from sglang_harli.mem_cache.backing.cuda import CudaBacking
 from sglang_harli.mem_cache.backing.interface import Backing
 from sglang_harli.mem_cache.backing.static import StaticBacking
@@ -26,10 +28,13 @@ Make = Callable[[PoolGeometry, Any], Backing]
 
 def backings(bench: Bench) -> dict[str, Make]:
     """Each backing that this device can have, by its name in the pool's status."""
+
+    def mapped(kind: type[AliasedBacking] | type[CudaBacking]) -> Make:
+        return lambda geometry, driver: kind(geometry, bench.device, driver, lambda: bench.streams)
+
     return {
-        CudaBacking.name: lambda geometry, driver: CudaBacking(
-            geometry, bench.device, driver, lambda: bench.streams
-        ),
+        AliasedBacking.name: mapped(AliasedBacking),
+        CudaBacking.name: mapped(CudaBacking),
         StaticBacking.name: lambda geometry, _driver: StaticBacking(
             geometry, bench.device, stream=bench.forward
         ),

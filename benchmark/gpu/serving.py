@@ -83,7 +83,7 @@ def wait_ready(page: Page, server: Server) -> float:
 # ---------------------------------------------------------------- jobs
 def train(client: FinetuneClient, data: Path, **hyperparameters: Any) -> str:
     """A job that trains until it is cancelled; its id, once three steps are done."""
-    wanted = {"n_epochs": 10_000, "batch_size": 8, "checkpoint_every": 0} | hyperparameters
+    wanted: dict[str, Any] = {"n_epochs": 10_000, "batch_size": 8, "checkpoint_every": 0} | hyperparameters
     job = client.submit(data, suffix="check", **wanted).id
     wait(client, job, lambda state: state.step >= 3)
     return job
@@ -146,8 +146,9 @@ def status(client: FinetuneClient) -> dict[str, Any]:
     """Backing, predictor, reclaims and what warm-up came to, of ``harli status``."""
     answer = client.status()
     serving, pool = answer.serving or {}, answer.pool or {}
+    predicted = serving.get("prediction") or {}
     return {
-        "prediction": serving.get("prediction", {}),
+        "prediction": [{"phase": phase, **figures} for phase, figures in predicted.items()],
         "slo_attainment": serving.get("slo_attainment"),
         "pool": {name: pool.get(name) for name in ("backing", "reclaims", "reclaim_ms", "moves", "spills")},
     }

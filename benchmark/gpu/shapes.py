@@ -1,4 +1,4 @@
-"""Models by the shapes of well-known ones, with random weights, and what a step of them computes."""
+"""Models by the shapes of well-known ones, with random weights, and what their steps compute."""
 
 from __future__ import annotations
 

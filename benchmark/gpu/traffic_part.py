@@ -154,8 +154,7 @@ def _predictor(sections: dict[str, Any]) -> dict[str, Any]:
     RuntimeError: no step was predicted.
     """
     rates = [found for name, found in sections.items() if name.startswith("rate ")]
-    decoded = [found["status"]["prediction"].get(DECODE) for found in rates]
-    figures = [one for one in decoded if one is not None]
+    figures = [one for found in rates for one in found["status"]["prediction"] if one["phase"] == DECODE]
     if not figures:
         raise RuntimeError("no rate was measured, or the predictor has no figures of decode steps")
     return {

@@ -145,7 +145,7 @@ def speed(
 ) -> dict[str, Any]:
     """Tokens per second of whole steps of the whole model: ours with kept activations and
     recomputed, then the plain loop on the same weights."""
-    logits = 1 << 16 if dry else HarliOptions(finetune="on").logits_bytes
+    logits = 1 << 16 if dry else HarliOptions().logits_bytes(device.type)
     model = random_model(shape, device, torch.bfloat16)
     found: dict[str, Any] = {"tokens a micro-batch": rows * width, "layers": shape.layers}
     for name, keep in (("kept", True), ("recomputed", False)):
@@ -206,7 +206,7 @@ def quanta(shape: Shape, device: torch.device, layers: int, dry: bool) -> dict[s
     """Host (launch) and device milliseconds of each kind of quantum, the first run of a shape and
     later ones."""
     model = random_model(shape, device, torch.bfloat16, layers)
-    logits = 1 << 16 if dry else HarliOptions(finetune="on").logits_bytes
+    logits = 1 << 16 if dry else HarliOptions().logits_bytes(device.type)
     rows = []
     for keep in (False, True):
         run = training_run(model, STEPS, keep=keep, logits_bytes=logits)

@@ -32,6 +32,7 @@ def test_a_part_with_servers_runs_dry(part: int, sections: set[str], tmp_path: P
     (log,) = tmp_path.glob(f"gpu-check-{part}-ours.log")
     assert "harli: training was warmed up in" in log.read_text(errors="replace")
     served = results["sections"]["co_serving" if part == 3 else "rate 0.5"]
-    assert served["finetune_tokens_per_s"] > 0 and served["status"]["pool"]["backing"] == "host"
+    assert served["status"]["pool"]["backing"] == "host" and served["together"]["requests"] > 0
+    assert {"decode", "forward", "backward"} <= {row["phase"] for row in served["status"]["prediction"]}
     if part == 3:
         assert results["sections"]["greedy"] == {"during": True, "after": True}

@@ -1,4 +1,4 @@
-"""The check for the day a GPU is there: its verdicts, its pages, and its first parts without one."""
+"""The check for the day a GPU is there: its verdicts, its pages, its first parts without one."""
 
 from __future__ import annotations
 
@@ -149,6 +149,22 @@ def test_a_section_that_hangs_is_given_up_and_the_page_is_there(tmp_path: Path):
     assert results["missing"] == {"speed": "out of time: it was still running"}
 
 
+def test_a_part_that_is_ended_leaves_its_page(tmp_path: Path):
+    code = (
+        "import os, signal, sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from gpu import page\n"
+        "found = page.Page(2, False, Path(sys.argv[2]), 'h200', time.monotonic() + 60).watched()\n"
+        "found.measure('losses', lambda: {'equal': True})\n"
+        "found.measure('speed', lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60))\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "benchmark"), str(tmp_path)]
+    assert subprocess.run(command, capture_output=True).returncode == page.MISSING
+    results, text = read(page_of(tmp_path))
+    assert results["sections"] == {"losses": {"equal": True}}
+    assert "- speed: ended by SIGTERM: it was still running" in text
+
+
 def test_a_dry_page_says_so_and_judges_nothing(tmp_path: Path):
     found = page_of(tmp_path, dry=True)
     found.measure("losses", lambda: {"equal": False})
@@ -234,7 +250,7 @@ def test_part_1_runs_dry_by_the_driver_s_double(tmp_path: Path):
     assert all(row.holds for row in judge.rows_of(1, found.sections))
     calls = {row["call"] for row in found.sections["calls"]["rows"]}
     assert {"create", "map", "set_access", "unmap", "fill", "record", "wait", "done"} <= calls
-    assert {row["backing"] for row in found.sections["moves"]["rows"]} >= {"cuda", "static"}
+    assert {row["backing"] for row in found.sections["moves"]["rows"]} == {"aliased", "remapped", "static"}
 
 
 def test_part_1_sees_a_backing_that_does_not_clear_what_comes_back(monkeypatch: pytest.MonkeyPatch):
@@ -242,7 +258,7 @@ def test_part_1_sees_a_backing_that_does_not_clear_what_comes_back(monkeypatch: 
     with bench(dry=True) as device:
         rows = {row["backing"]: row["contents_right"] for row in pool_moves.moves(device, True)["rows"]}
         assert not platform_part.graph(device, True)["right"]
-    assert rows["static"] is False and rows["cuda"] is True
+    assert rows == {"aliased": True, "remapped": True, "static": False}
 
 
 def test_part_2_runs_dry_on_the_cpu(tmp_path: Path):

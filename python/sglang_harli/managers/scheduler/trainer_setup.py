@@ -75,7 +75,9 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
     if warm_up.wanted(options.warm_up, base.device.type):
         # SGLang has captured its graphs, and the server is healthy only after this.
         slots = shm_dir(options.absolute_run_dir)
-        warm_up.warm_up(base, logits_bytes=limits.logits_bytes, slots=slots, stream=stream)
+        warm_up.warm_up(
+            base, logits_bytes=limits.logits_bytes, slots=slots, memory=pressure.memory, stream=stream
+        )
     trainer = CoTrainer(
         base,
         limits,

@@ -13,8 +13,14 @@ import torch
 
 from sglang_harli.core import QuantumKind
 from sglang_harli.managers.scheduler.training.warm_up import CHECKS, WIDTHS, WarmUp, wanted, warm_up
+from sglang_harli.mem_cache.backing.host import HostBacking
+from sglang_harli.mem_cache.backing.static import StaticBacking
+from sglang_harli.mem_cache.geometry import PoolGeometry
+from sglang_harli.mem_cache.train_arena import TrainArena
 from sglang_harli.peft_trainer.base.first_layers import first_layers
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase, from_transformers
+from sglang_harli.peft_trainer.memory.heap import HeapMemory
+from support.pool_parts import small_pool
 from support.trainer.trainer_oracle import one_thread, tiny_model
 
 __all__ = ["one_thread"]  # a fixture
@@ -57,6 +63,29 @@ def test_it_changes_nothing_of_what_serves_or_trains_later(tmp_path: Path):
     assert torch.is_grad_enabled() == grad
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.named_parameters())
     assert len(base.layers) == base.config.num_hidden_layers == 3
+
+
+GEOMETRY = PoolGeometry(slots=64 * 300 + 17, row_bytes=256, buffers=4, page_size=1, stripe_slots=64)
+
+
+@pytest.mark.parametrize("make", [HostBacking, lambda geometry: StaticBacking(geometry, "cpu")])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_pool_has_all_its_memory_back(make: Any, fails: bool, tmp_path: Path):
+    pool, slots, _ = small_pool(GEOMETRY, backing=make(GEOMETRY))
+    free = set(slots.free)
+    lacking = {"slots": tmp_path / "no" / "folder"} if fails else {}
+    done = warm(base_of(), tmp_path / "slots", memory=TrainArena(pool), **lacking)
+    assert bool(done.failure) == fails and done.quanta[QuantumKind.BACKWARD_KEPT]
+    assert pool.status()["moves"]["to_train"] > 0  # it was asked
+    assert not pool.leases and not pool.train_stripes and not pool.backing.lent
+    assert slots.free == free
+    assert not any(bool(pool.backing.kv_bytes(buffer).any()) for buffer in range(GEOMETRY.buffers))
+    pool.check()
+
+
+def test_where_there_is_no_memory_it_says_which_is_lacking(tmp_path: Path):
+    done = warm(base_of(), tmp_path / "slots", memory=HeapMemory(torch.device("cpu"), 1000))
+    assert "bytes for" in done.failure and "are not available" in done.failure
 
 
 def test_it_runs_inside_inference_mode_as_in_the_scheduler(tmp_path: Path):

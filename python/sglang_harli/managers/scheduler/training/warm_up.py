@@ -2,9 +2,9 @@
 
 On a GPU the first quantum of each kind loads kernels, has cuBLAS choose its own, takes device
 memory and pins host memory: hundreds of milliseconds, between two tokens. So a run of two layers
-goes through every kind of quantum once, on the stream that training uses, and is dropped. It has
-memory, random generators and data of its own: neither the pool nor the predictor nor the shapes
-that a job has seen know of it.
+goes through every kind of quantum once, on the stream that training uses, and is dropped. Its
+leases are given back; random generators and data are its own, and neither the predictor nor the
+shapes that a job has seen know of it.
 
 Before that, what can be computed in two ways is compared with torch's own (``CHECKS``).
 """
@@ -28,11 +28,13 @@ from sglang_harli.managers.scheduler.training.failures import describe, forget
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, state_layout
 from sglang_harli.peft_trainer.base.first_layers import first_layers
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.records import QuantumShape
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, EvaluationBatches, MicroBatch, RunSpec
 from sglang_harli.protocol.micro_batches import padded
 from sglang_harli.protocol.public import Hyperparameters
 from sglang_harli.protocol.shared_memory import SharedBuffer
+from sglang_harli.train_memory import TrainMemory
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ CHECKS: tuple[Check, ...] = ()
 LAYERS, ROWS, STEPS = 2, 2, 2
 WIDTHS = (128, 512)  # tokens of a row: of the micro-batches of a step, by turns
 DROPOUT = 0.05  # of the run that recomputes
+TRIES = 4  # for memory
 
 
 @dataclass(slots=True)
@@ -74,6 +77,7 @@ def warm_up(
     *,
     logits_bytes: int,
     slots: Path,
+    memory: TrainMemory | None = None,
     stream: Any = None,
     checks: Sequence[Check] = CHECKS,
     widths: Sequence[int] = WIDTHS,
@@ -84,6 +88,7 @@ def warm_up(
     Args:
         logits_bytes: the largest logits tensor, as runs have it.
         slots: folder of shared memory; one small slot is made there and removed.
+        memory: training's, as runs have it; all of it is given back. None: torch's own.
         stream: that training uses; None: the current one.
         widths: tokens of the rows that are run.
     """
@@ -92,7 +97,12 @@ def warm_up(
         with _on(base.device, stream):
             done.notes = _compared(base, checks)
             for keep in (True, False):
-                _run(base, done.quanta, slots, widths, logits_bytes, keep=keep)
+                run = _make_run(base, logits_bytes, memory, len(widths), keep=keep)
+                try:
+                    _finish(run, base, widths, done.quanta)
+                    _snapshot(run, slots)
+                finally:
+                    run.release()
     except Exception as error:  # boundary: the warm-up fails; the server starts all the same
         done.failure = describe(error)[1]
         logger.warning(
@@ -130,35 +140,42 @@ def _compared(base: FrozenBase, checks: Sequence[Check]) -> list[str]:
     return notes
 
 
-def _run(
-    base: FrozenBase,
-    quanta: Counter[QuantumKind],
-    slots: Path,
-    widths: Sequence[int],
-    logits_bytes: int,
-    *,
-    keep: bool,
-) -> None:
-    """Every quantum of a tiny job, and a slice of a snapshot; ``keep``: activations are kept, else
-    recomputed, in the first step in blocks of a row."""
+def _make_run(
+    base: FrozenBase, logits_bytes: int, memory: TrainMemory | None, accumulation: int, *, keep: bool
+) -> TrainingRun:
+    """``keep``: activations are kept, else recomputed, under dropout."""
     hp = Hyperparameters(
-        batch_size=ROWS, gradient_accumulation_steps=len(widths), lora_dropout=0.0 if keep else DROPOUT
+        batch_size=ROWS, gradient_accumulation_steps=accumulation, lora_dropout=0.0 if keep else DROPOUT
     )
     spec = RunSpec(job="warm-up", attempt=1, hyperparameters=hp, total_steps=STEPS)
-    run = TrainingRun(first_layers(base, LAYERS), spec, logits_bytes=logits_bytes, keep_activations=keep)
-    try:
-        for batch in _batches(base, widths):
-            run.feed(*batch)
-        while (shape := run.peek()) is not None:
-            if not keep and run.applied_step == 0 and run.cut(shape.kind):
-                continue
-            run.run(shape.rows)
-            quanta[shape.kind] += 1
-        if not run.settling and not run.finished:
-            raise MemoryError(f"its memory is not available: {run.needs_memory}")
-        _snapshot(run, slots)
-    finally:
-        run.release()
+    return TrainingRun(
+        first_layers(base, LAYERS), spec, logits_bytes=logits_bytes, memory=memory, keep_activations=keep
+    )
+
+
+def _finish(run: TrainingRun, base: FrozenBase, widths: Sequence[int], quanta: Counter[QuantumKind]) -> None:
+    """Every quantum of the job; the rows of the first step of a run that recomputes in blocks."""
+    for batch in _batches(base, widths):
+        run.feed(*batch)
+    cuts = run.spec.hyperparameters.lora_dropout > 0
+    while (shape := _next(run, base.device)) is not None:
+        if cuts and run.applied_step == 0 and run.cut(shape.kind):
+            continue
+        run.run(shape.rows)
+        quanta[shape.kind] += 1
+
+
+def _next(run: TrainingRun, device: torch.device) -> QuantumShape | None:
+    """The quantum that comes next; None: the job is over.  MemoryError: there is no memory."""
+    for _ in range(TRIES):
+        shape = run.peek()
+        if shape is not None or run.needs_memory is None:
+            return shape
+        if device.type == "cuda":  # what is free is counted there, and known a call later
+            torch.cuda.synchronize(device)
+    assert run.needs_memory is not None
+    purpose, nbytes = run.needs_memory
+    raise MemoryError(f"{nbytes} bytes for {purpose.text} are not available")
 
 
 def _batches(base: FrozenBase, widths: Sequence[int]) -> Iterator[tuple[Any, ...]]:
