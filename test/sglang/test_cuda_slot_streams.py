@@ -37,10 +37,13 @@ class Rig:
                 else HarliPagedAllocator(SIZE, page_size, *shared)
             )
         self.pool: UnifiedPool = self.slots.pool
-        if edits_on_schedule:
-            self.pool.edit_under = lambda: device.stream(self.schedule)
+        edit_under = functools.partial(device.stream, self.schedule) if edits_on_schedule else nullcontext
         self.leases: list[Any] = []
-        self.pool.lend_to(lambda stripes: [lease.give_back() for lease in list(self.leases)], None)
+        self.pool.lend_to(self.relieve, None, edit_under)
+
+    def relieve(self, stripes: int) -> None:
+        for lease in list(self.leases):
+            lease.give_back()
 
     def fence(self) -> Any:
         event = self.device.Event()

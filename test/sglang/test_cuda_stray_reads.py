@@ -19,7 +19,7 @@ def folder_of(package: str) -> Path:
 
 @pytest.mark.parametrize("name", ["decode_attention", "extend_attention"])
 def test_triton_masks_what_it_loads(name: str):
-    """Each load of a key, a value or a slot has a mask by position, and zeros in place of the rest."""
+    """Each load of a key, a value or a slot has a mask by position, and zeros for the rest."""
     assert "triton" in MASKED
     source = (folder_of("sglang") / "kernels/ops/attention" / f"{name}.py").read_text()
     found = dict.fromkeys(("K_Buffer", "V_Buffer", "kv_indices"), 0)

@@ -1,4 +1,4 @@
-"""Which backing holds the pool's memory: by name, by what the device can, by the attention back end."""
+"""Which backing holds the pool's memory: by name, by the device, by the attention back end."""
 
 from __future__ import annotations
 

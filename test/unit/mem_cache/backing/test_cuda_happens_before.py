@@ -1,4 +1,4 @@
-"""The happens-before checker finds what no event orders; memory lent in place is ordered both ways."""
+"""The happens-before checker finds what no event orders; memory lent in place is ordered."""
 
 from __future__ import annotations
 
