@@ -246,7 +246,7 @@ def test_no_more_is_dropped_than_is_needed() -> None:
         if shape.kind == QuantumKind.HEAD and run.applied_step == 1:
             spaces = [space for space in memory.held if space.purpose == KEPT]
             assert run._kept is not None
-            by_layer = [room.lease for room in run._kept._rooms]
+            by_layer = [group.lease for group in run._kept._groups]
             assert len(spaces) == 3 and set(spaces) == set(by_layer)
             assert run.drop_kept(lambda: len(memory.held) <= 2 + 2)
             assert {space for space in memory.held if space.purpose == KEPT} == set(by_layer[1:])
