@@ -64,6 +64,11 @@ class KeptActivations:
         self._idle = set(self._spare)
 
     # ---- forward
+    @property
+    def keeping(self) -> bool:
+        """Whether the micro-batch may keep more."""
+        return not self._refused
+
     def forward(
         self, layer: int, start: int, program: LayerProgram, x: Tensor, rotary: RotaryTable, out: Tensor
     ) -> bool:
