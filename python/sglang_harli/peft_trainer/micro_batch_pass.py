@@ -152,7 +152,7 @@ class MicroBatchPass:
         if kind != self.HEAD:
             if fixed_rows is not None:
                 return QuantumShape(kind, min(left, fixed_rows), width, True)
-            most = bound.rows(kind, self.rows.lengths[self.done], left)
+            most = bound.rows(kind, self.rows.lengths[self.done], left, keeps=self._keeps)
             return QuantumShape(kind, most, width, False)
         most = min(left, head_tokens)
         if fixed_rows is None:
@@ -177,7 +177,14 @@ class MicroBatchPass:
             return needs.leaves + needs.block_bytes(kind, count * self._block, self._blocks.length)
         if kind == self.HEAD:
             return needs.head_bytes(count)
-        return needs.leaves + count * needs.row_bytes(kind, self.rows.lengths[self.done])
+        width = self.rows.lengths[self.done]
+        return needs.leaves + count * needs.row_bytes(kind, width, keeps=self._keeps)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether the quantum that comes next may keep what it computes."""
+        kept = self.pieces.kept
+        return kept is not None and kept.keeping and self.kind == QuantumKind.FORWARD
 
     @property
     def divisible(self) -> bool:

@@ -189,6 +189,11 @@ class KeptActivations:
             if group.lease is not None:
                 group.lease.reset()
 
+    @property
+    def keeping(self) -> bool:
+        """Whether the micro-batch may keep more."""
+        return not self._refused
+
     def forward(
         self, layer: int, start: int, program: LayerProgram, x: Tensor, rotary: RotaryTable, out: Tensor
     ) -> bool:

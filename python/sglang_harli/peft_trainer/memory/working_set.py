@@ -34,9 +34,10 @@ class WorkingSet:
         linears = sizes.values()
         self.leaves = self.bytes * rank * sum(a + b for a, b in linears)  # gradients of the adapter
 
-    def row_bytes(self, kind: QuantumKind, width: int) -> int:
-        """Of a row of ``width`` tokens in one layer."""
-        per_token = self.forward_token
+    def row_bytes(self, kind: QuantumKind, width: int, *, keeps: bool = False) -> int:
+        """Of a row of ``width`` tokens in one layer; ``keeps``: what a forward leaves for the
+        backward is alive too, until it is moved into its lease."""
+        per_token = self.forward_token + (self.trace_token if keeps else 0)
         if kind is QuantumKind.BACKWARD:
             per_token = self.trace_token + self.backward_token
         elif kind is QuantumKind.BACKWARD_KEPT:
@@ -96,9 +97,9 @@ class QuantumBound:
     def __init__(self, needs: WorkingSet, nbytes: int | None) -> None:
         self.needs, self.nbytes = needs, nbytes
 
-    def rows(self, kind: QuantumKind, width: int, offered: int) -> int:
+    def rows(self, kind: QuantumKind, width: int, offered: int, *, keeps: bool = False) -> int:
         """Of rows of ``width``, at most ``offered``; at least one."""
-        return self._most(self.needs.leaves, self.needs.row_bytes(kind, width), offered)
+        return self._most(self.needs.leaves, self.needs.row_bytes(kind, width, keeps=keeps), offered)
 
     def blocks(self, kind: QuantumKind, tokens: int, length: int, offered: int) -> int:
         """Of blocks of ``tokens`` of one row, at most ``offered``; at least one."""

@@ -311,7 +311,13 @@ class CoTrainer:
         if self.released:
             return None
         if run is not None and run.copying:
-            return self._single(QuantumKind.COPY)
+            if run.trains_next and (offer := self._run_offer(run)) is not None:
+                return offer
+            return self._single(QuantumKind.COPY) if self.run is run and run.copy_ready else None
+        return self._run_offer(run)
+
+    def _run_offer(self, run: ActiveRun | None) -> QuantumOffer | None:
+        """A quantum of training, or of the comparison with serving."""
         finishing = run is not None and run.finishing
         if self.held and not finishing:
             return None
@@ -333,7 +339,7 @@ class CoTrainer:
             return self._single(QuantumKind.ADAPTER, Claim.EVERY_STEP)
         run = self.run
         if run is not None and not self.released:
-            if run.copying:
+            if run.copying and run.copy_ready:
                 return self._single(QuantumKind.COPY, Claim.SHARE)
             if run.finishing and (offer := self._training_offer(run, Claim.SHARE)) is not None:
                 return offer
@@ -424,7 +430,7 @@ class CoTrainer:
                 self.parity.fail(describe(error)[1])
                 self.hold_changed()
                 forget(error, self.base.device)
-            elif offer.kind is not QuantumKind.ADAPTER and not self._shrunk(error):
+            elif offer.kind is not QuantumKind.ADAPTER and not self._shrunk(offer.kind, error):
                 self.fail(error)
             return
         upper_s = dict(offer.candidates).get(decision.rows, offer.candidates[-1][1])
@@ -444,10 +450,10 @@ class CoTrainer:
         if self.run is not None and offer.kind not in _OF_NO_RUN:
             self._enter(SubState.TRAINING, decision.reason)
 
-    def _shrunk(self, error: Exception) -> bool:
+    def _shrunk(self, kind: QuantumKind, error: Exception) -> bool:
         """Whether the run goes on with smaller quanta, after one that had no memory."""
         run = self.run
-        if run is None or run.copying or not lacked_memory(error) or not run.training.shrink():
+        if run is None or kind is QuantumKind.COPY or not lacked_memory(error) or not run.training.shrink():
             return False
         logger.warning("harli: training goes on with smaller quanta, for there was no memory for this one")
         forget(error, self.base.device)
@@ -474,7 +480,7 @@ class CoTrainer:
             return work
         run = self.run
         assert run is not None
-        if run.copying:
+        if run.copying and (kind is QuantumKind.COPY or not run.copies_beside):
             return Work(kind, min(run.copy_slice(), 1))
         done = run.training.run(rows)
         if run.after_quantum():
