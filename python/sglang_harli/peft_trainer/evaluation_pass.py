@@ -37,7 +37,7 @@ class EvaluationPass(MicroBatchPass):
         self._no_dropout()
         part = (rows, slice(0, width))
         x = self._at.saved[0][part]
-        x.copy_(self.pieces.layers[self.layer].forward(x, self.pieces.rotary.upto(width)))
+        self.pieces.layers[self.layer].forward(x, self.pieces.rotary.upto(width), out=x)
         self._advance(rows.stop - rows.start)
 
     def _run_blocks(self, blocks: RowBlocks, count: int) -> None:
@@ -48,7 +48,7 @@ class EvaluationPass(MicroBatchPass):
         keys.at = at = blocks.take(count * BLOCK)
         cos, sin = self.pieces.rotary.upto(blocks.length)
         x = self._at.saved[0][blocks.row : blocks.row + 1, at]
-        x.copy_(self.pieces.layers[self.layer].forward(x, (cos[:, at], sin[:, at]), past=keys))
+        self.pieces.layers[self.layer].forward(x, (cos[:, at], sin[:, at]), past=keys, out=x)
         if blocks.finished:
             self._blocks = None
             self._advance(1)
@@ -61,7 +61,9 @@ class EvaluationPass(MicroBatchPass):
         self._stage = self.HEAD if len(self.rows.targets) else None
 
     def _head(self, count: int) -> None:
-        self._losses(count, None)
+        _, targets = self._compute_logits(count, None)
+        logits, low = self._at.logits[:count], self._at.low[:count]
+        self._add(*self.pieces.operators.losses(logits, low, targets))
         self._advance(count)
 
     def _end_head(self) -> None:

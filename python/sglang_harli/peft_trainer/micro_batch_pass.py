@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sglang_harli.core import QuantumKind
+from sglang_harli.peft_trainer import device_calls
 from sglang_harli.peft_trainer.adapter import Adapter
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
@@ -56,13 +57,16 @@ class ModelPieces:
         self.adapter = adapter
         self.memory, self.kept = memory, kept
         self.layers = [
-            LayerProgram(layer, block.groups, base.window(i), wants_x=i > 0)  # the embedding is frozen
+            LayerProgram(
+                layer, block.groups, base.window(i), base.operators, wants_x=i > 0
+            )  # the embedding is frozen
             for i, (layer, block) in enumerate(zip(base.layers, adapter.blocks, strict=True))
         ]
         self.embed = base.model.model.embed_tokens
         self.norm = RmsNorm("norm", base.model.model.norm)
         self.head_weight: Tensor = base.model.lm_head.weight
         self.rotary = base.rotary()
+        self.operators = base.operators
 
 
 class MicroBatchPass:
@@ -222,15 +226,14 @@ class MicroBatchPass:
             program.fill_keys(x, rotary, keys)
         elif kind == QuantumKind.FORWARD:
             below = self._at.saved[self.layer + 1][row]
-            below[:, at].copy_(program.forward(x, rotary, past=keys))
+            program.forward(x, rotary, past=keys, out=below[:, at])
             if at.stop == length:
                 below[:, length:].zero_()
         else:
             grad = self._at.grad[row, at]
             trace = program.recompute(x, rotary, keys)
-            self._collect(
-                program.gradients(trace, grad, keys), grad, first=not row.start and at.stop == length
-            )
+            leaves, _ = program.gradients(trace, grad, keys)
+            self._collect(leaves, first=not row.start and at.stop == length)
         if blocks.finished:
             self._blocks = None
             self._advance(1)
@@ -275,14 +278,12 @@ class MicroBatchPass:
     def _forward(self, part: tuple[slice, slice]) -> None:
         x, (rows, columns) = self._at.saved[self.layer][part], part
         layer, rotary = self.pieces.layers[self.layer], self.pieces.rotary.upto(columns.stop)
-        out = None
-        if self.pieces.kept is not None:
-            out = self.pieces.kept.forward(self.layer, rows.start, layer, x, rotary)
-        if out is None:
-            out = layer.forward(x, rotary)
-        below = self._at.saved[self.layer + 1][rows]
-        below[:, columns].copy_(out)
-        below[:, columns.stop :].zero_()  # a later range may be cut wider
+        below, kept = self._at.saved[self.layer + 1][rows], self.pieces.kept
+        out = below[:, columns]
+        if kept is None or not kept.forward(self.layer, rows.start, layer, x, rotary, out):
+            layer.forward(x, rotary, out=out)
+        if columns.stop < below.shape[1]:
+            below[:, columns.stop :].zero_()  # a later range may be cut wider
 
     def _begin_head(self) -> None:
         self._at.grad.zero_()
@@ -294,37 +295,29 @@ class MicroBatchPass:
         The softmax is turned into the gradient in place: one ``[count, vocab]`` tensor in the exact
         dtype and, in 16 bits, one copy of it.
         """
-        trace, norm = SavedTensors(), self.pieces.norm
-        hidden, head = self.pieces.base.config.hidden_size, self.pieces.head_weight
-        places, targets, total = self._losses(count, trace)
+        trace, operators = SavedTensors(), self.pieces.operators
+        places, targets = self._compute_logits(count, trace)
         logits, low = self._at.logits[:count], self._at.low[:count]
-        logits.div_(total)
-        logits.scatter_add_(1, targets, torch.full_like(targets, -1.0, dtype=logits.dtype))
-        logits.mul_(1.0 / self.divisor if self.scale is None else self.scale / self.divisor)
-        if low.dtype != logits.dtype:
-            low.copy_(logits)
-        grad = norm.backward(torch.mm(low, head), trace)
-        self._at.grad.view(-1, hidden).index_copy_(0, places, grad)
+        factor = 1.0 / self.divisor if self.scale is None else self.scale / self.divisor
+        self._add(*operators.losses_and_gradient(logits, low, targets, factor))
+        grad = operators.rms_norm_backward(self.pieces.norm, torch.mm(low, self.pieces.head_weight), trace)
+        self._at.grad.view(-1, grad.shape[1]).index_copy_(0, places, grad)
         self._advance(count)
 
-    def _losses(self, count: int, trace: SavedTensors | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Add loss and correct predictions of ``count`` target tokens.  Gives their places and ids,
-        and the sums of exponentials that are left in the logits."""
+    def _add(self, loss: Tensor, correct: Tensor) -> None:
+        """Of some target tokens, their sum and number."""
+        self.correct += correct
+        self.loss += loss / self.divisor
+
+    def _compute_logits(self, count: int, trace: SavedTensors | None) -> tuple[Tensor, Tensor]:
+        """The logits of ``count`` target tokens into ``low``.  Gives their places and ids."""
         places = self._places[self.done : self.done + count].long()
         targets = self._targets[self.done : self.done + count, None].long()
-        hidden, head = self.pieces.base.config.hidden_size, self.pieces.head_weight
-        logits, low = self._at.logits[:count], self._at.low[:count]
+        hidden = self.pieces.base.config.hidden_size
         rows = self._at.saved[-1].view(-1, hidden).index_select(0, places)
-        normed = self.pieces.norm.forward(rows, trace)
-        torch.mm(normed, head.t(), out=low)
-        if low.dtype != logits.dtype:
-            logits.copy_(low)
-        logits.sub_(logits.amax(dim=-1, keepdim=True))
-        wanted = logits.gather(1, targets)
-        self.correct += (wanted == 0).sum()  # the largest one: a pass less than argmax
-        total = logits.exp_().sum(dim=-1, keepdim=True)
-        self.loss += (total.log() - wanted).sum(dtype=torch.float64) / self.divisor
-        return places, targets, total
+        normed = self.pieces.operators.rms_norm(self.pieces.norm, rows, trace)
+        torch.mm(normed, self.pieces.head_weight.t(), out=self._at.low[:count])
+        return places, targets
 
     def _backward(self, part: tuple[slice, slice], *, kept: bool) -> None:
         """One layer for a range of rows; its input's gradient replaces its output's."""
@@ -336,13 +329,10 @@ class MicroBatchPass:
             x = self._at.saved[self.layer][part]
             trace = program.recompute(x, self.pieces.rotary.upto(x.shape[1]))
             found = program.gradients(trace, grad)
-        self._collect(found, grad, first=part[0].start == 0)
+        self._collect(found[0], first=part[0].start == 0)
 
-    def _collect(self, found: tuple[Tensor, Tensor | None], grad: Tensor, *, first: bool) -> None:
-        """Take ``gradients``' results; ``grad``, of the output, is replaced."""
-        leaves, below = found
-        if below is not None:
-            grad.copy_(below)
+    def _collect(self, leaves: Tensor, *, first: bool) -> None:
+        """Take the gradients of a layer's adapter weights for some rows."""
         block = self.pieces.adapter.blocks[self.layer]
         target = block.grad if self.overwrite else block.partial
         assert target is not None
@@ -354,7 +344,4 @@ class MicroBatchPass:
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
     """A copy, in the array's dtype; the message that it lies in goes with the micro-batch."""
-    tensor = torch.from_numpy(array.copy())
-    if device.type == "cuda":  # from pinned memory the copy does not block the host
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+    return device_calls.copied_to(torch.from_numpy(array.copy()), device)

@@ -296,7 +296,7 @@ class TrainingRun:
             self._state.carve()
             with torch.no_grad():
                 self._adapter.fill(position, self._source)
-            if self._position == len(self._adapter.blocks):
+            if self._position == self._adapter.pieces:
                 self._stage, self._source = None, None
         elif self._stage == QuantumKind.ACCUMULATE:
             with torch.no_grad():

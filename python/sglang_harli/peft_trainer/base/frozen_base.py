@@ -11,6 +11,7 @@ Of SGLang this file knows parameter names, ``base_layer`` (its LoRA wrapper), ``
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from transformers import AutoModelForCausalLM
 from sglang_harli.architectures import BY_NAME, FUSED
 from sglang_harli.peft_trainer.base import model_math, served_modules
 from sglang_harli.peft_trainer.base.model_math import refuse
+from sglang_harli.peft_trainer.layers.operators.choose import operators_for
+from sglang_harli.peft_trainer.layers.operators.plain import Operators
 from sglang_harli.peft_trainer.layers.rotary import Rotary, RotaryTable, ServedRotary, model_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +50,11 @@ class FrozenBase:
     math: dict[str, Any]
     table: Callable[[int], RotaryTable]
     positions: int | None = None
+
+    @functools.cached_property
+    def operators(self) -> Operators:
+        """Those of its device."""
+        return operators_for(self.device)
 
     def rotary(self) -> Rotary:
         """A rotary table for one run."""

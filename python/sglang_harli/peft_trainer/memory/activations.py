@@ -51,6 +51,7 @@ class MicroBatchMemory:
         config, heads = base.config, base.config.num_attention_heads
         self._heads = config.num_key_value_heads, getattr(config, "head_dim", None) or self._hidden // heads
         self._keys_lease: Lease | None = None
+        self._operators = base.operators
 
     def specs(self, rows: Rows) -> Specs:
         """What is carved, in this order: saved[0..L], grad, logits, and ``low`` if there is one.
@@ -82,6 +83,8 @@ class MicroBatchMemory:
 
     def _keys_specs(self, length: int) -> Specs:
         shape = (1, self._heads[0], length, self._heads[1])
+        if self._operators.token_major:
+            shape = (1, length, *self._heads)
         return [(shape, self._dtype), (shape, self._dtype), (shape, self._exact), (shape, self._exact)]
 
     def obtain_keys(self, length: int) -> bool:
@@ -97,8 +100,11 @@ class MicroBatchMemory:
     def carve_keys(self, length: int) -> RowKeys:
         """What ``obtain_keys`` was asked for; gradients are zero."""
         assert self._keys_lease is not None
-        key, value, grad_key, grad_value = self._keys_lease.carve_all(self._keys_specs(length))
-        return RowKeys(key, value, grad_key.zero_(), grad_value.zero_())
+        places = self._keys_lease.carve_all(self._keys_specs(length))
+        self._operators.zero(places[2:])
+        if self._operators.token_major:
+            places = [place.transpose(1, 2) for place in places]
+        return RowKeys(*places)
 
     def give_back(self) -> bool:
         """Whether there was something to give back."""

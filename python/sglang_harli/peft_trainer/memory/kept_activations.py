@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from sglang_harli.core import MemoryPurpose
-from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram, RotaryTable
+from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
+from sglang_harli.peft_trainer.layers.rotary import RotaryTable
 from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensor, SavedTensors
 from sglang_harli.peft_trainer.memory.heap import obtain
 from sglang_harli.train_memory import Lease, TrainMemory
@@ -63,18 +64,19 @@ class KeptActivations:
 
     # ---- forward
     def forward(
-        self, layer: int, start: int, program: LayerProgram, x: Tensor, rotary: RotaryTable
-    ) -> Tensor | None:
-        """A layer's output for a range of rows, kept if there is memory; None: not tried, as it is
-        short. ``x``: ``[count, width, hidden]``, part of what ``begin`` was given."""
+        self, layer: int, start: int, program: LayerProgram, x: Tensor, rotary: RotaryTable, out: Tensor
+    ) -> bool:
+        """A layer's output for a range of rows into ``out``, kept if there is memory; False: not
+        tried, as it is short. ``x``: ``[count, width, hidden]``, part of what ``begin`` was
+        given."""
         if self._refused:
-            return None
+            return False
         key = (layer == 0, program.attend.window, *x.shape[:2])
         known, lease = self._needs.get(key), None
         if known is not None and (lease := self._obtain(known)) is None:
-            return None
+            return False
         trace = SavedTensors(kept=True)
-        out = program.forward(x, rotary, trace)
+        program.forward(x, rotary, trace, out=out)
         references = self._references | {_storage(t) for t in (*program.references, *rotary)}
         sources = _sources(
             [
@@ -93,7 +95,7 @@ class KeptActivations:
             _move(sources, lease.carve_all(_specs(needs)))
             kept = _KeptRange(start, x.shape[0], program, trace, lease)
             self._ranges.setdefault(layer, []).append(kept)
-        return out
+        return True
 
     def _remember(self, key: tuple[object, ...], needs: Needs) -> None:
         if len(self._needs) >= _SHAPES:
