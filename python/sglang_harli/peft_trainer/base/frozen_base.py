@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 from sglang_harli.architectures import BY_NAME, FUSED
 from sglang_harli.peft_trainer.base import model_math, served_modules
 from sglang_harli.peft_trainer.base.model_math import refuse
-from sglang_harli.peft_trainer.layers.operators.choose import operators_for
+from sglang_harli.peft_trainer.layers.operators.choose import operators_for, with_kernels
+from sglang_harli.peft_trainer.layers.operators.kernel_switches import KernelSwitches
 from sglang_harli.peft_trainer.layers.operators.plain import Operators
 from sglang_harli.peft_trainer.layers.rotary import Rotary, RotaryTable, ServedRotary, model_table
 
@@ -41,6 +42,7 @@ class FrozenBase:
         dtype: of its weights and activations.
         math: what its config says of what it computes (``model_math.math_fields``).
         table: gives the rotary table of the first positions; positions: its end; None: without end.
+        kernels: of ours, which are used on a device.
     """
 
     model: Any
@@ -50,11 +52,12 @@ class FrozenBase:
     math: dict[str, Any]
     table: Callable[[int], RotaryTable]
     positions: int | None = None
+    kernels: KernelSwitches = field(default_factory=KernelSwitches)
 
     @functools.cached_property
     def operators(self) -> Operators:
         """Those of its device."""
-        return operators_for(self.device)
+        return with_kernels(operators_for(self.device), self.dtype, self.kernels)
 
     def rotary(self) -> Rotary:
         """A rotary table for one run."""

@@ -108,10 +108,10 @@ def rotate_backward(
     Args:
         query, key, value: gradients, ``[rows, width, heads, size]`` each; copied where query's is
             not contiguous, or key's and value's are not laid out alike in whole heads.
-        flat, cos, sin: as for ``rotate``; of ``flat`` the shape and dtype alone without norms.
+        flat, cos, sin: as for ``rotate``; without norms ``flat`` is not read and may be empty.
     """
     rows, width = query.shape[:2]
-    out = flat.new_empty(rows * width, layout.width)
+    out = query.new_empty(rows * width, layout.width)
     strides = _in_heads(key, layout.size)
     if strides is None or strides != _in_heads(value, layout.size) or key.dtype != value.dtype:
         key, value = key.contiguous(), value.contiguous()
@@ -176,7 +176,9 @@ def _rotate(
         flat += QUERIES * SIZE
         out += QUERIES * SIZE
         part -= query_parts
-        _rotate_some(flat, cos, sin, key_weight, out, epsilon, part, KEYS, SIZE, NORMED, BLOCK_HEADS, BLOCK_HALF)
+        _rotate_some(
+            flat, cos, sin, key_weight, out, epsilon, part, KEYS, SIZE, NORMED, BLOCK_HEADS, BLOCK_HALF
+        )
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from torch import Tensor
 from sglang_harli.peft_trainer.kernels.launch import launch
 
 MOST = 4  # adapted linears of a group
-BLOCK_TOKENS, BLOCK_COLUMNS = 64, 128
+TILE, EXACT_TILE = (64, 128), (32, 64)  # (tokens, columns) at once in 16 bits and in fp32
 _NEVER = 2**30  # a block that none reaches
 PIECES = (16, 32, 64)  # of a rank
 
@@ -38,12 +38,12 @@ def add_products(out: Tensor, low: Tensor, b: Sequence[Tensor], columns: Sequenc
         low: ``[tokens, len(b) * rank]``, contiguous: scaled.
         b: ``[columns, rank]`` each, contiguous; at most 4.
     """
-    rank = b[0].shape[1]
-    piece, even = _pieces(rank)
-    first, count, ends = _places(columns, BLOCK_COLUMNS)
+    rank, tile = b[0].shape[1], _tile(out)[0]
+    piece, even = _pieces(rank, out)
+    first, count, ends = _places(columns, tile)
     launch(
         _add_products,
-        (triton.cdiv(len(out), BLOCK_TOKENS), ends[len(b) - 1]),
+        (triton.cdiv(len(out), tile), ends[len(b) - 1]),
         out,
         low,
         *_four(b),
@@ -57,8 +57,7 @@ def add_products(out: Tensor, low: Tensor, b: Sequence[Tensor], columns: Sequenc
         PIECE=piece,
         EVEN=even,
         PRECISION=_precision(out),
-        BLOCK_TOKENS=BLOCK_TOKENS,
-        BLOCK_COLUMNS=BLOCK_COLUMNS,
+        BLOCK=tile,
         num_warps=4,
         num_stages=2,
     )
@@ -79,10 +78,11 @@ def product_gradients(
         grad_b: as ``b``; what the B's gradients are written to.
     """
     rank, grad_low = b[0].shape[1], low.new_empty(low.shape)
-    piece, even = _pieces(rank)
-    first, count, ends = _places(columns, BLOCK_TOKENS)
+    piece, even = _pieces(rank, grad)
+    block, across = _tile(grad)
+    first, count, ends = _places(columns, block)
     pieces = triton.cdiv(rank, piece)
-    low_programs = triton.cdiv(len(grad), BLOCK_TOKENS) * len(b) * pieces
+    low_programs = triton.cdiv(len(grad), block) * len(b) * pieces
     launch(
         _product_gradients,
         (low_programs + ends[len(b) - 1] * pieces,),
@@ -104,18 +104,23 @@ def product_gradients(
         PIECE=piece,
         EVEN=even,
         PRECISION=_precision(grad),
-        BLOCK_TOKENS=BLOCK_TOKENS,
-        BLOCK_COLUMNS=BLOCK_COLUMNS,
-        num_warps=4,
+        BLOCK=block,
+        ACROSS=across,
+        num_warps=8 if piece == PIECES[-1] else 4,
         num_stages=3,
     )
     return grad_low
 
 
-def _pieces(rank: int) -> tuple[int, bool]:
-    """(piece of the rank, whether it is made of whole pieces)."""
-    whole = [piece for piece in PIECES if rank % piece == 0]
-    return (whole[-1], True) if whole else (PIECES[0], False)
+def _tile(x: Tensor) -> tuple[int, int]:
+    return EXACT_TILE if x.dtype == torch.float32 else TILE
+
+
+def _pieces(rank: int, x: Tensor) -> tuple[int, bool]:
+    """(piece of the rank, whether it is made of whole pieces); fp32 has small ones only."""
+    pieces = PIECES[:1] if x.dtype == torch.float32 else PIECES
+    whole = [piece for piece in pieces if rank % piece == 0]
+    return (whole[-1], True) if whole else (pieces[0], False)
 
 
 def _precision(x: Tensor) -> str:
@@ -139,7 +144,9 @@ def _four(values: Sequence[T]) -> list[T]:
 
 
 @triton.jit
-def _linear(block, p0, p1, p2, p3, first0, first1, first2, first3, count0, count1, count2, count3, end0, end1, end2):
+def _linear(
+    block, p0, p1, p2, p3, first0, first1, first2, first3, count0, count1, count2, count3, end0, end1, end2
+):
     """Of the linear that this block of columns is in: its pointer, first column, columns; the block
     within it; its number."""
     pointer = p0
@@ -170,21 +177,21 @@ def _add_products(
     out, low, b0, b1, b2, b3, first0, first1, first2, first3, count0, count1, count2, count3,
     end0, end1, end2, tokens, rank, low_width, width,
     PIECE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     b, first, count, block, number = _linear(
         tl.program_id(1), b0, b1, b2, b3, first0, first1, first2, first3,
         count0, count1, count2, count3, end0, end1, end2,
     )  # fmt: skip
-    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    column = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = block * BLOCK + tl.arange(0, BLOCK)
     piece = tl.arange(0, PIECE)
     if EVEN:
         rank = tl.multiple_of(rank, PIECE)
         low_width = tl.multiple_of(low_width, PIECE)
     low += token.to(tl.int64)[:, None] * low_width + number * rank + piece[None, :]
     b += column[None, :] * rank + piece[:, None]
-    total = tl.zeros([BLOCK_TOKENS, BLOCK_COLUMNS], dtype=tl.float32)
+    total = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     for begin in range(0, rank, PIECE):
         within = piece < rank - begin
         known = (token < tokens)[:, None] & (within[None, :] | EVEN)
@@ -208,7 +215,7 @@ def _product_gradients(
     first0, first1, first2, first3, count0, count1, count2, count3,
     end0, end1, end2, low_programs, low_parts, tokens, rank, low_width, width, scaling,
     PIECE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if EVEN:
@@ -225,7 +232,7 @@ def _product_gradients(
         _gradient_of_low(
             grad + first, b, grad_low + number * rank, program // low_parts, (part % pieces) * PIECE,
             count, tokens, rank, low_width, width, scaling,
-            PIECE, EVEN, PRECISION, BLOCK_TOKENS, BLOCK_COLUMNS,
+            PIECE, EVEN, PRECISION, BLOCK, ACROSS,
         )  # fmt: skip
     else:
         program -= low_programs
@@ -236,7 +243,7 @@ def _product_gradients(
         _gradient_of_b(
             grad + first, low + number * rank, found, block, (program % pieces) * PIECE,
             count, tokens, rank, low_width, width,
-            PIECE, EVEN, PRECISION, BLOCK_TOKENS, BLOCK_COLUMNS,
+            PIECE, EVEN, PRECISION, BLOCK, ACROSS,
         )  # fmt: skip
 
 
@@ -244,24 +251,24 @@ def _product_gradients(
 def _gradient_of_low(
     grad, b, grad_low, block, begin, count, tokens, rank, low_width, width, scaling,
     PIECE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """``grad @ b * scaling`` for a block of tokens and the piece of the rank from ``begin`` on;
     ``grad`` and ``grad_low`` begin at the linear's own columns."""
-    token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    token = block * BLOCK + tl.arange(0, BLOCK)
     piece = begin + tl.arange(0, PIECE)
-    column = tl.arange(0, BLOCK_COLUMNS)
+    column = tl.arange(0, ACROSS)
     within = (piece < rank) | EVEN
     grad += token.to(tl.int64)[:, None] * width + column[None, :]
     b += column[:, None] * rank + piece[None, :]
-    total = tl.zeros([BLOCK_TOKENS, PIECE], dtype=tl.float32)
-    for start in range(0, count, BLOCK_COLUMNS):
+    total = tl.zeros([BLOCK, PIECE], dtype=tl.float32)
+    for start in range(0, count, ACROSS):
         known = column < count - start
         x = tl.load(grad, mask=(token < tokens)[:, None] & known[None, :], other=0.0)
         y = tl.load(b, mask=known[:, None] & within[None, :], other=0.0)
         total = tl.dot(x, y, total, input_precision=PRECISION)
-        grad += BLOCK_COLUMNS
-        b += BLOCK_COLUMNS * rank
+        grad += ACROSS
+        b += ACROSS * rank
     grad_low += token.to(tl.int64)[:, None] * low_width + piece[None, :]
     inside = (token < tokens)[:, None] & within[None, :]
     tl.store(grad_low, (total * scaling).to(grad_low.dtype.element_ty), mask=inside)
@@ -271,24 +278,24 @@ def _gradient_of_low(
 def _gradient_of_b(
     grad, low, found, block, begin, count, tokens, rank, low_width, width,
     PIECE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """``grad.T @ low`` for ``BLOCK_TOKENS`` columns and a piece of the rank, over all tokens,
-    ``BLOCK_COLUMNS`` at once: the tile is that of ``_gradient_of_low``, turned."""
-    column = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    """``grad.T @ low`` for ``BLOCK`` columns and a piece of the rank, over all tokens, ``ACROSS`` at
+    once: the tile is that of ``_gradient_of_low``, turned."""
+    column = block * BLOCK + tl.arange(0, BLOCK)
     piece = begin + tl.arange(0, PIECE)
-    token = tl.arange(0, BLOCK_COLUMNS)
+    token = tl.arange(0, ACROSS)
     within = (piece < rank) | EVEN
     grad += token.to(tl.int64)[None, :] * width + column[:, None]
     low += token.to(tl.int64)[:, None] * low_width + piece[None, :]
-    total = tl.zeros([BLOCK_TOKENS, PIECE], dtype=tl.float32)
-    for start in range(0, tokens, BLOCK_COLUMNS):
+    total = tl.zeros([BLOCK, PIECE], dtype=tl.float32)
+    for start in range(0, tokens, ACROSS):
         known = token < tokens - start
         x = tl.load(grad, mask=(column < count)[:, None] & known[None, :], other=0.0)
         y = tl.load(low, mask=known[:, None] & within[None, :], other=0.0)
         total = tl.dot(x, y, total, input_precision=PRECISION)
-        grad += BLOCK_COLUMNS * width.to(tl.int64)
-        low += BLOCK_COLUMNS * low_width
+        grad += ACROSS * width.to(tl.int64)
+        low += ACROSS * low_width
     found += column[:, None] * rank + piece[None, :]
     inside = (column < count)[:, None] & within[None, :]
     tl.store(found, total.to(found.dtype.element_ty), mask=inside)

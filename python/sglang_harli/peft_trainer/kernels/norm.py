@@ -160,6 +160,4 @@ def _backward(
     if PASSED:
         beside = passed + (row * passed_row + column) * HIDDEN + place
         found += tl.load(beside, mask=inside, other=0.0).to(tl.float32)
-    tl.store(
-        out + (row * out_row + column) * HIDDEN + place, found.to(out.dtype.element_ty), mask=inside
-    )
+    tl.store(out + (row * out_row + column) * HIDDEN + place, found.to(out.dtype.element_ty), mask=inside)

@@ -29,7 +29,11 @@ def exact_backward(x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_alone_and_behind_a_sum(shape, dtype):
-    x, added, weight = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1), draw(shape[-1], dtype=dtype)
+    x, added, weight = (
+        draw(*shape, dtype=dtype),
+        draw(*shape, dtype=dtype, seed=1),
+        draw(shape[-1], dtype=dtype),
+    )
     with interpreted() as names:
         out, factors = norm.rms_norm(x, weight, EPSILON)
         total, normed, _ = norm.add_rms_norm(x, added, weight, EPSILON)

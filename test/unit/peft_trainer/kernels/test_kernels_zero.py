@@ -12,7 +12,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    "ranges", [[(16, 32)], [(0, 70_000), (80_000, 16), (90_000, 40_000)], [(3, 5), (4097, 9000)], [(8, 8), (64, 0)]]
+    "ranges",
+    [[(16, 32)], [(0, 70_000), (80_000, 16), (90_000, 40_000)], [(3, 5), (4097, 9000)], [(8, 8), (64, 0)]],
 )
 def test_ranges_and_nothing_else(ranges):
     memory = torch.full((140_000,), 0x5A, dtype=torch.uint8)
