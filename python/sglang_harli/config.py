@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from sglang_harli import run_paths
+from sglang_harli.device_sizes import sizes_of
 from sglang_harli.errors import ConfigError, shown
 
 FLAG_PREFIX = "--harli-"
@@ -36,7 +37,6 @@ _SIZE = re.compile(r"^\s*([0-9]{1,24}(?:\.[0-9]{1,24})?)\s*(b|kb|mb|gb|kib|mib|g
 MAX_SIZE = 2**60
 MAX_COUNT = 1_000_000  # of rows, of checkpoints
 MAX_FILE_BYTES = 4 << 30  # of a training file
-TRAIN_RESERVE_CPU, TRAIN_RESERVE_CUDA = 256 * 2**20, 2**30
 KERNEL_FAMILIES = ("head", "gated", "norm", "rotary", "lora")  # training's own kernels on a CUDA device
 KERNEL_SWITCHES = ("auto", "on", "off")
 _SIZES = ("max_train_mem", "train_reserve", "logits_mem", "max_file_size", "max_part_size", "max_files_size")
@@ -173,8 +173,10 @@ class HarliOptions:
         "the start; on uses them uncompared, off uses torch's. Or by family, such as head=off,lora=on: head, gated, "
         "norm, rotary, lora; those that are not named are auto.",
     )
-    logits_mem: str = _option(
-        "64MiB", "Largest logits tensor of a training step; the loss is chunked to fit it."
+    logits_mem: str | None = _option(
+        None,
+        "Largest logits tensor of a training step; the loss is chunked to fit it (default: 64MiB on a CPU, 512MiB on "
+        "a CUDA device).",
     )
     max_file_size: str = _option("4GiB", "Largest file that /v1/files and /v1/uploads take.")
     max_part_size: str = _option("64MiB", "Largest part of an upload that /v1/uploads takes.")
@@ -281,9 +283,9 @@ class HarliOptions:
         assert switches is not None  # checked when this was made
         return switches
 
-    @property
-    def logits_bytes(self) -> int:
-        return parse_size(self.logits_mem)
+    def logits_bytes(self, device: str) -> int:
+        """The largest logits tensor on a kind of device, such as ``"cuda"``."""
+        return sizes_of(device).logits_bytes if self.logits_mem is None else parse_size(self.logits_mem)
 
     @property
     def file_bytes(self) -> int:
@@ -309,7 +311,7 @@ class HarliOptions:
         """What stays outside the pool for training."""
         if self.train_reserve is not None:
             return parse_size(self.train_reserve)
-        return TRAIN_RESERVE_CPU if cpu else TRAIN_RESERVE_CUDA
+        return sizes_of("cpu" if cpu else "cuda").reserve_bytes
 
     def train_bytes(self, device_bytes: int, cpu: bool) -> int:
         """Training's own budget where the KV pool cannot lend, of ``device_bytes`` of memory."""

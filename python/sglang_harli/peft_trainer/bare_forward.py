@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from sglang_harli.architectures import INPUT_GROUPS
+from sglang_harli.device_sizes import sizes_of
 from sglang_harli.peft_trainer import device_calls
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
 from sglang_harli.peft_trainer.layers.lora_linear import LinearGroup
 from sglang_harli.peft_trainer.layers.rms_norm import RmsNorm
-from sglang_harli.peft_trainer.micro_batch_pass import HEAD_BLOCK, training_mode
+from sglang_harli.peft_trainer.micro_batch_pass import training_mode
 
 SLICE = 4 << 20  # weights that are widened at once: 16 MiB in fp32
 
@@ -34,7 +35,7 @@ class BareForward:
     def __init__(self, base: FrozenBase, ids: list[int], head_tokens: int, *, exact: bool) -> None:
         self._base, self._ids, self._exact = base, ids, exact
         self._dtype = torch.promote_types(base.dtype, torch.float32) if exact else base.dtype
-        self._block = min(HEAD_BLOCK, head_tokens)
+        self._block = min(sizes_of(base.device.type).head_block, head_tokens)
         head: Tensor = base.model.lm_head.weight
         self._rows = max(1, SLICE // head.shape[1])  # of the head, in a quantum
         heads = -(-len(head) // self._rows) if exact else -(-(len(ids) - 1) // self._block)

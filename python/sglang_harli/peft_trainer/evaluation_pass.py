@@ -8,7 +8,7 @@ of loss and correct predictions alone.
 from __future__ import annotations
 
 from sglang_harli.core import QuantumKind
-from sglang_harli.peft_trainer.layers.token_blocks import BLOCK, RowBlocks
+from sglang_harli.peft_trainer.layers.token_blocks import RowBlocks
 from sglang_harli.peft_trainer.micro_batch_pass import MicroBatchPass, ModelPieces, upload
 from sglang_harli.peft_trainer.rows import Rows
 
@@ -45,7 +45,7 @@ class EvaluationPass(MicroBatchPass):
         if blocks.keys is None:
             blocks.keys = self.pieces.memory.carve_keys(blocks.length)
         keys = blocks.keys
-        keys.at = at = blocks.take(count * BLOCK)
+        keys.at = at = blocks.take(count * self._block)
         cos, sin = self.pieces.rotary.upto(blocks.length)
         x = self._at.saved[0][blocks.row : blocks.row + 1, at]
         self.pieces.layers[self.layer].forward(x, (cos[:, at], sin[:, at]), past=keys, out=x)

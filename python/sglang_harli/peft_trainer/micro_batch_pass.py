@@ -24,19 +24,19 @@ import torch
 from torch import Tensor
 
 from sglang_harli.core import QuantumKind
+from sglang_harli.device_sizes import sizes_of
 from sglang_harli.peft_trainer import device_calls
 from sglang_harli.peft_trainer.adapter import Adapter
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
 from sglang_harli.peft_trainer.layers.rms_norm import RmsNorm
 from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
-from sglang_harli.peft_trainer.layers.token_blocks import BLOCK, RowBlocks
+from sglang_harli.peft_trainer.layers.token_blocks import RowBlocks
 from sglang_harli.peft_trainer.memory.activations import Activations, MicroBatchMemory
 from sglang_harli.peft_trainer.memory.kept_activations import KeptActivations
+from sglang_harli.peft_trainer.memory.working_set import QuantumBound
 from sglang_harli.peft_trainer.records import QuantumShape
 from sglang_harli.peft_trainer.rows import Rows
-
-HEAD_BLOCK = 16  # target tokens: the unit in which the head is cut
 
 
 @contextlib.contextmanager
@@ -51,9 +51,14 @@ class ModelPieces:
     """What every quantum needs of the model, looked up once a run; ``kept`` None: none."""
 
     def __init__(
-        self, base: FrozenBase, adapter: Adapter, memory: MicroBatchMemory, kept: KeptActivations | None
+        self,
+        base: FrozenBase,
+        adapter: Adapter,
+        memory: MicroBatchMemory,
+        kept: KeptActivations | None,
+        bound: QuantumBound,
     ) -> None:
-        self.base = base
+        self.base, self.bound = base, bound
         self.adapter = adapter
         self.memory, self.kept = memory, kept
         self.layers = [
@@ -67,6 +72,7 @@ class ModelPieces:
         self.head_weight: Tensor = base.model.lm_head.weight
         self.rotary = base.rotary()
         self.operators = base.operators
+        self.sizes = sizes_of(base.device.type)
 
 
 class MicroBatchPass:
@@ -99,6 +105,7 @@ class MicroBatchPass:
         self._stage: QuantumKind | None = QuantumKind.EMBED
         self.layer = 0
         self.done = 0  # rows of this layer, or target tokens of the head
+        self._block = pieces.sizes.token_block
         self.loss = torch.zeros((), dtype=torch.float64, device=pieces.base.device)
         self.correct = torch.zeros_like(self.loss)
         self._tensors: Activations | None = None
@@ -125,21 +132,57 @@ class MicroBatchPass:
     def shape(self, head_tokens: int, fixed_rows: int | None) -> QuantumShape:
         """The quantum that comes next, whose memory is held from now on; ``fixed_rows``: of a fixed
         split. ``head_tokens``: most target tokens whose logits are computed at once."""
+        bound = self.pieces.bound
+        if fixed_rows is None and self._too_long(bound):
+            self.cut()
         self._obtain_keys()
         kind, left, width = self.kind, self.left, self.rows.width
         assert kind is not None
         if (blocks := self._blocks) is not None:
-            return QuantumShape(kind, math.ceil(blocks.left / BLOCK), BLOCK, False, blocks.length)
+            most = math.ceil(blocks.left / self._block)
+            most = bound.blocks(kind, self._block, blocks.length, most)
+            return QuantumShape(kind, most, self._block, False, blocks.length)
         if kind == QuantumKind.BACKWARD_KEPT:
             return QuantumShape(kind, left, self.rows.lengths[self.done], True)
+        if kind == QuantumKind.EMBED:
+            return QuantumShape(kind, left, width, fixed_rows is not None)
         if kind != self.HEAD:
-            most = left if fixed_rows is None else min(left, fixed_rows)
-            return QuantumShape(kind, most, width, fixed_rows is not None)
+            if fixed_rows is not None:
+                return QuantumShape(kind, min(left, fixed_rows), width, True)
+            most = bound.rows(kind, self.rows.lengths[self.done], left)
+            return QuantumShape(kind, most, width, False)
         most = min(left, head_tokens)
+        if fixed_rows is None:
+            most = bound.head_tokens(most)
         if fixed_rows is not None:
             return QuantumShape(kind, 1, min(most, fixed_rows * width), True)
-        block = min(HEAD_BLOCK, head_tokens)
+        block = min(self.pieces.sizes.head_block, head_tokens)
         return QuantumShape(kind, max(1, math.ceil(most / block)), min(block, most), False)
+
+    def _too_long(self, bound: QuantumBound) -> bool:
+        """Whether the row that comes next takes too much memory whole."""
+        kind = self.kind
+        if kind not in (QuantumKind.FORWARD, QuantumKind.BACKWARD) or self._blocks is not None:
+            return False
+        return bound.too_long(kind, self.rows.lengths[self.done])
+
+    def bytes_of(self, count: int) -> int:
+        """What ``run(count)`` takes beside the leases, estimated."""
+        kind, needs = self.kind, self.pieces.bound.needs
+        assert kind is not None
+        if self._blocks is not None:
+            return needs.leaves + needs.block_bytes(kind, count * self._block, self._blocks.length)
+        if kind == self.HEAD:
+            return needs.head_bytes(count)
+        return needs.leaves + count * needs.row_bytes(kind, self.rows.lengths[self.done])
+
+    @property
+    def divisible(self) -> bool:
+        """Whether one row of the quantum that comes next can be run in smaller pieces."""
+        if self._blocks is not None or self.kind not in (QuantumKind.FORWARD, QuantumKind.BACKWARD):
+            return self.kind == QuantumKind.BACKWARD_KEPT
+        length = self.rows.lengths[self.done]
+        return length > self._block and self._uncut != (self._stage, self.layer, self.done)
 
     @property
     def _unfinished(self) -> int:
@@ -158,7 +201,7 @@ class MicroBatchPass:
         if self._blocks is not None or self._stage not in (QuantumKind.FORWARD, QuantumKind.BACKWARD):
             return False
         length = self.rows.lengths[self.done]
-        if length <= BLOCK or self._uncut == (self._stage, self.layer, self.done):
+        if length <= self._block or self._uncut == (self._stage, self.layer, self.done):
             return False
         self._blocks = RowBlocks(self.done, length, backward=self._stage == QuantumKind.BACKWARD)
         return True
@@ -178,7 +221,7 @@ class MicroBatchPass:
         """(tokens with padding, padded row width) of ``run(count)``; head: (target tokens, 1)."""
         kind = self.kind
         if self._blocks is not None:
-            return min(count * BLOCK, self._blocks.left), self._blocks.length
+            return min(count * self._block, self._blocks.left), self._blocks.length
         if kind == QuantumKind.EMBED:
             return self.rows.count * self.rows.width, self.rows.width
         if kind == self.HEAD:
@@ -215,7 +258,7 @@ class MicroBatchPass:
         if blocks.keys is None:
             blocks.keys = self.pieces.memory.carve_keys(blocks.length)
         keys, kind, fills = blocks.keys, blocks.kind, blocks.fills
-        keys.at = at = blocks.take(count * BLOCK)
+        keys.at = at = blocks.take(count * self._block)
         row, length = slice(blocks.row, blocks.row + 1), blocks.length
         masks, program = self.pieces.adapter.masks, self.pieces.layers[self.layer]
         if masks is not None:

@@ -33,6 +33,7 @@ from sglang_harli.peft_trainer.memory.activations import MicroBatchMemory
 from sglang_harli.peft_trainer.memory.adapter_state import StateMemory
 from sglang_harli.peft_trainer.memory.heap import HeapMemory
 from sglang_harli.peft_trainer.memory.kept_activations import KeptActivations
+from sglang_harli.peft_trainer.memory.working_set import QuantumBound, WorkingSet
 from sglang_harli.peft_trainer.micro_batch_pass import MicroBatchPass, ModelPieces, training_mode
 from sglang_harli.peft_trainer.optimizer import SlicedAdamW, layer_slices
 from sglang_harli.peft_trainer.records import MetricsRing, QuantumDone, QuantumShape, ShapesSeen, StepMetrics
@@ -59,6 +60,8 @@ class TrainingRun:
         memory: where everything sizeable lies, asked for at first need; None: torch's own.
         keep_activations: keep layers' activations where there is memory. Never with a fixed split,
             whose bits must not depend on memory.
+        working_bytes: most that a quantum may take beside ``memory``, estimated; None: no bound
+            until one fails for want of memory (``shrink``). A fixed split has none.
 
     Attributes:
         needs_memory: why ``peek`` was None though there is work: purpose and missing bytes.
@@ -76,6 +79,7 @@ class TrainingRun:
         quantum_rows: int | None = None,
         memory: TrainMemory | None = None,
         keep_activations: bool = True,
+        working_bytes: int | None = None,
     ) -> None:
         self.base, self.spec, self.quantum_rows = base, spec, quantum_rows
         hp = spec.hyperparameters
@@ -90,12 +94,15 @@ class TrainingRun:
         self._head_tokens = logits_bytes // token_bytes
         memory = HeapMemory(base.device) if memory is None else memory
         self._micro_memory = MicroBatchMemory(base, memory, self._head_tokens)
-        self._kept = KeptActivations(memory) if keep_activations and quantum_rows is None else None
+        self._kept = (
+            KeptActivations(memory, base.operators) if keep_activations and quantum_rows is None else None
+        )
         with training_mode():
             self._adapter = Adapter(base, hp)
             self._state = StateMemory(self._adapter.blocks, memory)
-            self._pieces = ModelPieces(base, self._adapter, self._micro_memory, self._kept)
-            self._optimizer = SlicedAdamW(self._adapter.blocks, hp, base.dtype)
+            self._bound = QuantumBound(WorkingSet(base, hp.lora_r), working_bytes)
+            self._pieces = ModelPieces(base, self._adapter, self._micro_memory, self._kept, self._bound)
+            self._optimizer = SlicedAdamW(self._adapter.blocks, hp, base.dtype, base.operators)
             self._step_loss = torch.zeros((), dtype=torch.float64, device=base.device)
             self._step_correct = torch.zeros_like(self._step_loss)
             self._evaluations = Evaluations(base.device, hp, spec.total_steps)
@@ -113,6 +120,7 @@ class TrainingRun:
         self._step_tokens = 0
         self._released = False
         self.needs_memory: tuple[MemoryPurpose, int] | None = None
+        self._tried: tuple[int, bool] | None = None  # bytes of the latest quantum; whether less would do
         self.applied_step = 0
         self.tokens = 0
 
@@ -235,6 +243,7 @@ class TrainingRun:
             raise StateError(f"no quantum to run: the run waits for {waits} or is finished")
         if not 1 <= rows <= shape.rows or (shape.fixed and rows != shape.rows):
             raise StateError(f"{rows} rows asked of a {shape.kind} quantum that offers {shape.rows}")
+        self._tried = None
         with training_mode():
             tokens, width, misleads = 0, 0, self._pass is not None and self._pass.misleads
             first = self._shapes.add(shape.kind, *self._extent(shape, rows))
@@ -264,9 +273,12 @@ class TrainingRun:
         return self._pass.extent(self._count(shape, rows))
 
     def _run_pass(self, shape: QuantumShape, rows: int) -> tuple[int, int]:
+        begins = self._pass is None
         if self._pass is None:
             self._pass = self._begin(self._intake.checked())
-        result = self._pass.run(self._count(shape, rows))
+        count = self._count(shape, rows)
+        self._tried = (self._pass.bytes_of(count), not begins and (rows > 1 or self._pass.divisible))
+        result = self._pass.run(count)
         if self._pass.kind is None:
             if isinstance(self._pass, EvaluationPass):
                 self._evaluations.add(self._intake.queue.popleft(), self._pass.loss, self._pass.correct)
@@ -300,10 +312,10 @@ class TrainingRun:
                 self._stage, self._source = None, None
         elif self._stage == QuantumKind.ACCUMULATE:
             with torch.no_grad():
-                for layer in self._accumulate_slices[position]:
-                    block = self._adapter.blocks[layer]
-                    assert block.partial is not None
-                    block.grad.add_(block.partial)
+                layers = self._accumulate_slices[position]
+                blocks = self._adapter.blocks[layers.start : layers.stop]
+                parts = [block.partial for block in blocks if block.partial is not None]
+                self.base.operators.add_all([block.grad for block in blocks], parts)
             if self._position == len(self._accumulate_slices):
                 self._end_micro_batch()
         else:
@@ -371,6 +383,17 @@ class TrainingRun:
         blocks of tokens. False: it is as small as it can be, or the split is fixed."""
         free = self._stage is None and self.quantum_rows is None
         return free and self._pass is not None and self._pass.kind == kind and self._pass.cut()
+
+    def shrink(self) -> bool:
+        """The device had no memory for the quantum that has just failed. From now on half as much
+        is run at once, and the micro-batch begins again: what the quantum had done is in doubt.
+        False: it cannot be smaller."""
+        if self._tried is None or not self._tried[1] or self.quantum_rows is not None:
+            return False
+        self._bound.halve(self._tried[0])
+        self._tried = self._pass = None
+        self.drop_kept()
+        return True
 
     def drop_micro_batch(self) -> bool:
         """All memory of activations. A micro-batch in flight starts again with the same dropout;

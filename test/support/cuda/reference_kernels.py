@@ -57,7 +57,7 @@ def flash_backward(
 
 
 def efficient_forward(
-    query, key, value, bias, cum_q, cum_k, max_q, max_k, dropout, kind, sums_wanted, *, scale
+    query, key, value, bias, cum_q, cum_k, max_q, max_k, dropout, kind, sums_wanted=False, *, scale
 ):
     assert bias is cum_q is cum_k is max_q is max_k is None and dropout == 0.0 and kind == 2
     assert query.shape[2] == key.shape[2] == value.shape[2]  # no grouped queries

@@ -27,7 +27,7 @@ def test_the_defaults_are_accepted():
     options = HarliOptions()
     assert options.enabled
     assert (options.tpot_slo_ms, options.busy_quantum_ms, options.idle_quantum_ms) == (50.0, 100.0, 250.0)
-    assert options.logits_bytes == 64 * MIB
+    assert options.logits_bytes("cpu") == 64 * MIB and options.logits_bytes("cuda") == 512 * MIB
 
 
 @pytest.mark.parametrize(

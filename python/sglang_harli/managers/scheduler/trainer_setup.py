@@ -136,6 +136,7 @@ def served_limits(
 ) -> internal.ServedLimits:
     """What the served model allows a job."""
     served = runner.lora_manager.target_modules  # SGLang's fused names
+    logits_bytes = options.logits_bytes(base.device.type)
     targets = tuple(m for m in ALL_LINEAR if FUSED.get(m, m) in served)
     return internal.ServedLimits(
         architecture=base.config.architectures[0],
@@ -154,8 +155,8 @@ def served_limits(
         max_lora_rank=runner.lora_manager.max_lora_rank,
         lora_target_modules=targets,
         train_memory_bytes=pressure.ever_bytes,
-        logits_bytes=options.logits_bytes,
-        layout=memory_layout(base, options.logits_bytes),
+        logits_bytes=logits_bytes,
+        layout=memory_layout(base, logits_bytes),
         space_bytes=pressure.space_bytes,
     )
 

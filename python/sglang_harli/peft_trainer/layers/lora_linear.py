@@ -145,7 +145,7 @@ def _joined(parts: list[Tensor]) -> Tensor | None:
     for part in parts:
         begin = first.storage_offset() + rows * first.stride(0)
         if (
-            part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            part.untyped_storage()._cdata != first.untyped_storage()._cdata
             or not part.is_contiguous()
             or part.storage_offset() != begin
         ):

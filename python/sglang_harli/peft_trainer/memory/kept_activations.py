@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
+from sglang_harli.peft_trainer.layers.operators.plain import Operators
 from sglang_harli.peft_trainer.layers.rotary import RotaryTable
 from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensor, SavedTensors
 from sglang_harli.peft_trainer.memory.heap import obtain
@@ -43,8 +44,8 @@ class _KeptRange:
 class KeptActivations:
     """The kept ranges of the micro-batch in flight, a lease each, and spare leases."""
 
-    def __init__(self, memory: TrainMemory) -> None:
-        self._memory = memory
+    def __init__(self, memory: TrainMemory, operators: Operators) -> None:
+        self._memory, self._operators = memory, operators
         self._ranges: dict[int, list[_KeptRange]] = {}  # by layer, rising
         self._spare: list[Lease] = []
         self._idle: set[Lease] = set()  # spare ones that no range of this micro-batch has needed
@@ -92,7 +93,7 @@ class KeptActivations:
         if lease is not None:
             self._spare.remove(lease)
             self._idle.discard(lease)
-            _move(sources, lease.carve_all(_specs(needs)))
+            self._move(sources, lease.carve_all(_specs(needs)))
             kept = _KeptRange(start, x.shape[0], program, trace, lease)
             self._ranges.setdefault(layer, []).append(kept)
         return True
@@ -115,6 +116,21 @@ class KeptActivations:
         if lease is not None:
             self._spare.append(lease)
         return lease
+
+    def _move(self, sources: list[list[SavedTensor]], places: list[Tensor]) -> None:
+        """Copy each memory once to its place; from there the backward reads, in the same layout."""
+        flats, read = [], []
+        with torch.no_grad():
+            for same, flat in zip(sources, places, strict=True):
+                first = same[0].tensor
+                if not _dense(first):
+                    same[0].tensor = flat.view(first.shape).copy_(first)
+                    continue
+                flats.append(flat)
+                read.append(first.as_strided((first.numel(),), (1,)))
+                for saved in same:
+                    saved.tensor = flat.as_strided(saved.tensor.shape, saved.tensor.stride())
+            self._operators.copy(flats, read)
 
     # ---- backward
     def next(self, layer: int) -> tuple[int, int] | None:
@@ -167,7 +183,7 @@ def _specs(needs: Needs) -> list[tuple[tuple[int], torch.dtype]]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage()._cdata  # one for all views; contents, and an address, need not be there
 
 
 def _sources(saved: list[SavedTensor]) -> list[list[SavedTensor]]:
@@ -190,16 +206,3 @@ def _dense(tensor: Tensor) -> bool:
                 return False
             expected *= size
     return True
-
-
-def _move(sources: list[list[SavedTensor]], places: list[Tensor]) -> None:
-    """Copy each memory once to its place; from there the graph reads, in the same layout."""
-    with torch.no_grad():
-        for same, flat in zip(sources, places, strict=True):
-            first = same[0].tensor
-            if not _dense(first):
-                same[0].tensor = flat.view(first.shape).copy_(first)
-                continue
-            flat.copy_(first.as_strided((first.numel(),), (1,)))
-            for saved in same:
-                saved.tensor = flat.as_strided(saved.tensor.shape, saved.tensor.stride())

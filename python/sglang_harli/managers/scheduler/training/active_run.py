@@ -47,12 +47,19 @@ class ActiveRun:
         link: ServiceLink,
         quantum_rows: int | None,
         memory: TrainMemory,
+        *,
+        working_bytes: int | None = None,
     ) -> None:
         self.spec = start.spec
         self._link = link
         _check_memory(start.spec, limits)
         self.training = TrainingRun(
-            base, start.spec, logits_bytes=limits.logits_bytes, quantum_rows=quantum_rows, memory=memory
+            base,
+            start.spec,
+            logits_bytes=limits.logits_bytes,
+            quantum_rows=quantum_rows,
+            memory=memory,
+            working_bytes=working_bytes,
         )
         self._every = start.spec.hyperparameters.checkpoint_every
         self._saved_step = start.step

@@ -22,7 +22,7 @@ from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressur
 from sglang_harli.managers.scheduler.policy.slotting import Slotting
 from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.managers.scheduler.training.active_run import ActiveRun
-from sglang_harli.managers.scheduler.training.failures import describe, forget, passes
+from sglang_harli.managers.scheduler.training.failures import describe, forget, lacked_memory, passes
 from sglang_harli.managers.scheduler.training.parity import Parity
 from sglang_harli.managers.scheduler.training.quantum_timer import DeviceQuantumTimer, HostQuantumTimer, Work
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
@@ -168,8 +168,16 @@ class CoTrainer:
         self._note(spec.job, spec.attempt)
         if self.run is not None:
             self._release()  # the store wants another run
-        memory = self.pressure.memory
-        self.run = ActiveRun(self.base, message, self.limits, self.link, self.quantum_rows, memory)
+        working = None if self.base.device.type == "cpu" else self.pressure.reserve_bytes or None
+        self.run = ActiveRun(
+            self.base,
+            message,
+            self.limits,
+            self.link,
+            self.quantum_rows,
+            self.pressure.memory,
+            working_bytes=working,
+        )
         self.pressure.attach(self.run.training, spec.memory_bytes, self._give_up)
 
     @property
@@ -416,7 +424,7 @@ class CoTrainer:
                 self.parity.fail(describe(error)[1])
                 self.hold_changed()
                 forget(error, self.base.device)
-            elif offer.kind is not QuantumKind.ADAPTER:
+            elif offer.kind is not QuantumKind.ADAPTER and not self._shrunk(error):
                 self.fail(error)
             return
         upper_s = dict(offer.candidates).get(decision.rows, offer.candidates[-1][1])
@@ -435,6 +443,15 @@ class CoTrainer:
             self.train_s += now_s - begin
         if self.run is not None and offer.kind not in _OF_NO_RUN:
             self._enter(SubState.TRAINING, decision.reason)
+
+    def _shrunk(self, error: Exception) -> bool:
+        """Whether the run goes on with smaller quanta, after one that had no memory."""
+        run = self.run
+        if run is None or run.copying or not lacked_memory(error) or not run.training.shrink():
+            return False
+        logger.warning("harli: training goes on with smaller quanta, for there was no memory for this one")
+        forget(error, self.base.device)
+        return True
 
     @property
     def queued_s(self) -> float:

@@ -37,8 +37,8 @@ def efficient_serves(dtype: torch.dtype, head_dim: int) -> bool:
 
 
 class DeviceAttention(CausalAttention):
-    """See there; heads ``[rows, heads, tokens, head_dim]`` are views of token-major memory.
-    ``flash``: whether this device has the flash kernel."""
+    """Attention by a device's kernels; heads ``[rows, heads, tokens, head_dim]`` are views of
+    token-major memory. ``flash``: whether the device has the flash kernel."""
 
     def __init__(self, scale: float, repeats: int, window: int | None, *, flash: bool) -> None:
         super().__init__(scale, repeats, window)

@@ -54,7 +54,7 @@ class LoraPart:
 
 
 class Operators:
-    """See the module. ``trace`` None: no backward follows.
+    """The operators of a CPU, and what a device's must do. ``trace`` None: no backward follows.
 
     Attributes:
         token_major: heads lie in memory as ``[rows, width, heads, head_dim]``; they are given as
@@ -211,7 +211,8 @@ class Operators:
     def losses_and_gradient(
         self, logits: Tensor, low: Tensor, targets: Tensor, factor: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As ``losses``; ``low`` becomes the gradient of the sum at the logits, times ``factor``."""
+        """As ``losses``; ``low`` becomes the gradient of the sum at the logits, times
+        ``factor``."""
         total, loss, correct = self._softmax(logits, low, targets)
         logits.div_(total)
         logits.scatter_add_(1, targets, torch.full_like(targets, -1.0, dtype=logits.dtype))
@@ -230,8 +231,28 @@ class Operators:
         total = logits.exp_().sum(dim=-1, keepdim=True)
         return total, (total.log() - wanted).sum(dtype=torch.float64), correct
 
-    # ---- memory
+    # ---- many tensors at once: the state of several layers
     def zero(self, tensors: Sequence[Tensor]) -> None:
         """All of them."""
         for tensor in tensors:
             tensor.zero_()
+
+    def copy(self, into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """Each source to its place, dense in the same layout."""
+        for place, source in zip(into, sources, strict=True):
+            place.copy_(source)
+
+    def add_all(self, totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """To each total its part."""
+        for total, part in zip(totals, parts, strict=True):
+            total.add_(part)
+
+    def scale(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
+        """All of them by a device scalar."""
+        for tensor in tensors:
+            tensor.mul_(factor)
+
+    def norms(self, tensors: Sequence[Tensor], out: Tensor) -> None:
+        """Of each its norm into ``out``, ``[len(tensors)]``."""
+        for index, tensor in enumerate(tensors):
+            out[index] = torch.linalg.vector_norm(tensor)

@@ -39,7 +39,7 @@ def _relu_backward(grad: Tensor, x: Tensor, out: Tensor) -> None:
     _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)
 
 
-# transformers' module of an activation -> its gradient (that of the output, the input, where it goes).
+# transformers' module of an activation -> its gradient (the output's, the input, where it goes).
 ACTIVATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
     "SiLU": _silu_backward,
     "SiLUActivation": _silu_backward,
@@ -51,7 +51,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {
 
 
 class TorchOperators(Operators):
-    """See ``Operators``.  ``flash``: whether the device has torch's flash kernel (compute
+    """The operators of a device.  ``flash``: whether it has torch's flash kernel (compute
     capability 8.0 or more)."""
 
     token_major = True
@@ -170,14 +170,37 @@ class TorchOperators(Operators):
             torch.mm(out.t(), low[:, part.rank], out=found)
         return grad_low
 
-    # ---- memory
+    # ---- many tensors at once: a launch for tens of them
     def zero(self, tensors: Sequence[Tensor]) -> None:
-        torch._foreach_zero_(list(tensors))
+        for alike in _by_dtype(tensors):
+            torch._foreach_zero_(alike)
+
+    def copy(self, into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        source_of = {id(place): source for place, source in zip(into, sources, strict=True)}
+        for alike in _by_dtype(into):
+            torch._foreach_copy_(alike, [source_of[id(place)] for place in alike])
+
+    def add_all(self, totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        torch._foreach_add_(list(totals), list(parts))
+
+    def scale(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
+        torch._foreach_mul_(list(tensors), factor)
+
+    def norms(self, tensors: Sequence[Tensor], out: Tensor) -> None:
+        torch.stack(torch._foreach_norm(list(tensors)), out=out)
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """torch's kernels of many tensors take one dtype at once; others go one by one."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.dtype, []).append(tensor)
+    return list(found.values())
 
 
 def _rotate(x: Tensor, rotary: RotaryTable, out: Tensor, *, back: bool = False) -> None:
-    """``x`` rotated by its positions into ``out``, both ``[rows, width, heads, size]``; ``back``: by
-    their negatives, which is the gradient."""
+    """``x`` rotated by its positions into ``out``, both ``[rows, width, heads, size]``; ``back``:
+    by their negatives, which is the gradient."""
     cos, sin = (part.unsqueeze(2) for part in rotary)
     half = x.shape[-1] // 2
     sign = -1 if back else 1
