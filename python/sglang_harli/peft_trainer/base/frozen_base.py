@@ -108,12 +108,13 @@ def from_transformers(model: nn.Module) -> FrozenBase:
     return FrozenBase(model, weight.dtype, weight.device, config, model_math.math_fields(config), table)
 
 
-def bind(sglang_model: nn.Module, config: Any) -> FrozenBase:
+def bind(sglang_model: nn.Module, config: Any, kernels: KernelSwitches | None = None) -> FrozenBase:
     """The served model as a transformers module on views of the very same storages.
 
     Args:
         sglang_model: ``model_runner.model`` of SGLang, loaded; may be wrapped for LoRA serving.
         config: ``model_runner.model_config.hf_config``, as the operator and SGLang changed it.
+        kernels: of ours, which are used on a device; None: none.
 
     Raises:
         UnsupportedError: naming the parameter that cannot be bound (packed, quantised, missing, of
@@ -140,7 +141,10 @@ def bind(sglang_model: nn.Module, config: Any) -> FrozenBase:
     model.requires_grad_(False)
     model.eval()
     math = model_math.math_fields(config)
-    return FrozenBase(model, embed.dtype, embed.device, own, math, rotary.table, len(rotary.cache))
+    return FrozenBase(
+        *(model, embed.dtype, embed.device, own, math, rotary.table, len(rotary.cache)),
+        kernels=KernelSwitches() if kernels is None else kernels,
+    )
 
 
 def _skeleton_config(served: Any) -> Any:
