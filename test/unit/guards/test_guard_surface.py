@@ -39,6 +39,7 @@ FLAGS = {
     "parity": "refuse",
     "warm_up": "auto",
     "keep_checkpoints": 2,
+    "kernels": "auto",
     "logits_mem": None,
     "max_file_size": "4GiB",
     "max_part_size": "64MiB",
