@@ -136,11 +136,11 @@ class FakeDevice:
         self._current = [self.Stream()]
 
     # ---------------------------------------------------------------- as torch.cuda has it
-    def Stream(self, device: object = None, priority: int = 0) -> FakeStream:  # noqa: N802 - torch's name
+    def Stream(self, device: object = None, priority: int = 0) -> FakeStream:
         self._streams.append(FakeStream(self, len(self._streams)))
         return self._streams[-1]
 
-    def Event(self, enable_timing: bool = False, **_options: bool) -> FakeEvent:  # noqa: N802
+    def Event(self, enable_timing: bool = False, **_options: bool) -> FakeEvent:
         return FakeEvent(self, enable_timing=enable_timing)
 
     @contextmanager

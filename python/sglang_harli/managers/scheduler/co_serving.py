@@ -31,10 +31,19 @@ HOUSEKEEPING_S = 1.0  # how often SGLang's idle checks (leaks, metrics) run whil
 
 
 class CoServing:
-    """One scheduler's training, at its hooks; lives on its thread."""
+    """One scheduler's training, at its hooks; lives on its thread.
 
-    def __init__(self, scheduler: Any, side: ServingState, trainer: CoTrainer) -> None:
-        self.side, self.trainer = side, trainer
+    ``clock``: seconds, that of the requests' times.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        side: ServingState,
+        trainer: CoTrainer,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.side, self.trainer, self._clock = side, trainer, clock
         self._scheduler, self._view = scheduler, ServingView(scheduler, side)
         self._timer = make_timer(str(scheduler.device), getattr(scheduler, "forward_stream", None))
         self._measured: list[tuple[BatchLoad, float]] = []  # that nothing was learnt from yet
@@ -72,12 +81,12 @@ class CoServing:
         trainer, view = self.trainer, self._view
         if trainer.busy and self.side.targets.ttft_s is not None:
             waiting_prompts.note_arrivals(view.prompts_from(known), self._last_poll_s)
-            self._last_poll_s = time.perf_counter()
+            self._last_poll_s = self._clock()
         else:
             self._last_poll_s = 0.0
         trainer.poll(serving=not view.idle)
         if self._scheduler._engine_paused and trainer.busy:
-            trainer.slotting.run_claimed(time.perf_counter() + IDLE_TURN_S)
+            trainer.slotting.run_claimed(self._clock() + IDLE_TURN_S)
         if trainer.run is not None and view.prompts and trainer.pressure.lends:
             trainer.pressure.make_room(view.prefill_slots())
         for metrics in self._metrics:
@@ -127,7 +136,7 @@ class CoServing:
             trainer.slotting.prefilled()
         elif not trainer.slotting.decoded(finished=finished > 0):
             return
-        now_s = time.perf_counter()
+        now_s = self._clock()
         self._learn(lambda load, seconds: side.step(load, seconds, now_s))
         trainer.tick()
         if getattr(result, "delay_sample_func", None) is not None:
@@ -149,7 +158,7 @@ class CoServing:
         served, self._served = self._served, False
         if served or not self.trainer.busy:
             return True
-        begin_s, quanta = time.perf_counter(), self.trainer.quanta
+        begin_s, quanta = self._clock(), self.trainer.quanta
         housekeeping = begin_s - self._housekeeping_at > HOUSEKEEPING_S
         self.guarded(self._fill_idle, begin_s, housekeeping)
         if self.trainer.quanta != quanta and not housekeeping:
@@ -166,7 +175,7 @@ class CoServing:
             return StepLoad(waiting=self._view.waiting())
 
         if trainer.slotting.fill_idle(load, self.side.targets, begin_s + IDLE_TURN_S):
-            self.side.idle_s = time.perf_counter()
+            self.side.idle_s = self._clock()
 
     @property
     def may_sleep(self) -> bool:

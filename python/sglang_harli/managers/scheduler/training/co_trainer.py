@@ -66,6 +66,7 @@ class CoTrainer:
         take_print: takes the print of ``base`` (waits for the device); None: never asked for.
         make_hello: what is in force in the scheduler; the trainer adds what it knows.
         set_options, status: what the scheduler does for ``harli set`` and ``harli status``.
+        now: seconds, that of the requests' times.
     """
 
     def __init__(
@@ -84,10 +85,12 @@ class CoTrainer:
         make_hello: Callable[[], internal.Hello],
         set_options: Callable[[internal.SetOptions], internal.OptionsSet],
         status: Callable[[], dict[str, Any]],
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.base, self.limits, self.loader = base, limits, loader
         self.link, self._make_hello = open_link(self.hello), make_hello
         self.predictor, self.clock, self.pressure = predictor, clock, pressure
+        self._now = now
         self.quantum_rows = quantum_rows
         self.run: ActiveRun | None = None
         self.held = False  # /pause_generation pauses training too
@@ -103,7 +106,7 @@ class CoTrainer:
         self._told_at = self._ask_memory_at = self._pulse_at = 0.0
         self._attempts: dict[str, int] = {}  # the newest attempt of each job that was held here, or stopped
         self.quanta, self.busy_quanta, self.train_s = 0, 0, 0.0
-        self.slotting = Slotting(self)
+        self.slotting = Slotting(self, now)
         self._handlers: dict[type, Callable[[Any, list[memoryview]], None]] = {
             internal.StartRun: self._start,
             internal.MicroBatch: self._about_run,
@@ -405,7 +408,7 @@ class CoTrainer:
 
     def run_quantum(self, offer: QuantumOffer, decision: Decision) -> None:
         """Run (on CUDA: launch) the quantum that was decided."""
-        begin = time.perf_counter()
+        begin = self._now()
         try:
             with self.clock.span():
                 work = self._run(offer.kind, decision.rows)
@@ -421,7 +424,7 @@ class CoTrainer:
             return
         upper_s = dict(offer.candidates).get(decision.rows, offer.candidates[-1][1])
         self.clock.close(work, upper_s)
-        now_s = time.perf_counter()
+        now_s = self._now()
         for w, seconds in self.clock.take():
             if w.tokens:
                 self.predictor.observe_quantum(
@@ -473,7 +476,7 @@ class CoTrainer:
             run.release()
             self.pressure.detach()
             self._told_at = 0.0
-            self.slotting.yielded.end(time.perf_counter())
+            self.slotting.yielded.end(self._now())
 
     def _give_up(self, reason: str) -> None:
         """Requests need the run's memory: it resumes from its checkpoint when there is memory."""
@@ -561,7 +564,7 @@ class CoTrainer:
 
     def totals(self) -> dict[str, Any]:
         """What was counted since this trainer began."""
-        yielded = self.slotting.yielded.totals(time.perf_counter())
+        yielded = self.slotting.yielded.totals(self._now())
         return {
             "quanta": self.quanta,
             "busy_quanta": self.busy_quanta,
