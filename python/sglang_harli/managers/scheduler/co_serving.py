@@ -18,7 +18,7 @@ from sglang_harli.core import StepLoad
 from sglang_harli.managers.scheduler.metrics import ParityMetrics, PoolMetrics, PredictorMetrics, QosMetrics
 from sglang_harli.managers.scheduler.policy import waiting_prompts
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
-from sglang_harli.managers.scheduler.serving_view import ServingView
+from sglang_harli.managers.scheduler.serving_view import InFlight, ServingView
 from sglang_harli.managers.scheduler.step_timer import BatchLoad, load_of, make_timer
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
 from sglang_harli.sglang_versions.current import arguments, weight_updates
@@ -51,6 +51,8 @@ class CoServing:
         self._quanta = 0  # that had run before the latest batch
         self._last_poll_s = 0.0  # of the sockets, with a TTFT target and something to train
         self._housekeeping_at = 0.0
+        self._in_flight: InFlight | None = None  # the newest batch, until its tokens are out
+        self.unsampled: tuple[Any, bool, bool] | None = None  # see ``_train_behind``: put off for a sampling
         self._served = True  # since the last turn without a batch
         self._logged = ""  # what a hook raised last, outside of a quantum
         self._metrics: tuple[Any, ...] = ()
@@ -114,35 +116,52 @@ class CoServing:
         self._timer.begin()
         return load
 
-    def end(self, load: BatchLoad) -> None:
-        """Behind a batch that is measured."""
-        self._timer.end(load)
+    def end(self, batch: Any, result: Any, load: BatchLoad | None) -> None:
+        """Behind a batch; ``load``: of ``begin``."""
+        if load is not None:
+            self._timer.end(load)
+        self._in_flight = InFlight(result, load, () if batch.forward_mode.is_decode() else batch.reqs)
 
     def processed(self, batch: Any, result: Any) -> None:
         """The batch's tokens are out."""
-        self._served = True
-        self.guarded(self._after_batch, batch, result)
+        self._served, self.unsampled = True, None
+        if self._in_flight is not None and self._in_flight.result is result:
+            self._in_flight = None  # no overlap, or nothing was launched since
+        self.guarded(self._after_batch, batch)
         self._timer.turn()
 
-    def _after_batch(self, batch: Any, result: Any) -> None:
+    def sampled(self) -> None:
+        """The sampling of the batch in flight is launched: what was put off until then."""
+        behind, self.unsampled = self.unsampled, None
+        if behind is not None:
+            self.guarded(self._train_behind, *behind)
+            self._timer.turn()
+
+    def _after_batch(self, batch: Any) -> None:
         trainer, side = self.trainer, self.side
         self._measured += self._timer.take()
-        decoded = batch.forward_mode.is_decode()
         if not trainer.busy:
             self._learn(side.learn)
             return
+        decoded = batch.forward_mode.is_decode()
         finished = side.count_finished(batch.reqs) if decoded else 0
+        if self._in_flight is not None and self._in_flight.unsampled:
+            self.unsampled = batch, decoded, finished > 0
+            return
+        self._train_behind(batch, decoded, finished > 0)
+
+    def _train_behind(self, batch: Any, decoded: bool, finished: bool) -> None:
+        """Quanta until the loop's next turn; ``finished``: requests of ``batch`` have."""
+        trainer, side = self.trainer, self.side
         if not decoded:
             trainer.slotting.prefilled()
-        elif not trainer.slotting.decoded(finished=finished > 0):
+        elif not trainer.slotting.decoded(finished=finished):
             return
         now_s = self._clock()
         self._learn(lambda load, seconds: side.step(load, seconds, now_s))
         trainer.tick()
-        if getattr(result, "delay_sample_func", None) is not None:
-            return
         if decoded or self._view.between_prefills():
-            trainer.slotting.fill(self._view.behind(batch, decoded=decoded))
+            trainer.slotting.fill(self._view.behind(batch, self._in_flight, decoded=decoded))
 
     def _learn(self, learn: Callable[[BatchLoad, float], None]) -> None:
         measured, self._measured = self._measured, []

@@ -187,19 +187,21 @@ class ServingState:
         adapters: bool = False,
         disturbed: bool = False,
         backlog: Backlog | None = None,
+        ahead: Backlog | None = None,
     ) -> Slack:
         """What may be spent before the next decode step, and before prompts that wait are due.
 
         Args:
             clocks, context_tokens: of the requests that go on decoding; adapters: one uses one.
             queued_s: training launched and not finished; disturbed: a checkpoint is being written.
-            backlog: prompts that wait under a TTFT target.
+            backlog: prompts that wait under a TTFT target; ahead: those of a prefill in flight.
         """
         after, alone = (
             self.predictor.decode(len(clocks), context_tokens, adapters=adapters, after_training=trained)
             for trained in (True, False)
         )
         decode_upper_s = after.upper_s * (DISTURBED if disturbed else 1.0)
+        ahead_s = 0.0 if ahead is None else ahead.prefill_upper_s
         slack = batch_slack(
             clocks,
             self.targets,
@@ -207,7 +209,7 @@ class ServingState:
             decode_upper_s=decode_upper_s,
             reserve_s=self.reserve.seconds(now_s, spare(self.targets, alone.expected_s)),
             queued_s=queued_s,
-            prefill_s=0.0 if backlog is None or not backlog.admitted else backlog.prefill_upper_s,
+            prefill_s=ahead_s + (0.0 if backlog is None or not backlog.admitted else backlog.prefill_upper_s),
         )
         slack = expecting(
             slack,
@@ -224,9 +226,14 @@ class ServingState:
                 now_s=now_s,
                 decode_upper_s=decode_upper_s,
                 reserve_s=self.reserve.seconds(now_s),
-                queued_s=queued_s,
+                queued_s=queued_s + ahead_s,
             )
             slack = min(slack, waits, key=lambda each: each.seconds)
+        if ahead is not None and self.targets.ttft_s is not None:
+            first = backlog_slack(
+                ahead, self.targets, now_s=now_s, decode_upper_s=0.0, reserve_s=0.0, queued_s=queued_s
+            )
+            slack = min(slack, first, key=lambda each: each.seconds)
         for bound in ("tpot", "itl"):
             if clocks and bound in self.impossible:
                 slack = Slack(min(slack.seconds, 0.0), bound)
@@ -308,6 +315,7 @@ class Boundary:
     Attributes:
         clocks, context_tokens, adapters, backlog: as ``ServingState.slack`` takes them.
         waiting: counts the prompts that training stops for at once; asked before each decision.
+        ahead: prompts of a prefill in flight: training waits until their first tokens are out.
     """
 
     side: ServingState
@@ -316,6 +324,7 @@ class Boundary:
     adapters: bool
     backlog: Backlog | None
     waiting: Callable[[], int]
+    ahead: Backlog | None = None
 
     @property
     def targets(self) -> Targets:
@@ -327,7 +336,8 @@ class Boundary:
 
     def load(self) -> StepLoad:
         promised = 0 if self.backlog is None else self.backlog.prompts
-        return StepLoad(len(self.clocks), self.context_tokens, self.waiting(), promised)
+        waiting = self.waiting() if self.ahead is None else self.waiting() + self.ahead.prompts
+        return StepLoad(len(self.clocks), self.context_tokens, waiting, promised)
 
     def slack(self, now_s: float, queued_s: float, *, disturbed: bool) -> Slack:
         return self.side.slack(
@@ -338,4 +348,5 @@ class Boundary:
             adapters=self.adapters,
             disturbed=disturbed,
             backlog=self.backlog,
+            ahead=self.ahead,
         )
