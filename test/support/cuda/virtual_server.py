@@ -23,7 +23,8 @@ import torch
 import zmq
 
 from sglang_harli.config import HarliOptions
-from sglang_harli.managers.scheduler.training.quantum_timer import DeviceQuantumTimer
+from sglang_harli.managers.scheduler.step_timer import stream_of
+from sglang_harli.managers.scheduler.training.quantum_timer import make_timer
 from sglang_harli.platforms.cpu.engine import CPU_ENGINE_ENV, STAND_IN
 from sglang_harli.protocol import internal
 from support.cuda.fake_device import FakeDevice, FakeStream, Kernel, VirtualClock
@@ -352,16 +353,15 @@ class Server:
         self.gpu = FakeDevice(VirtualClock())
         self.cost = cost or Cost()
         self.quanta: list[Quantum] = []
+        made = scheduler_class()
         with mock.patch.object(torch, "get_device_module", lambda device: self.gpu):
-            self.scheduler = scheduler_class()(
-                self.gpu, model or Model(), overlap=overlap, chunk_tokens=chunk_tokens
-            )
+            self.scheduler = made(self.gpu, model or Model(), overlap=overlap, chunk_tokens=chunk_tokens)
             self.peer = Peer(run_dir)
             self.host = Host(
                 run_dir,
                 quantum_rows=None,
                 options=options or HarliOptions(run_dir=run_dir),
-                timer=make_timer(self.scheduler),
+                timer=make_timer("cuda", stream_of(self.scheduler), self.gpu.clock),
                 now=self.gpu.clock,
             )
             self.scheduler._harli = CoServing(
@@ -408,13 +408,6 @@ class Server:
     def close(self) -> None:
         self.host.link.close()
         self.peer.socket.close()
-
-
-def make_timer(scheduler: Any) -> DeviceQuantumTimer:
-    """As the scheduler's trainer gets it."""
-    from sglang_harli.managers.scheduler.training import quantum_timer
-
-    return quantum_timer.make_timer("cuda", scheduler.forward_stream)  # type: ignore[return-value]
 
 
 @contextmanager

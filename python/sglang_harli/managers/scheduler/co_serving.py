@@ -1,8 +1,8 @@
 """What is done beside SGLang's scheduler at each step: measure, learn, take messages, train.
 
-Leans on these names of SGLang's Scheduler: device, forward_stream, server_args.enable_metrics,
+Leans on these names of SGLang's Scheduler: device, server_args.enable_metrics,
 idle_sleeper, weight_updater.offload_tags, _engine_paused, max_running_requests, max_req_len,
-max_total_num_tokens; and on those of ``serving_view`` and of sglang_versions' weight_updates.
+max_total_num_tokens; and on those of ``serving_view``, ``step_timer`` and of sglang_versions' weight_updates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sglang_harli.managers.scheduler.metrics import ParityMetrics, PoolMetrics, 
 from sglang_harli.managers.scheduler.policy import waiting_prompts
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.serving_view import InFlight, ServingView
-from sglang_harli.managers.scheduler.step_timer import BatchLoad, load_of, make_timer
+from sglang_harli.managers.scheduler.step_timer import BatchLoad, load_of, make_timer, stream_of
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
 from sglang_harli.sglang_versions.current import arguments, weight_updates
 
@@ -45,7 +45,8 @@ class CoServing:
     ) -> None:
         self.side, self.trainer, self._clock = side, trainer, clock
         self._scheduler, self._view = scheduler, ServingView(scheduler, side)
-        self._timer = make_timer(str(scheduler.device), getattr(scheduler, "forward_stream", None))
+        device = str(scheduler.device)
+        self._timer = make_timer(device, None if device == "cpu" else stream_of(scheduler))
         self._measured: list[tuple[BatchLoad, float]] = []  # that nothing was learnt from yet
         self._unmeasured = 0  # batches since the latest one that was measured
         self._quanta = 0  # that had run before the latest batch

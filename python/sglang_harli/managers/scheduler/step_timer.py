@@ -94,9 +94,9 @@ class HostTimer:
 
 
 class EventTimer:
-    """For CUDA: the batch runs on ``stream`` after ``run_batch`` has returned."""
+    """For CUDA: the batch runs after ``run_batch`` has returned, on what ``stream`` tells."""
 
-    def __init__(self, device_module: Any, stream: Any) -> None:
+    def __init__(self, device_module: Any, stream: Callable[[], Any]) -> None:
         self._device, self._stream = device_module, stream
         self._begun: Any = None
         self._pending: deque[tuple[Any, Any, BatchLoad]] = deque(maxlen=64)
@@ -108,12 +108,12 @@ class EventTimer:
             if self._spare
             else tuple(self._device.Event(enable_timing=True) for _ in range(2))
         )
-        pair[0].record(self._stream)
+        pair[0].record(self._stream())
         self._begun = pair
 
     def end(self, load: BatchLoad) -> None:
         first, last = self._begun
-        last.record(self._stream)
+        last.record(self._stream())
         self._pending.append((first, last, load))
 
     def take(self) -> list[tuple[BatchLoad, float]]:
@@ -131,10 +131,25 @@ class EventTimer:
         self._pending.clear()
 
 
-def make_timer(device: str, stream: Any) -> HostTimer | EventTimer:
-    """The timer of a scheduler on ``device`` whose forwards run on ``stream``."""
+def make_timer(device: str, stream: Callable[[], Any] | None) -> HostTimer | EventTimer:
+    """The timer of a scheduler on ``device``; ``stream``: see ``stream_of``."""
     if device == "cpu":
         return HostTimer()
     import torch
 
-    return EventTimer(torch.get_device_module(device), stream)
+    module = torch.get_device_module(device)
+    return EventTimer(module, stream or current_stream(module))
+
+
+def stream_of(scheduler: Any) -> Callable[[], Any] | None:
+    """Tells the stream that an SGLang scheduler's forwards run on, at each use; None: the current
+    one, where the loop launches them without overlap.
+
+    Leans on Scheduler: enable_overlap, forward_stream.
+    """
+    return (lambda: scheduler.forward_stream) if scheduler.enable_overlap else None
+
+
+def current_stream(device_module: Any) -> Callable[[], Any]:
+    """Tells the current stream of a device."""
+    return lambda: device_module.current_stream()

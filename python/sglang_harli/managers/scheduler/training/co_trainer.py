@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from sglang_harli.core import Claim, Decision, QuantumKind, QuantumOffer, Reason, SubState
+from sglang_harli.core import Claim, Decision, LatencyEstimate, QuantumKind, QuantumOffer, Reason, SubState
 from sglang_harli.errors import HarliError
 from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressure
 from sglang_harli.managers.scheduler.policy.slotting import Slotting
@@ -423,12 +423,19 @@ class CoTrainer:
                 self.fail(error)
             return
         upper_s = dict(offer.candidates).get(decision.rows, offer.candidates[-1][1])
-        self.clock.close(work, upper_s)
+        self.clock.close(work, self._of_the_device(work, upper_s))
         now_s = self._now()
-        for w, seconds in self.clock.take():
+        for measured in self.clock.take():
+            w = measured.work
             if w.tokens:
                 self.predictor.observe_quantum(
-                    w.kind, w.tokens, w.row_tokens, seconds, first_of_shape=w.first_of_shape
+                    w.kind,
+                    w.tokens,
+                    w.row_tokens,
+                    measured.seconds,
+                    first_of_shape=w.first_of_shape,
+                    launch_s=measured.launch_s,
+                    starved=measured.starved,
                 )
             else:
                 self.predictor.ran(w.kind)
@@ -439,14 +446,31 @@ class CoTrainer:
         if self.run is not None and offer.kind not in _OF_NO_RUN:
             self._enter(SubState.TRAINING, decision.reason)
 
+    def _of_the_device(self, work: Work, price_s: float) -> LatencyEstimate:
+        """What is launched takes of the device, which the price need not say: where that is the
+        launch's, it is spent."""
+        if self.clock.depth == 1 or work.first_of_shape or not work.tokens:
+            return LatencyEstimate(price_s, price_s)
+        return self.predictor.device(work.kind, work.tokens, work.row_tokens)
+
+    @property
+    def depth(self) -> int:
+        """Quanta that are launched before the first is over, while nothing is served."""
+        return self.clock.depth
+
     @property
     def queued_s(self) -> float:
         """Upper bound of the training that is launched and not finished, seconds."""
         return self.clock.queued_s
 
-    def settle(self) -> None:
-        """Idle: let the device catch up."""
-        self.clock.settle()
+    @property
+    def expected_queued_s(self) -> float:
+        """What is expected of it."""
+        return self.clock.expected_queued_s
+
+    def settle(self, most_s: float | None = None) -> None:
+        """Idle: let the device catch up, until at most ``most_s`` are queued."""
+        self.clock.settle(most_s)
 
     def _run(self, kind: QuantumKind, rows: int) -> Work:
         if kind is QuantumKind.ADAPTER:
