@@ -135,7 +135,7 @@ def test_queued_quanta_count_until_their_events_fire():
     with clock.span():
         for _ in range(20):
             big = big @ big * 1e-4
-    clock.close(Work(QuantumKind.FORWARD, 10), LatencyEstimate(0.25, 0.5))
+    clock.close(Work(QuantumKind.FORWARD, 10), lambda: LatencyEstimate(0.25, 0.5))
     assert clock.queued_s in (0.0, 0.5)
     torch.cuda.synchronize()
     assert clock.queued_s == 0.0

@@ -89,8 +89,8 @@ class QuantumLines:
     def observe_launch(
         self, kind: QuantumKind, tokens: int, row_tokens: int, launch_s: float, *, first_of_shape: bool
     ) -> None:
-        """Its launch took ``launch_s`` of the host.  A shape's first one (kernels are loaded, memory
-        is allocated) has the bound of first runs, unless nothing else is known."""
+        """Its launch took ``launch_s`` of the host.  A shape's first one (kernels are loaded,
+        memory is allocated) has the bound of first runs, unless nothing else is known."""
         launches = self.launches[kind]
         if not (first_of_shape and launches.seen):
             launches.observe(tokens, 0, launch_s)

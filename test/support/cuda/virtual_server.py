@@ -152,13 +152,168 @@ class Quantum:
     behind: Launched | None
 
 
+class VirtualServing:
+    """What SGLang's loop calls, on the fake device; each method keeps to the order of streams and
+    events of SGLang's own.  ``modes``: its ForwardMode."""
+
+    modes: Any
+    _harli: Any
+    event_loop_overlap: Callable[[], None]
+    event_loop_normal: Callable[[], None]
+
+    def __init__(self, gpu: FakeDevice, model: Model, *, overlap: bool, chunk_tokens: int) -> None:
+        self.gpu, self.model, self.enable_overlap = gpu, model, overlap
+        self.forward_stream, self.schedule_stream, self.copy_stream = (gpu.Stream() for _ in range(3))
+        self.prompts: list[Prompt] = []
+        self.until_s = 0.0
+        self.batches: list[Launched] = []
+        self.finished: list[Prompt] = []
+        self.handed_out: Launched | None = None
+        self.device, self.idle_sleeper, self._engine_paused = "cuda", None, False
+        self.server_args = plain_arguments(disable_overlap_schedule=not overlap)
+        self.request_receiver = SimpleNamespace(recv_requests=self.receive)
+        self.ipc_channels = SimpleNamespace(recv_from_tokenizer=_Socket(self))
+        self.weight_updater = SimpleNamespace(offload_tags=set(), _session=None)
+        self.waiting_queue, self.chunked_req, self.last_batch = [], None, None
+        self.running_batch = Batch(self.modes.DECODE, [])
+        self.max_prefill_tokens = self.chunked_prefill_size = chunk_tokens
+        self.is_generation, self.require_mlp_sync, self.enable_unified_memory = True, False, False
+        self.prefill_decode_interval = self._prefill_decode_interval_remaining = 0
+        self.gracefully_exit = False
+
+    def get_num_allocatable_reqs(self, running_bs: int) -> int:
+        return 1000
+
+    def serve(self, prompts: Sequence[Prompt], seconds: float) -> None:
+        """SGLang's loop, until so many (virtual) seconds have passed."""
+        self.prompts = sorted(prompts, key=lambda prompt: prompt.at_s)
+        self.until_s, self.gracefully_exit = self.gpu.clock.s + seconds, False
+        with self.gpu.stream(self.schedule_stream):
+            if self.enable_overlap:
+                self.event_loop_overlap()
+            else:
+                self.event_loop_normal()
+
+    def receive(self) -> list[Prompt]:
+        clock = self.gpu.clock
+        clock.advance(TURN_S)
+        if clock.s >= self.until_s:
+            self.gracefully_exit = True
+        come = [prompt for prompt in self.prompts if prompt.at_s <= clock.s]
+        del self.prompts[: len(come)]
+        return come
+
+    def ingest_requests(self, stop_at_pause: bool = False) -> list[Prompt]:
+        come = self.receive()
+        self.process_input_requests(come)
+        return come
+
+    def process_input_requests(self, recv_reqs: list[Prompt]) -> None:
+        for prompt in recv_reqs:
+            prompt.time_stats.scheduler_recv_time = self.gpu.clock.s
+            self.waiting_queue.append(prompt)
+
+    def get_next_batch_to_run(self, running_batch: Batch, last_batch: Batch | None) -> Any:
+        reqs = [req for req in running_batch.reqs if not req.finished()]
+        if last_batch is not None and last_batch.forward_mode.is_extend():
+            over = [req for req in last_batch.reqs if req is not self.chunked_req and not req.finished()]
+            reqs += [req for req in over if req not in reqs]
+        running = Batch(self.modes.DECODE, reqs)
+        batch = self._next_prefill()
+        if batch is None and reqs:
+            batch = Batch(self.modes.DECODE, reqs)
+        return SimpleNamespace(batch_to_run=batch, running_batch=running)
+
+    def _next_prefill(self) -> Batch | None:
+        left, reqs, lens = self.max_prefill_tokens, [], []
+        queue = [self.chunked_req] if self.chunked_req is not None else []
+        self.chunked_req = None
+        while left and (queue or self.waiting_queue):
+            req = queue.pop() if queue else self.waiting_queue.pop(0)
+            tokens = min(left, req.tokens - req.done)
+            req.before, req.done = req.done, req.done + tokens
+            left -= tokens
+            reqs.append(req)
+            lens.append(tokens)
+            if req.done < req.tokens:
+                self.chunked_req = req
+        return Batch(self.modes.EXTEND, reqs, lens) if reqs else None
+
+    def run_batch(self, batch: Batch, pp_proxy_tensors: Any = None) -> Any:
+        gpu, model = self.gpu, self.model
+        gpu.clock.advance(model.host_s)
+        decodes = batch.forward_mode.is_decode()
+        seconds = model.decode_s if decodes else sum(batch.extend_lens) * model.prefill_token_s
+        stream = self.forward_stream if self.enable_overlap else gpu.current_stream()
+        if self.enable_overlap:
+            stream.wait_stream(self.schedule_stream)
+        kernel = gpu.launch(seconds, "decode" if decodes else "prefill", stream=stream)
+        unfinished = [self.chunked_req] if not decodes and self.chunked_req in batch.reqs else []
+        launched = Launched(batch, kernel, unfinished)
+        for req in batch.reqs if not decodes else ():
+            req.begin_s = req.begin_s or kernel.begin_s
+        result = SimpleNamespace(copy_done=gpu.Event(), delay_sample_func=None, launched=launched)
+
+        def sample() -> Any:
+            launched.sampled = gpu.launch(model.sample_s, "sample")
+            return result
+
+        if batch.has_grammar and self.enable_overlap:
+            result.delay_sample_func = sample
+        else:
+            with gpu.stream(stream):
+                sample()
+            self._copy_out(result, stream)
+        self.batches.append(launched)
+        return result
+
+    def _copy_out(self, result: Any, stream: FakeStream) -> None:
+        if self.enable_overlap:
+            self.copy_stream.wait_stream(stream)
+            stream = self.copy_stream
+        result.copy_done.record(stream)
+
+    def _apply_war_barrier(self) -> None:
+        self.schedule_stream.wait_stream(self.forward_stream)
+
+    def process_batch_result(self, batch: Batch, result: Any) -> None:
+        result.copy_done.synchronize()
+        self.gpu.clock.advance(HAND_OUT_S)
+        launched = result.launched
+        self.handed_out = launched
+        for req in batch.reqs:
+            if not req.finished() and req not in launched.unfinished:
+                req.take(self.gpu.clock.s)
+                if req.finished():
+                    self.finished.append(req)
+
+    def launch_batch_sample_if_needed(self, batch_result: Any, cur_batch: Any = None) -> None:
+        if batch_result is None or batch_result.delay_sample_func is None:
+            return
+        with self.gpu.stream(self.forward_stream):
+            self.forward_stream.wait_stream(self.schedule_stream)
+            batch_result.delay_sample_func()
+        self._copy_out(batch_result, self.forward_stream)
+        batch_result.delay_sample_func = None
+
+    def on_idle(self) -> None:
+        if not self._harli.trainer.busy:  # nothing happens before the next prompt
+            following = self.prompts[0].at_s if self.prompts else self.until_s
+            self.gpu.clock.until(min(following, self.until_s))
+
+    @property
+    def in_flight(self) -> Launched | None:
+        """The newest batch, if its tokens are not handed out."""
+        newest = self.batches[-1] if self.batches else None
+        return None if newest is self.handed_out else newest
+
+
 @functools.cache
 def scheduler_class() -> type[Any]:
-    """HarliScheduler over an SGLang scheduler whose batches are kernels of the fake device."""
+    """HarliScheduler over SGLang's scheduler with VirtualServing's methods in between."""
     if "sglang" not in sys.modules:
-        with mock.patch.dict(
-            os.environ, {CPU_ENGINE_ENV: "1"}
-        ):  # SGLang decides at import which engine it is
+        # SGLang decides at import which engine it is.
+        with mock.patch.dict(os.environ, {CPU_ENGINE_ENV: "1"}):
             sys.path.insert(0, str(STAND_IN))
             importlib.import_module("sglang.srt.managers.scheduler")
     from sglang.srt.managers.scheduler import Scheduler
@@ -166,158 +321,9 @@ def scheduler_class() -> type[Any]:
 
     from sglang_harli.managers.scheduler.scheduler import HarliScheduler
 
-    class VirtualServing(Scheduler):
-        """What SGLang's loop calls, on the fake device; each method keeps to the order of streams
-        and events of SGLang's own."""
-
-        def receive(self) -> list[Prompt]:
-            clock = self.gpu.clock
-            clock.advance(TURN_S)
-            if clock.s >= self.until_s:
-                self.gracefully_exit = True
-            come = [prompt for prompt in self.prompts if prompt.at_s <= clock.s]
-            del self.prompts[: len(come)]
-            return come
-
-        def ingest_requests(self, stop_at_pause: bool = False) -> list[Prompt]:
-            come = self.receive()
-            self.process_input_requests(come)
-            return come
-
-        def process_input_requests(self, recv_reqs: list[Prompt]) -> None:
-            for prompt in recv_reqs:
-                prompt.time_stats.scheduler_recv_time = self.gpu.clock.s
-                self.waiting_queue.append(prompt)
-
-        def get_next_batch_to_run(self, running_batch: Batch, last_batch: Batch | None) -> Any:
-            reqs = [req for req in running_batch.reqs if not req.finished()]
-            if last_batch is not None and last_batch.forward_mode.is_extend():
-                over = [req for req in last_batch.reqs if req is not self.chunked_req and not req.finished()]
-                reqs += [req for req in over if req not in reqs]
-            running = Batch(ForwardMode.DECODE, reqs)
-            batch = self._next_prefill()
-            if batch is None and reqs:
-                batch = Batch(ForwardMode.DECODE, reqs)
-            return SimpleNamespace(batch_to_run=batch, running_batch=running)
-
-        def _next_prefill(self) -> Batch | None:
-            left, reqs, lens = self.max_prefill_tokens, [], []
-            queue = [self.chunked_req] if self.chunked_req is not None else []
-            self.chunked_req = None
-            while left and (queue or self.waiting_queue):
-                req = queue.pop() if queue else self.waiting_queue.pop(0)
-                tokens = min(left, req.tokens - req.done)
-                req.before, req.done = req.done, req.done + tokens
-                left -= tokens
-                reqs.append(req)
-                lens.append(tokens)
-                if req.done < req.tokens:
-                    self.chunked_req = req
-            return Batch(ForwardMode.EXTEND, reqs, lens) if reqs else None
-
-        def run_batch(self, batch: Batch, pp_proxy_tensors: Any = None) -> Any:
-            gpu, model = self.gpu, self.model
-            gpu.clock.advance(model.host_s)
-            decodes = batch.forward_mode.is_decode()
-            seconds = model.decode_s if decodes else sum(batch.extend_lens) * model.prefill_token_s
-            stream = self.forward_stream if self.enable_overlap else gpu.current_stream()
-            if self.enable_overlap:
-                stream.wait_stream(self.schedule_stream)
-            kernel = gpu.launch(seconds, "decode" if decodes else "prefill", stream=stream)
-            unfinished = [self.chunked_req] if not decodes and self.chunked_req in batch.reqs else []
-            launched = Launched(batch, kernel, unfinished)
-            for req in batch.reqs if not decodes else ():
-                req.begin_s = req.begin_s or kernel.begin_s
-            result = SimpleNamespace(copy_done=gpu.Event(), delay_sample_func=None, launched=launched)
-
-            def sample() -> Any:
-                launched.sampled = gpu.launch(model.sample_s, "sample")
-                return result
-
-            if batch.has_grammar and self.enable_overlap:
-                result.delay_sample_func = sample
-            else:
-                with gpu.stream(stream):
-                    sample()
-                self._copy_out(result, stream)
-            self.batches.append(launched)
-            return result
-
-        def _copy_out(self, result: Any, stream: FakeStream) -> None:
-            if self.enable_overlap:
-                self.copy_stream.wait_stream(stream)
-                stream = self.copy_stream
-            result.copy_done.record(stream)
-
-        def _apply_war_barrier(self) -> None:
-            self.schedule_stream.wait_stream(self.forward_stream)
-
-        def process_batch_result(self, batch: Batch, result: Any) -> None:
-            result.copy_done.synchronize()
-            self.gpu.clock.advance(HAND_OUT_S)
-            launched = result.launched
-            self.handed_out = launched
-            for req in batch.reqs:
-                if not req.finished() and req not in launched.unfinished:
-                    req.take(self.gpu.clock.s)
-                    if req.finished():
-                        self.finished.append(req)
-
-        def launch_batch_sample_if_needed(self, batch_result: Any, cur_batch: Any = None) -> None:
-            if batch_result is None or batch_result.delay_sample_func is None:
-                return
-            with self.gpu.stream(self.forward_stream):
-                self.forward_stream.wait_stream(self.schedule_stream)
-                batch_result.delay_sample_func()
-            self._copy_out(batch_result, self.forward_stream)
-            batch_result.delay_sample_func = None
-
-        def on_idle(self) -> None:
-            if not self._harli.trainer.busy:  # nothing happens before the next prompt
-                following = self.prompts[0].at_s if self.prompts else self.until_s
-                self.gpu.clock.until(min(following, self.until_s))
-
-        @property
-        def in_flight(self) -> Launched | None:
-            """The newest batch, if its tokens are not handed out."""
-            newest = self.batches[-1] if self.batches else None
-            return None if newest is self.handed_out else newest
-
-    class VirtualScheduler(HarliScheduler, VirtualServing):
-        def __init__(self, gpu: FakeDevice, model: Model, *, overlap: bool, chunk_tokens: int) -> None:
-            self.gpu, self.model, self.enable_overlap = gpu, model, overlap
-            self.forward_stream, self.schedule_stream, self.copy_stream = (gpu.Stream() for _ in range(3))
-            self.prompts: list[Prompt] = []
-            self.until_s = 0.0
-            self.batches: list[Launched] = []
-            self.finished: list[Prompt] = []
-            self.handed_out: Launched | None = None
-            self.device, self.idle_sleeper, self._engine_paused = "cuda", None, False
-            self.server_args = plain_arguments(disable_overlap_schedule=not overlap)
-            self.request_receiver = SimpleNamespace(recv_requests=self.receive)
-            self.ipc_channels = SimpleNamespace(recv_from_tokenizer=_Socket(self))
-            self.weight_updater = SimpleNamespace(offload_tags=set(), _session=None)
-            self.waiting_queue, self.chunked_req, self.last_batch = [], None, None
-            self.running_batch = Batch(ForwardMode.DECODE, [])
-            self.max_prefill_tokens = self.chunked_prefill_size = chunk_tokens
-            self.is_generation, self.require_mlp_sync, self.enable_unified_memory = True, False, False
-            self.prefill_decode_interval = self._prefill_decode_interval_remaining = 0
-            self.gracefully_exit = False
-
-        def get_num_allocatable_reqs(self, running_bs: int) -> int:
-            return 1000
-
-        def serve(self, prompts: Sequence[Prompt], seconds: float) -> None:
-            """SGLang's loop, until so many (virtual) seconds have passed."""
-            self.prompts = sorted(prompts, key=lambda prompt: prompt.at_s)
-            self.until_s, self.gracefully_exit = self.gpu.clock.s + seconds, False
-            with self.gpu.stream(self.schedule_stream):
-                if self.enable_overlap:
-                    self.event_loop_overlap()
-                else:
-                    self.event_loop_normal()
-
-    return VirtualScheduler
+    between = type("Between", (VirtualServing, Scheduler), {"modes": ForwardMode})
+    # Its own constructor is that of VirtualServing: SGLang's would load a model.
+    return type("VirtualScheduler", (HarliScheduler, between), {"__init__": VirtualServing.__init__})
 
 
 class _Socket:

@@ -1,8 +1,9 @@
 """What is done beside SGLang's scheduler at each step: measure, learn, take messages, train.
 
-Leans on these names of SGLang's Scheduler: device, server_args.enable_metrics,
-idle_sleeper, weight_updater.offload_tags, _engine_paused, max_running_requests, max_req_len,
-max_total_num_tokens; and on those of ``serving_view``, ``step_timer`` and of sglang_versions' weight_updates.
+Leans on these names of SGLang's Scheduler: device, server_args.enable_metrics, idle_sleeper,
+weight_updater.offload_tags, _engine_paused, max_running_requests, max_req_len,
+max_total_num_tokens; and on those of ``serving_view``, ``step_timer`` and of sglang_versions'
+weight_updates.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class CoServing:
         self._quanta = 0  # that had run before the latest batch
         self._last_poll_s = 0.0  # of the sockets, with a TTFT target and something to train
         self._housekeeping_at = 0.0
+        self._busy = False  # as the trainer was when this turn of the loop began
         self._in_flight: InFlight | None = None  # the newest batch, until its tokens are out
         self.unsampled: tuple[Any, bool, bool] | None = None  # see ``_train_behind``: put off for a sampling
         self._served = True  # since the last turn without a batch
@@ -82,18 +84,21 @@ class CoServing:
     def take_messages(self, known: int) -> None:
         """Take the service's messages each turn; ``known``: queue length before new prompts."""
         trainer, view = self.trainer, self._view
-        if trainer.busy and self.side.targets.ttft_s is not None:
+        if self._busy and self.side.targets.ttft_s is not None:
             waiting_prompts.note_arrivals(view.prompts_from(known), self._last_poll_s)
             self._last_poll_s = self._clock()
         else:
             self._last_poll_s = 0.0
-        trainer.poll(serving=not view.idle)
-        if self._scheduler._engine_paused and trainer.busy:
+        trainer.poll(serving=trainer.run is not None and not view.idle)
+        self._busy = trainer.busy
+        if self._scheduler._engine_paused and self._busy:
             trainer.slotting.run_claimed(self._clock() + IDLE_TURN_S)
         if trainer.run is not None and view.prompts and trainer.pressure.lends:
             trainer.pressure.make_room(view.prefill_slots())
-        for metrics in self._metrics:
-            metrics.update(time.monotonic())
+        if self._metrics:
+            now_s = time.monotonic()
+            for metrics in self._metrics:
+                metrics.update(now_s)
 
     def memory_changed(self) -> None:
         """SGLang has released memory, or has it again."""
@@ -107,7 +112,7 @@ class CoServing:
     # ---------------------------------------------------------------- a batch
     def begin(self, batch: Any) -> BatchLoad | None:
         """Before a batch: its load; None: it is not measured."""
-        if not self.trainer.busy:  # a sample, so that the next job is not met unprepared
+        if not self._busy:  # a sample, so that the next job is not met unprepared
             self._unmeasured = (self._unmeasured + 1) % SAMPLED
             if self._unmeasured:
                 return None
@@ -119,16 +124,19 @@ class CoServing:
 
     def end(self, batch: Any, result: Any, load: BatchLoad | None) -> None:
         """Behind a batch; ``load``: of ``begin``."""
-        if load is not None:
-            self._timer.end(load)
-        self._in_flight = InFlight(result, load, () if batch.forward_mode.is_decode() else batch.reqs)
+        if load is None:
+            self._in_flight = None
+            return
+        self._timer.end(load)
+        self._in_flight = InFlight(result, load, () if load.is_decode else batch.reqs)
 
     def processed(self, batch: Any, result: Any) -> None:
         """The batch's tokens are out."""
         self._served, self.unsampled = True, None
         if self._in_flight is not None and self._in_flight.result is result:
             self._in_flight = None  # no overlap, or nothing was launched since
-        self.guarded(self._after_batch, batch)
+        if self._busy or self._timer.pending:
+            self.guarded(self._after_batch, batch)
         self._timer.turn()
 
     def sampled(self) -> None:
@@ -139,9 +147,9 @@ class CoServing:
             self._timer.turn()
 
     def _after_batch(self, batch: Any) -> None:
-        trainer, side = self.trainer, self.side
+        side = self.side
         self._measured += self._timer.take()
-        if not trainer.busy:
+        if not self._busy:
             self._learn(side.learn)
             return
         decoded = batch.forward_mode.is_decode()

@@ -2,7 +2,8 @@
 
 Leans on these names of SGLang (sglang/srt/managers/scheduler.py): Scheduler.__init__,
 init_request_dispatcher, get_init_info, process_input_requests, run_batch, process_batch_result,
-launch_batch_sample_if_needed, on_idle, maybe_sleep_on_idle, handle_dumper_control, continue_generation, handle_shutdown,
+launch_batch_sample_if_needed,
+on_idle, maybe_sleep_on_idle, handle_dumper_control, continue_generation, handle_shutdown,
 get_internal_state; waiting_queue, ipc_channels.send_to_tokenizer, weight_updater.offload_tags; and
 on those of ``co_serving``.
 """
@@ -104,8 +105,8 @@ class HarliScheduler(Scheduler):
             self._harli.processed(batch, result)
 
     def launch_batch_sample_if_needed(self, batch_result: Any, *args: Any) -> Any:
-        """With overlap and a grammar in the batch its sampling comes last in the loop's turn: quanta
-        go in behind that."""
+        """With overlap and a grammar in the batch its sampling comes last in the loop's turn:
+        quanta go in behind that."""
         found = super().launch_batch_sample_if_needed(batch_result, *args)
         if self._harli is not None and self._harli.unsampled:
             self._harli.sampled()

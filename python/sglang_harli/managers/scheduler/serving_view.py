@@ -29,11 +29,11 @@ class InFlight:
     handed out.
 
     Attributes:
-        load: None: not measured; prompts: requests of a prefill, none of a decode step.
+        prompts: requests of a prefill; none: it is a decode step.
     """
 
     result: Any
-    load: BatchLoad | None
+    load: BatchLoad
     prompts: Sequence[Any]
 
     @property
@@ -103,11 +103,9 @@ class ServingView:
         return Boundary(self._side, clocks, context, with_adapters(reqs), backlog, waiting, ahead)
 
     def _ahead(self, in_flight: InFlight) -> Backlog:
-        """The prompts of a prefill in flight: their first tokens, and what the others wait for it."""
+        """The prompts of a prefill in flight: their first tokens, and what others wait for it."""
         load, chunked = in_flight.load, self._scheduler.chunked_req
-        upper_s = 0.0
-        if load is not None:
-            upper_s = self._side.predictor.prefill(load.new_tokens, load.pairs).upper_s
+        upper_s = self._side.predictor.prefill(load.new_tokens, load.pairs).upper_s
         first = [r for r in in_flight.prompts if not r.output_ids and r is not chunked]
         since_s = min(map(waiting_prompts.arrived_s, first), default=math.inf)
         return Backlog(len(in_flight.prompts), since_s, upper_s, admitted=True)

@@ -75,6 +75,11 @@ class HostTimer:
     def end(self, load: BatchLoad) -> None:
         self._steps.append((load, self._begin, self._clock()))
 
+    @property
+    def pending(self) -> bool:
+        """Whether batches are measured that were not taken."""
+        return bool(self._steps)
+
     def take(self) -> list[tuple[BatchLoad, float]]:
         """Behind a batch: load and seconds of the batches that are over."""
         steps, self._steps = self._steps, []
@@ -115,6 +120,10 @@ class EventTimer:
         first, last = self._begun
         last.record(self._stream())
         self._pending.append((first, last, load))
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._pending)
 
     def take(self) -> list[tuple[BatchLoad, float]]:
         steps = []

@@ -3,6 +3,7 @@ flight, how long a prompt waits, which stream is measured, and what a slow host 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,28 +43,33 @@ def test_a_prompt_in_chunks_is_computed_without_a_quantum_between_its_chunks(run
         assert made.quanta and not behind_prefills(made)
 
 
-def test_a_prefill_in_flight_is_in_the_slack(run_dir: str) -> None:
+@pytest.mark.parametrize("ttft_ms", [None, 400.0])
+def test_a_prefill_in_flight_is_in_the_slack(run_dir: str, ttft_ms: float | None) -> None:
     """Of the running requests, and of those whose first tokens are to come."""
-    options = HarliOptions(run_dir=run_dir, ttft_slo_ms=400.0)
+    options = HarliOptions(
+        run_dir=run_dir, ttft_slo_ms=ttft_ms, tpot_slo_ms=50.0 if ttft_ms is None else 500.0
+    )
     with server(run_dir, options=options) as made:
         side, seen = made.host.side, []
 
         def slack(*given: Any, **named: Any) -> Slack:
             found, behind = ServingState.slack(side, *given, **named), made.scheduler.in_flight
             if behind is not None and not behind.batch.forward_mode.is_decode():
-                seen.append((found, behind.batch.reqs[0].at_s + 0.4 - made.now_s))
+                without = ServingState.slack(side, *given, **{**named, "ahead": None})
+                due_s = behind.batch.reqs[0].at_s + 0.4
+                seen.append((found, without, due_s - given[2], side.predictor.prefill(2000).upper_s))
             return found
 
         side.slack = slack
         begin_s = made.now_s + 0.1
-        made.serve(
-            [Prompt(begin_s, 100, 300), *(Prompt(begin_s + 0.5 * n, 2000, 4) for n in range(1, 5))], 3.0
-        )
+        prompts = [Prompt(begin_s, 100, 300), *(Prompt(begin_s + 0.5 * n, 2000, 4) for n in range(1, 5))]
+        made.serve(prompts, 3.0)
         assert len(seen) >= 3
-        prefill_s = side.predictor.prefill(2000).expected_s
-        for found, left_s in seen:
-            assert found.bound == "ttft"
-            assert found.seconds < left_s - prefill_s
+        for found, without, left_s, prefill_s in seen:
+            if ttft_ms is None:
+                assert found.bound == "tpot" and found.seconds == pytest.approx(without.seconds - prefill_s)
+            else:
+                assert found.bound == "ttft" and found.seconds < left_s - prefill_s
 
 
 @pytest.mark.parametrize("grammar", [True, False])
@@ -73,7 +79,7 @@ def test_nothing_comes_between_a_forward_and_its_sampling(run_dir: str, grammar:
         made.serve(prompts, 2.0)
         names = [k.name.split()[0] for k in made.gpu.kernels if k.stream is made.scheduler.forward_stream]
         assert "quantum" in names
-        followers = {b for a, b in zip(names, names[1:], strict=False) if a in ("decode", "prefill")}
+        followers = {b for a, b in itertools.pairwise(names) if a in ("decode", "prefill")}
         assert followers == {"sample"}
         beside = [q for q in made.quanta if prompts[0].token_s[0] < q.begin_s < prompts[0].token_s[-1]]
         assert len(beside) > 10  # a grammar keeps no job from training

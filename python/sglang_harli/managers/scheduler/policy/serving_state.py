@@ -219,26 +219,35 @@ class ServingState:
             decode_penalty_s=max(after.expected_s - alone.expected_s, 0.0),
             idle_comes=now_s - self.idle_s < IDLE_SEEN_S,
         )
+        found = [slack]
         if backlog is not None:
-            waits = backlog_slack(
-                backlog,
-                self.targets,
-                now_s=now_s,
-                decode_upper_s=decode_upper_s,
-                reserve_s=self.reserve.seconds(now_s),
-                queued_s=queued_s + ahead_s,
-            )
-            slack = min(slack, waits, key=lambda each: each.seconds)
+            reserve_s = self.reserve.seconds(now_s)
+            found.append(self._waits(backlog, now_s, queued_s + ahead_s, decode_upper_s, reserve_s))
         if ahead is not None and self.targets.ttft_s is not None:
-            first = backlog_slack(
-                ahead, self.targets, now_s=now_s, decode_upper_s=0.0, reserve_s=0.0, queued_s=queued_s
-            )
-            slack = min(slack, first, key=lambda each: each.seconds)
+            found.append(self._waits(ahead, now_s, queued_s))
+        slack = min(found, key=lambda each: each.seconds)
         for bound in ("tpot", "itl"):
             if clocks and bound in self.impossible:
                 slack = Slack(min(slack.seconds, 0.0), bound)
         self.last_slack = slack
         return slack
+
+    def _waits(
+        self,
+        backlog: Backlog,
+        now_s: float,
+        before_s: float,
+        decode_upper_s: float = 0.0,
+        reserve_s: float = 0.0,
+    ) -> Slack:
+        return backlog_slack(
+            backlog,
+            self.targets,
+            now_s=now_s,
+            decode_upper_s=decode_upper_s,
+            reserve_s=reserve_s,
+            queued_s=before_s,
+        )
 
     # ---------------------------------------------------------------- harli set, harli status, harli profile
     def profile(self) -> dict[str, Any] | None:

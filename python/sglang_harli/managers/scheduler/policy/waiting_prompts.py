@@ -74,8 +74,8 @@ def backlog_of(
     has had its first), and for one whose wait for a place has no bound.
 
     Args:
-        waiting: SGLang's waiting queue; chunked: the request whose prompt is computed in chunks; the
-            chunk that was launched last does not count.
+        waiting: SGLang's waiting queue; chunked: the request whose prompt is computed in chunks,
+            of which the one that was launched last does not count.
         chunk_tokens: most tokens of one prefill; None: no limit.
         slots_s: upper bounds of the seconds until places are free, rounds that are left included;
             None: the next prefills take all.

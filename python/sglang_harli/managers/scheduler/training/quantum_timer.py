@@ -71,8 +71,8 @@ class HostQuantumTimer:
         self._begin = time.perf_counter()
         yield
 
-    def close(self, work: Work, estimate: LatencyEstimate) -> None:
-        """The quantum in the span before did this; ``estimate``: of the device's time."""
+    def close(self, work: Work, estimate: Callable[[], LatencyEstimate]) -> None:
+        """The quantum in the span before did this; ``estimate``: of what a device has yet to do."""
         self._measured.append(Measured(work, time.perf_counter() - self._begin))
 
     def take(self) -> list[Measured]:
@@ -132,11 +132,11 @@ class DeviceQuantumTimer:
             last.record(stream)
         self._spanned = first, last, self._now() - begin_s
 
-    def close(self, work: Work, estimate: LatencyEstimate) -> None:
+    def close(self, work: Work, estimate: Callable[[], LatencyEstimate]) -> None:
         assert self._spanned is not None
         first, last, launch_s = self._spanned
         self._spanned = None
-        self._pending.append(_Queued(first, last, work, estimate, launch_s, first.query()))
+        self._pending.append(_Queued(first, last, work, estimate(), launch_s, first.query()))
 
     def _collect(self) -> None:
         while self._pending and self._pending[0].last.query():
