@@ -24,6 +24,7 @@ from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressur
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.profile_setup import profile_key, starting_priors
 from sglang_harli.managers.scheduler.service_link import ServiceLink
+from sglang_harli.managers.scheduler.step_timer import stream_of
 from sglang_harli.managers.scheduler.training import warm_up
 from sglang_harli.managers.scheduler.training.adapter_loader import AdapterLoader
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
@@ -73,12 +74,16 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
     limits = served_limits(base, args, runner, options, pressure)
     key = profile_key(limits, args)
     side = ServingState(options, _predictor(limits, runner, key, options), key, pressure)
-    stream = getattr(scheduler, "forward_stream", None)
+    streams = None if base.device.type == "cpu" else stream_of(scheduler)
     if warm_up.wanted(options.warm_up, base.device.type):
         # SGLang has captured its graphs, and the server is healthy only after this.
         slots = shm_dir(options.absolute_run_dir)
         warm_up.warm_up(
-            base, logits_bytes=limits.logits_bytes, slots=slots, memory=pressure.memory, stream=stream
+            base,
+            logits_bytes=limits.logits_bytes,
+            slots=slots,
+            memory=pressure.memory,
+            stream=streams and streams(),
         )
     trainer = CoTrainer(
         base,
@@ -86,7 +91,7 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
         functools.partial(ServiceLink, scheduler_endpoint(options.absolute_run_dir)),
         AdapterLoader(runner.lora_manager),
         side.predictor,
-        make_timer(base.device.type, stream),
+        make_timer(base.device.type, streams),
         pressure,
         quantum_rows=options.quantum_rows,
         parity=_parity(scheduler, base, limits, options),

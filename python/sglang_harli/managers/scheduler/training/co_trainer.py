@@ -21,6 +21,7 @@ from sglang_harli.errors import HarliError
 from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressure
 from sglang_harli.managers.scheduler.policy.slotting import Slotting
 from sglang_harli.managers.scheduler.service_link import ServiceLink
+from sglang_harli.managers.scheduler.training import quantum_prices
 from sglang_harli.managers.scheduler.training.active_run import ActiveRun
 from sglang_harli.managers.scheduler.training.failures import describe, forget, lacked_memory, passes
 from sglang_harli.managers.scheduler.training.parity import Parity
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 PROGRESS_EVERY_S = 0.5
 PULSE_EVERY_S = 2.0
 ASK_MEMORY_EVERY_S = 0.01  # a run that waits for it
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 1024)  # rows of a quantum to choose from
 _OF_NO_RUN = (QuantumKind.ADAPTER, QuantumKind.COPY, QuantumKind.CHECK)  # they show no sub-state
 ENDING = "the server is ending"
 NOT_KNOWN = "it is not known which weights are served since their last update"
@@ -66,6 +66,7 @@ class CoTrainer:
         take_print: takes the print of ``base`` (waits for the device); None: never asked for.
         make_hello: what is in force in the scheduler; the trainer adds what it knows.
         set_options, status: what the scheduler does for ``harli set`` and ``harli status``.
+        now: seconds, that of the requests' times.
     """
 
     def __init__(
@@ -84,10 +85,12 @@ class CoTrainer:
         make_hello: Callable[[], internal.Hello],
         set_options: Callable[[internal.SetOptions], internal.OptionsSet],
         status: Callable[[], dict[str, Any]],
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.base, self.limits, self.loader = base, limits, loader
         self.link, self._make_hello = open_link(self.hello), make_hello
         self.predictor, self.clock, self.pressure = predictor, clock, pressure
+        self._now = now
         self.quantum_rows = quantum_rows
         self.run: ActiveRun | None = None
         self.held = False  # /pause_generation pauses training too
@@ -103,7 +106,7 @@ class CoTrainer:
         self._told_at = self._ask_memory_at = self._pulse_at = 0.0
         self._attempts: dict[str, int] = {}  # the newest attempt of each job that was held here, or stopped
         self.quanta, self.busy_quanta, self.train_s = 0, 0, 0.0
-        self.slotting = Slotting(self)
+        self.slotting = Slotting(self, now)
         self._handlers: dict[type, Callable[[Any, list[memoryview]], None]] = {
             internal.StartRun: self._start,
             internal.MicroBatch: self._about_run,
@@ -130,6 +133,8 @@ class CoTrainer:
     def poll(self, *, serving: bool = False) -> None:
         """Take what the service has sent, each loop turn; ``serving``: one micro-batch at most."""
         arrived = self.link.poll(1) if serving else self.link.poll()
+        if self.run is None and not arrived and not self._print_lacks:
+            return
         if self._print_lacks and time.monotonic() >= self._take_print_at:
             self._take_print()
             if not self._print_lacks:
@@ -379,14 +384,10 @@ class CoTrainer:
             return None
         if shape is None:
             return None
-        sizes = [*(r for r in SIZES if r < shape.rows and not shape.fixed), shape.rows]
-        firsts = run.training.new_shapes(shape, sizes)
-        candidates = self.predictor.prices(shape.kind, sizes, shape.row_tokens, shape.attended, firsts)
-        return QuantumOffer(shape.kind, candidates, shape.fixed, self.predictor.doubt(shape.kind), claim)
+        return quantum_prices.offer_of(self.predictor, run.training, shape, claim)
 
     def _single(self, kind: QuantumKind, claim: Claim = Claim.POLICY) -> QuantumOffer:
-        upper_s, doubt = self.predictor.quantum(kind, 1).upper_s, self.predictor.doubt(kind)
-        return QuantumOffer(kind, ((1, upper_s),), True, doubt, claim)
+        return quantum_prices.single(self.predictor, kind, claim)
 
     def _wait(self, run: ActiveRun) -> None:
         if not run.lacks_memory:
@@ -419,7 +420,7 @@ class CoTrainer:
 
     def run_quantum(self, offer: QuantumOffer, decision: Decision) -> None:
         """Run (on CUDA: launch) the quantum that was decided."""
-        begin = time.perf_counter()
+        begin = self._now()
         try:
             with self.clock.span():
                 work = self._run(offer.kind, decision.rows)
@@ -434,15 +435,9 @@ class CoTrainer:
                 self.fail(error)
             return
         upper_s = dict(offer.candidates).get(decision.rows, offer.candidates[-1][1])
-        self.clock.close(work, upper_s)
-        now_s = time.perf_counter()
-        for w, seconds in self.clock.take():
-            if w.tokens:
-                self.predictor.observe_quantum(
-                    w.kind, w.tokens, w.row_tokens, seconds, first_of_shape=w.first_of_shape
-                )
-            else:
-                self.predictor.ran(w.kind)
+        self.clock.close(work, lambda: quantum_prices.left_when_launched(self.predictor, work, upper_s))
+        now_s = self._now()
+        quantum_prices.learn(self.predictor, self.clock.take())
         if offer.kind is not QuantumKind.CHECK:
             self.quanta += 1
             self.busy_quanta += decision.reason is not Reason.IDLE
@@ -460,13 +455,23 @@ class CoTrainer:
         return True
 
     @property
+    def depth(self) -> int:
+        """Quanta that are launched before the first is over, while nothing is served."""
+        return self.clock.depth
+
+    @property
     def queued_s(self) -> float:
         """Upper bound of the training that is launched and not finished, seconds."""
         return self.clock.queued_s
 
-    def settle(self) -> None:
-        """Idle: let the device catch up."""
-        self.clock.settle()
+    @property
+    def expected_queued_s(self) -> float:
+        """What is expected of it."""
+        return self.clock.expected_queued_s
+
+    def settle(self, most_s: float | None = None) -> None:
+        """Idle: let the device catch up, until at most ``most_s`` are queued."""
+        self.clock.settle(most_s)
 
     def _run(self, kind: QuantumKind, rows: int) -> Work:
         if kind is QuantumKind.ADAPTER:
@@ -496,7 +501,7 @@ class CoTrainer:
             run.release()
             self.pressure.detach()
             self._told_at = 0.0
-            self.slotting.yielded.end(time.perf_counter())
+            self.slotting.yielded.end(self._now())
 
     def _give_up(self, reason: str) -> None:
         """Requests need the run's memory: it resumes from its checkpoint when there is memory."""
@@ -584,7 +589,7 @@ class CoTrainer:
 
     def totals(self) -> dict[str, Any]:
         """What was counted since this trainer began."""
-        yielded = self.slotting.yielded.totals(time.perf_counter())
+        yielded = self.slotting.yielded.totals(self._now())
         return {
             "quanta": self.quanta,
             "busy_quanta": self.busy_quanta,
