@@ -72,8 +72,6 @@ class UnifiedPool:
 
     Attributes:
         leases: those held, by name.
-        edit_under: what slot lists are edited under, on a device the stream on which SGLang edits
-            them, whatever the caller's is.
         scattered: enough stripes were free for the last lease, but not in a row.
         reclaims: how often requests took memory back, in an allocation or just before it.
         reclaim_seconds: how long the last ones took.
@@ -95,7 +93,7 @@ class UnifiedPool:
         self.relieve: Relieve = lambda _stripes: None  # before training may borrow
         self.evict: Evict | None = None
         self.leases: dict[str, PoolLease] = {}
-        self.edit_under: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._edit_under: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.scattered = False
         self._joins = 0  # tries in a row to get stripes in a row
         self._barren: set[int] = set()  # first stripes of places where that gave nothing
@@ -106,14 +104,22 @@ class UnifiedPool:
         self._evict_pause_s = EVICT_AGAIN_S
         self._evicted_nothing = 0  # times in a row
 
-    def lend_to(self, relieve: Relieve, evict: Evict | None) -> None:
+    def lend_to(
+        self,
+        relieve: Relieve,
+        evict: Evict | None,
+        edit_under: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         """Training may ask for leases from now on.
 
         Args:
             relieve: frees at least n stripes now, by leases that training gives back; cannot
                 refuse.
             evict: see ``Evict``; None: no prefix is cached.
+            edit_under: on a device the stream on which SGLang edits its slot lists: there they are
+                edited here too, whatever the caller's is.
         """
+        self._edit_under = edit_under
         self.relieve, self.evict = relieve, evict
 
     # ------------------------------------------------------------------ figures
@@ -150,7 +156,7 @@ class UnifiedPool:
             choose: picks of the free stripes (highest first), at most as many as its second
                 argument, or None; default: the first ``stripes_needed``.
         """
-        with self.edit_under():
+        with self._edit_under():
             may_evict = purpose is not MemoryPurpose.KEPT
             stripes = self._pick(stripes_needed, choose, may_evict=may_evict)
             return self._lend(purpose, name, stripes) if stripes else None
@@ -241,7 +247,7 @@ class UnifiedPool:
         if self.evict is None or not self._can_evict(now_s):
             return None
         used = self.used_slots
-        with self.edit_under():
+        with self._edit_under():
             asked = {} if among is None else {"among": among}
             freed = self.evict(stripes, unused_since_s, **asked)
         self.quota.evicted(used - self.used_slots)
@@ -264,7 +270,7 @@ class UnifiedPool:
         """End a lease: memory to the KV cache, slots to the allocator. May be repeated."""
         if lease.revoked:
             return
-        with self.edit_under():
+        with self._edit_under():
             self.backing.take_back(lease.stripes, lease.extents)  # what it raises leaves the lease as it was
             lease.revoked, lease.extents = True, []
             stripes = self.ledger.give_back(lease.name)

@@ -246,7 +246,7 @@ def test_no_more_is_dropped_than_is_needed() -> None:
         if shape.kind == QuantumKind.HEAD and run.applied_step == 1:
             spaces = [space for space in memory.held if space.purpose == KEPT]
             assert run._kept is not None
-            by_layer = [room.lease for room in run._kept._rooms]
+            by_layer = [group.lease for group in run._kept._groups]
             assert len(spaces) == 3 and set(spaces) == set(by_layer)
             assert run.drop_kept(lambda: len(memory.held) <= 2 + 2)
             assert {space for space in memory.held if space.purpose == KEPT} == set(by_layer[1:])
@@ -340,6 +340,24 @@ def test_spaces_serve_the_next_micro_batches_and_go_when_those_do_not_need_them(
         drive(run, everything, until=step)
         held.append(memory.bytes_of(KEPT))
     assert held[0] == 0 < held[1] == held[2] and 0 < 2 * held[3] < held[2] and held[3] == held[4]
+    run.release()
+
+
+def test_what_there_is_memory_for_is_kept() -> None:
+    """Of three layers' leases two are refused: the layer whose backward comes first is kept."""
+    rows = [([3] * 9, [3] * 9)] * 3
+    steps = [Step(rows, [[0, 1, 2]])] * 3
+    memory = PoisonedMemory(lambda purpose, nbytes: purpose != KEPT or not memory.bytes_of(KEPT))
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=3)
+    run = make_run(model, hyperparameters(), steps, memory=memory)
+    feed(run, steps)
+    drive(run, everything, until=1)
+    kinds = []
+    while (shape := run.peek()) is not None:
+        done = run.run(shape.rows)
+        if done.kind in (QuantumKind.BACKWARD, QuantumKind.BACKWARD_KEPT):
+            kinds.append(done.kind)
+    assert kinds == [QuantumKind.BACKWARD_KEPT, QuantumKind.BACKWARD, QuantumKind.BACKWARD] * 2
     run.release()
 
 

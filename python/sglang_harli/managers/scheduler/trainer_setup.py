@@ -1,9 +1,9 @@
 """Builds the scheduler's trainer: binds the weights, states the limits, opens the link.
 
 Leans on SGLang: Scheduler.server_args, weight_updater.offload_tags,
-token_to_kv_pool_allocator, schedule_stream, tree_cache, tp_worker.model_runner (model, model_config, lora_manager,
-kv_cache_dtype, decode_cuda_graph_runner.capture_bs), ServerArgs (model_path, tokenizer_path,
-served_model_name, max_lora_rank, lora_target_modules, device).
+token_to_kv_pool_allocator, schedule_stream, tree_cache, tp_worker.model_runner (model,
+model_config, lora_manager, kv_cache_dtype, decode_cuda_graph_runner.capture_bs), ServerArgs
+(model_path, tokenizer_path, served_model_name, max_lora_rank, lora_target_modules, device).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -138,10 +139,11 @@ def training_memory(scheduler: Any, device: torch.device, options: HarliOptions)
             cache, allocator, stripes, pool.quota.kept_prefix_slots(), unused_since_s, among=among
         )
 
-    if not cpu:  # slot lists are SGLang's, and edited where SGLang does
-        pool.edit_under = lambda: torch.cuda.stream(scheduler.schedule_stream)
+    def schedule_stream() -> AbstractContextManager[Any]:
+        """Slot lists are SGLang's: they are edited on its stream, which its loop makes."""
+        return nullcontext() if cpu else torch.cuda.stream(scheduler.schedule_stream)
 
-    return MemoryPressure(pool, device, evict=evict, reserve_bytes=reserve)
+    return MemoryPressure(pool, device, evict=evict, edit_under=schedule_stream, reserve_bytes=reserve)
 
 
 def served_limits(

@@ -10,10 +10,10 @@ stream of forwards and training waits for every other stream before a lease is u
 memory is cleared, and every other stream for the clearing. So a forward in flight has written its
 last to a slot that was freed under it before training has that slot.
 
-The CUDA C++ Programming Guide ("Virtual Aliasing Support") has one rule for memory at two addresses:
-what one operation writes through one of them is read through the other by operations that begin
-after it has ended. Therefore memory is cleared by the driver's memset, never by a kernel: a kernel
-that was launched as programmatically dependent could begin before such a one has ended.
+The CUDA C++ Programming Guide ("Virtual Aliasing Support") has one rule for memory at two
+addresses: what one operation writes through one of them is read through the other by operations
+that begin after it has ended. Therefore memory is cleared by the driver's memset, never by a
+kernel: one that was launched as programmatically dependent could begin before that has ended.
 
 Lent rows hold training's bits, which as bfloat16 may be NaN: a read of them that is not masked, in
 K or in V, is not harmless. ``stray_reads`` says of which attention kernels that is known.

@@ -1,4 +1,4 @@
-"""The pool's memory on CUDA, remapped: physical chunks lie here or there (docs/internals/memory.md).
+"""The pool's memory on CUDA, remapped: chunks lie here or there (docs/internals/memory.md).
 
     layer       | K: chunk 0 | chunk 1 | scratch | scratch | chunk 4 | tail | V: ...   one range per layer
     window      | ... 2 of K0 | 2 of V0 | ... 3 of K0 | 3 of V0 | ...             one range for training

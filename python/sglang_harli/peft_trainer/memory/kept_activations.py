@@ -50,7 +50,7 @@ class _KeptRange:
 
 
 @dataclass(slots=True)
-class _Room:
+class _Group:
     """Layers that share a lease.
 
     Attributes:
@@ -85,14 +85,15 @@ class KeptActivations:
         self._memory, self._kinds, self._operators = memory, kinds, operators
         count = min(leases or len(kinds), len(kinds))
         edges = [len(kinds) * number // count for number in range(count + 1)]
-        self._rooms = [_Room(range(start, stop)) for start, stop in itertools.pairwise(edges)]
+        self._groups = [_Group(range(start, stop)) for start, stop in itertools.pairwise(edges)]
         self._ranges: dict[int, list[_KeptRange]] = {}  # by layer, rising
         self._needs: dict[tuple[Kind, int], tuple[int, Needs]] = {}  # by kind and width: of so many rows
         self._references: set[int] = set()
         self._rows: tuple[int, int] | None = None  # (rows, width) of the micro-batch
-        self._pending: list[_Room] = []  # whose needs are not known yet
+        self._pending: list[_Group] = []  # whose needs are not known yet
         self._begun = True  # of the micro-batch that was prepared
-        self._refused = False
+        self._refused = False  # no more is asked for
+        self._dropped = False  # no more is kept
 
     # ---- between quanta
     def prepare(self, rows: int, width: int) -> None:
@@ -101,55 +102,56 @@ class KeptActivations:
         if not self._begun and self._rows == (rows, width):
             return
         self._end_ranges()
-        self._begun, self._rows, self._refused, self._pending = False, (rows, width), False, []
-        wanted: list[tuple[_Room, Specs]] = []
-        for room in reversed(self._rooms):  # the layers whose backward comes first
-            specs = self._specs_of(room)
+        self._begun, self._rows, self._pending = False, (rows, width), []
+        self._refused = self._dropped = False
+        wanted: list[tuple[_Group, Specs]] = []
+        for group in reversed(self._groups):  # the layers whose backward comes first
+            specs = self._specs_of(group)
             if specs is None:
-                self._pending.insert(0, room)
-            elif not self._keep_lease(room, specs):
-                wanted.append((room, specs))
-        for room, _ in wanted:
-            room.give_back()  # first: both need not fit
+                self._pending.insert(0, group)
+            elif not self._keep_lease(group, specs):
+                wanted.append((group, specs))
+        for group, _ in wanted:
+            group.give_back()  # first: both need not fit
         self._obtain(wanted)
 
     def prepare_more(self, layer: int) -> None:
-        """As the forward reaches ``layer``: leases of rooms whose needs were not known before."""
-        if not self._pending or self._refused:
+        """As the forward reaches ``layer``: leases of groups whose needs were not known before."""
+        if not self._pending or self._refused or self._dropped:
             return
-        wanted: list[tuple[_Room, Specs]] = []
-        for room in reversed(self._pending.copy()):
-            specs = self._specs_of(room)
+        wanted: list[tuple[_Group, Specs]] = []
+        for group in reversed(self._pending.copy()):
+            specs = self._specs_of(group)
             if specs is not None:
-                self._pending.remove(room)
-                if room.layers.stop > layer and not self._keep_lease(room, specs):
-                    wanted.append((room, specs))
-        for room, _ in wanted:
-            room.give_back()
+                self._pending.remove(group)
+                if group.layers.stop > layer and not self._keep_lease(group, specs):
+                    wanted.append((group, specs))
+        for group, _ in wanted:
+            group.give_back()
         self._obtain(wanted)
 
-    def _keep_lease(self, room: _Room, specs: Specs) -> bool:
-        """Whether the room's lease serves for these too."""
-        lease, needed = room.lease, sum(carved_bytes(shape, dtype) for shape, dtype in specs)
+    def _keep_lease(self, group: _Group, specs: Specs) -> bool:
+        """Whether the group's lease serves for these too."""
+        lease, needed = group.lease, sum(carved_bytes(shape, dtype) for shape, dtype in specs)
         if lease is None or lease.asked_bytes < needed:
-            room.loose = False
+            group.loose = False
             return False
-        was_loose, room.loose = room.loose, lease.asked_bytes > LOOSE * needed
-        return not (was_loose and room.loose)
+        was_loose, group.loose = group.loose, lease.asked_bytes > LOOSE * needed
+        return not (was_loose and group.loose)
 
-    def _obtain(self, wanted: Sequence[tuple[_Room, Specs]]) -> None:
-        for room, specs in wanted:
+    def _obtain(self, wanted: Sequence[tuple[_Group, Specs]]) -> None:
+        for group, specs in wanted:
             if self._refused:
                 return
-            room.lease = obtain(self._memory, MemoryPurpose.KEPT, specs)
-            room.loose = False
-            self._refused = room.lease is None
+            group.lease = obtain(self._memory, MemoryPurpose.KEPT, specs)
+            group.loose = False
+            self._refused = group.lease is None
 
-    def _specs_of(self, room: _Room) -> Specs | None:
-        """What all rows need in this room's layers; None: not known yet."""
+    def _specs_of(self, group: _Group) -> Specs | None:
+        """What all rows need in this group's layers; None: not known yet."""
         assert self._rows is not None
         specs: list[tuple[tuple[int], torch.dtype]] = []
-        for layer in room.layers:
+        for layer in group.layers:
             needs = self._estimate(self._kinds[layer], *self._rows)
             if needs is None:
                 return None
@@ -184,10 +186,10 @@ class KeptActivations:
         self._end_ranges()
         self._references = {_storage(tensor) for tensor in saved}
         self._begun = True
-        for room in self._rooms:
-            room.full = False
-            if room.lease is not None:
-                room.lease.reset()
+        for group in self._groups:
+            group.full = False
+            if group.lease is not None:
+                group.lease.reset()
 
     def forward(
         self, layer: int, start: int, program: LayerProgram, x: Tensor, rotary: RotaryTable, out: Tensor
@@ -195,9 +197,9 @@ class KeptActivations:
         """A layer's output for a range of rows into ``out``, kept if there is memory; False: not
         tried, as it is short. ``x``: ``[count, width, hidden]``, part of what ``begin`` was
         given."""
-        room, kind, (count, width) = self._room_of(layer), self._kinds[layer], x.shape[:2]
+        group, kind, (count, width) = self._group_of(layer), self._kinds[layer], x.shape[:2]
         known = (kind, width) in self._needs
-        if (self._refused or room.full or room.lease is None) and (known or self._refused):
+        if self._dropped or (known and (group.full or group.lease is None)):
             return False
         trace = SavedTensors(kept=True)
         program.forward(x, rotary, trace, out=out)
@@ -211,16 +213,16 @@ class KeptActivations:
         )
         needs = tuple((same[0].tensor.numel(), same[0].tensor.dtype) for same in sources)
         self._remember(kind, count, width, needs)
-        places = None if room.lease is None or room.full else _carved(room.lease, needs)
+        places = None if group.lease is None or group.full else _carved(group.lease, needs)
         if places is not None:
             self._move(sources, places)
             self._ranges.setdefault(layer, []).append(_KeptRange(start, count, program, trace))
-        elif room.lease is not None:
-            room.full = True
+        elif group.lease is not None:
+            group.full = True
         return True
 
-    def _room_of(self, layer: int) -> _Room:
-        return next(room for room in self._rooms if layer in room.layers)
+    def _group_of(self, layer: int) -> _Group:
+        return next(group for group in self._groups if layer in group.layers)
 
     def _move(self, sources: list[list[SavedTensor]], places: list[Tensor]) -> None:
         """Copy each memory once to its place; from there the backward reads, in the same layout."""
@@ -258,27 +260,27 @@ class KeptActivations:
     def _end_ranges(self) -> None:
         self._ranges.clear()
 
-    def _holds(self, room: _Room) -> bool:
-        return any(self._ranges.get(layer) for layer in room.layers)
+    def _holds(self, group: _Group) -> bool:
+        return any(self._ranges.get(layer) for layer in group.layers)
 
     def give_back_spare(self) -> bool:
         """Return the leases that hold nothing; whether there were any."""
-        given = [room.give_back() for room in self._rooms if not self._holds(room)]
+        given = [group.give_back() for group in self._groups if not self._holds(group)]
         return any(given)
 
     def drop(self, enough: Callable[[], bool] | None = None) -> bool:
         """Return what is spare and kept, and keep no more of this micro-batch; whether there was
         any. ``enough`` ends it early: layers go first whose backward comes last."""
-        self._refused = True
+        self._dropped = True
         gave = self.give_back_spare()
-        for room in self._rooms:
-            if room.lease is None:
+        for group in self._groups:
+            if group.lease is None:
                 continue
             if enough is not None and enough():
                 break
-            for layer in room.layers:
+            for layer in group.layers:
                 self._ranges.pop(layer, None)
-            gave = room.give_back() or gave
+            gave = group.give_back() or gave
         return gave
 
 

@@ -1,5 +1,5 @@
-"""The real ``CudaDriver``, both CUDA backings and the probe, through cuda-python's own bindings, on a
-libcuda that is compiled here (test/support/cuda/libcuda.c)."""
+"""The real ``CudaDriver``, both CUDA backings and the probe, through cuda-python's own bindings, on
+a libcuda that is compiled here (test/support/cuda/libcuda.c)."""
 
 from __future__ import annotations
 
