@@ -343,6 +343,24 @@ def test_spaces_serve_the_next_micro_batches_and_go_when_those_do_not_need_them(
     run.release()
 
 
+def test_what_there_is_memory_for_is_kept() -> None:
+    """Of three layers' leases two are refused: the layer whose backward comes first is kept."""
+    rows = [([3] * 9, [3] * 9)] * 3
+    steps = [Step(rows, [[0, 1, 2]])] * 3
+    memory = PoisonedMemory(lambda purpose, nbytes: purpose != KEPT or not memory.bytes_of(KEPT))
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=3)
+    run = make_run(model, hyperparameters(), steps, memory=memory)
+    feed(run, steps)
+    drive(run, everything, until=1)
+    kinds = []
+    while (shape := run.peek()) is not None:
+        done = run.run(shape.rows)
+        if done.kind in (QuantumKind.BACKWARD, QuantumKind.BACKWARD_KEPT):
+            kinds.append(done.kind)
+    assert kinds == [QuantumKind.BACKWARD_KEPT, QuantumKind.BACKWARD, QuantumKind.BACKWARD] * 2
+    run.release()
+
+
 class _Storages(TorchDispatchMode):
     """Weak references to the memory of everything that is computed."""
 

@@ -92,7 +92,8 @@ class KeptActivations:
         self._rows: tuple[int, int] | None = None  # (rows, width) of the micro-batch
         self._pending: list[_Group] = []  # whose needs are not known yet
         self._begun = True  # of the micro-batch that was prepared
-        self._refused = False
+        self._refused = False  # no more is asked for
+        self._dropped = False  # no more is kept
 
     # ---- between quanta
     def prepare(self, rows: int, width: int) -> None:
@@ -101,7 +102,8 @@ class KeptActivations:
         if not self._begun and self._rows == (rows, width):
             return
         self._end_ranges()
-        self._begun, self._rows, self._refused, self._pending = False, (rows, width), False, []
+        self._begun, self._rows, self._pending = False, (rows, width), []
+        self._refused = self._dropped = False
         wanted: list[tuple[_Group, Specs]] = []
         for group in reversed(self._groups):  # the layers whose backward comes first
             specs = self._specs_of(group)
@@ -115,7 +117,7 @@ class KeptActivations:
 
     def prepare_more(self, layer: int) -> None:
         """As the forward reaches ``layer``: leases of groups whose needs were not known before."""
-        if not self._pending or self._refused:
+        if not self._pending or self._refused or self._dropped:
             return
         wanted: list[tuple[_Group, Specs]] = []
         for group in reversed(self._pending.copy()):
@@ -202,7 +204,7 @@ class KeptActivations:
         given."""
         group, kind, (count, width) = self._group_of(layer), self._kinds[layer], x.shape[:2]
         known = (kind, width) in self._needs
-        if (self._refused or group.full or group.lease is None) and (known or self._refused):
+        if self._dropped or (known and (group.full or group.lease is None)):
             return False
         trace = SavedTensors(kept=True)
         program.forward(x, rotary, trace, out=out)
@@ -274,7 +276,7 @@ class KeptActivations:
     def drop(self, enough: Callable[[], bool] | None = None) -> bool:
         """Return what is spare and kept, and keep no more of this micro-batch; whether there was
         any. ``enough`` ends it early: layers go first whose backward comes last."""
-        self._refused = True
+        self._dropped = True
         gave = self.give_back_spare()
         for group in self._groups:
             if group.lease is None:

@@ -1,7 +1,7 @@
 """Aliased memory on a real GPU: both addresses show the same bytes, moves are ordered with streams
 and wait for nothing, graphs stay valid; how long a move takes.
 
-pytest test/gpu/test_cuda_aliased.py -s
+pytest test/gpu/test_cuda_aliased_memory.py -s
 """
 
 from __future__ import annotations
