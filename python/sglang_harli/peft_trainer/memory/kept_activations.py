@@ -33,7 +33,7 @@ from sglang_harli.train_memory import ALIGNMENT, Lease, Specs, TrainMemory, carv
 LEASES = {"cuda": 4}  # of all layers together; elsewhere one a layer: less goes at a time under pressure
 LOOSE = 2  # a lease so many times larger than what two micro-batches in a row needed is taken anew
 _SMALL = 64  # bytes; what is smaller (scalars, states of random generators) stays where it is
-_SHAPES = 256  # kinds of layers and widths whose needs are remembered
+_WIDTHS = 128  # of which a kind's needs are remembered
 
 Kind = tuple[object, ...]  # of a layer: what its kernels depend on
 Needs = tuple[tuple[int, torch.dtype], ...]  # (elements, dtype) of each flat copy, in order
@@ -87,7 +87,7 @@ class KeptActivations:
         edges = [len(kinds) * number // count for number in range(count + 1)]
         self._groups = [_Group(range(start, stop)) for start, stop in itertools.pairwise(edges)]
         self._ranges: dict[int, list[_KeptRange]] = {}  # by layer, rising
-        self._needs: dict[tuple[Kind, int], tuple[int, Needs]] = {}  # by kind and width: of so many rows
+        self._needs: dict[Kind, dict[int, tuple[int, Needs]]] = {}  # by kind and width: of so many rows
         self._references: set[int] = set()
         self._rows: tuple[int, int] | None = None  # (rows, width) of the micro-batch
         self._pending: list[_Group] = []  # whose needs are not known yet
@@ -161,11 +161,11 @@ class KeptActivations:
     def _estimate(self, kind: Kind, rows: int, width: int) -> Needs | None:
         """Of so many rows in any split, from those of the next wider rows that were seen, or of the
         widest."""
-        widths = sorted(seen for of, seen in self._needs if of == kind)
-        if not widths:
+        known = self._needs.get(kind)
+        if not known:
             return None
-        near = next((seen for seen in widths if seen >= width), widths[-1])
-        count, needs = self._needs[kind, near]
+        near = min((seen for seen in known if seen >= width), default=max(known))
+        count, needs = known[near]
         tokens, seen = rows * width, count * near
         return tuple(
             (-(-elements * tokens // seen) + rows * ALIGNMENT // dtype.itemsize, dtype)
@@ -173,12 +173,13 @@ class KeptActivations:
         )
 
     def _remember(self, kind: Kind, count: int, width: int, needs: Needs) -> None:
-        known = self._needs.get((kind, width))
+        widths = self._needs.setdefault(kind, {})
+        known = widths.get(width)
         if known is not None and _bytes(known[1]) * count >= _bytes(needs) * known[0]:
             return
-        if known is None and len(self._needs) >= _SHAPES:
-            del self._needs[next(iter(self._needs))]
-        self._needs[kind, width] = (count, needs)
+        if known is None and len(widths) >= _WIDTHS:
+            del widths[next(iter(widths))]
+        widths[width] = (count, needs)
 
     # ---- forward
     def begin(self, saved: Iterable[Tensor]) -> None:
@@ -194,7 +195,7 @@ class KeptActivations:
     @property
     def keeping(self) -> bool:
         """Whether the micro-batch may keep more."""
-        return not self._refused
+        return not self._dropped
 
     def forward(
         self, layer: int, start: int, program: LayerProgram, x: Tensor, rotary: RotaryTable, out: Tensor
@@ -203,8 +204,7 @@ class KeptActivations:
         tried, as it is short. ``x``: ``[count, width, hidden]``, part of what ``begin`` was
         given."""
         group, kind, (count, width) = self._group_of(layer), self._kinds[layer], x.shape[:2]
-        known = (kind, width) in self._needs
-        if self._dropped or (known and (group.full or group.lease is None)):
+        if self._dropped or (kind in self._needs and (group.full or group.lease is None)):
             return False
         trace = SavedTensors(kept=True)
         program.forward(x, rotary, trace, out=out)
