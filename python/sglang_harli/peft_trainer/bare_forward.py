@@ -117,8 +117,7 @@ class BareForward:
         if found.device.type == "cpu":
             self._found = found
             return
-        self._found = device_calls.pinned(found.shape, found.dtype)
-        self._found.copy_(found, non_blocking=True)
+        self._found = device_calls.pinned(found.shape, found.dtype).copy_(found, non_blocking=True)
         self._copied = device_calls.event()
 
 

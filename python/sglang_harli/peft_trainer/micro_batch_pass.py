@@ -165,7 +165,9 @@ class MicroBatchPass:
     def _too_long(self, bound: QuantumBound) -> bool:
         """Whether the row that comes next takes too much memory whole."""
         kind = self.kind
-        if kind not in (QuantumKind.FORWARD, QuantumKind.BACKWARD) or self._blocks is not None:
+        if self._blocks is not None or kind is None:
+            return False
+        if kind not in (QuantumKind.FORWARD, QuantumKind.BACKWARD):
             return False
         return bound.too_long(kind, self.rows.lengths[self.done])
 

@@ -125,7 +125,8 @@ class MicroBatchMemory:
         self._operators.zero(places[2:])
         if self._operators.token_major:
             places = [place.transpose(1, 2) for place in places]
-        return RowKeys(*places)
+        key, value, grad_key, grad_value = places
+        return RowKeys(key, value, grad_key, grad_value)
 
     def give_back(self) -> bool:
         """Whether there was something to give back."""

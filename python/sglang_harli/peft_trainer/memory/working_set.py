@@ -8,6 +8,8 @@ it. On a CPU there is no bound: its memory is not set apart.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sglang_harli.core import QuantumKind
@@ -28,9 +30,10 @@ class WorkingSet:
         self.low = 7 * rank
         self.bytes = base.dtype.itemsize
         self.exact = torch.promote_types(base.dtype, torch.float32).itemsize
-        self.head_dim = base.layers[0].self_attn.head_dim
+        attention: Any = base.layers[0].self_attn
+        self.head_dim: int = attention.head_dim
         self.heads = self.query // self.head_dim
-        self.normed_heads = getattr(base.layers[0].self_attn, "q_norm", None) is not None
+        self.normed_heads = getattr(attention, "q_norm", None) is not None
         linears = sizes.values()
         self.leaves = self.bytes * rank * sum(a + b for a, b in linears)  # gradients of the adapter
 
