@@ -89,7 +89,7 @@ def _interpret(
     constant = {param.name for param in kernel.params if param.is_constexpr}
     function = _rewritten(kernel.fn)
     builder = interpreter.interpreter_builder
-    # What the interpreter replaces in tl, it puts back; tl.core is where Triton's own functions look.
+    # The interpreter replaces what is in tl and puts it back; tl.core is for Triton's functions.
     scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     try:
         with (

@@ -63,7 +63,7 @@ def rotate(
     Args:
         flat: ``[rows * width, layout.width]``, contiguous.
         cos, sin: ``[1, width, size]``, contiguous: of the positions of every row.
-        out: where they go: a tensor of that shape, each token's contiguous; it may be ``flat`` itself.
+        out: where they go, of that shape and contiguous, or ``flat`` itself.
     """
     width, heads = cos.shape[1], layout.queries + layout.keys
     if out is None:
@@ -187,7 +187,7 @@ def _rotate_some(
     HEADS: tl.constexpr, SIZE: tl.constexpr, NORMED: tl.constexpr, BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """``part``: which ``BLOCK_HEADS`` of the ``HEADS``; ``flat`` and ``out``: a token's first head."""
+    """``part``: which ``BLOCK_HEADS`` of all; ``flat`` and ``out``: a token's first head."""
     dtype = out.dtype.element_ty
     place = tl.arange(0, BLOCK_HALF)
     head = part * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -217,7 +217,7 @@ def _rotate_back(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, NORMED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """``row_heads``, ``token_heads``, ``head_heads``: strides of ``key`` and ``value``, in heads."""
+    """The three ``..._heads`` are strides of ``key`` and ``value``, in heads."""
     token = tl.program_id(0)
     part = tl.program_id(1)
     query_parts: tl.constexpr = (QUERIES + BLOCK_HEADS - 1) // BLOCK_HEADS

@@ -1,4 +1,4 @@
-"""The one door through which every kernel of ours is launched. Triton is not imported here.
+"""The one function that launches every kernel of ours. Triton is not imported here.
 
 Who counts launches, interprets kernels without a device or records what would be compiled puts a
 runner of their own in the place of the device's (``through``).

@@ -280,8 +280,8 @@ def _gradient_of_b(
     PIECE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """``grad.T @ low`` for ``BLOCK`` columns and a piece of the rank, over all tokens, ``ACROSS`` at
-    once: the tile is that of ``_gradient_of_low``, turned."""
+    """``grad.T @ low`` for ``BLOCK`` columns and a piece of the rank, over all tokens, ``ACROSS``
+    at once: the tile is that of ``_gradient_of_low``, turned."""
     column = block * BLOCK + tl.arange(0, BLOCK)
     piece = begin + tl.arange(0, PIECE)
     token = tl.arange(0, ACROSS)

@@ -1,8 +1,8 @@
 """RMSNorm with a frozen weight, with or without a sum before it, forward and backward.
 
-Inputs and outputs may be the first ``width`` tokens of each row of ``[rows, more, hidden]``: a range
-of a micro-batch is computed where it lies. Arithmetic is fp32; the sum is rounded before it is
-normed, as two operators would, and the normed value once, as torch's fused kernel does.
+Inputs and outputs may be the first ``width`` tokens of each row of ``[rows, more, hidden]``: a
+range of a micro-batch is computed where it lies. Arithmetic is fp32; the sum is rounded before it
+is normed, as two operators would, and the normed value once, as torch's fused kernel does.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
 def add_rms_norm(
     x: Tensor, added: Tensor, weight: Tensor, epsilon: float, total: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x + added, that normed, factors): see ``rms_norm``. ``total``: where the sum goes, contiguous;
-    it may be ``added``, which is contiguous too."""
+    """(x + added, that normed, factors): see ``rms_norm``. ``total``: where the sum goes; it may be
+    ``added``. Both are contiguous."""
     total = _like(x) if total is None else total
     out, factors = _like(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
     _launch_forward(x, added, total, weight, out, factors, epsilon)

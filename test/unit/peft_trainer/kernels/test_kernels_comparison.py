@@ -1,4 +1,4 @@
-"""Before a family is used it is compared with torch's own on the device, and refused in a sentence."""
+"""A family is compared with torch's own on the device before it is used, or refused."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def test_compiled_for_every_generation(capability, dtype, tmp_path):
 
 
 def test_sixteen_bytes_at_once_where_memory_is_the_bound(tmp_path):
-    """What alignment is known of shows in the loads: it is lost where a stride is not specialised."""
+    """Known alignment shows in the loads; where a stride is not specialised it is lost."""
     for launch in LAUNCHES:
         if launch.name in ("softmax._rows", "gated._forward", "norm._forward", "heads._rotate"):
             ptx = compile_launch(launch, 90, tmp_path).ptx

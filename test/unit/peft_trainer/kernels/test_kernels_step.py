@@ -45,7 +45,7 @@ def make_run(base: FrozenBase, *, keep: bool, **changes: Any) -> TrainingRun:
     ("arch", "keep"), [("llama", True), ("qwen3", False)], ids=["llama-kept", "qwen3-recomputed"]
 )
 def test_a_run_is_torchs(arch: str, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of rows of several lengths, a row at a time where it may, an evaluation, dropout."""
+    """Two steps of rows of several lengths, all but one at once, an evaluation, dropout."""
     monkeypatch.setattr(
         "sglang_harli.peft_trainer.base.frozen_base.operators_for", lambda device: TorchOperators(flash=True)
     )
@@ -70,8 +70,8 @@ def test_a_run_is_torchs(arch: str, keep: bool, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(("arch", "before"), [("llama", 92), ("qwen3", 114)])
 def test_a_layer_launches_at_most_sixty(arch: str, before: int) -> None:
-    """Forward, recompute and backward; rank 16 on all seven linears, no dropout. Kernels of ours are
-    counted at their launcher, everything else by the calls of torch's operators."""
+    """Forward, recompute and backward; rank 16 on all seven linears, no dropout. Kernels of ours
+    are counted at their launcher, everything else by the calls of torch's operators."""
     ours: list[str] = []
 
     def count(kernel: Any, *_: Any) -> None:
@@ -83,10 +83,14 @@ def test_a_layer_launches_at_most_sixty(arch: str, before: int) -> None:
         run = make_run(base, keep=False, lora_r=16)
         rows = [([3] * 24, [-100] * 12 + [5] * 12)] * 3
         feed_all(run, [Step(rows, [[0, 1, 2]])] * 2, Validation(rows[:1], every=2, size=1))
+        first = True
         while (shape := run.peek()) is not None and run.applied_step < 1:
             known = len(ours)
             with OperationCounter() as counter:
                 run.run(shape.rows)
+            if shape.kind == QuantumKind.FORWARD and first:
+                first = False  # the tables of positions are made
+                continue
             most[shape.kind] = max(most[shape.kind], counter.total + len(ours) - known)
     assert {"_rows", "_rotate_back", "_product_gradients"} <= set(ours)
     layer = most[QuantumKind.FORWARD] + most[QuantumKind.BACKWARD]

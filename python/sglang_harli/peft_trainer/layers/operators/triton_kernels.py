@@ -21,8 +21,8 @@ from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
 
 
 class TritonOperators(TorchOperators):
-    """See ``TorchOperators``.  ``dtype``: of the base; ``switches``: which families are used, read
-    at each call (a backward may meet a trace of before: it goes by what is in it)."""
+    """The operators of a device with kernels of ours.  ``dtype``: of the base; ``switches``: which
+    families are used, read at each call. A backward goes by what its trace has."""
 
     def __init__(self, *, flash: bool, dtype: torch.dtype, switches: KernelSwitches) -> None:
         super().__init__(flash=flash)
