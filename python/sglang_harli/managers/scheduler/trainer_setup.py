@@ -23,6 +23,7 @@ from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressur
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.profile_setup import profile_key, starting_priors
 from sglang_harli.managers.scheduler.service_link import ServiceLink
+from sglang_harli.managers.scheduler.step_timer import stream_of
 from sglang_harli.managers.scheduler.training.adapter_loader import AdapterLoader
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
 from sglang_harli.managers.scheduler.training.parity import Parity
@@ -76,7 +77,7 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
         functools.partial(ServiceLink, scheduler_endpoint(options.absolute_run_dir)),
         AdapterLoader(runner.lora_manager),
         side.predictor,
-        make_timer(base.device.type, getattr(scheduler, "forward_stream", None)),
+        make_timer(base.device.type, None if base.device.type == "cpu" else stream_of(scheduler)),
         pressure,
         quantum_rows=options.quantum_rows,
         parity=_parity(scheduler, base, limits, options),

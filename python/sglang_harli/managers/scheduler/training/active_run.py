@@ -106,6 +106,11 @@ class ActiveRun:
         return self._copier is not None
 
     @property
+    def copy_waits(self) -> bool:
+        """Whether the copy goes on only once the device has done its part: nothing to run."""
+        return self._copier is not None and self._copier.waits
+
+    @property
     def saving(self) -> bool:
         """Whether a snapshot is on its way to the disk."""
         return self._in_hand is not None

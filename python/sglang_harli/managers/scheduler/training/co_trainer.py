@@ -21,6 +21,7 @@ from sglang_harli.errors import HarliError
 from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressure
 from sglang_harli.managers.scheduler.policy.slotting import Slotting
 from sglang_harli.managers.scheduler.service_link import ServiceLink
+from sglang_harli.managers.scheduler.training import quantum_prices
 from sglang_harli.managers.scheduler.training.active_run import ActiveRun
 from sglang_harli.managers.scheduler.training.failures import describe, forget, passes
 from sglang_harli.managers.scheduler.training.parity import Parity
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 PROGRESS_EVERY_S = 0.5
 PULSE_EVERY_S = 2.0
 ASK_MEMORY_EVERY_S = 0.01  # a run that waits for it
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 1024)  # rows of a quantum to choose from
 _OF_NO_RUN = (QuantumKind.ADAPTER, QuantumKind.COPY, QuantumKind.CHECK)  # they show no sub-state
 ENDING = "the server is ending"
 NOT_KNOWN = "it is not known which weights are served since their last update"
@@ -133,6 +133,8 @@ class CoTrainer:
     def poll(self, *, serving: bool = False) -> None:
         """Take what the service has sent, each loop turn; ``serving``: one micro-batch at most."""
         arrived = self.link.poll(1) if serving else self.link.poll()
+        if self.run is None and not arrived and not self._print_lacks:
+            return
         if self._print_lacks and time.monotonic() >= self._take_print_at:
             self._take_print()
             if not self._print_lacks:
@@ -306,7 +308,7 @@ class CoTrainer:
         if self.released:
             return None
         if run is not None and run.copying:
-            return self._single(QuantumKind.COPY)
+            return None if run.copy_waits else self._single(QuantumKind.COPY)
         finishing = run is not None and run.finishing
         if self.held and not finishing:
             return None
@@ -329,7 +331,7 @@ class CoTrainer:
         run = self.run
         if run is not None and not self.released:
             if run.copying:
-                return self._single(QuantumKind.COPY, Claim.SHARE)
+                return None if run.copy_waits else self._single(QuantumKind.COPY, Claim.SHARE)
             if run.finishing and (offer := self._training_offer(run, Claim.SHARE)) is not None:
                 return offer
         if self._loading:
@@ -368,14 +370,10 @@ class CoTrainer:
             return None
         if shape is None:
             return None
-        sizes = [*(r for r in SIZES if r < shape.rows and not shape.fixed), shape.rows]
-        firsts = run.training.new_shapes(shape, sizes)
-        candidates = self.predictor.prices(shape.kind, sizes, shape.row_tokens, shape.attended, firsts)
-        return QuantumOffer(shape.kind, candidates, shape.fixed, self.predictor.doubt(shape.kind), claim)
+        return quantum_prices.offer_of(self.predictor, run.training, shape, claim)
 
     def _single(self, kind: QuantumKind, claim: Claim = Claim.POLICY) -> QuantumOffer:
-        upper_s, doubt = self.predictor.quantum(kind, 1).upper_s, self.predictor.doubt(kind)
-        return QuantumOffer(kind, ((1, upper_s),), True, doubt, claim)
+        return quantum_prices.single(self.predictor, kind, claim)
 
     def _wait(self, run: ActiveRun) -> None:
         if not run.lacks_memory:
@@ -423,15 +421,9 @@ class CoTrainer:
                 self.fail(error)
             return
         upper_s = dict(offer.candidates).get(decision.rows, offer.candidates[-1][1])
-        self.clock.close(work, upper_s)
+        self.clock.close(work, lambda: quantum_prices.left_when_launched(self.predictor, work, upper_s))
         now_s = self._now()
-        for w, seconds in self.clock.take():
-            if w.tokens:
-                self.predictor.observe_quantum(
-                    w.kind, w.tokens, w.row_tokens, seconds, first_of_shape=w.first_of_shape
-                )
-            else:
-                self.predictor.ran(w.kind)
+        quantum_prices.learn(self.predictor, self.clock.take())
         if offer.kind is not QuantumKind.CHECK:
             self.quanta += 1
             self.busy_quanta += decision.reason is not Reason.IDLE
@@ -440,13 +432,23 @@ class CoTrainer:
             self._enter(SubState.TRAINING, decision.reason)
 
     @property
+    def depth(self) -> int:
+        """Quanta that are launched before the first is over, while nothing is served."""
+        return self.clock.depth
+
+    @property
     def queued_s(self) -> float:
         """Upper bound of the training that is launched and not finished, seconds."""
         return self.clock.queued_s
 
-    def settle(self) -> None:
-        """Idle: let the device catch up."""
-        self.clock.settle()
+    @property
+    def expected_queued_s(self) -> float:
+        """What is expected of it."""
+        return self.clock.expected_queued_s
+
+    def settle(self, most_s: float | None = None) -> None:
+        """Idle: let the device catch up, until at most ``most_s`` are queued."""
+        self.clock.settle(most_s)
 
     def _run(self, kind: QuantumKind, rows: int) -> Work:
         if kind is QuantumKind.ADAPTER:

@@ -61,6 +61,11 @@ class StateCopier:
     def done(self) -> bool:
         return not self._todo and self._flight is None
 
+    @property
+    def waits(self) -> bool:
+        """Whether the device has yet to do its part of what was begun."""
+        return self._flight is not None and not self._flight[1].query()
+
     def run(self) -> int:
         """One copy quantum; returns the bytes moved (0: the device is not there yet)."""
         if self._flight is not None or (self._todo and self._todo[-1].tensor.is_cuda):
