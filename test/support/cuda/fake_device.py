@@ -1,4 +1,4 @@
-"""A double of ``torch.get_device_module("cuda")`` on a virtual clock, for what schedules work there.
+"""A double of ``torch.get_device_module("cuda")`` on a virtual clock, for what schedules work.
 
 A kernel is a stream and seconds.  Launching one costs the host some; each stream runs its kernels
 in order and waits for events; the host waits in ``synchronize`` only.  No wall time passes, so that
