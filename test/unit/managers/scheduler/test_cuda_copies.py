@@ -30,14 +30,15 @@ def test_no_quantum_is_offered_until_the_device_has_done_its_part(
     peer.send(*batch(1))
     until(host, peer, lambda: trainer.run is not None and trainer.run.copying)
 
-    monkeypatch.setattr(StateCopier, "waits", property(lambda _copier: True))  # the device's answer
-    quanta = trainer.quanta
-    assert trainer.offer() is None and trainer.claimed() is None
-    assert not trainer.slotting.fill_idle(StepLoad, host.side.targets, float("inf"))
-    trainer.slotting.prefilled()
-    assert trainer.quanta == quanta and trainer.run is not None and trainer.run.copying
+    with monkeypatch.context() as device:  # its answer: the copies are not there yet
+        device.setattr(StateCopier, "beside", True)
+        device.setattr(StateCopier, "ready", False)
+        quanta = trainer.quanta
+        assert trainer.offer() is None and trainer.claimed() is None
+        assert not trainer.slotting.fill_idle(StepLoad, host.side.targets, float("inf"))
+        trainer.slotting.prefilled()
+        assert trainer.quanta == quanta and trainer.run is not None and trainer.run.copying
 
-    monkeypatch.setattr(StateCopier, "waits", property(lambda _copier: False))
     until(host, peer, lambda: peer.of(internal.SnapshotReady))
     slot.close()
     host.link.close()

@@ -17,7 +17,7 @@ from support.cuda.virtual_server import Prompt, Server, server
 from support.trainer.co_trainer_host import temporary_run_dir, until
 
 OURS = str(Path(sglang_harli.__file__).parent)
-# Of ours, in a turn that decodes: the hooks, the look at the socket, and every eighth batch measured.
+# In a turn that decodes: the hooks, the look at the socket, and every eighth batch measured.
 MOST = 26
 
 
