@@ -37,6 +37,9 @@ _SIZE = re.compile(r"^\s*([0-9]{1,24}(?:\.[0-9]{1,24})?)\s*(b|kb|mb|gb|kib|mib|g
 MAX_SIZE = 2**60
 MAX_COUNT = 1_000_000  # of rows, of checkpoints
 MAX_FILE_BYTES = 4 << 30  # of a training file
+# Kernels of training's own on CUDA, by family.
+KERNEL_FAMILIES: tuple[str, ...] = ("head", "gated", "norm", "rotary", "lora")
+KERNEL_SWITCHES = ("auto", "on", "off")
 _SIZES = ("max_train_mem", "train_reserve", "logits_mem", "max_file_size", "max_part_size", "max_files_size")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -70,6 +73,19 @@ def show_size(count: int) -> str:
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
     return f"{count} B"
+
+
+def kernel_switches(text: Any) -> dict[str, str] | None:
+    """The switch of each kernel family by the value of ``--harli-kernels``; None: not accepted."""
+    if text in KERNEL_SWITCHES:
+        return dict.fromkeys(KERNEL_FAMILIES, text)
+    found: dict[str, str] = dict.fromkeys(KERNEL_FAMILIES, "auto")
+    named = [part.strip().partition("=") for part in str(text).split(",")]
+    for family, _, switch in named:
+        if family not in KERNEL_FAMILIES or switch not in KERNEL_SWITCHES:
+            return None
+        found[family] = switch
+    return found if len({family for family, _, _ in named}) == len(named) else None
 
 
 def _option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -152,6 +168,12 @@ class HarliOptions:
         2,
         "How many checkpoints of each job stay on the disk, after its end too, besides the best one by its evaluation.",
     )
+    kernels: str = _option(
+        "auto",
+        "Training's own Triton kernels on a CUDA device: auto uses those that compute what torch's do, compared at "
+        "the start; on uses them uncompared, off uses torch's. Or by family, such as head=off,lora=on: head, gated, "
+        "norm, rotary, lora; those that are not named are auto.",
+    )
     logits_mem: str | None = _option(
         None,
         "Largest logits tensor of a training step; the loss is chunked to fit it (default: 64MiB on a CPU, 512MiB on "
@@ -176,6 +198,10 @@ class HarliOptions:
         if self.quantum_rows is not None:
             self._check_count("quantum_rows")
         self._check_count("keep_checkpoints")
+        if kernel_switches(self.kernels) is None:
+            families = ", ".join(KERNEL_FAMILIES)
+            accepted = f"{', '.join(KERNEL_SWITCHES)}, or family=one of them, by commas; families: {families}"
+            raise _bad("kernels", self.kernels, accepted)
         self._check_endpoint()
         if not self.run_dir:
             raise _bad("run_dir", self.run_dir, "a folder")
@@ -250,6 +276,13 @@ class HarliOptions:
         if self.max_idle_quantum_ms is not None:
             return self.max_idle_quantum_ms
         return 250.0 if self.ttft_slo_ms is None else min(250.0, self.ttft_slo_ms / 2)
+
+    @property
+    def kernel_switches(self) -> dict[str, str]:
+        """auto, on or off for each of ``KERNEL_FAMILIES``."""
+        switches = kernel_switches(self.kernels)
+        assert switches is not None  # checked when this was made
+        return switches
 
     def logits_bytes(self, device: str) -> int:
         """The largest logits tensor on a kind of device, such as ``"cuda"``."""

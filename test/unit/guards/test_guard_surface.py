@@ -38,6 +38,7 @@ FLAGS = {
     "profile_budget_s": 0.0,
     "parity": "refuse",
     "keep_checkpoints": 2,
+    "kernels": "auto",
     "logits_mem": None,
     "max_file_size": "4GiB",
     "max_part_size": "64MiB",

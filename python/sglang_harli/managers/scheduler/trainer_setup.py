@@ -32,6 +32,7 @@ from sglang_harli.mem_cache.kv.slot_allocator import StripedFreeList
 from sglang_harli.peft_trainer.base import base_print
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.base.frozen_base import bind as bind_base
+from sglang_harli.peft_trainer.layers.operators.kernel_switches import KernelSwitches
 from sglang_harli.peft_trainer.memory.layout import memory_layout
 from sglang_harli.platforms.cpu.defaults import host_memory_bytes
 from sglang_harli.platforms.cpu.malloc import keep_freed_memory
@@ -61,7 +62,7 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
     args = arguments.in_force(scheduler.server_args)
     runner = scheduler.tp_worker.model_runner
     try:
-        base = bind_base(runner.model, runner.model_config.hf_config)
+        base = bind_base(runner.model, runner.model_config.hf_config, KernelSwitches(options.kernel_switches))
     except UnsupportedError as error:
         raise UnsupportedError(f"{error.message}; serve without finetuning: --harli-finetune off") from error
     if base.device.type == "cpu":
