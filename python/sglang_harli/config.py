@@ -37,7 +37,8 @@ _SIZE = re.compile(r"^\s*([0-9]{1,24}(?:\.[0-9]{1,24})?)\s*(b|kb|mb|gb|kib|mib|g
 MAX_SIZE = 2**60
 MAX_COUNT = 1_000_000  # of rows, of checkpoints
 MAX_FILE_BYTES = 4 << 30  # of a training file
-KERNEL_FAMILIES = ("head", "gated", "norm", "rotary", "lora")  # training's own kernels on a CUDA device
+# Kernels of training's own on CUDA, by family.
+KERNEL_FAMILIES: tuple[str, ...] = ("head", "gated", "norm", "rotary", "lora")
 KERNEL_SWITCHES = ("auto", "on", "off")
 _SIZES = ("max_train_mem", "train_reserve", "logits_mem", "max_file_size", "max_part_size", "max_files_size")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -78,7 +79,7 @@ def kernel_switches(text: Any) -> dict[str, str] | None:
     """The switch of each kernel family by the value of ``--harli-kernels``; None: not accepted."""
     if text in KERNEL_SWITCHES:
         return dict.fromkeys(KERNEL_FAMILIES, text)
-    found = dict.fromkeys(KERNEL_FAMILIES, "auto")
+    found: dict[str, str] = dict.fromkeys(KERNEL_FAMILIES, "auto")
     named = [part.strip().partition("=") for part in str(text).split(",")]
     for family, _, switch in named:
         if family not in KERNEL_FAMILIES or switch not in KERNEL_SWITCHES:

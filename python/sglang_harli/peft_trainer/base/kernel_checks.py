@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any, cast
 
 from sglang_harli.architectures import INPUT_GROUPS
 from sglang_harli.config import KERNEL_FAMILIES
@@ -36,7 +37,8 @@ def check_family(base: FrozenBase, family: str) -> str | None:
 
 def _layer_of(base: FrozenBase) -> tuple[Heads, Gate, list[list[slice]]]:
     """Heads and activation of the first layer, and the columns of each of its groups of linears."""
-    attention, sizes = base.layers[0].self_attn, base.linear_sizes()
+    layer, sizes = cast(Any, base.layers[0]), base.linear_sizes()
+    attention = layer.self_attn
     groups = []
     for names in INPUT_GROUPS:
         ends = itertools.accumulate((sizes[name][1] for name in names), initial=0)
@@ -44,7 +46,7 @@ def _layer_of(base: FrozenBase) -> tuple[Heads, Gate, list[list[slice]]]:
     norms = None
     if getattr(attention, "q_norm", None) is not None:
         norms = RmsNorm("q norm", attention.q_norm), RmsNorm("k norm", attention.k_norm)
-    return Heads(groups[0], attention.head_dim, norms), Gate(groups[2], base.layers[0].mlp.act_fn), groups
+    return Heads(groups[0], attention.head_dim, norms), Gate(groups[2], layer.mlp.act_fn), groups
 
 
 def _check(family: str) -> Check:

@@ -283,7 +283,8 @@ def _rotate_some_back(
         wanted_high = back_high.to(tl.float32) * gain_high.to(tl.float32)[None, :]
         was_low *= factor
         was_high *= factor
-        along = (tl.sum(wanted_low * was_low, 1) + tl.sum(wanted_high * was_high, 1))[:, None] / SIZE
+        along = tl.sum(wanted_low * was_low, 1, True) + tl.sum(wanted_high * was_high, 1, True)
+        along /= SIZE
         back_low = ((wanted_low - was_low * along) * factor).to(dtype)
         back_high = ((wanted_high - was_high * along) * factor).to(dtype)
     tl.store(out + at, back_low, mask=inside)

@@ -26,6 +26,7 @@ import torch
 from sglang_harli.core import QuantumKind
 from sglang_harli.managers.scheduler.training.failures import describe, forget
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, state_layout
+from sglang_harli.peft_trainer.base import kernel_checks
 from sglang_harli.peft_trainer.base.first_layers import first_layers
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.records import QuantumShape
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 Check = Callable[[FrozenBase], str | None]
 
 # What is compared, in this order, before the tiny run uses it.
-CHECKS: tuple[Check, ...] = ()
+CHECKS: tuple[Check, ...] = kernel_checks.CHECKS
 
 LAYERS, ROWS, STEPS = 2, 2, 2
 WIDTHS = (128, 512)  # tokens of a row: of the micro-batches of a step, by turns

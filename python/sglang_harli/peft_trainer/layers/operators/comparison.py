@@ -149,11 +149,11 @@ def _gated(ours: TorchOperators, theirs: TorchOperators, sizes: Sizes, draw: _Dr
     width = sizes.gate.columns[-1].stop
     flat, grad = draw(WIDTH, width), draw(WIDTH, width // 2)
     traces = SavedTensors(), SavedTensors()
+    found = [o.gated(flat, sizes.gate, trace) for o, trace in zip((ours, theirs), traces, strict=True)]
+    yield "SwiGLU", found[0], found[1]
     pairs = zip((ours, theirs), traces, strict=True)
-    yield "SwiGLU", *(operators.gated(flat, sizes.gate, trace) for operators, trace in pairs)
-    pairs = zip((ours, theirs), traces, strict=True)
-    found = (operators.gated_backward(grad.clone(), sizes.gate, trace) for operators, trace in pairs)
-    yield "SwiGLU's gradient", *found
+    found = [operators.gated_backward(grad.clone(), sizes.gate, trace) for operators, trace in pairs]
+    yield "SwiGLU's gradient", found[0], found[1]
 
 
 def _rotary(ours: TorchOperators, theirs: TorchOperators, sizes: Sizes, draw: _Draw) -> Iterator[Pair]:
@@ -174,9 +174,10 @@ def _rotary(ours: TorchOperators, theirs: TorchOperators, sizes: Sizes, draw: _D
             o.split_heads(flat, sizes.heads, table, t) for o, t in zip((ours, theirs), traces, strict=True)
         ]
         yield from zip(["a query", "a key", "a value"], *found, strict=True)
-        for grads in ((query, key, value), (query, *by_head)):
+        for keys, values in ((key, value), by_head):
             pairs = zip((ours, theirs), traces, strict=True)
-            yield "a head's gradient", *(o.split_heads_backward(*grads, sizes.heads, t) for o, t in pairs)
+            back = [o.split_heads_backward(query, keys, values, sizes.heads, t) for o, t in pairs]
+            yield "a head's gradient", back[0], back[1]
 
 
 def _lora(ours: TorchOperators, theirs: TorchOperators, sizes: Sizes, draw: _Draw) -> Iterator[Pair]:

@@ -85,9 +85,9 @@ class TritonOperators(TorchOperators):
         layout = _layout(heads_)
         if "heads" not in trace or layout is None:
             return super().split_heads_backward(query, key, value, heads_, trace)
-        grads = (x.transpose(1, 2) for x in (query, key, value))
-        turn = trace["cos"], trace["sin"]
-        return heads.rotate_backward(*grads, trace["heads"], *turn, layout, _head_norms(heads_))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        cos, sin, norms = trace["cos"], trace["sin"], _head_norms(heads_)
+        return heads.rotate_backward(query, key, value, trace["heads"], cos, sin, layout, norms)
 
     # ---- the MLP's activation
     def gated(self, flat: Tensor, gate: Gate, trace: SavedTensors | None) -> Tensor:
