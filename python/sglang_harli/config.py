@@ -39,6 +39,8 @@ MAX_COUNT = 1_000_000  # of rows, of checkpoints
 MAX_FILE_BYTES = 4 << 30  # of a training file
 # Kernels of training's own on CUDA, by family.
 KERNEL_FAMILIES: tuple[str, ...] = ("head", "gated", "norm", "rotary", "lora")
+GRAPHS = "graphs"  # short quanta launched as CUDA graphs
+SWITCHED = (*KERNEL_FAMILIES, GRAPHS)
 KERNEL_SWITCHES = ("auto", "on", "off")
 _SIZES = ("max_train_mem", "train_reserve", "logits_mem", "max_file_size", "max_part_size", "max_files_size")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -76,13 +78,14 @@ def show_size(count: int) -> str:
 
 
 def kernel_switches(text: Any) -> dict[str, str] | None:
-    """The switch of each kernel family by the value of ``--harli-kernels``; None: not accepted."""
+    """The switch of each of ``SWITCHED`` by the value of ``--harli-kernels``; None: not
+    accepted."""
     if text in KERNEL_SWITCHES:
-        return dict.fromkeys(KERNEL_FAMILIES, text)
-    found: dict[str, str] = dict.fromkeys(KERNEL_FAMILIES, "auto")
+        return dict.fromkeys(SWITCHED, text)
+    found: dict[str, str] = dict.fromkeys(SWITCHED, "auto")
     named = [part.strip().partition("=") for part in str(text).split(",")]
     for family, _, switch in named:
-        if family not in KERNEL_FAMILIES or switch not in KERNEL_SWITCHES:
+        if family not in SWITCHED or switch not in KERNEL_SWITCHES:
             return None
         found[family] = switch
     return found if len({family for family, _, _ in named}) == len(named) else None
@@ -205,7 +208,7 @@ class HarliOptions:
             self._check_count("quantum_rows")
         self._check_count("keep_checkpoints")
         if kernel_switches(self.kernels) is None:
-            families = ", ".join(KERNEL_FAMILIES)
+            families = ", ".join(SWITCHED)
             accepted = f"{', '.join(KERNEL_SWITCHES)}, or family=one of them, by commas; families: {families}"
             raise _bad("kernels", self.kernels, accepted)
         self._check_endpoint()
@@ -285,7 +288,7 @@ class HarliOptions:
 
     @property
     def kernel_switches(self) -> dict[str, str]:
-        """auto, on or off for each of ``KERNEL_FAMILIES``."""
+        """auto, on or off for each of ``SWITCHED``."""
         switches = kernel_switches(self.kernels)
         assert switches is not None  # checked when this was made
         return switches

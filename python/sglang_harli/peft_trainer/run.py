@@ -61,8 +61,8 @@ class TrainingRun:
         memory: where everything sizeable lies, asked for at first need; None: torch's own.
         keep_activations: keep layers' activations where there is memory. Never with a fixed split,
             whose bits must not depend on memory.
-        graphs: makes the graphs by which short quanta are launched, given the adapter's base; None:
-            none. Never with a fixed split, or with dropout, whose masks are drawn by the host.
+        graphs: makes the graphs by which short quanta are launched, on ``base``; None, or where it
+            gives None: none. Never with a fixed split, or with dropout, whose masks the host draws.
         working_bytes: most that a quantum may take beside ``memory``, estimated; None: no bound
             until one fails for want of memory (``shrink``). A fixed split has none.
 
@@ -82,7 +82,7 @@ class TrainingRun:
         quantum_rows: int | None = None,
         memory: TrainMemory | None = None,
         keep_activations: bool = True,
-        graphs: Callable[[FrozenBase], LayerGraphs] | None = None,
+        graphs: Callable[[FrozenBase], LayerGraphs | None] | None = None,
         working_bytes: int | None = None,
     ) -> None:
         self.base, self.spec, self.quantum_rows = base, spec, quantum_rows
@@ -241,8 +241,9 @@ class TrainingRun:
         return QuantumShape(QuantumKind.EMBED, rows.count, rows.width, True)
 
     # ---- work
-    def run(self, rows: int) -> QuantumDone:
-        """One quantum of ``rows`` (as ``peek`` counts them).
+    def run(self, rows: int, *, idle: bool = False) -> QuantumDone:
+        """One quantum of ``rows`` (as ``peek`` counts them). ``idle``: nothing is served and
+        nothing waits, so that graphs may be captured.
 
         Raises:
             StateError: nothing to run, more rows than offered, or not the fixed number.
@@ -255,6 +256,7 @@ class TrainingRun:
         if not 1 <= rows <= shape.rows or (shape.fixed and rows != shape.rows):
             raise StateError(f"{rows} rows asked of a {shape.kind} quantum that offers {shape.rows}")
         self._tried = None
+        captured = 0 if self.graphs is None else self.graphs.begin(idle)
         with training_mode():
             tokens, width, misleads = 0, 0, self._pass is not None and self._pass.misleads
             first = self._shapes.add(shape.kind, *self._extent(shape, rows))
@@ -264,6 +266,7 @@ class TrainingRun:
                 self._run_stage()
             else:
                 tokens, width = self._run_pass(shape, rows)
+        misleads |= self.graphs is not None and self.graphs.captured != captured
         return QuantumDone(shape.kind, rows, tokens, width, first, misleads)
 
     def new_shapes(self, shape: QuantumShape, sizes: Iterable[int]) -> list[bool]:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_harli.config import (
-    KERNEL_FAMILIES,
     LIVE,
     LIVE_MS,
+    SWITCHED,
     HarliOptions,
     ServiceConfig,
     parse_live,
@@ -107,9 +107,9 @@ def test_bounds_of_a_quantum(values, busy, idle):
 
 
 def test_kernels_are_switched_together_or_by_family():
-    assert HarliOptions(kernels="off").kernel_switches == dict.fromkeys(KERNEL_FAMILIES, "off")
+    assert HarliOptions(kernels="off").kernel_switches == dict.fromkeys(SWITCHED, "off")
     some = HarliOptions(kernels="head=off, lora=on").kernel_switches
-    assert some == {**dict.fromkeys(KERNEL_FAMILIES, "auto"), "head": "off", "lora": "on"}
+    assert some == {**dict.fromkeys(SWITCHED, "auto"), "head": "off", "lora": "on"}
 
 
 @given(st.builds(HarliOptions, tpot_slo_ms=milliseconds, quantum_rows=st.none() | st.integers(1, 64)))

@@ -22,8 +22,6 @@ from support.trainer.trainer_oracle import (
     SIZES,
     Step,
     at_random,
-    drive,
-    everything,
     feed,
     hyperparameters,
     one_thread,
@@ -79,14 +77,18 @@ def graphs_of(run: TrainingRun) -> LayerGraphs:
     return run.graphs
 
 
+def whole(run: TrainingRun, *, idle: bool, until: int | None = None) -> None:
+    """All rows at once, to the end or until so many steps are applied."""
+    while (until is None or run.applied_step < until) and (shape := run.peek()) is not None:
+        run.run(shape.rows, idle=idle)
+
+
 def trained(run: TrainingRun, *, idle: float, seed: int = 0, spill_every: int = 0) -> list[float]:
     """Losses of the whole run; nothing is served before a share ``idle`` of the quanta."""
     rng, losses, count = random.Random(seed), [], 0
     choose = at_random(seed)
     while (shape := run.peek()) is not None:
-        if run.graphs is not None:
-            run.graphs.may_capture = rng.random() < idle
-        run.run(shape.rows if shape.fixed else choose(shape.rows))
+        run.run(shape.rows if shape.fixed else choose(shape.rows), idle=rng.random() < idle)
         losses += [metrics.loss for metrics in run.take_metrics()]
         count += 1
         if spill_every and not count % spill_every and not run.spilled:
@@ -118,11 +120,9 @@ def test_no_graph_is_made_while_a_request_runs_and_those_that_are_there_are_repl
     assert not capture.graphs and not graphs_of(run).replayed
 
     run = make(model, steps, capture)
-    graphs_of(run).may_capture = True
-    drive(run, everything, until=3)
+    whole(run, idle=True, until=3)
     made, before = len(capture.graphs), graphs_of(run).replayed
-    graphs_of(run).may_capture = False
-    drive(run, everything)
+    whole(run, idle=False)
     assert len(capture.graphs) == made > 0
     assert graphs_of(run).replayed > before
 
@@ -131,8 +131,7 @@ def test_a_shape_that_came_once_is_run_eagerly():
     model, steps = tiny_model(), random_steps(1, 2, 1)
     capture = CaptureDouble()
     run = make(model, steps, capture)
-    graphs_of(run).may_capture = True
-    drive(run, everything)
+    whole(run, idle=True)
     assert not capture.graphs
 
 
@@ -232,3 +231,14 @@ def test_graphs_that_do_not_are_refused_in_one_sentence():
     base = from_transformers(tiny_model("llama", torch.float32))
     assert "differs by" in (differs(base, Forgetful()) or "")
     assert "not permitted" in (differs(base, CaptureDouble(fails="operation not permitted")) or "")
+
+
+def test_a_quantum_in_which_a_graph_was_made_teaches_no_price():
+    model, steps = tiny_model(), random_steps(4, 2, 1, longest=8)
+    run, misled = make(model, steps, CaptureDouble()), 0
+    while (shape := run.peek()) is not None:
+        before = graphs_of(run).captured
+        done = run.run(shape.rows, idle=True)
+        assert done.misleads == (graphs_of(run).captured > before)
+        misled += done.misleads
+    assert misled

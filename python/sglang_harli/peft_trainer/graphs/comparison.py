@@ -1,15 +1,16 @@
-"""Whether graphs of quanta compute on this device what the same operators do when launched one by
-one."""
+"""Graphs of quanta, where they compute on this device what the same operators do when launched one
+by one."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from sglang_harli.config import GRAPHS
 from sglang_harli.peft_trainer.adapter import Adapter
 from sglang_harli.peft_trainer.base.first_layers import first_layers
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
-from sglang_harli.peft_trainer.graphs.capture import Capture
+from sglang_harli.peft_trainer.graphs.capture import Capture, CudaCapture
 from sglang_harli.peft_trainer.graphs.layer_graphs import LayerGraphs
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
 from sglang_harli.peft_trainer.memory.adapter_state import StateMemory
@@ -21,6 +22,25 @@ ROWS, WIDTH = 2, 48  # padded to a bucket
 TRIES = 3  # the same graph on other contents
 # Of the norm: kernels for the padded width may be others, and add in another order.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+def check(base: FrozenBase) -> str | None:
+    """Compare, where the switch is ``auto``: graphs are used from now on where both agree; else why
+    not, in one sentence."""
+    if GRAPHS not in base.kernels.open or base.device.type != "cuda":
+        return None
+    note = differs(base, CudaCapture(base.device))
+    if note is None:
+        base.kernels.allow(GRAPHS)
+    else:
+        base.kernels.refuse(GRAPHS)
+    return note
+
+
+def graphs_of(base: FrozenBase) -> LayerGraphs | None:
+    """Those of a run on ``base``; None: they are not used."""
+    used = GRAPHS in base.kernels.used and base.device.type == "cuda"
+    return LayerGraphs.of(base, CudaCapture(base.device)) if used else None
 
 
 def differs(base: FrozenBase, capture: Capture) -> str | None:
@@ -47,7 +67,7 @@ def _compared(base: FrozenBase, adapter: Adapter, graphs: LayerGraphs) -> str | 
 
     block.compute.copy_(drawn((block.size,), 0.02))
     program = LayerProgram(base.layers[0], block.groups, base.window(0), base.operators, wants_x=True)
-    graphs.may_capture = True
+    graphs.begin(idle=True)
     shape = (ROWS, WIDTH, base.config.hidden_size)
     for attempt in range(1 + TRIES):
         x, grad = drawn(shape, 1.0), drawn(shape, 1.0)

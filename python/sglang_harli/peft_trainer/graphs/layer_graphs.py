@@ -69,7 +69,7 @@ class LayerGraphs:
         like: a tensor whose dtype and device are the base's; hidden: its width.
 
     Attributes:
-        may_capture: nothing is served and nothing waits now: set before each quantum.
+        may_capture: nothing is served and nothing waits now.
         captured, replayed: graphs made, and launched; failed: why no more are made, or "".
     """
 
@@ -108,6 +108,11 @@ class LayerGraphs:
             positions=base.positions,
             like=base.model.lm_head.weight.detach(),
         )
+
+    def begin(self, idle: bool) -> int:
+        """A quantum begins; ``idle``: graphs may be captured in it. Gives ``captured``."""
+        self.may_capture = idle
+        return self.captured
 
     # ---- quanta
     def forward(self, layer: int, program: LayerProgram, x: Tensor, rotary: Rotary, out: Tensor) -> bool:

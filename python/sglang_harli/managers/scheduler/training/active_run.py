@@ -22,6 +22,7 @@ from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.evaluation import EvaluationMetrics
+from sglang_harli.peft_trainer.graphs.comparison import graphs_of
 from sglang_harli.peft_trainer.records import StepMetrics
 from sglang_harli.peft_trainer.run import QuantumShape, TrainingRun
 from sglang_harli.protocol import internal
@@ -60,6 +61,7 @@ class ActiveRun:
             quantum_rows=quantum_rows,
             memory=memory,
             working_bytes=working_bytes,
+            graphs=graphs_of,
         )
         self._every = start.spec.hyperparameters.checkpoint_every
         self._saved_step = start.step

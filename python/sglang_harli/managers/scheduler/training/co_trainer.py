@@ -423,7 +423,7 @@ class CoTrainer:
         begin = self._now()
         try:
             with self.clock.span():
-                work = self._run(offer.kind, decision.rows)
+                work = self._run(offer.kind, decision)
         except Exception as error:  # boundary: a quantum fails its run; serving goes on
             logger.exception("harli: a training quantum (%s) failed", offer.kind.value)
             # Where another job's adapter failed to load, or a comparison failed, the run goes on.
@@ -473,21 +473,21 @@ class CoTrainer:
         """Idle: let the device catch up, until at most ``most_s`` are queued."""
         self.clock.settle(most_s)
 
-    def _run(self, kind: QuantumKind, rows: int) -> Work:
+    def _run(self, kind: QuantumKind, decision: Decision) -> Work:
         if kind is QuantumKind.ADAPTER:
             assert self.loader is not None
             self.loader.run_slice()
             return Work(kind, 1)
         if kind is QuantumKind.CHECK:
             assert self.parity is not None
-            work = self.parity.run(rows)
+            work = self.parity.run(decision.rows)
             self.hold_changed()
             return work
         run = self.run
         assert run is not None
         if run.copying and (kind is QuantumKind.COPY or not run.copies_beside):
             return Work(kind, min(run.copy_slice(), 1))
-        done = run.training.run(rows)
+        done = run.training.run(decision.rows, idle=decision.reason is Reason.IDLE)
         if run.after_quantum():
             self._release()
         tokens = 0 if done.misleads else max(done.tokens, 1)  # 1 for kinds that are not cut by rows
