@@ -17,10 +17,10 @@ from sglang_harli.architectures import INPUT_GROUPS
 from sglang_harli.device_sizes import sizes_of
 from sglang_harli.peft_trainer import device_calls
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.base.training_mode import training_mode
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
 from sglang_harli.peft_trainer.layers.lora_linear import LinearGroup
 from sglang_harli.peft_trainer.layers.rms_norm import RmsNorm
-from sglang_harli.peft_trainer.micro_batch_pass import training_mode
 
 SLICE = 4 << 20  # weights that are widened at once: 16 MiB in fp32
 

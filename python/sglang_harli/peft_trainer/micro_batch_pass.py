@@ -15,9 +15,7 @@ leaves out of its rows is zeroed when the range is written.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -38,14 +36,6 @@ from sglang_harli.peft_trainer.memory.kept_activations import KeptActivations
 from sglang_harli.peft_trainer.memory.working_set import QuantumBound
 from sglang_harli.peft_trainer.records import QuantumShape
 from sglang_harli.peft_trainer.rows import Rows
-
-
-@contextlib.contextmanager
-def training_mode() -> Iterator[None]:
-    """Out of SGLang's inference mode, and autograd on this very thread: thread-local contexts, such
-    as memory pools, would not hold on its own."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autograd.set_multithreading_enabled(False):
-        yield
 
 
 class ModelPieces:

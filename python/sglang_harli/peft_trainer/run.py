@@ -26,6 +26,7 @@ from sglang_harli.core import MemoryPurpose, QuantumKind
 from sglang_harli.errors import ConfigError, StateError, TrainingError
 from sglang_harli.peft_trainer.adapter import Adapter
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.base.training_mode import training_mode
 from sglang_harli.peft_trainer.evaluation import EvaluationMetrics, Evaluations
 from sglang_harli.peft_trainer.evaluation_pass import EvaluationPass
 from sglang_harli.peft_trainer.graphs.layer_graphs import LayerGraphs
@@ -35,7 +36,7 @@ from sglang_harli.peft_trainer.memory.adapter_state import StateMemory
 from sglang_harli.peft_trainer.memory.heap import HeapMemory
 from sglang_harli.peft_trainer.memory.kept_activations import kept_for
 from sglang_harli.peft_trainer.memory.working_set import QuantumBound, WorkingSet
-from sglang_harli.peft_trainer.micro_batch_pass import MicroBatchPass, ModelPieces, training_mode
+from sglang_harli.peft_trainer.micro_batch_pass import MicroBatchPass, ModelPieces
 from sglang_harli.peft_trainer.optimizer import SlicedAdamW, layer_slices
 from sglang_harli.peft_trainer.records import MetricsRing, QuantumDone, QuantumShape, ShapesSeen, StepMetrics
 from sglang_harli.peft_trainer.schedule import LearningRate

@@ -23,6 +23,7 @@ import torch
 import zmq
 
 from sglang_harli.config import HarliOptions
+from sglang_harli.core import QuantumKind
 from sglang_harli.managers.scheduler.step_timer import stream_of
 from sglang_harli.managers.scheduler.training.quantum_timer import make_timer
 from sglang_harli.platforms.cpu.engine import CPU_ENGINE_ENV, STAND_IN
@@ -392,11 +393,11 @@ class Server:
         self.gpu.synchronize()
         self.gpu.clock.advance(10.0)  # nothing is served for a while
 
-    def _quantum(self, run: Callable[[int], Any], rows: int) -> Any:
+    def _quantum(self, run: Callable[..., Any], rows: int, **how: Any) -> Any:
         begin_s, behind = self.gpu.clock.s, self.scheduler.in_flight
-        done = run(rows)
+        done = run(rows, **how)
         cost = self.cost
-        seconds = cost.seconds(done.tokens)
+        seconds = cost.seconds(0 if done.kind is QuantumKind.EMBED else done.tokens)  # it looks up rows
         kernels = [
             self.gpu.launch(seconds / cost.kernels, f"quantum {done.kind}", host_s=cost.host_s)
             for _ in range(cost.kernels)

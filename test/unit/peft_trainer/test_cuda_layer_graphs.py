@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_harli.peft_trainer.base.frozen_base import from_transformers
 from sglang_harli.peft_trainer.graphs.cache import Captured, GraphCache
-from sglang_harli.peft_trainer.graphs.comparison import differs
+from sglang_harli.peft_trainer.graphs.graph_check import differs
 from sglang_harli.peft_trainer.graphs.layer_graphs import BUCKET, LayerGraphs, bucket_of, launch_bound_tokens
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import RunSpec

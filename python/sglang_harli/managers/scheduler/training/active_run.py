@@ -22,7 +22,7 @@ from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.evaluation import EvaluationMetrics
-from sglang_harli.peft_trainer.graphs.comparison import graphs_of
+from sglang_harli.peft_trainer.graphs.graph_check import graphs_of
 from sglang_harli.peft_trainer.records import StepMetrics
 from sglang_harli.peft_trainer.run import QuantumShape, TrainingRun
 from sglang_harli.protocol import internal

@@ -29,7 +29,7 @@ from sglang_harli.managers.scheduler.training.state_copier import StateCopier, s
 from sglang_harli.peft_trainer.base import kernel_checks
 from sglang_harli.peft_trainer.base.first_layers import first_layers
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
-from sglang_harli.peft_trainer.graphs import comparison
+from sglang_harli.peft_trainer.graphs import graph_check
 from sglang_harli.peft_trainer.records import QuantumShape
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, EvaluationBatches, MicroBatch, RunSpec
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 Check = Callable[[FrozenBase], str | None]
 
 # What is compared, in this order, before the tiny run uses it.
-CHECKS: tuple[Check, ...] = (*kernel_checks.CHECKS, comparison.check)
+CHECKS: tuple[Check, ...] = (*kernel_checks.CHECKS, graph_check.check)
 
 LAYERS, ROWS, STEPS = 2, 2, 2
 WIDTHS = (128, 512)  # tokens of a row: of the micro-batches of a step, by turns

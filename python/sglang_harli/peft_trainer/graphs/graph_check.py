@@ -10,12 +10,12 @@ from sglang_harli.config import GRAPHS
 from sglang_harli.peft_trainer.adapter import Adapter
 from sglang_harli.peft_trainer.base.first_layers import first_layers
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.base.training_mode import training_mode
 from sglang_harli.peft_trainer.graphs.capture import Capture, CudaCapture
 from sglang_harli.peft_trainer.graphs.layer_graphs import LayerGraphs
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
 from sglang_harli.peft_trainer.memory.adapter_state import StateMemory
 from sglang_harli.peft_trainer.memory.heap import HeapMemory
-from sglang_harli.peft_trainer.micro_batch_pass import training_mode
 from sglang_harli.protocol.public import Hyperparameters
 
 ROWS, WIDTH = 2, 48  # padded to a bucket
