@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from bench_step import BLOCKS, SIZES
 from common import report
 from sglang_harli.peft_trainer.base.frozen_base import from_transformers
+from sglang_harli.peft_trainer.base.training_mode import training_mode
 from sglang_harli.peft_trainer.layers import attention
-from sglang_harli.peft_trainer.micro_batch_pass import training_mode
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import RunSpec
 from sglang_harli.protocol.public import Hyperparameters

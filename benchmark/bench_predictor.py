@@ -34,7 +34,7 @@ from sglang_harli.managers.scheduler.policy import qos_policy
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.policy.slo_ledger import PlainProgress
 from sglang_harli.managers.scheduler.step_timer import BatchLoad
-from sglang_harli.managers.scheduler.training.co_trainer import SIZES
+from sglang_harli.managers.scheduler.training.quantum_prices import SIZES
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 
 DECISION_US, MAPE, COVERAGE, BACK_WITHIN = 50.0, 0.10, 0.98, 200

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sglang_harli.peft_trainer.adapter import lora_config
 from sglang_harli.peft_trainer.base.frozen_base import from_transformers
-from sglang_harli.peft_trainer.micro_batch_pass import training_mode
+from sglang_harli.peft_trainer.base.training_mode import training_mode
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
 from sglang_harli.protocol.micro_batches import padded

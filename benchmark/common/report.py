@@ -4,6 +4,7 @@ caveats."""
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-PACKAGES = ("sglang-harli", "sglang", "torch", "transformers", "peft", "numpy", "pyzmq")
+PACKAGES = ("sglang-harli", "sglang", "torch", "triton", "transformers", "peft", "numpy", "pyzmq")
 
 
 def meta_info() -> dict[str, Any]:
@@ -59,12 +60,18 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
+@functools.cache
 def _gpu() -> str | None:
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def path_of(theme: str, device: str, folder: Path = RESULTS) -> Path:
+    """The page that ``write`` writes this month."""
+    return folder / f"{theme}_{device}_{datetime.datetime.now(datetime.UTC):%Y%m}.md"
 
 
 def write(
@@ -78,6 +85,7 @@ def write(
     not_shown: str,
     folder: Path = RESULTS,
     picture: str | None = None,
+    title: str | None = None,
 ) -> Path:
     """Write ``<theme>_<device>_<yyyymm>.json`` and ``.md``; returns the page.
 
@@ -87,6 +95,7 @@ def write(
         table: the rendered table.
         not_shown: what these numbers do not say.
         picture: SVG, written beside the page and shown below the table.
+        title: of the page; None: its file's name.
     """
     now = datetime.datetime.now(datetime.UTC)
     run_info = {
@@ -99,22 +108,21 @@ def write(
     }
     document = {"run_info": run_info, "results": results, "meta_info": meta_info()}
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{theme}_{device}_{now:%Y%m}"
-    stem.with_suffix(".json").write_text(json.dumps(document, indent=2, default=str) + "\n")
-    page = stem.with_suffix(".md")
+    page = path_of(theme, device, folder)
+    page.with_suffix(".json").write_text(json.dumps(document, indent=2, default=str) + "\n")
     if picture is not None:
-        stem.with_suffix(".svg").write_text(picture)
-        table = f"{table}\n\n![{question}]({stem.name}.svg)"
-    page.write_text(_page(document, question, table, not_shown, stem.name))
+        page.with_suffix(".svg").write_text(picture)
+        table = f"{table}\n\n![{question}]({page.stem}.svg)"
+    page.write_text(_page(document, question, table, not_shown, page.stem, title or page.stem))
     return page
 
 
-def _page(document: dict[str, Any], question: str, table: str, not_shown: str, name: str) -> str:
+def _page(document: dict[str, Any], question: str, table: str, not_shown: str, name: str, title: str) -> str:
     meta, run = document["meta_info"], document["run_info"]
     versions = ", ".join(f"{k} {v}" for k, v in meta["versions"].items())
     machine = f"{meta['gpu'] or meta['cpu']}, {meta['cores']} cores, {meta['memory_gb']} GB"
     settings = "\n".join(f"- {k}: {v}" for k, v in run["settings"].items())
-    return f"""# {name}
+    return f"""# {title}
 
 {question}
 

@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from sglang_harli import run_paths
+from sglang_harli.device_sizes import sizes_of
 from sglang_harli.errors import ConfigError, shown
 
 FLAG_PREFIX = "--harli-"
@@ -36,7 +37,11 @@ _SIZE = re.compile(r"^\s*([0-9]{1,24}(?:\.[0-9]{1,24})?)\s*(b|kb|mb|gb|kib|mib|g
 MAX_SIZE = 2**60
 MAX_COUNT = 1_000_000  # of rows, of checkpoints
 MAX_FILE_BYTES = 4 << 30  # of a training file
-TRAIN_RESERVE_CPU, TRAIN_RESERVE_CUDA = 256 * 2**20, 2**30
+# Kernels of training's own on CUDA, by family.
+KERNEL_FAMILIES: tuple[str, ...] = ("head", "gated", "norm", "rotary", "lora")
+GRAPHS = "graphs"  # short quanta launched as CUDA graphs
+SWITCHED = (*KERNEL_FAMILIES, GRAPHS)
+KERNEL_SWITCHES = ("auto", "on", "off")
 _SIZES = ("max_train_mem", "train_reserve", "logits_mem", "max_file_size", "max_part_size", "max_files_size")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -70,6 +75,20 @@ def show_size(count: int) -> str:
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
     return f"{count} B"
+
+
+def kernel_switches(text: Any) -> dict[str, str] | None:
+    """The switch of each of ``SWITCHED`` by the value of ``--harli-kernels``; None: not
+    accepted."""
+    if text in KERNEL_SWITCHES:
+        return dict.fromkeys(SWITCHED, text)
+    found: dict[str, str] = dict.fromkeys(SWITCHED, "auto")
+    named = [part.strip().partition("=") for part in str(text).split(",")]
+    for family, _, switch in named:
+        if family not in SWITCHED or switch not in KERNEL_SWITCHES:
+            return None
+        found[family] = switch
+    return found if len({family for family, _, _ in named}) == len(named) else None
 
 
 def _option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -148,12 +167,26 @@ class HarliOptions:
         "is healthy: refuse lets jobs wait, warn only says so, off does not compare.",
         choices=("refuse", "warn", "off"),
     )
+    warm_up: str = _option(
+        "auto",
+        "Run a tiny finetune job before the server is healthy, so that no request waits for the first use of training's "
+        "kernels: auto does so on a GPU.",
+        choices=("auto", "on", "off"),
+    )
     keep_checkpoints: int = _option(
         2,
         "How many checkpoints of each job stay on the disk, after its end too, besides the best one by its evaluation.",
     )
-    logits_mem: str = _option(
-        "64MiB", "Largest logits tensor of a training step; the loss is chunked to fit it."
+    kernels: str = _option(
+        "auto",
+        "Training's own Triton kernels on a CUDA device: auto uses those that compute what torch's do, compared at "
+        "the start; on uses them uncompared, off uses torch's. Or by family, such as head=off,lora=on: head, gated, "
+        "norm, rotary, lora; those that are not named are auto.",
+    )
+    logits_mem: str | None = _option(
+        None,
+        "Largest logits tensor of a training step; the loss is chunked to fit it (default: 64MiB on a CPU, 512MiB on "
+        "a CUDA device).",
     )
     max_file_size: str = _option("4GiB", "Largest file that /v1/files and /v1/uploads take.")
     max_part_size: str = _option("64MiB", "Largest part of an upload that /v1/uploads takes.")
@@ -174,6 +207,10 @@ class HarliOptions:
         if self.quantum_rows is not None:
             self._check_count("quantum_rows")
         self._check_count("keep_checkpoints")
+        if kernel_switches(self.kernels) is None:
+            families = ", ".join(SWITCHED)
+            accepted = f"{', '.join(KERNEL_SWITCHES)}, or family=one of them, by commas; families: {families}"
+            raise _bad("kernels", self.kernels, accepted)
         self._check_endpoint()
         if not self.run_dir:
             raise _bad("run_dir", self.run_dir, "a folder")
@@ -250,8 +287,15 @@ class HarliOptions:
         return 250.0 if self.ttft_slo_ms is None else min(250.0, self.ttft_slo_ms / 2)
 
     @property
-    def logits_bytes(self) -> int:
-        return parse_size(self.logits_mem)
+    def kernel_switches(self) -> dict[str, str]:
+        """auto, on or off for each of ``SWITCHED``."""
+        switches = kernel_switches(self.kernels)
+        assert switches is not None  # checked when this was made
+        return switches
+
+    def logits_bytes(self, device: str) -> int:
+        """The largest logits tensor on a kind of device, such as ``"cuda"``."""
+        return sizes_of(device).logits_bytes if self.logits_mem is None else parse_size(self.logits_mem)
 
     @property
     def file_bytes(self) -> int:
@@ -277,7 +321,7 @@ class HarliOptions:
         """What stays outside the pool for training."""
         if self.train_reserve is not None:
             return parse_size(self.train_reserve)
-        return TRAIN_RESERVE_CPU if cpu else TRAIN_RESERVE_CUDA
+        return sizes_of("cpu" if cpu else "cuda").reserve_bytes
 
     def train_bytes(self, device_bytes: int, cpu: bool) -> int:
         """Training's own budget where the KV pool cannot lend, of ``device_bytes`` of memory."""

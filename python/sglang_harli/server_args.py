@@ -51,7 +51,7 @@ def _annotation(option: dataclasses.Field[Any], type_: Any) -> Any:
     if option.default is not None:
         help_ = f"{help_.rstrip('.')} (default: {option.default})."
     choices = option.metadata["choices"]
-    parser = _on_off if choices and "on" in choices else None
+    parser = _on_off if (choices and "on" in choices) or option.name == "kernels" else None
     arg = Arg(help=help_.replace("%", "%%"), choices=list(choices) if choices else None, type_parser=parser)
     return A[typing.Optional[type_], arg]  # noqa: UP045  (SGLang's flag builder unwraps this form)
 

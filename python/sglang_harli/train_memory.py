@@ -80,6 +80,12 @@ class Lease(ABC):
 class TrainMemory(Protocol):
     """Gives leases and never waits: None where there is none now; it may be asked for again."""
 
+    @property
+    def scattered(self) -> bool:
+        """Enough was free for what was asked for last, but not in pieces that are large enough:
+        smaller tensors may be had."""
+        ...
+
     def obtain(self, purpose: MemoryPurpose, specs: Specs) -> Lease | None:
         """A lease in which these tensors can be carved, in this order; None: not now.
 

@@ -21,6 +21,8 @@ from support.http import PROMPTS, chat, generate, get, post
 from support.models import make_model
 from support.server import Server, start_server
 
+pytestmark = pytest.mark.long
+
 ROWS = [{"prompt": f"question {i}", "completion": f" answer {i}"} for i in range(8)]
 JOB = {"n_epochs": 2, "batch_size": 4, "lora_r": 4, "learning_rate": 1e-2}
 A_MINUTE_S = 60.0

@@ -153,9 +153,13 @@ def test_a_cuda_graph_replays_over_chunks_that_moved(rig: Rig):
     out = torch.empty_like(source)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
+    place = kv[row * width : (row + 1) * width]
+    # Kernels: a copy is a node of its own kind, of which nobody says what remapping does to it.
+    torch.mul(place, 1, out=out)  # what is loaded at first use is loaded before
+    torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=rig.forward):
-        kv[row * width : (row + 1) * width].copy_(source)
-        out.copy_(kv[row * width : (row + 1) * width]).mul_(2)
+        torch.mul(source, 1, out=place)
+        torch.mul(place, 2, out=out)
     for value in (1.0, 2.0, 3.0):
         source.fill_(value)
         torch.cuda.synchronize()
@@ -165,7 +169,7 @@ def test_a_cuda_graph_replays_over_chunks_that_moved(rig: Rig):
         extents[0].fill_(0xFF)
         rig.backing.take_back([3, 4], extents)
         assert (out == 2 * value).all()
-        assert not kv[row * width : (row + 1) * width].any()
+        assert not place.any()
 
 
 def test_reclaim_latency(capsys: pytest.CaptureFixture[str]):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sglang_harli.core import QuantumKind
+from sglang_harli.core import LatencyEstimate, QuantumKind
 from sglang_harli.managers.scheduler.step_timer import BatchLoad, EventTimer
 from sglang_harli.managers.scheduler.training.quantum_timer import DeviceQuantumTimer, Work
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
@@ -129,18 +129,18 @@ def test_a_state_that_went_to_host_memory_comes_back_as_it_was():
 
 def test_queued_quanta_count_until_their_events_fire():
     stream = torch.cuda.Stream()
-    clock = DeviceQuantumTimer(torch.cuda, stream)
+    clock = DeviceQuantumTimer(torch.cuda, lambda: stream)
     big = torch.randn(4096, 4096, device="cuda")
     torch.cuda.synchronize()
     with clock.span():
         for _ in range(20):
             big = big @ big * 1e-4
-    clock.close(Work(QuantumKind.FORWARD, 10), 0.5)
+    clock.close(Work(QuantumKind.FORWARD, 10), lambda: LatencyEstimate(0.25, 0.5))
     assert clock.queued_s in (0.0, 0.5)
     torch.cuda.synchronize()
     assert clock.queued_s == 0.0
-    ((work, seconds),) = clock.take()
-    assert work.tokens == 10 and seconds > 0
+    (measured,) = clock.take()
+    assert measured.work.tokens == 10 and measured.seconds > 0 and measured.launch_s > 0
 
 
 def test_batches_are_timed_by_events():

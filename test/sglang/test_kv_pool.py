@@ -15,6 +15,7 @@ import torch
 
 from sglang_harli.config import HarliOptions
 from sglang_harli.core import MemoryPurpose
+from sglang_harli.mem_cache.backing.aliased import AliasedBacking
 from sglang_harli.mem_cache.backing.cuda import CudaBacking
 from sglang_harli.mem_cache.backing.host import HostBacking
 from sglang_harli.mem_cache.backing.interface import Backing
@@ -107,12 +108,13 @@ def backings(geometry: PoolGeometry) -> dict[str, Backing]:
     return {
         "host": HostBacking(geometry),
         "static": StaticBacking(geometry, "cpu"),
-        "cuda": CudaBacking(geometry, torch.device("cpu"), driver, lambda: [1]),
+        "remapped": CudaBacking(geometry, torch.device("cpu"), driver, lambda: [1]),
+        "aliased": AliasedBacking(geometry, torch.device("cpu"), driver, lambda: [1]),
     }
 
 
 @pytest.mark.skipif(not NEWEST, reason="0.5.16 has no such check")
-@pytest.mark.parametrize("kind", ["host", "static", "cuda"])
+@pytest.mark.parametrize("kind", ["host", "static", "remapped", "aliased"])
 @pytest.mark.parametrize(
     ("page_size", "heads", "head_dim", "slots"), [(16, 2, 16, 1040), (1, 3, 80, 1024), (64, 1, 72, 64 * 33)]
 )
@@ -270,8 +272,15 @@ def test_what_is_read_of_a_real_configurator_is_in_force(tiny_model, sglang_runn
         pool = build.__get__(self)(**kwargs)
         seen.append((pool, {what: has(self) for what, has in pool_setup._PLAIN}))
         assert self.page_size == pool.page_size == pool.harli_backing.geometry.page_size
-        geometry = pool_setup._geometry(self, kwargs["max_total_num_tokens"], None)
+        choice = pool_setup._choose(self)
+        assert (choice.name, choice.why) == ("host", "the CPU engine's")
+        geometry = pool_setup._geometry(self, kwargs["max_total_num_tokens"], choice)
         assert geometry == pool.harli_backing.geometry
+        asked: list[Any] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(pool_setup.backing_choice, "choose", lambda *given: asked.append(given))
+            pool_setup._choose(self)
+        assert asked[0][1:3] == ("cpu", ["torch_native", "torch_native"])  # of prefill and of decode
         return pool
 
     monkeypatch.setattr(KVCacheConfigurator, "_build_mha_kv_pool", note)

@@ -14,7 +14,7 @@ from sglang_harli.errors import UnsupportedError
 from sglang_harli.managers.scheduler.training.parity import Parity
 from sglang_harli.peft_trainer.bare_forward import BareForward
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase, bind
-from sglang_harli.peft_trainer.layers.decoder_layer import rotated
+from sglang_harli.peft_trainer.layers.rotary import rotated
 from sglang_harli.predictor.latency_predictor import LatencyPredictor
 
 PROMPT = [token * 37 % 251 + 3 for token in range(90)]

@@ -34,6 +34,7 @@ QUESTIONS = (
     "yields",
 )
 PROPERTIES = ("queued_s", "saving", "barred")
+ON_A_CPU = {"depth": 1, "expected_queued_s": 0.0}  # records are of CPU servers: not in them
 _KINDS: dict[str, Any] = {
     "StepLoad": StepLoad,
     "Slack": Slack,
@@ -102,6 +103,8 @@ class _Training:
         self._script = script
 
     def __getattr__(self, name: str) -> Any:
+        if name in ON_A_CPU:
+            return ON_A_CPU[name]
         if name in PROPERTIES:
             return self._script.answer(name)
         if name not in QUESTIONS:

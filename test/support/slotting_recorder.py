@@ -70,6 +70,10 @@ class _Asked:
         self._inner, self._record, self._values = inner, record, values
 
     def __getattr__(self, name: str) -> Any:
+        from support.slotting_record import ON_A_CPU
+
+        if name in ON_A_CPU:
+            return getattr(self._inner, name)
         if name in self._values:
             return self._record.out(name, [], getattr(self._inner, name))
 

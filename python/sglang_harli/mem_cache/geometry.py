@@ -14,11 +14,13 @@ given one base address reach V by numbers of pages.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 LEAST_STRIPES = 64  # a small pool must be able to lend too
-LARGEST_CHUNK = 2 * 2**20  # on a host; on CUDA the granularity itself
+MANY_STRIPES = 128  # a large one takes larger chunks, while this many stripes are left
+LARGEST_CHUNK = 2 * 2**20  # of a pool on a host, and of one on CUDA that leaves fewer than MANY_STRIPES
+LARGEST_DEVICE_CHUNK = 8 * 2**20  # on CUDA: each chunk is a handle, and has to be mapped at the start
 
 
 def runs_of(stripes: Iterable[int]) -> list[range]:
@@ -30,6 +32,25 @@ def runs_of(stripes: Iterable[int]) -> list[range]:
         else:
             runs.append(range(stripe, stripe + 1))
     return runs
+
+
+def fullest_window(
+    lendable: range, lent: Container[int], free: Container[int], length: int, tried: Container[int]
+) -> range | None:
+    """Of ``length`` stripes in a row, none lent and not all free, those with the most free ones.
+
+    Of equals the highest.  ``tried``: first stripes of windows that are left out.  None: there is
+    none.
+    """
+    best, most = None, -1
+    for start in reversed(range(lendable.start, lendable.stop - length + 1)):
+        window = range(start, start + length)
+        if start in tried or any(stripe in lent for stripe in window):
+            continue
+        count = sum(stripe in free for stripe in window)
+        if most < count < length:
+            best, most = window, count
+    return best
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +76,21 @@ class PoolGeometry:
         """The largest chunk (``LARGEST_CHUNK`` or one granule at most) leaving ``LEAST_STRIPES``.
 
         Where none does, the smallest that ``granularity`` allows: bytes in which the backing can
-        move memory (the OS page, or 2 MiB on CUDA).
+        move memory (the OS page, or 2 MiB on CUDA). With granules of ``LARGEST_CHUNK``, as on CUDA,
+        the chunk then doubles up to ``LARGEST_DEVICE_CHUNK`` while ``MANY_STRIPES`` are left.
         """
         granule_slots = granularity // math.gcd(granularity, row_bytes)
         smallest = math.lcm(granule_slots, page_size)
         by_size = max(LARGEST_CHUNK // (smallest * row_bytes), 1)
         by_count = max(slots // (smallest * LEAST_STRIPES), 1)
-        return cls(slots, row_bytes, buffers, page_size, smallest * min(by_size, by_count))
+        stripe_slots = smallest * min(by_size, by_count)
+        if granularity >= LARGEST_CHUNK:
+            while (
+                2 * stripe_slots * row_bytes <= LARGEST_DEVICE_CHUNK
+                and slots // (2 * stripe_slots) >= MANY_STRIPES
+            ):
+                stripe_slots *= 2
+        return cls(slots, row_bytes, buffers, page_size, stripe_slots)
 
     @property
     def stripes(self) -> int:

@@ -8,25 +8,26 @@ from collections.abc import Sequence
 from sglang_harli.config import show_size
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.errors import ConfigError
-from sglang_harli.mem_cache.geometry import PoolGeometry, runs_of
+from sglang_harli.mem_cache.backing.interface import Backing
+from sglang_harli.mem_cache.geometry import runs_of
 from sglang_harli.mem_cache.lease import PoolLease, place
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.train_memory import Specs, carved_bytes
 
 
-def separate_extents(geometry: PoolGeometry, stripes: Sequence[int]) -> list[int]:
-    """Bytes of each extent where nothing is remapped: one per run of stripes and buffer."""
-    return [len(run) * geometry.chunk_bytes for run in runs_of(stripes) for _ in range(geometry.buffers)]
-
-
 class TrainArena:
     """The unified pool as training's memory (``TrainMemory``); refuses what a run can never have.
-    Separate extents may hold less than their sum."""
+    Several extents may hold less than their sum."""
 
     def __init__(self, pool: UnifiedPool) -> None:
         self._pool = pool
         self._count = itertools.count(1)
         self._possible: tuple[object, int] | None = None  # the last tensors found possible, and the cap then
+
+    @property
+    def scattered(self) -> bool:
+        """See ``TrainMemory``."""
+        return self._pool.scattered
 
     def obtain(self, purpose: MemoryPurpose, specs: Specs) -> PoolLease | None:
         """A lease in which these tensors can be carved in this order; None: not now.
@@ -45,7 +46,7 @@ class TrainArena:
         least = max(geometry.stripes_for(sum(sizes)), 1)
 
         def choose(free: Sequence[int], allowed: int) -> Sequence[int] | None:
-            return _fewest_stripes(geometry, sizes, free, least, allowed)
+            return _fewest_stripes(pool.backing, sizes, free, least, allowed)
 
         lease = pool.lease(
             purpose,
@@ -82,21 +83,30 @@ class TrainArena:
         if pool.backing.contiguous:
             return least <= most
         free = list(reversed(geometry.lendable))
-        return _fewest_stripes(geometry, sizes, free, least, most) is not None
+        return _fewest_stripes(pool.backing, sizes, free, least, most) is not None
 
 
 def _fewest_stripes(
-    geometry: PoolGeometry, sizes: Sequence[int], free: Sequence[int], least: int, allowed: int
+    backing: Backing, sizes: Sequence[int], free: Sequence[int], least: int, allowed: int
 ) -> Sequence[int] | None:
-    """The fewest stripes whose separate extents hold such tensors, of the highest ones or, where
-    those are scattered too much, of the longest runs; None: ``allowed`` do not suffice."""
+    """The fewest stripes whose extents hold such tensors: in a row, of the shortest row that is
+    long enough, so that long ones last; else of the highest ones or, where those are scattered too
+    much, of the longest rows; None: ``allowed`` do not suffice."""
+    if allowed < least:
+        return None
     if not sizes:
-        return free[:least] if allowed >= least else None
+        return free[:least]
 
     def suffice(stripes: Sequence[int]) -> bool:
-        return place(separate_extents(geometry, stripes), sizes) is not None
+        return place(backing.extent_bytes(stripes), sizes) is not None
 
-    longest_first = sorted(runs_of(free), key=lambda run: (-len(run), -run.start))
+    runs = runs_of(free)
+    rows = [run for run in runs if len(run) >= least]
+    if rows:
+        shortest = min(rows, key=lambda run: (len(run), -run.start))
+        if suffice(row := shortest[: -least - 1 : -1]):
+            return row
+    longest_first = sorted(runs, key=lambda run: (-len(run), -run.start))
     best: Sequence[int] | None = None
     for candidates in (free, [stripe for run in longest_first for stripe in reversed(run)]):
         high = min(allowed, len(candidates))  # suffices

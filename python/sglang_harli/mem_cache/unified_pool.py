@@ -10,12 +10,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from sglang_harli.core import MemoryPurpose
 from sglang_harli.mem_cache.backing.interface import Backing
 from sglang_harli.mem_cache.chunk_ledger import ChunkLedger, LedgerError
-from sglang_harli.mem_cache.geometry import PoolGeometry
+from sglang_harli.mem_cache.geometry import PoolGeometry, fullest_window
 from sglang_harli.mem_cache.lease import PoolLease
 from sglang_harli.mem_cache.quota import UNUSED_S, Quota
 
@@ -27,7 +28,15 @@ EVICT_AGAIN_MOST_S = 1.28  # up to this: a look at the prefixes takes the schedu
 
 Chooser = Callable[[Sequence[int], int], Sequence[int] | None]
 Relieve = Callable[[int], None]
-Evict = Callable[[int, float | None], int]
+
+
+class Evict(Protocol):
+    """Evicts cached prefixes for n stripes: those above the kept share, and below it those unused
+    since a moment of the clock, if given; ``among``: the stripes that are wanted, if not any."""
+
+    def __call__(self, stripes: int, unused_since_s: float | None, among: Sequence[int] | None = None) -> int:
+        """The stripes that became free."""
+        ...
 
 
 class SlotSource(Protocol):
@@ -63,6 +72,7 @@ class UnifiedPool:
 
     Attributes:
         leases: those held, by name.
+        scattered: enough stripes were free for the last lease, but not in a row.
         reclaims: how often requests took memory back, in an allocation or just before it.
         reclaim_seconds: how long the last ones took.
     """
@@ -83,6 +93,10 @@ class UnifiedPool:
         self.relieve: Relieve = lambda _stripes: None  # before training may borrow
         self.evict: Evict | None = None
         self.leases: dict[str, PoolLease] = {}
+        self._edit_under: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.scattered = False
+        self._joins = 0  # tries in a row to get stripes in a row
+        self._barren: set[int] = set()  # first stripes of places where that gave nothing
         self.reclaims = 0
         self.reclaim_seconds: deque[float] = deque(maxlen=RECLAIMS_KEPT)
         self._clock = clock
@@ -90,16 +104,22 @@ class UnifiedPool:
         self._evict_pause_s = EVICT_AGAIN_S
         self._evicted_nothing = 0  # times in a row
 
-    def lend_to(self, relieve: Relieve, evict: Evict | None) -> None:
+    def lend_to(
+        self,
+        relieve: Relieve,
+        evict: Evict | None,
+        edit_under: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         """Training may ask for leases from now on.
 
         Args:
             relieve: frees at least n stripes now, by leases that training gives back; cannot
                 refuse.
-            evict: for n stripes, evicts prefixes above the kept share, and below it those unused
-                since a moment of the clock, if given; the stripes that became free. None: no prefix
-                is cached.
+            evict: see ``Evict``; None: no prefix is cached.
+            edit_under: on a device the stream on which SGLang edits its slot lists: there they are
+                edited here too, whatever the caller's is.
         """
+        self._edit_under = edit_under
         self.relieve, self.evict = relieve, evict
 
     # ------------------------------------------------------------------ figures
@@ -136,12 +156,50 @@ class UnifiedPool:
             choose: picks of the free stripes (highest first), at most as many as its second
                 argument, or None; default: the first ``stripes_needed``.
         """
-        allowed, free = self._takeable(stripes_needed, may_evict=purpose is not MemoryPurpose.KEPT)
-        if allowed < stripes_needed:
-            return None
-        stripes = tuple((choose(free, allowed) if choose else free[:stripes_needed]) or ())
-        if not stripes:
-            return None
+        with self._edit_under():
+            may_evict = purpose is not MemoryPurpose.KEPT
+            stripes = self._pick(stripes_needed, choose, may_evict=may_evict)
+            return self._lend(purpose, name, stripes) if stripes else None
+
+    def _pick(self, needed: int, choose: Chooser | None, *, may_evict: bool) -> tuple[int, ...]:
+        """Free stripes that may be taken; none: not now."""
+        self.scattered = False
+        allowed, free = self._takeable(needed, may_evict=may_evict)
+        if allowed < needed:
+            return ()
+        if choose is None:
+            return tuple(free[:needed])
+        stripes = choose(free, allowed)
+        if not stripes and may_evict and self._join(needed, free):
+            free = self.slots.free_stripes()
+            allowed = self.quota.may_take(
+                now_s=self._clock(), free_stripes=len(free), train_stripes=self.train_stripes
+            )
+            stripes = choose(free, allowed)
+        self.scattered = not stripes
+        return tuple(stripes or ())
+
+    def _join(self, length: int, free: Sequence[int]) -> bool:
+        """Evict prefixes for ``length`` free stripes in a row; whether any stripe became free.
+
+        First those in the fullest place that was not tried in vain, then those that may go
+        anywhere; each twice, as on a device the first try gives nothing while they are counted.
+        """
+        lent = set(self.slots.lent_stripes)
+        window = fullest_window(self.geometry.lendable, lent, set(free), length, self._barren)
+        among = window if window is not None and self._joins % 4 < 2 else None
+        freed = self._evict_prefixes(self._clock(), length, self._clock() - UNUSED_S, among=among)
+        if freed is None:
+            return False
+        if freed:
+            self._joins, self._barren = 0, set()
+            return True
+        self._joins += 1
+        if self._joins % 4 == 0:
+            self._barren = set() if window is None else self._barren | {window.start}
+        return False
+
+    def _lend(self, purpose: MemoryPurpose, name: str, stripes: tuple[int, ...]) -> PoolLease | None:
         self.slots.withdraw(stripes)
         self.ledger.lend(name, stripes, quota=self.quota.max_stripes)
         try:
@@ -176,12 +234,22 @@ class UnifiedPool:
     def _can_evict(self, now_s: float) -> bool:
         return self.evict is not None and now_s >= self._evict_again_s
 
-    def _evict_prefixes(self, now_s: float, stripes: int, unused_since_s: float | None = None) -> int:
-        """Evict cached prefixes; not again at once where that gave too little."""
+    def _evict_prefixes(
+        self,
+        now_s: float,
+        stripes: int,
+        unused_since_s: float | None = None,
+        *,
+        among: Sequence[int] | None = None,
+    ) -> int | None:
+        """Evict cached prefixes, and how many stripes became free; not again at once where that
+        gave too little (None)."""
         if self.evict is None or not self._can_evict(now_s):
-            return 0
+            return None
         used = self.used_slots
-        freed = self.evict(stripes, unused_since_s)
+        with self._edit_under():
+            asked = {} if among is None else {"among": among}
+            freed = self.evict(stripes, unused_since_s, **asked)
         self.quota.evicted(used - self.used_slots)
         if freed:
             self._evict_pause_s = EVICT_AGAIN_S
@@ -202,11 +270,12 @@ class UnifiedPool:
         """End a lease: memory to the KV cache, slots to the allocator. May be repeated."""
         if lease.revoked:
             return
-        self.backing.take_back(lease.stripes, lease.extents)  # what it raises leaves the lease as it was
-        lease.revoked, lease.extents = True, []
-        stripes = self.ledger.give_back(lease.name)
-        del self.leases[lease.name]
-        self.slots.restore(stripes)
+        with self._edit_under():
+            self.backing.take_back(lease.stripes, lease.extents)  # what it raises leaves the lease as it was
+            lease.revoked, lease.extents = True, []
+            stripes = self.ledger.give_back(lease.name)
+            del self.leases[lease.name]
+            self.slots.restore(stripes)
 
     # ------------------------------------------------------------------ the KV cache takes back
     def reclaim(self, slots: int) -> int:

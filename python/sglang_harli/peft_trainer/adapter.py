@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sglang_harli.architectures import INPUT_GROUPS
 from sglang_harli.errors import ConfigError, TrainingError
+from sglang_harli.peft_trainer import device_calls
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.layers.dropout import DropoutMasks
 from sglang_harli.peft_trainer.layers.lora_linear import LinearGroup
@@ -57,13 +58,16 @@ class LayerBlock:
         state: adapter/, exp_avg/ and exp_avg_sq/ of each matrix by PEFT's key, fp32.
     """
 
-    def __init__(self, matrices: list[Matrix], base: FrozenBase, *, accumulates: bool) -> None:
+    def __init__(
+        self, matrices: list[Matrix], base: FrozenBase, nowhere: Nowhere, *, accumulates: bool
+    ) -> None:
         self.matrices = matrices
+        self._nowhere = nowhere
         self.size = sum(m.size for m in matrices)
         exact = torch.promote_types(base.dtype, torch.float32)
 
         def block(dtype: torch.dtype) -> Tensor:
-            return _nowhere((self.size,), dtype, base.device)
+            return nowhere((self.size,), dtype)
 
         self.master = block(exact)
         self.compute = self.master if exact == base.dtype else block(base.dtype)
@@ -80,7 +84,7 @@ class LayerBlock:
 
     def view(self, flat: Tensor, matrix: Matrix, *, leaf: bool = False) -> Tensor:
         """A tensor that is ``matrix`` of ``flat`` wherever that lies; ``leaf``: a Parameter."""
-        tensor = _nowhere(matrix.shape, flat.dtype, flat.device)
+        tensor = self._nowhere(matrix.shape, flat.dtype)
         if leaf:
             tensor = nn.Parameter(tensor)
         self._views.append((tensor, flat, matrix))
@@ -97,18 +101,28 @@ class LayerBlock:
         if self.compute is not self.master:
             self.compute.copy_(self.master)
 
+    @property
+    def pairs(self) -> int:
+        """Of A and B."""
+        return len(self.matrices) // 2
+
+    def draw(self, pair: int, generator: torch.Generator, place: Tensor) -> None:
+        """One A and B into ``place``, which lies as ``master`` does, on a CPU or not."""
+        a, b = self.matrices[2 * pair : 2 * pair + 2]
+        for shape in (a.shape, b.shape, a.shape):
+            weight = torch.empty(shape, dtype=torch.float32)
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+        a.of(place).copy_(weight.to(self.compute.dtype))  # pyright: ignore[reportPossiblyUnboundVariable]
+        b.of(place).zero_()
+
     def initialise(self, generator: torch.Generator) -> None:
         """Draw A as peft does under ``torch.manual_seed``; B and the moments are zero.
 
         peft makes two ``nn.Linear`` (each draws its weight), then draws A again on the CPU, and
         rounds to the base's dtype.
         """
-        for a, b in zip(self.matrices[::2], self.matrices[1::2], strict=True):
-            for shape in (a.shape, b.shape, a.shape):
-                weight = torch.empty(shape, dtype=torch.float32)
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
-            a.of(self.master).copy_(weight.to(self.compute.dtype))  # pyright: ignore[reportPossiblyUnboundVariable]
-            b.of(self.master).zero_()
+        for pair in range(self.pairs):
+            self.draw(pair, generator, self.master)
         self.exp_avg.zero_()
         self.exp_avg_sq.zero_()
         self.refresh_compute()
@@ -138,6 +152,8 @@ class Adapter:
             DropoutMasks(hp.lora_dropout, hp.seed, base.device, base.dtype) if hp.lora_dropout > 0 else None
         )
         self.generator = torch.Generator().manual_seed(hp.seed)
+        self._nowhere = Nowhere(base.device)
+        self._staged: list[Tensor] = []  # pinned: of the layer that is being filled
         self.blocks = [self._make_block(layer) for layer in range(len(base.layers))]
 
     def _make_block(self, layer: int) -> LayerBlock:
@@ -155,7 +171,7 @@ class Adapter:
                     offset += shape[0] * shape[1]
         matrices = [places[own, part] for own in targets for part in ("lora_A", "lora_B")]
         accumulates = self.hyperparameters.gradient_accumulation_steps > 1
-        block = LayerBlock(matrices, self.base, accumulates=accumulates)
+        block = LayerBlock(matrices, self.base, self._nowhere, accumulates=accumulates)
         block.groups = [
             self._make_group(layer, [(name, linears[name][1]) for name in group], block, places)
             for group in INPUT_GROUPS
@@ -187,36 +203,90 @@ class Adapter:
             scaling=self.hyperparameters.scaling,
             layer=layer,
             masks=self.masks,
+            operators=self.base.operators,
         )
 
-    def fill(self, layer: int, source: Callable[[str], Tensor] | None) -> None:
-        """One layer's weights and moments: drawn (``source`` None), the layers in order, or copied.
+    # ---- first weights
+    @property
+    def pieces(self) -> int:
+        """Calls of ``fill``: a layer each on a CPU, elsewhere a pair of A and B."""
+        return sum(self._pieces_of(block) for block in self.blocks)
 
+    def _pieces_of(self, block: LayerBlock) -> int:
+        return 1 if self.base.device.type == "cpu" else block.pairs
+
+    def fill(self, piece: int, source: Callable[[str], Tensor] | None) -> None:
+        """A piece of the weights and moments: drawn (``source`` None), the pieces in order, or
+        copied.
+
+        A device gets a layer at once, from pinned memory, for which the host does not wait.
         ``source``: gives a tensor of the saved state by its name in ``LayerBlock.state``.
 
         Raises:
             TrainingError: ``bad_checkpoint``: another shape than this job's.
         """
+        layer, part = divmod(piece, self._pieces_of(self.blocks[0]))
         block = self.blocks[layer]
-        if source is None:
+        if self.base.device.type != "cpu":
+            self._fill_staged(block, part, source)
+        elif source is None:
             block.initialise(self.generator)
+        else:
+            for name, tensor in block.state:
+                tensor.copy_(_saved(source, name, tensor), non_blocking=True)
+            block.refresh_compute()
+
+    def _fill_staged(self, block: LayerBlock, pair: int, source: Callable[[str], Tensor] | None) -> None:
+        """One pair into pinned memory; the last one of a layer sends all of it."""
+        flats = [block.master] if source is None else [block.master, block.exp_avg, block.exp_avg_sq]
+        if not self._staged:
+            self._staged = [device_calls.pinned(flat.shape, flat.dtype) for flat in flats]
+        if source is None:
+            block.draw(pair, self.generator, self._staged[0])
+        else:
+            for part, staged in enumerate(self._staged):
+                for number in (2 * pair, 2 * pair + 1):
+                    matrix, (name, tensor) = (
+                        block.matrices[number],
+                        block.state[part * len(block.matrices) + number],
+                    )
+                    matrix.of(staged).copy_(_saved(source, name, tensor))
+        if pair + 1 < block.pairs:
             return
-        for name, tensor in block.state:
-            saved = source(name)
-            if saved.shape != tensor.shape:
-                raise TrainingError(
-                    f"the saved {name} has shape {tuple(saved.shape)}, this job's {tuple(tensor.shape)}",
-                    code="bad_checkpoint",
-                )
-            tensor.copy_(saved, non_blocking=True)
+        for flat, staged in zip(flats, self._staged, strict=True):
+            flat.copy_(staged, non_blocking=True)  # torch reuses pinned memory only after the copy
+        self._staged = []
+        if source is None:
+            self.base.operators.zero([block.exp_avg, block.exp_avg_sq])
         block.refresh_compute()
 
 
-def _nowhere(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of this shape without memory of its own (one zero, seen everywhere)."""
-    tensor = torch.empty(0, dtype=dtype, device=device)
-    tensor.data = torch.zeros((), dtype=dtype, device=device).expand(shape)
-    return tensor
+def _saved(source: Callable[[str], Tensor], name: str, like: Tensor) -> Tensor:
+    """A tensor of a saved state; TrainingError: another shape than ``like``."""
+    saved = source(name)
+    if saved.shape != like.shape:
+        raise TrainingError(
+            f"the saved {name} has shape {tuple(saved.shape)}, this job's {tuple(like.shape)}",
+            code="bad_checkpoint",
+        )
+    return saved
+
+
+class Nowhere:
+    """Makes tensors of a shape without memory of their own: one zero of each dtype, seen
+    everywhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._zeros: dict[torch.dtype, Tensor] = {}
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        zero = self._zeros.get(dtype)
+        if zero is None:
+            zero = self._zeros[dtype] = torch.zeros((), dtype=dtype, device=self._device)
+        tensor = torch.empty(0, dtype=dtype, device=self._device)
+        tensor.data = zero.expand(shape)
+        return tensor
 
 
 def lora_config(hyperparameters: Hyperparameters) -> LoraConfig:

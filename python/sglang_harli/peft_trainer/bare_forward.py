@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from sglang_harli.architectures import INPUT_GROUPS
+from sglang_harli.device_sizes import sizes_of
+from sglang_harli.peft_trainer import device_calls
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.base.training_mode import training_mode
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
 from sglang_harli.peft_trainer.layers.lora_linear import LinearGroup
 from sglang_harli.peft_trainer.layers.rms_norm import RmsNorm
-from sglang_harli.peft_trainer.micro_batch_pass import HEAD_BLOCK, training_mode
 
 SLICE = 4 << 20  # weights that are widened at once: 16 MiB in fp32
 
@@ -33,7 +35,7 @@ class BareForward:
     def __init__(self, base: FrozenBase, ids: list[int], head_tokens: int, *, exact: bool) -> None:
         self._base, self._ids, self._exact = base, ids, exact
         self._dtype = torch.promote_types(base.dtype, torch.float32) if exact else base.dtype
-        self._block = min(HEAD_BLOCK, head_tokens)
+        self._block = min(sizes_of(base.device.type).head_block, head_tokens)
         head: Tensor = base.model.lm_head.weight
         self._rows = max(1, SLICE // head.shape[1])  # of the head, in a quantum
         heads = -(-len(head) // self._rows) if exact else -(-(len(ids) - 1) // self._block)
@@ -62,9 +64,7 @@ class BareForward:
     # ---- the quanta
     def _steps(self) -> Iterator[None]:
         base, width = self._base, len(self._ids)
-        ids = torch.tensor(self._ids)
-        if base.device.type != "cpu":  # without waiting for the device
-            ids = ids.pin_memory().to(base.device, non_blocking=True)
+        ids = device_calls.copied_to(torch.tensor(self._ids), base.device)
         x = base.model.model.embed_tokens(ids[None]).to(self._dtype)
         cos, sin = base.rotary().upto(width)
         rotary = (cos.to(self._dtype), sin.to(self._dtype)) if self._exact else (cos, sin)
@@ -85,10 +85,11 @@ class BareForward:
     def _head(self, x: Tensor, targets: Tensor) -> Iterator[None]:
         """As ``MicroBatchPass`` computes logits: rounded to the base's dtype."""
         norm, head = RmsNorm("norm", self._base.model.model.norm), self._base.model.lm_head.weight
+        operators = self._base.operators
         found = x.new_empty(len(x), dtype=torch.float32)
         for begin in range(0, len(x), self._block):
             part = slice(begin, begin + self._block)
-            logits = torch.mm(norm.forward(x[part], None), head.t()).to(torch.float32)
+            logits = torch.mm(operators.rms_norm(norm, x[part], None), head.t()).to(torch.float32)
             found[part] = logits.log_softmax(-1).gather(1, targets[part])[:, 0]
             if part.stop >= len(x):
                 self._take(found)
@@ -97,7 +98,8 @@ class BareForward:
     def _exact_head(self, x: Tensor, targets: Tensor) -> Iterator[None]:
         """The vocabulary slice by slice."""
         head = self._base.model.lm_head.weight
-        normed = RmsNorm("norm", _exact_norm(self._base.model.model.norm)).forward(x, None)
+        norm = RmsNorm("norm", _exact_norm(self._base.model.model.norm))
+        normed = self._base.operators.rms_norm(norm, x, None)
         total = x.new_full((len(x), 1), -torch.inf)
         wanted = torch.zeros_like(total)
         for begin in range(0, len(head), self._rows):
@@ -115,16 +117,18 @@ class BareForward:
         if found.device.type == "cpu":
             self._found = found
             return
-        self._found = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-        self._found.copy_(found, non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record()
+        self._found = device_calls.pinned(found.shape, found.dtype).copy_(found, non_blocking=True)
+        self._copied = device_calls.event()
 
 
 # ------------------------------------------------------------------ one layer
 def _program(base: FrozenBase, index: int) -> LayerProgram:
     return LayerProgram(
-        base.layers[index], _groups(base, index, LinearGroup), base.window(index), wants_x=False
+        base.layers[index],
+        _groups(base, index, LinearGroup),
+        base.window(index),
+        base.operators,
+        wants_x=False,
     )
 
 
@@ -142,7 +146,8 @@ def _exact_program(base: FrozenBase, index: int) -> LayerProgram:
         post_attention_layernorm=_exact_norm(layer.post_attention_layernorm),
         mlp=layer.mlp,
     )
-    return LayerProgram(widened, _groups(base, index, _ExactGroup), base.window(index), wants_x=False)
+    groups = _groups(base, index, _ExactGroup)
+    return LayerProgram(widened, groups, base.window(index), base.operators, wants_x=False)
 
 
 def _groups(base: FrozenBase, index: int, kind: type[LinearGroup]) -> list[LinearGroup]:

@@ -8,7 +8,7 @@ of loss and correct predictions alone.
 from __future__ import annotations
 
 from sglang_harli.core import QuantumKind
-from sglang_harli.peft_trainer.layers.token_blocks import BLOCK, RowBlocks
+from sglang_harli.peft_trainer.layers.token_blocks import RowBlocks
 from sglang_harli.peft_trainer.micro_batch_pass import MicroBatchPass, ModelPieces, upload
 from sglang_harli.peft_trainer.rows import Rows
 
@@ -37,7 +37,8 @@ class EvaluationPass(MicroBatchPass):
         self._no_dropout()
         part = (rows, slice(0, width))
         x = self._at.saved[0][part]
-        x.copy_(self.pieces.layers[self.layer].forward(x, self.pieces.rotary.upto(width)))
+        if not self._from_graph(x, x):
+            self.pieces.layers[self.layer].forward(x, self.pieces.rotary.upto(width), out=x)
         self._advance(rows.stop - rows.start)
 
     def _run_blocks(self, blocks: RowBlocks, count: int) -> None:
@@ -45,10 +46,10 @@ class EvaluationPass(MicroBatchPass):
         if blocks.keys is None:
             blocks.keys = self.pieces.memory.carve_keys(blocks.length)
         keys = blocks.keys
-        keys.at = at = blocks.take(count * BLOCK)
+        keys.at = at = blocks.take(count * self._block)
         cos, sin = self.pieces.rotary.upto(blocks.length)
         x = self._at.saved[0][blocks.row : blocks.row + 1, at]
-        x.copy_(self.pieces.layers[self.layer].forward(x, (cos[:, at], sin[:, at]), past=keys))
+        self.pieces.layers[self.layer].forward(x, (cos[:, at], sin[:, at]), past=keys, out=x)
         if blocks.finished:
             self._blocks = None
             self._advance(1)
@@ -61,7 +62,9 @@ class EvaluationPass(MicroBatchPass):
         self._stage = self.HEAD if len(self.rows.targets) else None
 
     def _head(self, count: int) -> None:
-        self._losses(count, None)
+        _, targets = self._compute_logits(count, None)
+        logits, low = self._at.logits[:count], self._at.low[:count]
+        self._add(*self.pieces.operators.losses(logits, low, targets))
         self._advance(count)
 
     def _end_head(self) -> None:

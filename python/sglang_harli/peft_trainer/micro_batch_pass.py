@@ -15,54 +15,57 @@ leaves out of its rows is zeroed when the range is written.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sglang_harli.core import QuantumKind
+from sglang_harli.device_sizes import sizes_of
+from sglang_harli.peft_trainer import device_calls
 from sglang_harli.peft_trainer.adapter import Adapter
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.graphs.layer_graphs import LayerGraphs
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
 from sglang_harli.peft_trainer.layers.rms_norm import RmsNorm
 from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
-from sglang_harli.peft_trainer.layers.token_blocks import BLOCK, RowBlocks
+from sglang_harli.peft_trainer.layers.token_blocks import RowBlocks
 from sglang_harli.peft_trainer.memory.activations import Activations, MicroBatchMemory
 from sglang_harli.peft_trainer.memory.kept_activations import KeptActivations
+from sglang_harli.peft_trainer.memory.working_set import QuantumBound
 from sglang_harli.peft_trainer.records import QuantumShape
 from sglang_harli.peft_trainer.rows import Rows
 
-HEAD_BLOCK = 16  # target tokens: the unit in which the head is cut
-
-
-@contextlib.contextmanager
-def training_mode() -> Iterator[None]:
-    """Out of SGLang's inference mode, and autograd on this very thread: thread-local contexts, such
-    as memory pools, would not hold on its own."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autograd.set_multithreading_enabled(False):
-        yield
-
 
 class ModelPieces:
-    """What every quantum needs of the model, looked up once a run; ``kept`` None: none."""
+    """What every quantum needs of the model, looked up once a run; ``kept``, ``graphs`` None:
+    none."""
 
     def __init__(
-        self, base: FrozenBase, adapter: Adapter, memory: MicroBatchMemory, kept: KeptActivations | None
+        self,
+        base: FrozenBase,
+        adapter: Adapter,
+        memory: MicroBatchMemory,
+        kept: KeptActivations | None,
+        bound: QuantumBound,
+        graphs: LayerGraphs | None = None,
     ) -> None:
-        self.base = base
+        self.base, self.bound = base, bound
         self.adapter = adapter
-        self.memory, self.kept = memory, kept
+        self.memory, self.kept, self.graphs = memory, kept, graphs
         self.layers = [
-            LayerProgram(layer, block.groups, base.window(i), wants_x=i > 0)  # the embedding is frozen
+            LayerProgram(
+                layer, block.groups, base.window(i), base.operators, wants_x=i > 0
+            )  # the embedding is frozen
             for i, (layer, block) in enumerate(zip(base.layers, adapter.blocks, strict=True))
         ]
         self.embed = base.model.model.embed_tokens
         self.norm = RmsNorm("norm", base.model.model.norm)
         self.head_weight: Tensor = base.model.lm_head.weight
         self.rotary = base.rotary()
+        self.operators = base.operators
+        self.sizes = sizes_of(base.device.type)
 
 
 class MicroBatchPass:
@@ -95,6 +98,7 @@ class MicroBatchPass:
         self._stage: QuantumKind | None = QuantumKind.EMBED
         self.layer = 0
         self.done = 0  # rows of this layer, or target tokens of the head
+        self._block = pieces.sizes.token_block
         self.loss = torch.zeros((), dtype=torch.float64, device=pieces.base.device)
         self.correct = torch.zeros_like(self.loss)
         self._tensors: Activations | None = None
@@ -121,21 +125,66 @@ class MicroBatchPass:
     def shape(self, head_tokens: int, fixed_rows: int | None) -> QuantumShape:
         """The quantum that comes next, whose memory is held from now on; ``fixed_rows``: of a fixed
         split. ``head_tokens``: most target tokens whose logits are computed at once."""
+        bound = self.pieces.bound
+        if fixed_rows is None and self._too_long(bound):
+            self.cut()
         self._obtain_keys()
         kind, left, width = self.kind, self.left, self.rows.width
         assert kind is not None
         if (blocks := self._blocks) is not None:
-            return QuantumShape(kind, math.ceil(blocks.left / BLOCK), BLOCK, False, blocks.length)
+            most = math.ceil(blocks.left / self._block)
+            most = bound.blocks(kind, self._block, blocks.length, most)
+            return QuantumShape(kind, most, self._block, False, blocks.length)
         if kind == QuantumKind.BACKWARD_KEPT:
             return QuantumShape(kind, left, self.rows.lengths[self.done], True)
+        if kind == QuantumKind.EMBED:
+            return QuantumShape(kind, left, width, fixed_rows is not None)
         if kind != self.HEAD:
-            most = left if fixed_rows is None else min(left, fixed_rows)
-            return QuantumShape(kind, most, width, fixed_rows is not None)
+            if fixed_rows is not None:
+                return QuantumShape(kind, min(left, fixed_rows), width, True)
+            most = bound.rows(kind, self.rows.lengths[self.done], left, keeps=self._keeps)
+            return QuantumShape(kind, most, width, False)
         most = min(left, head_tokens)
+        if fixed_rows is None:
+            most = bound.head_tokens(most)
         if fixed_rows is not None:
             return QuantumShape(kind, 1, min(most, fixed_rows * width), True)
-        block = min(HEAD_BLOCK, head_tokens)
+        block = min(self.pieces.sizes.head_block, head_tokens)
         return QuantumShape(kind, max(1, math.ceil(most / block)), min(block, most), False)
+
+    def _too_long(self, bound: QuantumBound) -> bool:
+        """Whether the row that comes next takes too much memory whole."""
+        kind = self.kind
+        if self._blocks is not None or kind is None:
+            return False
+        if kind not in (QuantumKind.FORWARD, QuantumKind.BACKWARD):
+            return False
+        return bound.too_long(kind, self.rows.lengths[self.done])
+
+    def bytes_of(self, count: int) -> int:
+        """What ``run(count)`` takes beside the leases, estimated."""
+        kind, needs = self.kind, self.pieces.bound.needs
+        assert kind is not None
+        if self._blocks is not None:
+            return needs.leaves + needs.block_bytes(kind, count * self._block, self._blocks.length)
+        if kind == self.HEAD:
+            return needs.head_bytes(count)
+        width = self.rows.lengths[self.done]
+        return needs.leaves + count * needs.row_bytes(kind, width, keeps=self._keeps)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether the quantum that comes next may keep what it computes."""
+        kept = self.pieces.kept
+        return kept is not None and kept.keeping and self.kind == QuantumKind.FORWARD
+
+    @property
+    def divisible(self) -> bool:
+        """Whether one row of the quantum that comes next can be run in smaller pieces."""
+        if self._blocks is not None or self.kind not in (QuantumKind.FORWARD, QuantumKind.BACKWARD):
+            return self.kind == QuantumKind.BACKWARD_KEPT
+        length = self.rows.lengths[self.done]
+        return length > self._block and self._uncut != (self._stage, self.layer, self.done)
 
     @property
     def _unfinished(self) -> int:
@@ -154,7 +203,7 @@ class MicroBatchPass:
         if self._blocks is not None or self._stage not in (QuantumKind.FORWARD, QuantumKind.BACKWARD):
             return False
         length = self.rows.lengths[self.done]
-        if length <= BLOCK or self._uncut == (self._stage, self.layer, self.done):
+        if length <= self._block or self._uncut == (self._stage, self.layer, self.done):
             return False
         self._blocks = RowBlocks(self.done, length, backward=self._stage == QuantumKind.BACKWARD)
         return True
@@ -174,7 +223,7 @@ class MicroBatchPass:
         """(tokens with padding, padded row width) of ``run(count)``; head: (target tokens, 1)."""
         kind = self.kind
         if self._blocks is not None:
-            return min(count * BLOCK, self._blocks.left), self._blocks.length
+            return min(count * self._block, self._blocks.left), self._blocks.length
         if kind == QuantumKind.EMBED:
             return self.rows.count * self.rows.width, self.rows.width
         if kind == self.HEAD:
@@ -211,7 +260,7 @@ class MicroBatchPass:
         if blocks.keys is None:
             blocks.keys = self.pieces.memory.carve_keys(blocks.length)
         keys, kind, fills = blocks.keys, blocks.kind, blocks.fills
-        keys.at = at = blocks.take(count * BLOCK)
+        keys.at = at = blocks.take(count * self._block)
         row, length = slice(blocks.row, blocks.row + 1), blocks.length
         masks, program = self.pieces.adapter.masks, self.pieces.layers[self.layer]
         if masks is not None:
@@ -222,15 +271,14 @@ class MicroBatchPass:
             program.fill_keys(x, rotary, keys)
         elif kind == QuantumKind.FORWARD:
             below = self._at.saved[self.layer + 1][row]
-            below[:, at].copy_(program.forward(x, rotary, past=keys))
+            program.forward(x, rotary, past=keys, out=below[:, at])
             if at.stop == length:
                 below[:, length:].zero_()
         else:
             grad = self._at.grad[row, at]
             trace = program.recompute(x, rotary, keys)
-            self._collect(
-                program.gradients(trace, grad, keys), grad, first=not row.start and at.stop == length
-            )
+            leaves, _ = program.gradients(trace, grad, keys)
+            self._collect(leaves, first=not row.start and at.stop == length)
         if blocks.finished:
             self._blocks = None
             self._advance(1)
@@ -275,14 +323,21 @@ class MicroBatchPass:
     def _forward(self, part: tuple[slice, slice]) -> None:
         x, (rows, columns) = self._at.saved[self.layer][part], part
         layer, rotary = self.pieces.layers[self.layer], self.pieces.rotary.upto(columns.stop)
-        out = None
-        if self.pieces.kept is not None:
-            out = self.pieces.kept.forward(self.layer, rows.start, layer, x, rotary)
-        if out is None:
-            out = layer.forward(x, rotary)
-        below = self._at.saved[self.layer + 1][rows]
-        below[:, columns].copy_(out)
-        below[:, columns.stop :].zero_()  # a later range may be cut wider
+        below, kept = self._at.saved[self.layer + 1][rows], self.pieces.kept
+        out = below[:, columns]
+        if not self._from_graph(x, out) and (
+            kept is None or not kept.forward(self.layer, rows.start, layer, x, rotary, out)
+        ):
+            layer.forward(x, rotary, out=out)
+        if columns.stop < below.shape[1]:
+            below[:, columns.stop :].zero_()  # a later range may be cut wider
+
+    def _from_graph(self, x: Tensor, out: Tensor) -> bool:
+        """The layer's output from a graph; False: there is none, now."""
+        graphs, layer = self.pieces.graphs, self.layer
+        return graphs is not None and graphs.forward(
+            layer, self.pieces.layers[layer], x, self.pieces.rotary, out
+        )
 
     def _begin_head(self) -> None:
         self._at.grad.zero_()
@@ -294,55 +349,45 @@ class MicroBatchPass:
         The softmax is turned into the gradient in place: one ``[count, vocab]`` tensor in the exact
         dtype and, in 16 bits, one copy of it.
         """
-        trace, norm = SavedTensors(), self.pieces.norm
-        hidden, head = self.pieces.base.config.hidden_size, self.pieces.head_weight
-        places, targets, total = self._losses(count, trace)
+        trace, operators = SavedTensors(), self.pieces.operators
+        places, targets = self._compute_logits(count, trace)
         logits, low = self._at.logits[:count], self._at.low[:count]
-        logits.div_(total)
-        logits.scatter_add_(1, targets, torch.full_like(targets, -1.0, dtype=logits.dtype))
-        logits.mul_(1.0 / self.divisor if self.scale is None else self.scale / self.divisor)
-        if low.dtype != logits.dtype:
-            low.copy_(logits)
-        grad = norm.backward(torch.mm(low, head), trace)
-        self._at.grad.view(-1, hidden).index_copy_(0, places, grad)
+        factor = 1.0 / self.divisor if self.scale is None else self.scale / self.divisor
+        self._add(*operators.losses_and_gradient(logits, low, targets, factor))
+        grad = operators.rms_norm_backward(self.pieces.norm, torch.mm(low, self.pieces.head_weight), trace)
+        self._at.grad.view(-1, grad.shape[1]).index_copy_(0, places, grad)
         self._advance(count)
 
-    def _losses(self, count: int, trace: SavedTensors | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Add loss and correct predictions of ``count`` target tokens.  Gives their places and ids,
-        and the sums of exponentials that are left in the logits."""
+    def _add(self, loss: Tensor, correct: Tensor) -> None:
+        """Of some target tokens, their sum and number."""
+        self.correct += correct
+        self.loss += loss / self.divisor
+
+    def _compute_logits(self, count: int, trace: SavedTensors | None) -> tuple[Tensor, Tensor]:
+        """The logits of ``count`` target tokens into ``low``.  Gives their places and ids."""
         places = self._places[self.done : self.done + count].long()
         targets = self._targets[self.done : self.done + count, None].long()
-        hidden, head = self.pieces.base.config.hidden_size, self.pieces.head_weight
-        logits, low = self._at.logits[:count], self._at.low[:count]
+        hidden = self.pieces.base.config.hidden_size
         rows = self._at.saved[-1].view(-1, hidden).index_select(0, places)
-        normed = self.pieces.norm.forward(rows, trace)
-        torch.mm(normed, head.t(), out=low)
-        if low.dtype != logits.dtype:
-            logits.copy_(low)
-        logits.sub_(logits.amax(dim=-1, keepdim=True))
-        wanted = logits.gather(1, targets)
-        self.correct += (wanted == 0).sum()  # the largest one: a pass less than argmax
-        total = logits.exp_().sum(dim=-1, keepdim=True)
-        self.loss += (total.log() - wanted).sum(dtype=torch.float64) / self.divisor
-        return places, targets, total
+        normed = self.pieces.operators.rms_norm(self.pieces.norm, rows, trace)
+        torch.mm(normed, self.pieces.head_weight.t(), out=self._at.low[:count])
+        return places, targets
 
     def _backward(self, part: tuple[slice, slice], *, kept: bool) -> None:
         """One layer for a range of rows; its input's gradient replaces its output's."""
         grad, program = self._at.grad[part], self.pieces.layers[self.layer]
         if kept:
             assert self.pieces.kept is not None
-            found = self.pieces.kept.gradients(self.layer, grad)
+            leaves, _ = self.pieces.kept.gradients(self.layer, grad)
         else:
-            x = self._at.saved[self.layer][part]
-            trace = program.recompute(x, self.pieces.rotary.upto(x.shape[1]))
-            found = program.gradients(trace, grad)
-        self._collect(found, grad, first=part[0].start == 0)
+            x, graphs, rotary = self._at.saved[self.layer][part], self.pieces.graphs, self.pieces.rotary
+            leaves = None if graphs is None else graphs.gradients(self.layer, program, x, grad, rotary)
+            if leaves is None:
+                leaves, _ = program.gradients(program.recompute(x, rotary.upto(x.shape[1])), grad)
+        self._collect(leaves, first=part[0].start == 0)
 
-    def _collect(self, found: tuple[Tensor, Tensor | None], grad: Tensor, *, first: bool) -> None:
-        """Take ``gradients``' results; ``grad``, of the output, is replaced."""
-        leaves, below = found
-        if below is not None:
-            grad.copy_(below)
+    def _collect(self, leaves: Tensor, *, first: bool) -> None:
+        """Take the gradients of a layer's adapter weights for some rows."""
         block = self.pieces.adapter.blocks[self.layer]
         target = block.grad if self.overwrite else block.partial
         assert target is not None
@@ -354,7 +399,4 @@ class MicroBatchPass:
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
     """A copy, in the array's dtype; the message that it lies in goes with the micro-batch."""
-    tensor = torch.from_numpy(array.copy())
-    if device.type == "cuda":  # from pinned memory the copy does not block the host
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+    return device_calls.copied_to(torch.from_numpy(array.copy()), device)

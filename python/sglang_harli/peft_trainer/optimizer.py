@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sglang_harli.device_sizes import sizes_of
 from sglang_harli.peft_trainer.adapter import LayerBlock
+from sglang_harli.peft_trainer.layers.operators.plain import Operators
 from sglang_harli.protocol.public import Hyperparameters
 
-_SLICE_ELEMENTS = 2_000_000  # about 10 ms of memory traffic on two CPU cores
 # fp16 only: loss scaling as torch.amp.GradScaler's, starting low: a job may have few steps.
 _FIRST_SCALE = 1024.0
 _GROWTH_INTERVAL = 2000
@@ -21,18 +22,26 @@ SMALLEST_SCALE = 2.0**-10  # below it the gradients themselves are at fault, not
 
 
 def layer_slices(blocks: list[LayerBlock]) -> list[range]:
-    """Ranges of layers that hold about ``_SLICE_ELEMENTS`` weights each, at least one layer."""
-    layers = max(1, _SLICE_ELEMENTS // max(1, blocks[0].size))
+    """Ranges of layers that hold about as many weights as a slice is to have (``device_sizes``), at
+    least one layer."""
+    elements = sizes_of(blocks[0].master.device.type).optimizer_elements
+    layers = max(1, elements // max(1, blocks[0].size))
     return [range(i, min(i + layers, len(blocks))) for i in range(0, len(blocks), layers)]
 
 
 class SlicedAdamW:
-    """The optimizer over all layer blocks; ``dtype``: the base's; fp16 gets a loss scale."""
+    """The optimizer over all layer blocks; ``dtype``, ``operators``: the base's; fp16 gets a loss
+    scale."""
 
     def __init__(
-        self, blocks: list[LayerBlock], hyperparameters: Hyperparameters, dtype: torch.dtype
+        self,
+        blocks: list[LayerBlock],
+        hyperparameters: Hyperparameters,
+        dtype: torch.dtype,
+        operators: Operators,
     ) -> None:
         self.blocks = blocks
+        self._operators = operators
         self.max_norm = hyperparameters.max_grad_norm
         self.slices = layer_slices(blocks)
         device = blocks[0].master.device
@@ -65,8 +74,9 @@ class SlicedAdamW:
         """Slice ``operation`` of the step, at learning rate ``rate``. ``loss``: the step's, a
         device scalar; not finite: the step is skipped."""
         if operation < len(self.slices):
-            for layer in self.slices[operation]:
-                self._norms[layer] = torch.linalg.vector_norm(self.blocks[layer].grad)
+            layers = self.slices[operation]
+            grads = [self.blocks[layer].grad for layer in layers]
+            self._operators.norms(grads, self._norms[layers.start : layers.stop])
             return
         index = operation - len(self.slices)
         if index == 0:
@@ -87,15 +97,17 @@ class SlicedAdamW:
 
     def _update(self, layers: range, rate: float) -> None:
         self._adam.param_groups[0]["lr"] = rate
-        for layer in layers:
-            block = self.blocks[layer]
-            block.grad.mul_(self._factor)
+        blocks = self.blocks[layers.start : layers.stop]
+        self._operators.scale([block.grad for block in blocks], self._factor)
+        for block in blocks:
             block.master.grad = block.grad
         self._adam.found_inf = self._skip  # type: ignore[attr-defined]  # read by the fused kernel, as GradScaler's
         self._adam.step()  # only parameters that have a gradient
-        for layer in layers:
-            self.blocks[layer].master.grad = None
-            self.blocks[layer].refresh_compute()
+        for block in blocks:
+            block.master.grad = None
+        own = [block for block in blocks if block.compute is not block.master]
+        if own:
+            self._operators.copy([block.compute for block in own], [block.master for block in own])
 
     def finish(self, loss: Tensor) -> Tensor:
         """After the last slice: sets the next loss scale; gives, in float64 and on the device,

@@ -8,11 +8,11 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sglang_harli.core import QuantumKind
 from sglang_harli.errors import TrainingError
+from sglang_harli.peft_trainer import device_calls
 from sglang_harli.peft_trainer.optimizer import SMALLEST_SCALE
 
 
@@ -99,10 +99,9 @@ class Arriving:
         self.values = values
         self._arrived: Any = None  # CUDA event of the copy to the host; None: the values are there
         if values.is_cuda:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self.values = host.copy_(values, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self.values = device_calls.pinned(values.shape, values.dtype)
+            self.values.copy_(values, non_blocking=True)
+            self._arrived = device_calls.event()
 
     @property
     def ready(self) -> bool:

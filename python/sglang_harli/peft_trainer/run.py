@@ -26,14 +26,17 @@ from sglang_harli.core import MemoryPurpose, QuantumKind
 from sglang_harli.errors import ConfigError, StateError, TrainingError
 from sglang_harli.peft_trainer.adapter import Adapter
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.base.training_mode import training_mode
 from sglang_harli.peft_trainer.evaluation import EvaluationMetrics, Evaluations
 from sglang_harli.peft_trainer.evaluation_pass import EvaluationPass
+from sglang_harli.peft_trainer.graphs.layer_graphs import LayerGraphs
 from sglang_harli.peft_trainer.intake import Fed, Intake
 from sglang_harli.peft_trainer.memory.activations import MicroBatchMemory
 from sglang_harli.peft_trainer.memory.adapter_state import StateMemory
 from sglang_harli.peft_trainer.memory.heap import HeapMemory
-from sglang_harli.peft_trainer.memory.kept_activations import KeptActivations
-from sglang_harli.peft_trainer.micro_batch_pass import MicroBatchPass, ModelPieces, training_mode
+from sglang_harli.peft_trainer.memory.kept_activations import kept_for
+from sglang_harli.peft_trainer.memory.working_set import QuantumBound, WorkingSet
+from sglang_harli.peft_trainer.micro_batch_pass import MicroBatchPass, ModelPieces
 from sglang_harli.peft_trainer.optimizer import SlicedAdamW, layer_slices
 from sglang_harli.peft_trainer.records import MetricsRing, QuantumDone, QuantumShape, ShapesSeen, StepMetrics
 from sglang_harli.peft_trainer.schedule import LearningRate
@@ -59,6 +62,10 @@ class TrainingRun:
         memory: where everything sizeable lies, asked for at first need; None: torch's own.
         keep_activations: keep layers' activations where there is memory. Never with a fixed split,
             whose bits must not depend on memory.
+        graphs: makes the graphs by which short quanta are launched, on ``base``; None, or where it
+            gives None: none. Never with a fixed split, or with dropout, whose masks the host draws.
+        working_bytes: most that a quantum may take beside ``memory``, estimated; None: no bound
+            until one fails for want of memory (``shrink``). A fixed split has none.
 
     Attributes:
         needs_memory: why ``peek`` was None though there is work: purpose and missing bytes.
@@ -76,6 +83,8 @@ class TrainingRun:
         quantum_rows: int | None = None,
         memory: TrainMemory | None = None,
         keep_activations: bool = True,
+        graphs: Callable[[FrozenBase], LayerGraphs | None] | None = None,
+        working_bytes: int | None = None,
     ) -> None:
         self.base, self.spec, self.quantum_rows = base, spec, quantum_rows
         hp = spec.hyperparameters
@@ -87,15 +96,21 @@ class TrainingRun:
                 f"give at least {token_bytes} bytes",
                 param="--harli-logits-mem",
             )
-        self._head_tokens = logits_bytes // token_bytes
+        head_tokens = logits_bytes // token_bytes
         memory = HeapMemory(base.device) if memory is None else memory
-        self._micro_memory = MicroBatchMemory(base, memory, self._head_tokens)
-        self._kept = KeptActivations(memory) if keep_activations and quantum_rows is None else None
+        self._micro_memory = MicroBatchMemory(base, memory, head_tokens, cuts=quantum_rows is None)
+        self._kept = kept_for(base, memory) if keep_activations and quantum_rows is None else None
         with training_mode():
+            self.graphs = None
+            if graphs is not None and quantum_rows is None and not hp.lora_dropout:
+                self.graphs = graphs(base)
             self._adapter = Adapter(base, hp)
             self._state = StateMemory(self._adapter.blocks, memory)
-            self._pieces = ModelPieces(base, self._adapter, self._micro_memory, self._kept)
-            self._optimizer = SlicedAdamW(self._adapter.blocks, hp, base.dtype)
+            self._bound = QuantumBound(WorkingSet(base, hp.lora_r), working_bytes)
+            self._pieces = ModelPieces(
+                base, self._adapter, self._micro_memory, self._kept, self._bound, self.graphs
+            )
+            self._optimizer = SlicedAdamW(self._adapter.blocks, hp, base.dtype, base.operators)
             self._step_loss = torch.zeros((), dtype=torch.float64, device=base.device)
             self._step_correct = torch.zeros_like(self._step_loss)
             self._evaluations = Evaluations(base.device, hp, spec.total_steps)
@@ -113,6 +128,7 @@ class TrainingRun:
         self._step_tokens = 0
         self._released = False
         self.needs_memory: tuple[MemoryPurpose, int] | None = None
+        self._tried: tuple[int, bool] | None = None  # bytes of the latest quantum; whether less would do
         self.applied_step = 0
         self.tokens = 0
 
@@ -208,6 +224,10 @@ class TrainingRun:
             if lacking:
                 self.needs_memory = (MemoryPurpose.MICRO_BATCH, lacking)
                 return None
+            if self._kept is not None and not rows.evaluated:
+                self._kept.prepare(rows.count, rows.width)
+        elif self._kept is not None and shape.kind == QuantumKind.FORWARD and self._pass is not None:
+            self._kept.prepare_more(self._pass.layer)
         return shape
 
     def _next(self) -> QuantumShape | None:
@@ -215,15 +235,16 @@ class TrainingRun:
         if self._stage is not None:
             return QuantumShape(self._stage, 1, 0, True)
         if self._pass is not None:
-            return self._pass.shape(self._head_tokens, self.quantum_rows)
+            return self._pass.shape(self._micro_memory.head_tokens, self.quantum_rows)
         if self.settling or self.finished or not self._intake.queue:
             return None
         rows = self._intake.queue[0].rows
         return QuantumShape(QuantumKind.EMBED, rows.count, rows.width, True)
 
     # ---- work
-    def run(self, rows: int) -> QuantumDone:
-        """One quantum of ``rows`` (as ``peek`` counts them).
+    def run(self, rows: int, *, idle: bool = False) -> QuantumDone:
+        """One quantum of ``rows`` (as ``peek`` counts them). ``idle``: nothing is served and
+        nothing waits, so that graphs may be captured.
 
         Raises:
             StateError: nothing to run, more rows than offered, or not the fixed number.
@@ -235,6 +256,8 @@ class TrainingRun:
             raise StateError(f"no quantum to run: the run waits for {waits} or is finished")
         if not 1 <= rows <= shape.rows or (shape.fixed and rows != shape.rows):
             raise StateError(f"{rows} rows asked of a {shape.kind} quantum that offers {shape.rows}")
+        self._tried = None
+        captured = 0 if self.graphs is None else self.graphs.begin(idle)
         with training_mode():
             tokens, width, misleads = 0, 0, self._pass is not None and self._pass.misleads
             first = self._shapes.add(shape.kind, *self._extent(shape, rows))
@@ -244,6 +267,7 @@ class TrainingRun:
                 self._run_stage()
             else:
                 tokens, width = self._run_pass(shape, rows)
+        misleads |= self.graphs is not None and self.graphs.captured != captured
         return QuantumDone(shape.kind, rows, tokens, width, first, misleads)
 
     def new_shapes(self, shape: QuantumShape, sizes: Iterable[int]) -> list[bool]:
@@ -253,7 +277,7 @@ class TrainingRun:
     def _count(self, shape: QuantumShape, rows: int) -> int:
         if self._pass is None or shape.kind != self._pass.HEAD:
             return rows
-        return min(rows * shape.row_tokens, self._pass.left, self._head_tokens)
+        return min(rows * shape.row_tokens, self._pass.left, self._micro_memory.head_tokens)
 
     def _extent(self, shape: QuantumShape, rows: int) -> tuple[int, int]:
         """Tokens of such a quantum, and its width; zeros for kinds that are not cut by rows."""
@@ -264,9 +288,12 @@ class TrainingRun:
         return self._pass.extent(self._count(shape, rows))
 
     def _run_pass(self, shape: QuantumShape, rows: int) -> tuple[int, int]:
+        begins = self._pass is None
         if self._pass is None:
             self._pass = self._begin(self._intake.checked())
-        result = self._pass.run(self._count(shape, rows))
+        count = self._count(shape, rows)
+        self._tried = (self._pass.bytes_of(count), not begins and (rows > 1 or self._pass.divisible))
+        result = self._pass.run(count)
         if self._pass.kind is None:
             if isinstance(self._pass, EvaluationPass):
                 self._evaluations.add(self._intake.queue.popleft(), self._pass.loss, self._pass.correct)
@@ -296,14 +323,14 @@ class TrainingRun:
             self._state.carve()
             with torch.no_grad():
                 self._adapter.fill(position, self._source)
-            if self._position == len(self._adapter.blocks):
+            if self._position == self._adapter.pieces:
                 self._stage, self._source = None, None
         elif self._stage == QuantumKind.ACCUMULATE:
             with torch.no_grad():
-                for layer in self._accumulate_slices[position]:
-                    block = self._adapter.blocks[layer]
-                    assert block.partial is not None
-                    block.grad.add_(block.partial)
+                layers = self._accumulate_slices[position]
+                blocks = self._adapter.blocks[layers.start : layers.stop]
+                parts = [block.partial for block in blocks if block.partial is not None]
+                self.base.operators.add_all([block.grad for block in blocks], parts)
             if self._position == len(self._accumulate_slices):
                 self._end_micro_batch()
         else:
@@ -371,6 +398,17 @@ class TrainingRun:
         blocks of tokens. False: it is as small as it can be, or the split is fixed."""
         free = self._stage is None and self.quantum_rows is None
         return free and self._pass is not None and self._pass.kind == kind and self._pass.cut()
+
+    def shrink(self) -> bool:
+        """The device had no memory for the quantum that has just failed. From now on half as much
+        is run at once, and the micro-batch begins again: what the quantum had done is in doubt.
+        False: it cannot be smaller."""
+        if self._tried is None or not self._tried[1] or self.quantum_rows is not None:
+            return False
+        self._bound.halve(self._tried[0])
+        self._tried = self._pass = None
+        self.drop_kept()
+        return True
 
     def drop_micro_batch(self) -> bool:
         """All memory of activations. A micro-batch in flight starts again with the same dropout;
@@ -462,6 +500,8 @@ class TrainingRun:
             return
         self._released = True
         self._pass = None
+        if self.graphs is not None:
+            self.graphs.clear()
         self.drop_unused()
         self.drop_kept()
         self._state.release()

@@ -75,8 +75,13 @@ class LatencyPredictor:
         return self._corun.estimate(solo, share, finetune_sms, kind)
 
     def quantum(self, kind: QuantumKind, tokens: int, row_tokens: int = 0) -> LatencyEstimate:
-        """A quantum of ``tokens`` tokens in rows of ``row_tokens``."""
+        """A quantum of ``tokens`` tokens in rows of ``row_tokens``: of the device or of its launch,
+        whichever is longer."""
         return self._quanta.estimate(kind, tokens, row_tokens)
+
+    def device(self, kind: QuantumKind, tokens: int, row_tokens: int = 0) -> LatencyEstimate:
+        """As ``quantum``, of the device alone: what is left once it is launched."""
+        return self._quanta.device(kind, tokens, row_tokens)
 
     def prices(
         self,
@@ -147,9 +152,24 @@ class LatencyPredictor:
         seconds: float,
         *,
         first_of_shape: bool = False,
+        launch_s: float = 0.0,
+        starved: bool = False,
     ) -> None:
-        """A quantum took ``seconds``; a shape's first run has a bound apart, once any is known."""
+        """A quantum took ``seconds``; a shape's first run has a bound apart, once any is known.
+
+        Args:
+            launch_s: of the host, before the device had all of it; 0: they are one (CPU).
+            starved: the device waited for the host: alone it takes between ``seconds - launch_s``
+                and ``seconds``.
+        """
         self._quanta.ran(kind)
+        if launch_s:
+            self._quanta.observe_launch(kind, tokens, row_tokens, launch_s, first_of_shape=first_of_shape)
+        if starved:
+            alone_s = self._quanta.alone(kind, tokens, row_tokens, seconds, launch_s)
+            if alone_s is None:
+                return
+            seconds = alone_s
         self._quanta.observe(kind, tokens, row_tokens, seconds, first_of_shape=first_of_shape)
         if not first_of_shape:
             self.points.quantum(kind, tokens, row_tokens, seconds)
@@ -176,8 +196,8 @@ class LatencyPredictor:
     def scores(self) -> dict[str, tuple[Score, float]]:
         """By predicted phase: its score, and the ratio of upper bound to expectation now.
 
-        Phases: ``decode``, ``decode_adapters``, ``prefill``, each kind of quantum, ``first_`` with
-        a kind (a shape's first run) and ``corun_`` with a kind.
+        Phases: ``decode``, ``decode_adapters``, ``prefill``, each kind of quantum, ``launch_`` with
+        a kind (on CUDA), ``first_`` with a kind (a shape's first run) and ``corun_`` with a kind.
         """
         whole, _ = self._decode.line(WHOLE)
         phases: list[tuple[str, Accuracy, float]] = [
@@ -187,6 +207,9 @@ class LatencyPredictor:
         if self._adapted is not None:
             phases.append((ADAPTED, self._adapted.accuracy, self._adapted.line(WHOLE)[0].ratio))
         phases += [(kind.value, line.accuracy, line.ratio) for kind, line in self._quanta.lines.items()]
+        phases += [
+            (f"launch_{kind}", line.accuracy, line.ratio) for kind, line in self._quanta.launches.items()
+        ]
         phases += [
             (f"first_{kind}", first.accuracy, first.ratio) for kind, first in self._quanta.firsts.items()
         ]

@@ -48,12 +48,13 @@ MEMBERS: dict[tuple[str, str], str] = {
         "waiting_queue ipc_channels weight_updater server_args"
     ),
     ("sglang.srt.managers.scheduler.Scheduler", "managers/scheduler/serving_view.py"): (
-        "running_batch max_prefill_tokens chunked_prefill_size chunked_req enable_overlap "
-        "get_num_allocatable_reqs"
+        "running_batch max_prefill_tokens chunked_prefill_size chunked_req get_num_allocatable_reqs"
     ),
     ("sglang.srt.managers.scheduler.Scheduler", "managers/scheduler/co_serving.py"): (
-        "device forward_stream idle_sleeper _engine_paused max_running_requests max_req_len "
-        "max_total_num_tokens"
+        "device idle_sleeper _engine_paused max_running_requests max_req_len max_total_num_tokens"
+    ),
+    ("sglang.srt.managers.scheduler.Scheduler", "managers/scheduler/step_timer.py"): (
+        "enable_overlap forward_stream"
     ),
     ("sglang.srt.managers.scheduler.Scheduler", "managers/scheduler/trainer_setup.py"): (
         "token_to_kv_pool_allocator tree_cache tp_worker"

@@ -190,7 +190,7 @@ class TemporalPolicy(Protocol):
 class _Quanta:
     """Always the same quantum to offer (``slotting.Training``).  The engine runs it."""
 
-    queued_s, saving, barred = 0.0, False, None
+    queued_s, expected_queued_s, depth, saving, barred = 0.0, 0.0, 1, False, None
 
     def __init__(self, device: TimeSharedDevice, margin: float) -> None:
         candidates = tuple((rows, device.predicted_quantum_s(rows) * margin) for rows in device.sizes)
@@ -205,7 +205,7 @@ class _Quanta:
         return False
 
     def run_quantum(self, offer: QuantumOffer, decision: Decision) -> None: ...
-    def settle(self) -> None: ...
+    def settle(self, most_s: float | None = None) -> None: ...
     def relax(self, kind: QuantumKind, now_s: float) -> None: ...
     def yields(self, reason: str) -> None: ...
 

@@ -20,7 +20,7 @@ from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressur
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
-from sglang_harli.managers.scheduler.training.quantum_timer import HostQuantumTimer
+from sglang_harli.managers.scheduler.training.quantum_timer import DeviceQuantumTimer, HostQuantumTimer
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from sglang_harli.peft_trainer.base import base_print, frozen_base
 from sglang_harli.peft_trainer.memory.layout import memory_layout
@@ -66,7 +66,14 @@ class Host:
     """What the scheduler does around a CoTrainer, without serving."""
 
     def __init__(
-        self, run_dir: str, *, quantum_rows: int | None = 1, pool: UnifiedPool | None = None
+        self,
+        run_dir: str,
+        *,
+        quantum_rows: int | None = 1,
+        pool: UnifiedPool | None = None,
+        options: HarliOptions | None = None,
+        timer: HostQuantumTimer | DeviceQuantumTimer | None = None,
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -98,20 +105,21 @@ class Host:
             layout=memory_layout(self.base, 1 << 20),
             space_bytes=self.pressure.space_bytes,
         )
-        self.side = ServingState(HarliOptions(run_dir=run_dir), memory=self.pressure)
+        self.side = ServingState(options or HarliOptions(run_dir=run_dir), memory=self.pressure)
         self.trainer = CoTrainer(
             self.base,
             self.limits,
             functools.partial(ServiceLink, scheduler_endpoint(run_dir)),
             None,
             self.side.predictor,
-            HostQuantumTimer(),
+            HostQuantumTimer() if timer is None else timer,
             self.pressure,
             quantum_rows=quantum_rows,
             take_print=lambda: base_print.take(self.base, "m", "m"),
             make_hello=lambda: internal.Hello(pid=7, rank=0, limits=None),
             set_options=self.side.set_options,
             status=self.side.status,
+            now=now,
         )
         self.link = self.trainer.link
 

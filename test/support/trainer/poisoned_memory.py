@@ -24,6 +24,8 @@ class PoisonedMemory:
         held: leases that are not given back.
     """
 
+    scattered = False
+
     def __init__(self, grants: Callable[[MemoryPurpose, int], bool] | None = None) -> None:
         self.grants = grants
         self.asked: list[tuple[MemoryPurpose, int]] = []

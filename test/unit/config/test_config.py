@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_harli.config import LIVE, LIVE_MS, HarliOptions, ServiceConfig, parse_live, parse_size
+from sglang_harli.config import (
+    LIVE,
+    LIVE_MS,
+    SWITCHED,
+    HarliOptions,
+    ServiceConfig,
+    parse_live,
+    parse_size,
+)
 from sglang_harli.errors import ConfigError
 
 MIB, GIB = 2**20, 2**30
@@ -19,7 +27,7 @@ def test_the_defaults_are_accepted():
     options = HarliOptions()
     assert options.enabled
     assert (options.tpot_slo_ms, options.busy_quantum_ms, options.idle_quantum_ms) == (50.0, 100.0, 250.0)
-    assert options.logits_bytes == 64 * MIB
+    assert options.logits_bytes("cpu") == 64 * MIB and options.logits_bytes("cuda") == 512 * MIB
 
 
 @pytest.mark.parametrize(
@@ -57,6 +65,10 @@ def test_the_defaults_are_accepted():
         ({"logits_mem": "9" * 20 + "GiB"}, "at most 1073741824GiB"),
         ({"logits_mem": "9" * 400}, "a size such as"),
         ({"logits_mem": "inf"}, "a size such as"),
+        ({"kernels": "fast"}, "auto, on, off, or family=one of them"),
+        ({"kernels": "heads=off"}, "families: head, gated, norm, rotary, lora"),
+        ({"kernels": "head=off,head=on"}, "by commas"),
+        ({"kernels": ""}, "auto, on, off"),
     ],
 )
 def test_a_bad_value_names_the_flag_and_what_is_accepted(values, accepted):
@@ -92,6 +104,12 @@ def test_loopback_endpoints(endpoint):
 def test_bounds_of_a_quantum(values, busy, idle):
     options = HarliOptions(**values)
     assert (options.busy_quantum_ms, options.idle_quantum_ms) == (busy, idle)
+
+
+def test_kernels_are_switched_together_or_by_family():
+    assert HarliOptions(kernels="off").kernel_switches == dict.fromkeys(SWITCHED, "off")
+    some = HarliOptions(kernels="head=off, lora=on").kernel_switches
+    assert some == {**dict.fromkeys(SWITCHED, "auto"), "head": "off", "lora": "on"}
 
 
 @given(st.builds(HarliOptions, tpot_slo_ms=milliseconds, quantum_rows=st.none() | st.integers(1, 64)))

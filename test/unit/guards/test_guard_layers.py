@@ -14,7 +14,10 @@ import pytest
 
 from support.project_files import PACKAGE, module_name, package_files, parse, relative
 
-GROUND = {"architectures", "core", "errors", "failpoints", "names", "run_paths", "train_memory"}
+GROUND = {
+    *("architectures", "core", "device_sizes", "errors", "failpoints", "names", "run_paths"),
+    "train_memory",
+}
 BASE = GROUND | {"config", "protocol"}
 APART = {"predictor", "mem_cache", "peft_trainer", "service"}
 INSIDE = BASE | APART | {"managers", "server_args", "patches", "platforms", "sglang_versions"}
@@ -24,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "": {"client"},  # `from sglang_harli import FinetuneClient`, resolved when asked for
     **{ground: set() for ground in GROUND - {"train_memory"}},
     "train_memory": {"core"},
-    "config": {"core", "errors", "run_paths"},
+    "config": {"core", "device_sizes", "errors", "run_paths"},
     "protocol": GROUND,
     **dict.fromkeys(APART, BASE),
     "mem_cache": BASE | {"sglang_versions"},
@@ -66,6 +69,7 @@ SGLANG = (
 LIGHT = (
     "architectures",
     "core",
+    "device_sizes",
     "failpoints",
     "names",
     "run_paths",

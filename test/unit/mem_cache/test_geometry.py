@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_harli.mem_cache.geometry import LARGEST_CHUNK, LEAST_STRIPES, PoolGeometry, runs_of
+from sglang_harli.mem_cache.geometry import (
+    LARGEST_CHUNK,
+    LARGEST_DEVICE_CHUNK,
+    LEAST_STRIPES,
+    MANY_STRIPES,
+    PoolGeometry,
+    fullest_window,
+    runs_of,
+)
 
 MIB = 2**20
 
@@ -34,7 +42,9 @@ def test_a_plan_is_aligned_and_wastes_nothing(slots, row_bytes, buffers, page_si
         slots=1, row_bytes=row_bytes, buffers=buffers, page_size=page_size, granularity=granularity
     )
     if cut.stripe_slots > smallest.stripe_slots:  # only as coarse as the pool's size allows
-        assert cut.stripes >= LEAST_STRIPES and cut.chunk_bytes <= LARGEST_CHUNK
+        large = granularity == LARGEST_CHUNK and cut.stripes >= MANY_STRIPES
+        assert cut.stripes >= LEAST_STRIPES
+        assert cut.chunk_bytes <= (LARGEST_DEVICE_CHUNK if large else LARGEST_CHUNK)
 
 
 def test_a_pool_of_8192_slots_can_lend():
@@ -43,8 +53,19 @@ def test_a_pool_of_8192_slots_can_lend():
 
 
 def test_llama_8b_on_cuda():
-    cut = PoolGeometry.plan(slots=400_001, row_bytes=2048, buffers=64, page_size=1, granularity=2 * MIB)
-    assert (cut.stripe_slots, cut.chunk_bytes, cut.stripe_bytes) == (1024, 2 * MIB, 128 * MIB)
+    def plan(slots: int, granularity: int = 2 * MIB) -> PoolGeometry:
+        return PoolGeometry.plan(
+            slots=slots, row_bytes=2048, buffers=64, page_size=1, granularity=granularity
+        )
+
+    small = plan(100_001)
+    assert (small.stripe_slots, small.chunk_bytes, small.stripe_bytes) == (1024, 2 * MIB, 128 * MIB)
+    assert plan(400_001).chunk_bytes == 4 * MIB and plan(400_001).stripes == 195
+    h200 = plan(1_007_000)  # 123 GiB: a quarter of the handles
+    assert h200.chunk_bytes == 8 * MIB and h200.stripes == 245
+    assert plan(10_000_000).chunk_bytes == 8 * MIB  # no larger
+    assert plan(400_001, 4096).chunk_bytes == plan(10_000_000, 4096).chunk_bytes == 2 * MIB  # a host's
+    assert plan(128 * 2048 - 1).chunk_bytes == 2 * MIB and plan(128 * 2048).chunk_bytes == 4 * MIB
 
 
 def test_a_pool_smaller_than_a_stripe_lends_nothing():
@@ -63,3 +84,17 @@ def test_runs(stripes, runs):
 def test_stripes_for():
     cut = PoolGeometry(slots=100, row_bytes=4, buffers=2, page_size=1, stripe_slots=10)
     assert [cut.stripes_for(n) for n in (0, 1, 80, 81)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("lent", "free", "tried", "window"),
+    [
+        ((), (9, 8, 3, 5), (), range(7, 10)),  # two free of three
+        ((7,), (9, 8, 3, 5), (), range(3, 6)),
+        ((7,), (9, 8, 3, 5), (3,), range(4, 7)),  # one
+        ((), (7, 8, 9), (), range(6, 9)),  # those that are free all need nothing
+        ((3, 6, 9), (), (), None),
+    ],
+)
+def test_the_fullest_window(lent, free, tried, window):
+    assert fullest_window(range(1, 10), lent, free, 3, tried) == window

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sglang_harli.core import MemoryPurpose, QuantumKind
 from sglang_harli.errors import StateError
 from sglang_harli.peft_trainer.layers.attention import LONG_BLOCK, SHORT
+from sglang_harli.peft_trainer.memory import kept_activations
 from sglang_harli.peft_trainer.run import TrainingRun
 from support.trainer.poisoned_memory import PoisonedMemory
 from support.trainer.trainer_oracle import (
@@ -127,11 +128,41 @@ def test_nothing_is_recomputed_where_there_is_memory() -> None:
     model = tiny_model()
     run = make_run(model, hp, steps, memory=PoisonedMemory())
     feed(run, steps)
-    kinds = set()
+    recomputed, kinds = 0, set()
     while (shape := run.peek()) is not None:
-        kinds.add(run.run(shape.rows if shape.fixed else min(3, shape.rows)).kind)
+        first = run.applied_step == 0
+        done = run.run(shape.rows if shape.fixed else min(3, shape.rows))
+        if first:
+            recomputed += done.rows * (done.kind == QuantumKind.BACKWARD)
+        else:
+            kinds.add(done.kind)
     assert QuantumKind.BACKWARD_KEPT in kinds and QuantumKind.BACKWARD not in kinds
+    assert 0 < recomputed <= 6  # the first rows of each kind of layer are for measuring
     run.release()
+
+
+@pytest.mark.parametrize("leases", [None, 1, 2])
+def test_slotting_no_lease_comes_or_goes_within_a_quantum(
+    leases: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quanta stand in a stream's span, leases edit lists of another stream."""
+    if leases is not None:
+        monkeypatch.setitem(kept_activations.LEASES, "cpu", leases)
+    steps = random_steps(4, 4, 1)
+    memory = PoisonedMemory()
+    model = tiny_model(num_hidden_layers=3)
+    run = make_run(model, hyperparameters(), steps, memory=memory)
+    feed(run, steps)
+    kept = most = 0
+    while (shape := run.peek()) is not None:
+        asked, held = len(memory.asked), list(memory.held)
+        done = run.run(shape.rows if shape.fixed else min(2, shape.rows))
+        assert len(memory.asked) == asked and memory.held == held, done.kind
+        kept += done.kind == QuantumKind.BACKWARD_KEPT
+        most = max(most, sum(lease.purpose == KEPT for lease in held))
+    assert run.finished and kept > 10 and most == (leases or 3)
+    run.release()
+    assert not memory.held
 
 
 @pytest.mark.parametrize("arch", ["mistral", "qwen3"])
@@ -171,9 +202,10 @@ def test_single_precision_first_gradients() -> None:
 
 def test_a_kept_range_is_run_as_it_was_kept_or_recomputed_in_any_split() -> None:
     rows = [([3] * n, [3] * n) for n in (12, 9, 9, 5, 4)]
-    steps = [Step(rows, [[0, 1, 2, 3, 4]])] * 2
+    steps = [Step(rows, [[0, 1, 2, 3, 4]])] * 3
     run = make_run(tiny_model(dtype=torch.float32), hyperparameters(), steps)
     feed(run, steps)
+    drive(run, everything, until=1)  # what the layers need is known
 
     def until(kind: QuantumKind, most: int) -> None:
         while (shape := run.peek()) is not None and shape.kind != kind:
@@ -202,8 +234,8 @@ def test_a_kept_range_is_run_as_it_was_kept_or_recomputed_in_any_split() -> None
 
 
 def test_no_more_is_dropped_than_is_needed() -> None:
-    """The range that is needed last goes first; what is left is used."""
-    steps = random_steps(2, 4, 1)
+    """The layers that are needed last go first; what is left is used."""
+    steps = random_steps(3, 4, 1)
     model = tiny_model(num_hidden_layers=3)
     oracle = run_oracle(model, hyperparameters(), steps)
     memory = PoisonedMemory()
@@ -211,22 +243,20 @@ def test_no_more_is_dropped_than_is_needed() -> None:
     feed(run, steps)
     losses, order = [], []
     while (shape := run.peek()) is not None:
-        if shape.kind == QuantumKind.HEAD and run.applied_step == 0:
+        if shape.kind == QuantumKind.HEAD and run.applied_step == 1:
             spaces = [space for space in memory.held if space.purpose == KEPT]
-            assert len(spaces) == 6  # two for each layer
-            assert run.drop_kept(lambda: len(memory.held) <= 2 + 3)
-            left = [space for space in memory.held if space.purpose == KEPT]
-            assert left == [
-                spaces[2],
-                *spaces[4:],
-            ]  # of the middle layer the first rows, all of the last one's
+            assert run._kept is not None
+            by_layer = [group.lease for group in run._kept._groups]
+            assert len(spaces) == 3 and set(spaces) == set(by_layer)
+            assert run.drop_kept(lambda: len(memory.held) <= 2 + 2)
+            assert {space for space in memory.held if space.purpose == KEPT} == set(by_layer[1:])
             assert not run.drop_kept(lambda: True)
-        first = run.applied_step == 0
+        second = run.applied_step == 1
         done = run.run(shape.rows if shape.kind != QuantumKind.FORWARD else min(2, shape.rows))
         losses += [metrics.loss for metrics in run.take_metrics()]
-        if first and done.kind in (QuantumKind.BACKWARD, QuantumKind.BACKWARD_KEPT):
+        if second and done.kind in (QuantumKind.BACKWARD, QuantumKind.BACKWARD_KEPT):
             order.append((done.kind == QuantumKind.BACKWARD_KEPT, done.rows))
-    assert order == [(True, 2), (True, 2), (True, 2), (False, 2), (False, 4)]
+    assert order == [(True, 2)] * 4 + [(False, 4)]
     assert losses == pytest.approx(oracle.losses, rel=1e-9)
     run.release()
 
@@ -279,20 +309,20 @@ def test_a_refusal_ends_keeping_for_one_micro_batch() -> None:
     run = make_run(tiny_model(dtype=torch.float32), hyperparameters(), steps, memory=PoisonedMemory(grants))
     feed(run, steps)
     drive(run, everything)
-    assert run.finished and len(asked) == len(steps) and len(set(asked)) == 1
+    assert run.finished and len(asked) == len(steps) - 1 and len(set(asked)) == 1  # the first measures
     run.release()
 
 
 def test_spaces_serve_the_next_micro_batches_and_go_when_those_do_not_need_them() -> None:
     long, short = [([3] * 16, [3] * 16)] * 2, [([3] * 12, [3] * 12)] * 2
-    steps = [Step(rows, [[0, 1]]) for rows in (long, long, short, long)]
+    steps = [Step(rows, [[0, 1]]) for rows in (long, long, long, short, long)]
     memory = PoisonedMemory()
     run = make_run(tiny_model(dtype=torch.float32), hyperparameters(), steps, memory=memory)
     feed(run, steps)
-    drive(run, everything, until=1)
+    drive(run, everything, until=2)
     asked = [nbytes for purpose, nbytes in memory.asked if purpose == KEPT]
     assert len(asked) == 2  # one a layer
-    drive(run, everything, until=4)
+    drive(run, everything, until=5)
     assert [nbytes for purpose, nbytes in memory.asked if purpose == KEPT] == asked
     feed(run, steps)
     before = memory.bytes_of(KEPT)
@@ -300,15 +330,34 @@ def test_spaces_serve_the_next_micro_batches_and_go_when_those_do_not_need_them(
     assert run.drop_unused() and not memory.bytes_of(KEPT)
     run.release()
 
-    memory = PoisonedMemory()  # by rows, then all at once: spaces of one row are not needed any more
-    steps = [Step(long, [[0, 1]])] * 3
+    memory = PoisonedMemory()  # much shorter rows, once and again: less is held for them
+    shortest = [([3] * 5, [3] * 5)] * 2
+    steps = [Step(rows, [[0, 1]]) for rows in (long, long, shortest, shortest, shortest)]
     run = make_run(tiny_model(dtype=torch.float32), hyperparameters(), steps, memory=memory)
     feed(run, steps)
-    drive(run, lambda offered: 1, until=1)
-    pieces = len([space for space in memory.held if space.purpose == KEPT])
-    drive(run, everything, until=3)
-    whole = [space for space in memory.held if space.purpose == KEPT]
-    assert pieces == 4 and len(whole) == 2
+    held = []
+    for step in range(1, 6):
+        drive(run, everything, until=step)
+        held.append(memory.bytes_of(KEPT))
+    assert held[0] == 0 < held[1] == held[2] and 0 < 2 * held[3] < held[2] and held[3] == held[4]
+    run.release()
+
+
+def test_what_there_is_memory_for_is_kept() -> None:
+    """Of three layers' leases two are refused: the layer whose backward comes first is kept."""
+    rows = [([3] * 9, [3] * 9)] * 3
+    steps = [Step(rows, [[0, 1, 2]])] * 3
+    memory = PoisonedMemory(lambda purpose, nbytes: purpose != KEPT or not memory.bytes_of(KEPT))
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=3)
+    run = make_run(model, hyperparameters(), steps, memory=memory)
+    feed(run, steps)
+    drive(run, everything, until=1)
+    kinds = []
+    while (shape := run.peek()) is not None:
+        done = run.run(shape.rows)
+        if done.kind in (QuantumKind.BACKWARD, QuantumKind.BACKWARD_KEPT):
+            kinds.append(done.kind)
+    assert kinds == [QuantumKind.BACKWARD_KEPT, QuantumKind.BACKWARD, QuantumKind.BACKWARD] * 2
     run.release()
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sglang_harli.core import MemoryPurpose, QuantumKind
+from sglang_harli.device_sizes import sizes_of
 from sglang_harli.peft_trainer.layers.attention import SHORT
-from sglang_harli.peft_trainer.layers.token_blocks import BLOCK
 from sglang_harli.peft_trainer.run import TrainingRun
 from support.trainer.poisoned_memory import PoisonedMemory
 from support.trainer.trainer_oracle import (
@@ -33,6 +33,7 @@ from support.trainer.trainer_oracle import (
 
 __all__ = ["one_thread"]  # a fixture
 
+BLOCK = sizes_of("cpu").token_block
 LONGEST = SHORT + BLOCK + 7
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},

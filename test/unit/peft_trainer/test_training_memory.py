@@ -3,6 +3,7 @@ of it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 
 from sglang_harli.architectures import ALL_LINEAR
 from sglang_harli.core import MemoryPurpose, QuantumKind
+from sglang_harli.device_sizes import SIZES
 from sglang_harli.errors import StateError
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
-from sglang_harli.peft_trainer import optimizer
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase, from_transformers
 from sglang_harli.peft_trainer.memory.heap import HeapMemory
 from sglang_harli.peft_trainer.memory.layout import memory_layout, state_dtypes
@@ -60,7 +61,7 @@ def assert_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 @pytest.fixture(autouse=True)
 def one_layer_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The optimizer applies a step in several quanta."""
-    monkeypatch.setattr(optimizer, "_SLICE_ELEMENTS", 1)
+    monkeypatch.setitem(SIZES, "cpu", dataclasses.replace(SIZES["cpu"], optimizer_elements=1))
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from sglang_harli.core import QuantumKind
 from sglang_harli.errors import ConfigError, StateError, TrainingError, UnsupportedError
 from sglang_harli.peft_trainer.base.frozen_base import from_transformers
+from sglang_harli.peft_trainer.base.training_mode import training_mode
 from sglang_harli.peft_trainer.layers.dropout import DropoutMasks
-from sglang_harli.peft_trainer.micro_batch_pass import training_mode
 from sglang_harli.peft_trainer.records import SHAPES_KEPT, ShapesSeen
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch

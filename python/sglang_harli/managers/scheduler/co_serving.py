@@ -1,8 +1,9 @@
 """What is done beside SGLang's scheduler at each step: measure, learn, take messages, train.
 
-Leans on these names of SGLang's Scheduler: device, forward_stream, server_args.enable_metrics,
-idle_sleeper, weight_updater.offload_tags, _engine_paused, max_running_requests, max_req_len,
-max_total_num_tokens; and on those of ``serving_view`` and of sglang_versions' weight_updates.
+Leans on these names of SGLang's Scheduler: device, server_args.enable_metrics, idle_sleeper,
+weight_updater.offload_tags, _engine_paused, max_running_requests, max_req_len,
+max_total_num_tokens; and on those of ``serving_view``, ``step_timer`` and of sglang_versions'
+weight_updates.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from sglang_harli.core import StepLoad
 from sglang_harli.managers.scheduler.metrics import ParityMetrics, PoolMetrics, PredictorMetrics, QosMetrics
 from sglang_harli.managers.scheduler.policy import waiting_prompts
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
-from sglang_harli.managers.scheduler.serving_view import ServingView
-from sglang_harli.managers.scheduler.step_timer import BatchLoad, load_of, make_timer
+from sglang_harli.managers.scheduler.serving_view import InFlight, ServingView
+from sglang_harli.managers.scheduler.step_timer import BatchLoad, load_of, make_timer, stream_of
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
 from sglang_harli.sglang_versions.current import arguments, weight_updates
 
@@ -31,17 +32,30 @@ HOUSEKEEPING_S = 1.0  # how often SGLang's idle checks (leaks, metrics) run whil
 
 
 class CoServing:
-    """One scheduler's training, at its hooks; lives on its thread."""
+    """One scheduler's training, at its hooks; lives on its thread.
 
-    def __init__(self, scheduler: Any, side: ServingState, trainer: CoTrainer) -> None:
-        self.side, self.trainer = side, trainer
+    ``clock``: seconds, that of the requests' times.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        side: ServingState,
+        trainer: CoTrainer,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.side, self.trainer, self._clock = side, trainer, clock
         self._scheduler, self._view = scheduler, ServingView(scheduler, side)
-        self._timer = make_timer(str(scheduler.device), getattr(scheduler, "forward_stream", None))
+        device = str(scheduler.device)
+        self._timer = make_timer(device, None if device == "cpu" else stream_of(scheduler))
         self._measured: list[tuple[BatchLoad, float]] = []  # that nothing was learnt from yet
         self._unmeasured = 0  # batches since the latest one that was measured
         self._quanta = 0  # that had run before the latest batch
         self._last_poll_s = 0.0  # of the sockets, with a TTFT target and something to train
         self._housekeeping_at = 0.0
+        self._busy = False  # as the trainer was when this turn of the loop began
+        self._in_flight: InFlight | None = None  # the newest batch, until its tokens are out
+        self.unsampled: tuple[Any, bool, bool] | None = None  # see ``_train_behind``: put off for a sampling
         self._served = True  # since the last turn without a batch
         self._logged = ""  # what a hook raised last, outside of a quantum
         self._metrics: tuple[Any, ...] = ()
@@ -70,18 +84,21 @@ class CoServing:
     def take_messages(self, known: int) -> None:
         """Take the service's messages each turn; ``known``: queue length before new prompts."""
         trainer, view = self.trainer, self._view
-        if trainer.busy and self.side.targets.ttft_s is not None:
+        if self._busy and self.side.targets.ttft_s is not None:
             waiting_prompts.note_arrivals(view.prompts_from(known), self._last_poll_s)
-            self._last_poll_s = time.perf_counter()
+            self._last_poll_s = self._clock()
         else:
             self._last_poll_s = 0.0
-        trainer.poll(serving=not view.idle)
-        if self._scheduler._engine_paused and trainer.busy:
-            trainer.slotting.run_claimed(time.perf_counter() + IDLE_TURN_S)
+        trainer.poll(serving=trainer.run is not None and not view.idle)
+        self._busy = trainer.busy
+        if self._scheduler._engine_paused and self._busy:
+            trainer.slotting.run_claimed(self._clock() + IDLE_TURN_S)
         if trainer.run is not None and view.prompts and trainer.pressure.lends:
             trainer.pressure.make_room(view.prefill_slots())
-        for metrics in self._metrics:
-            metrics.update(time.monotonic())
+        if self._metrics:
+            now_s = time.monotonic()
+            for metrics in self._metrics:
+                metrics.update(now_s)
 
     def memory_changed(self) -> None:
         """SGLang has released memory, or has it again."""
@@ -95,7 +112,7 @@ class CoServing:
     # ---------------------------------------------------------------- a batch
     def begin(self, batch: Any) -> BatchLoad | None:
         """Before a batch: its load; None: it is not measured."""
-        if not self.trainer.busy:  # a sample, so that the next job is not met unprepared
+        if not self._busy:  # a sample, so that the next job is not met unprepared
             self._unmeasured = (self._unmeasured + 1) % SAMPLED
             if self._unmeasured:
                 return None
@@ -105,35 +122,55 @@ class CoServing:
         self._timer.begin()
         return load
 
-    def end(self, load: BatchLoad) -> None:
-        """Behind a batch that is measured."""
+    def end(self, batch: Any, result: Any, load: BatchLoad | None) -> None:
+        """Behind a batch; ``load``: of ``begin``."""
+        if load is None:
+            self._in_flight = None
+            return
         self._timer.end(load)
+        self._in_flight = InFlight(result, load, () if load.is_decode else batch.reqs)
 
     def processed(self, batch: Any, result: Any) -> None:
         """The batch's tokens are out."""
-        self._served = True
-        self.guarded(self._after_batch, batch, result)
+        self._served, self.unsampled = True, None
+        if self._in_flight is not None and self._in_flight.result is result:
+            self._in_flight = None  # no overlap, or nothing was launched since
+        if self._busy or self._timer.pending:
+            self.guarded(self._after_batch, batch)
         self._timer.turn()
 
-    def _after_batch(self, batch: Any, result: Any) -> None:
-        trainer, side = self.trainer, self.side
+    def sampled(self) -> None:
+        """The sampling of the batch in flight is launched: what was put off until then."""
+        behind, self.unsampled = self.unsampled, None
+        if behind is not None:
+            self.guarded(self._train_behind, *behind)
+            self._timer.turn()
+
+    def _after_batch(self, batch: Any) -> None:
+        side = self.side
         self._measured += self._timer.take()
-        decoded = batch.forward_mode.is_decode()
-        if not trainer.busy:
+        if not self._busy:
             self._learn(side.learn)
             return
+        decoded = batch.forward_mode.is_decode()
         finished = side.count_finished(batch.reqs) if decoded else 0
+        if self._in_flight is not None and self._in_flight.unsampled:
+            self.unsampled = batch, decoded, finished > 0
+            return
+        self._train_behind(batch, decoded, finished > 0)
+
+    def _train_behind(self, batch: Any, decoded: bool, finished: bool) -> None:
+        """Quanta until the loop's next turn; ``finished``: requests of ``batch`` have."""
+        trainer, side = self.trainer, self.side
         if not decoded:
             trainer.slotting.prefilled()
-        elif not trainer.slotting.decoded(finished=finished > 0):
+        elif not trainer.slotting.decoded(finished=finished):
             return
-        now_s = time.perf_counter()
+        now_s = self._clock()
         self._learn(lambda load, seconds: side.step(load, seconds, now_s))
         trainer.tick()
-        if getattr(result, "delay_sample_func", None) is not None:
-            return
         if decoded or self._view.between_prefills():
-            trainer.slotting.fill(self._view.behind(batch, decoded=decoded))
+            trainer.slotting.fill(self._view.behind(batch, self._in_flight, decoded=decoded))
 
     def _learn(self, learn: Callable[[BatchLoad, float], None]) -> None:
         measured, self._measured = self._measured, []
@@ -149,7 +186,7 @@ class CoServing:
         served, self._served = self._served, False
         if served or not self.trainer.busy:
             return True
-        begin_s, quanta = time.perf_counter(), self.trainer.quanta
+        begin_s, quanta = self._clock(), self.trainer.quanta
         housekeeping = begin_s - self._housekeeping_at > HOUSEKEEPING_S
         self.guarded(self._fill_idle, begin_s, housekeeping)
         if self.trainer.quanta != quanta and not housekeeping:
@@ -166,7 +203,7 @@ class CoServing:
             return StepLoad(waiting=self._view.waiting())
 
         if trainer.slotting.fill_idle(load, self.side.targets, begin_s + IDLE_TURN_S):
-            self.side.idle_s = time.perf_counter()
+            self.side.idle_s = self._clock()
 
     @property
     def may_sleep(self) -> bool:

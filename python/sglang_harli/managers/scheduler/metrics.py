@@ -62,7 +62,7 @@ class PoolMetrics(Metrics):
 class PredictorMetrics(Metrics):
     """How good predictions are."""
 
-    # Phases: decode, prefill, each kind of quantum, first_ and corun_ with a kind.
+    # Phases: decode, prefill, each kind of quantum; launch_, first_ and corun_ with a kind.
     TABLE: ClassVar[Table] = {
         "harli_predictor_mape_ratio": (
             "gauge",

@@ -2,6 +2,7 @@
 
 Leans on these names of SGLang (sglang/srt/managers/scheduler.py): Scheduler.__init__,
 init_request_dispatcher, get_init_info, process_input_requests, run_batch, process_batch_result,
+launch_batch_sample_if_needed,
 on_idle, maybe_sleep_on_idle, handle_dumper_control, continue_generation, handle_shutdown,
 get_internal_state; waiting_queue, ipc_channels.send_to_tokenizer, weight_updater.offload_tags; and
 on those of ``co_serving``.
@@ -93,8 +94,8 @@ class HarliScheduler(Scheduler):
     def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         load = self._harli.begin(batch) if self._harli is not None else None
         result = super().run_batch(batch, *args, **kwargs)
-        if load is not None and self._harli is not None:
-            self._harli.end(load)
+        if self._harli is not None:
+            self._harli.end(batch, result, load)
         return result
 
     def process_batch_result(self, batch: Any, result: Any) -> None:
@@ -102,6 +103,14 @@ class HarliScheduler(Scheduler):
         super().process_batch_result(batch, result)
         if self._harli is not None:
             self._harli.processed(batch, result)
+
+    def launch_batch_sample_if_needed(self, batch_result: Any, *args: Any) -> Any:
+        """With overlap and a grammar in the batch its sampling comes last in the loop's turn:
+        quanta go in behind that."""
+        found = super().launch_batch_sample_if_needed(batch_result, *args)
+        if self._harli is not None and self._harli.unsampled:
+            self._harli.sampled()
+        return found
 
     def on_idle(self) -> None:
         """Quanta back to back while nothing runs."""

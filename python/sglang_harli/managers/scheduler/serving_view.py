@@ -1,12 +1,15 @@
 """What SGLang's scheduler serves now, read on its thread: no copies, no wait for a device.
 
 Leans on these names of SGLang's Scheduler: get_num_allocatable_reqs; running_batch, waiting_queue,
-max_prefill_tokens, chunked_prefill_size, chunked_req, ipc_channels.recv_from_tokenizer,
-enable_overlap, and those of sglang_versions' decode_rounds.
+max_prefill_tokens, chunked_prefill_size, chunked_req, ipc_channels.recv_from_tokenizer, and those
+of sglang_versions' decode_rounds; of its GenerationBatchResult: delay_sample_func.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -14,10 +17,30 @@ from sglang_harli.managers.scheduler.policy import waiting_prompts
 from sglang_harli.managers.scheduler.policy.serving_state import Boundary, ServingState
 from sglang_harli.managers.scheduler.policy.slo_ledger import Backlog
 from sglang_harli.managers.scheduler.service_link import has_arrived
-from sglang_harli.managers.scheduler.step_timer import with_adapters
+from sglang_harli.managers.scheduler.step_timer import BatchLoad, with_adapters
 from sglang_harli.sglang_versions.current import decode_rounds, requests
 
 LOOK_AHEAD = 32  # prompts that wait, when it is estimated what the next prefill takes
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """The newest batch, which was launched with overlap before the tokens of the one before it were
+    handed out.
+
+    Attributes:
+        prompts: requests of a prefill; none: it is a decode step.
+    """
+
+    result: Any
+    load: BatchLoad
+    prompts: Sequence[Any]
+
+    @property
+    def unsampled(self) -> bool:
+        """Its tokens are sampled in a call of its own, behind the forward (a grammar needs the
+        tokens before)."""
+        return getattr(self.result, "delay_sample_func", None) is not None
 
 
 class ServingView:
@@ -66,15 +89,26 @@ class ServingView:
                 return scheduler.max_prefill_tokens
         return tokens
 
-    def behind(self, batch: Any, *, decoded: bool) -> Boundary:
-        """The boundary behind a batch, where the next step of serving is to begin."""
+    def behind(self, batch: Any, in_flight: InFlight | None = None, *, decoded: bool) -> Boundary:
+        """The boundary behind a batch, where the next step of serving is to begin, or is
+        ``in_flight`` already."""
         reqs = batch.reqs
         if not decoded:  # with overlap the running batch holds the prefilled requests already
             reqs = list(dict.fromkeys([*self._scheduler.running_batch.reqs, *reqs]))
         context = self._side.context_tokens(reqs)
         backlog = self._backlog(reqs, context, decoded=decoded)
         waiting = self.waiting if backlog is None else self.arrived
-        return Boundary(self._side, self._side.clocks(reqs), context, with_adapters(reqs), backlog, waiting)
+        ahead = None if in_flight is None or not in_flight.prompts else self._ahead(in_flight)
+        clocks = self._side.clocks(reqs)
+        return Boundary(self._side, clocks, context, with_adapters(reqs), backlog, waiting, ahead)
+
+    def _ahead(self, in_flight: InFlight) -> Backlog:
+        """The prompts of a prefill in flight: their first tokens, and what others wait for it."""
+        load, chunked = in_flight.load, self._scheduler.chunked_req
+        upper_s = self._side.predictor.prefill(load.new_tokens, load.pairs).upper_s
+        first = [r for r in in_flight.prompts if not r.output_ids and r is not chunked]
+        since_s = min(map(waiting_prompts.arrived_s, first), default=math.inf)
+        return Backlog(len(in_flight.prompts), since_s, upper_s, admitted=True)
 
     def _backlog(self, reqs: list[Any], context: int, *, decoded: bool) -> Backlog | None:
         """The prompts that wait, where their deadlines are known and leave training a chance; else
@@ -106,7 +140,6 @@ class ServingView:
             waiting,
             scheduler.chunked_req,
             chunk_tokens=scheduler.chunked_prefill_size or scheduler.max_prefill_tokens,
-            in_flight=scheduler.enable_overlap,
             slots_s=seats_s,
             rounds=rounds,
         )

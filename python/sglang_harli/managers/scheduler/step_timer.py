@@ -75,6 +75,11 @@ class HostTimer:
     def end(self, load: BatchLoad) -> None:
         self._steps.append((load, self._begin, self._clock()))
 
+    @property
+    def pending(self) -> bool:
+        """Whether batches are measured that were not taken."""
+        return bool(self._steps)
+
     def take(self) -> list[tuple[BatchLoad, float]]:
         """Behind a batch: load and seconds of the batches that are over."""
         steps, self._steps = self._steps, []
@@ -94,9 +99,9 @@ class HostTimer:
 
 
 class EventTimer:
-    """For CUDA: the batch runs on ``stream`` after ``run_batch`` has returned."""
+    """For CUDA: the batch runs after ``run_batch`` has returned, on what ``stream`` tells."""
 
-    def __init__(self, device_module: Any, stream: Any) -> None:
+    def __init__(self, device_module: Any, stream: Callable[[], Any]) -> None:
         self._device, self._stream = device_module, stream
         self._begun: Any = None
         self._pending: deque[tuple[Any, Any, BatchLoad]] = deque(maxlen=64)
@@ -108,13 +113,17 @@ class EventTimer:
             if self._spare
             else tuple(self._device.Event(enable_timing=True) for _ in range(2))
         )
-        pair[0].record(self._stream)
+        pair[0].record(self._stream())
         self._begun = pair
 
     def end(self, load: BatchLoad) -> None:
         first, last = self._begun
-        last.record(self._stream)
+        last.record(self._stream())
         self._pending.append((first, last, load))
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._pending)
 
     def take(self) -> list[tuple[BatchLoad, float]]:
         steps = []
@@ -131,10 +140,25 @@ class EventTimer:
         self._pending.clear()
 
 
-def make_timer(device: str, stream: Any) -> HostTimer | EventTimer:
-    """The timer of a scheduler on ``device`` whose forwards run on ``stream``."""
+def make_timer(device: str, stream: Callable[[], Any] | None) -> HostTimer | EventTimer:
+    """The timer of a scheduler on ``device``; ``stream``: see ``stream_of``."""
     if device == "cpu":
         return HostTimer()
     import torch
 
-    return EventTimer(torch.get_device_module(device), stream)
+    module = torch.get_device_module(device)
+    return EventTimer(module, stream or current_stream(module))
+
+
+def stream_of(scheduler: Any) -> Callable[[], Any] | None:
+    """Tells the stream that an SGLang scheduler's forwards run on, at each use; None: the current
+    one, where the loop launches them without overlap.
+
+    Leans on Scheduler: enable_overlap, forward_stream.
+    """
+    return (lambda: scheduler.forward_stream) if scheduler.enable_overlap else None
+
+
+def current_stream(device_module: Any) -> Callable[[], Any]:
+    """Tells the current stream of a device."""
+    return lambda: device_module.current_stream()

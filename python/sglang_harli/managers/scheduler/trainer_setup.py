@@ -1,9 +1,9 @@
 """Builds the scheduler's trainer: binds the weights, states the limits, opens the link.
 
 Leans on SGLang: Scheduler.server_args, weight_updater.offload_tags,
-token_to_kv_pool_allocator, tree_cache, tp_worker.model_runner (model, model_config, lora_manager,
-kv_cache_dtype, decode_cuda_graph_runner.capture_bs), ServerArgs (model_path, tokenizer_path,
-served_model_name, max_lora_rank, lora_target_modules, device).
+token_to_kv_pool_allocator, schedule_stream, tree_cache, tp_worker.model_runner (model,
+model_config, lora_manager, kv_cache_dtype, decode_cuda_graph_runner.capture_bs), ServerArgs
+(model_path, tokenizer_path, served_model_name, max_lora_rank, lora_target_modules, device).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressur
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.profile_setup import profile_key, starting_priors
 from sglang_harli.managers.scheduler.service_link import ServiceLink
+from sglang_harli.managers.scheduler.step_timer import stream_of
+from sglang_harli.managers.scheduler.training import warm_up
 from sglang_harli.managers.scheduler.training.adapter_loader import AdapterLoader
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
 from sglang_harli.managers.scheduler.training.parity import Parity
@@ -32,6 +35,7 @@ from sglang_harli.mem_cache.kv.slot_allocator import StripedFreeList
 from sglang_harli.peft_trainer.base import base_print
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.base.frozen_base import bind as bind_base
+from sglang_harli.peft_trainer.layers.operators.kernel_switches import KernelSwitches
 from sglang_harli.peft_trainer.memory.layout import memory_layout
 from sglang_harli.platforms.cpu.defaults import host_memory_bytes
 from sglang_harli.platforms.cpu.malloc import keep_freed_memory
@@ -40,7 +44,7 @@ from sglang_harli.predictor.profile import priors
 from sglang_harli.predictor.profile.profile_table import ProfileKey
 from sglang_harli.predictor.solo import Padding
 from sglang_harli.protocol import internal
-from sglang_harli.run_paths import scheduler_endpoint
+from sglang_harli.run_paths import scheduler_endpoint, shm_dir
 from sglang_harli.sglang_versions.current import arguments, prefix_tree, weight_updates
 
 logger = logging.getLogger(__name__)
@@ -61,7 +65,7 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
     args = arguments.in_force(scheduler.server_args)
     runner = scheduler.tp_worker.model_runner
     try:
-        base = bind_base(runner.model, runner.model_config.hf_config)
+        base = bind_base(runner.model, runner.model_config.hf_config, KernelSwitches(options.kernel_switches))
     except UnsupportedError as error:
         raise UnsupportedError(f"{error.message}; serve without finetuning: --harli-finetune off") from error
     if base.device.type == "cpu":
@@ -70,13 +74,24 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
     limits = served_limits(base, args, runner, options, pressure)
     key = profile_key(limits, args)
     side = ServingState(options, _predictor(limits, runner, key, options), key, pressure)
+    streams = None if base.device.type == "cpu" else stream_of(scheduler)
+    if warm_up.wanted(options.warm_up, base.device.type):
+        # SGLang has captured its graphs, and the server is healthy only after this.
+        slots = shm_dir(options.absolute_run_dir)
+        warm_up.warm_up(
+            base,
+            logits_bytes=limits.logits_bytes,
+            slots=slots,
+            memory=pressure.memory,
+            stream=streams and streams(),
+        )
     trainer = CoTrainer(
         base,
         limits,
         functools.partial(ServiceLink, scheduler_endpoint(options.absolute_run_dir)),
         AdapterLoader(runner.lora_manager),
         side.predictor,
-        make_timer(base.device.type, getattr(scheduler, "forward_stream", None)),
+        make_timer(base.device.type, streams),
         pressure,
         quantum_rows=options.quantum_rows,
         parity=_parity(scheduler, base, limits, options),
@@ -125,10 +140,16 @@ def training_memory(scheduler: Any, device: torch.device, options: HarliOptions)
     pool = allocator.pool
     prefix_tree.watch(cache)
 
-    def evict(stripes: int, unused_since_s: float | None) -> int:
-        return evict_stripes(cache, allocator, stripes, pool.quota.kept_prefix_slots(), unused_since_s)
+    def evict(stripes: int, unused_since_s: float | None, among: Sequence[int] | None = None) -> int:
+        return evict_stripes(
+            cache, allocator, stripes, pool.quota.kept_prefix_slots(), unused_since_s, among=among
+        )
 
-    return MemoryPressure(pool, device, evict=evict, reserve_bytes=reserve)
+    def schedule_stream() -> AbstractContextManager[Any]:
+        """Slot lists are SGLang's: they are edited on its stream, which its loop makes."""
+        return nullcontext() if cpu else torch.cuda.stream(scheduler.schedule_stream)
+
+    return MemoryPressure(pool, device, evict=evict, edit_under=schedule_stream, reserve_bytes=reserve)
 
 
 def served_limits(
@@ -136,6 +157,7 @@ def served_limits(
 ) -> internal.ServedLimits:
     """What the served model allows a job."""
     served = runner.lora_manager.target_modules  # SGLang's fused names
+    logits_bytes = options.logits_bytes(base.device.type)
     targets = tuple(m for m in ALL_LINEAR if FUSED.get(m, m) in served)
     return internal.ServedLimits(
         architecture=base.config.architectures[0],
@@ -154,8 +176,8 @@ def served_limits(
         max_lora_rank=runner.lora_manager.max_lora_rank,
         lora_target_modules=targets,
         train_memory_bytes=pressure.ever_bytes,
-        logits_bytes=options.logits_bytes,
-        layout=memory_layout(base, options.logits_bytes),
+        logits_bytes=logits_bytes,
+        layout=memory_layout(base, logits_bytes),
         space_bytes=pressure.space_bytes,
     )
 

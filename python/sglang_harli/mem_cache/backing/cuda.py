@@ -1,35 +1,34 @@
-"""The pool's memory on CUDA: physical chunks mapped here or there (docs/internals/memory.md).
+"""The pool's memory on CUDA, remapped: chunks lie here or there (docs/internals/memory.md).
 
     layer       | K: chunk 0 | chunk 1 | scratch | scratch | chunk 4 | tail | V: ...   one range per layer
     window      | ... 2 of K0 | 2 of V0 | ... 3 of K0 | 3 of V0 | ...             one range for training
 
-Ranges of addresses are reserved and handles created once. Lending maps a stripe's chunks one behind
-the other into training's window, and in their place one scratch chunk that all lent rows share: a
-stray read past a sequence's end finds finite numbers and never faults. No address changes, so CUDA
-graphs and attention kernels stay valid.
+Lending maps a stripe's chunks one behind the other into training's window, and in their place one
+scratch chunk that all lent rows share: a stray read past a sequence's end finds finite numbers and
+never faults. No address changes, so CUDA graphs and attention kernels stay valid.
 
 The driver's map and unmap are not ordered with streams: both ways the host first waits for the
 events of every stream that may touch the range (at most the rest of one batch or quantum; the
 device is not drained). That also orders training's first write behind the last write of a forward
-to a slot that was freed while it ran.
+to a slot that was freed while it ran. Where stray reads do no harm, ``AliasedBacking`` does
+without.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from sglang_harli.mem_cache.backing.cuda_driver import Driver, DriverError
+from sglang_harli.mem_cache.backing.cuda_driver import DriverError
+from sglang_harli.mem_cache.backing.device_memory import NAN_BYTE, DeviceMemory, Undo, rounding_bytes
 from sglang_harli.mem_cache.backing.intervals import IntervalAllocator
 from sglang_harli.mem_cache.geometry import PoolGeometry, runs_of
 
 WINDOW_FACTOR = 4  # training's addresses per lendable byte: leaves gaps of every length
-NAN_BYTE = 0xFF  # NaN in every floating-point format of 16, 32 and 64 bits
-Undo = list[Callable[[], object]]
 
 
 class BrokenPoolError(DriverError):
@@ -38,107 +37,40 @@ class BrokenPoolError(DriverError):
     code = "pool_broken"
 
 
-class CudaBacking:
+class CudaBacking(DeviceMemory):
     """The pool's memory as physical handles that are mapped here or there.
 
-    Used from one thread, never while a CUDA graph is being captured.
-
-    Args:
-        geometry: planned with the driver's granularity.
-        streams: asked at every move: raw handles of all streams that may touch KV rows or leases.
-            Forwards and training run on the first; memory is cleared on it.
-        debug: memory on its way to training, and what is read through lent rows, is NaN.
-
-    Raises:
-        DriverError: no memory for the pool, or the driver refuses.
-        ValueError: a geometry whose chunks the driver cannot map.
+    See ``DeviceMemory``; ``debug``: memory on its way to training, and what is read through lent
+    rows, is NaN.
     """
 
-    name = "cuda"
+    name = "remapped"
     contiguous = True
 
-    def __init__(
-        self,
-        geometry: PoolGeometry,
-        device: torch.device,
-        driver: Driver,
-        streams: Callable[[], Sequence[int]],
-        *,
-        debug: bool = False,
-    ) -> None:
-        if geometry.chunk_bytes % driver.granularity:
-            raise ValueError(
-                f"chunks of {geometry.chunk_bytes} bytes cannot be mapped: plan the pool with the granularity "
-                f"{driver.granularity}"
-            )
-        self.geometry, self.device = geometry, device
-        self._driver, self._streams, self._debug = driver, streams, debug
+    def __init__(self, geometry: PoolGeometry, *args: Any, **kwargs: Any) -> None:
         self._window = IntervalAllocator(WINDOW_FACTOR * len(geometry.lendable))  # in stripes
-        self._chunks: list[list[int]] = []  # handle of [buffer][stripe]
-        self._bases: list[int] = []  # address of [buffer]
-        self._kv: list[Tensor] = []
-        self._lent: dict[int, tuple[int, ...]] = {}  # address in the window -> stripes, as they lie there
-        self._events: dict[int, int] = {}  # stream -> its event
-        self._physical = 0
-        self._broken: str | None = None
-        self._teardown: Undo = []
-        try:
-            self._build()
-        except DriverError:
-            self.close()
-            raise
-
-    def _build(self) -> None:
-        geometry, driver = self.geometry, self._driver
-        self._scratch = self._create(geometry.chunk_bytes)
-        tail = tail_bytes(geometry, driver.granularity)
-        to_value = geometry.value_offset(driver.granularity)
-        nbytes = geometry.stripes * geometry.chunk_bytes + tail
-        for buffer in range(geometry.buffers):
-            chunks = [self._create(geometry.chunk_bytes) for _ in range(geometry.stripes)]
-            is_value = buffer % 2 == 1
-            base = self._bases[-1] + to_value if is_value else self._reserve(2 * to_value)
-            self._map(base, chunks, self._teardown)
-            if tail:
-                self._map(base + nbytes - tail, [self._create(tail)], self._teardown, size=tail)
-            self._chunks.append(chunks)
-            self._bases.append(base)
         self._window_base = 0
-        if self._window.size:
-            self._window_base = self._reserve(self._window.size * geometry.stripe_bytes)
-        self._clear_everything()
-        self._kv = [driver.tensor(base, geometry.buffer_bytes) for base in self._bases]
+        self._lent: dict[int, tuple[int, ...]] = {}  # address in the window -> stripes, as they lie there
+        self._broken: str | None = None
+        super().__init__(geometry, *args, **kwargs)
 
-    def _clear_everything(self) -> None:
-        """KV rows start as zeros, as SGLang's do."""
+    def _map_window(self) -> None:
+        if self._window.size:
+            self._window_base = self._reserve(self._window.size * self.geometry.stripe_bytes)
+
+    def _map_scratch(self) -> None:
         geometry = self.geometry
+        self._scratch = self._create(geometry.chunk_bytes)
         at = self._reserve(geometry.chunk_bytes)  # an address of its own, where scratch can be written
         self._map(at, [self._scratch], self._teardown)
-        self._fill([(at, geometry.chunk_bytes)], NAN_BYTE if self._debug else 0)
-        self._fill([(base, geometry.buffer_bytes) for base in self._bases], 0)
-        self._fence()
-
-    def _create(self, nbytes: int) -> int:
-        handle = self._driver.create(nbytes)
-        self._teardown.append(partial(self._driver.release, handle))
-        self._physical += nbytes
-        return handle
-
-    def _reserve(self, nbytes: int) -> int:
-        address = self._driver.reserve(nbytes)
-        self._teardown.append(partial(self._driver.free_address, address, nbytes))
-        return address
+        self._order.fill([(at, geometry.chunk_bytes)], NAN_BYTE if self._debug else 0)
 
     @property
     def lent(self) -> set[int]:
         return {stripe for stripes in self._lent.values() for stripe in stripes}
 
-    def kv_bytes(self, buffer: int) -> Tensor:
-        return self._kv[buffer]
-
-    def resident_bytes(self) -> int:
-        """All handles: on CUDA memory never leaves the pool, it only changes its address."""
-        return self._physical
+    def extent_bytes(self, stripes: Sequence[int]) -> list[int]:
+        return [self._bytes_of(stripes)]
 
     def lend(self, stripes: Sequence[int]) -> list[Tensor]:
         """See ``Backing``. One extent: each stripe's chunks in the order of the buffers.
@@ -149,7 +81,7 @@ class CudaBacking:
                 server.
         """
         self._check(stripes)
-        self._fence()
+        self._order.fence()
         place = self._window.allocate(len(stripes))
         if place is None:
             raise MemoryError(f"no gap of {len(stripes)} stripes in training's {self._window.size}")
@@ -182,7 +114,7 @@ class CudaBacking:
         at = extents[0].data_ptr() if len(extents) == 1 else 0
         if self._lent.get(at) != tuple(stripes):
             raise ValueError(f"stripes {list(stripes)} were not lent together as one extent at {at:#x}")
-        self._fence()
+        self._order.fence()
         size = self.geometry.chunk_bytes
         with self._all_or_nothing() as undo:
             rows = self._rows(stripes)
@@ -196,22 +128,10 @@ class CudaBacking:
     def _bytes_of(self, stripes: Sequence[int]) -> int:
         return len(stripes) * self.geometry.stripe_bytes
 
-    def _check(self, stripes: Sequence[int]) -> None:
-        self._check_whole()
-        away = self.lent
-        wrong = [s for s in stripes if s not in self.geometry.lendable or s in away]
-        if wrong or not stripes or len(set(stripes)) != len(stripes):
-            lendable = self.geometry.lendable
-            raise ValueError(
-                f"cannot lend stripes {list(stripes)}: each once, from {lendable.start} to {lendable.stop - 1}, "
-                f"and none of those that are lent ({sorted(away)})"
-            )
-
     def _check_whole(self) -> None:
         if self._broken is not None:
             raise BrokenPoolError(self._broken)
-        if not self._kv:
-            raise ValueError("the pool's memory was closed")
+        super()._check_whole()
 
     def _rows(self, stripes: Sequence[int]) -> list[tuple[int, list[int]]]:
         """For each buffer and run of adjacent stripes: the run's address and its own handles."""
@@ -230,15 +150,6 @@ class CudaBacking:
         self._unmap(address, old, undo)
         self._map(address, new, undo)
 
-    def _map(self, address: int, handles: Sequence[int], undo: Undo, *, size: int = 0) -> None:
-        """Map handles of ``size`` bytes (a chunk) in a row; access is set once for all of them."""
-        size = size or self.geometry.chunk_bytes
-        for index, handle in enumerate(handles):
-            self._driver.map(address + index * size, size, handle)
-            undo.append(partial(self._driver.unmap, address + index * size, size))
-        if handles:
-            self._driver.set_access(address, len(handles) * size)
-
     def _unmap(self, address: int, handles: Sequence[int], undo: Undo) -> None:
         """Unmap a row of chunks (``handles``) from this address on, by one call."""
         self._driver.unmap(address, len(handles) * self.geometry.chunk_bytes)
@@ -252,7 +163,7 @@ class CudaBacking:
             yield undo
         except DriverError as error:
             try:
-                self._fence()  # of memory that was being cleared
+                self._order.fence()  # of memory that was being cleared
                 for step in reversed(undo):
                     step()
             except DriverError as second:
@@ -263,50 +174,17 @@ class CudaBacking:
                 raise BrokenPoolError(self._broken) from error
             raise
 
-    def _event(self, stream: int) -> int:
-        if stream not in self._events:
-            self._events[stream] = self._driver.event()
-            self._teardown.append(partial(self._driver.destroy_event, self._events[stream]))
-        return self._events[stream]
-
-    def _fence(self) -> None:
-        """Return when all that the streams were given until now is done."""
-        streams = list(dict.fromkeys(self._streams()))
-        for stream in streams:
-            self._driver.record(self._event(stream), stream)
-        for stream in streams:
-            if not self._driver.done(self._event(stream)):
-                self._driver.synchronize(self._event(stream))
-
     def _fill(self, ranges: Sequence[tuple[int, int]], value: int) -> None:
         """Fill (address, bytes); all that any of the streams is given later comes after it."""
-        first, *others = dict.fromkeys(self._streams())
-        for address, nbytes in ranges:
-            self._driver.fill(address, value, nbytes, first)
-        event = self._event(first)
-        self._driver.record(event, first)
-        for other in others:
-            self._driver.wait(other, event)
+        self._order.fill(ranges, value)
+        self._order.spread()
 
-    def close(self) -> None:
-        """See ``Backing``; may be repeated."""
-        self._kv = []
-        if self._events:
-            self._fence()
+    def _unmap_lent(self) -> None:
         for at, stripes in self._lent.items():
             self._driver.unmap(at, self._bytes_of(stripes))
         self._lent = {}
-        while self._teardown:
-            self._teardown.pop()()
-        self._events = {}
-
-
-def tail_bytes(geometry: PoolGeometry, granularity: int) -> int:
-    """Bytes mapped behind the last whole stripe of a buffer: a multiple of the granularity."""
-    return -(-(geometry.buffer_bytes - geometry.stripes * geometry.chunk_bytes) // granularity) * granularity
 
 
 def overhead_bytes(geometry: PoolGeometry, granularity: int) -> int:
     """Device memory beyond the pool's budget: the scratch chunk and the rounding of the tails."""
-    mapped = geometry.stripes * geometry.chunk_bytes + tail_bytes(geometry, granularity)
-    return geometry.chunk_bytes + geometry.buffers * (mapped - geometry.buffer_bytes)
+    return geometry.chunk_bytes + rounding_bytes(geometry, granularity)

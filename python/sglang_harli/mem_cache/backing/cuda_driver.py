@@ -200,7 +200,8 @@ class CudaDriver:
 
 
 def why_not(device: int) -> str | None:
-    """Why this device's memory cannot be remapped, or None if it can."""
+    """Why this device's memory cannot be remapped, as the driver says; None: it can. Nothing is
+    tried (``probe.refusal`` does)."""
     try:
         CudaDriver(device)
     except DriverError as error:

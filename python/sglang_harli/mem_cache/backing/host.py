@@ -61,6 +61,9 @@ class HostBacking:
         """Buffer's bytes, uint8 ``[buffer_bytes]``; zero until they are written."""
         return self._kv.bytes.narrow(0, buffer * self._stride, self.geometry.buffer_bytes)
 
+    def extent_bytes(self, stripes: Sequence[int]) -> list[int]:
+        return [len(stripes) * self.geometry.stripe_bytes]
+
     def lend(self, stripes: Sequence[int]) -> list[Tensor]:
         """One extent of the training mapping; MemoryError: its free places are too scattered."""
         place = self._places.allocate(len(stripes))

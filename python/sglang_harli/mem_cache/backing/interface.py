@@ -1,7 +1,8 @@
 """What holds the pool's physical memory: one protocol, several ways (docs/internals/memory.md).
 
 host      anonymous mmap; memory that is lent falls out of the KV region by madvise
-cuda      CUDA virtual memory: physical handles are mapped here or there
+aliased   CUDA virtual memory: each chunk is mapped in its KV place and in training's window, for ever
+remapped  CUDA virtual memory: physical handles are mapped here or there
 static    nothing is remapped: training gets the very bytes of the KV rows, as separate extents
 """
 
@@ -18,8 +19,8 @@ from sglang_harli.mem_cache.geometry import PoolGeometry
 class Backing(Protocol):
     """Physical memory of one pool.  Used from one thread."""
 
-    name: str  # host, cuda, static
-    contiguous: bool  # what is lent is one extent; else there are several (static)
+    name: str  # host, aliased, remapped, static
+    contiguous: bool  # what is lent is always one extent; else there may be several (``extent_bytes``)
     geometry: PoolGeometry
 
     @property
@@ -31,6 +32,10 @@ class Backing(Protocol):
         """Buffer's bytes, uint8 ``[buffer_bytes]``; a fixed address and length, zero at first."""
         ...
 
+    def extent_bytes(self, stripes: Sequence[int]) -> list[int]:
+        """Bytes of each extent that ``lend`` of these stripes gives."""
+        ...
+
     def lend(self, stripes: Sequence[int]) -> list[Tensor]:
         """Move stripes' memory from the KV cache to training; the caller uses none of their slots.
 
@@ -38,9 +43,10 @@ class Backing(Protocol):
         before training's first write.
 
         Returns:
-            Extents, uint8: one of ``len(stripes) * stripe_bytes`` where memory can be remapped,
-                else one for each run of adjacent stripes and buffer. Contents: undefined; in debug
-                mode NaN in every 16-, 32- and 64-bit floating-point format.
+            Extents, uint8: one of ``len(stripes) * stripe_bytes`` where memory is remapped, one for
+                each run of adjacent stripes where it is aliased, and for each run and buffer where
+                it is lent in place. Contents: undefined; in debug mode NaN in every 16-, 32- and
+                64-bit floating-point format.
         """
         ...
 

@@ -5,8 +5,8 @@ For devices whose memory cannot, or must not, be remapped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ class StaticBacking:
     """The pool's memory in plain tensors, lent in place.
 
     Args:
-        stream: on CUDA that of forwards and quanta, where memory is cleared; None: the current.
+        stream: on CUDA that of forwards and quanta, where memory is cleared; None: the current. It
+            and the caller's stream wait for each other at every move.
         debug: memory on its way to training is filled with NaN.
+        module: torch's module of the device; None: by the device.
     """
 
     name = "static"
@@ -34,10 +36,11 @@ class StaticBacking:
         *,
         stream: Any = None,
         debug: bool = False,
+        module: Any = None,
     ) -> None:
         self.geometry, self.debug = geometry, debug
         self.device = torch.device(device)
-        self.stream = stream
+        self.stream, self._module = stream, module
         self._lent: set[int] = set()
         to_value, nbytes = geometry.value_offset(), geometry.buffer_bytes
         layers = [
@@ -54,6 +57,10 @@ class StaticBacking:
         """Buffer's bytes, uint8 ``[buffer_bytes]``."""
         return self._buffers[buffer]
 
+    def extent_bytes(self, stripes: Sequence[int]) -> list[int]:
+        chunk, buffers = self.geometry.chunk_bytes, self.geometry.buffers
+        return [len(run) * chunk for run in runs_of(stripes) for _ in range(buffers)]
+
     def lend(self, stripes: Sequence[int]) -> list[Tensor]:
         """One extent for each run of adjacent stripes and buffer."""
         chunk = self.geometry.chunk_bytes
@@ -63,8 +70,8 @@ class StaticBacking:
             for run in runs_of(stripes)
             for flat in self._buffers
         ]
-        if self.debug:
-            with self._in_line():
+        with self._in_line():
+            if self.debug:
                 for extent in extents:
                     extent.fill_(POISON)
         return extents
@@ -76,10 +83,19 @@ class StaticBacking:
             for extent in extents:
                 extent.zero_()
 
-    def _in_line(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _in_line(self) -> Iterator[None]:
+        """On the stream of forwards and quanta, behind the caller's work and before what it does
+        next."""
         if self.stream is None:
-            return nullcontext()
-        return torch.get_device_module(self.device).stream(self.stream)
+            yield
+            return
+        module = self._module or torch.get_device_module(self.device)
+        current = module.current_stream()
+        self.stream.wait_stream(current)
+        with module.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
 
     def resident_bytes(self) -> int:
         """All of it, always."""

@@ -45,6 +45,8 @@ def evict_stripes(
     wanted: int,
     keep_slots: int,
     unused_since_s: float | None = None,
+    *,
+    among: Sequence[int] | None = None,
 ) -> int:
     """Evict unlocked prefixes so that whole stripes become free.
 
@@ -53,6 +55,7 @@ def evict_stripes(
         wanted: stripes.
         keep_slots: cached tokens, locked ones included, below which nothing is evicted,
         unused_since_s: but entries unused since then (``time.monotonic``); None: nothing at all.
+        among: the stripes that may become free; None: any. A look that is under way stays as it is.
 
     Returns:
         Stripes that are free now because of it; on a device 0 while the entries are being counted.
@@ -66,7 +69,7 @@ def evict_stripes(
     scan = allocator.prefix_scan
     if scan is None:
         allocator.count_stripes()
-        scan = allocator.prefix_scan = _look(tree, allocator, spare, unused_since_s)
+        scan = allocator.prefix_scan = _look(tree, allocator, spare, unused_since_s, among)
     if scan is None or not scan.ready():
         return 0
     allocator.prefix_scan = None
@@ -85,11 +88,16 @@ def evict_stripes(
 
 
 def _look(
-    tree: prefix_tree.PrefixTree, allocator: StripedFreeList, spare: int, unused_since_s: float | None
+    tree: prefix_tree.PrefixTree,
+    allocator: StripedFreeList,
+    spare: int,
+    unused_since_s: float | None,
+    among: Sequence[int] | None,
 ) -> _Scan | None:
     """Start counting the entries that may go; None where there are none."""
     geometry = allocator.pool.geometry
-    stripes = [stripe for stripe in reversed(geometry.lendable) if stripe not in allocator.lent_stripes]
+    wanted = geometry.lendable if among is None else among
+    stripes = sorted(set(wanted) - allocator.lent_stripes, reverse=True)
     if not stripes:
         return None
     most = min(MAX_ENTRIES, MAX_CELLS // len(stripes))

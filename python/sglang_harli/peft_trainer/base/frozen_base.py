@@ -11,8 +11,9 @@ Of SGLang this file knows parameter names, ``base_layer`` (its LoRA wrapper), ``
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from transformers import AutoModelForCausalLM
 from sglang_harli.architectures import BY_NAME, FUSED
 from sglang_harli.peft_trainer.base import model_math, served_modules
 from sglang_harli.peft_trainer.base.model_math import refuse
+from sglang_harli.peft_trainer.layers.operators.choose import operators_for, with_kernels
+from sglang_harli.peft_trainer.layers.operators.kernel_switches import KernelSwitches
+from sglang_harli.peft_trainer.layers.operators.plain import Operators
 from sglang_harli.peft_trainer.layers.rotary import Rotary, RotaryTable, ServedRotary, model_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,6 +42,7 @@ class FrozenBase:
         dtype: of its weights and activations.
         math: what its config says of what it computes (``model_math.math_fields``).
         table: gives the rotary table of the first positions; positions: its end; None: without end.
+        kernels: of ours, which are used on a device.
     """
 
     model: Any
@@ -47,6 +52,12 @@ class FrozenBase:
     math: dict[str, Any]
     table: Callable[[int], RotaryTable]
     positions: int | None = None
+    kernels: KernelSwitches = field(default_factory=KernelSwitches)
+
+    @functools.cached_property
+    def operators(self) -> Operators:
+        """Those of its device."""
+        return with_kernels(operators_for(self.device), self.dtype, self.kernels)
 
     def rotary(self) -> Rotary:
         """A rotary table for one run."""
@@ -97,12 +108,13 @@ def from_transformers(model: nn.Module) -> FrozenBase:
     return FrozenBase(model, weight.dtype, weight.device, config, model_math.math_fields(config), table)
 
 
-def bind(sglang_model: nn.Module, config: Any) -> FrozenBase:
+def bind(sglang_model: nn.Module, config: Any, kernels: KernelSwitches | None = None) -> FrozenBase:
     """The served model as a transformers module on views of the very same storages.
 
     Args:
         sglang_model: ``model_runner.model`` of SGLang, loaded; may be wrapped for LoRA serving.
         config: ``model_runner.model_config.hf_config``, as the operator and SGLang changed it.
+        kernels: of ours, which are used on a device; None: none.
 
     Raises:
         UnsupportedError: naming the parameter that cannot be bound (packed, quantised, missing, of
@@ -129,7 +141,10 @@ def bind(sglang_model: nn.Module, config: Any) -> FrozenBase:
     model.requires_grad_(False)
     model.eval()
     math = model_math.math_fields(config)
-    return FrozenBase(model, embed.dtype, embed.device, own, math, rotary.table, len(rotary.cache))
+    return FrozenBase(
+        *(model, embed.dtype, embed.device, own, math, rotary.table, len(rotary.cache)),
+        kernels=KernelSwitches() if kernels is None else kernels,
+    )
 
 
 def _skeleton_config(served: Any) -> Any:

@@ -1,8 +1,8 @@
 """Causal attention for training, forward and backward; queries may be the last of a row's tokens.
 
-On a CPU in plain products over blocks of queries: torch's flash kernel fills its own blocks poorly
-there (`benchmark/bench_step.py`). The shares are held for the backward while rows are short,
-otherwise computed again from their logarithmic sums. Elsewhere torch's sdpa, with autograd.
+In plain products over blocks of queries: on a CPU torch's flash kernel fills its own blocks poorly
+(`benchmark/bench_step.py`). The shares are held for the backward while rows are short, otherwise
+computed again from their logarithmic sums. A device has kernels (`operators.device_attention`).
 
 In 16 bits scores and their gradients are those of sdpa, which serves: scaled and summed in fp32, so
 that large ones are neither rounded to a few digits nor, in fp16, infinite.
@@ -14,7 +14,6 @@ import functools
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
@@ -41,38 +40,6 @@ class CausalAttention:
             query: ``[rows, heads, queries, head_dim]``, contiguous; the keys' last positions.
             key, value: ``[rows, key-value heads, keys, head_dim]``.
         """
-        if query.device.type == "cpu":
-            return self._blocks_forward(query, key, value, trace)
-        run = self._sdpa if trace is None else functools.partial(trace.run, "sdpa", self._sdpa)
-        return run(query, key, value)
-
-    def backward(self, grad: Tensor, trace: SavedTensors) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, in their shapes; the latter two may have the exact
-        dtype. ``grad``: ``[rows, queries, heads * head_dim]``."""
-        if grad.device.type == "cpu":
-            return self._blocks_backward(grad, trace)
-        query, key, value = trace.pieces["sdpa"].backward(grad)
-        return query, key, value
-
-    # ---- torch's kernels
-    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        queries, keys = query.shape[2], key.shape[2]
-        if queries == keys and (self.window is None or keys <= self.window):
-            out = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self.scale, enable_gqa=self.repeats > 1
-            )
-        else:
-            if self.repeats > 1:  # with a mask sdpa has no kernel for grouped queries
-                key, value = key.repeat_interleave(self.repeats, 1), value.repeat_interleave(self.repeats, 1)
-            gap = _gaps(queries, keys, query.device)
-            seen = gap >= 0 if self.window is None else (gap >= 0) & (gap < self.window)
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=self.scale)
-        return out.transpose(1, 2).reshape(out.shape[0], queries, -1)
-
-    # ---- plain products
-    def _blocks_forward(
-        self, query: Tensor, key: Tensor, value: Tensor, trace: SavedTensors | None
-    ) -> Tensor:
         rows, heads, queries, size = query.shape
         out = query.new_empty(rows, queries, heads, size)
         key, value = key.reshape(-1, *key.shape[2:]), value.reshape(-1, *value.shape[2:])
@@ -97,7 +64,9 @@ class CausalAttention:
             trace["shares" if short else "sums"] = torch.cat(shares) if short else torch.cat(sums, -1)
         return out
 
-    def _blocks_backward(self, grad: Tensor, trace: SavedTensors) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, trace: SavedTensors) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value, in their shapes; the latter two may have the exact
+        dtype. ``grad``: ``[rows, queries, heads * head_dim]``."""
         query, key, value = trace["query"], trace["key"], trace["value"]
         rows, heads, queries, size = query.shape
         by_head = (rows, queries, heads, size)
@@ -156,7 +125,7 @@ class CausalAttention:
         queries, keys = span.stop - span.start, seen.stop - seen.start
         scores = torch.bmm(_exact(query) * self.scale, key.transpose(1, 2))
         by_query = scores.view(-1, queries, keys)
-        by_query[:, :, keys - queries :].add_(_later(scores.dtype)[:queries, :queries])
+        by_query[:, :, keys - queries :].add_(_later(scores.dtype, scores.device)[:queries, :queries])
         if self.window is not None and keys > self.window:
             gap = _gaps(queries, keys, query.device)
             by_query.masked_fill_(gap >= self.window, -torch.inf)
@@ -164,9 +133,9 @@ class CausalAttention:
 
 
 @functools.cache
-def _later(dtype: torch.dtype) -> Tensor:
+def _later(dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[LONG_BLOCK, LONG_BLOCK]``: -inf where a key (column) lies behind a query (row)."""
-    return torch.full((LONG_BLOCK, LONG_BLOCK), -torch.inf, dtype=dtype).triu_(1)
+    return torch.full((LONG_BLOCK, LONG_BLOCK), -torch.inf, dtype=dtype, device=device).triu_(1)
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import struct
 
 import torch
 
+from sglang_harli.peft_trainer import device_calls
+
 
 def mask_seed(seed: int, step: int, row: int, layer: int, module: str) -> int:
     """The generator seed of one mask: 64 bits of a hash of its five keys.
@@ -31,7 +33,7 @@ class DropoutMasks:
         self.seed = seed
         self.dtype = dtype
         self.device = device
-        self._generator = torch.Generator(device=device)
+        self._generator = device_calls.generator(device)
         self._step = 0
         self._rows: list[tuple[int, int]] = []
         self._width = 0

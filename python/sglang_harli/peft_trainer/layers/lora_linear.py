@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sglang_harli.peft_trainer.layers.dropout import DropoutMasks
+from sglang_harli.peft_trainer.layers.operators.plain import LoraPart, Operators
 from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
 
 
@@ -28,6 +29,7 @@ class LinearGroup:
         a: ``[len(adapted) * r, in]``, the A matrices one below the other; None: no adapters.
         b: ``[out, r]`` each; scaling: the factor on B·A.
         layer: key of the dropout masks; masks: None when nothing is dropped.
+        operators: of the device; None: those of a CPU.
 
     Attributes:
         leaves: what is differentiated for: A's as one, then each B.
@@ -45,6 +47,7 @@ class LinearGroup:
         scaling: float,
         layer: int,
         masks: DropoutMasks | None,
+        operators: Operators | None = None,
     ) -> None:
         self.names, self.linears, self.adapted = names, linears, adapted
         self.a, self.b, self.scaling = a, b, scaling
@@ -53,7 +56,11 @@ class LinearGroup:
         self.rank = b[0].shape[1] if b else 0
         ends = list(itertools.accumulate((linear.out_features for linear in linears), initial=0))
         self.width, self.columns = ends[-1], [slice(*span) for span in itertools.pairwise(ends)]
-        self._parts = [slice(i * self.rank, (i + 1) * self.rank) for i in range(len(adapted))]
+        self._parts = [
+            LoraPart(slice(k * self.rank, (k + 1) * self.rank), self.columns[i], matrix)
+            for k, (i, matrix) in enumerate(zip(adapted, b, strict=True))
+        ]
+        self._operators = Operators() if operators is None else operators
         self._frozen = self._products()
 
     def _products(self) -> list[tuple[Tensor, Tensor | None, slice]]:
@@ -83,8 +90,7 @@ class LinearGroup:
         masks = self._draw_masks(x.shape[1])
         low = self._down(x, masks)
         if values:
-            for part, i, b in zip(self._parts, self.adapted, self.b, strict=True):
-                out[:, self.columns[i]].addmm_(low[:, part], b.t())
+            self._operators.add_lora(out, low, self._parts)
         if trace is not None:
             trace["x " + self.names[0]], trace["low " + self.names[0]] = x, low
             if masks is not None and not trace.kept:
@@ -95,11 +101,10 @@ class LinearGroup:
         """``[tokens, adapters * r]``: the input through every A of the group, scaled."""
         assert self.a is not None
         if masks is None:
-            low = torch.mm(x, self.a.t())
-        else:
-            low = x.new_empty(len(x), len(self.a))
-            for part, mask in zip(self._parts, masks, strict=True):
-                torch.mm(x * mask, self.a[part].t(), out=low[:, part])
+            return self._operators.low_products(x, self.a, self.scaling)
+        low = x.new_empty(len(x), len(self.a))
+        for part, mask in zip(self._parts, masks, strict=True):
+            torch.mm(x * mask, self.a[part.rank].t(), out=low[:, part.rank])
         return low if self.scaling == 1.0 else low.mul_(self.scaling)
 
     def backward(
@@ -115,22 +120,16 @@ class LinearGroup:
         if self.a is None:
             return grad_x
         x, low = trace["x " + self.names[0]], trace["low " + self.names[0]]
-        grad_low = torch.empty_like(low)
-        for part, i, b, grad_b in zip(self._parts, self.adapted, self.b, leaf_grads[1:], strict=True):
-            out = grad[:, self.columns[i]]
-            torch.mm(out, b, out=grad_low[:, part])
-            torch.mm(out.t(), low[:, part], out=grad_b)
-        if self.scaling != 1.0:
-            grad_low.mul_(self.scaling)
+        grad_low = self._operators.lora_backward(grad, low, self._parts, self.scaling, leaf_grads[1:])
         if self.masks is None:
             torch.mm(grad_low.t(), x, out=leaf_grads[0])
             return grad_x if grad_x is None else grad_x.addmm_(grad_low, self.a)
         masks = trace.masks.get(self.names[0]) or self._draw_masks(x.shape[1])
         assert masks is not None
         for part, mask in zip(self._parts, masks, strict=True):
-            torch.mm(grad_low[:, part].t(), x * mask, out=leaf_grads[0][part])
+            torch.mm(grad_low[:, part.rank].t(), x * mask, out=leaf_grads[0][part.rank])
             if grad_x is not None:
-                grad_x.addcmul_(torch.mm(grad_low[:, part], self.a[part]), mask)
+                grad_x.addcmul_(torch.mm(grad_low[:, part.rank], self.a[part.rank]), mask)
         return grad_x
 
     def _draw_masks(self, features: int) -> list[Tensor] | None:
@@ -146,7 +145,7 @@ def _joined(parts: list[Tensor]) -> Tensor | None:
     for part in parts:
         begin = first.storage_offset() + rows * first.stride(0)
         if (
-            part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            part.untyped_storage()._cdata != first.untyped_storage()._cdata
             or not part.is_contiguous()
             or part.storage_offset() != begin
         ):

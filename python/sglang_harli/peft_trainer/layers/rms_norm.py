@@ -1,11 +1,13 @@
-"""RMSNorm with a frozen weight: what transformers' module gives, and the gradient of its input."""
+"""RMSNorm with a frozen weight: what transformers' module gives, and the gradient of its input.
+
+``forward`` and ``backward`` are those of a CPU; a device's are ``operators.torch_kernels``.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sglang_harli.peft_trainer.layers.saved_tensors import SavedTensors
@@ -19,7 +21,7 @@ class RmsNorm:
         self.weight: Tensor = module.weight.detach()
         self.epsilon: float = module.variance_epsilon
         # fp64 is for tests: bit for bit transformers' own, which rounds to fp32 on the way.
-        self._by_hand = self.weight.device.type == "cpu" and self.weight.dtype != torch.float64
+        self._by_hand = self.weight.dtype != torch.float64
 
     def forward(self, x: Tensor, trace: SavedTensors | None) -> Tensor:
         """Normed over the last axis, contiguous; ``trace`` remembers what ``backward`` needs."""
@@ -46,6 +48,4 @@ class RmsNorm:
         return exact.to(x.dtype)
 
     def _native(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
         return self.module(x)

@@ -80,3 +80,27 @@ class Rotary:
             table = self._table = self._make(length)
         cos, sin = table
         return cos[:, :width], sin[:, :width]
+
+
+def rotated(x: Tensor, rotary: RotaryTable) -> Tensor:
+    """Rotary embedding of ``[rows, width, heads, size]`` as ``[rows, heads, width, size]``."""
+    cos, sin = (part.unsqueeze(2) for part in rotary)
+    rows, width, heads, size = x.shape
+    out = x.new_empty(rows, heads, width, size)
+    view, half = out.transpose(1, 2), size // 2
+    torch.mul(x, cos, out=view)
+    view[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    view[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
+
+
+def rotated_back(grad: Tensor, rotary: RotaryTable, out: Tensor) -> None:
+    """The gradient at ``rotated``'s input, into ``out``, from that at its output."""
+    cos, sin = (part.unsqueeze(2) for part in rotary)
+    grad, half = grad.transpose(1, 2), grad.shape[-1] // 2
+    if grad.dtype == out.dtype:
+        torch.mul(grad, cos, out=out)
+    else:
+        out.copy_(grad * cos)
+    out[..., half:].addcmul_(grad[..., :half].to(out.dtype), sin[..., :half], value=-1)
+    out[..., :half].addcmul_(grad[..., half:].to(out.dtype), sin[..., half:])

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from sglang_harli.core import QuantumKind
 
-BLOCK = 64  # tokens: the unit in which a row is cut
-
 
 @dataclass(slots=True)
 class RowKeys:

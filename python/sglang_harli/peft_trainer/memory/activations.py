@@ -24,6 +24,8 @@ from sglang_harli.peft_trainer.memory.layout import logits_dtypes
 from sglang_harli.peft_trainer.rows import Rows
 from sglang_harli.train_memory import Lease, Specs, TrainMemory, carved_bytes
 
+LEAST_HEAD_TOKENS = 64  # the logits tensor is cut no further
+
 
 @dataclass(frozen=True, slots=True)
 class Activations:
@@ -38,24 +40,33 @@ class Activations:
 
 class MicroBatchMemory:
     """Holds the lease from one micro-batch to the next as long as it is large enough.
-    ``head_tokens``: most target tokens whose logits are computed at once."""
 
-    def __init__(self, base: FrozenBase, memory: TrainMemory, head_tokens: int) -> None:
+    Args:
+        head_tokens: most target tokens whose logits are computed at once.
+        cuts: fewer at once, where memory is free but not in pieces that are large enough.
+
+    Attributes:
+        head_tokens: most of them in the lease that is held.
+    """
+
+    def __init__(self, base: FrozenBase, memory: TrainMemory, head_tokens: int, *, cuts: bool = True) -> None:
         self._memory, self._dtype = memory, base.dtype
         self._exact = torch.promote_types(base.dtype, torch.float32)
         self._inputs = len(base.layers) + 1
         self._hidden = base.config.hidden_size
         self._vocabulary = base.model.lm_head.weight.shape[0]
-        self._head_tokens = head_tokens
+        self._most_head_tokens = self.head_tokens = head_tokens
+        self._cuts = cuts
         self._lease: Lease | None = None
         config, heads = base.config, base.config.num_attention_heads
         self._heads = config.num_key_value_heads, getattr(config, "head_dim", None) or self._hidden // heads
         self._keys_lease: Lease | None = None
+        self._operators = base.operators
 
     def specs(self, rows: Rows) -> Specs:
         """What is carved, in this order: saved[0..L], grad, logits, and ``low`` if there is one.
         Of rows that are evaluated one tensor stands for all before the logits."""
-        tokens = min(len(rows.targets), self._head_tokens)
+        tokens = min(len(rows.targets), self.head_tokens)
         inputs = [((rows.count, rows.width, self._hidden), self._dtype)] * self._kept(rows)
         logits = [((tokens, self._vocabulary), dtype) for dtype in logits_dtypes(self._dtype)]
         return [*inputs, *logits]
@@ -65,13 +76,24 @@ class MicroBatchMemory:
 
     def obtain(self, rows: Rows) -> int:
         """Hold a lease for a micro-batch; returns the bytes that are lacking now, 0: none."""
-        specs = self.specs(rows)
         if self._lease is not None:
-            if self._lease.holds(specs):
+            if self._lease.holds(self.specs(rows)):
                 return 0
             self.give_back()  # first: both need not fit
+        self.head_tokens = self._most_head_tokens
+        specs = self.specs(rows)
         self._lease = obtain(self._memory, MemoryPurpose.MICRO_BATCH, specs)
+        while self._lease is None and self._cut_head(rows):
+            self._lease = obtain(self._memory, MemoryPurpose.MICRO_BATCH, self.specs(rows))
         return 0 if self._lease is not None else sum(carved_bytes(shape, dtype) for shape, dtype in specs)
+
+    def _cut_head(self, rows: Rows) -> bool:
+        """Ask for logits of half as many target tokens; whether that may help."""
+        now = min(len(rows.targets), self.head_tokens)
+        if not self._cuts or not self._memory.scattered or now <= LEAST_HEAD_TOKENS:
+            return False
+        self.head_tokens = max(now // 2, LEAST_HEAD_TOKENS)
+        return True
 
     def carve(self, rows: Rows) -> Activations:
         """The tensors of the micro-batch that ``obtain`` was for; those before are gone."""
@@ -82,6 +104,8 @@ class MicroBatchMemory:
 
     def _keys_specs(self, length: int) -> Specs:
         shape = (1, self._heads[0], length, self._heads[1])
+        if self._operators.token_major:
+            shape = (1, length, *self._heads)
         return [(shape, self._dtype), (shape, self._dtype), (shape, self._exact), (shape, self._exact)]
 
     def obtain_keys(self, length: int) -> bool:
@@ -97,8 +121,12 @@ class MicroBatchMemory:
     def carve_keys(self, length: int) -> RowKeys:
         """What ``obtain_keys`` was asked for; gradients are zero."""
         assert self._keys_lease is not None
-        key, value, grad_key, grad_value = self._keys_lease.carve_all(self._keys_specs(length))
-        return RowKeys(key, value, grad_key.zero_(), grad_value.zero_())
+        places = self._keys_lease.carve_all(self._keys_specs(length))
+        self._operators.zero(places[2:])
+        if self._operators.token_major:
+            places = [place.transpose(1, 2) for place in places]
+        key, value, grad_key, grad_value = places
+        return RowKeys(key, value, grad_key, grad_value)
 
     def give_back(self) -> bool:
         """Whether there was something to give back."""

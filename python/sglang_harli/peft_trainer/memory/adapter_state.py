@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sglang_harli.core import MemoryPurpose
+from sglang_harli.peft_trainer import device_calls
 from sglang_harli.peft_trainer.adapter import LayerBlock
 from sglang_harli.peft_trainer.memory.heap import obtain
 from sglang_harli.train_memory import Lease, TrainMemory, carved_bytes
@@ -73,7 +74,7 @@ class StateMemory:
             except (MemoryError, RuntimeError):  # torch's allocators raise either
                 return False
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # quanta may still be writing, on another stream than this
+                device_calls.synchronize(device)  # quanta may still be writing, on another stream than this
             for layer, copies in host.items():
                 for copy, flat in zip(copies, self._blocks[layer].flats, strict=True):
                     copy.copy_(flat)
@@ -98,7 +99,7 @@ def _host_like(flat: Tensor) -> Tensor:
     """Host memory for ``flat``; pinned, where that can be had, if the device copies into it."""
     if flat.is_cuda:
         try:
-            return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            return device_calls.pinned(flat.shape, flat.dtype)
         except RuntimeError:  # the limit of locked memory: pageable memory is slower and does as well
             pass
     return torch.empty(flat.shape, dtype=flat.dtype)

@@ -21,6 +21,8 @@ def obtain(memory: TrainMemory, purpose: MemoryPurpose, specs: Specs) -> Lease |
 class HeapMemory:
     """Torch's allocator under a ``budget``: bytes of all leases together; None: no bound."""
 
+    scattered = False
+
     def __init__(self, device: torch.device, budget: int | None = None) -> None:
         self.device, self.budget = device, budget
         self.used = 0

@@ -11,7 +11,6 @@ def cached(req: Any) -> int:
     return len(req.prefix_indices)
 
 
-def prefilled(req: Any, *, in_flight: bool) -> int:
-    """Of a prompt in chunks: tokens before the chunk at hand if it is ``in_flight``, else after
-    it."""
-    return req.extend_range.start if in_flight else req.extend_range.end
+def prefilled(req: Any) -> int:
+    """Of a prompt in chunks: tokens before the end of the chunk that was launched last."""
+    return req.extend_range.end

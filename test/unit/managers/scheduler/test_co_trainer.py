@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from sglang_harli.core import Decision, QuantumKind, Reason, StepLoad
+from sglang_harli.device_sizes import sizes_of
 from sglang_harli.managers.scheduler.policy.slo_ledger import Slack
-from sglang_harli.peft_trainer.layers.token_blocks import BLOCK
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import SharedBuffer
 from sglang_harli.run_paths import shm_dir
@@ -338,7 +338,7 @@ def test_a_row_that_is_too_long_for_now_is_taken_in_blocks(run_dir: str) -> None
     peer, host = Peer(run_dir), Host(run_dir, quantum_rows=None)
     until(host, peer, lambda: peer.of(internal.Hello))
     peer.send(internal.StartRun(spec=spec(steps=1)))
-    peer.send(*batch(1, lengths=(2 * BLOCK + 1, 5)))
+    peer.send(*batch(1, lengths=(2 * sizes_of("cpu").token_block + 1, 5)))
     trainer = host.trainer
     cuts = []
     while not peer.of(internal.StepDone):

@@ -219,7 +219,7 @@ def test_a_run_without_memory_waits_with_a_reason_and_begins_when_there_is_some(
 
 def test_a_run_says_when_no_cached_prefix_can_make_way_for_it(run_dir):
     rig = Rig(run_dir)
-    rig.pool.lend_to(rig.pool.relieve, lambda stripes, unused_since_s: 0)
+    rig.pool.lend_to(rig.pool.relieve, lambda stripes, unused_since_s, among=None: 0)
     rig.slots.alloc(rig.slots.available_size())
     rig.start()
     told = lambda: [p for p in rig.peer.of(internal.Progress) if "no cached prefix can make way" in p.reason]  # noqa: E731

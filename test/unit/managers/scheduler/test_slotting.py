@@ -35,6 +35,8 @@ class Quanta:
     cuts: int = 0
     barred: Reason | None = None
     queued_s: float = 0.0
+    expected_queued_s: float = 0.0
+    depth: int = 1
     saving: bool = False
     now_s: float = 0.0
     ran: list[int] = field(default_factory=list)
@@ -62,7 +64,7 @@ class Quanta:
             self.ran.append(decision.rows)
         self.now_s += dict(offer.candidates)[decision.rows]
 
-    def settle(self) -> None: ...
+    def settle(self, most_s: float | None = None) -> None: ...
 
     def cut(self, kind: QuantumKind) -> bool:
         if not self.cuts:

@@ -61,10 +61,9 @@ def test_a_backlog_is_charged_as_a_whole_and_is_as_old_as_its_oldest():
 
 
 def test_what_a_chunked_prefill_has_left():
-    left, in_flight = (backlog(chunked=req(100, 1.0, done=60), in_flight=f) for f in (False, True))
-    assert left is not None and in_flight is not None and left.prompts == 1
+    left = backlog(chunked=req(100, 1.0, done=60))
+    assert left is not None and left.prompts == 1
     assert left.prefill_upper_s == LatencyPredictor().prefill(40, 40 * 100).upper_s
-    assert in_flight.prefill_upper_s == LatencyPredictor().prefill(70, 70 * 100).upper_s
     parts = backlog(req(100), chunk_tokens=40)
     assert parts is not None
     assert parts.prefill_upper_s == 3 * LatencyPredictor().prefill(34, 3334).upper_s

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from sglang_harli.mem_cache.backing.static import StaticBacking
-from sglang_harli.mem_cache.train_arena import separate_extents
 from support.pool_parts import small_geometry
 
 GEOMETRY = small_geometry()
@@ -15,7 +14,7 @@ GEOMETRY = small_geometry()
 def test_extents_are_the_rows_of_each_run_and_buffer():
     backing = StaticBacking(GEOMETRY, "cpu")
     extents = backing.lend([5, 2, 3])
-    assert [e.numel() for e in extents] == separate_extents(GEOMETRY, [5, 2, 3])
+    assert [e.numel() for e in extents] == backing.extent_bytes([5, 2, 3])
     chunk = GEOMETRY.chunk_bytes
     assert extents[1].data_ptr() == backing.kv_bytes(1).data_ptr() + 2 * chunk
     assert extents[GEOMETRY.buffers].data_ptr() == backing.kv_bytes(0).data_ptr() + 5 * chunk

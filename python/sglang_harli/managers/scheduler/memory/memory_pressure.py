@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -56,7 +57,7 @@ class MemoryPressure:
 
     Args:
         pool: None: the KV pool is SGLang's own, and training has ``fixed_bytes`` beside it.
-        evict: see ``UnifiedPool.lend_to``; None: no prefix is cached.
+        evict, edit_under: see ``UnifiedPool.lend_to``.
         reserve_bytes: what was left outside the pool for training, for ``status``.
 
     Attributes:
@@ -71,6 +72,7 @@ class MemoryPressure:
         device: torch.device,
         *,
         evict: Evict | None = None,
+        edit_under: Callable[[], AbstractContextManager[Any]] = nullcontext,
         fixed_bytes: int = 0,
         reserve_bytes: int = 0,
     ) -> None:
@@ -82,7 +84,7 @@ class MemoryPressure:
         self._needs_bytes = 0
         self._drop_run: Callable[[str], None] | None = None
         if pool is not None:
-            pool.lend_to(self.relieve, evict)
+            pool.lend_to(self.relieve, evict, edit_under)
 
     # ---------------------------------------------------------------- the run that is held
     def attach(self, tenant: Tenant, needs_bytes: int, drop_run: Callable[[str], None]) -> None:
@@ -179,7 +181,10 @@ class MemoryPressure:
         )
         stripes, unit = pool.geometry.stripes_for(nbytes), pool.geometry.stripe_slots
         spare = pool.geometry.slots - pool.quota.kept_prefix_slots()
-        if pool.free_slots >= stripes * unit:
+        if pool.scattered:
+            text += "; enough is free, but in pieces that are too small: cached prefixes between them make way once "
+            text += f"no request has used them for {UNUSED_S:.0f} s, or when requests end"
+        elif pool.free_slots >= stripes * unit:
             text += "; what is free is kept for requests for a while, as their use has just changed"
         elif (pool.train_stripes + stripes + (high := pool.quota.watermarks.high)) * unit > spare:
             growth = (

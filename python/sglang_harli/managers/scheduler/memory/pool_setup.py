@@ -26,8 +26,12 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils.common import is_float4_e2m1fn_x2
 
 from sglang_harli.config import POOL_DEBUG_ENV
+from sglang_harli.managers.scheduler.memory import backing_choice
+from sglang_harli.managers.scheduler.memory.backing_choice import POOL_BACKING_ENV, Choice
+from sglang_harli.mem_cache.backing import probe
+from sglang_harli.mem_cache.backing.aliased import AliasedBacking
 from sglang_harli.mem_cache.backing.cuda import CudaBacking
-from sglang_harli.mem_cache.backing.cuda_driver import CudaDriver, why_not
+from sglang_harli.mem_cache.backing.cuda_driver import CudaDriver
 from sglang_harli.mem_cache.backing.host import HostBacking
 from sglang_harli.mem_cache.backing.interface import Backing
 from sglang_harli.mem_cache.backing.static import StaticBacking
@@ -38,10 +42,6 @@ from sglang_harli.mem_cache.unified_pool import SlotSource, UnifiedPool
 from sglang_harli.sglang_versions.current import arguments, kv_pool
 
 logger = logging.getLogger(__name__)
-
-# `static`: memory is lent in place, never remapped; `off`: none is lent (SGLang's own KV cache).
-POOL_BACKING_ENV = "HARLI_POOL_BACKING"
-POOL_STATIC, POOL_OFF = "static", "off"
 
 # (what, whether this configurator's server has it): SGLang's own pool serves these.
 _PLAIN: tuple[tuple[str, Callable[[Any], bool]], ...] = (
@@ -70,7 +70,7 @@ _PLAIN: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("SGLANG_AITER_KV_CACHE_LAYOUT", lambda c: envs.SGLANG_AITER_KV_CACHE_LAYOUT.get().lower() != "nhd"),
     ("SGLANG_MOONCAKE_CUSTOM_MEM_POOL", lambda c: envs.SGLANG_MOONCAKE_CUSTOM_MEM_POOL.get() is not None),
     ("a platform of a plugin", lambda c: current_platform.is_out_of_tree()),
-    (f"{POOL_BACKING_ENV}={POOL_OFF}", lambda c: os.environ.get(POOL_BACKING_ENV) == POOL_OFF),
+    (f"{POOL_BACKING_ENV}={backing_choice.OFF}", lambda c: _asked() == backing_choice.OFF),
     ("a device other than cuda and cpu", lambda c: torch.device(c.device).type not in ("cuda", "cpu")),
 )
 
@@ -113,8 +113,8 @@ def build_kv_pool(original: Callable[..., Any], configurator: Any, *args: Any, *
         reason = "another class of KV pool"
     if reason is None and kwargs.get("quant_method") is not None:
         reason = "a quantised KV cache"
-    static = _why_static(configurator.device, configurator.gpu_id) if reason is None else None
-    if reason is None and not _geometry(configurator, kwargs["max_total_num_tokens"], static).lendable:
+    choice = _choose(configurator) if reason is None else Choice(backing_choice.OFF, "")
+    if reason is None and not _geometry(configurator, kwargs["max_total_num_tokens"], choice).lendable:
         reason = "a pool of fewer than two stripes"
     if reason is not None:
         logger.info(
@@ -123,70 +123,81 @@ def build_kv_pool(original: Callable[..., Any], configurator: Any, *args: Any, *
             reason,
         )
         return original(configurator, *args, **kwargs)
-    make_backing = functools.partial(_make_backing, configurator, static)
+    make_backing = functools.partial(_make_backing, configurator, choice)
     kwargs["mha_pool_class"] = functools.partial(HarliMHATokenToKVPool, make_backing=make_backing)
     return original(configurator, *args, **kwargs)
 
 
-def _geometry(configurator: Any, tokens: int, static: str | None) -> PoolGeometry:
+def _geometry(configurator: Any, tokens: int, choice: Choice) -> PoolGeometry:
     """As ``HarliMHATokenToKVPool`` will ask for it."""
     model, page_size = configurator.model_config, configurator.page_size
     heads = model.get_num_kv_heads(get_parallel().attn_tp_size)
     row_bytes = heads * model.head_dim * configurator.kv_cache_dtype.itemsize
     buffers = 2 * configurator.layer_info.num_effective_layers
-    return _plan(configurator, static, tokens + page_size, row_bytes, buffers, page_size)
+    return _plan(configurator, choice, tokens + page_size, row_bytes, buffers, page_size)
 
 
 def _plan(
-    configurator: Any, static: str | None, slots: int, row_bytes: int, buffers: int, page_size: int
+    configurator: Any, choice: Choice, slots: int, row_bytes: int, buffers: int, page_size: int
 ) -> PoolGeometry:
-    remaps = torch.device(configurator.device).type == "cuda" and static is None
-    granularity = CudaDriver(configurator.gpu_id).granularity if remaps else mmap.PAGESIZE
+    mapped = choice.name in (backing_choice.ALIASED, backing_choice.REMAPPED)
+    granularity = CudaDriver(configurator.gpu_id).granularity if mapped else mmap.PAGESIZE
     return PoolGeometry.plan(
         slots=slots, row_bytes=row_bytes, buffers=buffers, page_size=page_size, granularity=granularity
     )
 
 
 def _make_backing(
-    configurator: Any, static: str | None, slots: int, row_bytes: int, buffers: int, page_size: int
+    configurator: Any, choice: Choice, slots: int, row_bytes: int, buffers: int, page_size: int
 ) -> Backing:
-    geometry = _plan(configurator, static, slots, row_bytes, buffers, page_size)
-    backing = _backing_of(configurator, static, geometry)
+    geometry = _plan(configurator, choice, slots, row_bytes, buffers, page_size)
+    backing = _backing_of(configurator, choice, geometry)
     options = configurator.server_args.harli_options()
     logger.info(
         "harli: one pool of %.2f GiB for the KV cache and for training, %d stripes of %d slots and %.1f MiB, on the "
-        "%s backing%s; training may borrow up to %.2f GiB",
+        "%s backing (%s); training may borrow up to %.2f GiB",
         geometry.total_bytes / 2**30,
         geometry.stripes,
         geometry.stripe_slots,
         geometry.stripe_bytes / 2**20,
         backing.name,
-        f" ({static})" if static else "",
+        choice.why,
         min(geometry.lendable_bytes, options.max_train_bytes or geometry.lendable_bytes) / 2**30,
     )
     return backing
 
 
-def _backing_of(configurator: Any, static: str | None, geometry: PoolGeometry) -> Backing:
+def _backing_of(configurator: Any, choice: Choice, geometry: PoolGeometry) -> Backing:
     device = torch.device(configurator.device)
     debug = os.environ.get(POOL_DEBUG_ENV) == "1"
-    if static is None and device.type == "cpu":
+    if choice.name == backing_choice.HOST:
         return HostBacking(geometry, debug=debug)
     if device.type == "cuda":
         device = torch.device("cuda", configurator.gpu_id)
-    if static is None:
-        streams = functools.partial(_streams, configurator, device)
-        return CudaBacking(geometry, device, CudaDriver(configurator.gpu_id), streams, debug=debug)
-    overlaps = device.type == "cuda" and not _args(configurator).disable_overlap_schedule
-    stream = configurator.forward_stream if overlaps else None
-    return StaticBacking(geometry, device, stream=stream, debug=debug)
+    if choice.name == backing_choice.STATIC:
+        overlaps = device.type == "cuda" and not _args(configurator).disable_overlap_schedule
+        stream = configurator.forward_stream if overlaps else None
+        return StaticBacking(geometry, device, stream=stream, debug=debug)
+    kind = AliasedBacking if choice.name == backing_choice.ALIASED else CudaBacking
+    streams = functools.partial(_streams, configurator, device)
+    return kind(geometry, device, CudaDriver(configurator.gpu_id), streams, debug=debug)
 
 
-def _why_static(device: str, gpu_id: int) -> str | None:
-    """Why memory is not remapped but lent in place, or None."""
-    if os.environ.get(POOL_BACKING_ENV) == POOL_STATIC:
-        return f"{POOL_BACKING_ENV}={POOL_STATIC}"
-    return None if torch.device(device).type == "cpu" else why_not(gpu_id)
+def _asked() -> str | None:
+    return os.environ.get(POOL_BACKING_ENV)
+
+
+def _choose(configurator: Any) -> Choice:
+    args = _args(configurator)
+    return backing_choice.choose(
+        _asked(),
+        torch.device(configurator.device).type,
+        [
+            args.prefill_attention_backend or args.attention_backend,
+            args.decode_attention_backend or args.attention_backend,
+        ],
+        functools.partial(probe.refusal, configurator.gpu_id),
+    )
 
 
 def _streams(configurator: Any, device: torch.device) -> Sequence[int]:

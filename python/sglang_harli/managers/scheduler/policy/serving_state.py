@@ -187,19 +187,21 @@ class ServingState:
         adapters: bool = False,
         disturbed: bool = False,
         backlog: Backlog | None = None,
+        ahead: Backlog | None = None,
     ) -> Slack:
         """What may be spent before the next decode step, and before prompts that wait are due.
 
         Args:
             clocks, context_tokens: of the requests that go on decoding; adapters: one uses one.
             queued_s: training launched and not finished; disturbed: a checkpoint is being written.
-            backlog: prompts that wait under a TTFT target.
+            backlog: prompts that wait under a TTFT target; ahead: those of a prefill in flight.
         """
         after, alone = (
             self.predictor.decode(len(clocks), context_tokens, adapters=adapters, after_training=trained)
             for trained in (True, False)
         )
         decode_upper_s = after.upper_s * (DISTURBED if disturbed else 1.0)
+        ahead_s = 0.0 if ahead is None else ahead.prefill_upper_s
         slack = batch_slack(
             clocks,
             self.targets,
@@ -207,7 +209,7 @@ class ServingState:
             decode_upper_s=decode_upper_s,
             reserve_s=self.reserve.seconds(now_s, spare(self.targets, alone.expected_s)),
             queued_s=queued_s,
-            prefill_s=0.0 if backlog is None or not backlog.admitted else backlog.prefill_upper_s,
+            prefill_s=ahead_s + (0.0 if backlog is None or not backlog.admitted else backlog.prefill_upper_s),
         )
         slack = expecting(
             slack,
@@ -217,21 +219,35 @@ class ServingState:
             decode_penalty_s=max(after.expected_s - alone.expected_s, 0.0),
             idle_comes=now_s - self.idle_s < IDLE_SEEN_S,
         )
+        found = [slack]
         if backlog is not None:
-            waits = backlog_slack(
-                backlog,
-                self.targets,
-                now_s=now_s,
-                decode_upper_s=decode_upper_s,
-                reserve_s=self.reserve.seconds(now_s),
-                queued_s=queued_s,
-            )
-            slack = min(slack, waits, key=lambda each: each.seconds)
+            reserve_s = self.reserve.seconds(now_s)
+            found.append(self._waits(backlog, now_s, queued_s + ahead_s, decode_upper_s, reserve_s))
+        if ahead is not None and self.targets.ttft_s is not None:
+            found.append(self._waits(ahead, now_s, queued_s))
+        slack = min(found, key=lambda each: each.seconds)
         for bound in ("tpot", "itl"):
             if clocks and bound in self.impossible:
                 slack = Slack(min(slack.seconds, 0.0), bound)
         self.last_slack = slack
         return slack
+
+    def _waits(
+        self,
+        backlog: Backlog,
+        now_s: float,
+        before_s: float,
+        decode_upper_s: float = 0.0,
+        reserve_s: float = 0.0,
+    ) -> Slack:
+        return backlog_slack(
+            backlog,
+            self.targets,
+            now_s=now_s,
+            decode_upper_s=decode_upper_s,
+            reserve_s=reserve_s,
+            queued_s=before_s,
+        )
 
     # ---------------------------------------------------------------- harli set, harli status, harli profile
     def profile(self) -> dict[str, Any] | None:
@@ -308,6 +324,7 @@ class Boundary:
     Attributes:
         clocks, context_tokens, adapters, backlog: as ``ServingState.slack`` takes them.
         waiting: counts the prompts that training stops for at once; asked before each decision.
+        ahead: prompts of a prefill in flight: training waits until their first tokens are out.
     """
 
     side: ServingState
@@ -316,6 +333,7 @@ class Boundary:
     adapters: bool
     backlog: Backlog | None
     waiting: Callable[[], int]
+    ahead: Backlog | None = None
 
     @property
     def targets(self) -> Targets:
@@ -327,7 +345,8 @@ class Boundary:
 
     def load(self) -> StepLoad:
         promised = 0 if self.backlog is None else self.backlog.prompts
-        return StepLoad(len(self.clocks), self.context_tokens, self.waiting(), promised)
+        waiting = self.waiting() if self.ahead is None else self.waiting() + self.ahead.prompts
+        return StepLoad(len(self.clocks), self.context_tokens, waiting, promised)
 
     def slack(self, now_s: float, queued_s: float, *, disturbed: bool) -> Slack:
         return self.side.slack(
@@ -338,4 +357,5 @@ class Boundary:
             adapters=self.adapters,
             disturbed=disturbed,
             backlog=self.backlog,
+            ahead=self.ahead,
         )

@@ -59,6 +59,17 @@ class Training(Protocol):
         ...
 
     @property
+    def expected_queued_s(self) -> float:
+        """What is expected of it."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """Quanta that are launched before the first is over, while nothing is served; 1: a quantum
+        is over when it returns."""
+        ...
+
+    @property
     def saving(self) -> bool:
         """Whether a snapshot is being written on the cores that serving computes on."""
         ...
@@ -77,8 +88,9 @@ class Training(Protocol):
         ...
 
     def run_quantum(self, offer: QuantumOffer, decision: Decision) -> None: ...
-    def settle(self) -> None:
-        """Let the device catch up."""
+    def settle(self, most_s: float | None = None) -> None:
+        """Let the device catch up until another quantum may be launched; ``most_s``: and at most so
+        much is queued, by its upper bound."""
         ...
 
     def cut(self, kind: QuantumKind) -> bool:
@@ -187,7 +199,7 @@ class Slotting:
             now_s, queued_s = self._clock(), self._training.queued_s
             self._gap_s = self._spent_s + now_s - self._begin_s
             found = serving.slack(now_s, queued_s, disturbed=self._training.saving)
-            room_s = targets.busy_quantum_s - self._gap_s - queued_s
+            room_s = targets.busy_quantum_s - self._gap_s - self._training.expected_queued_s
             if not load.waiting:
                 self._waiting.could(offer, found, room_s, now_s)
                 if not self._waiting.pays:
@@ -225,12 +237,30 @@ class Slotting:
         offer = self._offer()
         if offer is None:
             return None
+        if self._training.depth > 1:
+            targets = self._beside_queued(offer, targets)
         decision, now_s = qos_policy.decide(load(), UNBOUNDED, offer, targets), self._clock()
         if decision.quanta:
             self._waiting.ran_idle(offer, decision.rows, now_s)
             return self._chosen(offer, decision, now_s)
         self.yielded.hold(decision.reason, now_s)
         return None
+
+    def _beside_queued(self, offer: QuantumOffer, targets: Targets) -> Targets:
+        """The targets with the idle bound that is left beside what is queued.
+
+        A prompt waits for all of that, so it is the sum that keeps the bound: two quanta of half
+        of it, or where the least is larger, what the one before leaves, once it is over if need
+        be.
+        """
+        bound_s, least_s = targets.idle_quantum_s, offer.candidates[0][1]
+        each_s = bound_s / self._training.depth
+        if least_s > each_s:
+            self._training.settle(max(bound_s - least_s, 0.0))
+            each_s = bound_s - self._training.queued_s
+        else:
+            self._training.settle(bound_s - each_s)
+        return replace(targets, idle_quantum_s=each_s)
 
     # ---------------------------------------------------------------- both
     def _offer(self) -> QuantumOffer | None:

@@ -50,7 +50,7 @@ NO_ROUNDS = DecodeRounds()
 def note_arrivals(reqs: Iterable[Any], last_poll_s: float) -> None:
     """Note the earliest possible arrival of prompts just received: the last look at the sockets."""
     for req in reqs:
-        req.harli_arrived_s = last_poll_s
+        req.harliarrived_s = last_poll_s
 
 
 def batch_seat_waits(running: Iterable[Any], count: int) -> list[int]:
@@ -65,7 +65,6 @@ def backlog_of(
     chunked: Any,
     *,
     chunk_tokens: int | None,
-    in_flight: bool = False,
     slots_s: Sequence[float] | None = None,
     rounds: DecodeRounds = NO_ROUNDS,
 ) -> Backlog | None:
@@ -75,9 +74,9 @@ def backlog_of(
     has had its first), and for one whose wait for a place has no bound.
 
     Args:
-        waiting: SGLang's waiting queue; chunked: the request whose prompt is computed in chunks.
+        waiting: SGLang's waiting queue; chunked: the request whose prompt is computed in chunks,
+            of which the one that was launched last does not count.
         chunk_tokens: most tokens of one prefill; None: no limit.
-        in_flight: the chunk that was launched last may not be computed yet.
         slots_s: upper bounds of the seconds until places are free, rounds that are left included;
             None: the next prefills take all.
         rounds: decode rounds before and between prefills.
@@ -87,10 +86,10 @@ def backlog_of(
     tokens, pairs, since_s = 0, 0, math.inf
     if chunked is not None:
         total = len(chunked.origin_input_ids) + len(chunked.output_ids)
-        done = requests.prefilled(chunked, in_flight=in_flight)
+        done = requests.prefilled(chunked)
         if chunked.output_ids:
             return None
-        tokens, pairs, since_s = total - done, (total - done) * total, _arrived_s(chunked)
+        tokens, pairs, since_s = total - done, (total - done) * total, arrived_s(chunked)
     for n, req in enumerate(waiting):
         if req.output_ids:
             return None
@@ -98,7 +97,7 @@ def backlog_of(
         new = max(total - requests.cached(req), 1)
         tokens += new
         pairs += new * total
-        since_s = min(since_s, _arrived_s(req) - (0.0 if slots_s is None else slots_s[n]))
+        since_s = min(since_s, arrived_s(req) - (0.0 if slots_s is None else slots_s[n]))
     parts = 1 if chunk_tokens is None else max(math.ceil(tokens / chunk_tokens), 1)
     upper_s = parts * predictor.prefill(math.ceil(tokens / parts), math.ceil(pairs / parts)).upper_s
     count = len(waiting) + (chunked is not None)
@@ -108,6 +107,7 @@ def backlog_of(
     return Backlog(count, since_s, upper_s, admitted, rounds.seconds(parts))
 
 
-def _arrived_s(req: Any) -> float:
+def arrived_s(req: Any) -> float:
+    """When a request came, at the earliest."""
     # SGLang notes when the scheduler takes a message, which may have lain in the socket a turn.
-    return getattr(req, "harli_arrived_s", 0.0) or req.time_stats.scheduler_recv_time
+    return getattr(req, "harliarrived_s", 0.0) or req.time_stats.scheduler_recv_time

@@ -22,6 +22,7 @@ from sglang_harli.managers.scheduler.service_link import ServiceLink
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.evaluation import EvaluationMetrics
+from sglang_harli.peft_trainer.graphs.graph_check import graphs_of
 from sglang_harli.peft_trainer.records import StepMetrics
 from sglang_harli.peft_trainer.run import QuantumShape, TrainingRun
 from sglang_harli.protocol import internal
@@ -47,12 +48,20 @@ class ActiveRun:
         link: ServiceLink,
         quantum_rows: int | None,
         memory: TrainMemory,
+        *,
+        working_bytes: int | None = None,
     ) -> None:
         self.spec = start.spec
         self._link = link
         _check_memory(start.spec, limits)
         self.training = TrainingRun(
-            base, start.spec, logits_bytes=limits.logits_bytes, quantum_rows=quantum_rows, memory=memory
+            base,
+            start.spec,
+            logits_bytes=limits.logits_bytes,
+            quantum_rows=quantum_rows,
+            memory=memory,
+            working_bytes=working_bytes,
+            graphs=graphs_of,
         )
         self._every = start.spec.hyperparameters.checkpoint_every
         self._saved_step = start.step
@@ -63,6 +72,7 @@ class ActiveRun:
         self._slot: SharedBuffer | None = None
         self._slot_free = False
         self._copier: StateCopier | None = None
+        self._copied_last = False  # the latest quantum was a slice of a copy
         self._wanted: str | None = None  # why a snapshot is due: every, best, pause, final, shutdown
         self._best_asked = 0  # the step whose state was the best one, and was to be saved
         self._stopping = False  # pause or cancel: no training quantum any more
@@ -106,6 +116,22 @@ class ActiveRun:
         return self._copier is not None
 
     @property
+    def copies_beside(self) -> bool:
+        """Whether training goes on while a copy of the state is under way, up to the next step."""
+        return self._copier is not None and self._copier.beside and not self.training.spilled
+
+    @property
+    def trains_next(self) -> bool:
+        """Whether it is training's turn, where that goes on beside a copy: every other one, and
+        those in which nothing has arrived."""
+        return self.copies_beside and (self._copied_last or not self.copy_ready)
+
+    @property
+    def copy_ready(self) -> bool:
+        """Whether a slice could be copied now."""
+        return self._copier is not None and (not self.copies_beside or self._copier.ready)
+
+    @property
     def saving(self) -> bool:
         """Whether a snapshot is on its way to the disk."""
         return self._in_hand is not None
@@ -126,8 +152,8 @@ class ActiveRun:
             return None
         shape = self.training.peek()
         replaces = shape is not None and shape.kind is QuantumKind.OPTIMIZER
-        if replaces and self._wanted == "best" and self.training.state_consistent:
-            return None  # the best state so far is copied before it is replaced
+        if replaces and (self.copying or self._wanted == "best") and self.training.state_consistent:
+            return None  # a state that is to be saved is copied before it is replaced
         return shape
 
     @property
@@ -137,7 +163,7 @@ class ActiveRun:
 
     def waiting_for(self) -> tuple[str, str]:
         """Sub-state and reason of a run that waits, but not for memory."""
-        if self._stopping or self.training.finished or self._wanted == "best":
+        if self._stopping or self.training.finished or self.copying or self._wanted == "best":
             return SubState.CHECKPOINTING, "waiting for the checkpoint to be written"
         if self.training.settling:
             return SubState.TRAINING, "waiting for the result of the evaluation"
@@ -146,6 +172,7 @@ class ActiveRun:
     def copy_slice(self) -> int:
         """One copy quantum; returns the bytes moved."""
         assert self._copier is not None
+        self._copied_last = True
         moved = self._copier.run()
         if self._copier.done:
             self._copied()
@@ -174,6 +201,7 @@ class ActiveRun:
 
     def after_quantum(self) -> bool:
         """Send what a step brought; start a due snapshot. True: the run is over, release it."""
+        self._copied_last = False
         if not self._state_bytes and self.training.ready:
             self._announce()
         self.send_metrics()
@@ -384,8 +412,8 @@ class ActiveRun:
         self._stopping, self._save_first = True, snapshot
         if not self.training.ready:
             return self._stop_now()  # nothing is applied; a checkpoint it came from is the state
-        if self._copier is not None and not snapshot:
-            self._copier = None
+        if not snapshot:
+            self._abandon_copy()
         if not self.training.state_consistent and (snapshot or not self.training.spilled):
             return False  # the optimizer's slices are finished first
         self.training.drop_micro_batch()
@@ -421,9 +449,14 @@ class ActiveRun:
         )
         return True
 
+    def _abandon_copy(self) -> None:
+        copier, self._copier = self._copier, None
+        if copier is not None:
+            copier.abandon()
+
     def release(self) -> None:
         """Return the memory; the slot's file is the service's to remove."""
-        self._copier = None
+        self._abandon_copy()
         self.training.release()
         if self._slot is not None:
             self._slot.close()

@@ -21,8 +21,9 @@ from sglang_harli.errors import HarliError
 from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressure
 from sglang_harli.managers.scheduler.policy.slotting import Slotting
 from sglang_harli.managers.scheduler.service_link import ServiceLink
+from sglang_harli.managers.scheduler.training import quantum_prices
 from sglang_harli.managers.scheduler.training.active_run import ActiveRun
-from sglang_harli.managers.scheduler.training.failures import describe, forget, passes
+from sglang_harli.managers.scheduler.training.failures import describe, forget, lacked_memory, passes
 from sglang_harli.managers.scheduler.training.parity import Parity
 from sglang_harli.managers.scheduler.training.quantum_timer import DeviceQuantumTimer, HostQuantumTimer, Work
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 PROGRESS_EVERY_S = 0.5
 PULSE_EVERY_S = 2.0
 ASK_MEMORY_EVERY_S = 0.01  # a run that waits for it
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 1024)  # rows of a quantum to choose from
 _OF_NO_RUN = (QuantumKind.ADAPTER, QuantumKind.COPY, QuantumKind.CHECK)  # they show no sub-state
 ENDING = "the server is ending"
 NOT_KNOWN = "it is not known which weights are served since their last update"
@@ -66,6 +66,7 @@ class CoTrainer:
         take_print: takes the print of ``base`` (waits for the device); None: never asked for.
         make_hello: what is in force in the scheduler; the trainer adds what it knows.
         set_options, status: what the scheduler does for ``harli set`` and ``harli status``.
+        now: seconds, that of the requests' times.
     """
 
     def __init__(
@@ -84,10 +85,12 @@ class CoTrainer:
         make_hello: Callable[[], internal.Hello],
         set_options: Callable[[internal.SetOptions], internal.OptionsSet],
         status: Callable[[], dict[str, Any]],
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.base, self.limits, self.loader = base, limits, loader
         self.link, self._make_hello = open_link(self.hello), make_hello
         self.predictor, self.clock, self.pressure = predictor, clock, pressure
+        self._now = now
         self.quantum_rows = quantum_rows
         self.run: ActiveRun | None = None
         self.held = False  # /pause_generation pauses training too
@@ -103,7 +106,7 @@ class CoTrainer:
         self._told_at = self._ask_memory_at = self._pulse_at = 0.0
         self._attempts: dict[str, int] = {}  # the newest attempt of each job that was held here, or stopped
         self.quanta, self.busy_quanta, self.train_s = 0, 0, 0.0
-        self.slotting = Slotting(self)
+        self.slotting = Slotting(self, now)
         self._handlers: dict[type, Callable[[Any, list[memoryview]], None]] = {
             internal.StartRun: self._start,
             internal.MicroBatch: self._about_run,
@@ -130,6 +133,8 @@ class CoTrainer:
     def poll(self, *, serving: bool = False) -> None:
         """Take what the service has sent, each loop turn; ``serving``: one micro-batch at most."""
         arrived = self.link.poll(1) if serving else self.link.poll()
+        if self.run is None and not arrived and not self._print_lacks:
+            return
         if self._print_lacks and time.monotonic() >= self._take_print_at:
             self._take_print()
             if not self._print_lacks:
@@ -168,8 +173,16 @@ class CoTrainer:
         self._note(spec.job, spec.attempt)
         if self.run is not None:
             self._release()  # the store wants another run
-        memory = self.pressure.memory
-        self.run = ActiveRun(self.base, message, self.limits, self.link, self.quantum_rows, memory)
+        working = None if self.base.device.type == "cpu" else self.pressure.reserve_bytes or None
+        self.run = ActiveRun(
+            self.base,
+            message,
+            self.limits,
+            self.link,
+            self.quantum_rows,
+            self.pressure.memory,
+            working_bytes=working,
+        )
         self.pressure.attach(self.run.training, spec.memory_bytes, self._give_up)
 
     @property
@@ -303,7 +316,13 @@ class CoTrainer:
         if self.released:
             return None
         if run is not None and run.copying:
-            return self._single(QuantumKind.COPY)
+            if run.trains_next and (offer := self._run_offer(run)) is not None:
+                return offer
+            return self._single(QuantumKind.COPY) if self.run is run and run.copy_ready else None
+        return self._run_offer(run)
+
+    def _run_offer(self, run: ActiveRun | None) -> QuantumOffer | None:
+        """A quantum of training, or of the comparison with serving."""
         finishing = run is not None and run.finishing
         if self.held and not finishing:
             return None
@@ -325,7 +344,7 @@ class CoTrainer:
             return self._single(QuantumKind.ADAPTER, Claim.EVERY_STEP)
         run = self.run
         if run is not None and not self.released:
-            if run.copying:
+            if run.copying and run.copy_ready:
                 return self._single(QuantumKind.COPY, Claim.SHARE)
             if run.finishing and (offer := self._training_offer(run, Claim.SHARE)) is not None:
                 return offer
@@ -365,14 +384,10 @@ class CoTrainer:
             return None
         if shape is None:
             return None
-        sizes = [*(r for r in SIZES if r < shape.rows and not shape.fixed), shape.rows]
-        firsts = run.training.new_shapes(shape, sizes)
-        candidates = self.predictor.prices(shape.kind, sizes, shape.row_tokens, shape.attended, firsts)
-        return QuantumOffer(shape.kind, candidates, shape.fixed, self.predictor.doubt(shape.kind), claim)
+        return quantum_prices.offer_of(self.predictor, run.training, shape, claim)
 
     def _single(self, kind: QuantumKind, claim: Claim = Claim.POLICY) -> QuantumOffer:
-        upper_s, doubt = self.predictor.quantum(kind, 1).upper_s, self.predictor.doubt(kind)
-        return QuantumOffer(kind, ((1, upper_s),), True, doubt, claim)
+        return quantum_prices.single(self.predictor, kind, claim)
 
     def _wait(self, run: ActiveRun) -> None:
         if not run.lacks_memory:
@@ -405,10 +420,10 @@ class CoTrainer:
 
     def run_quantum(self, offer: QuantumOffer, decision: Decision) -> None:
         """Run (on CUDA: launch) the quantum that was decided."""
-        begin = time.perf_counter()
+        begin = self._now()
         try:
             with self.clock.span():
-                work = self._run(offer.kind, decision.rows)
+                work = self._run(offer.kind, decision)
         except Exception as error:  # boundary: a quantum fails its run; serving goes on
             logger.exception("harli: a training quantum (%s) failed", offer.kind.value)
             # Where another job's adapter failed to load, or a comparison failed, the run goes on.
@@ -416,19 +431,13 @@ class CoTrainer:
                 self.parity.fail(describe(error)[1])
                 self.hold_changed()
                 forget(error, self.base.device)
-            elif offer.kind is not QuantumKind.ADAPTER:
+            elif offer.kind is not QuantumKind.ADAPTER and not self._shrunk(offer.kind, error):
                 self.fail(error)
             return
         upper_s = dict(offer.candidates).get(decision.rows, offer.candidates[-1][1])
-        self.clock.close(work, upper_s)
-        now_s = time.perf_counter()
-        for w, seconds in self.clock.take():
-            if w.tokens:
-                self.predictor.observe_quantum(
-                    w.kind, w.tokens, w.row_tokens, seconds, first_of_shape=w.first_of_shape
-                )
-            else:
-                self.predictor.ran(w.kind)
+        self.clock.close(work, lambda: quantum_prices.left_when_launched(self.predictor, work, upper_s))
+        now_s = self._now()
+        quantum_prices.learn(self.predictor, self.clock.take())
         if offer.kind is not QuantumKind.CHECK:
             self.quanta += 1
             self.busy_quanta += decision.reason is not Reason.IDLE
@@ -436,30 +445,49 @@ class CoTrainer:
         if self.run is not None and offer.kind not in _OF_NO_RUN:
             self._enter(SubState.TRAINING, decision.reason)
 
+    def _shrunk(self, kind: QuantumKind, error: Exception) -> bool:
+        """Whether the run goes on with smaller quanta, after one that had no memory."""
+        run = self.run
+        if run is None or kind is QuantumKind.COPY or not lacked_memory(error) or not run.training.shrink():
+            return False
+        logger.warning("harli: training goes on with smaller quanta, for there was no memory for this one")
+        forget(error, self.base.device)
+        return True
+
+    @property
+    def depth(self) -> int:
+        """Quanta that are launched before the first is over, while nothing is served."""
+        return self.clock.depth
+
     @property
     def queued_s(self) -> float:
         """Upper bound of the training that is launched and not finished, seconds."""
         return self.clock.queued_s
 
-    def settle(self) -> None:
-        """Idle: let the device catch up."""
-        self.clock.settle()
+    @property
+    def expected_queued_s(self) -> float:
+        """What is expected of it."""
+        return self.clock.expected_queued_s
 
-    def _run(self, kind: QuantumKind, rows: int) -> Work:
+    def settle(self, most_s: float | None = None) -> None:
+        """Idle: let the device catch up, until at most ``most_s`` are queued."""
+        self.clock.settle(most_s)
+
+    def _run(self, kind: QuantumKind, decision: Decision) -> Work:
         if kind is QuantumKind.ADAPTER:
             assert self.loader is not None
             self.loader.run_slice()
             return Work(kind, 1)
         if kind is QuantumKind.CHECK:
             assert self.parity is not None
-            work = self.parity.run(rows)
+            work = self.parity.run(decision.rows)
             self.hold_changed()
             return work
         run = self.run
         assert run is not None
-        if run.copying:
+        if run.copying and (kind is QuantumKind.COPY or not run.copies_beside):
             return Work(kind, min(run.copy_slice(), 1))
-        done = run.training.run(rows)
+        done = run.training.run(decision.rows, idle=decision.reason is Reason.IDLE)
         if run.after_quantum():
             self._release()
         tokens = 0 if done.misleads else max(done.tokens, 1)  # 1 for kinds that are not cut by rows
@@ -473,7 +501,7 @@ class CoTrainer:
             run.release()
             self.pressure.detach()
             self._told_at = 0.0
-            self.slotting.yielded.end(time.perf_counter())
+            self.slotting.yielded.end(self._now())
 
     def _give_up(self, reason: str) -> None:
         """Requests need the run's memory: it resumes from its checkpoint when there is memory."""
@@ -561,7 +589,7 @@ class CoTrainer:
 
     def totals(self) -> dict[str, Any]:
         """What was counted since this trainer began."""
-        yielded = self.slotting.yielded.totals(time.perf_counter())
+        yielded = self.slotting.yielded.totals(self._now())
         return {
             "quanta": self.quanta,
             "busy_quanta": self.busy_quanta,

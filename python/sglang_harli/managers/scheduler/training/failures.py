@@ -9,6 +9,11 @@ import torch
 from sglang_harli.errors import HarliError
 
 
+def lacked_memory(error: Exception) -> bool:
+    """Whether the device, or the host, had no memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def passes(error: Exception) -> bool:
     """Whether a run that it ended is worth trying again: memory or a mapping was lacking."""
     return isinstance(error, OSError) or describe(error)[0] == "out_of_memory"
@@ -18,7 +23,7 @@ def describe(error: Exception) -> tuple[str, str]:
     """A stable code and a message that says what to change, as the job shows them."""
     if isinstance(error, HarliError):
         return error.code, error.message
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if lacked_memory(error):
         return "out_of_memory", (
             f"training ran out of memory ({error}): lower batch_size, max_seq_length or lora_r, "
             "or leave more outside the KV pool for training with --harli-train-reserve"

@@ -1,8 +1,9 @@
 """How long quanta take, and how much launched training is still queued on the device.
 
 On a CPU a quantum is over when it returns. On CUDA it runs on the stream of SGLang's forwards,
-behind the batch in flight (strict alternation): until its events fire, its upper bound counts as
-queued, so that the ledger charges it to the token it delays.
+behind the batch in flight (strict alternation): until its events fire, its bound counts as queued,
+so that the ledger charges it to the token it delays. Its launch takes the host's time, and its
+kernels the device's: both are measured, since either may be the longer one.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_harli.core import QuantumKind
+from sglang_harli.core import LatencyEstimate, QuantumKind
+from sglang_harli.managers.scheduler.step_timer import current_stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +34,36 @@ class Work:
     first_of_shape: bool = False
 
 
-class HostQuantumTimer:
-    """For the CPU engine."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How long a quantum took.
 
-    queued_s = 0.0
+    Attributes:
+        seconds: from its first kernel's turn to its last one's end; on a CPU from call to return.
+        launch_s: until the host had launched it; 0 on a CPU, which computes it meanwhile.
+        starved: its turn had come before the launch was over, so that the device waited for the
+            host: alone it takes between ``seconds - launch_s`` and ``seconds``.
+    """
+
+    work: Work
+    seconds: float
+    launch_s: float = 0.0
+    starved: bool = False
+
+
+class HostQuantumTimer:
+    """For the CPU engine.
+
+    Attributes:
+        depth: quanta that are launched before the first is over, while nothing is served.
+    """
+
+    depth = 1
+    queued_s = expected_queued_s = 0.0
 
     def __init__(self) -> None:
         self._begin = 0.0
-        self._measured: list[tuple[Work, float]] = []
+        self._measured: list[Measured] = []
 
     @contextlib.contextmanager
     def span(self) -> Iterator[None]:
@@ -47,73 +71,112 @@ class HostQuantumTimer:
         self._begin = time.perf_counter()
         yield
 
-    def close(self, work: Work, upper_s: float) -> None:
-        """The quantum in the span before did this."""
-        self._measured.append((work, time.perf_counter() - self._begin))
+    def close(self, work: Work, estimate: Callable[[], LatencyEstimate]) -> None:
+        """The quantum in the span before did this; ``estimate``: of what a device has yet to do."""
+        self._measured.append(Measured(work, time.perf_counter() - self._begin))
 
-    def take(self) -> list[tuple[Work, float]]:
-        """Quanta that are over and have not been taken, with their seconds."""
+    def take(self) -> list[Measured]:
+        """Quanta that are over and have not been taken."""
         measured, self._measured = self._measured, []
         return measured
 
-    def settle(self) -> None:
-        """Idle: let the device catch up before the next quantum is launched."""
+    def settle(self, most_s: float | None = None) -> None:
+        """Idle: let the device catch up until another quantum may be launched (one is left, or
+        less where that takes more than ``most_s``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    first: Any
+    last: Any
+    work: Work
+    estimate: LatencyEstimate
+    launch_s: float
+    starved: bool
 
 
 class DeviceQuantumTimer:
-    """For CUDA.  ``stream``: the stream of SGLang's forwards."""
+    """For CUDA.
 
-    def __init__(self, device_module: Any, stream: Any) -> None:
-        self._device, self._stream = device_module, stream
-        self._events: tuple[Any, Any] | None = None
-        self._pending: deque[tuple[Any, Any, Work, float]] = deque()
+    Args:
+        stream: tells the stream that SGLang's forwards run on now.
+        now: seconds.
+    """
+
+    depth = 2  # keeps the device busy while the host polls
+
+    def __init__(
+        self,
+        device_module: Any,
+        stream: Callable[[], Any],
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._device, self._stream, self._now = device_module, stream, now
+        self._spanned: tuple[Any, Any, float] | None = None
+        self._pending: deque[_Queued] = deque()
         self._spare: list[tuple[Any, Any]] = []
-        self._measured: list[tuple[Work, float]] = []
+        self._measured: list[Measured] = []
 
     @contextlib.contextmanager
     def span(self) -> Iterator[None]:
-        events = (
+        first, last = (
             self._spare.pop()
             if self._spare
             else tuple(self._device.Event(enable_timing=True) for _ in range(2))
         )
-        with self._device.stream(self._stream):
-            events[0].record(self._stream)
+        stream = self._stream()
+        with self._device.stream(stream):
+            begin_s = self._now()
+            first.record(stream)
             yield
-            events[1].record(self._stream)
-        self._events = (events[0], events[1])
+            last.record(stream)
+        self._spanned = first, last, self._now() - begin_s
 
-    def close(self, work: Work, upper_s: float) -> None:
-        assert self._events is not None
-        self._pending.append((*self._events, work, upper_s))
-        self._events = None
+    def close(self, work: Work, estimate: Callable[[], LatencyEstimate]) -> None:
+        assert self._spanned is not None
+        first, last, launch_s = self._spanned
+        self._spanned = None
+        self._pending.append(_Queued(first, last, work, estimate(), launch_s, first.query()))
 
     def _collect(self) -> None:
-        while self._pending and self._pending[0][1].query():
-            first, last, work, _ = self._pending.popleft()
-            self._measured.append((work, first.elapsed_time(last) / 1e3))
-            self._spare.append((first, last))
+        while self._pending and self._pending[0].last.query():
+            over = self._pending.popleft()
+            seconds = over.first.elapsed_time(over.last) / 1e3
+            self._measured.append(Measured(over.work, seconds, over.launch_s, over.starved))
+            self._spare.append((over.first, over.last))
 
     @property
     def queued_s(self) -> float:
+        """Sum of the bounds of what is launched and not over: for what must not be exceeded."""
         self._collect()
-        return sum(entry[3] for entry in self._pending)
+        return sum(each.estimate.upper_s for each in self._pending)
 
-    def take(self) -> list[tuple[Work, float]]:
+    @property
+    def expected_queued_s(self) -> float:
+        """The same of what is expected: bounds add up to more than is ever seen."""
+        self._collect()
+        return sum(each.estimate.expected_s for each in self._pending)
+
+    def take(self) -> list[Measured]:
         self._collect()
         measured, self._measured = self._measured, []
         return measured
 
-    def settle(self) -> None:
-        # Two in flight keep the device busy while the host polls; a prompt waits for at most those.
-        if len(self._pending) > 1:
-            self._pending[-2][1].synchronize()
+    def settle(self, most_s: float | None = None) -> None:
+        while len(self._pending) >= self.depth or (
+            most_s is not None and self._pending and self.queued_s > most_s
+        ):
+            self._pending[0].last.synchronize()
+            self._collect()
 
 
-def make_timer(device: str, stream: Any) -> HostQuantumTimer | DeviceQuantumTimer:
-    """The clock of a scheduler on ``device`` whose forwards run on ``stream``."""
+def make_timer(
+    device: str, stream: Callable[[], Any] | None, now: Callable[[], float] = time.perf_counter
+) -> HostQuantumTimer | DeviceQuantumTimer:
+    """The timer of a scheduler on ``device``; ``stream``: see ``step_timer.stream_of``."""
     if device == "cpu":
         return HostQuantumTimer()
     import torch
 
-    return DeviceQuantumTimer(torch.get_device_module(device), stream)
+    module = torch.get_device_module(device)
+    return DeviceQuantumTimer(module, stream or current_stream(module), now)
