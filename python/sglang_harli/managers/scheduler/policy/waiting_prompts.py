@@ -50,7 +50,7 @@ NO_ROUNDS = DecodeRounds()
 def note_arrivals(reqs: Iterable[Any], last_poll_s: float) -> None:
     """Note the earliest possible arrival of prompts just received: the last look at the sockets."""
     for req in reqs:
-        req.harliarrived_s = last_poll_s
+        req.harli_arrived_s = last_poll_s
 
 
 def batch_seat_waits(running: Iterable[Any], count: int) -> list[int]:
@@ -110,4 +110,4 @@ def backlog_of(
 def arrived_s(req: Any) -> float:
     """When a request came, at the earliest."""
     # SGLang notes when the scheduler takes a message, which may have lain in the socket a turn.
-    return getattr(req, "harliarrived_s", 0.0) or req.time_stats.scheduler_recv_time
+    return getattr(req, "harli_arrived_s", 0.0) or req.time_stats.scheduler_recv_time
