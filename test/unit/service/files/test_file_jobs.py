@@ -169,8 +169,8 @@ def test_a_job_that_is_being_validated_can_be_paused_and_resumed(inner, service,
     job, go = looked_at
     assert inner.call("pause", {"job": job})["status"] == "paused"
     assert inner.call("pause", {"job": job})["status"] == "paused"
-    go()
     assert inner.call("resume", {"job": job})["status"] == "validating_files"
+    go()
     kinds = until(lambda: "queued" in (kinds := types(service, job)) and kinds, "the validation")
     assert kinds == ["job_created", "validating", "paused", "validating", "data_validated", "queued"]
 
