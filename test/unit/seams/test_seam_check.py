@@ -60,6 +60,7 @@ def test_the_installed_sglang_has_every_seam():
     assert kinds == {"import", "hook", "override", "member", "assumption:", "called:"} and len(lines) > 200
 
 
+@pytest.mark.long
 @pytest.mark.skipif(supported.folder() == "pinned", reason="a version after it is read as the newest")
 def test_an_installed_sglang_that_is_not_supported_is_read_and_called(tmp_path):
     """Also beside an unpacked wheel."""

@@ -52,6 +52,7 @@ def test_the_umask_says_who_may_read_a_model(tmp_path: Path, umask: int):
     assert "model.safetensors" in modes
 
 
+@pytest.mark.long
 @needs_root
 def test_a_user_without_a_name_or_a_home_makes_a_model():
     script = """

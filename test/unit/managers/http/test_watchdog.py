@@ -110,6 +110,7 @@ async def watched(
         await asyncio.to_thread(keeper.stop, 2)
 
 
+@pytest.mark.long
 def test_a_service_that_stops_answering_is_killed_and_started_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
