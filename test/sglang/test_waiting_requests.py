@@ -120,9 +120,7 @@ def test_a_prompt_in_chunks_is_as_far_as_its_chunks_are(runner: Any, tree: Any) 
     chunked = adder.new_chunked_req
     assert chunked is req
     compute(runner, tree, adder.can_run_list, chunked)
-    # The first chunk is launched: nothing before it, and what it brings behind it.
-    assert requests.prefilled(req, in_flight=True) == 0
-    assert requests.prefilled(req, in_flight=False) == CHUNK
+    assert requests.prefilled(req) == CHUNK  # it is launched
     for done in (CHUNK, 2 * CHUNK):
         stash(req, tree)
         req.init_next_round_input()
@@ -130,8 +128,7 @@ def test_a_prompt_in_chunks_is_as_far_as_its_chunks_are(runner: Any, tree: Any) 
         left = adder.add_chunked_req(req)
         assert (left is req) == (done + CHUNK < PROMPT)
         compute(runner, tree, adder.can_run_list, left)
-        assert requests.prefilled(req, in_flight=True) == done
-        assert requests.prefilled(req, in_flight=False) == min(done + CHUNK, PROMPT)
+        assert requests.prefilled(req) == min(done + CHUNK, PROMPT)
 
 
 def test_what_the_tree_holds_of_a_prompt_that_waits_is_cached(runner: Any, tree: Any) -> None:
