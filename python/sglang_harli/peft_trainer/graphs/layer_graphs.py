@@ -3,7 +3,7 @@
 A small quantum is bound by its launches, not by its arithmetic. Where its shape comes again it is
 captured once, while nothing is served, and from then on launched as one:
 
-    x, grad ─copy─► staging ─ graph: forward, or forward again and backward ─► staging ─copy─► layer above, grad, gradients
+    x, grad ─copy─► staging ─ graph: forward, or forward again and backward ─► staging ─copy─► next layer's input, grad, gradients
 
 Widths are padded to buckets, so that few shapes come. Padding stands to the right, where causal
 attention cannot see it, and its gradients are zero. A graph reads and writes staging, whose

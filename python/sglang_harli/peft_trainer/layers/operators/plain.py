@@ -141,12 +141,7 @@ class Operators:
         """``activation(gate) * up``, ``[tokens, intermediate]``, of ``flat``: both side by side,
         which may be overwritten if no backward follows."""
         inputs, up = (flat[:, columns] for columns in gate.columns)
-        if gate.silu:
-            active = F.silu(inputs)
-        elif trace is not None:
-            active = trace.run("activation", gate.activation, inputs)
-        else:
-            active = gate.activation(inputs)
+        active = self._activated(inputs, gate, trace)
         if trace is None:
             return active.mul_(up)
         trace["gate up"], trace["active"] = flat, active
@@ -160,11 +155,24 @@ class Operators:
         grad_inputs, grad_up = (both[:, columns] for columns in gate.columns)
         torch.mul(grad, trace["active"], out=grad_up)
         grad.mul_(up)
-        if gate.silu:
-            torch.ops.aten.silu_backward.grad_input(grad, inputs, grad_input=grad_inputs)
-        else:
-            grad_inputs.copy_(trace.pieces["activation"].backward(grad)[0])
+        self._activation_backward(grad, inputs, gate, trace, grad_inputs)
         return both
+
+    def _activated(self, inputs: Tensor, gate: Gate, trace: SavedTensors | None) -> Tensor:
+        if gate.silu:
+            return F.silu(inputs)
+        if trace is not None:
+            return trace.run("activation", gate.activation, inputs)
+        return gate.activation(inputs)
+
+    def _activation_backward(
+        self, grad: Tensor, inputs: Tensor, gate: Gate, trace: SavedTensors, out: Tensor
+    ) -> None:
+        """The gradient of the activation's ``inputs``, into ``out``."""
+        if gate.silu:
+            torch.ops.aten.silu_backward.grad_input(grad, inputs, grad_input=out)
+        else:
+            out.copy_(trace.pieces["activation"].backward(grad)[0])
 
     # ---- LoRA products
     def low_products(self, x: Tensor, a: Tensor, scaling: float) -> Tensor:

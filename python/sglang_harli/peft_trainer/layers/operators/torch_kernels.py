@@ -132,23 +132,13 @@ class TorchOperators(Operators):
         return flat
 
     # ---- the MLP's activation
-    def gated(self, flat: Tensor, gate: Gate, trace: SavedTensors | None) -> Tensor:
-        inputs, up = (flat[:, columns] for columns in gate.columns)
-        active = F.silu(inputs) if gate.silu else gate.activation(inputs)
-        if trace is None:
-            return active.mul_(up)
-        trace["gate up"], trace["active"] = flat, active
-        return active * up
+    def _activated(self, inputs: Tensor, gate: Gate, trace: SavedTensors | None) -> Tensor:
+        return F.silu(inputs) if gate.silu else gate.activation(inputs)
 
-    def gated_backward(self, grad: Tensor, gate: Gate, trace: SavedTensors) -> Tensor:
-        saved = trace["gate up"]
-        inputs, up = (saved[:, columns] for columns in gate.columns)
-        both = torch.empty_like(saved)
-        grad_inputs, grad_up = (both[:, columns] for columns in gate.columns)
-        torch.mul(grad, trace["active"], out=grad_up)
-        grad.mul_(up)
-        ACTIVATIONS[type(gate.activation).__name__](grad, inputs, grad_inputs)
-        return both
+    def _activation_backward(
+        self, grad: Tensor, inputs: Tensor, gate: Gate, trace: SavedTensors, out: Tensor
+    ) -> None:
+        ACTIVATIONS[type(gate.activation).__name__](grad, inputs, out)
 
     # ---- LoRA products: the scale is the product's own factor
     def low_products(self, x: Tensor, a: Tensor, scaling: float) -> Tensor:
