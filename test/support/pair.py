@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from sglang_harli import run_paths
 from support.server import POLL_S, START_S, Server, free_port, start_server
 
@@ -143,19 +145,22 @@ class Pair:
         """Start whatever is not there; returns when all of it serves."""
         started = [side for side in (PREFILL, DECODE) if side not in self.servers]
         for side in started:
-            self.servers[side] = self._start(side)
+            self.launch(side)
         with ThreadPoolExecutor(2) as threads:  # they share the cores: none waits for the other
             list(threads.map(lambda side: self.servers[side].wait_ready(), started))
         if "router" not in self.servers:
             self.servers["router"] = self._start_router()
             self.servers["router"].wait_ready()
 
-    def _start(self, side: str) -> Server:
+    def launch(self, side: str) -> Server:
+        """Start one server by its command; it is not ready yet when this returns."""
         how = self._sides[side]
         flags = [*how.flags, "--disaggregation-mode", side, "--disaggregation-transfer-backend", TRANSPORT]
         if side == PREFILL:
             flags += ["--disaggregation-bootstrap-port", str(self.bootstrap_port)]
-        return start_server(
+        elif how.launcher == "harli":
+            flags += ["--harli-prefill-url", self.url_of(PREFILL)]
+        self.servers[side] = start_server(
             self._model,
             *flags,
             launcher=how.launcher,
@@ -164,6 +169,7 @@ class Pair:
             run_dir=self.run_dir if side == DECODE else self.folder / "prefill-runs",
             endpoint=self.endpoint if side == DECODE else None,
         )
+        return self.servers[side]
 
     def _start_router(self) -> Server:
         port, log_path = self._ports["router"], self.folder / "router.log"
@@ -217,3 +223,7 @@ class Pair:
                 raise AssertionError(f"{what} did not come within {timeout_s:g} s")
             time.sleep(POLL_S)
         return value
+
+    def family(self) -> list[psutil.Process]:
+        """The live processes of all of it."""
+        return [process for server in self.servers.values() for process in server.family()]
