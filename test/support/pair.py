@@ -31,7 +31,7 @@ TRANSPORT = "mooncake_tcp"
 LOOPBACK = {"SGLANG_HOST_IP": "127.0.0.1"}
 PREFILL, DECODE = "prefill", "decode"
 INSTALLED_BY = "`make install` installs it, or `pip install 'sglang-harli[disaggregation]'`"
-LIBRARIES = "apt-get install libibverbs1 libnuma1"
+LIBRARIES = "apt-get install libibverbs1 libnuma1 libcurl4"
 
 
 @functools.cache
