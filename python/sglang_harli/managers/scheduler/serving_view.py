@@ -54,6 +54,11 @@ class ServingView:
         return not self._scheduler.waiting_queue and self._scheduler.running_batch.is_empty()
 
     @property
+    def transferring(self) -> int:
+        """Requests whose KV is to come from a prefill server; none here."""
+        return 0
+
+    @property
     def prompts(self) -> int:
         """Length of the waiting queue."""
         return len(self._scheduler.waiting_queue)
@@ -99,8 +104,8 @@ class ServingView:
         backlog = self._backlog(reqs, context, decoded=decoded)
         waiting = self.waiting if backlog is None else self.arrived
         ahead = None if in_flight is None or not in_flight.prompts else self._ahead(in_flight)
-        clocks = self._side.clocks(reqs)
-        return Boundary(self._side, clocks, context, with_adapters(reqs), backlog, waiting, ahead)
+        clocks, unclocked = self._side.clocks(reqs)
+        return Boundary(self._side, clocks, context, with_adapters(reqs), backlog, waiting, ahead, unclocked)
 
     def _ahead(self, in_flight: InFlight) -> Backlog:
         """The prompts of a prefill in flight: their first tokens, and what others wait for it."""
