@@ -46,6 +46,8 @@ class InFlight:
 class ServingView:
     """The requests of one of SGLang's schedulers; ``side``: targets and estimates."""
 
+    joined_beside = False  # requests may join the batch in flight that the one before had not
+
     def __init__(self, scheduler: Any, side: ServingState) -> None:
         self._scheduler, self._side = scheduler, side
 
@@ -98,7 +100,7 @@ class ServingView:
         """The boundary behind a batch, where the next step of serving is to begin, or is
         ``in_flight`` already."""
         reqs = batch.reqs
-        if not decoded:  # with overlap the running batch holds the prefilled requests already
+        if not decoded or self.joined_beside:  # with overlap the running batch holds the prefilled requests already
             reqs = list(dict.fromkeys([*self._scheduler.running_batch.reqs, *reqs]))
         context = self._side.context_tokens(reqs)
         backlog = self._backlog(reqs, context, decoded=decoded)

@@ -23,6 +23,8 @@ from sglang_harli.managers.scheduler.serving_view import LOOK_AHEAD, ServingView
 class TransferView(ServingView):
     """The requests of a decode server's scheduler."""
 
+    joined_beside = True  # with no prefill between: with overlap their first step is in flight
+
     @property
     def transferring(self) -> int:
         """Requests that wait for their prefill server or for slots."""
