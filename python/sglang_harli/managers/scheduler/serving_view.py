@@ -100,7 +100,9 @@ class ServingView:
         """The boundary behind a batch, where the next step of serving is to begin, or is
         ``in_flight`` already."""
         reqs = batch.reqs
-        if not decoded or self.joined_beside:  # with overlap the running batch holds the prefilled requests already
+        if (
+            not decoded or self.joined_beside
+        ):  # with overlap the running batch holds the prefilled requests already
             reqs = list(dict.fromkeys([*self._scheduler.running_batch.reqs, *reqs]))
         context = self._side.context_tokens(reqs)
         backlog = self._backlog(reqs, context, decoded=decoded)

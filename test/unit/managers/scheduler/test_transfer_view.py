@@ -35,7 +35,12 @@ def req(prompt: int = 10, emitted: int = 1, first_s: float = 2.0) -> Any:
 
 
 def view(
-    *, asking: int = 0, retracted: int = 0, coming: int = 0, waiting: int = 0, running: list[Any] | None = None
+    *,
+    asking: int = 0,
+    retracted: int = 0,
+    coming: int = 0,
+    waiting: int = 0,
+    running: list[Any] | None = None,
 ) -> TransferView:
     reqs = running or []
     scheduler = SimpleNamespace(
@@ -47,7 +52,9 @@ def view(
             retracted_queue=[req(20, 6) for _ in range(retracted)],
             num_reserved_decode_tokens=512,
         ),
-        disagg_decode_transfer_queue=SimpleNamespace(queue=[SimpleNamespace(req=req()) for _ in range(coming)]),
+        disagg_decode_transfer_queue=SimpleNamespace(
+            queue=[SimpleNamespace(req=req()) for _ in range(coming)]
+        ),
         ipc_channels=SimpleNamespace(recv_from_tokenizer=zmq.Context.instance().socket(zmq.PULL)),
     )
     found = view_of(scheduler, ServingState(HarliOptions(ttft_slo_ms=500.0), prefills=False))
@@ -101,7 +108,12 @@ def test_what_is_reserved_for_decoding(coming, waiting, running, slots):
     found = view(coming=coming, waiting=waiting, running=[req() for _ in range(running)])
     assert reserved_slots(found._scheduler) == slots
     shown = found._side.status()["disaggregation"]
-    assert shown == {"mode": "decode", "waiting_for_slots": 0, "transferring": coming, "reserved_slots": slots}
+    assert shown == {
+        "mode": "decode",
+        "waiting_for_slots": 0,
+        "transferring": coming,
+        "reserved_slots": slots,
+    }
 
 
 def test_before_sglang_has_its_queues_nothing_is_reserved():

@@ -127,7 +127,9 @@ def test_memory_that_is_lent_in_place_waits_once_for_its_clearing():
         assert module.log == ["event", *["record", "synchronize"] * (turn + 1)]
 
 
-@pytest.mark.parametrize("kind", [HostBacking, lambda geometry, debug: StaticBacking(geometry, "cpu", debug=debug)])
+@pytest.mark.parametrize(
+    "kind", [HostBacking, lambda geometry, debug: StaticBacking(geometry, "cpu", debug=debug)]
+)
 def test_on_a_host_it_is_over_at_once(kind: Any):
     """Poison included: rows are zeros when they can be given to a transfer."""
     backing = kind(small_geometry(), debug=True)
