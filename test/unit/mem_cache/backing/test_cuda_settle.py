@@ -111,7 +111,7 @@ class Module:
     def __init__(self) -> None:
         self.log: list[str] = []
 
-    def Event(self) -> Event:  # noqa: N802  (torch's name)
+    def Event(self) -> Event:
         self.log.append("event")
         return Event(self.log)
 
