@@ -75,6 +75,10 @@ class Reason(enum.StrEnum):
     NO_SLACK_TTFT = "no slack under the TTFT target", "ttft"
     NO_SLACK = "no slack", "none"
     CLAIM = "copies of its state and adapters have a share of the time, whatever waits"
+    NO_CLOCK = (
+        "it is not known when a running request got its first token, so neither what it may wait",
+        "no_clock",
+    )
     PAUSED = "generation is paused", "paused"
     MEMORY_RELEASED = (
         "SGLang has released its memory: training goes on after /resume_memory_occupation",
@@ -120,12 +124,14 @@ class StepLoad:
         running, context_tokens: requests in the running decode batch, and their lengths' sum.
         waiting: prompts that training stops for at once; a chunked prefill in progress is one.
         promised: prompts that wait under a deadline of their own, which the slack counts.
+        unclocked: running requests whose first token's time is not known, so no deadline is.
     """
 
     running: int = 0
     context_tokens: int = 0
     waiting: int = 0
     promised: int = 0
+    unclocked: int = 0
 
     @property
     def idle(self) -> bool:

@@ -85,6 +85,26 @@ TABLE = (
             ),
         )
     ),
+    *(
+        Replacement(
+            f"sglang.srt.disaggregation.decode.{method}",
+            f"sglang_harli.managers.scheduler.memory.transfers:{hook}",
+            why,
+            main=False,
+        )
+        for method, hook, why in (
+            (
+                "DecodePreallocQueue._pre_alloc",
+                "pre_alloc",
+                "a prefill server writes on no stream: what training gave back is cleared before it hears of the slots",
+            ),
+            (
+                "DecodeTransferQueue.pop_transferred",
+                "pop_transferred",
+                "behind a transfer that was given up, free slots may still be written to",
+            ),
+        )
+    ),
     Replacement(
         "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.release_memory_occupation",
         "sglang_harli.managers.http.training_guards:refuse_while_training",

@@ -170,6 +170,8 @@ def configurator(**changes: Any) -> Any:
         pp_size=1,
         dcp_size=1,
         disaggregation_mode="null",
+        disaggregation_transfer_backend="mooncake",
+        disaggregation_decode_host_receive_threshold=1,
         radix_cache_backend=None,
         **dict.fromkeys(
             (
@@ -182,6 +184,7 @@ def configurator(**changes: Any) -> Any:
                 "enable_lmcache",
                 "enable_flexkv",
                 "enable_unified_cache_external_linker",
+                "disaggregation_decode_enable_offload_kvcache",
             ),
             False,
         ),
@@ -217,7 +220,8 @@ def configurator(**changes: Any) -> Any:
     [
         ({"tp_size": 2}, "several devices"),
         ({"is_draft_worker": True}, "speculative decoding"),
-        ({"disaggregation_mode": "decode"}, "disaggregation"),
+        ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill"),
+        ({"disaggregation_decode_enable_offload_kvcache": True}, "enable-offload-kvcache"),
         ({"dcp_size": 2}, "decode context parallelism"),
         ({"use_mla_backend": True}, "MLA"),
         ({"is_hybrid_swa": True}, "sliding-window"),
@@ -235,6 +239,7 @@ def configurator(**changes: Any) -> Any:
             [
                 ({"kv_shard_rank": 0}, "--enable-kv-cache-sharding"),
                 ({"enable_unified_cache_external_linker": True}, "external-linker"),
+                ({"disaggregation_decode_host_receive_threshold": 0.5}, "host-receive-threshold"),
             ]
             if NEWEST
             else []

@@ -290,7 +290,6 @@ def test_the_cpu_without_its_engine_names_the_launcher(make_args, monkeypatch):
         ({"pp_size": 2}, "--pp-size"),
         ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num"),
         ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm"),
-        ({"disaggregation_mode": "decode"}, "--disaggregation-mode"),
         ({"quantization": "fp8"}, "--quantization"),
         *([] if NEWEST else [({"torchao_config": "int8wo"}, "--torchao-config")]),
         ({"enable_pdmux": True}, "--enable-pdmux"),
@@ -306,6 +305,23 @@ def test_what_does_not_work_yet_is_refused_with_the_way_out(make_args, values, f
         rf"sglang-harli: {flag} \(.+\) does not work .*--harli-finetune off", str(caught.value)
     )
     assert not installed
+
+
+def test_a_prefill_server_does_not_train_and_says_where_to(make_args):
+    with pytest.raises(SystemExit) as caught:
+        make_args(harli_finetune="on", disaggregation_mode="prefill")
+    text = str(caught.value)
+    assert text.startswith("sglang-harli: --disaggregation-mode prefill does not train: ")
+    assert "on the decode server" in text and text.endswith("--harli-finetune off")
+    assert not installed
+    assert not make_args(harli_finetune="off", disaggregation_mode="prefill").harli_options().enabled
+
+
+def test_a_decode_server_trains(make_args):
+    args = make_args(
+        harli_finetune="on", disaggregation_mode="decode", disaggregation_transfer_backend="mooncake_tcp"
+    )
+    assert args.harli_options().enabled
 
 
 def changed_config(model_path: str, folder: Path, **changes: Any) -> str:

@@ -35,7 +35,8 @@ def req() -> Any:
 
 def clock_of(side: ServingState, req: Any) -> Any:
     req.finished = lambda: req.ended
-    [clock] = side.clocks([req])
+    [clock], unclocked = side.clocks([req])
+    assert not unclocked
     return clock
 
 
@@ -75,3 +76,78 @@ def test_a_request_that_ends_with_its_second_prefill_missed_its_target(side, req
     req.finished = lambda: req.ended
     assert side.count_finished([req]) == 1
     assert (side.attainment.finished, side.attainment.met) == (1, 0)
+
+
+# ------------------------------------------------------------------ a decode server of a pair
+@pytest.fixture
+def sent() -> Any:
+    """A request whose prompt was computed elsewhere: its KV is here 3 s after it came, its first
+    result of this server goes out then, and two tokens follow."""
+    from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
+
+    stats = SchedulerReqTimeStats()
+    stats.set_wait_queue_entry_time(CAME_S + 2.9)
+    stats.set_forward_entry_time(CAME_S + 2.95)
+    return SimpleNamespace(rid="sent", time_stats=stats, output_ids=[1], ended=False)
+
+
+def result(side: ServingState, req: Any, at_s: float) -> None:
+    """As SGLang does behind ``get_new_prebuilt_batch``."""
+    side.joined([req])
+    req.time_stats.set_decode_prebuilt_finish_time(CAME_S + at_s)
+
+
+def test_a_clock_of_a_decode_server_runs_from_its_own_first_result(side, sent):
+    result(side, sent, 3.0)
+    clock = clock_of(side, sent)
+    assert (clock.first_token_s, clock.last_token_s, clock.emitted) == (CAME_S + 3.0, CAME_S + 3.0, 1)
+    for after_s in (3.1, 3.2):
+        sent.time_stats.set_last_decode_finish_time(CAME_S + after_s)
+        sent.output_ids.append(2)
+    clock = clock_of(side, sent)
+    assert (clock.first_token_s, clock.last_token_s, clock.emitted) == (CAME_S + 3.0, CAME_S + 3.2, 3)
+
+
+def test_one_that_was_retracted_there_keeps_its_first_token_though_nobody_looked_at_it(side, sent):
+    result(side, sent, 3.0)
+    sent.time_stats.set_retract_time(CAME_S + 4.0)
+    sent.output_ids.append(2)
+    result(side, sent, 9.0)
+    clock = clock_of(side, sent)
+    assert (clock.first_token_s, clock.emitted) == (CAME_S + 3.0, 2)
+
+
+def test_requests_that_join_have_banked_nothing_as_behind_a_prefill(side, sent):
+    for _ in range(100):
+        side.quiet.decode()
+    long = side.quiet.steps
+    result(side, sent, 3.0)
+    assert side.quiet.steps < long
+
+
+def test_a_request_without_a_clock_is_counted_once_and_is_not_left_out(side, sent, caplog):
+    sent.finished = lambda: sent.ended
+    for _ in range(3):
+        assert side.clocks([sent]) == ([], 1)
+    assert side.status()["requests_without_clock"] == 1
+    assert "when request sent got its first token" in caplog.text
+    sent.ended = True
+    assert side.count_finished([sent]) == 1
+    assert (side.attainment.finished, side.attainment.met) == (1, 0)  # not known to have met anything
+
+
+def test_a_request_that_has_no_token_yet_has_no_clock_and_needs_none(side, sent):
+    sent.output_ids, sent.finished = [], lambda: False
+    assert side.clocks([sent]) == ([], 0)
+    assert side.unclocked == 0
+
+
+def test_no_first_token_is_promised_where_none_is_computed(caplog):
+    side = ServingState(HarliOptions(ttft_slo_ms=300.0), prefills=False)
+    assert side.targets.ttft_s is None and side.targets.idle_quantum_s == 0.15
+    assert "ttft-slo-ms is not promised here" in caplog.text
+    from sglang_harli.protocol import internal
+
+    answer = side.set_options(internal.SetOptions(request=1, values={"ttft_slo_ms": 200.0}))
+    assert answer.outcome == "applied" and "not promised here" in answer.text
+    assert side.targets.ttft_s is None and side.targets.idle_quantum_s == 0.1

@@ -43,22 +43,26 @@ def test_torchao_is_refused_by_its_flag() -> None:
 
 # ------------------------------------------------------------------ a switch of roles
 @newest
-def test_a_server_with_finetuning_has_no_role_to_switch() -> None:
-    """Disaggregation is refused, and SGLang switches between its two roles alone."""
+def test_a_server_that_may_become_a_prefill_server_is_refused() -> None:
+    refuse_flags(given(disaggregation_mode="decode"))
+    with pytest.raises(UnsupportedError, match="--enable-pd-role-switch"):
+        refuse_flags(given(disaggregation_mode="decode", enable_pd_role_switch=True))
+
+
+@newest
+def test_without_that_flag_sglang_switches_no_roles() -> None:
     from sglang.srt.disaggregation.role_switch import handle_pd_role_switch
     from sglang.srt.disaggregation.utils import DisaggregationMode
     from sglang.srt.managers.io_struct import PdRoleSwitchReqInput
 
-    with pytest.raises(UnsupportedError, match="--disaggregation-mode"):
-        refuse_flags(given(disaggregation_mode="decode"))
     scheduler = SimpleNamespace(
-        disaggregation_mode=DisaggregationMode.NULL,
-        server_args=SimpleNamespace(enable_pd_role_switch=True),
+        disaggregation_mode=DisaggregationMode.DECODE,
+        server_args=SimpleNamespace(enable_pd_role_switch=False),
         _pd_role_switch_unhealthy=False,
         _pd_role_switch_in_progress=False,
     )
-    answer = handle_pd_role_switch(scheduler, PdRoleSwitchReqInput(new_role="decode"))  # type: ignore[arg-type]
-    assert not answer.success and "not running in PD disaggregation mode" in answer.message
+    answer = handle_pd_role_switch(scheduler, PdRoleSwitchReqInput(new_role="prefill"))  # type: ignore[arg-type]
+    assert not answer.success and "--enable-pd-role-switch is not set" in answer.message
 
 
 @newest

@@ -47,7 +47,8 @@ class Rig:
         assert method == "harli/profile"
         if self.refuses:
             raise NotReadyError("no")
-        return {"limits": LIMITS, "profiled": self.side.predictor.profiled, **(self.side.profile() or {})}
+        known = {"profiled": self.side.predictor.profiled, **(self.side.profile() or {})}
+        return {"limits": LIMITS, "fields": {}, **known}
 
     async def generate(self, request: Any, _http: Any) -> AsyncIterator[dict[str, Any]]:
         await asyncio.sleep(self.stall_s)

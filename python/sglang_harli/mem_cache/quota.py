@@ -134,6 +134,10 @@ class Quota:
         self._reclaimed_s = now_s
         self._cool_until_s = now_s + self._cool_down_s
 
+    def hold_off(self, until_s: float) -> None:
+        """Training takes nothing more until then, as in a cool-down."""
+        self._cool_until_s = max(self._cool_until_s, until_s)
+
     def kept_prefix_slots(self) -> int:
         """Slots that cached prefixes keep when training grows."""
         return math.ceil(self.prefix_keep * self.geometry.slots)

@@ -71,6 +71,8 @@ class UnifiedPool:
         clock: seconds, monotonic.
 
     Attributes:
+        reserved: free slots that count as in use: SGLang keeps them for what requests are to
+            decode.
         leases: those held, by name.
         scattered: enough stripes were free for the last lease, but not in a row.
         reclaims: how often requests took memory back, in an allocation or just before it.
@@ -91,6 +93,7 @@ class UnifiedPool:
         self.ledger = ChunkLedger(geometry)
         self.quota = Quota(geometry, max_train_bytes=max_train_bytes, prefix_keep=prefix_keep)
         self.relieve: Relieve = lambda _stripes: None  # before training may borrow
+        self.reserved: Callable[[], int] = lambda: 0
         self.evict: Evict | None = None
         self.leases: dict[str, PoolLease] = {}
         self._edit_under: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -134,13 +137,14 @@ class UnifiedPool:
 
     @property
     def used_slots(self) -> int:
-        """Slots of requests and cached prefixes."""
-        return self.slots.size - self.slots.available_size()
+        """Slots of requests and cached prefixes, and those reserved for requests."""
+        available = self.slots.available_size()
+        return self.slots.size - available + min(self.reserved(), available)
 
     @property
     def free_slots(self) -> int:
-        """Slots that can be had without a reclaim."""
-        return max(self.slots.available_size() - self.lent_slots, 0)
+        """Slots that can be had without a reclaim, but for the reserved ones."""
+        return max(self.slots.available_size() - self.lent_slots - self.reserved(), 0)
 
     # ------------------------------------------------------------------ training takes and gives
     def lease(
@@ -172,9 +176,7 @@ class UnifiedPool:
         stripes = choose(free, allowed)
         if not stripes and may_evict and self._join(needed, free):
             free = self.slots.free_stripes()
-            allowed = self.quota.may_take(
-                now_s=self._clock(), free_stripes=len(free), train_stripes=self.train_stripes
-            )
+            allowed = self._may_take(self._clock(), free)
             stripes = choose(free, allowed)
         self.scattered = not stripes
         return tuple(stripes or ())
@@ -221,15 +223,25 @@ class UnifiedPool:
         if not may_evict and self.free_slots // self.geometry.stripe_slots < wanted:
             return 0, []
         free = self.slots.free_stripes()
-        allowed = self.quota.may_take(now_s=now_s, free_stripes=len(free), train_stripes=train)
+        allowed = self._may_take(now_s, free)
         if (
             allowed < wanted
             and may_evict
             and self._evict_prefixes(now_s, wanted + self.quota.watermarks.high - len(free), now_s - UNUSED_S)
         ):
             free = self.slots.free_stripes()
-            allowed = self.quota.may_take(now_s=now_s, free_stripes=len(free), train_stripes=train)
+            allowed = self._may_take(now_s, free)
         return allowed, free
+
+    def _may_take(self, now_s: float, free: Sequence[int]) -> int:
+        """How many of these wholly free stripes may be taken; what is reserved stays, first in
+        stripes that are free in part."""
+        spare = min(len(free), self.free_slots // self.geometry.stripe_slots)
+        return self.quota.may_take(now_s=now_s, free_stripes=spare, train_stripes=self.train_stripes)
+
+    def hold_off(self, seconds: float) -> None:
+        """Training takes nothing more for a while; what it has it keeps."""
+        self.quota.hold_off(self._clock() + seconds)
 
     def _can_evict(self, now_s: float) -> bool:
         return self.evict is not None and now_s >= self._evict_again_s

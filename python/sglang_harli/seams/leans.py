@@ -50,6 +50,18 @@ MEMBERS: dict[tuple[str, str], str] = {
     ("sglang.srt.managers.scheduler.Scheduler", "managers/scheduler/serving_view.py"): (
         "running_batch max_prefill_tokens chunked_prefill_size chunked_req get_num_allocatable_reqs"
     ),
+    ("sglang.srt.managers.scheduler.Scheduler", "managers/scheduler/transfer_view.py"): (
+        "disagg_decode_prealloc_queue disagg_decode_transfer_queue"
+    ),
+    ("sglang.srt.disaggregation.decode.DecodePreallocQueue", "managers/scheduler/transfer_view.py"): (
+        "queue retracted_queue num_reserved_decode_tokens"
+    ),
+    ("sglang.srt.disaggregation.decode.DecodePreallocQueue", "managers/scheduler/memory/transfers.py"): (
+        "token_to_kv_pool_allocator"
+    ),
+    ("sglang.srt.disaggregation.decode.DecodeTransferQueue", "managers/scheduler/memory/transfers.py"): (
+        "queue scheduler"
+    ),
     ("sglang.srt.managers.scheduler.Scheduler", "managers/scheduler/co_serving.py"): (
         "device idle_sleeper _engine_paused max_running_requests max_req_len max_total_num_tokens"
     ),

@@ -46,11 +46,13 @@ class ServerProfile:
         path: where it looks for its profile when it starts.
         measured: the loads that it has measured since it started.
         limits: of loads: requests, row_tokens, slots, vocab; one batch in ``sampled`` is measured.
+        fields: what each request is to have besides.
     """
 
     path: str
     measured: ProfileTable
     limits: dict[str, int]
+    fields: dict[str, Any]
 
 
 def ask(port: ServerPort) -> ServerProfile:
@@ -62,7 +64,9 @@ def ask(port: ServerPort) -> ServerProfile:
     )
     try:
         profile = _call(port, PROFILE_ROUTE, None)
-        return ServerProfile(profile["path"], profile_table.parse(profile["table"]), profile["limits"])
+        return ServerProfile(
+            profile["path"], profile_table.parse(profile["table"]), profile["limits"], profile["fields"]
+        )
     except HarliError as error:
         if error.code == NOT_FOUND:
             raise UnsupportedError(none) from error
@@ -99,7 +103,7 @@ def sweep(
     for load in progress(todo):
         if time.monotonic() >= ends_s:
             break
-        _call(port, "/generate", bodies(load, found.limits["vocab"]))
+        _call(port, "/generate", bodies(load, found.limits["vocab"], found.fields))
         measured += 1
         if time.monotonic() >= keep_s:
             _keep(ask(port), found, on_disk, path)

@@ -341,6 +341,9 @@ class _Socket:
 class Server:
     """A server with a job in progress.
 
+    Args:
+        made: the class of its scheduler; None: ``scheduler_class``; prefills: it computes prompts.
+
     Attributes:
         quanta: that ran, in order; scheduler: see ``scheduler_class``; host: the trainer's.
     """
@@ -354,13 +357,15 @@ class Server:
         overlap: bool = True,
         chunk_tokens: int = 8192,
         options: HarliOptions | None = None,
+        made: type[Any] | None = None,
+        prefills: bool = True,
     ) -> None:
         from sglang_harli.managers.scheduler.co_serving import CoServing
 
         self.gpu = FakeDevice(VirtualClock())
         self.cost = cost or Cost()
         self.quanta: list[Quantum] = []
-        made = scheduler_class()
+        made = made or scheduler_class()
         with mock.patch.object(torch, "get_device_module", lambda device: self.gpu):
             self.scheduler = made(self.gpu, model or Model(), overlap=overlap, chunk_tokens=chunk_tokens)
             self.peer = Peer(run_dir)
@@ -371,6 +376,7 @@ class Server:
                 timer=make_timer("cuda", stream_of(self.scheduler), self.gpu.clock),
                 now=self.gpu.clock,
             )
+            self.host.side.prefills = prefills
             self.scheduler._harli = CoServing(
                 self.scheduler, self.host.side, self.host.trainer, clock=self.gpu.clock
             )

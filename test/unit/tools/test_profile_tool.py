@@ -51,7 +51,7 @@ class Rig:
                     return self._answer("loading", 503)
                 if rig.side.profile_key is None or self.path != PROFILE_ROUTE:
                     return self._answer({"detail": "Not Found"}, 404)
-                self._answer({"limits": LIMITS, **(rig.side.profile() or {})})
+                self._answer({"limits": LIMITS, "fields": {}, **(rig.side.profile() or {})})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

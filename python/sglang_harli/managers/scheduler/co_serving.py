@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import zmq
@@ -19,9 +20,10 @@ from sglang_harli.core import StepLoad
 from sglang_harli.managers.scheduler.metrics import ParityMetrics, PoolMetrics, PredictorMetrics, QosMetrics
 from sglang_harli.managers.scheduler.policy import waiting_prompts
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
-from sglang_harli.managers.scheduler.serving_view import InFlight, ServingView
+from sglang_harli.managers.scheduler.serving_view import InFlight
 from sglang_harli.managers.scheduler.step_timer import BatchLoad, load_of, make_timer, stream_of
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
+from sglang_harli.managers.scheduler.transfer_view import profile_fields, view_of
 from sglang_harli.sglang_versions.current import arguments, weight_updates
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class CoServing:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.side, self.trainer, self._clock = side, trainer, clock
-        self._scheduler, self._view = scheduler, ServingView(scheduler, side)
+        self._scheduler, self._view = scheduler, view_of(scheduler, side)
         device = str(scheduler.device)
         self._timer = make_timer(device, None if device == "cpu" else stream_of(scheduler))
         self._measured: list[tuple[BatchLoad, float]] = []  # that nothing was learnt from yet
@@ -130,6 +132,10 @@ class CoServing:
         self._timer.end(load)
         self._in_flight = InFlight(result, load, () if load.is_decode else batch.reqs)
 
+    def joined(self, reqs: Iterable[Any]) -> None:
+        """Requests of a decode server whose KV has come begin to run."""
+        self.side.joined(reqs)
+
     def processed(self, batch: Any, result: Any) -> None:
         """The batch's tokens are out."""
         self._served, self.unsampled = True, None
@@ -202,7 +208,10 @@ class CoServing:
         def load() -> StepLoad:
             return StepLoad(waiting=self._view.waiting())
 
-        if trainer.slotting.fill_idle(load, self.side.targets, begin_s + IDLE_TURN_S):
+        targets, transferring = self.side.targets, self._view.transferring > 0
+        if transferring:  # SGLang looks at transfers once a turn: it gets no longer than between two tokens
+            targets = replace(targets, idle_quantum_s=targets.busy_quantum_s)
+        if trainer.slotting.fill_idle(load, targets, begin_s + IDLE_TURN_S, one=transferring):
             self.side.idle_s = self._clock()
 
     @property
@@ -222,4 +231,5 @@ class CoServing:
             "sampled": SAMPLED,
         }
         profiled = self.side.predictor.profiled
-        return {"limits": found, "profiled": profiled, **(self.side.profile() or {})}
+        fields = {} if self.side.prefills else profile_fields()
+        return {"limits": found, "fields": fields, "profiled": profiled, **(self.side.profile() or {})}

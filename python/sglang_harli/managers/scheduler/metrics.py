@@ -122,6 +122,11 @@ class QosMetrics(Metrics):
             ("met",),
         ),
         "harli_slo_attainment_ratio": ("gauge", "Share of those requests that met it.", ()),
+        "harli_requests_without_clock_total": (
+            "counter",
+            "Requests that ran although it was not known when they got their first token: training waits for them.",
+            (),
+        ),
         "harli_impossible_target": (
             "gauge",
             "Whether a target is below what serving alone takes on this machine.",
@@ -155,6 +160,7 @@ class QosMetrics(Metrics):
         self._count("harli_slo_requests_total", finished - met, "no")
         if finished:
             self._set("harli_slo_attainment_ratio", side.attainment.share)
+        self._count("harli_requests_without_clock_total", side.unclocked)
         for name in ("tpot", "itl", "ttft"):
             self._set("harli_impossible_target", name in side.impossible, name)
 

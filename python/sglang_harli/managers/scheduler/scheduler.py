@@ -2,7 +2,7 @@
 
 Leans on these names of SGLang (sglang/srt/managers/scheduler.py): Scheduler.__init__,
 init_request_dispatcher, get_init_info, process_input_requests, run_batch, process_batch_result,
-launch_batch_sample_if_needed,
+launch_batch_sample_if_needed, get_new_prebuilt_batch,
 on_idle, maybe_sleep_on_idle, handle_dumper_control, continue_generation, handle_shutdown,
 get_internal_state; waiting_queue, ipc_channels.send_to_tokenizer, weight_updater.offload_tags; and
 on those of ``co_serving``.
@@ -103,6 +103,13 @@ class HarliScheduler(Scheduler):
         super().process_batch_result(batch, result)
         if self._harli is not None:
             self._harli.processed(batch, result)
+
+    def get_new_prebuilt_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """On a decode server of a pair: requests whose KV has come join the running batch."""
+        batch = super().get_new_prebuilt_batch(*args, **kwargs)
+        if batch is not None and self._harli is not None:
+            self._harli.joined(batch.reqs)
+        return batch
 
     def launch_batch_sample_if_needed(self, batch_result: Any, *args: Any) -> Any:
         """With overlap and a grammar in the batch its sampling comes last in the loop's turn:

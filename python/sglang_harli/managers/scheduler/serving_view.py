@@ -46,12 +46,19 @@ class InFlight:
 class ServingView:
     """The requests of one of SGLang's schedulers; ``side``: targets and estimates."""
 
+    joined_beside = False  # requests may join the batch in flight that the one before had not
+
     def __init__(self, scheduler: Any, side: ServingState) -> None:
         self._scheduler, self._side = scheduler, side
 
     @property
     def idle(self) -> bool:
         return not self._scheduler.waiting_queue and self._scheduler.running_batch.is_empty()
+
+    @property
+    def transferring(self) -> int:
+        """Requests whose KV is to come from a prefill server; none here."""
+        return 0
 
     @property
     def prompts(self) -> int:
@@ -93,14 +100,16 @@ class ServingView:
         """The boundary behind a batch, where the next step of serving is to begin, or is
         ``in_flight`` already."""
         reqs = batch.reqs
-        if not decoded:  # with overlap the running batch holds the prefilled requests already
+        if (
+            not decoded or self.joined_beside
+        ):  # with overlap the running batch holds the prefilled requests already
             reqs = list(dict.fromkeys([*self._scheduler.running_batch.reqs, *reqs]))
         context = self._side.context_tokens(reqs)
         backlog = self._backlog(reqs, context, decoded=decoded)
         waiting = self.waiting if backlog is None else self.arrived
         ahead = None if in_flight is None or not in_flight.prompts else self._ahead(in_flight)
-        clocks = self._side.clocks(reqs)
-        return Boundary(self._side, clocks, context, with_adapters(reqs), backlog, waiting, ahead)
+        clocks, unclocked = self._side.clocks(reqs)
+        return Boundary(self._side, clocks, context, with_adapters(reqs), backlog, waiting, ahead, unclocked)
 
     def _ahead(self, in_flight: InFlight) -> Backlog:
         """The prompts of a prefill in flight: their first tokens, and what others wait for it."""

@@ -20,6 +20,7 @@ import torch
 from sglang_harli.architectures import ALL_LINEAR, FUSED
 from sglang_harli.config import HarliOptions, show_size
 from sglang_harli.errors import UnsupportedError
+from sglang_harli.managers.scheduler import transfer_view
 from sglang_harli.managers.scheduler.memory.memory_pressure import MemoryPressure
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.profile_setup import profile_key, starting_priors
@@ -73,7 +74,8 @@ def build_trainer(scheduler: Any, options: HarliOptions) -> tuple[CoTrainer, Ser
     pressure = training_memory(scheduler, base.device, options)
     limits = served_limits(base, args, runner, options, pressure)
     key = profile_key(limits, args)
-    side = ServingState(options, _predictor(limits, runner, key, options), key, pressure)
+    predictor = _predictor(limits, runner, key, options)
+    side = ServingState(options, predictor, key, pressure, prefills=args.disaggregation_mode != "decode")
     streams = None if base.device.type == "cpu" else stream_of(scheduler)
     if warm_up.wanted(options.warm_up, base.device.type):
         # SGLang has captured its graphs, and the server is healthy only after this.
@@ -138,6 +140,7 @@ def training_memory(scheduler: Any, device: torch.device, options: HarliOptions)
         )
 
     pool = allocator.pool
+    caches = prefix_tree.of(cache) is not None  # a decode server of a pair caches none unless it is told to
     prefix_tree.watch(cache)
 
     def evict(stripes: int, unused_since_s: float | None, among: Sequence[int] | None = None) -> int:
@@ -149,7 +152,15 @@ def training_memory(scheduler: Any, device: torch.device, options: HarliOptions)
         """Slot lists are SGLang's: they are edited on its stream, which its loop makes."""
         return nullcontext() if cpu else torch.cuda.stream(scheduler.schedule_stream)
 
-    return MemoryPressure(pool, device, evict=evict, edit_under=schedule_stream, reserve_bytes=reserve)
+    decodes = arguments.in_force(scheduler.server_args).disaggregation_mode == "decode"
+    return MemoryPressure(
+        pool,
+        device,
+        evict=None if decodes and not caches else evict,
+        reserved=(lambda: transfer_view.reserved_slots(scheduler)) if decodes else None,
+        edit_under=schedule_stream,
+        reserve_bytes=reserve,
+    )
 
 
 def served_limits(

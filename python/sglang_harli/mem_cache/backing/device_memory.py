@@ -119,6 +119,10 @@ class DeviceMemory:
     def kv_bytes(self, buffer: int) -> Tensor:
         return self._kv[buffer]
 
+    def settle(self) -> None:
+        """See ``Backing``."""
+        self._order.settle()
+
     def resident_bytes(self) -> int:
         """All handles: on CUDA memory never leaves the pool, it only changes its address."""
         return self._physical

@@ -94,6 +94,9 @@ class HostBacking:
         for kv_start, length in self._kv_ranges(stripes):
             self._kv.discard(kv_start, length)
 
+    def settle(self) -> None:
+        """Nothing is under way: the kernel's calls are over when they return."""
+
     def _kv_ranges(self, stripes: Sequence[int]) -> list[tuple[int, int]]:
         """(start, length) in the KV mapping: one for each buffer and run of adjacent stripes."""
         chunk = self.geometry.chunk_bytes

@@ -55,6 +55,13 @@ class Backing(Protocol):
         forward; training uses the extents no more."""
         ...
 
+    def settle(self) -> None:
+        """Return when what was taken back holds its zeros: for who writes there on no stream.
+
+        The host waits only where that is not over, and asks the device only where something was
+        taken back since the last time."""
+        ...
+
     def resident_bytes(self) -> int:
         """Physical memory that the pool's regions hold now (the host asks the kernel)."""
         ...

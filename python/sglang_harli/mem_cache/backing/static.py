@@ -42,6 +42,10 @@ class StaticBacking:
         self.device = torch.device(device)
         self.stream, self._module = stream, module
         self._lent: set[int] = set()
+        self._cleared: Any = (
+            None  # an event behind the latest clearing; None: there was none since ``settle``
+        )
+        self._spare: Any = None
         to_value, nbytes = geometry.value_offset(), geometry.buffer_bytes
         layers = [
             torch.zeros(2 * to_value, dtype=torch.uint8, device=self.device)
@@ -82,6 +86,20 @@ class StaticBacking:
         with self._in_line():
             for extent in extents:
                 extent.zero_()
+            if self.device.type == "cuda":
+                self._cleared = self._spare or self._torch().Event()
+                self._cleared.record()
+
+    def settle(self) -> None:
+        """See ``Backing``."""
+        event, self._cleared = self._cleared, None
+        if event is not None:
+            if not event.query():
+                event.synchronize()
+            self._spare = event
+
+    def _torch(self) -> Any:
+        return self._module or torch.get_device_module(self.device)
 
     @contextmanager
     def _in_line(self) -> Iterator[None]:
@@ -90,7 +108,7 @@ class StaticBacking:
         if self.stream is None:
             yield
             return
-        module = self._module or torch.get_device_module(self.device)
+        module = self._torch()
         current = module.current_stream()
         self.stream.wait_stream(current)
         with module.stream(self.stream):

@@ -25,6 +25,7 @@ class StreamOrder:
         self._driver, self._streams = driver, streams
         self._events: dict[int, int] = {}  # stream -> its event
         self._filled = False
+        self._unsettled = False  # something was filled and spread since ``settle``
 
     def _all(self) -> list[int]:
         return list(dict.fromkeys(self._streams()))
@@ -48,12 +49,22 @@ class StreamOrder:
         self._driver.record(event, first)
         for other in others:
             self._driver.wait(other, event)
+        self._unsettled = self._filled
 
     def fill(self, ranges: Sequence[tuple[int, int]], value: int) -> None:
         """Fill (address, bytes) on the first stream."""
         first, self._filled = self._all()[0], True
         for address, nbytes in ranges:
             self._driver.fill(address, value, nbytes, first)
+
+    def settle(self) -> None:
+        """Return when what was filled before the last ``spread`` is; the host waits if need be."""
+        if not self._unsettled:
+            return
+        self._unsettled = False
+        event = self._event(self._all()[0])  # recorded by ``spread``, or later
+        if not self._driver.done(event):
+            self._driver.synchronize(event)
 
     def fence(self) -> None:
         """Return when all that the streams were given until now is done: the host waits."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +58,13 @@ def missing(loads: Sequence[Load], table: ProfileTable | None) -> list[Load]:
     ]
 
 
-def bodies(load: Load, vocab: int) -> dict[str, Any]:
-    """The request of a load: random tokens, others for each load, so that no prefix is cached."""
+def bodies(load: Load, vocab: int, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The request of a load: random tokens, others for each load, so that no prefix is cached;
+    ``fields``: what the server wants in it besides."""
     rng = random.Random(f"{load.batch} {load.prompt_tokens}")
     prompts = [[rng.randrange(vocab) for _ in range(load.prompt_tokens)] for _ in range(load.batch)]
     return {
         "input_ids": prompts,
         "sampling_params": {"temperature": 0, "max_new_tokens": load.new_tokens, "ignore_eos": True},
+        **(fields or {}),
     }

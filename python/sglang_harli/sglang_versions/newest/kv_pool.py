@@ -10,6 +10,11 @@ from sglang_harli.sglang_versions.newest import arguments
 # (what, whether this configurator's server has it): kinds of pool that only this version has.
 OTHER_KINDS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("--enable-kv-cache-sharding", lambda c: c.kv_shard_rank is not None),
+    # Its requests begin in the host's memory, and their slots on the device are taken elsewhere.
+    (
+        "--disaggregation-decode-host-receive-threshold",
+        lambda c: arguments.in_force(c.server_args).disaggregation_decode_host_receive_threshold < 1,
+    ),
     # It reads and writes the buffers by address, also while training has their memory.
     (
         "--enable-unified-cache-external-linker",

@@ -11,4 +11,9 @@ from sglang.srt.environ import envs
 REFUSED: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     # Its requests never come to a Python process, where our routes and adapters' names are.
     ("SGLANG_RUST_SERVER=1", "SGLang's HTTP server in Rust", lambda _: envs.SGLANG_RUST_SERVER.get()),
+    (
+        "--enable-pd-role-switch",
+        "a server that becomes a prefill server",
+        lambda a: bool(a.enable_pd_role_switch),
+    ),
 )

@@ -408,3 +408,9 @@ def test_set_options_answers_applied_stale_and_conflict():
 def test_targets_follow_the_options():
     targets = targets_of(HarliOptions(tpot_slo_ms=40, ttft_slo_ms=100, max_itl_ms=70))
     assert targets.busy_quantum_s == 0.05 and targets.idle_quantum_s == 0.05
+
+
+@pytest.mark.parametrize("load", [StepLoad(1, 10, unclocked=1), StepLoad(5, 100, promised=2, unclocked=3)])
+def test_a_running_request_without_a_clock_stops_training(load):
+    decision = qos_policy.decide(load, Slack(10.0, "tpot"), offer((1, 0.001)), TARGETS)
+    assert (decision.quanta, decision.reason) == (0, Reason.NO_CLOCK)

@@ -24,7 +24,6 @@ _FLAGS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("--attn-cp-size", "context parallelism", lambda a: (a.attn_cp_size or 1) > 1),
     ("--tokenizer-worker-num", "several tokenizer workers", lambda a: a.tokenizer_worker_num > 1),
     ("--speculative-algorithm", "speculative decoding", lambda a: a.speculative_algorithm is not None),
-    ("--disaggregation-mode", "disaggregation", lambda a: a.disaggregation_mode != "null"),
     ("--encoder-only", "disaggregation", lambda a: bool(a.encoder_only)),
     ("--quantization", "quantised weights", lambda a: a.quantization not in (None, "unquant")),
     ("--enable-pdmux", "multiplexed prefill and decode", lambda a: bool(a.enable_pdmux)),
@@ -36,8 +35,17 @@ _FLAGS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 )
 
 
+PREFILL = (
+    "--disaggregation-mode prefill does not train: a prefill server computes prompts back to back, promises their "
+    "first tokens, and has no decode steps between which there is time; train on the decode server of the pair, and "
+    "start this one with --harli-finetune off"
+)
+
+
 def refuse_flags(server_args: Any) -> None:
     """Check SGLang's arguments as given; UnsupportedError names the flag and the way out."""
+    if server_args.disaggregation_mode == "prefill":
+        raise UnsupportedError(PREFILL, param="--disaggregation-mode")
     for flag, what, asked in (*_FLAGS, *refusals.REFUSED):
         if asked(server_args):
             raise UnsupportedError(

@@ -71,7 +71,9 @@ class StartupProfile:
         loads = sweep.missing(sweep.grid(limits), None)
         for load in loads:
             left_s = began_s + self._budget_s - time.monotonic()
-            if left_s <= 0 or not await self._compute(sweep.bodies(load, limits["vocab"]), left_s):
+            if left_s <= 0 or not await self._compute(
+                sweep.bodies(load, limits["vocab"], found["fields"]), left_s
+            ):
                 break
             measured += 1
         found = await self._publisher.ask("harli/profile", {})

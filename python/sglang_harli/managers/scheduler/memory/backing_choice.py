@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sglang_harli.errors import ConfigError
+from sglang_harli.managers.scheduler.memory.registered_memory import NONE, Transport
 from sglang_harli.mem_cache.backing import stray_reads
 
 POOL_BACKING_ENV = "HARLI_POOL_BACKING"
@@ -22,7 +23,11 @@ class Choice:
 
 
 def choose(
-    asked: str | None, device: str, attention: Sequence[str | None], refusal: Callable[[], str | None]
+    asked: str | None,
+    device: str,
+    attention: Sequence[str | None],
+    refusal: Callable[[], str | None],
+    transport: Transport = NONE,
 ) -> Choice:
     """The backing of a pool that may lend.
 
@@ -31,13 +36,23 @@ def choose(
         device: ``cpu`` or ``cuda``.
         attention: SGLang's attention back ends, of prefill and of decode.
         refusal: tries the device's memory out; why it cannot be mapped, or None.
+        transport: what writes into the KV memory from outside.
 
     Raises:
-        ConfigError: a backing that does not exist, or not on this device.
+        ConfigError: a backing that does not exist, not on this device, or not with this transport.
     """
     if asked and asked not in ACCEPTED:
         raise ConfigError(
             f"{POOL_BACKING_ENV}={asked}: accepted are {', '.join(ACCEPTED)}", param=POOL_BACKING_ENV
+        )
+    pins = "" if len(transport.backings) > 1 else f"the transport ({transport.text}) may pin physical memory"
+    if pins and asked in (HOST, ALIASED, REMAPPED):
+        raise ConfigError(
+            f"{POOL_BACKING_ENV}={asked}: the KV cache is registered with its transport ({transport.text}), "
+            "which may pin the physical memory of each address; what is moved under it would be overwritten. "
+            f"Accepted: {', '.join(transport.backings)}, {OFF}; with TCP "
+            "(--disaggregation-transfer-backend mooncake_tcp) all",
+            param=POOL_BACKING_ENV,
         )
     if asked == STATIC:
         return Choice(STATIC, f"{POOL_BACKING_ENV}={STATIC}")
@@ -47,12 +62,14 @@ def choose(
                 f"{POOL_BACKING_ENV}={asked} needs a GPU; on a CPU: {HOST}, {STATIC}, {OFF}",
                 param=POOL_BACKING_ENV,
             )
-        return Choice(HOST, "the CPU engine's")
+        return Choice(STATIC, pins) if pins else Choice(HOST, "the CPU engine's")
     if asked == HOST:
         raise ConfigError(
             f"{POOL_BACKING_ENV}={HOST} is for the CPU engine; on a GPU: {ALIASED}, {REMAPPED}, {STATIC}, {OFF}",
             param=POOL_BACKING_ENV,
         )
+    if pins:
+        return Choice(STATIC, pins)
     if refused := refusal():
         return Choice(STATIC, f"memory cannot be mapped here: {refused}")
     if asked:

@@ -57,7 +57,7 @@ class MemoryPressure:
 
     Args:
         pool: None: the KV pool is SGLang's own, and training has ``fixed_bytes`` beside it.
-        evict, edit_under: see ``UnifiedPool.lend_to``.
+        evict, edit_under: see ``UnifiedPool.lend_to``; reserved: see ``UnifiedPool``.
         reserve_bytes: what was left outside the pool for training, for ``status``.
 
     Attributes:
@@ -72,6 +72,7 @@ class MemoryPressure:
         device: torch.device,
         *,
         evict: Evict | None = None,
+        reserved: Callable[[], int] | None = None,
         edit_under: Callable[[], AbstractContextManager[Any]] = nullcontext,
         fixed_bytes: int = 0,
         reserve_bytes: int = 0,
@@ -85,6 +86,8 @@ class MemoryPressure:
         self._drop_run: Callable[[str], None] | None = None
         if pool is not None:
             pool.lend_to(self.relieve, evict, edit_under)
+            if reserved is not None:
+                pool.reserved = reserved
 
     # ---------------------------------------------------------------- the run that is held
     def attach(self, tenant: Tenant, needs_bytes: int, drop_run: Callable[[str], None]) -> None:
@@ -176,9 +179,8 @@ class MemoryPressure:
         total, held = show_size(figures["total_bytes"]), show_size(figures["train_bytes"])
         if pool is None:
             return text + f"training has {held} of {total}"
-        text += (
-            f"of {total} requests and cached prefixes hold {show_size(figures['kv_bytes'])}, training {held}"
-        )
+        holders = "requests" if pool.evict is None else "requests and cached prefixes"
+        text += f"of {total} {holders} hold {show_size(figures['kv_bytes'])}, training {held}"
         stripes, unit = pool.geometry.stripes_for(nbytes), pool.geometry.stripe_slots
         spare = pool.geometry.slots - pool.quota.kept_prefix_slots()
         if pool.scattered:
@@ -186,6 +188,11 @@ class MemoryPressure:
             text += f"no request has used them for {UNUSED_S:.0f} s, or when requests end"
         elif pool.free_slots >= stripes * unit:
             text += "; what is free is kept for requests for a while, as their use has just changed"
+        elif pool.evict is None:
+            text += "; no prefixes are cached here that could make way: it comes as requests end"
+            if reserved := pool.reserved():
+                nbytes = reserved * pool.geometry.row_bytes * pool.geometry.buffers
+                text += f", {show_size(nbytes)} of it kept by SGLang for what they are to decode"
         elif (pool.train_stripes + stripes + (high := pool.quota.watermarks.high)) * unit > spare:
             growth = (
                 f" and {show_size(high * pool.geometry.stripe_bytes)} stay free for growth" if high else ""

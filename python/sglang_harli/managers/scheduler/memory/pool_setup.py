@@ -26,7 +26,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils.common import is_float4_e2m1fn_x2
 
 from sglang_harli.config import POOL_DEBUG_ENV
-from sglang_harli.managers.scheduler.memory import backing_choice
+from sglang_harli.managers.scheduler.memory import backing_choice, registered_memory
 from sglang_harli.managers.scheduler.memory.backing_choice import POOL_BACKING_ENV, Choice
 from sglang_harli.mem_cache.backing import probe
 from sglang_harli.mem_cache.backing.aliased import AliasedBacking
@@ -47,7 +47,12 @@ logger = logging.getLogger(__name__)
 _PLAIN: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("several devices", lambda c: _args(c).tp_size > 1 or _args(c).pp_size > 1),
     ("speculative decoding", lambda c: c.is_draft_worker or not c.spec_algorithm.is_none()),
-    ("disaggregation", lambda c: _args(c).disaggregation_mode != "null"),
+    ("--disaggregation-mode prefill", lambda c: _args(c).disaggregation_mode == "prefill"),
+    (
+        "--disaggregation-decode-enable-offload-kvcache",
+        lambda c: _args(c).disaggregation_decode_enable_offload_kvcache,
+    ),
+    ("SGLANG_DISAGG_STAGING_BUFFER", lambda c: envs.SGLANG_DISAGG_STAGING_BUFFER.get()),
     ("decode context parallelism", lambda c: _args(c).dcp_size > 1),
     ("latent attention (MLA)", lambda c: c.use_mla_backend or is_deepseek_v4(c.model_config.hf_config)),
     ("sliding-window layers", lambda c: c.is_hybrid_swa),
@@ -197,6 +202,9 @@ def _choose(configurator: Any) -> Choice:
             args.decode_attention_backend or args.attention_backend,
         ],
         functools.partial(probe.refusal, configurator.gpu_id),
+        registered_memory.transport_of(
+            args.disaggregation_mode, args.disaggregation_transfer_backend, os.environ
+        ),
     )
 
 

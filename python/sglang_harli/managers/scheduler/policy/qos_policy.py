@@ -40,6 +40,8 @@ def decide(load: StepLoad, slack: Slack, offer: QuantumOffer, targets: Targets) 
     """
     if load.waiting:
         return Decision(0, 0, Reason.PREFILL_WAITING)
+    if load.unclocked:
+        return Decision(0, 0, Reason.NO_CLOCK)
     least_rows, least_s = offer.candidates[0]
     if load.idle:
         rows = _largest(offer, targets.idle_quantum_s) or least_rows
@@ -145,8 +147,9 @@ def choose_rung(
         best = max(range(len(offers)), key=lambda i: offers[i].rate)
         return RungChoice(best, offers[best].beside_s, offers[best].rate, Reason.IDLE)
     fastest = min(range(len(offers)), key=lambda i: offers[i].alone_s)
-    if load.waiting:
-        return RungChoice(fastest, 0.0, 0.0, Reason.PREFILL_WAITING)
+    if load.waiting or load.unclocked:
+        reason = Reason.PREFILL_WAITING if load.waiting else Reason.NO_CLOCK
+        return RungChoice(fastest, 0.0, 0.0, reason)
     price = _price(offers, targets, steps_between_prefills)
     best = RungChoice(fastest, 0.0, 0.0, NO_SLACK[slack.bound])
     worth = -price * offers[fastest].alone_s

@@ -40,15 +40,22 @@ CHECK_EVERY = 64  # batches that were learnt from
 DISTURBED = 3.0
 
 
-def targets_of(options: HarliOptions) -> Targets:
-    """The options in seconds."""
+NO_TTFT = (
+    "ttft-slo-ms is not promised here: a decode server's first tokens come from its prefill servers; it "
+    "bounds quanta while nothing is served, at half of it"
+)
+FIRST_TOKEN = "harli_first_token_s"  # kept with a request of a decode server whose time SGLang sets anew
+
+
+def targets_of(options: HarliOptions, *, prefills: bool = True) -> Targets:
+    """The options in seconds; ``prefills``: this server computes prompts."""
 
     def seconds(value: float | None) -> float | None:
         return None if value is None else value / 1e3
 
     return Targets(
         tpot_s=options.tpot_slo_ms / 1e3,
-        ttft_s=seconds(options.ttft_slo_ms),
+        ttft_s=seconds(options.ttft_slo_ms) if prefills else None,
         max_itl_s=seconds(options.max_itl_ms),
         busy_quantum_s=options.busy_quantum_ms / 1e3,
         idle_quantum_s=options.idle_quantum_ms / 1e3,
@@ -68,11 +75,14 @@ class ServingState:
     Args:
         predictor: None: one that knows nothing of the model.
         profile_key: what its measured points are good for; memory: training's.
+        prefills: False: a decode server of a pair, where no first token is promised.
 
     Attributes:
         decode_steps: while there was something to train.
         impossible: targets that serving alone cannot keep here, each with a sentence.
         last_slack: of the latest decision; idle_s: when training last ran with nothing served.
+        unclocked: requests that ran and whose first token's time was not known.
+        pair: of a decode server: what ``harli status`` shows of its transfers.
     """
 
     def __init__(
@@ -81,9 +91,13 @@ class ServingState:
         predictor: LatencyPredictor | None = None,
         profile_key: ProfileKey | None = None,
         memory: Lending | None = None,
+        *,
+        prefills: bool = True,
     ) -> None:
-        self.options, self.memory = options, memory
-        self.targets = targets_of(options)
+        self.options, self.memory, self.prefills = options, memory, prefills
+        self.targets = targets_of(options, prefills=prefills)
+        if not prefills and options.ttft_slo_ms is not None:
+            logger.warning("harli: %s", NO_TTFT)
         self.revision = 0
         self.predictor = predictor or LatencyPredictor()
         self.profile_key = profile_key
@@ -91,9 +105,10 @@ class ServingState:
         self.quiet = QuietSteps()
         self.idle_s = float("-inf")
         self.attainment = Attainment()
-        self.decode_steps = 0
+        self.decode_steps = self.unclocked = 0
         self.impossible: dict[str, str] = {}
         self.last_slack: Slack | None = None
+        self.pair: Callable[[], dict[str, Any]] | None = None
         self._said: set[str] = set()
         self._learnt = 0
         self._last_decode = (1, 0)  # requests, tokens of context
@@ -144,21 +159,52 @@ class ServingState:
             self.reserve.prefill(seconds)
             self.quiet.prefill()
 
+    def joined(self, reqs: Iterable[Any]) -> None:
+        """Requests of a decode server whose KV has come begin to run, or do so again: SGLang then
+        sets the time of their first token anew."""
+        for req in reqs:
+            if first_s := getattr(req, FIRST_TOKEN, 0.0) or req.time_stats.decode_prebuilt_finish_time:
+                setattr(req, FIRST_TOKEN, first_s)
+        self.quiet.prefill()  # they come with nothing banked, as behind a prefill
+
     @staticmethod
     def _clock(req: Any) -> PlainProgress | None:
         stats = req.time_stats
         emitted = len(req.output_ids)
-        if not emitted or not stats.prefill_finished_time:
-            return None
         # A retracted request keeps the time of its first token; the next one needs a prefill.
-        first = stats.prefill_finished_time
+        first = stats.prefill_finished_time or getattr(req, FIRST_TOKEN, 0.0)
+        # Computed elsewhere: its clock runs from this server's first result on.
+        first = first or getattr(stats, "decode_prebuilt_finish_time", 0.0)
+        if not emitted or not first:
+            return None
         last = max(first, stats.last_prefill_finished_time, stats.last_decode_finish_time)
         return PlainProgress(first, last, emitted)
 
-    def clocks(self, reqs: Iterable[Any]) -> list[PlainProgress]:
-        """Clocks of the requests that go on decoding."""
-        clocks = (self._clock(req) for req in reqs if not req.finished())
-        return [clock for clock in clocks if clock is not None]
+    def clocks(self, reqs: Iterable[Any]) -> tuple[list[PlainProgress], int]:
+        """Clocks of the requests that go on decoding, and how many have none although they have
+        tokens: of these no deadline is known."""
+        clocks, unclocked = [], 0
+        for req in reqs:
+            if req.finished():
+                continue
+            clock = self._clock(req)
+            if clock is not None:
+                clocks.append(clock)
+            elif req.output_ids:
+                unclocked += 1
+                self._note_unclocked(req)
+        return clocks, unclocked
+
+    def _note_unclocked(self, req: Any) -> None:
+        if not getattr(req, "harli_unclocked", False):
+            req.harli_unclocked = True
+            self.unclocked += 1
+            if self.unclocked == 1:
+                logger.error(
+                    "harli: SGLang does not say when request %s got its first token: training waits while such "
+                    "requests run",
+                    req.rid,
+                )
 
     @staticmethod
     def context_tokens(reqs: Iterable[Any]) -> int:
@@ -175,6 +221,9 @@ class ServingState:
                 clock = self._clock(req)
                 if clock is not None:
                     self.attainment.count(clock, self.targets.tpot_s)
+                elif req.output_ids:
+                    self._note_unclocked(req)
+                    self.attainment.miss()
         return count
 
     def slack(
@@ -283,16 +332,17 @@ class ServingState:
         memory = self.memory if "max_train_mem" in message.values else None
         if memory is not None and (text := memory.limit_conflict(options.max_train_bytes)):
             return answer("conflict", text)
-        self.options, self.targets = options, targets_of(options)
+        self.options, self.targets = options, targets_of(options, prefills=self.prefills)
         self.revision += 1
         self._said = set()
         self.check_targets()
         later = memory.limit(options.max_train_bytes) if memory is not None else None
         if later:
             return answer("deferred", later)
-        return answer(
-            "applied", "; ".join((*self.impossible.values(), CONSEQUENCE)) if self.impossible else ""
-        )
+        said = [*self.impossible.values(), CONSEQUENCE] if self.impossible else []
+        if not self.prefills and message.values.get("ttft_slo_ms") is not None:
+            said.insert(0, NO_TTFT)
+        return answer("applied", "; ".join(said))
 
     def effective(self) -> dict[str, Any]:
         values: dict[str, Any] = {name: getattr(self.options, name) for name in LIVE}
@@ -311,9 +361,11 @@ class ServingState:
             "slack_bound": None if slack is None else slack.bound,
             "requests_finished": self.attainment.finished,
             "requests_met_tpot": self.attainment.met,
+            "requests_without_clock": self.unclocked,
             "impossible_targets": list(self.impossible.values()),
             "slo_attainment": round(self.attainment.share, 4),
             "prediction": self.predictor.summary(),
+            **({} if self.pair is None else {"disaggregation": self.pair()}),
         }
 
 
@@ -323,6 +375,7 @@ class Boundary:
 
     Attributes:
         clocks, context_tokens, adapters, backlog: as ``ServingState.slack`` takes them.
+        unclocked: requests that go on decoding and have no clock.
         waiting: counts the prompts that training stops for at once; asked before each decision.
         ahead: prompts of a prefill in flight: training waits until their first tokens are out.
     """
@@ -334,6 +387,7 @@ class Boundary:
     backlog: Backlog | None
     waiting: Callable[[], int]
     ahead: Backlog | None = None
+    unclocked: int = 0
 
     @property
     def targets(self) -> Targets:
@@ -341,12 +395,12 @@ class Boundary:
 
     @property
     def running(self) -> int:
-        return len(self.clocks)
+        return len(self.clocks) + self.unclocked
 
     def load(self) -> StepLoad:
         promised = 0 if self.backlog is None else self.backlog.prompts
         waiting = self.waiting() if self.ahead is None else self.waiting() + self.ahead.prompts
-        return StepLoad(len(self.clocks), self.context_tokens, waiting, promised)
+        return StepLoad(self.running, self.context_tokens, waiting, promised, self.unclocked)
 
     def slack(self, now_s: float, queued_s: float, *, disturbed: bool) -> Slack:
         return self.side.slack(

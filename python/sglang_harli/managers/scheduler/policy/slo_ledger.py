@@ -261,6 +261,10 @@ class Attainment:
         steps = clock.emitted - 1
         self.met += steps <= 0 or clock.last_token_s - clock.first_token_s <= steps * tpot_s
 
+    def miss(self) -> None:
+        """One finished of which it is not known whether it met the target."""
+        self.finished += 1
+
     @property
     def share(self) -> float:
         return self.met / self.finished if self.finished else 1.0

@@ -220,13 +220,18 @@ class Slotting:
         return None
 
     # ---------------------------------------------------------------- while nothing is served
-    def fill_idle(self, load: Callable[[], StepLoad], targets: Targets, until_s: float) -> bool:
-        """Quanta back to back until a prompt comes, or the time is over; whether one ran."""
+    def fill_idle(
+        self, load: Callable[[], StepLoad], targets: Targets, until_s: float, *, one: bool = False
+    ) -> bool:
+        """Quanta back to back until a prompt comes, or the time is over; whether one ran.  ``one``:
+        not more than that."""
         ran = False
         while self._clock() < until_s and (chosen := self.next_idle(load, targets)) is not None:
             self._training.run_quantum(*chosen)
             self._training.settle()
             ran = True
+            if one:
+                break
         return ran
 
     def next_idle(
@@ -304,7 +309,7 @@ class Slotting:
         would be computed twice.
         """
         training, too_long = self._training, decision.reason is Reason.TOO_LONG
-        if not (slack.idle_comes or decision.reason is Reason.BANKING):
+        if not (slack.idle_comes or decision.reason in (Reason.BANKING, Reason.NO_CLOCK)):
             self._held_back += 1 + self._unasked  # refusals, had it been asked each time
             if (too_long or (slack.seconds > 0 and self._held_back > PATIENCE)) and training.cut(offer.kind):
                 return True

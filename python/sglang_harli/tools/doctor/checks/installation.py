@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from sglang_harli.config import POOL_DEBUG_ENV, SERVICE_ENV, SWITCH_ENV
 from sglang_harli.failpoints import FAULT_POINTS_ENV
+from sglang_harli.managers.scheduler.memory.backing_choice import ACCEPTED, POOL_BACKING_ENV
 from sglang_harli.sglang_versions import supported
 from sglang_harli.tools.doctor.finding import Finding, ok, problem, skipped, together, warning
 
@@ -240,4 +241,12 @@ def judge_environment(environ: Mapping[str, str]) -> Finding:
         for name, what in NOT_YOURS.items()
         if environ.get(name)
     ]
+    asked = environ.get(POOL_BACKING_ENV)
+    if asked and asked not in ACCEPTED:
+        wrong.append(
+            problem(
+                f"{POOL_BACKING_ENV}={asked} names no backing, and no server with finetuning starts",
+                f"unset {POOL_BACKING_ENV}, or set one of {', '.join(ACCEPTED)}",
+            )
+        )
     return together(wrong or [ok("no variable is set that is the server's own or for tests")])
