@@ -23,6 +23,8 @@ from typing import Any
 import psutil
 
 from sglang_harli import run_paths
+from sglang_harli.platforms.cpu import defaults
+from sglang_harli.sglang_versions import supported
 from support.server import POLL_S, START_S, Server, free_port, start_server
 
 TRANSPORT = "mooncake_tcp"
@@ -160,6 +162,9 @@ class Pair:
             flags += ["--disaggregation-bootstrap-port", str(self.bootstrap_port)]
         elif how.launcher == "harli":
             flags += ["--harli-prefill-url", self.url_of(PREFILL)]
+        else:  # our launcher's default on a CPU, spelled out
+            for name, value, _ in supported.only("newest", defaults.DECODE_SERVER):
+                flags += ["--" + name.replace("_", "-"), value]
         self.servers[side] = start_server(
             self._model,
             *flags,
@@ -176,7 +181,9 @@ class Pair:
         command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation"]
         command += ["--prefill", self.url_of(PREFILL), str(self.bootstrap_port)]
         command += ["--decode", self.url_of(DECODE), "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--mini-lb"] if self._mini else ["--prometheus-port", str(free_port())]
+        command += (
+            ["--mini-lb"] if self._mini else ["--prometheus-port", str(free_port()), "--log-level", "warn"]
+        )
         with log_path.open("wb") as log:
             process = subprocess.Popen(
                 command,
