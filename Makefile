@@ -117,7 +117,7 @@ lock: $(BIN)/uv
 	@$(WITH_INDEX)
 	for version in $(SUPPORTED); do
 		file=constraints/sglang-$$version.txt
-		printf 'uv\nsglang==%s\n' $$version | $(UV) pip compile pyproject.toml - --extra dev --universal \
+		printf 'uv\nsglang==%s\n' $$version | $(UV) pip compile pyproject.toml - --extra dev --extra disaggregation --universal \
 			--python-version 3.11 --quiet --no-annotate --no-emit-index-url --no-emit-find-links \
 			--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --output-file $$file
 		echo "$$file: $$(grep -c == $$file) versions"
@@ -143,7 +143,7 @@ $(BIN)/uv:
 
 $(STAMP): $(BIN)/uv
 	@$(WITH_INDEX)
-	$(UV) pip install --python "$(BIN)/python" --constraint $(CONSTRAINTS) --editable '.[dev]' setuptools
+	$(UV) pip install --python "$(BIN)/python" --constraint $(CONSTRAINTS) --editable '.[dev,disaggregation]' setuptools
 	echo '$(STATE)' > "$@"
 
 .ONESHELL:

@@ -3,6 +3,7 @@ the target?
 
     python benchmark/bench_colocate.py [--quick] [--json FILE]
     python benchmark/bench_colocate.py --device cuda --model-size 8b [--quick]
+    python benchmark/bench_colocate.py --disaggregated [--quick] [--trace FILE]    # a prefill/decode pair (disaggregated/run.py)
 
 Side by side in one run, on the same requests from SGLang's own bench_serving: serve-only (plain
 SGLang), train-only (ours without requests, and a plain transformers + peft loop), serving and that
@@ -61,6 +62,7 @@ from colocate.judge import (
 from colocate.modes import CUT_AFTER, Place, Rig
 from colocate.plan import Cell, baseline_of, in_blocks, plan, plan_lacking, targets_of
 from common import report as bench_report
+from disaggregated import run as disaggregated
 
 WARM_REQUESTS = 12
 REQUESTS, BASELINE_REQUESTS, SECONDS = 400, 120, 60.0  # of a cell, all repetitions together
@@ -112,8 +114,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="a file that --json wrote: go on with it, same machine and options",
     )
     add("--results", type=Path, default=bench_report.RESULTS, help="folder of the result files")
+    disaggregated.add_options(parser)
     options = parser.parse_args(argv)
-    _defaults(options, parser)
+    if options.disaggregated:
+        options.model_size = options.model_size or "25m"
+    else:
+        _defaults(options, parser)
     return options
 
 
@@ -361,6 +367,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     # an exception, so that nothing is left behind: servers stand in sessions of their own, and held
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if options.disaggregated:
+        return disaggregated.main(options)
 
     def save(results: dict[str, Any]) -> None:
         if options.json is not None:

@@ -2,6 +2,7 @@
 killed?
 
     python benchmark/soak.py --minutes 30 [--seed 1] [--streams 3] [--jobs 3]
+    python benchmark/soak.py --disaggregated --minutes 5
 
 Two parts.  *Checkpoints*: a 25M model with a LoRA rank whose state is 100 MB trains under streaming
 requests and saves it again and again; the gaps between tokens during a save are compared with the
@@ -9,7 +10,9 @@ target.  *Soak*: clients stream from the base and from finished adapters while `
 finetune jobs come, are cancelled, paused and resumed; the service and everything are killed at
 random from the seed, the service is held still; the server is started again with the same command.
 At the end every job is judged: lost, doubled, run twice, and whether its weights are those of an
-uninterrupted run (the split is fixed by --harli-quantum-rows), bit for bit.
+uninterrupted run (the split is fixed by --harli-quantum-rows), bit for bit.  With
+``--disaggregated`` the server is the decode server of a prefill/decode pair: requests go through
+SGLang's router, and what is killed is the decode server.
 
 Exits with 1 when a request failed that was not in flight as the server was killed, when a job was
 lost, doubled, different or failed, when memory grew by 5% or files by 16 (judged in runs of 10
@@ -32,6 +35,7 @@ from common import report, servers
 from common.servers import Server
 from sglang_harli.tools.make_model import make_model
 from sglang_harli.tools.server_process import free_port
+from support.pair import DECODE, Pair, Side, missing
 from survive import checkpoints
 from survive.chaos import BACK_S, Chaos, plan
 from survive.jobs import JobClients, Ticket, digest, judge, kinds
@@ -41,6 +45,8 @@ from survive.watch import EVERY_S, Watch
 
 PROMPTS = [f"Tell me about the harbour of {town}." for town in ("Grebe", "Nea", "Tarn", "Ostel", "Vimmer")]
 JUDGED_FROM_MINUTES = 10
+# A small KV cache (64 MiB): one that fills with cached prefixes for an hour would look like a leak.
+FLAGS = ("--harli-quantum-rows", "1", "--max-loaded-loras", "8", "--max-total-tokens", "8192")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,44 +56,47 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=3, help="clients that send requests")
     parser.add_argument("--jobs", type=int, default=3, help="clients that submit jobs")
     parser.add_argument("--skip-checkpoints", action="store_true", help="only the soak itself")
+    parser.add_argument(
+        "--disaggregated", action="store_true", help="the decode server of a pair; only the soak itself"
+    )
     parser.add_argument("--results", type=Path, default=report.RESULTS, help="folder of the result files")
     options = parser.parse_args(argv)
     if options.minutes < 2:
         parser.error("--minutes: give at least 2")
+    options.skip_checkpoints |= options.disaggregated
     return options
 
 
 class Soak:
-    """One server, its clients and what happens to it."""
+    """One server, its clients and what happens to it; of a pair it is the decode server."""
 
     def __init__(self, model: Path, folder: Path, options: argparse.Namespace) -> None:
         self._options = options
-        self._port, self._endpoint = free_port(), f"tcp://127.0.0.1:{free_port()}"
+        self._port, self.endpoint = free_port(), f"tcp://127.0.0.1:{free_port()}"
         self._model, self.run_dir = model, folder / "runs"
         self.logs: list[str] = []
         self.watch = Watch()
-        self.server = self._start()
-        self.jobs = JobClients(self._endpoint, clients=options.jobs, seed=options.seed)
+        self.server, url = self.launch()
+        self.jobs = JobClients(self.endpoint, clients=options.jobs, seed=options.seed)
         self.traffic = Traffic(
-            self.server.url,
+            url,
             PROMPTS,
             streams=options.streams,
             seed=options.seed,
             adapters=lambda: self.jobs.served,
+            health_url=self.server.url,
         )
-        self.chaos = Chaos(self._start, self.server, self.traffic.gate)
+        self.chaos = Chaos(self.start, self.server, self.traffic.gate)
         self.references: dict[str, str] = {}
 
-    def _start(self) -> Server:
+    def launch(self) -> tuple[Server, str]:
+        """The server, and where requests go."""
+        server = self.start()
+        return server, server.url
+
+    def start(self) -> Server:
         return servers.start_server(
-            self._model,
-            *("--harli-quantum-rows", "1", "--max-loaded-loras", "8"),
-            # A small KV cache (64 MiB): one that fills with cached prefixes for an hour would look
-            # like a leak.
-            *("--max-total-tokens", "8192"),
-            port=self._port,
-            run_dir=self.run_dir,
-            endpoint=self._endpoint,
+            self._model, *FLAGS, port=self._port, run_dir=self.run_dir, endpoint=self.endpoint
         )
 
     async def run(self) -> dict[str, Any]:
@@ -157,6 +166,24 @@ class Soak:
         self.chaos.server.kill()
 
 
+class PairSoak(Soak):
+    """The decode server of a pair, whose prefill server and router stay up."""
+
+    def launch(self) -> tuple[Server, str]:
+        if (why := missing()) is not None:
+            raise SystemExit(why)
+        self._pair = Pair(self._model, decode=Side(FLAGS))
+        self.endpoint, self.run_dir = self._pair.endpoint, self._pair.run_dir
+        self._pair.__enter__()
+        return self._pair.decode, self._pair.url
+
+    def start(self) -> Server:
+        return self._pair.launch(DECODE)
+
+    def close(self) -> None:
+        self._pair.close()
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     with tempfile.TemporaryDirectory(prefix="harli-soak-", ignore_cleanup_errors=True) as name:
@@ -166,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         saves = None if options.skip_checkpoints else asyncio.run(checkpoints.run(model, folder))
         if saves is not None:
             print(f"gaps during a checkpoint, ms: {saves['during']}", flush=True)
-        soak = Soak(model, folder, options)
+        soak = (PairSoak if options.disaggregated else Soak)(model, folder, options)
         began = time.monotonic()
         try:
             results = asyncio.run(soak.run())
@@ -178,11 +205,12 @@ def main(argv: list[str] | None = None) -> int:
     problems = verdict(results, soak.watch.lives, judged=judged)
     text = table(results, problems, judged=judged)
     report.write(
-        "soak",
+        "soak-disaggregated" if options.disaggregated else "soak",
         "cpu",
         question="Does anything get lost, doubled, different or larger under traffic, jobs, cancels and kills?",
         settings={
             "model": "25M Llama, bf16, random weights",
+            "server": "the decode server of a pair" if options.disaggregated else "one",
             "minutes": options.minutes,
             "seed": options.seed,
             "streams": options.streams,

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from colocate import busy, shown
+from colocate import busy, busy_server, shown
 from colocate.client import Client, Load
 from colocate.judge import HARLI, NICE, PAUSED, PLAIN_LOOP, SHIFT, SLICES, TRAIN, UNCOORDINATED
 from colocate.noise import Watch
@@ -35,7 +33,6 @@ from common import servers
 from common.neighbour import neighbour
 from common.servers import Server
 from sglang_harli import FinetuneClient
-from sglang_harli.platforms.cpu import engine
 
 NEVER_BINDS_MS = 3_600_000.0
 TRAIN_ONLY_QUANTUM_MS = 1000.0
@@ -129,19 +126,7 @@ class Rig:
             return servers.start_server(
                 place.model, *flags, "--sleep-on-idle", launcher="plain", device=place.device
             )
-        plugin = place.folder / "plugin"
-        metadata = plugin / "harli_bench_busy-0.dist-info"
-        metadata.mkdir(parents=True, exist_ok=True)
-        shutil.copy(busy.__file__, plugin / "colocate_busy.py")
-        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: harli-bench-busy\nVersion: 0\n")
-        (metadata / "entry_points.txt").write_text("[sglang.srt.plugins]\nbusy = colocate_busy:activate\n")
-        first = [str(engine.STAND_IN)] if place.device == "cpu" else []
-        path = [*first, str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = {
-            "SGLANG_PLUGINS": "busy",
-            "PYTHONPATH": os.pathsep.join(path),
-            busy.PATH_ENV: str(self._busy_path),
-        }
+        env = busy_server.environment(place.folder / "plugin", self._busy_path, place.device)
         return servers.start_server(place.model, *flags, launcher="plain", env=env, device=place.device)
 
     def _ready(self, name: str) -> None:

@@ -1,19 +1,15 @@
-"""A trace of requests sent at its own times, whatever the server does (open loop)."""
+"""The conversation trace at a rate, and how its requests kept their targets."""
 
 from __future__ import annotations
 
-import random
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import load as bench_load
-from sglang_harli.simulation import trace_files, traces
-from sglang_harli.simulation.traces import Trace, TraceRequest
+from common.replay import published, send
+from sglang_harli.simulation.traces import TraceRequest
 
-SEED = 3
 WAIT_S = 20.0  # for requests that are under way when the window ends
 
 
@@ -35,22 +31,13 @@ def requests_for(
         mean_batch: tokens offered per second times ``tpot_s`` (``Trace.mean_batch``).
         most_tokens: prompt and output together; what is longer is cut.
     """
+    trace = published(path, duration_s=seconds, mean_batch=mean_batch, tpot_s=tpot_s)
+    name, factor = trace.name, 1.0
     if path is not None and path.exists():
-        trace = trace_files.read(path, limit=4000)
         factor = trace.mean_batch(tpot_s) / mean_batch
-        trace = Trace(
-            trace.name,
-            tuple(
-                TraceRequest(r.arrival_s * factor, r.prompt_tokens, r.output_tokens) for r in trace.requests
-            ),
-        )
         name = f"{path.name}, its times by {factor:.3g}"
-    else:
-        trace = traces.generate(
-            traces.CONVERSATION, seed=SEED, duration_s=seconds, mean_batch=mean_batch, tpot_s=tpot_s
-        )
-        name = f"{trace.name} (synthetic: the statistics of the published one)"
-    return name, [_cut(r, most_tokens) for r in trace.requests if r.arrival_s < seconds]
+    moved = [TraceRequest(r.arrival_s * factor, r.prompt_tokens, r.output_tokens) for r in trace.requests]
+    return name, [_cut(r, most_tokens) for r in moved if r.arrival_s < seconds]
 
 
 def _cut(request: TraceRequest, most_tokens: int) -> TraceRequest:
@@ -62,29 +49,10 @@ def _cut(request: TraceRequest, most_tokens: int) -> TraceRequest:
 def replay(url: str, requests: list[TraceRequest], vocab: int, targets: Targets) -> dict[str, Any]:
     """Send them at their times; what they saw, against the targets.  A request that fails, or has
     not ended ``WAIT_S`` after the last arrival and its own target, is late."""
-    seen: list[bench_load.Seen | None] = [None] * len(requests)
-    failures: list[str] = []
-    began = time.perf_counter()
-
-    def send(number: int, request: TraceRequest) -> None:
-        rng = random.Random(f"replay-{number}")
-        prompt = [rng.randrange(10, vocab) for _ in range(request.prompt_tokens)]
-        try:
-            seen[number] = bench_load.stream(url, prompt, request.output_tokens)
-        except (OSError, RuntimeError, ValueError) as error:
-            failures.append(f"{type(error).__name__}: {error}")
-
-    threads = []
-    for number, request in enumerate(requests):
-        time.sleep(max(0.0, began + request.arrival_s - time.perf_counter()))
-        threads.append(threading.Thread(target=send, args=(number, request), daemon=True))
-        threads[-1].start()
     longest = max((r.output_tokens for r in requests), default=0) * targets.tpot_s
-    end = time.perf_counter() + WAIT_S + longest
-    for thread in threads:
-        thread.join(max(0.0, end - time.perf_counter()))
-    wall_s = time.perf_counter() - began
-    return figures(list(seen), targets, wall_s) | {"failed": len(failures), "first failure": failures[:1]}
+    sent = send(url, requests, vocab, WAIT_S + longest)
+    failed = {"failed": len(sent.failures), "first failure": sent.failures[:1]}
+    return figures(list(sent.seen), targets, sent.seconds) | failed
 
 
 def figures(seen: list[bench_load.Seen | None], targets: Targets, wall_s: float) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import jobs, servers
 from common import load as bench_load
-from common import servers
 from common.servers import Server
 from gpu import serving
 from gpu.page import Page
@@ -38,7 +38,7 @@ def run(page: Page, options: Any) -> None:
         folder = Path(name)
         size = options.size or ("tiny" if page.dry else "1b")
         model, vocab = serving.model_of(folder, size)
-        data = serving.write_data(folder / "data.jsonl", words=(4, 12) if page.dry else (8, 60))
+        data = jobs.write_data(folder / "data.jsonl", words=(4, 12) if page.dry else (8, 60))
         part = _Part(page, options, model, vocab, data)
         page.settings["model"] = f"Llama of {size}, bf16, random weights (--load-format dummy)"
         part.measure()
@@ -150,14 +150,14 @@ class _Part:
         alone = bench_load.run(server.url, self.load, self.window_s)
         target_ms = self.options.tpot_slo_ms or TARGET_TIMES * alone["tpot_ms"][50]
         client.set(tpot_slo_ms=round(target_ms, 3))
-        job = serving.train(client, self.data)
-        _, train_only = serving.trained(client, job, functools.partial(time.sleep, self.window_s))
+        job = jobs.train(client, self.data)
+        _, train_only = jobs.trained(client, job, functools.partial(time.sleep, self.window_s))
         during = serving.greedy(server, self.vocab, self.prompts)
-        together, rate = serving.trained(
+        together, rate = jobs.trained(
             client, job, functools.partial(bench_load.run, server.url, self.load, self.window_s)
         )
         found = serving.status(client)
-        serving.cancel(client, job)
+        jobs.cancel(client, job)
         for window in (alone, together):
             window["within_target"] = bench_load.attainment(window["tpots_ms"], target_ms)
         return {

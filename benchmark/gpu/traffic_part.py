@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import jobs, servers
 from common import load as bench_load
-from common import servers
 from common.servers import Server
 from gpu import serving
 from gpu.page import Page
@@ -36,7 +36,7 @@ def run(page: Page, options: Any) -> None:
         size = options.size or ("tiny" if page.dry else "8b")
         model, vocab = serving.model_of(folder, size)
         page.settings["model"] = f"Llama of {size}, bf16, random weights (--load-format dummy)"
-        data = serving.write_data(folder / "data.jsonl", words=(4, 12) if page.dry else (60, 200))
+        data = jobs.write_data(folder / "data.jsonl", words=(4, 12) if page.dry else (60, 200))
         limit = ["--max-total-tokens", str(DRY_KV_TOKENS if page.dry else KV_TOKENS)]
         target_ms = options.tpot_slo_ms or (500.0 if page.dry else TARGET_MS)
         sides: dict[str, Server] = {}
@@ -108,9 +108,9 @@ def _rates(
 
 
 def _training_alone(page: Page, client: FinetuneClient, data: Path) -> dict[str, Any]:
-    job = serving.train(client, data, batch_size=2 if page.dry else 16)
+    job = jobs.train(client, data, batch_size=2 if page.dry else 16)
     window_s = 1.0 if page.dry else 10.0
-    _, rate = serving.trained(client, job, functools.partial(time.sleep, window_s))
+    _, rate = jobs.trained(client, job, functools.partial(time.sleep, window_s))
     return {"job": job, "tokens_per_s": rate}
 
 
@@ -126,12 +126,12 @@ def _rate(
     """The same requests to plain SGLang while our job is paused, and to ours while it trains."""
     targets = Targets(target_ms / 1e3)
     client.pause(job)
-    serving.wait(client, job, lambda state: state.status.value == "paused")
+    jobs.wait(client, job, lambda state: state.status.value == "paused")
     alone = replay(sides["plain"].url, requests, vocab, targets)
     client.resume(job)
-    serving.wait(client, job, lambda state: state.status.value == "running")
+    jobs.wait(client, job, lambda state: state.status.value == "running")
     servers.post(sides["ours"], "/flush_cache", {})
-    together, rate = serving.trained(
+    together, rate = jobs.trained(
         client, job, functools.partial(replay, sides["ours"].url, requests, vocab, targets)
     )
     found = serving.status(client)

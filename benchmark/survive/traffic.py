@@ -68,6 +68,7 @@ class Traffic:
         prompts: chosen from at random.
         adapters: the names that answer at the moment; a share of the requests goes to one of them.
         pause_s: most seconds that a client rests between two requests.
+        health_url: of the server whose health is looked at, where it is another one.
     """
 
     def __init__(
@@ -81,9 +82,10 @@ class Traffic:
         adapter_share: float = 0.3,
         tokens: tuple[int, int] = (16, 64),
         pause_s: float = 1.0,
+        health_url: str | None = None,
     ) -> None:
         self.seen: list[Seen] = []
-        self.gate = Gate(url)
+        self.gate = Gate(health_url or url)
         self._url, self._prompts, self._streams, self._seed = url, prompts, streams, seed
         self._adapters, self._share = adapters, adapter_share
         self._tokens, self._pause_s = tokens, pause_s

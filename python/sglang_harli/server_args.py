@@ -27,6 +27,7 @@ from sglang_harli.config import SWITCH_ENV, SWITCH_PREFILL, SWITCH_SERVE, HarliO
 from sglang_harli.errors import ConfigError, HarliError, UnsupportedError
 from sglang_harli.platforms.cpu import defaults as cpu_defaults
 from sglang_harli.platforms.cpu import engine
+from sglang_harli.sglang_versions import supported
 from sglang_harli.sglang_versions.current import arguments
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,9 @@ class HarliServerArgs(arguments.with_fields("HarliFields", __name__, _FIELDS)):
             self.seam.refuse_flags(self)
         cpu = (self.device or "").split(":")[0] == "cpu"
         if cpu:
-            for name, value, reason in cpu_defaults.BEFORE_MODEL:
+            decodes = self.disaggregation_mode == "decode"
+            more = supported.only("newest", cpu_defaults.DECODE_SERVER) if decodes else ()
+            for name, value, reason in (*cpu_defaults.BEFORE_MODEL, *more):
                 self._default(name, value, reason)
         self._choose_overlap(options, cpu)
         serves_lora = options.enabled or self._switch(options) == SWITCH_PREFILL

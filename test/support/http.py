@@ -44,6 +44,10 @@ def get(url: str, path: str) -> tuple[int, Any]:
     return _open(urllib.request.Request(url + path))
 
 
+def delete(url: str, path: str) -> tuple[int, Any]:
+    return _open(urllib.request.Request(url + path, method="DELETE"))
+
+
 def _open(request: urllib.request.Request) -> tuple[int, Any]:
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang_harli.patches import (
     control_requests,
+    cpu_kv_indices,
     cpu_sampling,
     idle_health_check,
     nan_sampling,
@@ -51,6 +52,7 @@ _ROWS: dict[str, tuple[Hook, ...]] = {
     "14-session-replace": session_replace.HOOKS,
     "15-control-requests": control_requests.HOOKS,
     "16-stop-regex": stop_regex.HOOKS,
+    "17-cpu-kv-indices": supported.only("newest", cpu_kv_indices.HOOKS),
 }
 ALL = {name: hooks for name, hooks in _ROWS.items() if hooks}
 

@@ -35,6 +35,15 @@ BEFORE_MODEL: tuple[tuple[str, Any, str], ...] = (
     ("max_running_requests", MAX_RUNNING_REQUESTS, "a CPU's decode is slower with every request"),
 )
 
+# The same of a decode server of a pair, where SGLang has the option (0.5.23).
+DECODE_SERVER: tuple[tuple[str, Any, str], ...] = (
+    (
+        "disaggregation_decode_retraction_backup",
+        "cpu_tensor",
+        "SGLang's pool for the KV of retracted requests is pinned memory, which needs CUDA",
+    ),
+)
+
 
 def require_kernels() -> None:
     """UnsupportedError unless this process can import ``sgl_kernel``: only our launcher can put the
