@@ -8,9 +8,10 @@ while it serves nothing (``quiet``).
 
 On a decode server of a pair its prefill server is asked, over HTTP.
 
-Leans on disaggregation.utils.FAKE_BOOTSTRAP_HOST, on TokenizerManager (server_status, is_pause, tokenizer, generate_request, abort_request,
-rid_to_state, context_len, max_req_input_len) and GenerateReqInput (input_ids, sampling_params, rid,
-return_logprob, logprob_start_len, log_metrics, extra_key).
+Leans on disaggregation.utils.FAKE_BOOTSTRAP_HOST, TokenizerManager (server_status, is_pause,
+tokenizer, generate_request, abort_request, rid_to_state, context_len, max_req_input_len) and
+GenerateReqInput (input_ids, sampling_params, rid, return_logprob, logprob_start_len, log_metrics,
+extra_key).
 """
 
 from __future__ import annotations
