@@ -149,8 +149,12 @@ def training_memory(scheduler: Any, device: torch.device, options: HarliOptions)
         )
 
     def schedule_stream() -> AbstractContextManager[Any]:
-        """Slot lists are SGLang's: they are edited on its stream, which its loop makes."""
-        return nullcontext() if cpu else torch.cuda.stream(scheduler.schedule_stream)
+        """Slot lists are SGLang's: they are edited on its stream. On 0.5.16 its loop makes that,
+        behind the warm-up, which edits them on the one on which they were made."""
+        if cpu:
+            return nullcontext()
+        stream = getattr(scheduler, "schedule_stream", None)
+        return torch.cuda.stream(torch.cuda.default_stream(device) if stream is None else stream)
 
     decodes = arguments.in_force(scheduler.server_args).disaggregation_mode == "decode"
     return MemoryPressure(
