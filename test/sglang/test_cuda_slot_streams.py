@@ -14,6 +14,7 @@ from sglang_harli.mem_cache.backing.static import StaticBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from support.cuda.happens_before import HappensBefore, OrderedDevice, UnorderedError
+from support.plain_arguments import plain_arguments
 
 SIZE, STRIPE_SLOTS = 128, 16
 
@@ -103,6 +104,7 @@ class Scheduler:
 
     def __init__(self, slots: Any) -> None:
         self.token_to_kv_pool_allocator, self.tree_cache = slots, None
+        self.server_args = plain_arguments()
 
 
 @pytest.fixture
