@@ -38,6 +38,8 @@ ROWS = [{"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant
 JOB = {"n_epochs": 3, "learning_rate": 2e-3}
 JOB_TIMEOUT_S, ROUTER_S = 300.0, 120.0
 TRANSPORT = ("--disaggregation-transfer-backend", "mooncake_tcp")
+TPOT_MS = "300"  # that two cores can keep with two servers, a router and this client on them
+PAUSE_S = 0.5  # between two requests
 
 
 def say(text: str) -> None:
@@ -112,6 +114,7 @@ def pair(model: Path, folder: Path, log: Path) -> Iterator[tuple[str, str]]:
         prefill = ServerProcess(model, folder / "prefill-runs", prefill_log, *prefill_flags)
         stack.callback(prefill.stop, patience_s=0)
         decode_flags = ["--disaggregation-mode", "decode", *TRANSPORT, "--harli-prefill-url", prefill.url]
+        decode_flags += ["--harli-tpot-slo-ms", TPOT_MS]
         decode = ServerProcess(model, folder / "runs", decode_log, *decode_flags)
         stack.callback(decode.stop, patience_s=0)
         stack.enter_context(prefill)
@@ -134,6 +137,7 @@ def asking(url: str, model: str) -> Iterator[list[str]]:
                 answers.append(ask(url, model))
             except HarliError as error:
                 answers.append(f"error: {error.message}")
+            over.wait(PAUSE_S)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

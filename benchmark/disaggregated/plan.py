@@ -11,8 +11,8 @@ SERVE, HARLI = "serve-only pair", "training on the decode server"
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How the trace's lengths are cut down: ``prompts`` and ``outputs`` divide them, ``most`` tokens
-    is the longest prompt and output together."""
+    """How the trace's lengths are cut down: ``prompts`` and ``outputs`` divide them, ``most``
+    tokens is the longest prompt and output together."""
 
     prompts: float = 8.0
     outputs: float = 4.0

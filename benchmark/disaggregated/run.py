@@ -1,5 +1,5 @@
-"""``bench_colocate.py --disaggregated``: what is trained on the decode server of a pair, and what it
-costs the requests that go through it.
+"""``bench_colocate.py --disaggregated``: what is trained on the decode server of a pair, and what
+it costs the requests that go through it.
 
 The serve-only pair is plain SGLang; the other has a decode server that trains.  Both take the same
 pieces of the conversation trace, by turns, at the rate at which the plain decode server is so many

@@ -26,9 +26,15 @@ BUSY_MATMULS, WIDTH = 200, 8192
 
 
 def run(page: Page, _options: Any) -> None:
-    """Measure all of it, the most important first."""
+    """Measure all of it, the most important first: what nothing needs that is built today comes
+    last, where it can spoil nothing."""
     page.measure("platform", lambda: platform(page.dry))
+    _memory(page)
     page.measure("green contexts", functools.partial(green_contexts, page.dry))
+
+
+def _memory(page: Page) -> None:
+    """What the pool's memory needs."""
     if not page.dry:  # as a server tries it before it chooses a backing
         reason = probe.refusal(torch.cuda.current_device())
         page.sections["remapping"] = {"possible": reason is None, "why_not": reason or "-"}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from sglang_harli.peft_trainer.base.frozen_base import from_transformers
+from sglang_harli.config import SWITCHED, HarliOptions
+from sglang_harli.managers.scheduler.training.warm_up import CHECKS
+from sglang_harli.peft_trainer.base.frozen_base import FrozenBase, from_transformers
+from sglang_harli.peft_trainer.graphs.graph_check import graphs_of
+from sglang_harli.peft_trainer.layers.operators.kernel_switches import KernelSwitches
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
 from sglang_harli.protocol.micro_batches import padded
@@ -81,11 +87,34 @@ def random_model(shape: Shape, device: torch.device, dtype: torch.dtype, layers:
     return model.eval()
 
 
-def training_run(model: Any, steps: int, *, keep: bool, logits_bytes: int, rank: int = RANK) -> TrainingRun:
-    """A run of ours on the model's own weights."""
+def served_base(model: Any) -> tuple[FrozenBase, dict[str, str]]:
+    """The model as a server trains it: weights of one input side by side, as SGLang has them, and
+    what was compared with torch's own way on this device in use.  And what came of each family."""
+    for layer in model.model.layers:
+        _adjoin([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
+        _adjoin([layer.mlp.gate_proj, layer.mlp.up_proj])
+    switches = KernelSwitches(HarliOptions().kernel_switches)
+    base = dataclasses.replace(from_transformers(model), kernels=switches)
+    found: dict[str, str] = {}
+    for family, check in zip(SWITCHED, CHECKS, strict=True):
+        note = check(base)
+        found[family] = note or ("as torch" if family in switches.used else "not compared here")
+    return base, found
+
+
+def _adjoin(linears: list[nn.Linear]) -> None:
+    whole = torch.cat([linear.weight.detach() for linear in linears])
+    for linear, part in zip(linears, whole.split([len(linear.weight) for linear in linears]), strict=True):
+        linear.weight = nn.Parameter(part, requires_grad=False)
+
+
+def training_run(
+    base: FrozenBase, steps: int, *, keep: bool, logits_bytes: int, rank: int = RANK
+) -> TrainingRun:
+    """A run of ours on a base, with graphs where they are used."""
     hp = Hyperparameters(batch_size=4, lora_r=rank, learning_rate=1e-3)
     spec = RunSpec(job="check", attempt=1, hyperparameters=hp, total_steps=steps)
-    return TrainingRun(from_transformers(model), spec, logits_bytes=logits_bytes, keep_activations=keep)
+    return TrainingRun(base, spec, logits_bytes=logits_bytes, keep_activations=keep, graphs=graphs_of)
 
 
 def feed(run: TrainingRun, step: int, lengths: list[int], vocab: int, seed: int = 0) -> None:

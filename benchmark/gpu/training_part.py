@@ -1,6 +1,7 @@
 """Part 2: is training on the device right, free of waits for the device, and fast?
 
-Only the trainer runs, on transformers models with random weights; SGLang is not started.
+Only the trainer runs, on transformers models with random weights; SGLang is not started. It trains
+as a server does: kernels and graphs that compute what torch does are used.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ import torch
 
 from gpu.page import Page
 from gpu.peft_loop import peft_step
-from gpu.shapes import RANK, SHAPES, Shape, feed, random_model, training_run
+from gpu.shapes import RANK, SHAPES, Shape, feed, random_model, served_base, training_run
 from sglang_harli.config import HarliOptions
-from sglang_harli.managers.scheduler.training.warm_up import CHECKS
-from sglang_harli.peft_trainer.base.frozen_base import from_transformers
+from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.public import Hyperparameters
 
@@ -85,27 +85,32 @@ def _tiny_run(device: torch.device, dtype: torch.dtype, *, keep: bool, steps: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = random_model(shape, torch.device("cpu"), torch.float32)
-    run = training_run(model.to(device=device, dtype=dtype), steps, keep=keep, logits_bytes=1 << 16, rank=8)
+    base, _ = served_base(model.to(device=device, dtype=dtype))
+    run = training_run(base, steps, keep=keep, logits_bytes=1 << 16, rank=8)
     for step in range(1, steps + 1):
         feed(run, step, [24, 17, 9], shape.vocab)
     return run
 
 
 def waits(device: torch.device) -> dict[str, Any]:
-    """Quanta of a tiny run while each wait for the device is an error."""
+    """Quanta of tiny runs while each wait for the device is an error: launched one by one, and from
+    graphs, once those are made."""
     _drive(_tiny_run(device, torch.bfloat16, keep=True))  # what is made at first use may wait
-    run = _tiny_run(device, torch.bfloat16, keep=True)
     kinds: list[str] = []
-    with _no_waits(device):
-        while (shape := run.peek()) is not None:
-            kinds.append(shape.kind.value)
-            try:
-                run.run(shape.rows)
-            except RuntimeError as error:
-                if "called a synchronizing" not in str(error):
-                    raise
-                return {"none": False, "first in": shape.kind.value, "what": str(error)}
-    return {"none": True, "quanta": len(kinds), "kinds": sorted(set(kinds))}
+    replays = _tiny_run(device, torch.bfloat16, keep=False)
+    _drive(replays, until=2, idle=True)
+    for run in (_tiny_run(device, torch.bfloat16, keep=True), replays):
+        with _no_waits(device):
+            while (shape := run.peek()) is not None:
+                kinds.append(shape.kind.value)
+                try:
+                    run.run(shape.rows)
+                except RuntimeError as error:
+                    if "called a synchronizing" not in str(error):
+                        raise
+                    return {"none": False, "first in": shape.kind.value, "what": str(error)}
+    found = {"none": True, "quanta": len(kinds), "kinds": sorted(set(kinds))}
+    return found | {"from graphs": replays.graphs.replayed if replays.graphs is not None else 0}
 
 
 @contextlib.contextmanager
@@ -122,9 +127,7 @@ def _no_waits(device: torch.device) -> Iterator[None]:
 
 def kernels(device: torch.device) -> dict[str, Any]:
     """The comparisons with torch's own path that a server makes while it warms up."""
-    base = from_transformers(random_model(SHAPES["tiny"], device, torch.bfloat16))
-    found = {check.__name__: check(base) or "as torch" for check in CHECKS}
-    return {"compared": len(found), **found}
+    return served_base(random_model(SHAPES["tiny"], device, torch.bfloat16))[1]
 
 
 # ---------------------------------------------------------------- fast
@@ -147,10 +150,12 @@ def speed(
     recomputed, then the plain loop on the same weights."""
     logits = 1 << 16 if dry else HarliOptions().logits_bytes(device.type)
     model = random_model(shape, device, torch.bfloat16)
+    base, compared = served_base(model)
     found: dict[str, Any] = {"tokens a micro-batch": rows * width, "layers": shape.layers}
+    found["not used"] = {family: why for family, why in compared.items() if why != "as torch"}
     for name, keep in (("kept", True), ("recomputed", False)):
         try:
-            found[name] = _ours(model, shape, device, rows, width, keep=keep, logits_bytes=logits)
+            found[name] = _ours(base, shape, device, rows, width, keep=keep, logits_bytes=logits)
         except torch.OutOfMemoryError as error:
             found[name] = {"tokens_per_s": None, "why": f"out of memory: {error}"}
         _clear(device)
@@ -166,16 +171,23 @@ def speed(
     if not dry:
         found["of_the_peft_loop"] = ours / found["peft loop"]["tokens_per_s"]
         found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-    del model, step
+    del model, base, step
     _clear(device)
     return found
 
 
 def _ours(
-    model: Any, shape: Shape, device: torch.device, rows: int, width: int, *, keep: bool, logits_bytes: int
+    base: FrozenBase,
+    shape: Shape,
+    device: torch.device,
+    rows: int,
+    width: int,
+    *,
+    keep: bool,
+    logits_bytes: int,
 ) -> dict[str, Any]:
     steps = SPEED_STEPS + DISCARDED
-    run = training_run(model, steps, keep=keep, logits_bytes=logits_bytes)
+    run = training_run(base, steps, keep=keep, logits_bytes=logits_bytes)
     numbers = iter(range(1, steps + 1))
 
     def step() -> None:
@@ -204,43 +216,45 @@ def _steps(device: torch.device, step: Callable[[], object]) -> list[float]:
 
 def quanta(shape: Shape, device: torch.device, layers: int, dry: bool) -> dict[str, Any]:
     """Host (launch) and device milliseconds of each kind of quantum, the first run of a shape and
-    later ones."""
-    model = random_model(shape, device, torch.bfloat16, layers)
+    later ones; and with graphs, which are made where nothing is served."""
+    base, _ = served_base(random_model(shape, device, torch.bfloat16, layers))
     logits = 1 << 16 if dry else HarliOptions().logits_bytes(device.type)
     rows = []
-    for keep in (False, True):
-        run = training_run(model, STEPS, keep=keep, logits_bytes=logits)
+    for keep, graphs in ((False, False), (True, False), (False, True)):
+        run = training_run(base, STEPS, keep=keep, logits_bytes=logits)
         for step in range(1, STEPS + 1):
             width = WIDTHS[step % 2] // (16 if dry else 1)
             feed(run, step, [width - cut for cut in ((0, 2, 3, 4) if dry else (0, 40, 90, 130))], shape.vocab)
-        times = _quantum_times(run, device)
+        times = _quantum_times(run, device, idle=graphs)
         run.release()
         for (kind, first), values in sorted(times.items()):
             host, on_device = zip(*values, strict=True)
             rows.append(
-                {"quantum": kind, "kept": keep, "first of its shape": first, "n": len(values)}
+                {"quantum": kind, "kept": keep, "graphs": graphs, "first of its shape": first}
+                | {"n": len(values)}
                 | {"host_p50_ms": statistics.median(host), "host_max_ms": max(host)}
                 | {"device_p50_ms": statistics.median(on_device), "device_max_ms": max(on_device)}
             )
-    del model
+    del base
     _clear(device)
     return {"layers": layers, "rows": rows}
 
 
 def _quantum_times(
-    run: TrainingRun, device: torch.device
+    run: TrainingRun, device: torch.device, *, idle: bool
 ) -> dict[tuple[str, bool], list[tuple[float, float]]]:
     found: dict[tuple[str, bool], list[tuple[float, float]]] = {}
     while (shape := run.peek()) is not None:
         events = _behind_a_pause(device)
         began = time.perf_counter()
-        done = run.run(shape.rows)
+        done = run.run(shape.rows, idle=idle)
         host_ms = device_ms = 1e3 * (time.perf_counter() - began)
         if events is not None:
             events[1].record()
             torch.cuda.synchronize()
             device_ms = events[0].elapsed_time(events[1])
-        found.setdefault((shape.kind.value, done.first_of_shape), []).append((host_ms, device_ms))
+        if not done.misleads:  # a graph was made meanwhile, say
+            found.setdefault((shape.kind.value, done.first_of_shape), []).append((host_ms, device_ms))
     run.take_metrics()
     return found
 
@@ -277,9 +291,10 @@ def _seconds(device: torch.device, work: Callable[[], object], rounds: int) -> f
     return statistics.median(found)
 
 
-def _drive(run: TrainingRun) -> None:
-    while (shape := run.peek()) is not None:
-        run.run(shape.rows)
+def _drive(run: TrainingRun, *, until: int | None = None, idle: bool = False) -> None:
+    """To the end, or until so many steps are applied; ``idle``: graphs may be made."""
+    while (until is None or run.applied_step < until) and (shape := run.peek()) is not None:
+        run.run(shape.rows, idle=idle)
 
 
 def _synchronize(device: torch.device) -> None:

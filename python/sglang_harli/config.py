@@ -23,6 +23,7 @@ FLAG_PREFIX = "--harli-"
 # Set by the launcher, or by HarliServerArgs when a --harli- option came; children inherit it.
 SWITCH_ENV = "HARLI_ON"
 SWITCH_SERVE = "serve"  # its value with --harli-finetune off: only what serving needs is put in place
+SWITCH_PREFILL = "prefill"  # the same on a prefill server, which also serves a decode server's adapters
 ENDPOINT_ENV = "HARLI_ENDPOINT"  # the client's default endpoint
 CURVE_KEYS_ENV = "HARLI_CURVE_KEYS"  # the client's default folder of keys
 POOL_DEBUG_ENV = (
@@ -33,6 +34,7 @@ DEFAULT_ENDPOINT = "tcp://127.0.0.1:30100"
 _LOOPBACK = re.compile(r"^tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d{1,5})\Z|^ipc://.+\Z")
 _BARE_IPV6 = re.compile(r"^tcp://([0-9a-fA-F:.]*:[0-9a-fA-F:.]*):(\d{1,5})\Z")  # its brackets are missing
 _ANY_TCP = re.compile(r"^tcp://(\[[0-9a-fA-F:.]+\]|\*|[A-Za-z0-9._-]+):(\d{1,5})\Z")
+_URL = re.compile(r"^https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]*)?\Z")
 _SIZE = re.compile(r"^\s*([0-9]{1,24}(?:\.[0-9]{1,24})?)\s*(b|kb|mb|gb|kib|mib|gib)?\s*$", re.IGNORECASE)
 MAX_SIZE = 2**60
 MAX_COUNT = 1_000_000  # of rows, of checkpoints
@@ -194,7 +196,14 @@ class HarliOptions:
         "64GiB", "Most bytes of all files and parts of uploads together; 64MiB of the disk stay free besides."
     )
 
+    prefill_url: tuple[str, ...] | None = _option(
+        None,
+        "On a decode server: the prefill servers that send it KV, each http://HOST:PORT; may be repeated. A finished "
+        "adapter is loaded on all of them before it answers (default: none, and adapters do not answer).",
+    )
+
     def __post_init__(self) -> None:
+        self._check_prefill_urls()
         for f in dataclasses.fields(self):
             choices = f.metadata["choices"]
             if choices and getattr(self, f.name) not in choices:
@@ -222,6 +231,20 @@ class HarliOptions:
             self._check_size(name)
         if self.file_bytes > MAX_FILE_BYTES:
             raise _bad("max_file_size", self.max_file_size, "a size of at most 4GiB, which a job can read")
+
+    def _check_prefill_urls(self) -> None:
+        given = self.prefill_url
+        if given is None:
+            return
+        urls = (given,) if isinstance(given, str) else tuple(given)  # JSON and --config have lists
+        object.__setattr__(self, "prefill_url", urls or None)
+        for url in urls:
+            if not isinstance(url, str) or not _URL.match(url):
+                raise _bad(
+                    "prefill_url", url, "the address of a server, http://HOST:PORT or https://HOST:PORT"
+                )
+        if len({url.rstrip("/") for url in urls}) < len(urls):
+            raise _bad("prefill_url", ", ".join(urls), "each prefill server once")
 
     def _check_count(self, name: str) -> None:
         value = getattr(self, name)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sglang_harli.config import FLAG_PREFIX, SWITCH_ENV, SWITCH_SERVE
+from sglang_harli.config import FLAG_PREFIX, SWITCH_ENV, SWITCH_PREFILL, SWITCH_SERVE
 from sglang_harli.sglang_versions import supported
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Replacement:
         why: why a replacement is needed.
         kind: a HookType: replace, before, after or around.
         main: for the main process (HTTP and tokenizer), else for the scheduler processes.
-        always: with --harli-finetune off too.
+        always: with --harli-finetune off too; pair: so on a prefill server.
     """
 
     target: str
@@ -44,6 +44,12 @@ class Replacement:
     kind: str = "around"
     main: bool = True
     always: bool = False
+    pair: bool = False
+
+    @property
+    def applies(self) -> bool:
+        """Whether it is in force, once the switch is on."""
+        return self.always or finetuning() or (self.pair and on_prefill_server())
 
 
 SERVER_ARGS = Replacement(
@@ -168,6 +174,7 @@ TABLE = (
             f"sglang_harli.managers.http.model_names:{hook}",
             "a bare adapter name as model is the adapter; a missing one is a 404, never the base's answer",
             kind=kind,
+            pair=True,
         )
         for handler, hook, kind in (
             (
@@ -233,7 +240,7 @@ def install() -> None:
     row could not be applied (SGLang itself only logs it)."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    rows = [row for row in TABLE if row.main and (row.always or finetuning())]
+    rows = [row for row in TABLE if row.main and row.applies]
     _register_patches()
     _register(rows)
     HookRegistry.apply_hooks()  # skips what is applied already
@@ -251,7 +258,12 @@ def is_on() -> bool:
 
 def finetuning() -> bool:
     """Whether the whole table applies, not only what a server without finetuning needs."""
-    return is_on() and os.environ[SWITCH_ENV] != SWITCH_SERVE
+    return is_on() and os.environ[SWITCH_ENV] not in (SWITCH_SERVE, SWITCH_PREFILL)
+
+
+def on_prefill_server() -> bool:
+    """Whether this is a prefill server of a pair, which serves adapters and does not train."""
+    return os.environ.get(SWITCH_ENV) == SWITCH_PREFILL
 
 
 def supported_version(*, asked: bool) -> bool:

@@ -23,7 +23,7 @@ from sglang.srt.arg_groups.arg_utils import A, Arg
 from sglang.srt.utils.common import get_device, kill_itself_when_parent_died
 
 from sglang_harli.architectures import ALL_LINEAR
-from sglang_harli.config import SWITCH_ENV, SWITCH_SERVE, HarliOptions
+from sglang_harli.config import SWITCH_ENV, SWITCH_PREFILL, SWITCH_SERVE, HarliOptions
 from sglang_harli.errors import ConfigError, HarliError, UnsupportedError
 from sglang_harli.platforms.cpu import defaults as cpu_defaults
 from sglang_harli.platforms.cpu import engine
@@ -51,6 +51,10 @@ def _annotation(option: dataclasses.Field[Any], type_: Any) -> Any:
     help_ = option.metadata["help"]
     if option.default is not None:
         help_ = f"{help_.rstrip('.')} (default: {option.default})."
+    if option.name == "prefill_url":  # extend: repeated, or several at once
+        many = {"nargs": "+", "type": str, "metavar": "URL"}
+        arg = Arg(help=help_.replace("%", "%%"), action="extend", action_kwargs=many)
+        return A[typing.Optional[list[str]], arg]  # noqa: UP045
     choices = option.metadata["choices"]
     parser = _on_off if (choices and "on" in choices) or option.name == "kernels" else None
     arg = Arg(help=help_.replace("%", "%%"), choices=list(choices) if choices else None, type_parser=parser)
@@ -128,7 +132,7 @@ class HarliServerArgs(arguments.with_fields("HarliFields", __name__, _FIELDS)):
             return
         with _in_one_sentence():
             options = HarliOptions(**given)
-            os.environ[SWITCH_ENV] = "1" if options.enabled else SWITCH_SERVE
+            os.environ[SWITCH_ENV] = self._switch(options)
             for field in dataclasses.fields(options):
                 setattr(self, PREFIX + field.name, getattr(options, field.name))
             self._prepare(options)
@@ -161,6 +165,11 @@ class HarliServerArgs(arguments.with_fields("HarliFields", __name__, _FIELDS)):
         if self.harli_on and self.seam:
             self.seam.install()
 
+    def _switch(self, options: HarliOptions) -> str:
+        if options.enabled:
+            return "1"
+        return SWITCH_PREFILL if self.disaggregation_mode == "prefill" else SWITCH_SERVE
+
     # ---- what is chosen
     def _prepare(self, options: HarliOptions) -> None:
         self._choose_device()
@@ -173,9 +182,15 @@ class HarliServerArgs(arguments.with_fields("HarliFields", __name__, _FIELDS)):
             for name, value, reason in (*cpu_defaults.BEFORE_MODEL, *more):
                 self._default(name, value, reason)
         self._choose_overlap(options, cpu)
-        if cpu and (options.enabled or self.enable_lora or self.lora_paths):
+        serves_lora = options.enabled or self._switch(options) == SWITCH_PREFILL
+        if cpu and (serves_lora or self.enable_lora or self.lora_paths):
             self._default("lora_backend", "torch_native", cpu_defaults.TORCH_LORA, unset="csgmv")
-        if options.enabled:
+        if options.prefill_url and self.disaggregation_mode != "decode":
+            raise ConfigError(
+                "--harli-prefill-url is for a decode server of a pair: give --disaggregation-mode decode, or drop it",
+                param="--harli-prefill-url",
+            )
+        if serves_lora:
             self._enable_lora(cpu)
 
     def _choose_device(self) -> None:

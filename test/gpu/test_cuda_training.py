@@ -3,6 +3,7 @@ full."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from sglang_harli.config import SWITCHED
 from sglang_harli.core import LatencyEstimate, QuantumKind
 from sglang_harli.managers.scheduler.step_timer import BatchLoad, EventTimer
 from sglang_harli.managers.scheduler.training.quantum_timer import DeviceQuantumTimer, Work
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, reader, state_layout
+from sglang_harli.managers.scheduler.training.warm_up import CHECKS
 from sglang_harli.peft_trainer.base.frozen_base import from_transformers
+from sglang_harli.peft_trainer.graphs.graph_check import graphs_of
+from sglang_harli.peft_trainer.layers.operators.kernel_switches import KernelSwitches
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import BatchCursor, MicroBatch, RunSpec
 from sglang_harli.protocol.micro_batches import padded
@@ -30,7 +35,10 @@ STEPS = 4
 LENGTHS = [24, 17, 9]
 
 
-def make_run(device: str, dtype: torch.dtype = torch.float32, *, keep: bool = True) -> TrainingRun:
+def make_run(
+    device: str, dtype: torch.dtype = torch.float32, *, keep: bool = True, kernels: str = "off"
+) -> TrainingRun:
+    """``kernels``: the switch of all families and of graphs."""
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -43,9 +51,10 @@ def make_run(device: str, dtype: torch.dtype = torch.float32, *, keep: bool = Tr
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     base = from_transformers(model.to(device=device, dtype=dtype).eval())
+    base = dataclasses.replace(base, kernels=KernelSwitches(dict.fromkeys(SWITCHED, kernels)))
     hyperparameters = Hyperparameters(batch_size=3, lora_r=8, learning_rate=1e-3)
     spec = RunSpec(job="j", attempt=1, hyperparameters=hyperparameters, total_steps=STEPS)
-    run = TrainingRun(base, spec, logits_bytes=1 << 16, keep_activations=keep)
+    run = TrainingRun(base, spec, logits_bytes=1 << 16, keep_activations=keep, graphs=graphs_of)
     rng = np.random.default_rng(0)
     for step in range(1, STEPS + 1):
         ids = rng.integers(0, 128, sum(LENGTHS), dtype=np.int32)
@@ -63,9 +72,10 @@ def make_run(device: str, dtype: torch.dtype = torch.float32, *, keep: bool = Tr
     return run
 
 
-def finish(run: TrainingRun) -> list[float]:
+def finish(run: TrainingRun, *, idle: bool = False) -> list[float]:
+    """``idle``: graphs may be made."""
     while (shape := run.peek()) is not None:
-        run.run(shape.rows)
+        run.run(shape.rows, idle=idle)
     if run.base.device.type == "cuda":
         torch.cuda.synchronize()
     return [metrics.loss for metrics in run.take_metrics()]
@@ -81,15 +91,35 @@ def test_losses_are_those_of_the_cpu(keep):
         torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
+@pytest.mark.parametrize("kernels", ["off", "on"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_train(dtype):
-    losses = finish(make_run("cuda", dtype))
+def test_sixteen_bits_train(dtype, kernels):
+    losses = finish(make_run("cuda", dtype, kernels=kernels))
     assert len(losses) == STEPS and all(np.isfinite(losses))
 
 
-def test_no_quantum_synchronizes_with_the_device():
-    run = make_run("cuda", torch.bfloat16)
-    finish(make_run("cuda", torch.bfloat16))  # lazy initialization may
+@pytest.mark.parametrize("keep", [False, True], ids=["recomputed", "kept"])
+def test_kernels_of_ours_and_graphs_give_torch_s_losses(keep):
+    expected = finish(make_run("cuda", torch.bfloat16, keep=keep))
+    run = make_run("cuda", torch.bfloat16, keep=keep, kernels="on")
+    torch.cuda.synchronize()  # it was made on another stream
+    with torch.cuda.stream(torch.cuda.Stream()):
+        losses = finish(run, idle=True)
+    assert losses == pytest.approx(expected, rel=2e-2)
+    assert run.graphs is not None and run.graphs.captured > 0 and run.graphs.replayed > 0
+    assert not run.graphs.failed
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_each_family_computes_what_torch_does(check):
+    base = make_run("cuda", torch.bfloat16, kernels="auto").base
+    assert check(base) is None
+
+
+@pytest.mark.parametrize("kernels", ["off", "on"])
+def test_no_quantum_synchronizes_with_the_device(kernels):
+    run = make_run("cuda", torch.bfloat16, kernels=kernels)
+    finish(make_run("cuda", torch.bfloat16, kernels=kernels))  # lazy initialization may
     torch.cuda.set_sync_debug_mode("error")
     try:
         while (shape := run.peek()) is not None:

@@ -14,6 +14,7 @@ from sglang_harli.mem_cache.backing.static import StaticBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
 from sglang_harli.mem_cache.unified_pool import UnifiedPool
 from support.cuda.happens_before import HappensBefore, OrderedDevice, UnorderedError
+from support.plain_arguments import plain_arguments
 
 SIZE, STRIPE_SLOTS = 128, 16
 
@@ -97,20 +98,46 @@ def test_the_checker_finds_edits_on_the_stream_of_the_span(page_size: int):
         serve(Rig(page_size, edits_on_schedule=False), in_span=True)
 
 
-def test_training_memory_names_the_schedulers_stream(monkeypatch: pytest.MonkeyPatch):
-    """It is made, or made anew, when SGLang's loop starts: after training was set up."""
-    from types import SimpleNamespace
+class Scheduler:
+    """What training's memory reads of SGLang's scheduler; 0.5.16 has no stream of its own before
+    its loop begins."""
 
-    from sglang_harli.config import HarliOptions
-    from sglang_harli.managers.scheduler import trainer_setup
+    def __init__(self, slots: Any) -> None:
+        self.token_to_kv_pool_allocator, self.tree_cache = slots, None
+        self.server_args = plain_arguments()
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The streams that slots were edited on."""
     from sglang_harli.sglang_versions.current import prefix_tree
 
-    rig = Rig(1, edits_on_schedule=False)
-    used: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: (used.append(stream), nullcontext())[1])
+    found: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: (found.append(stream), nullcontext())[1])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
     monkeypatch.setattr(prefix_tree, "watch", lambda cache: None)
-    scheduler = SimpleNamespace(token_to_kv_pool_allocator=rig.slots, tree_cache=None)
+    return found
+
+
+def test_training_memory_names_the_schedulers_stream(used: list[Any]):
+    """It is made, or made anew, when SGLang's loop starts: after training was set up."""
+    from sglang_harli.config import HarliOptions
+    from sglang_harli.managers.scheduler import trainer_setup
+
+    rig = Rig(1, edits_on_schedule=False)
+    scheduler: Any = Scheduler(rig.slots)
     trainer_setup.training_memory(scheduler, torch.device("cuda"), HarliOptions())
     scheduler.schedule_stream = rig.schedule
     rig.pool.lease(MemoryPurpose.STATE, "one", 1)
     assert used == [rig.schedule]
+
+
+def test_before_the_loop_slots_are_edited_where_they_were_made(used: list[Any]):
+    """By the run that warms up, whose stream is that of forwards."""
+    from sglang_harli.config import HarliOptions
+    from sglang_harli.managers.scheduler import trainer_setup
+
+    rig = Rig(1, edits_on_schedule=False)
+    trainer_setup.training_memory(Scheduler(rig.slots), torch.device("cuda"), HarliOptions())
+    assert rig.lease("one")
+    assert set(used) == {"default"}

@@ -45,7 +45,7 @@ class Rig:
             generate_request=self.generate,
             abort_request=self.abort,
         )
-        self.publisher = SimpleNamespace(was_ready=True, down=None, ask=self.ask)
+        self.publisher = SimpleNamespace(was_ready=True, down=None, ask=self.ask, pair=None)
 
     async def ask(self, method: str, body: dict[str, Any]) -> dict[str, Any]:
         assert method == "harli/parity"

@@ -7,6 +7,7 @@ None of them waits for the device but ``synchronize``.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,9 +38,15 @@ def generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device=device)
 
 
-def new_stream(device: torch.device) -> Any:
-    """A stream of its own."""
-    return torch.cuda.Stream(device)
+@functools.cache
+def copy_stream(device: torch.device) -> Any:
+    """The stream of copies to the host, the same for the process's life.
+
+    torch hands streams out of 32 by turns: one for each copy would soon be SGLang's own, whose
+    results then stand behind the quanta that the copy waits for. SGLang takes none of this
+    priority.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def on_stream(stream: Any) -> contextlib.AbstractContextManager[Any]:

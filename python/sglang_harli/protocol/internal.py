@@ -424,14 +424,16 @@ class ServiceState(Message):
 
 class PublishAdapter(Message):
     """Make the tensors in ``slot`` servable under ``name`` (PEFT state-dict keys; ``config``:
-    PEFT's adapter_config as SGLang reads it).  May be repeated: a served name answers ok.
-    ``request`` tells this question's answer from an earlier one's."""
+    PEFT's adapter_config as SGLang reads it; ``folder``: its files, for prefill servers).  May be
+    repeated: a served name answers ok.  ``request`` tells this question's answer from an earlier
+    one's."""
 
     request: int
     job: str
     name: str
     config: dict[str, Any]
     slot: SlotRef
+    folder: str = ""
 
 
 class AdapterPublished(Message):
@@ -450,6 +452,12 @@ class AdapterWanted(Message):
     """An evicted adapter is requested.  Answer: PublishAdapter or AdapterRefused."""
 
     name: str
+
+
+class PrefillState(Message):
+    """From the HTTP process of a decode server, on change: its prefill servers, for the status."""
+
+    servers: list[dict[str, Any]]
 
 
 class AdapterRefused(Message):
@@ -485,7 +493,7 @@ ServiceMessage = (
     | StatusRequest
     | SetOptions
 )
-HttpMessage = HttpHello | AdapterPublished | AdapterWanted
+HttpMessage = HttpHello | AdapterPublished | AdapterWanted | PrefillState
 ToHttpMessage = ServiceState | PublishAdapter | AdapterRefused
 
 _encoder = msgspec.msgpack.Encoder()

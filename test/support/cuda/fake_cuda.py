@@ -68,7 +68,7 @@ class FakeDevice:
             "capability": lambda device: (9, 0),
             "pinned": self.make_pinned,
             "event": FakeEvent,
-            "new_stream": lambda device: FakeStream(),
+            "copy_stream": lambda device: FakeStream(),
             "on_stream": lambda stream: contextlib.nullcontext(),
             "current_stream": lambda device: FakeStream(),
             "generator": lambda device: torch.Generator(),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from support.project_files import ROOT
 
@@ -18,12 +19,13 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 
 import gpu_check
 from common.load import Seen
-from gpu import judge, page, platform_part, pool_moves, tables, training_part
+from gpu import judge, page, platform_part, pool_moves, shapes, tables, training_part
 from gpu.device import bench
 from gpu.merge import merge, verdict
 from gpu.replay import Targets, figures, requests_for
 from gpu.server_part import _without
 from gpu.shapes import SHAPES
+from sglang_harli.config import SWITCHED
 from sglang_harli.mem_cache.backing.static import StaticBacking
 
 WINDOW = {"within_target": 1.0}
@@ -247,6 +249,7 @@ def test_part_1_runs_dry_by_the_driver_s_double(tmp_path: Path):
     found = page_of(tmp_path, 1, dry=True)
     platform_part.run(found, OPTIONS)
     assert not found.missing and found.exit_code() == page.HOLDS
+    assert list(found.sections)[-1] == "green contexts"  # they may leave the device in disorder
     assert all(row.holds for row in judge.rows_of(1, found.sections))
     calls = {row["call"] for row in found.sections["calls"]["rows"]}
     assert {"create", "map", "set_access", "unmap", "fill", "record", "wait", "done"} <= calls
@@ -269,6 +272,30 @@ def test_part_2_runs_dry_on_the_cpu(tmp_path: Path):
     kinds = {row["quantum"] for row in found.sections["quanta of 8b"]["rows"]}
     assert {"copy", "embed", "forward", "head", "backward", "optimizer"} <= kinds
     assert "share_of_matrix_rate" not in found.sections["speed"]  # nothing is judged by a CPU's
+    assert found.sections["kernels"] == dict.fromkeys(SWITCHED, "not compared here")
+
+
+def test_part_2_trains_with_what_a_server_would_use(monkeypatch: pytest.MonkeyPatch):
+    def check(family: str) -> Any:
+        def compared(base: Any) -> str | None:
+            assert family in base.kernels.open
+            (base.kernels.refuse if family == "lora" else base.kernels.allow)(family)
+            return "the lora kernels differ" if family == "lora" else None
+
+        return compared
+
+    monkeypatch.setattr(shapes, "CHECKS", tuple(check(family) for family in SWITCHED))
+    model = shapes.random_model(SHAPES["tiny"], torch.device("cpu"), torch.float32)
+    base, found = shapes.served_base(model)
+    assert found == dict.fromkeys(SWITCHED, "as torch") | {"lora": "the lora kernels differ"}
+    run = shapes.training_run(base, 1, keep=False, logits_bytes=1 << 16)
+    assert run.base.kernels.used == set(SWITCHED) - {"lora"}
+    weights = [layer.self_attn.q_proj.weight for layer in model.model.layers]
+    fused = [program.qkv._frozen for program in run._pieces.layers]
+    assert all(
+        len(products) == 1 and len(products[0][0]) == 2 * len(weight)
+        for weight, products in zip(weights, fused, strict=True)
+    )
 
 
 def test_a_part_or_the_join_is_to_be_given():

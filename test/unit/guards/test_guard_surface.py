@@ -44,6 +44,7 @@ FLAGS = {
     "max_file_size": "4GiB",
     "max_part_size": "64MiB",
     "max_files_size": "64GiB",
+    "prefill_url": None,
 }
 LIVE_FLAGS = (
     *("tpot_slo_ms", "ttft_slo_ms", "max_itl_ms", "max_quantum_ms", "max_idle_quantum_ms"),
@@ -127,6 +128,8 @@ METRICS = {
     "harli_service_up": "",
     "harli_service_restarts_total": "",
     "harli_finetune_degraded": "",
+    "harli_prefill_server_up": "url",
+    "harli_prefill_adapters_missing": "url",
     "harli_jobs": "status",
     "harli_pool_bytes": "owner",
     "harli_pool_watermark_bytes": "mark",
@@ -146,6 +149,7 @@ METRICS = {
     "harli_yield_seconds_total": "reason",
     "harli_slo_requests_total": "met",
     "harli_slo_attainment_ratio": "",
+    "harli_requests_without_clock_total": "",
     "harli_impossible_target": "target",
 }
 
@@ -231,9 +235,10 @@ MESSAGES = {
     "SetOptions": "seq request values if_revision",
     "HttpHello": "seq pid served_model_name tokenizer",
     "ServiceState": "seq pid endpoint_bound scheduler_seen refusal adapters jobs greeted_by others tokenizer_lost",
-    "PublishAdapter": "seq request job name config slot",
+    "PublishAdapter": "seq request job name config slot folder",
     "AdapterPublished": "seq request job name ok code text passing",
     "AdapterWanted": "seq name",
+    "PrefillState": "seq servers",
     "AdapterRefused": "seq name code text",
     "ExpiresAfter": "anchor seconds",
     "FileObject": "id object bytes created_at expires_at filename purpose status status_details",

@@ -42,7 +42,7 @@ def test_a_reserve_that_grows_into_what_training_has_is_given_back_ahead():
     pool.tick(pool.used_slots)
     lease = pool.lease(MemoryPurpose.KEPT, "kept", 10)
     assert lease is not None
-    reserve = slots.available_size() - 12 * STRIPE
+    reserve = slots.available_size() - 11 * STRIPE
     pool.reserved = lambda: reserve  # as much as a wave of admissions makes it
     clock.now_s += 0.5
     pool.tick(pool.used_slots)

@@ -38,7 +38,7 @@ class Device:
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(state_copier, "on_device", lambda tensor: True)
         patch.setattr(device_calls, "pinned", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
-        patch.setattr(device_calls, "new_stream", lambda device: self)
+        patch.setattr(device_calls, "copy_stream", lambda device: self)
         patch.setattr(device_calls, "current_stream", lambda device: self)
         patch.setattr(device_calls, "on_stream", self.on_stream)
         patch.setattr(device_calls, "event", lambda: Event(self))

@@ -80,6 +80,12 @@ def _publisher(tokenizer_manager: Any) -> Any:
     return getattr(tokenizer_manager, "harli_publisher", None)
 
 
+def _plain_prefill(tokenizer_manager: Any) -> str | None:
+    """A prefill server of this decode server that reads adapters from ``base:adapter`` alone."""
+    pair = getattr(_publisher(tokenizer_manager), "pair", None)
+    return pair.plain if pair is not None else None
+
+
 def _is_base(tokenizer_manager: Any, name: str) -> bool:
     return name in (tokenizer_manager.served_model_name, tokenizer_manager.model_path)
 
@@ -108,6 +114,13 @@ def parse_model_parameter(
     adapter, missing = find_adapter(serving.tokenizer_manager, model)
     if missing:
         raise HTTPException(NOT_FOUND, detail=missing_model_text(serving.tokenizer_manager, adapter or model))
+    if adapter == model and (plain := _plain_prefill(serving.tokenizer_manager)):
+        base = serving.tokenizer_manager.served_model_name
+        raise HTTPException(
+            BAD_REQUEST,
+            detail=f"prefill server {plain} is plain SGLang, which would compute the prompt of '{model}' with the base: "
+            f"ask for '{base}:{model}'",
+        )
     if adapter is None and _is_base(serving.tokenizer_manager, model):
         return model, None
     return original(serving, model)[0], adapter

@@ -29,6 +29,7 @@ import zmq.asyncio
 from sglang_harli.errors import HarliError, NotReadyError, StateError, UnsupportedError
 from sglang_harli.failpoints import Failpoint, failpoint
 from sglang_harli.managers.http.model_names import MissingModelError
+from sglang_harli.managers.http.prefill.prefill_servers import PrefillServers
 from sglang_harli.managers.http.scheduler_call import call
 from sglang_harli.managers.http.tokenizer_handover import TokenizerHandover
 from sglang_harli.names import checkpoint_of, looks_like_adapter
@@ -60,6 +61,7 @@ class AdapterPublisher:
         tokenizer_manager: SGLang's; all calls run in its event loop.
         endpoint: run_paths.http_endpoint(run_dir).
         handover: of this server's tokenizer; None where it has none.
+        pair: the prefill servers of a decode server; None: it computes prompts itself.
 
     Attributes:
         was_ready: the service's socket has been open and the scheduler's hello had reached it.
@@ -69,9 +71,13 @@ class AdapterPublisher:
     """
 
     def __init__(
-        self, tokenizer_manager: Any, endpoint: str, handover: TokenizerHandover | None = None
+        self,
+        tokenizer_manager: Any,
+        endpoint: str,
+        handover: TokenizerHandover | None = None,
+        pair: PrefillServers | None = None,
     ) -> None:
-        self._manager = tokenizer_manager
+        self._manager, self.pair = tokenizer_manager, pair
         self._handover = handover
         self._handing_over: asyncio.Task[None] | None = None
         self._hand_over_pause_s = 0.0
@@ -82,6 +88,7 @@ class AdapterPublisher:
         self._queue: asyncio.Queue[internal.PublishAdapter] = asyncio.Queue()
         self._newest: dict[str, internal.PublishAdapter] = {}  # by adapter, of those that wait or are in work
         self._waiting: dict[str, asyncio.Future[str]] = {}  # evicted adapter -> what is wrong, "" when back
+        self._coming: set[asyncio.Task[str]] = set()
         self._dropped: set[str] = set()  # unloaded by the operator, or deleted
         self._not_there: dict[str, str] = {}  # checkpoint -> why the service has none
         self._seq = 0
@@ -142,6 +149,8 @@ class AdapterPublisher:
             tasks.create_task(self._greet())
             tasks.create_task(self._receive(socket))
             tasks.create_task(self._publish_queued())
+            if self.pair is not None:
+                tasks.create_task(self._show_pair(self.pair))
 
     async def _greet(self) -> None:
         while self.state is None:
@@ -245,6 +254,8 @@ class AdapterPublisher:
         # A request for one then comes to ``bring_back``, which says why not.
         self._remember(list(self.others))
         loaded = self._manager.lora_registry.get_all_adapters()
+        for name in self.others:
+            self._leave_pair(name)
         for name in [name for name in loaded if name in self.others]:
             logger.info("harli: adapter %s is unloaded: %s", name, self.others[name])
             updates_of(self._manager).start(self._unload_other(name))
@@ -253,6 +264,16 @@ class AdapterPublisher:
         result = await unload_when_idle(self._manager, name)
         if not result.success:  # tried again at the next word of the service
             logger.error("harli: adapter %s could not be unloaded: %s", name, result.error_message)
+
+    async def _show_pair(self, pair: PrefillServers) -> None:
+        """The service shows the prefill servers in its status."""
+        shown: tuple[Any, Any] | None = None
+        while True:
+            now = (pair.status(), self.state.pid if self.state is not None else None)
+            if now != shown and now[1] is not None:
+                shown = now
+                await self._send(internal.PrefillState(servers=now[0]))
+            await asyncio.sleep(HELLO_EVERY_S)
 
     # ---------------------------------------------------------------- publication
     async def _publish(self, wanted: internal.PublishAdapter) -> None:
@@ -313,6 +334,8 @@ class AdapterPublisher:
         # A fresh id each time: SGLang's prefix cache is keyed by it.
         ref = LoRARef(lora_name=wanted.name, lora_path=TENSOR_PATH)
         since = time.monotonic()
+        if self.pair is not None and wanted.name not in self._dropped:
+            await self.pair.ensure(wanted.name, wanted.folder)
         body = {
             "lora_id": ref.lora_id,
             "lora_name": wanted.name,
@@ -420,6 +443,13 @@ class AdapterPublisher:
             future.set_result(text)  # the next request asks anew
         return text
 
+    def load_meanwhile(self, name: str) -> None:
+        """An adapter of ours that is not loaded here comes back, and to the prefill servers."""
+        if name in self.dormant() and name not in self._waiting:
+            task = asyncio.create_task(self.bring_back(name))
+            self._coming.add(task)
+            task.add_done_callback(self._coming.discard)
+
     @contextlib.contextmanager
     def asking_for(self, names: Iterable[str]) -> Iterator[None]:
         """Around a request's look-up of its adapters: those of checkpoints are brought here when
@@ -444,12 +474,17 @@ class AdapterPublisher:
                     raise MissingModelError(name, self._not_there[name]) from error
             raise
 
+    def _leave_pair(self, name: str) -> None:
+        if self.pair is not None:
+            self.pair.forget(name)
+
     def drop(self, name: str) -> None:
         """The operator unloaded it: the name answers no more, until the server restarts."""
         ref = self._manager.lora_ref_cache.get(name)
         if ref is not None and ref.lora_path == TENSOR_PATH:
             del self._manager.lora_ref_cache[name]
             self._dropped.add(name)
+            self._leave_pair(name)
             self._settle(name, DROPPED)
 
     def delete(self, name: str) -> None:
@@ -457,6 +492,7 @@ class AdapterPublisher:
         away."""
         self._manager.lora_ref_cache.pop(name, None)
         self._dropped.add(name)
+        self._leave_pair(name)
         self._settle(name, DELETED)
 
     def dormant(self) -> list[str]:
@@ -521,6 +557,7 @@ async def refuse_another_base(original: Callable[..., Awaitable[None]], manager:
     an adapter of another base's weights, also while it is still loaded; a checkpoint is looked for
     where it is asked for."""
     _check_base(manager, obj)
+    check_pair(manager, _names(obj))
     publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
     with contextlib.nullcontext() if publisher is None else publisher.asking_for(_names(obj)):
         await original(manager, obj)
@@ -533,6 +570,20 @@ def _check_base(manager: Any, obj: Any) -> None:
     for name in _names(obj):
         if name in others:
             raise ValueError(f"LoRA adapter {name!r} is not served here: {others[name]}")
+
+
+def check_pair(manager: Any, names: Iterable[str]) -> None:
+    """On a decode server: HTTPException 503 for an adapter that a prefill server does not have now;
+    the request would wait for KV that is never sent.  One of ours is loaded there meanwhile."""
+    from fastapi import HTTPException
+
+    publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
+    if publisher is None or publisher.pair is None:
+        return
+    for name in names:
+        if why := publisher.pair.why_not(name):
+            publisher.load_meanwhile(name)
+            raise HTTPException(503, detail=f"LoRA adapter {name!r} is not served now: {why}")
 
 
 def _names(obj: Any) -> list[str]:

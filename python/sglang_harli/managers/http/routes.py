@@ -25,6 +25,9 @@ from sglang_harli.managers.http.metrics_collector import MetricsCollector
 from sglang_harli.managers.http.model_names import missing_model_error
 from sglang_harli.managers.http.openai import install as openai_routes
 from sglang_harli.managers.http.openai.access import Access
+from sglang_harli.managers.http.prefill import uploads
+from sglang_harli.managers.http.prefill.prefill_servers import PrefillServers
+from sglang_harli.managers.http.prefill.uploads import UploadedAdapters
 from sglang_harli.managers.http.publisher import AdapterPublisher
 from sglang_harli.managers.http.served_models import TokenizerModels
 from sglang_harli.managers.http.service_calls import ServiceCalls
@@ -53,16 +56,22 @@ def install(
     access = Access(args.api_key, args.admin_api_key)
     if not options.enabled:
         app.router.routes[:0] = openai_routes.closed_routes(access)
+        if args.disaggregation_mode == "prefill":
+            _take_adapters(app, UploadedAdapters(tokenizer_manager, options.file_bytes), access)
         return
+    pair = None
+    if args.disaggregation_mode == "decode":
+        pair = PrefillServers(options.prefill_url or (), args.admin_api_key or args.api_key)
     publisher = AdapterPublisher(
-        tokenizer_manager, run_paths.http_endpoint(options.absolute_run_dir), handover
+        tokenizer_manager, run_paths.http_endpoint(options.absolute_run_dir), handover, pair
     )
     tokenizer_manager.harli_publisher = publisher
     calls = ServiceCalls(run_paths.verbs_endpoint(options.absolute_run_dir), lambda: publisher.down)
     metrics = MetricsCollector() if args.enable_metrics else None
     profile = StartupProfile(publisher, tokenizer_manager, options.profile_budget_s)
     watchdog = Watchdog(options, supervisor.running, publisher, metrics)
-    parity = ParityRequest(publisher, tokenizer_manager, profile) if options.parity != "off" else None
+    compared = options.parity != "off" and (pair is None or pair.servers)
+    parity = ParityRequest(publisher, tokenizer_manager, profile) if compared else None
     tokenizer_manager.harli_parity = parity
     _follow_lifespan(app, tokenizer_manager, publisher, calls, watchdog, profile, parity)
     app.router.routes[:0] = [
@@ -84,6 +93,22 @@ def before_setup_and_run(
     install(http_server.app, server_args, tokenizer_manager, handover)
 
 
+def _take_adapters(app: FastAPI, store: UploadedAdapters, access: Access) -> None:
+    """On a prefill server: adapters come from its decode servers."""
+    original = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(inner: Any) -> AsyncIterator[Any]:
+        async with original(inner) as state:
+            try:
+                yield state
+            finally:
+                store.close()
+
+    app.router.lifespan_context = lifespan
+    app.router.routes[:0] = uploads.routes(store, access).routes
+
+
 def _follow_lifespan(
     app: FastAPI,
     manager: Any,
@@ -99,6 +124,8 @@ def _follow_lifespan(
     async def lifespan(inner: Any) -> AsyncIterator[Any]:
         async with original(inner) as state:
             publisher.start()
+            if publisher.pair is not None:
+                publisher.pair.start()
             calls.start()
             watchdog.start()
             profile.start()
@@ -114,6 +141,8 @@ def _follow_lifespan(
                 await watchdog.stop()
                 await calls.stop()
                 await publisher.stop()
+                if publisher.pair is not None:
+                    await publisher.pair.stop()
 
     app.router.lifespan_context = lifespan
 

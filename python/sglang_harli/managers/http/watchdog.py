@@ -99,7 +99,7 @@ class Watchdog:
             if keeper is not None:
                 self._look(keeper)
             if self._metrics is not None:
-                self._metrics.refresh(keeper, self._publisher.state)
+                self._metrics.refresh(keeper, self._publisher.state, self._publisher.pair)
             await asyncio.sleep(self._patience.tick_s)
 
     def _look(self, keeper: Supervisor) -> None:

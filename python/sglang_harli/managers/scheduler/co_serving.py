@@ -17,13 +17,14 @@ from typing import Any
 import zmq
 
 from sglang_harli.core import StepLoad
+from sglang_harli.managers.scheduler.control import profile_fields
 from sglang_harli.managers.scheduler.metrics import ParityMetrics, PoolMetrics, PredictorMetrics, QosMetrics
 from sglang_harli.managers.scheduler.policy import waiting_prompts
 from sglang_harli.managers.scheduler.policy.serving_state import ServingState
 from sglang_harli.managers.scheduler.serving_view import InFlight
 from sglang_harli.managers.scheduler.step_timer import BatchLoad, load_of, make_timer, stream_of
 from sglang_harli.managers.scheduler.training.co_trainer import CoTrainer
-from sglang_harli.managers.scheduler.transfer_view import profile_fields, view_of
+from sglang_harli.managers.scheduler.transfer_view import view_of
 from sglang_harli.sglang_versions.current import arguments, weight_updates
 
 logger = logging.getLogger(__name__)

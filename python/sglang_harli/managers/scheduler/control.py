@@ -161,3 +161,10 @@ _METHODS: dict[str, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {
     "harli/parity": _parity,
     "harli/training": lambda trainer, _: {"training": trainer.training},
 }
+
+
+def profile_fields() -> dict[str, Any]:
+    """What a request of a profile has besides on a decode server: no KV is sent for it."""
+    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+    return {"bootstrap_host": FAKE_BOOTSTRAP_HOST, "bootstrap_room": 0}

@@ -140,7 +140,7 @@ def training_memory(scheduler: Any, device: torch.device, options: HarliOptions)
         )
 
     pool = allocator.pool
-    caches = prefix_tree.of(cache) is not None  # a decode server of a pair caches none unless it is told to
+    caches = prefix_tree.of(cache) is not None  # a decode server of a pair caches none by default
     prefix_tree.watch(cache)
 
     def evict(stripes: int, unused_since_s: float | None, among: Sequence[int] | None = None) -> int:
@@ -149,8 +149,12 @@ def training_memory(scheduler: Any, device: torch.device, options: HarliOptions)
         )
 
     def schedule_stream() -> AbstractContextManager[Any]:
-        """Slot lists are SGLang's: they are edited on its stream, which its loop makes."""
-        return nullcontext() if cpu else torch.cuda.stream(scheduler.schedule_stream)
+        """Slot lists are SGLang's: they are edited on its stream. On 0.5.16 its loop makes that,
+        behind the warm-up, which edits them on the one on which they were made."""
+        if cpu:
+            return nullcontext()
+        stream = getattr(scheduler, "schedule_stream", None)
+        return torch.cuda.stream(torch.cuda.default_stream(device) if stream is None else stream)
 
     decodes = arguments.in_force(scheduler.server_args).disaggregation_mode == "decode"
     return MemoryPressure(
@@ -202,9 +206,17 @@ def _parity(scheduler: Any, base: FrozenBase, limits: internal.ServedLimits, opt
         updater = scheduler.weight_updater
         return bool(updater.offload_tags) or weight_updates.unfinished(updater)
 
+    mode = options.parity
+    if arguments.in_force(scheduler.server_args).disaggregation_mode == "decode" and not options.prefill_url:
+        if mode != "off":
+            logger.warning(
+                "harli: training is not compared with serving: a decode server computes no prompts, and without "
+                "--harli-prefill-url there is none to ask"
+            )
+        mode = "off"
     return Parity(
         base,
-        options.parity,
+        mode,
         head_tokens=max(1, limits.logits_bytes // token_bytes),
         rounds="a KV cache in 8 bits" if kv_bytes < base.dtype.itemsize else "",
         released=released,

@@ -7,7 +7,7 @@ trains. Its first token is the prefill server's, so no prompt is computed or pro
 
 Leans on these names of SGLang's Scheduler: disagg_decode_prealloc_queue (queue, retracted_queue,
 num_reserved_decode_tokens), disagg_decode_transfer_queue.queue, and on those of ``serving_view``;
-of its DecodeRequest: req; disaggregation.utils.FAKE_BOOTSTRAP_HOST.
+of its DecodeRequest: req.
 """
 
 from __future__ import annotations
@@ -98,10 +98,3 @@ def view_of(scheduler: Any, side: ServingState) -> ServingView:
     view = TransferView(scheduler, side)
     side.pair = view.status
     return view
-
-
-def profile_fields() -> dict[str, Any]:
-    """What a request of a profile has besides on a decode server: no KV is sent for it."""
-    from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
-
-    return {"bootstrap_host": FAKE_BOOTSTRAP_HOST, "bootstrap_room": 0}

@@ -11,7 +11,7 @@ from sglang_harli.peft_trainer.adapter import Adapter
 from sglang_harli.peft_trainer.base.first_layers import first_layers
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.base.training_mode import training_mode
-from sglang_harli.peft_trainer.graphs.capture import Capture, CudaCapture
+from sglang_harli.peft_trainer.graphs.capture import Capture, capture_on
 from sglang_harli.peft_trainer.graphs.layer_graphs import LayerGraphs
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
 from sglang_harli.peft_trainer.memory.adapter_state import StateMemory
@@ -29,7 +29,7 @@ def check(base: FrozenBase) -> str | None:
     not, in one sentence."""
     if GRAPHS not in base.kernels.open or base.device.type != "cuda":
         return None
-    note = differs(base, CudaCapture(base.device))
+    note = differs(base, capture_on(base.device))
     if note is None:
         base.kernels.allow(GRAPHS)
     else:
@@ -40,7 +40,7 @@ def check(base: FrozenBase) -> str | None:
 def graphs_of(base: FrozenBase) -> LayerGraphs | None:
     """Those of a run on ``base``; None: they are not used."""
     used = GRAPHS in base.kernels.used and base.device.type == "cuda"
-    return LayerGraphs.of(base, CudaCapture(base.device)) if used else None
+    return LayerGraphs.of(base, capture_on(base.device)) if used else None
 
 
 def differs(base: FrozenBase, capture: Capture) -> str | None:

@@ -202,6 +202,11 @@ class Verbs:
             "followers": len(self._subscriptions),
             "space": await self._space.report(),
         }
+        if self._http.prefill_servers is not None:  # of a decode server
+            service["prefill_servers"] = {
+                server["url"]: {name: value for name, value in server.items() if name != "url"}
+                for server in self._http.prefill_servers
+            }
         return public.StatusAnswer(
             service=service,
             serving=report.serving if report else None,

@@ -45,6 +45,7 @@ class HttpLink:
         self._requests = itertools.count(1)
         self.ready = asyncio.Event()  # an HTTP process that can publish is there
         self.pid: int | None = None
+        self.prefill_servers: list[dict[str, Any]] | None = None  # of a decode server
 
     async def run(self) -> None:
         """Receive until cancelled."""
@@ -75,6 +76,8 @@ class HttpLink:
             waiting = self._published.get(message.request)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message)
+        elif isinstance(message, internal.PrefillState):
+            self.prefill_servers = message.servers
         else:
             self._on_wanted(message.name)
 
@@ -99,11 +102,14 @@ class HttpLink:
         name: str,
         config: dict[str, Any],
         slot: internal.SlotRef,
+        folder: str,
         timeout_s: float,
     ) -> internal.AdapterPublished | None:
         """Ask for a publication and wait; None: no answer came (it may be repeated)."""
         number = next(self._requests)
-        message = internal.PublishAdapter(request=number, job=job, name=name, config=config, slot=slot)
+        message = internal.PublishAdapter(
+            request=number, job=job, name=name, config=config, slot=slot, folder=folder
+        )
         answer = self._published[number] = asyncio.get_running_loop().create_future()
         try:
             if not self.peer.send(message):

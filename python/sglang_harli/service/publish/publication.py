@@ -359,6 +359,7 @@ class PublicationQueue:
                 name=self._name(adapter),
                 config=config,
                 slot=slot,
+                folder=str(self._folder(adapter).absolute()),
                 timeout_s=ANSWER_S,
             )
         finally:

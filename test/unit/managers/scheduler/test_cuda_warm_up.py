@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,19 @@ import pytest
 import torch
 
 from sglang_harli.core import QuantumKind
-from sglang_harli.managers.scheduler.training.warm_up import CHECKS, WIDTHS, WarmUp, wanted, warm_up
+from sglang_harli.managers.scheduler.training.warm_up import (
+    CHECKS,
+    WIDTHS,
+    WarmUp,
+    _on,
+    wanted,
+    warm_up,
+)
 from sglang_harli.mem_cache.backing.host import HostBacking
 from sglang_harli.mem_cache.backing.static import StaticBacking
 from sglang_harli.mem_cache.geometry import PoolGeometry
 from sglang_harli.mem_cache.train_arena import TrainArena
+from sglang_harli.peft_trainer import device_calls
 from sglang_harli.peft_trainer.base.first_layers import first_layers
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase, from_transformers
 from sglang_harli.peft_trainer.memory.heap import HeapMemory
@@ -81,6 +91,24 @@ def test_the_pool_has_all_its_memory_back(make: Any, fails: bool, tmp_path: Path
     assert slots.free == free
     assert not any(bool(pool.backing.kv_bytes(buffer).any()) for buffer in range(GEOMETRY.buffers))
     pool.check()
+
+
+def test_on_a_device_all_of_its_streams_are_done_at_the_end(monkeypatch: pytest.MonkeyPatch):
+    """The pool's lists of slots are edited on another one."""
+    steps: list[Any] = []
+
+    @contextlib.contextmanager
+    def on_stream(stream: Any) -> Iterator[None]:
+        steps.append(stream)
+        yield
+        steps.append("back")
+
+    monkeypatch.setattr(device_calls, "on_stream", on_stream)
+    monkeypatch.setattr(device_calls, "synchronize", steps.append)
+    device = torch.device("cuda", 1)
+    with _on(device, "forwards"):
+        steps.append("work")
+    assert steps == ["forwards", "work", "back", device]
 
 
 def test_where_there_is_no_memory_it_says_which_is_lacking(tmp_path: Path):

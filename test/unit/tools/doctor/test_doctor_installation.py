@@ -71,7 +71,9 @@ def test_the_environment():
     assert finding.mend == "unset HARLI_ON; unset HARLI_POOL_DEBUG"
 
 
-@pytest.mark.parametrize(("asked", "status"), [("", Status.OK), ("static", Status.OK), ("cuda", Status.PROBLEM)])
+@pytest.mark.parametrize(
+    ("asked", "status"), [("", Status.OK), ("static", Status.OK), ("cuda", Status.PROBLEM)]
+)
 def test_a_backing_that_does_not_exist_is_named(asked, status):
     finding = installation.judge_environment({"HARLI_POOL_BACKING": asked})
     assert finding.status is status

@@ -6,9 +6,12 @@ pseudo-random tokens.  It counts in no metrics of requests, samples nothing, and
 slots under a key of its own, is evicted like any other.  It gives way to what SGLang does only
 while it serves nothing (``quiet``).
 
-Leans on TokenizerManager (server_status, is_pause, tokenizer, generate_request, abort_request,
-rid_to_state, context_len, max_req_input_len) and GenerateReqInput (input_ids, sampling_params, rid,
-return_logprob, logprob_start_len, log_metrics, extra_key).
+On a decode server of a pair its prefill server is asked, over HTTP.
+
+Leans on disaggregation.utils.FAKE_BOOTSTRAP_HOST, TokenizerManager (server_status, is_pause,
+tokenizer, generate_request, abort_request, rid_to_state, context_len, max_req_input_len) and
+GenerateReqInput (input_ids, sampling_params, rid, return_logprob, logprob_start_len, log_metrics,
+extra_key).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 from fastapi import HTTPException
 
 from sglang_harli.errors import HarliError, NotReadyError
+from sglang_harli.managers.http.prefill.prefill_servers import PrefillServers
 from sglang_harli.managers.http.publisher import AdapterPublisher
 from sglang_harli.managers.http.start_up.startup_profile import StartupProfile
 
@@ -155,29 +159,42 @@ class ParityRequest:
         self._request = None
 
     async def _logprobs(self, ids: list[int]) -> list[float]:
+        name = f"harli-parity-{uuid.uuid4().hex}"
+        body = {
+            "input_ids": ids,
+            "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
+            "rid": name,
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "extra_key": name,
+        }
+        pair = self._publisher.pair
+        found = await (self._ask_here(body) if pair is None else self._ask_prefill(pair, body))
+        entries = found.get("meta_info", {}).get("input_token_logprobs") or []  # none where it was aborted
+        values = [entry[0] for entry in entries][1:]
+        if len(values) != len(ids) - 1 or any(value is None for value in values):
+            raise NotReadyError(f"the server gave {len(values)} log-probabilities of {len(ids)} tokens")
+        return [float(value) for value in values]
+
+    async def _ask_prefill(self, pair: PrefillServers, body: dict[str, Any]) -> dict[str, Any]:
+        """A decode server computes no prompts: what its prefill server does is compared.  It sends
+        the KV of this one nowhere (FAKE_BOOTSTRAP_HOST)."""
+        from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
+
+        nowhere = {"bootstrap_host": FAKE_BOOTSTRAP_HOST, "bootstrap_room": 0}
+        return await pair.servers[0].generate(pair.session, body | nowhere)
+
+    async def _ask_here(self, body: dict[str, Any]) -> dict[str, Any]:
         from sglang.srt.managers.io_struct import GenerateReqInput
 
-        name = f"harli-parity-{uuid.uuid4().hex}"
-        request = GenerateReqInput(
-            input_ids=ids,
-            sampling_params={"max_new_tokens": 0, "temperature": 0.0},
-            rid=name,
-            return_logprob=True,
-            logprob_start_len=0,
-            log_metrics=False,
-            extra_key=name,
-        )
+        name, request = body["rid"], GenerateReqInput(**body, log_metrics=False)
         found: dict[str, Any] = {}
         try:
             async for part in self._manager.generate_request(request, None):
                 found = part
         finally:
             await self._forget(name)
-        entries = found.get("meta_info", {}).get("input_token_logprobs") or []  # none where it was aborted
-        values = [entry[0] for entry in entries][1:]
-        if len(values) != len(ids) - 1 or any(value is None for value in values):
-            raise NotReadyError(f"the server gave {len(values)} log-probabilities of {len(ids)} tokens")
-        return [float(value) for value in values]
+        return found
 
     async def _forget(self, name: str) -> None:
         """Abort a request that is not over and forget it, even if it was never sent."""

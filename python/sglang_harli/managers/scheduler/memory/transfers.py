@@ -16,8 +16,8 @@ from sglang_harli.mem_cache.kv.slot_allocator import StripedFreeList
 
 logger = logging.getLogger(__name__)
 
-# How long a sender may write on after a transfer was given up: SGLang 0.5.23 keeps such slots for as
-# long (SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT); 0.5.16 frees them at once.
+# How long a sender may write on after a transfer was given up: SGLang 0.5.23 keeps such slots for
+# as long (SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT); 0.5.16 frees them at once.
 STRAY_WRITES_S = 30.0
 
 

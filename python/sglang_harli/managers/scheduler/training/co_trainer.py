@@ -173,16 +173,12 @@ class CoTrainer:
         self._note(spec.job, spec.attempt)
         if self.run is not None:
             self._release()  # the store wants another run
-        working = None if self.base.device.type == "cpu" else self.pressure.reserve_bytes or None
-        self.run = ActiveRun(
-            self.base,
-            message,
-            self.limits,
-            self.link,
-            self.quantum_rows,
-            self.pressure.memory,
-            working_bytes=working,
-        )
+        memory, cpu = self.pressure.memory, self.base.device.type == "cpu"
+        working = None if cpu else self.pressure.reserve_bytes or None
+        with self.clock.on_stream():
+            self.run = ActiveRun(
+                self.base, message, self.limits, self.link, self.quantum_rows, memory, working_bytes=working
+            )
         self.pressure.attach(self.run.training, spec.memory_bytes, self._give_up)
 
     @property
@@ -542,8 +538,9 @@ class CoTrainer:
         if run is None:
             return
         try:
-            if not run.final_snapshot():
-                return
+            with self.clock.on_stream():  # behind the quanta that are not over
+                if not run.final_snapshot():
+                    return
         except HarliError as error:  # the run had failed, and the last metrics say so now
             self.fail(error)
             return

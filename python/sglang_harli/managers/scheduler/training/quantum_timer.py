@@ -65,6 +65,10 @@ class HostQuantumTimer:
         self._begin = 0.0
         self._measured: list[Measured] = []
 
+    def on_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Around what a run does outside of a quantum."""
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def span(self) -> Iterator[None]:
         """Around one quantum."""
@@ -116,6 +120,11 @@ class DeviceQuantumTimer:
         self._pending: deque[_Queued] = deque()
         self._spare: list[tuple[Any, Any]] = []
         self._measured: list[Measured] = []
+
+    def on_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Around what a run does outside of a quantum: tensors belong to the stream that they were
+        made on, and are free for its next work when they go; work is in the order of quanta."""
+        return self._device.stream(self._stream())
 
     @contextlib.contextmanager
     def span(self) -> Iterator[None]:

@@ -126,7 +126,7 @@ class StateCopier:
     def _send(self, piece: _Slice) -> None:
         source = piece.read()
         if self._stream is None:
-            self._stream = device_calls.new_stream(source.device)
+            self._stream = device_calls.copy_stream(source.device)
         if self._seen.get(id(piece.tensor)) != piece.tensor.data_ptr():
             # Behind what training has written there so far, and no later work of its stream.
             for tensor in {id(one.tensor): one.tensor for one in (*self._todo, piece)}.values():

@@ -26,6 +26,7 @@ import torch
 from sglang_harli.core import QuantumKind
 from sglang_harli.managers.scheduler.training.failures import describe, forget
 from sglang_harli.managers.scheduler.training.state_copier import StateCopier, state_layout
+from sglang_harli.peft_trainer import device_calls
 from sglang_harli.peft_trainer.base import kernel_checks
 from sglang_harli.peft_trainer.base.first_layers import first_layers
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
@@ -121,13 +122,16 @@ def warm_up(
 
 @contextlib.contextmanager
 def _on(device: torch.device, stream: Any) -> Iterator[None]:
-    """Work goes to ``stream``; the device has done it at the end."""
+    """Work goes to ``stream``; the device has done it at the end, and what the pool edited on
+    another stream."""
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.stream(stream):  # None: the current one
-        yield
-        torch.cuda.current_stream(device).synchronize()
+    try:
+        with device_calls.on_stream(stream):  # None: the current one
+            yield
+    finally:
+        device_calls.synchronize(device)
 
 
 def _compared(base: FrozenBase, checks: Sequence[Check]) -> list[str]:
@@ -174,7 +178,7 @@ def _next(run: TrainingRun, device: torch.device) -> QuantumShape | None:
         if shape is not None or run.needs_memory is None:
             return shape
         if device.type == "cuda":  # what is free is counted there, and known a call later
-            torch.cuda.synchronize(device)
+            device_calls.synchronize(device)
     assert run.needs_memory is not None
     purpose, nbytes = run.needs_memory
     raise MemoryError(f"{nbytes} bytes for {purpose.text} are not available")
