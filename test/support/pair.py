@@ -161,10 +161,7 @@ class Pair:
         if side == PREFILL:
             flags += ["--disaggregation-bootstrap-port", str(self.bootstrap_port)]
         elif how.launcher == "harli":
-            from sglang_harli.config import HarliOptions  # TEMPORARY
-
-            if hasattr(HarliOptions, "prefill_url") or "prefill_url" in HarliOptions.__dataclass_fields__:
-                flags += ["--harli-prefill-url", self.url_of(PREFILL)]
+            flags += ["--harli-prefill-url", self.url_of(PREFILL)]
         else:  # our launcher's default on a CPU, spelled out
             for name, value, _ in supported.only("newest", defaults.DECODE_SERVER):
                 flags += ["--" + name.replace("_", "-"), value]
