@@ -62,7 +62,11 @@ def install(tmp_path: Path) -> Callable[..., Callable[[FastAPI], None]]:
     ) -> Callable[[FastAPI], None]:
         options = HarliOptions(run_dir=str(tmp_path), finetune=finetune)
         args = SimpleNamespace(
-            harli_options=lambda: options, enable_metrics=False, api_key=key, admin_api_key=admin
+            harli_options=lambda: options,
+            enable_metrics=False,
+            api_key=key,
+            admin_api_key=admin,
+            disaggregation_mode="null",
         )
         manager = MagicMock()
         manager.lora_ref_cache = {}

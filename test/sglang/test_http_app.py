@@ -46,7 +46,8 @@ from support.plain_arguments import plain_arguments, read_arguments
 
 LOADED, EVICTED, MISSING = "base-ft-a-00000001", "base-ft-b-00000002", "base-ft-c-00000003"
 FOREIGN = "pirate"
-PLAIN = {"enable_metrics": False, "api_key": None, "admin_api_key": None}  # of SGLang's arguments
+# Of SGLang's arguments.
+PLAIN = {"enable_metrics": False, "api_key": None, "admin_api_key": None, "disaggregation_mode": "null"}
 
 
 @pytest.fixture
