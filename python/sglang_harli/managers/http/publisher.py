@@ -560,7 +560,7 @@ async def refuse_another_base(original: Callable[..., Awaitable[None]], manager:
     publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
     with refused_requests.noted(manager, obj):
         _check_base(manager, obj)
-        check_pair(manager, _names(obj))
+        check_pair(manager, _names(obj), stream=bool(getattr(obj, "stream", False)))
         with contextlib.nullcontext() if publisher is None else publisher.asking_for(_names(obj)):
             await original(manager, obj)
         _check_base(manager, obj)  # the weights may have been updated while an adapter was brought back
@@ -574,9 +574,10 @@ def _check_base(manager: Any, obj: Any) -> None:
             raise ValueError(f"LoRA adapter {name!r} is not served here: {others[name]}")
 
 
-def check_pair(manager: Any, names: Iterable[str]) -> None:
-    """On a decode server: HTTPException 503 for an adapter that a prefill server does not have now;
-    the request would wait for KV that is never sent.  One of ours is loaded there meanwhile."""
+def check_pair(manager: Any, names: Iterable[str], *, stream: bool = False) -> None:
+    """On a decode server: HTTPException 503 (of a stream, which has begun, ValueError) for an
+    adapter that a prefill server does not have now; the request would wait for KV that is never
+    sent.  One of ours is loaded there meanwhile."""
     from fastapi import HTTPException
 
     publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
@@ -585,7 +586,8 @@ def check_pair(manager: Any, names: Iterable[str]) -> None:
     for name in names:
         if why := publisher.pair.why_not(name):
             publisher.load_meanwhile(name)
-            raise HTTPException(503, detail=f"LoRA adapter {name!r} is not served now: {why}")
+            text = f"LoRA adapter {name!r} is not served now: {why}"
+            raise ValueError(text) if stream else HTTPException(503, detail=text)
 
 
 def _names(obj: Any) -> list[str]:
