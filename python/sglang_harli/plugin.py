@@ -208,7 +208,9 @@ TABLE = (
     Replacement(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_and_resolve_lora",
         "sglang_harli.managers.http.publisher:refuse_another_base",
-        "an adapter of another base is loaded until its unload has had its turn, and answers no more",
+        "an adapter of another base is loaded until its unload has had its turn, and answers no more; of a pair both "
+        "servers refuse a request",
+        pair=True,
     ),
 )
 

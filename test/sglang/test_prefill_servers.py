@@ -360,6 +360,8 @@ def test_a_request_that_would_wait_for_kv_for_ever_is_refused_at_once(folder: st
 def test_without_a_prefill_server_no_adapter_answers() -> None:
     with pytest.raises(HTTPException, match="--harli-prefill-url"):
         publisher.check_pair(manager_with(PrefillServers([], None)), [NAME])
+    with pytest.raises(ValueError, match="--harli-prefill-url"):  # SGLang's error within a stream
+        publisher.check_pair(manager_with(PrefillServers([], None)), [NAME], stream=True)
     publisher.check_pair(manager_with(None), [NAME])  # a server that computes its prompts
 
 

@@ -29,6 +29,7 @@ import zmq.asyncio
 from sglang_harli.errors import HarliError, NotReadyError, StateError, UnsupportedError
 from sglang_harli.failpoints import Failpoint, failpoint
 from sglang_harli.managers.http.model_names import MissingModelError
+from sglang_harli.managers.http.prefill import refused_requests
 from sglang_harli.managers.http.prefill.prefill_servers import PrefillServers
 from sglang_harli.managers.http.scheduler_call import call
 from sglang_harli.managers.http.tokenizer_handover import TokenizerHandover
@@ -556,12 +557,13 @@ async def refuse_another_base(original: Callable[..., Awaitable[None]], manager:
     """Around ``TokenizerManager._validate_and_resolve_lora``: a ValueError (SGLang answers 400) for
     an adapter of another base's weights, also while it is still loaded; a checkpoint is looked for
     where it is asked for."""
-    _check_base(manager, obj)
-    check_pair(manager, _names(obj))
     publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
-    with contextlib.nullcontext() if publisher is None else publisher.asking_for(_names(obj)):
-        await original(manager, obj)
-    _check_base(manager, obj)  # the weights may have been updated while an adapter was brought back
+    with refused_requests.noted(manager, obj):
+        _check_base(manager, obj)
+        check_pair(manager, _names(obj), stream=bool(getattr(obj, "stream", False)))
+        with contextlib.nullcontext() if publisher is None else publisher.asking_for(_names(obj)):
+            await original(manager, obj)
+        _check_base(manager, obj)  # the weights may have been updated while an adapter was brought back
 
 
 def _check_base(manager: Any, obj: Any) -> None:
@@ -572,9 +574,10 @@ def _check_base(manager: Any, obj: Any) -> None:
             raise ValueError(f"LoRA adapter {name!r} is not served here: {others[name]}")
 
 
-def check_pair(manager: Any, names: Iterable[str]) -> None:
-    """On a decode server: HTTPException 503 for an adapter that a prefill server does not have now;
-    the request would wait for KV that is never sent.  One of ours is loaded there meanwhile."""
+def check_pair(manager: Any, names: Iterable[str], *, stream: bool = False) -> None:
+    """On a decode server: HTTPException 503 (of a stream, which has begun, ValueError) for an
+    adapter that a prefill server does not have now; the request would wait for KV that is never
+    sent.  One of ours is loaded there meanwhile."""
     from fastapi import HTTPException
 
     publisher: AdapterPublisher | None = getattr(manager, "harli_publisher", None)
@@ -583,7 +586,8 @@ def check_pair(manager: Any, names: Iterable[str]) -> None:
     for name in names:
         if why := publisher.pair.why_not(name):
             publisher.load_meanwhile(name)
-            raise HTTPException(503, detail=f"LoRA adapter {name!r} is not served now: {why}")
+            text = f"LoRA adapter {name!r} is not served now: {why}"
+            raise ValueError(text) if stream else HTTPException(503, detail=text)
 
 
 def _names(obj: Any) -> list[str]:

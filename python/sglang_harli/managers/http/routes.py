@@ -10,8 +10,9 @@ available_models, retrieve_model), ModelCard, sglang_versions' endpoints, and on
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -25,7 +26,7 @@ from sglang_harli.managers.http.metrics_collector import MetricsCollector
 from sglang_harli.managers.http.model_names import missing_model_error
 from sglang_harli.managers.http.openai import install as openai_routes
 from sglang_harli.managers.http.openai.access import Access
-from sglang_harli.managers.http.prefill import uploads
+from sglang_harli.managers.http.prefill import refused_requests, uploads
 from sglang_harli.managers.http.prefill.prefill_servers import PrefillServers
 from sglang_harli.managers.http.prefill.uploads import UploadedAdapters
 from sglang_harli.managers.http.publisher import AdapterPublisher
@@ -57,11 +58,15 @@ def install(
     if not options.enabled:
         app.router.routes[:0] = openai_routes.closed_routes(access)
         if args.disaggregation_mode == "prefill":
-            _take_adapters(app, UploadedAdapters(tokenizer_manager, options.file_bytes), access)
+            store = UploadedAdapters(tokenizer_manager, options.file_bytes)
+            _note_refusals(app, tokenizer_manager, store.refused.add)
+            _take_adapters(app, store, access)
         return
     pair = None
     if args.disaggregation_mode == "decode":
-        pair = PrefillServers(options.prefill_url or (), args.admin_api_key or args.api_key)
+        end = functools.partial(refused_requests.end, tokenizer_manager, wait_s=0.0)
+        pair = PrefillServers(options.prefill_url or (), args.admin_api_key or args.api_key, end)
+        _note_refusals(app, tokenizer_manager, pair.refused)
     publisher = AdapterPublisher(
         tokenizer_manager, run_paths.http_endpoint(options.absolute_run_dir), handover, pair
     )
@@ -91,6 +96,12 @@ def before_setup_and_run(
     if options.enabled:
         handover = hand_over(tokenizer_manager, template_manager, options.absolute_run_dir)
     install(http_server.app, server_args, tokenizer_manager, handover)
+
+
+def _note_refusals(app: FastAPI, manager: Any, refused: Callable[[list[int]], None]) -> None:
+    """On either server of a pair: what one refuses ends on the other."""
+    setattr(manager, refused_requests.ATTRIBUTE, refused)
+    app.add_middleware(refused_requests.RefusalMiddleware, refused=refused)
 
 
 def _take_adapters(app: FastAPI, store: UploadedAdapters, access: Access) -> None:

@@ -17,6 +17,7 @@ import aiohttp
 
 from sglang_harli.errors import NotReadyError, UnsupportedError
 from sglang_harli.managers.http.prefill import wire
+from sglang_harli.managers.http.prefill.refused_requests import ids_of
 
 HARLI, PLAIN, UNKNOWN = "harli", "plain", "unknown"
 LOOK_S = 2.0  # a look that takes longer has failed
@@ -33,12 +34,14 @@ class PrefillServer:
     Attributes:
         kind: harli, plain or unknown (before the first look).
         there: adapters that it has, by the last look; trouble: why that failed, or "".
+        refused: ids of the requests that it refused lately, by the last look.
     """
 
     def __init__(self, url: str, key: str | None) -> None:
         self.url = url.rstrip("/")
         self.kind, self.trouble = UNKNOWN, "it was not asked yet"
         self.there: set[str] = set()
+        self.refused: list[int] = []
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._start = ""
         self._looked_s = float("-inf")
@@ -65,6 +68,7 @@ class PrefillServer:
             if answer.status == 200:
                 found = await answer.json()
                 self._seen(HARLI, found["start"], set(found["adapters"]))
+                self.refused = ids_of(found.get("refused"))
                 return
             if answer.status != 404:
                 self._lost(f"GET {wire.LOOK} answers {answer.status}: {(await answer.text())[:200]}")
@@ -138,6 +142,11 @@ class PrefillServer:
             self._loaded.discard(name)
             self.there.discard(name)
         return status == 200
+
+    async def end(self, session: aiohttp.ClientSession, ids: list[int]) -> None:
+        """End its halves of requests that were refused here (plain SGLang cannot)."""
+        if self.kind == HARLI:
+            await self._call(session, "POST", wire.REFUSED, json={"requests": ids})
 
     async def _call(
         self,

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -31,9 +31,21 @@ NONE_NAMED = (
 
 
 class PrefillServers:
-    """All prefill servers of the pair; lives in the event loop.  ``key``: the bearer token."""
+    """All prefill servers of the pair; lives in the event loop.
 
-    def __init__(self, urls: Sequence[str], key: str | None) -> None:
+    Args:
+        key: the bearer token.
+        end: ends the requests here that a prefill server refused, by their ids.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        key: str | None,
+        end: Callable[[list[int]], Awaitable[None]] | None = None,
+    ) -> None:
+        self._end = end
+        self._telling: set[asyncio.Task[None]] = set()
         self.servers = [PrefillServer(url, key) for url in urls]
         self._session: aiohttp.ClientSession | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -49,10 +61,11 @@ class PrefillServers:
         self._tasks = [asyncio.create_task(self._watch(server)) for server in self.servers]
 
     async def stop(self) -> None:
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._telling]
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -68,6 +81,8 @@ class PrefillServers:
             await server.look(self.session)
             self._say(server)
             if not server.trouble:
+                if server.refused and self._end is not None:
+                    await self._end(server.refused)
                 for name in self._gone & server.there:
                     with contextlib.suppress(HarliError):
                         await server.unload(self.session, name)
@@ -130,6 +145,17 @@ class PrefillServers:
             if name not in server.there:
                 return f"prefill server {server.url} does not have it: try again once it is loaded there"
         return ""
+
+    def refused(self, ids: list[int]) -> None:
+        """Requests were refused here: their halves on the prefill servers end too."""
+        for server in self.servers:
+            task = asyncio.create_task(self._tell(server, ids))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
+    async def _tell(self, server: PrefillServer, ids: list[int]) -> None:
+        with contextlib.suppress(HarliError):
+            await server.end(self.session, ids)
 
     @property
     def plain(self) -> str | None:

@@ -2,6 +2,7 @@
 
     PUT /harli/prefill/adapters/{name}   a safetensors body; PEFT's config in a header
     DELETE, and GET /harli/prefill       what is there, and the start of this process
+    POST /harli/prefill/refused          requests that the decode server refused, which end here
 
 The files lie in a folder of this process, which goes with it: after a restart they are sent again.
 SGLang loads them by its own ``load_lora_adapter``, with its checks, and brings them back from there
@@ -30,7 +31,8 @@ from fastapi.responses import JSONResponse
 from sglang_harli.errors import ConfigError, HarliError, NotReadyError, UnsupportedError
 from sglang_harli.managers.http.openai.access import Access
 from sglang_harli.managers.http.openai.errors import status_of
-from sglang_harli.managers.http.prefill import wire
+from sglang_harli.managers.http.prefill import refused_requests, wire
+from sglang_harli.managers.http.prefill.refused_requests import RefusedRequests, ids_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +40,11 @@ SPARE_BYTES = 64 << 20  # of the disk, which stay free
 
 
 class UploadedAdapters:
-    """The adapters that were sent; ``most_bytes``: of one."""
+    """The adapters that were sent; ``most_bytes``: of one; ``refused``: this server's refusals."""
 
     def __init__(self, manager: Any, most_bytes: int) -> None:
         self._manager, self._most_bytes = manager, most_bytes
+        self.refused = RefusedRequests()
         self._folder = tempfile.TemporaryDirectory(prefix="harli-prefill-")
         self._digests: dict[str, str] = {}  # of the weights, by name
         self._lock = asyncio.Lock()
@@ -53,6 +56,11 @@ class UploadedAdapters:
     def names(self) -> list[str]:
         """Adapters that answer: loaded, or brought back by SGLang when asked for."""
         return sorted({*self._manager.lora_registry.get_all_adapters(), *self._manager.lora_ref_cache})
+
+    async def end(self, request: Request) -> None:
+        """End the requests that a decode server refused."""
+        asked = await request.json()
+        await refused_requests.end(self._manager, ids_of(asked.get("requests")), refused=self.refused)
 
     async def take(self, name: str, request: Request) -> None:
         """Store what is sent, and load it. May be repeated.
@@ -156,9 +164,15 @@ def routes(store: UploadedAdapters, access: Access) -> APIRouter:
         """What this prefill server has."""
 
         async def found() -> dict[str, Any]:
-            return {"start": store.start, "adapters": store.names()}
+            return {"start": store.start, "adapters": store.names(), "refused": store.refused.lately()}
 
         return await answer(request, found)
+
+    @router.post(wire.REFUSED)
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def end(request: Request) -> JSONResponse:
+        """End what a decode server refused: it would wait for it."""
+        return await answer(request, lambda: store.end(request))
 
     @router.put(wire.ADAPTER + "{name}")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)

@@ -11,7 +11,8 @@ from typing import Any
 
 from sglang_harli.errors import ConfigError
 
-LOOK = "/harli/prefill"  # GET: {"start": str, "adapters": [names]}
+LOOK = "/harli/prefill"  # GET: {"start": str, "adapters": [names], "refused": [requests]}
+REFUSED = "/harli/prefill/refused"  # POST: {"requests": [of requests that the decode server refused]}
 ADAPTER = "/harli/prefill/adapters/"  # PUT, DELETE, with the name behind it
 CONFIG_HEADER = "x-harli-adapter-config"  # PEFT's adapter_config.json, base64
 SHA256_HEADER = "x-harli-sha256"  # of the body, hexadecimal
