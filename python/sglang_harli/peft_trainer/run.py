@@ -50,6 +50,18 @@ from sglang_harli.protocol.internal import (
 )
 from sglang_harli.train_memory import TrainMemory
 
+MakeGraphs = Callable[..., LayerGraphs | None]  # (base), or (base, most bytes)
+
+
+def _beside(
+    base: FrozenBase, make: MakeGraphs, working_bytes: int | None
+) -> tuple[LayerGraphs | None, int | None]:
+    """A run's graphs, and what they leave of ``working_bytes`` for its quanta."""
+    if working_bytes is None:
+        return make(base), None
+    graphs = make(base, working_bytes // 4)
+    return graphs, working_bytes - (0 if graphs is None else graphs.most_bytes)
+
 
 class TrainingRun:
     """A job in training on a frozen base.
@@ -64,8 +76,9 @@ class TrainingRun:
             whose bits must not depend on memory.
         graphs: makes the graphs by which short quanta are launched, on ``base``; None, or where it
             gives None: none. Never with a fixed split, or with dropout, whose masks the host draws.
-        working_bytes: most that a quantum may take beside ``memory``, estimated; None: no bound
-            until one fails for want of memory (``shrink``). A fixed split has none.
+        working_bytes: most that a quantum may take beside ``memory``, estimated, graphs included
+            (a quarter of it at most); None: no bound until one fails for want of memory
+            (``shrink``). A fixed split has none.
 
     Attributes:
         needs_memory: why ``peek`` was None though there is work: purpose and missing bytes.
@@ -83,7 +96,7 @@ class TrainingRun:
         quantum_rows: int | None = None,
         memory: TrainMemory | None = None,
         keep_activations: bool = True,
-        graphs: Callable[[FrozenBase], LayerGraphs | None] | None = None,
+        graphs: MakeGraphs | None = None,
         working_bytes: int | None = None,
     ) -> None:
         self.base, self.spec, self.quantum_rows = base, spec, quantum_rows
@@ -103,7 +116,7 @@ class TrainingRun:
         with training_mode():
             self.graphs = None
             if graphs is not None and quantum_rows is None and not hp.lora_dropout:
-                self.graphs = graphs(base)
+                self.graphs, working_bytes = _beside(base, graphs, working_bytes)
             self._adapter = Adapter(base, hp)
             self._state = StateMemory(self._adapter.blocks, memory)
             self._bound = QuantumBound(WorkingSet(base, hp.lora_r), working_bytes)

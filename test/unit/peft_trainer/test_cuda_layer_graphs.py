@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from sglang_harli.peft_trainer.base.frozen_base import from_transformers
 from sglang_harli.peft_trainer.graphs.cache import Captured, GraphCache
 from sglang_harli.peft_trainer.graphs.graph_check import differs
-from sglang_harli.peft_trainer.graphs.layer_graphs import BUCKET, LayerGraphs, bucket_of, launch_bound_tokens
+from sglang_harli.peft_trainer.graphs.layer_graphs import (
+    BUCKET,
+    MOST_BYTES,
+    LayerGraphs,
+    bucket_of,
+    launch_bound_tokens,
+)
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import RunSpec
 from support.cuda.graph_double import CaptureDouble
@@ -159,6 +165,33 @@ def test_a_capture_that_fails_ends_graphs_and_not_the_run(caplog: pytest.LogCapt
     assert len(trained(run, idle=1.0)) == len(steps)
     assert "operation not permitted" in graphs_of(run).failed
     assert sum("without CUDA graphs" in record.message for record in caplog.records) == 1
+
+
+def test_a_graph_that_is_too_large_is_not_made_again_and_again(caplog: pytest.LogCaptureFixture):
+    model, steps = tiny_model(), random_steps(6, 2, 1)
+    capture = CaptureDouble(nbytes=1 << 24)
+    run = make(model, steps, capture)
+    assert len(trained(run, idle=1.0)) == len(steps)
+    assert len(capture.graphs) == 1 and "is the most for all" in graphs_of(run).failed
+    assert sum("without CUDA graphs" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("working", [None, 1 << 20])
+def test_graphs_have_their_part_of_what_quanta_take(working: int | None):
+    """A quarter at most, and quanta the rest."""
+    asked: list[tuple[int, ...]] = []
+
+    def graphs(base: Any, *most_bytes: int) -> LayerGraphs:
+        asked.append(most_bytes)
+        return LayerGraphs.of(base, CaptureDouble(), *most_bytes)
+
+    spec = RunSpec(job="j", attempt=1, hyperparameters=hyperparameters(), total_steps=1)
+    run = TrainingRun(
+        from_transformers(tiny_model()), spec, logits_bytes=1 << 20, graphs=graphs, working_bytes=working
+    )
+    left = None if working is None else 3 * working // 4
+    assert asked == [() if working is None else (working // 4,)] and run._bound.nbytes == left
+    assert graphs_of(run).most_bytes == (MOST_BYTES if working is None else working // 4)
 
 
 @pytest.mark.parametrize("refusing", [{"rows": 1}, {"lora_dropout": 0.1}], ids=["fixed split", "dropout"])

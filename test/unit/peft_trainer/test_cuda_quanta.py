@@ -6,6 +6,7 @@ stays within the budget (``test/fixtures/launch_budget.json``).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -16,9 +17,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from sglang_harli.config import KERNEL_FAMILIES
 from sglang_harli.core import QuantumKind
 from sglang_harli.device_sizes import sizes_of
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
+from sglang_harli.peft_trainer.kernels.launch import through
+from sglang_harli.peft_trainer.layers.operators.kernel_switches import KernelSwitches
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol.internal import RunSpec
 from support.cuda.fake_cuda import CUDA, FakeDevice, fake_base, fake_cuda
@@ -87,6 +91,18 @@ def test_no_quantum_waits_for_the_device(arch: str, keep: bool, device: FakeDevi
     if not keep:  # the first rows of a layer's kind are recomputed where it keeps, too
         others.add(QuantumKind.BACKWARD_KEPT)
     assert set(quanta(run, device)) == {kind.value for kind in {*QuantumKind} - others}
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["recomputed", "kept"])
+def test_with_kernels_of_ours_none_waits_either(keep: bool, device: FakeDevice) -> None:
+    ours: list[Any] = []
+    switches = KernelSwitches(dict.fromkeys(KERNEL_FAMILIES, "on"))
+    base = dataclasses.replace(fake_base("qwen3"), kernels=switches)
+    run, feed = make_run("qwen3", base=base, keep=keep, micro=2)
+    feed()
+    with through(lambda kernel, *_: ours.append(kernel)):
+        assert quanta(run, device)["optimizer"]
+    assert len(ours) > 100
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -1,5 +1,5 @@
-"""What torch hands out of pools of its own on a device, streams and the memory of graphs, by
-doubles that keep its rules."""
+"""What torch hands out of pools of its own on a device, streams and the memory of graphs, by a
+double that keeps its rules."""
 
 from __future__ import annotations
 

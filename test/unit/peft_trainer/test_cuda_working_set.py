@@ -9,6 +9,7 @@ import torch
 
 from sglang_harli.core import QuantumKind
 from sglang_harli.device_sizes import sizes_of
+from sglang_harli.managers.scheduler.training.failures import describe, lacked_memory
 from sglang_harli.peft_trainer.memory.working_set import QuantumBound, WorkingSet
 from sglang_harli.peft_trainer.run import TrainingRun
 from sglang_harli.protocol import internal
@@ -153,6 +154,23 @@ def test_one_row_that_has_no_room_comes_in_blocks_and_one_block_is_the_end() -> 
             except torch.OutOfMemoryError:
                 if not run.shrink():
                     raise
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("no room"),
+    ],
+    ids=["torch", "pinned", "cuBLAS", "host", "lease"],
+)
+def test_memory_lacks_in_many_words(error: Exception) -> None:
+    """Of torch's allocator, of the driver for pinned memory and graphs, of cuBLAS."""
+    assert lacked_memory(error) and describe(error)[0] == "out_of_memory"
+    assert not lacked_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_a_fixed_split_is_not_cut() -> None:

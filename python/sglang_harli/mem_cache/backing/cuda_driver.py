@@ -193,7 +193,10 @@ class CudaDriver:
         self._call("cuMemsetD8Async", address, value, nbytes, stream)
 
     def tensor(self, address: int, nbytes: int) -> Tensor:
-        found = torch.as_tensor(_Memory(address, nbytes), device=torch.device("cuda", self.device))
+        try:
+            found = torch.as_tensor(_Memory(address, nbytes), device=torch.device("cuda", self.device))
+        except RuntimeError as error:
+            raise DriverError(f"torch cannot use the memory at {address:#x} ({error}): {ANY_FIX}") from error
         if found.data_ptr() != address:
             raise DriverError(f"torch copied the memory at {address:#x} instead of using it: {ANY_FIX}")
         return found

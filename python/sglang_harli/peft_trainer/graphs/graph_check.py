@@ -12,7 +12,7 @@ from sglang_harli.peft_trainer.base.first_layers import first_layers
 from sglang_harli.peft_trainer.base.frozen_base import FrozenBase
 from sglang_harli.peft_trainer.base.training_mode import training_mode
 from sglang_harli.peft_trainer.graphs.capture import Capture, capture_on
-from sglang_harli.peft_trainer.graphs.layer_graphs import LayerGraphs
+from sglang_harli.peft_trainer.graphs.layer_graphs import MOST_BYTES, LayerGraphs
 from sglang_harli.peft_trainer.layers.decoder_layer import LayerProgram
 from sglang_harli.peft_trainer.memory.adapter_state import StateMemory
 from sglang_harli.peft_trainer.memory.heap import HeapMemory
@@ -37,10 +37,10 @@ def check(base: FrozenBase) -> str | None:
     return note
 
 
-def graphs_of(base: FrozenBase) -> LayerGraphs | None:
-    """Those of a run on ``base``; None: they are not used."""
+def graphs_of(base: FrozenBase, most_bytes: int = MOST_BYTES) -> LayerGraphs | None:
+    """Those of a run on ``base``, of at most so many bytes; None: they are not used."""
     used = GRAPHS in base.kernels.used and base.device.type == "cuda"
-    return LayerGraphs.of(base, capture_on(base.device)) if used else None
+    return LayerGraphs.of(base, capture_on(base.device), most_bytes) if used else None
 
 
 def differs(base: FrozenBase, capture: Capture) -> str | None:

@@ -29,7 +29,7 @@ from sglang_harli.peft_trainer.layers.rotary import Rotary, RotaryTable
 logger = logging.getLogger(__name__)
 
 BUCKET = 64  # tokens: widths are padded to multiples of it
-MOST, MOST_BYTES = 512, 256 * 2**20  # graphs of a run; they lie in --harli-train-reserve
+MOST, MOST_BYTES = 512, 256 * 2**20  # graphs of a run
 SEEN = 4096  # shapes that are remembered as run eagerly
 # A layer of about 60 launches takes the host 0.5 ms; a device does 2.5e14 operations a second of
 # such products. Where the arithmetic takes twice as long as the launches a graph gains nothing.
@@ -69,7 +69,7 @@ class LayerGraphs:
         like: a tensor whose dtype and device are the base's; hidden: its width.
 
     Attributes:
-        may_capture: nothing is served and nothing waits now.
+        most_bytes: as given; may_capture: nothing is served and nothing waits now.
         captured, replayed: graphs made, and launched; failed: why no more are made, or "".
     """
 
@@ -84,6 +84,7 @@ class LayerGraphs:
         positions: int | None,
         like: Tensor,
     ) -> None:
+        self.most_bytes = most_bytes
         token_bytes = _STAGED * hidden * like.element_size()
         most_tokens = min(most_tokens, most_bytes // 2 // token_bytes)
         self.cache = GraphCache(most, most_bytes - most_tokens * token_bytes)
@@ -96,13 +97,14 @@ class LayerGraphs:
         self._seen: dict[Hashable, None] = {}
 
     @classmethod
-    def of(cls, base: FrozenBase, capture: Capture) -> LayerGraphs:
-        """Of a run on ``base``, within ``MOST`` graphs and ``MOST_BYTES``."""
+    def of(cls, base: FrozenBase, capture: Capture, most_bytes: int = MOST_BYTES) -> LayerGraphs:
+        """Of a run on ``base``, within ``MOST`` graphs and ``MOST_BYTES``, or ``most_bytes`` if
+        that is less."""
         weights = sum(inputs * outputs for inputs, outputs in base.linear_sizes().values())
         return cls(
             capture,
             most=MOST,
-            most_bytes=MOST_BYTES,
+            most_bytes=min(most_bytes, MOST_BYTES),
             most_tokens=launch_bound_tokens(weights),
             hidden=base.config.hidden_size,
             positions=base.positions,
@@ -196,14 +198,20 @@ class LayerGraphs:
             work(staging, tables)  # loads and chooses the kernels of the padded shape
             graph, nbytes = self._capture.capture(lambda: work(staging, tables))
         except RuntimeError as error:
-            self.failed = f"quanta run without CUDA graphs: a capture failed: {error}"
-            logger.warning("harli: %s", self.failed)
-            self.clear()
+            self._end(f"a capture failed: {error}")
             return None
         self.captured += 1
         captured = Captured(graph, nbytes, places)
-        self.cache.put(key, captured)
+        if not self.cache.put(key, captured):  # it would be made again each time
+            self._end(f"one takes {nbytes} bytes, and {self.cache.most_bytes} is the most for all")
+            return None
         return captured
+
+    def _end(self, why: str) -> None:
+        """No more of them in this run."""
+        self.failed = f"quanta run without CUDA graphs: {why}"
+        logger.warning("harli: %s", self.failed)
+        self.clear()
 
     def _see(self, key: Hashable) -> None:
         if key not in self._seen and len(self._seen) >= SEEN:

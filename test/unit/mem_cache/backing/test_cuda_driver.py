@@ -106,3 +106,15 @@ def test_without_a_driver_the_error_says_so(monkeypatch: pytest.MonkeyPatch):
     recorder.cuInit = missing  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setattr(cuda_driver, "_bindings", lambda: recorder)
     assert "install the NVIDIA driver" in str(why_not(0))
+
+
+def test_what_torch_cannot_use_is_the_driver_s_error(monkeypatch: pytest.MonkeyPatch):
+    """Then the probe says so, and the pool is not mapped."""
+    driver, _ = driver_with(monkeypatch)
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the pointer is of no CUDA device")
+
+    monkeypatch.setattr(cuda_driver.torch, "as_tensor", refuses)
+    with pytest.raises(DriverError, match=r"torch cannot use the memory at 0x10 .*of no CUDA device"):
+        driver.tensor(16, 4)

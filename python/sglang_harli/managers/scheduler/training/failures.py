@@ -8,10 +8,15 @@ import torch
 
 from sglang_harli.errors import HarliError
 
+# Of a CPU; of CUDA outside of torch's allocator (pinned memory, graphs); of cuBLAS.
+_LACKED = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 def lacked_memory(error: Exception) -> bool:
     """Whether the device, or the host, had no memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LACKED)
 
 
 def passes(error: Exception) -> bool:
