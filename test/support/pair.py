@@ -149,7 +149,7 @@ class Pair:
         for side in started:
             self.launch(side)
         with ThreadPoolExecutor(2) as threads:  # they share the cores: none waits for the other
-            list(threads.map(lambda side: self.servers[side].wait_ready(), started))
+            list(threads.map(lambda side: self.servers[side].wait_ready(2 * START_S), started))
         if "router" not in self.servers:
             self.servers["router"] = self._start_router()
             self.servers["router"].wait_ready()
