@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sglang_harli.peft_trainer.kernels import gated, heads, lora, norm, softmax
 from sglang_harli.peft_trainer.kernels.heads import HeadLayout, HeadNorms
-from sglang_harli.peft_trainer.kernels.zero import RangeTable
 from support.kernels.compiler import Launch, recorded
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 14336, 151936
@@ -40,9 +39,6 @@ def record(dtype: torch.dtype, ranks: tuple[int, ...]) -> list[Launch]:
             out, low = new(TOKENS, 6144), new(TOKENS, 3 * rank)
             lora.add_products(out, low, b, spans)
             lora.product_gradients(out, low, b, spans, 2.0, b)
-        memory = new(1024, kind=torch.uint8)
-        for offset in (0, 1):
-            RangeTable([(memory.data_ptr() + offset, 512)], memory.device).zero()
     return launches
 
 
