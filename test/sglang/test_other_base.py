@@ -16,7 +16,9 @@ from sglang_harli.managers.http.publisher import refuse_another_base
 def resolve(path: Any, *, before: dict[str, str], meanwhile: dict[str, str]) -> int:
     """How often the adapter was looked up; ``meanwhile``: what is of another base by the end of
     that."""
-    publisher = SimpleNamespace(others=dict(before), asking_for=lambda _names: contextlib.nullcontext())
+    publisher = SimpleNamespace(
+        others=dict(before), asking_for=lambda _names: contextlib.nullcontext(), pair=None
+    )
     manager = SimpleNamespace(harli_publisher=publisher)
     looked_up = 0
 

@@ -3,6 +3,7 @@ takes."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ import msgspec
 import pytest
 
 from sglang_harli.config import SWITCH_ENV, HarliOptions
-from sglang_harli.errors import UnsupportedError
+from sglang_harli.errors import ConfigError, UnsupportedError
 from sglang_harli.managers.http.start_up import refusals
 from sglang_harli.managers.http.start_up.handshake import check_hello
 from sglang_harli.managers.http.start_up.lora_paths import check_lora_paths
@@ -108,7 +109,10 @@ def test_any_option_turns_it_on_even_with_its_default_value(make_args, field):
         if field.default is not None
         else ("2GiB" if "mem" in field.name or "reserve" in field.name else 5)
     )
-    args = make_args(**{f"harli_{field.name}": value})
+    mode = "null"
+    if field.name == "prefill_url":  # of a pair alone
+        value, mode = ("http://127.0.0.1:30001",), "decode"
+    args = make_args(**{f"harli_{field.name}": value}, disaggregation_mode=mode)
     assert os.environ[SWITCH_ENV] == "1"
     assert installed == ["once"]
     assert getattr(args.harli_options(), field.name) == value
@@ -315,6 +319,30 @@ def test_a_prefill_server_does_not_train_and_says_where_to(make_args):
     assert "on the decode server" in text and text.endswith("--harli-finetune off")
     assert not installed
     assert not make_args(harli_finetune="off", disaggregation_mode="prefill").harli_options().enabled
+
+
+def test_prefill_servers_are_of_a_decode_server(make_args):
+    from sglang_harli.config import HarliOptions
+
+    with pytest.raises(SystemExit, match="--harli-prefill-url is for a decode server"):
+        make_args(harli_prefill_url=["http://127.0.0.1:30001"])
+    for wrong in (["127.0.0.1:30001"], ["http://a:1", "http://a:1/"], ["ftp://a"], [3]):
+        with pytest.raises(ConfigError, match="--harli-prefill-url"):
+            HarliOptions(prefill_url=wrong)
+    two = ["http://a:1", "https://b"]
+    assert HarliOptions(prefill_url=two).prefill_url == ("http://a:1", "https://b")
+    assert HarliOptions.from_json(HarliOptions(prefill_url=two).to_json()) == HarliOptions(prefill_url=two)
+
+
+def test_the_flag_may_be_repeated():
+    from sglang.srt.arg_groups.arg_utils import add_cli_args_from_dataclass
+
+    from sglang_harli.server_args import HarliServerArgs
+
+    parser = argparse.ArgumentParser()
+    add_cli_args_from_dataclass(parser, HarliServerArgs, fields=["harli_prefill_url"])
+    given = ["--harli-prefill-url", "http://a:1", "--harli-prefill-url", "http://b:2"]
+    assert parser.parse_args(given).harli_prefill_url == ["http://a:1", "http://b:2"]
 
 
 def test_a_decode_server_trains(make_args):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from sglang_harli.core import MemoryPurpose
 from support.model_runner import NEWEST
+from support.plain_arguments import plain_arguments
 from support.pool_parts import all_free_pages
 from support.prefix_fixture import KINDS, SEEDS, STRIPE, PrefixCacheUnderTest, under_test
 
@@ -362,7 +363,9 @@ def test_uses_are_known_from_the_start_of_training_not_from_the_first_look(rig_o
     from sglang_harli.managers.scheduler.trainer_setup import training_memory
 
     rig = rig_of(watched=False)
-    scheduler = SimpleNamespace(token_to_kv_pool_allocator=rig.slots, tree_cache=rig.tree)
+    scheduler = SimpleNamespace(
+        token_to_kv_pool_allocator=rig.slots, tree_cache=rig.tree, server_args=plain_arguments()
+    )
     assert training_memory(scheduler, torch.device("cpu"), HarliOptions()).pool is rig.pool
     old = [rig.cache(STRIPE) for _ in range(4)]
     time.sleep(0.05)
