@@ -2,7 +2,7 @@
 
 Streams and events are those of the fake device, with a vector clock each: a stream knows how far
 every other had come at the last wait. A dispatch mode notes each operation's current stream, and
-what it reads and writes; storages are told apart, not views.
+what it reads and writes, from the first byte of a view to its last.
 
     with HappensBefore(device := OrderedDevice()):
         ...   # torch operations, in whatever ``device.stream(...)``
@@ -10,7 +10,7 @@ what it reads and writes; storages are told apart, not views.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ class OrderedStream(FakeStream):
         super().__init__(device, number)
         self.clock: Clock = {}
 
+    def knows(self, clock: Clock) -> None:
+        """What is launched here from now on comes behind that."""
+        for stream, count in clock.items():
+            self.clock[stream] = max(self.clock.get(stream, 0), count)
+
     def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
         event = self._device.Event() if event is None else event
         event.record(self)
@@ -43,8 +48,7 @@ class OrderedStream(FakeStream):
     def wait_event(self, event: FakeEvent) -> None:
         super().wait_event(event)
         assert isinstance(event, OrderedEvent)
-        for stream, count in event.clock.items():
-            self.clock[stream] = max(self.clock.get(stream, 0), count)
+        self.knows(event.clock)
 
 
 class OrderedEvent(FakeEvent):
@@ -62,6 +66,22 @@ class OrderedEvent(FakeEvent):
         assert isinstance(stream, OrderedStream)
         self.clock = dict(stream.clock)
 
+    def query(self) -> bool:
+        over = super().query()
+        if over:
+            self._seen_by_host()
+        return over
+
+    def synchronize(self) -> None:
+        super().synchronize()
+        self._seen_by_host()
+
+    def _seen_by_host(self) -> None:
+        """Whatever the host launches from now on, on any stream, comes behind it."""
+        for stream in self._device._streams:
+            assert isinstance(stream, OrderedStream)
+            stream.knows(self.clock)
+
 
 class OrderedDevice(FakeDevice):
     """The fake device, whose streams and events remember the order of work."""
@@ -74,20 +94,30 @@ class OrderedDevice(FakeDevice):
         return OrderedEvent(self, enable_timing=enable_timing)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Access:
+    """``count``: the operation's number on that stream; ``begin``, ``end``: bytes of storage."""
+
     stream: int
-    count: int  # the operation's number on that stream
+    count: int
     name: str
+    begin: int = 0
+    end: int = 0
+    writes: bool = False
+
+    def meets(self, other: _Access) -> bool:
+        return self.begin < other.end and other.begin < self.end
+
+    def covers(self, other: _Access) -> bool:
+        return self.begin <= other.begin and other.end <= self.end
 
 
 @dataclass
 class _Memory:
-    """What was done to one storage."""
+    """What was done to one storage, and is not overwritten."""
 
     reference: StorageWeakRef
-    write: _Access | None = None
-    reads: dict[int, _Access] = field(default_factory=dict)  # by stream, since the write
+    accesses: list[_Access] = field(default_factory=list)
 
 
 class HappensBefore(TorchDispatchMode):
@@ -97,28 +127,36 @@ class HappensBefore(TorchDispatchMode):
         super().__init__()
         self._device = device
         self._memories: dict[int, _Memory] = {}
+        self._staging: set[int] = set()
         self.operations = 0
+
+    def staging(self, tensor: Tensor) -> Tensor:
+        """Host memory that the host fills and empties itself, behind events: not looked at."""
+        self._staging.add(_key(tensor))
+        return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags or func.is_view:
             return out
-        written = _written(func, args, kwargs)
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        written = [t for t in _written(func, args, kwargs) if self._looked_at(t)]
+        inputs = [t for t in tree_leaves((args, kwargs)) if self._looked_at(t)]
+        outputs = [] if _only_allocates(func) else [t for t in tree_leaves(out) if self._looked_at(t)]
         stream = self._device.current_stream()
         assert isinstance(stream, OrderedStream)
         stream.clock[stream.number] = stream.clock.get(stream.number, 0) + 1
         now = _Access(stream.number, stream.clock[stream.number], str(func))
         self.operations += 1
-        targets = {_key(t) for t in (*written, *outputs)}
         for tensor in inputs:
-            if _key(tensor) not in targets:
+            if not any(tensor is target for target in written):
                 self._read(tensor, now, stream.clock)
-        for tensor in {_key(t): t for t in (*written, *outputs)}.values():
+        for tensor in (*written, *(t for t in outputs if not any(t is target for target in written))):
             self._write(tensor, now, stream.clock)
         return out
+
+    def _looked_at(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and _key(value) not in self._staging
 
     def _memory(self, tensor: Tensor) -> _Memory:
         found = self._memories.get(_key(tensor))
@@ -127,19 +165,41 @@ class HappensBefore(TorchDispatchMode):
         return found
 
     def _read(self, tensor: Tensor, now: _Access, clock: Clock) -> None:
-        memory = self._memory(tensor)
-        _check(memory.write, now, clock, "reads")
-        memory.reads[now.stream] = now
+        memory, now = self._memory(tensor), _of(tensor, now, writes=False)
+        for before in memory.accesses:
+            if before.writes and before.meets(now):
+                _check(before, now, clock, "reads")
+        memory.accesses = [
+            before
+            for before in memory.accesses
+            if before.writes or before.stream != now.stream or not now.covers(before)
+        ]
+        memory.accesses.append(now)
 
     def _write(self, tensor: Tensor, now: _Access, clock: Clock) -> None:
-        memory = self._memory(tensor)
-        for before in (memory.write, *memory.reads.values()):
-            _check(before, now, clock, "writes")
-        memory.write, memory.reads = now, {}
+        memory, now = self._memory(tensor), _of(tensor, now, writes=True)
+        for before in memory.accesses:
+            if before.meets(now):
+                _check(before, now, clock, "writes")
+        memory.accesses = [before for before in memory.accesses if not now.covers(before)]
+        memory.accesses.append(now)
 
 
-def _check(before: _Access | None, now: _Access, clock: Clock, what: str) -> None:
-    if before is None or before.stream == now.stream or clock.get(before.stream, 0) >= before.count:
+def _only_allocates(func: Any) -> bool:
+    """Whether what it returns holds nothing yet: no order is needed before it is written."""
+    return "empty" in str(func)
+
+
+def _of(tensor: Tensor, access: _Access, *, writes: bool) -> _Access:
+    """The same of a tensor's bytes."""
+    size, begin = tensor.element_size(), tensor.storage_offset()
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = begin + last + 1 if tensor.numel() else begin
+    return replace(access, begin=begin * size, end=end * size, writes=writes)
+
+
+def _check(before: _Access, now: _Access, clock: Clock, what: str) -> None:
+    if before.stream == now.stream or clock.get(before.stream, 0) >= before.count:
         return
     raise UnorderedError(
         f"{now.name} on stream {now.stream} {what} what {before.name} on stream {before.stream} used, and does not "

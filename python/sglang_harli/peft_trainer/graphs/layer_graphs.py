@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -110,6 +111,18 @@ class LayerGraphs:
             positions=base.positions,
             like=base.model.lm_head.weight.detach(),
         )
+
+    def status(self) -> dict[str, Any]:
+        """For ``harli status``."""
+        return {
+            "captured": self.captured,
+            "replayed": self.replayed,
+            "held": len(self.cache),
+            "held_bytes": self.cache.nbytes,
+            "evicted": self.cache.evicted,
+            "stale": self.cache.stale,
+            "failed": self.failed,
+        }
 
     def begin(self, idle: bool) -> int:
         """A quantum begins; ``idle``: graphs may be captured in it. Gives ``captured``."""

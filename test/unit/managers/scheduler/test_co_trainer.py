@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,12 @@ import torch
 from sglang_harli.core import Decision, QuantumKind, Reason, StepLoad
 from sglang_harli.device_sizes import sizes_of
 from sglang_harli.managers.scheduler.policy.slo_ledger import Slack
+from sglang_harli.managers.scheduler.training import active_run
+from sglang_harli.peft_trainer.graphs.layer_graphs import LayerGraphs
 from sglang_harli.protocol import internal
 from sglang_harli.protocol.shared_memory import SharedBuffer
 from sglang_harli.run_paths import shm_dir
+from support.cuda.graph_double import CaptureDouble
 from support.trainer.co_trainer_host import (
     VOCAB,
     Host,
@@ -288,6 +292,27 @@ def test_messages_of_another_attempt_are_dropped(run_dir):
     until(host, peer, lambda: peer.of(internal.StatusReport))
     report = peer.of(internal.StatusReport)[-1]
     assert report.request == 5 and report.training["batches_ahead"] == 0
+    assert "graphs" not in report.training  # a CPU has none
+    host.link.close()
+    peer.socket.close()
+
+
+def test_status_counts_the_graphs_of_a_run_that_may_have_them(run_dir, monkeypatch):
+    def graphs(base: Any, *most_bytes: int) -> LayerGraphs:
+        return LayerGraphs.of(base, CaptureDouble(nbytes=100), *most_bytes)
+
+    monkeypatch.setattr(active_run, "graphs_of", graphs)
+    peer, host = Peer(run_dir), Host(run_dir, quantum_rows=None)
+    until(host, peer, lambda: peer.of(internal.Hello))
+    peer.send(internal.StartRun(spec=spec(1)))
+    for step in range(1, 4):
+        peer.send(*batch(step))
+    until(host, peer, lambda: len(peer.of(internal.StepDone)) == 3)
+    found = host.trainer.status({})["graphs"]
+    assert found["captured"] == found["held"] > 0 and found["held_bytes"] == 100 * found["held"]
+    assert found["replayed"] >= found["captured"] and not (
+        found["evicted"] or found["stale"] or found["failed"]
+    )
     host.link.close()
     peer.socket.close()
 

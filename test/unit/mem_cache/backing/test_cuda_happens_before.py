@@ -58,6 +58,43 @@ def test_waits_pass_on_what_others_waited_for():
                 later.add_(1)
 
 
+def test_bytes_that_do_not_meet_need_no_order():
+    device = OrderedDevice()
+    first, second = device.Stream(), device.Stream()
+    with HappensBefore(device):
+        with device.stream(first):
+            rows = torch.zeros(2, 4, 8)
+        second.wait_stream(first)
+        with device.stream(first):
+            rows[0].fill_(1)
+            rows[1, 2:].fill_(1)
+        with device.stream(second):
+            rows[1, :2].fill_(2)
+            rows[1, 1:2].add_(rows[1, :1])
+            with pytest.raises(UnorderedError):
+                rows[1, 1:3].fill_(2)
+            with pytest.raises(UnorderedError):
+                rows[0, 3].clone()
+
+
+def test_what_the_host_has_seen_comes_before_all_that_it_launches_later():
+    device = OrderedDevice()
+    first, second = device.Stream(), device.Stream()
+    with HappensBefore(device):
+        with device.stream(first):
+            rows = torch.zeros(4)
+        event = first.record_event()
+        with device.stream(second):
+            with pytest.raises(UnorderedError):
+                rows.add_(1)
+            assert event.query()
+            rows.add_(1)
+        later = second.record_event()
+        later.synchronize()
+        with device.stream(first):
+            rows.add_(1)
+
+
 @pytest.mark.parametrize("debug", [False, True])
 def test_memory_lent_in_place_waits_for_both_streams(debug: bool):
     """The caller's stream may have used the rows, and may use them again."""

@@ -307,6 +307,7 @@ class ActiveRun:
 
     def status(self, sub_state: str, reason: str, serving: dict[str, Any]) -> dict[str, Any]:
         """For ``harli status``; ``sub_state``, ``reason``: as sent last; ``serving``: shown too."""
+        graphs = {} if self.training.graphs is None else {"graphs": self.training.graphs.status()}
         return {
             "job": self.spec.job,
             "attempt": self.spec.attempt,
@@ -319,6 +320,7 @@ class ActiveRun:
             "batches_ahead": self.training.batches_ahead,
             "bytes_ahead": self.training.bytes_ahead,
             "spilled": self.training.spilled,
+            **graphs,
         }
 
     # ---------------------------------------------------------------- snapshots
