@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sglang.srt.managers.io_struct  # noqa: F401  (a server has it; its import takes seconds)
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -42,9 +43,12 @@ class Manager:
         self.lora_ref_cache: dict[str, str] = {}
         self.lora_registry = SimpleNamespace(get_all_adapters=lambda: self.loaded)
         self.refusal = ""
+        self.before_load: asyncio.Event | None = None
         self.files: dict[str, bytes] = {}
 
     async def load_lora_adapter(self, wanted: Any) -> Any:
+        if self.before_load is not None:
+            await self.before_load.wait()
         if not self.refusal:
             self.files[wanted.lora_name] = Path(wanted.lora_path, wire.WEIGHTS).read_bytes()
             assert json.loads(Path(wanted.lora_path, wire.CONFIG).read_text())["r"] == 8
@@ -108,15 +112,19 @@ class Harli(Server):
 class Plain(Server):
     """One that runs SGLang alone: its routes, with the shapes of their answers."""
 
-    def __init__(self, room: int = 10) -> None:
+    def __init__(self, room: int = 10, mode: str | None = "prefill") -> None:
         self.loaded: list[str] = []
         self.paths: list[str] = []
-        self._room = room
+        self._room, self._mode = room, mode
         super().__init__(self._app)
 
     def _app(self) -> FastAPI:
         app = FastAPI()
         self.loaded = []
+
+        @app.get("/model_info")
+        async def info() -> Any:
+            return {} if self._mode is None else {"disaggregation_mode": self._mode}
 
         @app.get("/v1/models")
         async def models() -> Any:
@@ -241,6 +249,67 @@ def test_what_is_not_served_any_more_goes_there_too(folder: str, kind: type[Any]
     run(test)
 
 
+def test_a_deletion_in_the_midst_of_a_load_is_final(folder: str) -> None:
+    """It would be loaded and unloaded for ever."""
+
+    async def test() -> None:
+        server = Harli()
+        async with pair(server) as made:
+            server.manager.before_load = asyncio.Event()
+            publication = asyncio.create_task(made.ensure(NAME, folder))
+            await until(lambda: any(Path(server.store._folder.name, NAME).glob(wire.CONFIG)))
+            made.forget(NAME)
+            server.manager.before_load.set()
+            await publication
+            await until(lambda: NAME not in server.manager.loaded)
+            server.manager.files.clear()
+            await asyncio.sleep(0.4)
+            assert not server.manager.files and made.status()[0]["missing"] == []
+
+    run(test)
+
+
+def test_what_is_there_answers_while_another_is_loaded(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        server = Harli()
+        async with pair(server) as made:
+            await made.ensure(NAME, folder)
+            await made.ensure(OTHER, folder)
+            await server.manager.unload_lora_adapter(SimpleNamespace(lora_name=OTHER))
+            server.manager.lora_ref_cache.pop(OTHER)
+            server.manager.before_load = asyncio.Event()
+            await until(lambda: any(Path(server.store._folder.name).glob(f"{OTHER}/{wire.CONFIG}")))
+            monkeypatch.setattr(prefill_server, "FRESH_S", 0.5)
+            await asyncio.sleep(1.0)
+            assert made.why_not(NAME) == "" and "does not have it" in made.why_not(OTHER)
+            server.manager.before_load.set()
+            await until(lambda: made.why_not(OTHER) == "")
+
+    run(test)
+
+
+@pytest.mark.parametrize("mode", ["null", "decode"])
+def test_a_server_that_computes_no_prompts_for_others_is_named(folder: str, mode: str) -> None:
+    async def test() -> None:
+        server = Plain(mode=mode)
+        async with pair(server, watch=False) as made:
+            with pytest.raises(
+                NotReadyError, match=f"no prefill server: its --disaggregation-mode is {mode}"
+            ):
+                await made.ensure(NAME, folder)
+            assert not server.paths
+
+    run(test)
+
+
+def test_a_server_that_does_not_say_its_mode_is_believed(folder: str) -> None:
+    async def test() -> None:
+        async with pair(Plain(mode=None)) as made:
+            await made.ensure(NAME, folder)
+
+    run(test)
+
+
 def test_a_plain_one_that_evicted_an_adapter_is_not_sent_it_for_ever(folder: str) -> None:
     """It brings it back by itself; two adapters and room for one would go to and fro."""
 
@@ -318,6 +387,19 @@ def test_a_key_closes_the_routes(folder: str, key: str | None, accepted: bool) -
                 await made.ensure(NAME, folder)
         await made.stop()
         await server.stop()
+
+    run(test)
+
+
+@pytest.mark.parametrize("body", [b"no JSON", b"[]", b'{"requests": "all"}'])
+def test_refused_requests_that_are_none_are_a_clear_error(body: bytes) -> None:
+    async def test() -> None:
+        server = Harli()
+        async with (
+            pair(server, watch=False) as made,
+            made.session.post(server.url + wire.REFUSED, data=body) as answer,
+        ):
+            assert answer.status == 400 and "ids of refused requests" in await answer.text()
 
     run(test)
 

@@ -45,6 +45,7 @@ class PrefillServer:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._start = ""
         self._looked_s = float("-inf")
+        self._loads = 0  # that ended well, ever
         # Of a plain one: loaded in its present life; it may have evicted one, and brings it back.
         self._loaded: set[str] = set()
 
@@ -64,23 +65,35 @@ class PrefillServer:
             self._lost(str(error) or type(error).__name__)
 
     async def _look(self, session: aiohttp.ClientSession) -> None:
+        loads = self._loads
         async with session.get(self.url + wire.LOOK, headers=self._headers) as answer:
             if answer.status == 200:
                 found = await answer.json()
-                self._seen(HARLI, found["start"], set(found["adapters"]))
+                self._seen(HARLI, found["start"], set(found["adapters"]), loads)
                 self.refused = ids_of(found.get("refused"))
                 return
             if answer.status != 404:
                 self._lost(f"GET {wire.LOOK} answers {answer.status}: {(await answer.text())[:200]}")
                 return
+        if self.trouble and (mode := await self._mode(session)) not in ("prefill", None):
+            self._lost(f"it is no prefill server: its --disaggregation-mode is {mode}")
+            return
         async with session.get(self.url + "/v1/models", headers=self._headers) as answer:
             if answer.status != 200:
                 self._lost(f"GET /v1/models answers {answer.status}: {(await answer.text())[:200]}")
                 return
             models = {model["id"] for model in (await answer.json())["data"]}
-            self._seen(PLAIN, "", models)
+            self._seen(PLAIN, "", models, loads)
 
-    def _seen(self, kind: str, start: str, adapters: set[str]) -> None:
+    async def _mode(self, session: aiohttp.ClientSession) -> str | None:
+        """Its --disaggregation-mode; None: this SGLang does not say it (0.5.16)."""
+        async with session.get(self.url + "/model_info", headers=self._headers) as answer:
+            return (await answer.json()).get("disaggregation_mode") if answer.status == 200 else None
+
+    def _seen(self, kind: str, start: str, adapters: set[str], loads: int) -> None:
+        """``loads``: those before the look began; of a later one it says nothing."""
+        if loads != self._loads and start == self._start:
+            adapters = adapters | self.there
         if start != self._start or kind != self.kind:
             self._loaded.clear()
         self.kind, self._start, self.trouble = kind, start, ""
@@ -117,6 +130,7 @@ class PrefillServer:
         if status == 200:
             self.there.add(name)
             self._loaded.add(name)
+            self._loads += 1
             return
         kind = NotReadyError if status >= 500 or status in (401, 403, 429) else UnsupportedError
         raise kind(f"prefill server {self.url} does not load {name} ({status}): {text}", code="load_failed")

@@ -1,8 +1,8 @@
 """HTTP process of a decode server: the adapters that it serves are on each prefill server too.
 
 The KV of a prompt is computed by a prefill server, so an adapter answers only where each of them
-has it.  One task for each looks at it once a second, loads again what it lacks (it was started
-again) and unloads what is not served any more.
+has it.  One task for each looks at it once a second; another loads again what it lacks (it was
+started again) and unloads what is not served any more.
 """
 
 from __future__ import annotations
@@ -58,7 +58,11 @@ class PrefillServers:
     def start(self) -> None:
         if not self.servers:
             logger.warning("harli: %s", NONE_NAMED)
-        self._tasks = [asyncio.create_task(self._watch(server)) for server in self.servers]
+        self._tasks = [
+            asyncio.create_task(work(server))
+            for server in self.servers
+            for work in (self._watch, self._follow)
+        ]
 
     async def stop(self) -> None:
         tasks = [*self._tasks, *self._telling]
@@ -80,13 +84,18 @@ class PrefillServers:
         while True:
             await server.look(self.session)
             self._say(server)
-            if not server.trouble:
-                if server.refused and self._end is not None:
-                    await self._end(server.refused)
-                for name in self._gone & server.there:
-                    with contextlib.suppress(HarliError):
-                        await server.unload(self.session, name)
-                for name in [name for name in self._served if name not in server.there]:
+            if not server.trouble and server.refused and self._end is not None:
+                await self._end(server.refused)
+            await asyncio.sleep(EVERY_S)
+
+    async def _follow(self, server: PrefillServer) -> None:
+        """A task of its own: a load may take long, and what is loaded answers meanwhile."""
+        while True:
+            for name in self._gone & server.there:
+                with contextlib.suppress(HarliError):
+                    await server.unload(self.session, name)
+            for name in [name for name in self._served if name not in server.there]:
+                if server.fresh:
                     await self._load_again(server, name)
             await asyncio.sleep(EVERY_S)
 
@@ -127,7 +136,8 @@ class PrefillServers:
         self._gone.discard(name)
         for server in self.servers:
             await server.load(self.session, name, folder)
-        self._served[name] = folder
+        if name not in self._gone:  # it was deleted meanwhile
+            self._served[name] = folder
 
     def forget(self, name: str) -> None:
         """It is not served here any more: it goes there too."""

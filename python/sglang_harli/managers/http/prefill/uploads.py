@@ -58,9 +58,14 @@ class UploadedAdapters:
         return sorted({*self._manager.lora_registry.get_all_adapters(), *self._manager.lora_ref_cache})
 
     async def end(self, request: Request) -> None:
-        """End the requests that a decode server refused."""
-        asked = await request.json()
-        await refused_requests.end(self._manager, ids_of(asked.get("requests")), refused=self.refused)
+        """End the requests that a decode server refused. ConfigError: the body."""
+        try:
+            asked = await request.json()
+        except ValueError:
+            asked = None
+        if not isinstance(asked, dict) or not (ids := ids_of(asked.get("requests"))):
+            raise ConfigError("requests is not accepted: give the ids of refused requests", param="requests")
+        await refused_requests.end(self._manager, ids, refused=self.refused)
 
     async def take(self, name: str, request: Request) -> None:
         """Store what is sent, and load it. May be repeated.
