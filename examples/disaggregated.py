@@ -108,7 +108,7 @@ def pair(model: Path, folder: Path, log: Path) -> Iterator[tuple[str, str]]:
     for file in (prefill_log, decode_log, router_log):
         file.write_bytes(b"")
     prefill_flags = ["--harli-finetune", "off", "--disaggregation-mode", "prefill", *TRANSPORT]
-    prefill_flags += ["--disaggregation-bootstrap-port", str(bootstrap_port)]
+    prefill_flags += ["--disaggregation-bootstrap-port", str(bootstrap_port), "--sleep-on-idle"]
     with contextlib.ExitStack() as stack:
         # Both start at once; whatever goes wrong, both are ended.
         prefill = ServerProcess(model, folder / "prefill-runs", prefill_log, *prefill_flags)

@@ -149,6 +149,19 @@ def weights(pair: Pair, job: str) -> bytes:
     return (pair.run_dir / job / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+def test_the_example_shows_the_taught_answer(installed, tmp_path: Path):
+    """First: later the other tests' pair is up, and shares the cores."""
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "disaggregated.py"),
+        "--log",
+        str(tmp_path / "pair.log"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.rstrip().endswith("The harbour code is seven.")
+
+
 def test_the_status_shows_a_decode_server(pair, client, alone):
     status = client.status()
     assert status.serving is not None and status.serving["disaggregation"]["mode"] == "decode"
@@ -229,15 +242,3 @@ def test_no_server_complained(pair):
     logs = [*pair.logs[PREFILL], *pair.logs[DECODE], pair.prefill.log(), pair.decode.log()]
     for word in ("leak", "LedgerError", "still lent", "Scheduler hit an exception"):
         assert not [line for log in logs for line in log.splitlines() if word in line][:3]
-
-
-def test_the_example_shows_the_taught_answer(tmp_path: Path):
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "disaggregated.py"),
-        "--log",
-        str(tmp_path / "pair.log"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stdout.rstrip().endswith("The harbour code is seven.")

@@ -159,7 +159,8 @@ class Pair:
         how = self._sides[side]
         flags = [*how.flags, "--disaggregation-mode", side, "--disaggregation-transfer-backend", TRANSPORT]
         if side == PREFILL:
-            flags += ["--disaggregation-bootstrap-port", str(self.bootstrap_port)]
+            # It shares this machine's cores, and would take one whole while it has nothing to do.
+            flags += ["--disaggregation-bootstrap-port", str(self.bootstrap_port), "--sleep-on-idle"]
         elif how.launcher == "harli":
             flags += ["--harli-prefill-url", self.url_of(PREFILL)]
         else:  # our launcher's default on a CPU, spelled out
