@@ -38,7 +38,7 @@ class Pairs:
 
     def __init__(self, model: Path, folder: Path, flags: tuple[str, ...]) -> None:
         self._busy_path = folder / "busy.txt"
-        self._data = jobs.write_data(folder / "data.jsonl", words=(30, 60))
+        self._data = jobs.write_data(folder / "data.jsonl", words=(8, 20))
         self.decode_cores, self.other_cores = split(os.sched_getaffinity(0))
         threads = (("OMP_NUM_THREADS", str(len(self.decode_cores))),)
         plain = Side(flags, "plain", threads)
