@@ -90,12 +90,16 @@ def in_life(life: Life) -> dict[str, Any] | None:
 
 
 def over_run(lives: Sequence[Life], role: str) -> dict[str, Any] | None:
-    """The first life of a role against the last, at equal age; None where no two are old enough."""
+    """The first life of a role against the last, at equal age; None where no two were seen at
+    one."""
     for age_s in EQUAL_AGES_S:
-        old = [life for life in lives if life.role == role and life.lived_s >= age_s]
-        if len(old) >= 2:
-            before, after = (life.at(age_s, EQUAL_WINDOW_S) for life in (old[0], old[-1]))
-            return {"role": role, "lives": len(old), "age_s": age_s, **_compare(before, after)}
+        # One that was older as the watch began was not seen at that age.
+        old = [
+            life.at(age_s, EQUAL_WINDOW_S) for life in lives if life.role == role and life.lived_s >= age_s
+        ]
+        seen = [samples for samples in old if samples]
+        if len(seen) >= 2:
+            return {"role": role, "lives": len(seen), "age_s": age_s, **_compare(seen[0], seen[-1])}
     return None
 
 

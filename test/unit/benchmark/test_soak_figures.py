@@ -51,6 +51,15 @@ def test_lives_of_a_role_are_compared_at_equal_age():
     assert over_run(lives, "http") is None
 
 
+def test_a_life_that_was_older_as_the_watch_began_is_not_compared_at_that_age():
+    late = life("http", lambda age: 80, 200)
+    late.samples = [sample for sample in late.samples if sample.age_s > 100]
+    early = life("http", lambda age: 88, 95)
+    assert over_run([late, early], "http") is None
+    found = over_run([late, early, early], "http")
+    assert found is not None and found["lives"] == 2 and found["memory_growth"] == 0
+
+
 def results(**changes):
     jobs = {name: [] for name in ("lost", "doubled", "differing", "failed")}
     clean = {
