@@ -41,11 +41,12 @@ class Pairs:
         self._data = jobs.write_data(folder / "data.jsonl", words=(8, 20))
         self.decode_cores, self.other_cores = split(os.sched_getaffinity(0))
         threads = (("OMP_NUM_THREADS", str(len(self.decode_cores))),)
-        plain = Side(flags, "plain", threads)
+        # Of both pairs: on the CPU engine SGLang's own cannot send KV (patches/17).
+        prefill = Side(("--harli-finetune", "off", *flags), "harli", threads)
         busy_env = busy_server.environment(folder / "plugin", self._busy_path, "cpu")
         self.pairs = {
-            PLAIN: Pair(model, prefill=plain, decode=Side(flags, "plain", (*threads, *busy_env.items()))),
-            OURS: Pair(model, prefill=plain, decode=Side(flags, "harli", threads)),
+            PLAIN: Pair(model, prefill=prefill, decode=Side(flags, "plain", (*threads, *busy_env.items()))),
+            OURS: Pair(model, prefill=prefill, decode=Side(flags, "harli", threads)),
         }
         self.start_s: dict[str, float] = {}
         self.job = ""

@@ -1,9 +1,10 @@
 """``bench_colocate.py --disaggregated``: what is trained on the decode server of a pair, and what
 it costs the requests that go through it.
 
-The serve-only pair is plain SGLang; the other has a decode server that trains.  Both take the same
-pieces of the conversation trace, by turns, at the rate at which the plain decode server is so many
-per cent busy.  Targets are of the time per output token behind the first, as the client sees it.
+The serve-only pair has SGLang's plain decode server; the other has one that trains.  Both take the
+same pieces of the conversation trace, by turns, at the rate at which the plain decode server is so
+many per cent busy.  Targets are of the time per output token behind the first, as the client sees
+it.
 """
 
 from __future__ import annotations
